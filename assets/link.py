@@ -1,0 +1,63 @@
+"""What every link of the chain has in common: keys, tags, and errors that people can read."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from pipeline.errors import FleetError
+from pipeline.spec import FleetSpec
+
+
+@dataclass(frozen=True)
+class FleetFiles:
+    """The files a fleet is written in.
+
+    Args:
+        folder: of its defs.yaml.
+        sql: text of its SQL file.
+    """
+
+    folder: Path
+    sql: str
+
+
+def link_key(spec: FleetSpec, name: str) -> dg.AssetKey:
+    """The key of one link."""
+    return dg.AssetKey([spec.name, name])
+
+
+def link_settings(spec: FleetSpec, name: str, *, description: str, kinds: set[str], deps: Sequence[str] = ()) -> dict[str, Any]:
+    """Arguments of `dg.asset` that every link has."""
+    return {
+        "key": link_key(spec, name),
+        "group_name": spec.name,
+        "description": description,
+        "kinds": kinds,
+        "owners": list(spec.owners) or None,
+        "deps": [link_key(spec, dep) for dep in deps],
+    }
+
+
+@contextmanager
+def readable_failures() -> Iterator[None]:
+    """Show an error of ours as the step's failure, in its own words; nothing that was written is lost."""
+    try:
+        yield
+    except FleetError as error:
+        raise dg.Failure(description=str(error), metadata={"fleet/error": type(error).__name__}, allow_retries=False) from error
+
+
+def png(picture: bytes) -> dg.MarkdownMetadataValue:
+    """A picture that the UI shows in place."""
+    import base64
+
+    return dg.MetadataValue.md(f"![plot](data:image/png;base64,{base64.b64encode(picture).decode()})")
+
+
+def prefixed(counts: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata under our own prefix."""
+    return {f"fleet/{name}": value for name, value in counts.items()}

@@ -1,0 +1,117 @@
+"""`<fleet>/meta_model`: one registered model that answers for every group, the newest challenger."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import numpy as np
+import pandas as pd
+
+from assets.link import link_key, link_settings, png, prefixed, readable_failures
+from assets.newest_run import ledger_of, newest_run
+from pipeline.models.meta_model import FleetModel
+from pipeline.models.pack import write_pack
+from pipeline.reporting.plots import training_plot
+from pipeline.reporting.summary import fleet_errors, markdown_table
+from pipeline.spec import FleetSpec
+from pipeline.tables import BOOSTERS
+from resources.delta_tables import DeltaTables
+from resources.launch_settings import LaunchSettings
+from resources.mlflow_registry import MlflowRegistry, Version, input_types
+from resources.spark_session import SparkSessionResource
+
+LEDGER_ROWS_LOGGED = 10_000
+
+
+def meta_model_asset(spec: FleetSpec) -> dg.AssetsDefinition:
+    """The registered model of a fleet."""
+
+    @dg.asset(
+        **link_settings(
+            spec,
+            "meta_model",
+            description="One MLflow model version that answers for every group: all boosters, weights and categories in one pack.",
+            kinds={"mlflow", "lightgbm"},
+            deps=["models"],
+        ),
+        check_specs=[
+            dg.AssetCheckSpec(
+                "registered_model_answers", asset=link_key(spec, "meta_model"), blocking=True, description="Loaded from the registry it gives the pack's answers."
+            )
+        ],
+    )
+    def meta_model(
+        context: dg.AssetExecutionContext, tables: DeltaTables, registry: MlflowRegistry, spark: SparkSessionResource, launch: LaunchSettings
+    ) -> dg.MaterializeResult:
+        namespace = launch.namespace(spec)
+        with readable_failures(), tempfile.TemporaryDirectory() as folder:
+            run = newest_run(tables, namespace)
+            run_id = str(run["run_id"])
+            ledger = ledger_of(tables, namespace, run_id)
+            pack = Path(folder) / "pack"
+            boosters_location = tables.location(namespace, BOOSTERS.name)
+            boosters = tables.read_arrow(boosters_location, where={"run_id": run_id}).to_pylist() if tables.exists(boosters_location) else []
+            write_pack(pack, pack_spec(run), ledger, boosters)
+            features = tables.read_spark(spark.session, tables.location(spec.name, "features"), int(str(run["features_version"])))
+            dtypes = {field.name: field.dataType.simpleString() for field in features.schema}
+            answering = FleetModel(pack)
+            sample = features.limit(50).toPandas()
+            version = registry.register(
+                namespace,
+                run_id,
+                pack=pack,
+                inputs=input_types(answering.spec["required"], dtypes),
+                parameters=run_parameters(run, spec),
+                metrics=run_metrics(ledger, spec),
+                tables={"ledger.json": ledger.head(LEDGER_ROWS_LOGGED)},
+                plots={"training.png": training_plot(ledger, spec)},
+            )
+            check = _registered_model_answers(registry, version, answering, sample)
+            pack_bytes = sum(path.stat().st_size for path in pack.iterdir())
+        context.log.info(f"registered {namespace} version {version.number} (run {run_id}) as challenger, {pack_bytes / 1e6:.1f} MB")
+        return dg.MaterializeResult(
+            metadata={
+                **prefixed({"registered_model": namespace, "version": version.number, "fleet_version": run_id, "groups": len(ledger), "pack_bytes": pack_bytes}),
+                "fleet/errors": dg.MetadataValue.md(markdown_table(pd.DataFrame([vars(error) for error in fleet_errors(ledger, spec)]))),
+                "fleet/plot": png(training_plot(ledger, spec)),
+            },
+            check_results=[check],
+        )
+
+    return meta_model
+
+
+def pack_spec(run: "pd.Series[object]") -> dict[str, Any]:
+    """The spec.json of the run's pack."""
+    return {
+        **json.loads(str(run["model_spec"])),
+        "fleet_version": run["run_id"],
+        "constant": run["constant"],
+        "constant_without_offset": run["constant_without_offset"],
+    }
+
+
+def run_parameters(run: "pd.Series[object]", spec: FleetSpec) -> dict[str, Any]:
+    """What the MLflow run shows as parameters."""
+    pinned = {name: str(run[name]) for name in ("as_of", "tune_start", "report_start", "features_version", "n_groups", "spec_digest")}
+    return {**pinned, "pooling": spec.pooling, "grains": str([list(grain) for grain in spec.grains]), **{f"tuning.{k}": v for k, v in spec.tuning.model_dump().items()}}
+
+
+def run_metrics(ledger: pd.DataFrame, spec: FleetSpec) -> dict[str, float]:
+    """Aggregate metrics of a run; what was not measured is absent."""
+    metrics = {f"groups_{status}": float(count) for status, count in ledger["status"].value_counts().items()}
+    for error in fleet_errors(ledger, spec):
+        name = error.name.replace(" ", "_")
+        metrics |= {f"{name}_{unit}": value for unit, value in (("rmse", error.rmse), ("mape", error.mape)) if value is not None}
+    return metrics
+
+
+def _registered_model_answers(registry: MlflowRegistry, version: Version, answering: FleetModel, sample: pd.DataFrame) -> dg.AssetCheckResult:
+    expected = answering.predict(sample)["prediction"].to_numpy()
+    found = FleetModel(registry.fetch_pack(version)).predict(sample)["prediction"].to_numpy()
+    same = bool(np.array_equal(expected, found, equal_nan=True))
+    return dg.AssetCheckResult(
+        check_name="registered_model_answers", passed=same and bool(np.isfinite(found).all()), metadata={"rows": len(sample), "equal": same}
+    )

@@ -1,0 +1,32 @@
+"""The code location: every fleet under defs/, with the resources of the profile in force. Imported by nobody."""
+
+from pathlib import Path
+
+import dagster as dg
+
+from assets.console import console_logger
+from resources.delta_tables import DeltaTables
+from resources.launch_settings import LaunchSettings
+from resources.mlflow_registry import MlflowRegistry
+from resources.profiles import current_profile
+from resources.spark_session import SparkSessionResource
+
+PROJECT = Path(__file__).parent.parent
+
+
+@dg.definitions
+def defs() -> dg.Definitions:
+    """All fleets, in one process and one Spark session per run."""
+    profile = current_profile(PROJECT)
+    scratch = f"{profile.data_root}/scratch"
+    common = dg.Definitions(
+        resources={
+            "spark": SparkSessionResource(master=profile.spark_master, scratch=scratch),
+            "tables": DeltaTables(root=f"{profile.data_root}/tables"),
+            "registry": MlflowRegistry(tracking_uri=profile.tracking_uri, artifact_root=f"{profile.data_root}/mlflow/artifacts", scratch=scratch),
+            "launch": LaunchSettings(as_of=profile.as_of, limit_groups=profile.limit_groups, dry_run=profile.dry_run),
+        },
+        executor=dg.in_process_executor,
+        loggers={"console": console_logger},
+    )
+    return dg.Definitions.merge(dg.load_from_defs_folder(path_within_project=PROJECT / "pipeline"), common)

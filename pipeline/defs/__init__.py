@@ -1,0 +1,1 @@
+"""The fleets: one folder each, with its defs.yaml and features.sql."""

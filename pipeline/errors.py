@@ -1,0 +1,35 @@
+"""What can go wrong with a fleet, by who must act.
+
+    FleetError
+    ├── SpecError       the author of defs.yaml or features.sql; also a ValueError
+    ├── DataError       whoever owns the data
+    ├── StoreError      whoever owns storage: Delta tables, disks, object stores, the registry
+    └── ModelNotFound   whoever asked for a model that is not there; also a KeyError
+
+A message says what is wrong, the offending value, what was expected or is available, and the next step.
+What is wrong with one group is never an exception of a run: it is that group's ledger row.
+"""
+
+
+class FleetError(Exception):
+    """Base of everything this project raises on purpose."""
+
+
+class SpecError(FleetError, ValueError):
+    """The fleet is described wrongly: a field of defs.yaml or the SQL of features.sql."""
+
+
+class DataError(FleetError):
+    """The data breaks a contract: a column is missing, a key is doubled, a type cannot be read."""
+
+
+class StoreError(FleetError):
+    """Storage or the registry refused, is damaged, or is missing something it promised."""
+
+
+class ModelNotFound(FleetError, KeyError):
+    """A registered version, booster or alias was asked for that does not exist."""
+
+    def __str__(self) -> str:
+        # KeyError prints the repr of its argument, which hides line breaks and adds quotes.
+        return str(self.args[0]) if self.args else ""

@@ -1,0 +1,1 @@
+"""From raw tables to feature tables: the SQL's rules, features of the past, categories."""

@@ -1,0 +1,185 @@
+"""Features of the past: lags and trailing windows, as of what was known, on one key group's rows.
+
+Pure numpy over Arrow, so that Spark (once per key group) and a test (on a whole table) run the same function.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow as pa
+
+from pipeline.grouping.periods import Period, Times
+from pipeline.spec import FleetSpec, LagSpec, RollingSpec, Statistic
+
+Floats = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.intp]
+
+
+@dataclass(frozen=True)
+class HistoryPass:
+    """One shuffle: rows brought together by `keys`, and the features that can be computed there."""
+
+    keys: tuple[str, ...]
+    lags: tuple[LagSpec, ...]
+    windows: tuple[RollingSpec, ...]
+
+
+def plan_passes(spec: FleetSpec) -> list[HistoryPass]:
+    """Group the declared features into as few shuffles as possible.
+
+    A feature over ``[carrier, dest]`` can be computed where rows share ``[dest]``; everything could be computed where all rows
+    are together, but in one worker, so only features over ``[]`` are.
+    """
+    wanted: dict[tuple[str, ...], tuple[list[LagSpec], list[RollingSpec]]] = {}
+    for lag in spec.features.lags:
+        wanted.setdefault(tuple(spec.entity), ([], []))[0].append(lag)
+    for window in spec.features.rolling:
+        wanted.setdefault(tuple(spec.finest if window.over is None else window.over), ([], []))[1].append(window)
+    passes: dict[tuple[str, ...], tuple[list[LagSpec], list[RollingSpec]]] = {}
+    for keys in sorted(wanted, key=len):
+        host = next((other for other in passes if other and set(other) <= set(keys)), keys)
+        lags, windows = passes.setdefault(host, ([], []))
+        lags.extend(wanted[keys][0])
+        windows.extend(wanted[keys][1])
+    return [HistoryPass(keys, tuple(lags), tuple(windows)) for keys, (lags, windows) in passes.items()]
+
+
+def add_history(table: pa.Table, spec: FleetSpec, features: HistoryPass) -> pa.Table:
+    """Append the pass's lags and windows to the rows.
+
+    Args:
+        table: one row per entity and time, with `time`, `known_at` and the columns the features summarise; all rows that share
+            the pass's keys.
+        spec: the fleet.
+        features: what to compute.
+
+    Returns:
+        The rows in their order, with one float64 column per feature; null where nothing was known.
+    """
+    time = _moments(table["time"])
+    known_at = _moments(table["known_at"])
+    deadline = spec.horizon_period.before(time)
+    for lag in features.lags:
+        codes = _codes(table, tuple(spec.entity))
+        values = _values(table, lag.column)
+        for periods in lag.periods:
+            step = Period.parse(spec.period or "").times(periods)
+            column = _lagged(codes, time, known_at, deadline, values, step.before(time))
+            table = table.append_column(f"{lag.column}_lag_{periods}", _nullable(column))
+    for window in features.windows:
+        codes = _codes(table, tuple(spec.finest if window.over is None else window.over))
+        values = _values(table, window.column)
+        columns = _windowed(codes, known_at, deadline, window.period.before(deadline), values, window.statistics)
+        for statistic, column in zip(window.statistics, columns, strict=True):
+            table = table.append_column(window.name(statistic), _nullable(column))
+    return table
+
+
+def _moments(column: pa.ChunkedArray) -> Times:
+    moments: Times = column.cast(pa.timestamp("us")).to_numpy().astype("datetime64[us]")
+    return moments
+
+
+def _values(table: pa.Table, name: str) -> Floats:
+    values: Floats = table[name].cast(pa.float64()).to_numpy().astype(np.float64)
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def _nullable(values: Floats) -> pa.Array:
+    return pa.array(values, type=pa.float64(), from_pandas=True)
+
+
+def _codes(table: pa.Table, keys: tuple[str, ...]) -> npt.NDArray[np.int64]:
+    """A number per row for its combination of key values; null is a value of its own."""
+    codes = np.zeros(table.num_rows, dtype=np.int64)
+    for key in keys:
+        dictionary = table[key].combine_chunks().dictionary_encode(null_encoding="encode")
+        if isinstance(dictionary, pa.ChunkedArray):
+            dictionary = dictionary.combine_chunks()
+        size = len(dictionary.dictionary) + 1
+        codes = pd.factorize(codes * size + dictionary.indices.to_numpy(zero_copy_only=False))[0].astype(np.int64)
+    return codes
+
+
+def _lagged(codes: npt.NDArray[np.int64], time: Times, known_at: Times, deadline: Times, values: Floats, wanted: Times) -> Floats:
+    """Each row's value of the row with the same code at the wanted time, if it was known by the row's deadline."""
+    order = np.lexsort((time, codes))
+    sorted_codes, sorted_time = codes[order], time[order]
+    starts, ends = _bounds(sorted_codes, codes)
+    position = _search(sorted_time, starts, ends, wanted, side="left")
+    inside = position < ends
+    found = order[np.where(inside, position, 0)]
+    usable = inside & (time[found] == wanted) & (known_at[found] <= deadline)
+    return np.where(usable, values[found], np.nan)
+
+
+def _windowed(
+    codes: npt.NDArray[np.int64], known_at: Times, deadline: Times, start: Times, values: Floats, statistics: Sequence[Statistic]
+) -> list[Floats]:
+    """Statistics, per row, of the values with the same code that became known in (start, deadline]."""
+    observed = np.flatnonzero(~np.isnan(values) & ~np.isnat(known_at))
+    order = observed[np.lexsort((values[observed], known_at[observed], codes[observed]))]
+    sorted_codes, sorted_known, sorted_values = codes[order], known_at[order], values[order]
+    first, last = _bounds(sorted_codes, codes)
+    low = _search(sorted_known, first, last, start, side="right")
+    high = _search(sorted_known, first, last, deadline, side="right")
+    return [_statistic(statistic, sorted_values, low, np.maximum(low, high)) for statistic in statistics]
+
+
+def _bounds(sorted_codes: npt.NDArray[np.int64], codes: npt.NDArray[np.int64]) -> tuple[Indices, Indices]:
+    return np.searchsorted(sorted_codes, codes, side="left"), np.searchsorted(sorted_codes, codes, side="right")
+
+
+def _search(ordered: Times, first: Indices, last: Indices, wanted: Times, *, side: str) -> Indices:
+    """A binary search per row, each within its own slice of `ordered`."""
+    low, high = first.copy(), last.copy()
+    while True:
+        open_ = low < high
+        if not open_.any():
+            return low
+        middle = (low + high) // 2
+        probe = ordered[np.where(open_, middle, 0)]
+        goes_right = (probe < wanted) if side == "left" else (probe <= wanted)
+        low = np.where(open_ & goes_right, middle + 1, low)
+        high = np.where(open_ & ~goes_right, middle, high)
+
+
+def _statistic(statistic: Statistic, values: Floats, low: Indices, high: Indices) -> Floats:
+    count = (high - low).astype(np.float64)
+    some = count > 0
+    if statistic == "count":
+        return count
+    if statistic == "last":
+        return np.where(some, values[np.where(some, high - 1, 0)], np.nan) if len(values) else np.full(len(low), np.nan)
+    if statistic in ("min", "max"):
+        return _extreme(np.minimum if statistic == "min" else np.maximum, values, low, high)
+    # Sums as differences of running sums; centred first, so that they lose no digits where values are large.
+    centre = values.mean() if len(values) else 0.0
+    running = np.concatenate([[0.0], np.cumsum(values - centre)])
+    total = running[high] - running[low]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = np.where(some, total / count, np.nan)
+        if statistic == "mean":
+            return mean + centre
+        if statistic == "sum":
+            return np.where(some, total + count * centre, np.nan)
+        running_squares = np.concatenate([[0.0], np.cumsum((values - centre) ** 2)])
+        squares = running_squares[high] - running_squares[low]
+        variance = np.maximum(squares - count * mean**2, 0.0) / (count - 1)
+        return np.where(count > 1, np.sqrt(variance), np.nan)
+
+
+def _extreme(better: np.ufunc, values: Floats, low: Indices, high: Indices) -> Floats:
+    """Minimum or maximum of each slice, from a sparse table: two overlapping blocks of a power of two cover any slice."""
+    answer = np.full(len(low), np.nan)
+    length = high - low
+    level, block = values, 1
+    while len(level):
+        rows = np.flatnonzero((length >= block) & (length < 2 * block))
+        answer[rows] = better(level[low[rows]], level[high[rows] - block])
+        level = better(level[:-block], level[block:])
+        block *= 2
+    return answer

@@ -1,0 +1,100 @@
+"""Lengths of time as people write them: ``12 months``, ``6 hours``, ``1 day``."""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from pipeline.errors import SpecError
+
+SECONDS = {"minute": 60, "hour": 3600, "day": 86_400, "week": 604_800}
+MONTHS = {"month": 1, "quarter": 3, "year": 12}
+UNITS = (*SECONDS, *MONTHS)
+_WRITTEN = re.compile(r"^\s*(\d+)\s+([a-z]+?)s?\s*$")
+
+Times = npt.NDArray[np.datetime64]
+
+
+@dataclass(frozen=True)
+class Period:
+    """A whole number of one unit of time; months, quarters and years are calendar ones.
+
+    Args:
+        count: how many units; 0 or more.
+        unit: one of minute, hour, day, week, month, quarter, year.
+    """
+
+    count: int
+    unit: str
+
+    @classmethod
+    def parse(cls, text: str) -> "Period":
+        """Read ``12 months`` or ``1 day``.
+
+        Raises:
+            SpecError: if the text is not a whole number and a known unit.
+        """
+        found = _WRITTEN.match(text.lower())
+        if found is None or found.group(2) not in UNITS:
+            raise SpecError(
+                f"{text!r} is not a length of time: expected a whole number and a unit, such as '12 months'; units: {', '.join(UNITS)}"
+            )
+        return cls(int(found.group(1)), found.group(2))
+
+    def __str__(self) -> str:
+        return f"{self.count} {self.unit}{'' if self.count == 1 else 's'}"
+
+    @property
+    def name(self) -> str:
+        """The length as part of a column name, e.g. ``12_months``."""
+        return str(self).replace(" ", "_")
+
+    @property
+    def is_calendar(self) -> bool:
+        """Whether its length in seconds depends on the calendar."""
+        return self.unit in MONTHS
+
+    def times(self, factor: int) -> "Period":
+        """This length, ``factor`` times over."""
+        return Period(self.count * factor, self.unit)
+
+    def before(self, times: Times) -> Times:
+        """The moments this length earlier; a day that a month lacks becomes that month's last day."""
+        return self._shift(times, -1)
+
+    def after(self, times: Times) -> Times:
+        """The moments this length later; a day that a month lacks becomes that month's last day."""
+        return self._shift(times, 1)
+
+    def _shift(self, times: Times, sign: int) -> Times:
+        times = times.astype("datetime64[us]")
+        if not self.is_calendar:
+            return times + np.timedelta64(sign * self.count * SECONDS[self.unit], "s").astype("timedelta64[us]")
+        months = times.astype("datetime64[M]")
+        rest = times - months.astype("datetime64[us]")
+        moved = months + np.timedelta64(sign * self.count * MONTHS[self.unit], "M")
+        day = rest // np.timedelta64(1, "D")
+        last_day = ((moved + np.timedelta64(1, "M")).astype("datetime64[D]") - moved.astype("datetime64[D]")).astype(int) - 1
+        within_day = rest - day * np.timedelta64(1, "D")
+        kept_day = np.minimum(day, last_day).astype("timedelta64[D]")
+        shifted: Times = moved.astype("datetime64[us]") + kept_day.astype("timedelta64[us]") + within_day
+        return shifted
+
+    def floor(self, moment: pd.Timestamp) -> pd.Timestamp:
+        """The start of the unit that holds the moment; weeks start on Monday."""
+        if self.unit == "week":
+            return moment.normalize() - pd.Timedelta(days=moment.weekday())
+        if self.unit in ("minute", "hour", "day"):
+            return moment.floor({"minute": "min", "hour": "h", "day": "D"}[self.unit])
+        if self.unit == "month":
+            return moment.normalize().replace(day=1)
+        if self.unit == "quarter":
+            return moment.normalize().replace(day=1, month=3 * ((moment.month - 1) // 3) + 1)
+        return moment.normalize().replace(day=1, month=1)
+
+    def add(self, moment: pd.Timestamp, factor: int = 1) -> pd.Timestamp:
+        """The moment ``factor`` times this length later; a negative factor goes back."""
+        shifted = self.times(abs(factor))._shift(np.array([moment.to_datetime64()]), 1 if factor >= 0 else -1)
+        return pd.Timestamp(shifted[0])

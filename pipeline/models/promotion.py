@@ -1,0 +1,51 @@
+"""The gates between a challenger and the champion's alias."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One condition of promotion.
+
+    Args:
+        name: what it asks.
+        passed: whether it holds.
+        found: what was found.
+        expected: what would pass.
+    """
+
+    name: str
+    passed: bool
+    found: str
+    expected: str
+
+
+def judge_challenger(ledger: pd.DataFrame, groups_in_pack: Sequence[tuple[int, str]]) -> list[Gate]:
+    """Ask whether a version is fit to serve.
+
+    Args:
+        ledger: the rows of its training run.
+        groups_in_pack: grain index and id of every group that has an answer chain in it.
+    """
+    chains = set(groups_in_pack)
+    lacking = [key for key in zip(ledger["grain"], ledger["group_id"], strict=True) if (int(key[0]), key[1]) not in chains]
+    pooled = ledger[ledger["grain"] == 0].iloc[0]
+    blend, constant = pooled["report_blend"], pooled["report_constant"]
+    # Without report rows there is nothing to compare, and a first model beats none.
+    unmeasured = pd.isna(blend) or pd.isna(constant)
+    n_failed = int((ledger["status"] == "failed").sum())
+    return [
+        Gate("every group has an answer chain", not lacking, f"{len(lacking)} of {len(ledger)} lack one", "0"),
+        Gate(
+            "the fleet beats its constant",
+            bool(unmeasured or (np.isfinite(blend) and blend <= constant)),
+            "not measured" if unmeasured else f"error {blend:.6g}",
+            "any" if unmeasured else f"at most {constant:.6g} (link space RMSE on report rows)",
+        ),
+        Gate("some group has a model", bool(ledger["booster_id"].notna().any()), f"{ledger['booster_id'].notna().sum()}", "at least 1"),
+        Gate("few groups failed", n_failed <= 0.1 * len(ledger), f"{n_failed} of {len(ledger)}", "at most 10 %"),
+    ]

@@ -1,0 +1,1 @@
+"""What people read after a run: one summary, a few plots."""

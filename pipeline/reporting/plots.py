@@ -1,0 +1,98 @@
+"""Plots as PNG bytes: for Dagster's metadata and MLflow's artifacts."""
+
+import io
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from pipeline.reporting.summary import fleet_errors, status_counts
+from pipeline.spec import FleetSpec
+
+BLUE, GREY, ORANGE = "#2f6690", "#b8b8b8", "#d97b29"
+
+
+def training_plot(ledger: pd.DataFrame, spec: FleetSpec) -> bytes:
+    """Three panels: groups by status, error against rows, and the fleet beside its rivals."""
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    by_status, by_rows, rivals = figure.subplots(1, 3)
+    _draw_statuses(by_status, ledger)
+    _draw_error_by_rows(by_rows, ledger)
+    _draw_rivals(rivals, ledger, spec)
+    figure.suptitle(f"{spec.name}: {len(ledger):,} groups")
+    return _png(figure)
+
+
+def _draw_statuses(axes: "mpl.axes.Axes", ledger: pd.DataFrame) -> None:
+    counts = status_counts(ledger)
+    titles = [f"{row.grain} {row.status}{f' ({row.reason})' if row.reason else ''}" for row in counts.itertuples()]
+    colours = [{"trained": BLUE, "failed": ORANGE}.get(status, GREY) for status in counts["status"]]
+    bars = axes.barh(titles, counts["groups"], color=colours)
+    axes.bar_label(bars, padding=3)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.set_xlabel("groups")
+
+
+def _draw_error_by_rows(axes: "mpl.axes.Axes", ledger: pd.DataFrame) -> None:
+    finest = ledger[(ledger["grain"] == ledger["grain"].max()) & ledger["rmse"].notna() & (ledger["rmse"] > 0)]
+    weights = finest["weight"].fillna(0.0).to_numpy(dtype=float)
+    points = axes.scatter(finest["n_target"].to_numpy(dtype=float), finest["rmse"].to_numpy(dtype=float), c=weights, cmap="viridis", vmin=0, vmax=max(0.01, weights.max(initial=0)), s=18)
+    if len(finest):
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.figure.colorbar(points, ax=axes, label="weight of the own model")
+    axes.set_xlabel("rows with a target, per finest group")
+    axes.set_ylabel("RMSE on report rows")
+
+
+def _draw_rivals(axes: "mpl.axes.Axes", ledger: pd.DataFrame, spec: FleetSpec) -> None:
+    errors = [error for error in fleet_errors(ledger, spec) if error.rmse is not None]
+    bars = axes.barh([error.name for error in errors], [error.rmse or 0.0 for error in errors], color=[BLUE, *[GREY] * (len(errors) - 1)])
+    axes.bar_label(bars, padding=3, fmt="%.4g")
+    axes.invert_yaxis()
+    axes.margins(x=0.2)
+    axes.set_xlabel("RMSE on report rows, target units")
+
+
+def plan_plot(ledger: pd.DataFrame) -> bytes:
+    """Predicted against real seconds, one point per trained group."""
+    trained = ledger[ledger["seconds"].gt(0) & ledger["planned_seconds"].gt(0)]
+    figure = Figure(figsize=(5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.scatter(trained["planned_seconds"], trained["seconds"], s=14, color=BLUE)
+    if len(trained):
+        ends = [min(trained["planned_seconds"].min(), trained["seconds"].min()), max(trained["planned_seconds"].max(), trained["seconds"].max())]
+        axes.plot(ends, ends, color=GREY, linewidth=1)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+    axes.set_xlabel("planned seconds per group")
+    axes.set_ylabel("real seconds")
+    return _png(figure)
+
+
+def prediction_plot(predictions: pd.DataFrame, spec: FleetSpec) -> bytes:
+    """Distribution of the answers, and who gave them.
+
+    Args:
+        predictions: prediction and answered_by, one row per answered row (or a sample of them).
+        spec: the fleet.
+    """
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    values, who = figure.subplots(1, 2)
+    answers = predictions["prediction"].to_numpy(dtype=float)
+    values.hist(answers[np.isfinite(answers)], bins=40, color=BLUE)
+    values.set_xlabel(f"predicted {spec.target.column}")
+    values.set_ylabel("rows")
+    counts = predictions["answered_by"].value_counts()
+    who.bar_label(who.barh(list(counts.index), counts.to_numpy(), color=BLUE), padding=3)
+    who.margins(x=0.15)
+    who.set_xlabel("rows answered by")
+    return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
+    sink = io.BytesIO()
+    figure.savefig(sink, format="png", dpi=90)
+    return sink.getvalue()

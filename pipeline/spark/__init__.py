@@ -1,0 +1,1 @@
+"""What runs on Spark: the one subpackage that imports pyspark at module level."""

@@ -1,0 +1,199 @@
+"""Building a feature table on Spark: the SQL, made-up future rows, features of the past, derived columns."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from pyspark.errors import AnalysisException
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as sf
+from pyspark.sql import types as st
+from pyspark.sql.pandas.types import from_arrow_schema, to_arrow_schema
+
+from pipeline.errors import DataError, SpecError
+from pipeline.features.history import HistoryPass, add_history, plan_passes
+from pipeline.grouping.periods import Period
+from pipeline.spark.keys import group_id_column
+from pipeline.spec import FleetSpec
+
+_CALENDAR = {
+    "year": sf.year,
+    "quarter": sf.quarter,
+    "month": sf.month,
+    "week": sf.weekofyear,
+    "day_of_year": sf.dayofyear,
+    "day": sf.dayofmonth,
+    "day_of_week": sf.weekday,
+    "hour": sf.hour,
+    "minute": sf.minute,
+}
+_KEY_TYPES = (st.StringType, st.IntegralType, st.BooleanType, st.DateType)
+
+
+def build_features(spark: SparkSession, spec: FleetSpec, sql: str, raw: Mapping[str, DataFrame]) -> DataFrame:
+    """The feature table of a fleet, not yet written.
+
+    Args:
+        spark: the session.
+        spec: the fleet.
+        sql: the checked text of its SQL file.
+        raw: the raw tables by source name.
+
+    Returns:
+        One row per entity and time, with the columns of `tables.FEATURES`, keys, target, and every feature; numbers as double,
+        categoricals as text. Ordered by the finest grain and time within each partition.
+
+    Raises:
+        SpecError: if Spark cannot make sense of the SQL or a derived column.
+        DataError: if a key, the time or the target has a type that cannot serve.
+    """
+    rows = _selected(spark, spec, sql, raw)
+    _check_types(spec, rows)
+    rows = _canonical(spec, rows)
+    if spec.scoring.score == "future":
+        rows = rows.unionByName(_future_rows(spark, spec, rows), allowMissingColumns=True)
+    for features in plan_passes(spec):
+        rows = _with_history(rows, spec, features)
+    rows = _with_derived(rows, spec)
+    keys = [f"`{key}`" for key in spec.finest]
+    return (rows.repartition(*keys) if keys else rows).sortWithinPartitions(*keys, "time")
+
+
+def _selected(spark: SparkSession, spec: FleetSpec, sql: str, raw: Mapping[str, DataFrame]) -> DataFrame:
+    for name, frame in raw.items():
+        frame.createOrReplaceTempView(name)
+    try:
+        rows = spark.sql(sql)
+    except AnalysisException as error:
+        raise SpecError(f"{spec.features.sql}: {error.getMessage() or error}") from error
+    finally:
+        for name in raw:
+            spark.catalog.dropTempView(name)
+    there = {name.lower() for name in rows.columns}
+    for name, field in spec.sql_columns.items():
+        if name.lower() not in there:
+            raise SpecError(f"{field}: {spec.features.sql} gives no column {name!r}; it gives: {', '.join(rows.columns)}")
+    return rows.select(*(sf.col(f"`{name}`").alias(name) for name in spec.sql_columns))
+
+
+def _check_types(spec: FleetSpec, rows: DataFrame) -> None:
+    types = {field.name: field.dataType for field in rows.schema}
+    for key in spec.key_columns:
+        if not isinstance(types[key], _KEY_TYPES):
+            raise DataError(f"key {key!r} is {types[key].simpleString()}; expected text, a whole number, a boolean or a date: cast it in {spec.features.sql}")
+    for name in filter(None, (spec.time, spec.known_at)):
+        if not isinstance(types[name], st.DateType | st.TimestampType | st.TimestampNTZType):
+            raise DataError(f"{name!r} is {types[name].simpleString()}; expected a date or timestamp: cast it in {spec.features.sql}")
+    if not isinstance(types[spec.target.column], st.NumericType):
+        raise DataError(
+            f"target {spec.target.column!r} is {types[spec.target.column].simpleString()}; expected a number: cast it in {spec.features.sql}, "
+            "or name in the source's null_values the texts that mean null"
+        )
+    numeric = [name for name in spec.sql_columns if name not in {*spec.key_columns, spec.time, spec.known_at, *spec.features.categoricals}]
+    for name in numeric:
+        if not isinstance(types[name], st.NumericType | st.BooleanType):
+            raise DataError(f"feature {name!r} is {types[name].simpleString()}; expected a number: cast it, or list it under features.categoricals")
+
+
+def _canonical(spec: FleetSpec, rows: DataFrame) -> DataFrame:
+    """Time columns under their canonical names, numbers as double, and the row key."""
+    # Milliseconds are the resolution of time, so that every window has an exact start.
+    time = sf.date_trunc("millisecond", sf.col(f"`{spec.time}`").cast("timestamp"))
+    known_at = sf.date_trunc("millisecond", sf.col(f"`{spec.known_at}`").cast("timestamp")) if spec.known_at else time
+    kept = []
+    for name in spec.sql_columns:
+        column = sf.col(f"`{name}`")
+        if name in (spec.time, spec.known_at) and name not in spec.key_columns:
+            continue
+        if name in spec.key_columns:
+            kept.append(column.alias(name))
+        elif name in spec.features.categoricals:
+            kept.append(column.cast("string").alias(name))
+        else:
+            kept.append(column.cast("double").alias(name))
+    rows = rows.select(*kept, time.alias("time"), sf.coalesce(known_at, time).alias("known_at"), sf.lit(False).alias("is_future"))
+    return rows.withColumn("row_key", group_id_column([*spec.entity, "time"]))
+
+
+def _future_rows(spark: SparkSession, spec: FleetSpec, rows: DataFrame) -> DataFrame:
+    """One row per entity and period of the horizon after the newest time of the fleet."""
+    newest = rows.agg(sf.max("time")).collect()[0][0]
+    if newest is None:
+        return rows.limit(0)
+    period, end = Period.parse(spec.period or ""), spec.horizon_period.add(pd.Timestamp(newest))
+    moments = []
+    while (moment := period.add(pd.Timestamp(newest), len(moments) + 1)) <= end:
+        moments.append((moment.to_pydatetime(),))
+    times = spark.createDataFrame(moments, "time timestamp")
+    entities = rows.select(*(f"`{key}`" for key in spec.key_columns)).dropDuplicates(list(spec.entity))
+    made_up = entities.crossJoin(sf.broadcast(times)).withColumn("known_at", sf.col("time")).withColumn("is_future", sf.lit(True))
+    return made_up.withColumn("row_key", group_id_column([*spec.entity, "time"]))
+
+
+def _with_history(rows: DataFrame, spec: FleetSpec, features: HistoryPass) -> DataFrame:
+    before = to_arrow_schema(rows.schema, timezone="UTC")
+    empty = add_history(before.empty_table(), spec, features)
+    after = from_arrow_schema(empty.schema)
+
+    def compute(table: pa.Table) -> pa.Table:
+        return add_history(table, spec, features)
+
+    return rows.groupBy(*(f"`{key}`" for key in features.keys)).applyInArrow(compute, after)
+
+
+def _with_derived(rows: DataFrame, spec: FleetSpec) -> DataFrame:
+    for part in spec.features.calendar:
+        rows = rows.withColumn(part, _CALENDAR[part]("time").cast("double"))
+    for name, expression in spec.features.derived.items():
+        try:
+            rows = rows.withColumn(name, sf.expr(expression).cast("double"))
+        except AnalysisException as error:
+            raise SpecError(f"features.derived.{name}: {expression!r}: {error.getMessage() or error}") from error
+    return rows
+
+
+def check_feature_table(rows: DataFrame, spec: FleetSpec) -> dict[str, int]:
+    """Enforce the contract on files that are written but not committed; runs one Spark job.
+
+    Returns:
+        Counts: n_rows, n_targets, n_future.
+
+    Raises:
+        DataError: if there are no rows, or a time is null, or the entity key is there twice, with examples.
+    """
+    target = sf.col(f"`{spec.target.column}`")
+    per_key = rows.groupBy("row_key").agg(
+        sf.count("*").alias("n"),
+        sf.sum(sf.col("time").isNull().cast("long")).alias("n_timeless"),
+        sf.sum(target.isNotNull().cast("long")).alias("n_targets"),
+        sf.sum(sf.col("is_future").cast("long")).alias("n_future"),
+    )
+    counts = per_key.agg(
+        *(sf.coalesce(sf.sum(name), sf.lit(0)).alias(name) for name in ("n", "n_timeless", "n_targets", "n_future")),
+        sf.coalesce(sf.sum((sf.col("n") > 1).cast("long")), sf.lit(0)).alias("n_doubled"),
+    ).collect()[0]
+    where = spec.features.sql
+    if counts["n"] - counts["n_future"] == 0:
+        raise DataError(f"{where} gives no row; check that the sources {', '.join(source.name for source in spec.sources)} are not empty and its joins match")
+    if counts["n_timeless"]:
+        raise DataError(f"{counts['n_timeless']} of {counts['n']} rows have no {spec.time!r} (time); leave them out in {where}")
+    if counts["n_doubled"]:
+        examples = [row["row_key"] for row in per_key.where("n > 1").orderBy("row_key").limit(5).collect()]
+        raise DataError(
+            f"{counts['n_doubled']} entity keys are there more than once, e.g. {'  '.join(examples)}; "
+            f"entity {list(spec.entity)} and {spec.time!r} must identify a row: add a column to entity, or deduplicate in {where}"
+        )
+    return {"n_rows": int(counts["n"]), "n_targets": int(counts["n_targets"]), "n_future": int(counts["n_future"])}
+
+
+def newest_moments(rows: DataFrame) -> tuple[pd.Timestamp, pd.Timestamp]:
+    """Latest known_at and latest time of rows that are not made up."""
+    row = rows.where("NOT is_future").agg(sf.max("known_at"), sf.max("time")).collect()[0]
+    return pd.Timestamp(np.datetime64(row[0], "us")), pd.Timestamp(np.datetime64(row[1], "us"))
+
+
+def all_null_columns(rows: DataFrame, columns: Sequence[str]) -> list[str]:
+    """The columns that are null in every row; one Spark job."""
+    counts = rows.agg(*(sf.count(f"`{name}`").alias(name) for name in columns)).collect()[0]
+    return [name for name in columns if counts[name] == 0]

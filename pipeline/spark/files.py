@@ -1,0 +1,156 @@
+"""Parquet files between Spark and Delta: written by tasks, listed for the driver, which makes one commit of them."""
+
+import json
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pf
+import pyarrow.parquet as pq
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql.pandas.types import from_arrow_schema, to_arrow_schema
+
+FILE_COLUMNS = "path string, size long, n_rows long"
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """A file that a task wrote below a table's root and nobody has committed yet.
+
+    Args:
+        path: relative to the root.
+        size: bytes.
+        n_rows: rows.
+    """
+
+    path: str
+    size: int
+    n_rows: int
+
+
+def filesystem_of(root: str, options: Mapping[str, str]) -> tuple[pf.FileSystem, str]:
+    """The file system of a root and the root's path in it.
+
+    Args:
+        root: an absolute path, or an object-store URL such as ``s3://bucket/prefix``.
+        options: storage options as deltalake takes them; those of S3 are understood.
+    """
+    if "://" not in root:
+        return pf.LocalFileSystem(), root
+    if root.startswith(("s3://", "s3a://")):
+        endpoint = options.get("AWS_ENDPOINT_URL", "")
+        filesystem = pf.S3FileSystem(
+            access_key=options.get("AWS_ACCESS_KEY_ID"),
+            secret_key=options.get("AWS_SECRET_ACCESS_KEY"),
+            session_token=options.get("AWS_SESSION_TOKEN"),
+            region=options.get("AWS_REGION"),
+            scheme="http" if endpoint.startswith("http://") else "https",
+            endpoint_override=endpoint.split("://", 1)[-1] or None,
+        )
+        return filesystem, root.split("://", 1)[1]
+    filesystem, path = pf.FileSystem.from_uri(root)
+    return filesystem, path
+
+
+class FileWriter:
+    """Writes record batches to one new Parquet file below a root; no rows, no file."""
+
+    def __init__(self, root: str, options: Mapping[str, str], schema: pa.Schema) -> None:
+        self._filesystem, self._root = filesystem_of(root, options)
+        self._schema = schema
+        self._path = f"part-{uuid.uuid4()}.parquet"
+        self._writer: pq.ParquetWriter | None = None
+        self._n_rows = 0
+
+    def write(self, rows: pa.RecordBatch | pa.Table) -> None:
+        """Append rows; their columns are brought into the schema's order and types."""
+        if rows.num_rows == 0:
+            return
+        if self._writer is None:
+            self._filesystem.create_dir(self._root, recursive=True)
+            self._writer = pq.ParquetWriter(f"{self._root}/{self._path}", self._schema, filesystem=self._filesystem, compression="zstd")
+        table = pa.Table.from_batches([rows]) if isinstance(rows, pa.RecordBatch) else rows
+        self._writer.write_table(table.select(self._schema.names).cast(self._schema))
+        self._n_rows += rows.num_rows
+
+    def close(self) -> WrittenFile | None:
+        """Finish the file."""
+        if self._writer is None:
+            return None
+        self._writer.close()
+        size = self._filesystem.get_file_info(f"{self._root}/{self._path}").size
+        return WrittenFile(self._path, size, self._n_rows)
+
+
+def write_files(frame: DataFrame, root: str, options: Mapping[str, str]) -> tuple[list[WrittenFile], pa.Schema]:
+    """Write a data frame's partitions below a root, each as one file, without committing them; runs one Spark job.
+
+    Returns:
+        The files, and the schema they share.
+    """
+    schema = to_arrow_schema(frame.schema, timezone="UTC")
+
+    def write(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        writer = FileWriter(root, options, schema)
+        for batch in batches:
+            writer.write(batch)
+        written = writer.close()
+        if written is not None:
+            yield pa.RecordBatch.from_pylist([vars(written)])
+
+    rows = frame.mapInArrow(write, FILE_COLUMNS).collect()
+    return [WrittenFile(row["path"], row["size"], row["n_rows"]) for row in rows], schema
+
+
+def read_files(spark: SparkSession, root: str, paths: Sequence[str], schema: pa.Schema, options: Mapping[str, str]) -> DataFrame:
+    """A data frame over listed files of a table.
+
+    Args:
+        spark: the session.
+        root: the table's root.
+        paths: relative to the root.
+        schema: columns to read; one that a file lacks is null there.
+        options: storage options.
+    """
+    spark_schema = from_arrow_schema(schema)
+    if not paths:
+        return spark.createDataFrame([], spark_schema)
+    if "://" not in root:
+        return spark.read.schema(spark_schema).parquet(*(_escaped(f"{root}/{path}") for path in paths))
+    names = schema.names
+
+    def read(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        filesystem, base = filesystem_of(root, options)
+        for batch in batches:
+            for path in batch.column(0).to_pylist():
+                # Stock Spark has no connector for object stores; Arrow has.
+                with pq.ParquetFile(f"{base}/{path}", filesystem=filesystem) as file:
+                    for rows in file.iter_batches():
+                        yield _completed(pa.Table.from_batches([rows]), schema, names)
+
+    listed = spark.createDataFrame([(path,) for path in paths], "path string").repartition(len(paths))
+    return listed.mapInArrow(read, spark_schema)
+
+
+def _completed(rows: pa.Table, schema: pa.Schema, names: Sequence[str]) -> pa.RecordBatch:
+    for field in schema:
+        if field.name not in rows.column_names:
+            rows = rows.append_column(field, pa.nulls(rows.num_rows, field.type))
+    return rows.select(names).cast(schema).combine_chunks().to_batches()[0]
+
+
+def _escaped(path: str) -> str:
+    """A local path whose glob characters mean themselves."""
+    return "".join(f"\\{character}" if character in "*?[]{}\\" else character for character in path)
+
+
+def file_json(table: str, file: WrittenFile) -> str:
+    """A written file as a line for the driver."""
+    return json.dumps({"table": table, **vars(file)})
+
+
+def file_of_json(line: Mapping[str, Any]) -> WrittenFile:
+    """The inverse of `file_json`."""
+    return WrittenFile(line["path"], line["size"], line["n_rows"])

@@ -1,0 +1,193 @@
+"""One training run of a fleet: plan it, train it, blend it, account for every group."""
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version as installed_version
+from typing import Any
+
+import pandas as pd
+from pyspark.sql import DataFrame, SparkSession
+
+from pipeline.errors import DataError
+from pipeline.features.encoding import choose_categories
+from pipeline.grouping.plan import TrainingPlan, build_plan
+from pipeline.grouping.splits import Cutoffs, resolve_cutoffs
+from pipeline.models.meta_model import grain_name
+from pipeline.models.pack import model_spec
+from pipeline.spark.evaluation import judged_rows, measure_groups, sum_moments
+from pipeline.spark.features import newest_moments
+from pipeline.spark.files import read_files
+from pipeline.spark.training import (
+    Report,
+    TrainedFiles,
+    count_categories,
+    count_groups,
+    limited_rows,
+    placed_rows,
+    train_groups,
+    visible_rows,
+)
+from pipeline.spec import FleetSpec
+from pipeline.tables import HOLDOUT, LEDGER
+from pipeline.training.blend import GroupSkill, learn_blend
+from pipeline.training.trainer import TrainingSettings
+from pipeline.training.worker import TrainGroup
+
+# Fits per trial, in the plan's arithmetic: the trials of the budget that usually run in full, and two refits.
+_REFITS = 2
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """All that a run pins before it trains.
+
+    Args:
+        run_id: of the run.
+        rows: the visible rows.
+        cutoffs: its dates.
+        plan: which group trains where.
+        settings: what every group shares.
+        constants: the fleet's constant for rows with and without an offset, link space.
+    """
+
+    run_id: str
+    rows: DataFrame
+    cutoffs: Cutoffs
+    plan: TrainingPlan
+    settings: TrainingSettings
+    constants: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a run leaves: the ledger, and files not yet committed."""
+
+    ledger: pd.DataFrame
+    files: TrainedFiles
+
+
+def plan_run(
+    features: DataFrame, spec: FleetSpec, *, run_id: str, as_of: pd.Timestamp | None, limit_groups: int | None, slots: int, threads: int
+) -> PlannedRun:
+    """Count the groups, fix the dates, and lay out the work; nothing is trained.
+
+    Raises:
+        DataError: if no row is visible at the as-of, or no row has a target to fit on.
+    """
+    moment = as_of if as_of is not None else newest_moments(features)[0]
+    rows = limited_rows(visible_rows(features, moment), spec, limit_groups)
+    _, newest = newest_moments(rows)
+    if pd.isna(newest):
+        earliest, latest = features.where("NOT is_future").selectExpr("min(known_at)", "max(known_at)").collect()[0]
+        raise DataError(f"as of {moment} no row is known yet; known_at runs from {earliest} to {latest}: choose an as-of within or after it")
+    cutoffs = resolve_cutoffs(spec.splits, moment, newest)
+    data = count_groups(rows, spec, cutoffs)
+    categories = choose_categories(count_categories(rows, spec, cutoffs), spec.features.max_categories)
+    tuning = spec.tuning
+    plan = build_plan(
+        data.counts,
+        n_features=len(spec.feature_columns),
+        n_fits=min(tuning.max_trials, tuning.patience + 1) + _REFITS,
+        fit_rows=tuning.fit_rows,
+        tune_rows=tuning.tune_rows,
+        slots=slots,
+    )
+    settings = TrainingSettings(
+        run_id=run_id,
+        model=model_spec(spec, categories),
+        target=spec.target.column,
+        weight=spec.target.weight,
+        baselines=tuple(spec.baselines.values()),
+        tuning=tuning,
+        cutoffs=cutoffs,
+        threads=threads,
+    )
+    return PlannedRun(run_id, rows, cutoffs, plan, settings, (data.constant, data.constant_without_offset))
+
+
+def train_run(
+    spark: SparkSession,
+    run: PlannedRun,
+    spec: FleetSpec,
+    *,
+    roots: Mapping[str, str],
+    options: Mapping[str, str],
+    report: Report,
+    train: TrainGroup | None = None,
+) -> FinishedRun:
+    """Train every planned group, learn the blend, and write one ledger row per group.
+
+    Args:
+        spark: the session.
+        run: as planned.
+        spec: the fleet.
+        roots: roots of the tables boosters and holdout.
+        options: storage options.
+        report: called now and then with groups done, groups failed, planned seconds done.
+        train: what trains a group; another function only in tests.
+    """
+    costs = {(int(row.grain), str(row.group_id)): float(row.cost_seconds) for row in run.plan.to_train.itertuples()}
+    placed = placed_rows(spark, run.rows, spec, run.plan)
+    files = train_groups(spark, placed, run.settings, roots, options, costs, report, train)
+    has_model: list[set[str]] = [set() for _ in spec.grains]
+    for outcome in files.outcomes:
+        if outcome["status"] == "trained":
+            has_model[outcome["grain"]].add(outcome["group_id"])
+    holdout = read_files(spark, roots["holdout"], [file.path for file in files.holdout], HOLDOUT.schema, options)
+    judged = judged_rows(holdout, spec, run.cutoffs).persist()
+    try:
+        skills = learn_blend(sum_moments(judged, len(spec.grains)), has_model, run.constants[0], spec.pooling)
+        measures = measure_groups(spark, judged, spec, skills, run.constants, has_model)
+    finally:
+        judged.unpersist()
+    return FinishedRun(build_ledger(run, spec, files.outcomes, skills, measures), files)
+
+
+def build_ledger(
+    run: PlannedRun, spec: FleetSpec, outcomes: list[dict[str, Any]], skills: Mapping[tuple[int, str], GroupSkill], measures: pd.DataFrame
+) -> pd.DataFrame:
+    """Exactly one row per planned group, whatever came back for it.
+
+    A group that was sent to a worker and of which nothing came back is `failed`.
+    """
+    by_group = {(int(outcome["grain"]), outcome["group_id"]): outcome for outcome in outcomes}
+    measured = {(int(row["grain"]), row["group_id"]): row for row in measures.to_dict("records")}
+    rows = []
+    for planned in run.plan.groups.to_dict("records"):
+        key = int(planned["grain"]), planned["group_id"]
+        row: dict[str, Any] = {**planned, "planned_seconds": planned["cost_seconds"], "run_id": run.run_id, "weight": 0.0}
+        if planned["status"] == "train":
+            lost = {"status": "failed", "reason": "error", "error_class": "LostOutcome", "error_message": "the worker gave no outcome for this group"}
+            row |= by_group.get(key, lost)
+        row["grain_name"] = grain_name(spec.grains[key[0]])
+        if key in skills:
+            row |= vars(skills[key])
+        if row["status"] != "trained":
+            row["weight"] = 0.0
+        elif key not in skills:
+            row["weight"] = 1.0 if spec.pooling == "none" else 0.0
+        rows.append(row | measured.get(key, {}))
+    ledger = pd.DataFrame(rows).reindex(columns=LEDGER.schema.names)
+    return ledger.sort_values(["grain", "group_id"], ignore_index=True)
+
+
+def manifest(run: PlannedRun, spec: FleetSpec, *, started_at: pd.Timestamp, features_version: int) -> dict[str, Any]:
+    """The row of `tables.RUNS` that says what the run pinned."""
+    packages = ("many-models", "pyspark", "lightgbm", "optuna", "pandas", "pyarrow", "numpy")
+    versions = {"python": platform.python_version(), **{package: installed_version(package) for package in packages}}
+    return {
+        "run_id": run.run_id,
+        "started_at": started_at,
+        "as_of": run.cutoffs.as_of,
+        "tune_start": run.cutoffs.tune_start,
+        "report_start": run.cutoffs.report_start,
+        "features_version": features_version,
+        "spec_digest": spec.training_digest,
+        "constant": run.constants[0],
+        "constant_without_offset": run.constants[1],
+        "n_groups": len(run.plan.groups),
+        "model_spec": json.dumps(run.settings.model, ensure_ascii=False),
+        "versions": json.dumps(versions),
+    }

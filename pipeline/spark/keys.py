@@ -1,0 +1,30 @@
+"""Spark expressions that equal, to the letter, their Python twins in `pipeline.models.meta_model`."""
+
+from collections.abc import Sequence
+
+from pyspark.sql import Column
+from pyspark.sql import functions as sf
+
+
+def group_id_column(keys: Sequence[str]) -> Column:
+    """The id of a row's group, as `meta_model.group_id` writes it."""
+    if not keys:
+        return sf.lit("[]")
+    return sf.to_json(sf.array(*(sf.col(f"`{key}`").cast("string") for key in keys)))
+
+
+def link_column(value: Column, transform: str) -> Column:
+    """Target units to link space; null where the result is not finite."""
+    linked = {"none": value, "log": sf.when(value > 0, sf.log(value)), "log1p": sf.when(value > -1, sf.log1p(value))}[transform]
+    return finite(linked)
+
+
+def inverse_link_column(linked: Column, transform: str) -> Column:
+    """Link space to target units."""
+    return {"none": linked, "log": sf.exp(linked), "log1p": sf.expm1(linked)}[transform]
+
+
+def finite(value: Column) -> Column:
+    """The value, or null where it is NaN or infinite."""
+    number = value.cast("double")
+    return sf.when(~sf.isnan(number) & (sf.abs(number) < float("inf")), number)

@@ -1,0 +1,397 @@
+"""FleetSpec: everything a user says about a fleet, validated when built.
+
+The descriptions below are what the component's documentation shows; keep them true, with a unit and an example.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.errors import SpecError
+from pipeline.grouping.periods import Period
+
+Statistic = Literal["mean", "sum", "count", "std", "min", "max", "last"]
+CalendarPart = Literal["year", "quarter", "month", "week", "day_of_year", "day", "day_of_week", "hour", "minute"]
+ColumnType = Literal["string", "long", "double", "boolean", "date", "timestamp"]
+
+_IDENTIFIER = re.compile(r"^[A-Za-z][A-Za-z0-9_]{0,99}$")
+RESERVED = ("time", "known_at", "row_key", "is_future")
+
+
+def _checked_identifier(name: str) -> str:
+    if not _IDENTIFIER.match(name):
+        raise ValueError(f"{name!r} is not a usable name: expected a letter, then letters, digits or _ (100 at most)")
+    return name
+
+
+def _checked_period(text: str) -> str:
+    Period.parse(text)
+    return text
+
+
+Identifier = Annotated[str, AfterValidator(_checked_identifier)]
+PeriodText = Annotated[str, AfterValidator(_checked_period)]
+
+
+class Part(BaseModel):
+    """A frozen part of a spec; a field it does not know is refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SourceSpec(Part):
+    """One raw table and where it comes from."""
+
+    name: Identifier = Field(description="Name of the raw table in features.sql and of its asset, e.g. `flights`.")
+    uri: str = Field(
+        min_length=1,
+        description="A path, a glob, an object-store URL, or a file of an installed package: `data/sales-*.csv`, "
+        "`s3://bucket/sales/`, `package://plotnine/data/txhousing.csv`.",
+    )
+    format: Literal["csv", "parquet", "delta", "jsonl"] | None = Field(
+        default=None, description="csv (also .zip and .gz), parquet, delta or jsonl; by default told from the file's ending."
+    )
+    types: Mapping[str, ColumnType] = Field(
+        default_factory=dict, description="Types of columns that would be guessed wrongly, e.g. `{zip_code: string}`."
+    )
+    null_values: Sequence[str] = Field(default=("", "NA", "NaN", "null", "NULL"), description="CSV texts that mean null.")
+
+
+class LagSpec(Part):
+    """A column's value whole periods ago, for the same entity."""
+
+    column: Identifier = Field(description="Column of features.sql whose past value is wanted, e.g. `median`.")
+    periods: Sequence[Annotated[int, Field(ge=1)]] = Field(
+        min_length=1, description="How many periods back, e.g. `[1, 12]`; each at least the horizon. Makes `median_lag_1`, `median_lag_12`."
+    )
+
+
+class RollingSpec(Part):
+    """Statistics of a column over what was known in a trailing window, as of the row's time less the horizon."""
+
+    column: Identifier = Field(description="Column of features.sql to summarise, e.g. `arr_delay`.")
+    window: PeriodText = Field(description="Length of the window, e.g. `12 months` or `6 hours`; its start is excluded, its end included.")
+    statistics: Sequence[Statistic] = Field(default=("mean",), min_length=1, description="Any of mean, sum, count, std, min, max, last.")
+    over: Sequence[Identifier] | None = Field(
+        default=None,
+        description="Columns whose value the summarised rows share, e.g. `[dest]`; `[]` is all rows; by default the finest grain. "
+        "Makes `arr_delay_mean_6_hours`, or `arr_delay_mean_6_hours_by_dest` (`_by_all` for []) where `over` is given.",
+    )
+
+    @property
+    def period(self) -> Period:
+        """The window's length."""
+        return Period.parse(self.window)
+
+    def name(self, statistic: str) -> str:
+        """The feature's column name."""
+        suffix = "" if self.over is None else "_by_" + ("_".join(self.over) or "all")
+        return f"{self.column}_{statistic}_{self.period.name}{suffix}"
+
+
+class FeaturesSpec(Part):
+    """What a model sees of a row."""
+
+    sql: str = Field(
+        default="features.sql",
+        description="File beside defs.yaml with one SELECT (Spark SQL) over the sources, one row per entity and time.",
+    )
+    columns: Sequence[Identifier] = Field(
+        default=(),
+        description="Columns of features.sql that are features as they are. List only what is known when the prediction is made.",
+    )
+    lags: Sequence[LagSpec] = Field(default=(), description="Values whole periods ago.")
+    rolling: Sequence[RollingSpec] = Field(default=(), description="Statistics of trailing windows, as of what was known.")
+    derived: Mapping[Identifier, str] = Field(
+        default_factory=dict,
+        description="Row-wise Spark SQL expressions over features and calendar parts, in order, e.g. `trend: ln(median_lag_1 / median_lag_12)`.",
+    )
+    calendar: Sequence[CalendarPart] = Field(default=(), description="Parts of the row's time: year, month, day_of_week, hour ...")
+    categoricals: Sequence[Identifier] = Field(
+        default=(), description="Keys or columns that are categories, not quantities, e.g. `[carrier]`; unseen values count as missing."
+    )
+    max_categories: int = Field(default=250, ge=2, le=5000, description="Most frequent values kept per categorical; rarer ones count as missing.")
+    exclude: Sequence[Identifier] = Field(
+        default=(), description="Lags, windows or derived columns that only help to compute others and are not shown to the models."
+    )
+
+
+class TargetSpec(Part):
+    """What is predicted, and on which scale the models learn it."""
+
+    column: Identifier = Field(description="Numeric column of features.sql to predict, e.g. `median`.")
+    transform: Literal["none", "log", "log1p"] = Field(default="none", description="Link: the models learn transform(target).")
+    offset: Identifier | None = Field(
+        default=None,
+        description="Feature column subtracted from the transformed target before learning, in the link's units, so that groups are comparable.",
+    )
+    scale: Identifier | None = Field(default=None, description="Positive feature column that the rest is divided by before learning.")
+    weight: Identifier | None = Field(default=None, description="Column of row weights; null or negative weights count as 0.")
+
+
+class SplitsSpec(Part):
+    """How much of the newest past is kept from fitting; cutoffs move by whole units."""
+
+    report: PeriodText = Field(description="Newest part, touched once, to report: e.g. `12 months`.")
+    tune: PeriodText = Field(description="The part before it, which stops boosting and chooses parameters and weights.")
+
+
+class TuningSpec(Part):
+    """How much is spent on choosing parameters, and from how many rows on a group is trained."""
+
+    objective: Literal["l2", "l1", "huber"] = Field(default="l2", description="LightGBM's regression objective, in link space.")
+    max_trials: int = Field(default=12, ge=1, description="Trials per group at most; 1 takes the defaults.")
+    patience: int = Field(default=4, ge=1, description="A group's study stops after this many trials without improvement.")
+    timeout_seconds: float | None = Field(default=None, gt=0, description="A group's study stops after this long; makes results depend on the machine.")
+    max_rounds: int = Field(default=1000, ge=1, description="Boosting rounds at most.")
+    fit_rows: int = Field(default=100, ge=2, description="A group with fewer fit rows is not trained; its parent answers.")
+    tune_rows: int = Field(default=20, ge=2, description="A group with fewer tune rows is not trained; its parent answers.")
+    seed: int = Field(default=1, ge=0, description="Seed of studies and boosters.")
+
+
+class ScoringSpec(Part):
+    """Which rows are answered."""
+
+    score: Literal["future", "new"] = Field(
+        default="new", description="`future`: the next horizon periods of every entity, made up; `new`: rows of the data with a time after the as-of."
+    )
+    interval: float = Field(default=0.8, gt=0, lt=1, description="Share of answers that lower and upper should contain.")
+
+
+class FleetSpec(Part):
+    """One prediction problem over many groups."""
+
+    name: Annotated[str, AfterValidator(_checked_identifier)] = Field(description="Fleet, asset group and registered model, e.g. `housing`.")
+    description: str = Field(default="", description="One sentence for people.")
+    owners: Sequence[str] = Field(default=(), description="E-mail addresses or `team:name`, shown in Dagster.")
+    sources: Sequence[SourceSpec] = Field(min_length=1, description="Raw tables.")
+    features: FeaturesSpec = Field(description="SQL and declared features.")
+    grains: Sequence[Sequence[Identifier]] = Field(
+        min_length=1, description="Key columns of each level, coarse to fine, e.g. `[[], [origin], [origin, dest]]`; the first is always []."
+    )
+    entity: Sequence[Identifier] = Field(min_length=1, description="Columns that, with the time, identify one row, e.g. `[city]`.")
+    time: Identifier = Field(description="Column of features.sql (date or timestamp): when the target is realised.")
+    known_at: Identifier | None = Field(default=None, description="Column of features.sql: when the target becomes known; by default the time.")
+    period: PeriodText | None = Field(default=None, description="Step of the series, e.g. `1 month`; needed for lags and for `score: future`.")
+    horizon: PeriodText | None = Field(
+        default=None, description="How long before its time a row is predicted, e.g. `1 month`; by default at its time."
+    )
+    target: TargetSpec = Field(description="What is predicted.")
+    task: Literal["regression"] = Field(default="regression", description="Kind of prediction problem.")
+    splits: SplitsSpec = Field(description="What is kept from fitting.")
+    tuning: TuningSpec = Field(default_factory=TuningSpec, description="Budget per group.")
+    pooling: Literal["blend", "select", "none"] = Field(
+        default="blend",
+        description="`blend`: weigh own and parent's answers; `select`: the better of the two; `none`: own model alone where there is one.",
+    )
+    baselines: Mapping[str, Identifier] = Field(
+        default_factory=dict, description="Columns to beat, in the target's units, by name, e.g. `{last value: median_lag_1}`."
+    )
+    scoring: ScoringSpec = Field(default_factory=ScoringSpec, description="What is answered.")
+    as_of: str | None = Field(
+        default=None, description="Date or time the fleet pretends it is, unless a launch says otherwise; by default the newest known row."
+    )
+
+    @property
+    def finest(self) -> tuple[str, ...]:
+        """Key columns of the finest grain."""
+        return tuple(self.grains[-1])
+
+    @property
+    def horizon_period(self) -> Period:
+        """The horizon; 0 days where none is given."""
+        return Period.parse(self.horizon) if self.horizon else Period(0, "day")
+
+    @property
+    def over(self) -> dict[str, tuple[str, ...]]:
+        """Per rolling feature the columns whose value the summarised rows share."""
+        return {
+            window.name(statistic): tuple(self.finest if window.over is None else window.over)
+            for window in self.features.rolling
+            for statistic in window.statistics
+        }
+
+    @property
+    def history_columns(self) -> tuple[str, ...]:
+        """Names of the declared lags and rolling features."""
+        lags = [f"{lag.column}_lag_{periods}" for lag in self.features.lags for periods in lag.periods]
+        return (*lags, *self.over)
+
+    @property
+    def feature_columns(self) -> tuple[str, ...]:
+        """The columns that models see, in order; categoricals included."""
+        features = self.features
+        named = [*features.columns, *self.history_columns, *features.derived, *features.calendar, *features.categoricals]
+        return tuple(name for name in dict.fromkeys(named) if name not in features.exclude)
+
+    @property
+    def carried_columns(self) -> tuple[str, ...]:
+        """Columns of the feature table that are neither keys nor model features but are needed to train, blend or report."""
+        target = self.target
+        wanted = [target.offset, target.scale, target.weight, *self.baselines.values()]
+        known = {*self.feature_columns, *self.key_columns, target.column}
+        return tuple(dict.fromkeys(name for name in wanted if name is not None and name not in known))
+
+    @property
+    def key_columns(self) -> tuple[str, ...]:
+        """Columns of grains and entity, each once."""
+        return tuple(dict.fromkeys([*self.finest, *self.entity]))
+
+    @property
+    def sql_columns(self) -> dict[str, str]:
+        """Columns that features.sql must give, each with the field that asks for it."""
+        wanted: dict[str, str] = {}
+        computed = {*self.history_columns, *self.features.derived, *self.features.calendar}
+        asked = [
+            *((name, "grains") for name in self.finest),
+            *((name, "entity") for name in self.entity),
+            (self.time, "time"),
+            *([(self.known_at, "known_at")] if self.known_at else []),
+            (self.target.column, "target.column"),
+            *((name, "features.columns") for name in self.features.columns),
+            *((lag.column, "features.lags") for lag in self.features.lags),
+            *((window.column, "features.rolling") for window in self.features.rolling),
+            *((name, "features.rolling.over") for window in self.features.rolling for name in window.over or ()),
+            *((name, "features.categoricals") for name in self.features.categoricals),
+            *((name, f"target.{field}") for field in ("offset", "scale", "weight") if (name := getattr(self.target, field))),
+            *((name, f"baselines.{title}") for title, name in self.baselines.items()),
+        ]
+        for name, field in asked:
+            if name not in computed:
+                wanted.setdefault(name, field)
+        return wanted
+
+    @property
+    def training_digest(self) -> str:
+        """Hash of all that changes what training gives; names and descriptions for people are left out."""
+        parts = self.model_dump(mode="json", exclude={"description", "owners", "scoring", "sources"})
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        problems = list(self._problems())
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _problems(self) -> Iterator[str]:
+        yield from self._grain_problems()
+        yield from self._history_problems()
+        names = [source.name for source in self.sources]
+        yield from (f"sources: {name!r} is there twice; give each source its own name" for name in _doubled(names))
+        yield from (
+            f"sources: {name!r} is the name of a link of the asset chain; choose another" for name in names if name in CHAIN
+        )
+        taken = {*self.sql_columns} - {self.time, self.known_at}
+        yield from (f"column {name!r} is reserved ({', '.join(RESERVED)}); rename it in features.sql" for name in sorted(taken & {*RESERVED}))
+        computed = [*self.history_columns, *self.features.derived, *self.features.calendar]
+        yield from (f"features: {name!r} is made twice" for name in _doubled(computed))
+        if not self.feature_columns:
+            yield "features: no feature is declared; add columns, lags, rolling, derived, calendar or categoricals"
+        outcome = {self.target.column, *([self.known_at] if self.known_at else [])}
+        for name in (*self.features.columns, *self.features.categoricals):
+            if name in outcome:
+                yield f"features: {name!r} is the answer itself (target or known_at) and cannot be a feature"
+        unknown = [name for name in self.features.exclude if name not in {*computed, *self.features.columns}]
+        yield from (f"features.exclude: {name!r} is not a declared feature; declared: {', '.join(computed)}" for name in unknown)
+        if self.scoring.score == "future":
+            if self.period is None:
+                yield "period: needed for score: future, e.g. '1 month'"
+            if self.horizon is None:
+                yield "horizon: needed for score: future: how many periods ahead are answered, e.g. '1 month'"
+            loose = [name for name in (*self.features.columns, *self.features.categoricals) if name not in self.key_columns]
+            yield from (
+                f"features: {name!r} has no value in rows that score: future makes up; use a lag, a window or a calendar part" for name in loose
+            )
+
+    def _grain_problems(self) -> Iterator[str]:
+        if self.grains[0]:
+            yield f"grains: the first is {list(self.grains[0])}, expected [] (the pooled model over all rows)"
+        for coarse, fine in zip(self.grains, self.grains[1:], strict=False):
+            if list(fine[: len(coarse)]) != list(coarse) or len(fine) <= len(coarse):
+                yield f"grains: {list(fine)} does not extend {list(coarse)}; each grain is the one before it plus further keys"
+        yield from (f"grains: key {name!r} is there twice in {list(self.finest)}" for name in _doubled(self.finest))
+
+    def _history_problems(self) -> Iterator[str]:
+        if not self.features.lags:
+            return
+        if self.period is None:
+            yield "period: needed for features.lags, e.g. '1 month'"
+            return
+        period, horizon = Period.parse(self.period), self.horizon_period
+        if period.count == 0:
+            yield f"period: {self.period!r} is empty; expected at least one unit"
+            return
+        start = np.array([_ANCHOR])
+        deadline = horizon.before(start)[0]
+        for lag in self.features.lags:
+            for periods in lag.periods:
+                if period.times(periods).before(start)[0] > deadline:
+                    yield (
+                        f"features.lags: {lag.column} {periods} x {self.period} back is not known {self.horizon} ahead (horizon): "
+                        "it would leak the future; use a larger lag or a shorter horizon"
+                    )
+
+
+# Any first of a month: the moment from which a lag and the horizon are compared.
+_ANCHOR = np.datetime64("2001-03-01", "us")
+CHAIN = ("features", "models", "meta_model", "champion", "predictions", "monitoring", "report", "backtest")
+
+
+
+def _doubled(names: Sequence[str]) -> list[str]:
+    return sorted({name for name in names if list(names).count(name) > 1})
+
+
+def parse_spec(attributes: Mapping[str, Any], *, file: str) -> FleetSpec:
+    """Build a spec from the attributes of a defs.yaml.
+
+    Args:
+        attributes: the mapping under `attributes:`.
+        file: where it was read, for messages.
+
+    Raises:
+        SpecError: naming the file, the field, its value, and what is allowed; all mistakes at once.
+    """
+    try:
+        return FleetSpec.model_validate(attributes)
+    except ValidationError as error:
+        lines = [_explained(problem) for problem in error.errors()]
+        raise SpecError("\n  ".join([f"{file} does not describe a fleet:", *lines])) from error
+
+
+def _explained(problem: Any) -> str:
+    path = ".".join(str(part) for part in problem["loc"])
+    value = problem["input"]
+    if problem["type"] == "extra_forbidden":
+        allowed = _fields_at(problem["loc"][:-1])
+        near = difflib.get_close_matches(str(problem["loc"][-1]), allowed, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"{path}: unknown field{hint} Allowed: {', '.join(allowed)}"
+    if problem["type"] == "missing":
+        return f"{path}: required, and not there"
+    message = problem["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(value, Mapping | BaseModel) else f" (got {value!r})"
+    return f"{path}: {message}{shown}" if path else message
+
+
+def _fields_at(path: Sequence[str | int]) -> list[str]:
+    model: Any = FleetSpec
+    for part in path:
+        if isinstance(part, int):
+            continue
+        model = _part_model(model.model_fields[part].annotation)
+    return sorted(model.model_fields)
+
+
+def _part_model(annotation: Any) -> Any:
+    """The Part inside an annotation such as ``Sequence[LagSpec]``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(found for inner in annotation.__args__ if (found := _part_model(inner)) is not None)

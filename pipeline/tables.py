@@ -1,0 +1,192 @@
+"""The contract of every Delta table: what one row is, its columns with types and units, its key.
+
+The `format` of a table goes up when its columns change meaning. Columns of raw tables and features of feature tables belong
+to the fleet; the columns listed here are there in every fleet.
+"""
+
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+TIMESTAMP = pa.timestamp("us", tz="UTC")
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: its Arrow type and what it holds, with its unit."""
+
+    name: str
+    type: pa.DataType
+    description: str
+
+
+@dataclass(frozen=True)
+class TableContract:
+    """What a table promises.
+
+    Args:
+        name: last part of its folder.
+        row: what one row is.
+        key: columns that identify a row.
+        columns: in order.
+        partition_by: columns whose value a commit replaces as a whole.
+        format: version of this contract.
+    """
+
+    name: str
+    row: str
+    key: tuple[str, ...]
+    columns: tuple[Column, ...]
+    partition_by: tuple[str, ...] = ()
+    format: int = 1
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The Arrow schema; every column may be null unless it is part of the key."""
+        return pa.schema([pa.field(column.name, column.type) for column in self.columns])
+
+
+RAW = TableContract(
+    name="raw",
+    row="one row of a source, as ingested, with all its columns",
+    key=(),
+    columns=(
+        Column("_source", pa.string(), "address of the file the row was read from"),
+        Column("_ingested_at", TIMESTAMP, "when it was read"),
+    ),
+)
+
+FEATURES = TableContract(
+    name="features",
+    row="one entity at one time: keys, target, features",
+    key=("row_key",),
+    columns=(
+        Column("row_key", pa.string(), "JSON array of the entity key and the time; unique"),
+        Column("time", TIMESTAMP, "when the target is realised"),
+        Column("known_at", TIMESTAMP, "when the target becomes known"),
+        Column("is_future", pa.bool_(), "whether the row was made up to be scored (score: future)"),
+    ),
+)
+
+RUNS = TableContract(
+    name="runs",
+    row="what one training run pinned at its start (the run manifest)",
+    key=("run_id",),
+    columns=(
+        Column("run_id", pa.string(), "the training run; also the fleet version"),
+        Column("started_at", TIMESTAMP, "when it started"),
+        Column("as_of", TIMESTAMP, "everything known later was hidden from it"),
+        Column("tune_start", TIMESTAMP, "fit rows lie before"),
+        Column("report_start", TIMESTAMP, "report rows lie at or after"),
+        Column("features_version", pa.int64(), "version of the feature table it read"),
+        Column("spec_digest", pa.string(), "hash of the part of the spec that matters to training"),
+        Column("constant", pa.float64(), "mean target of fit rows in link space, less offset, over scale"),
+        Column("constant_without_offset", pa.float64(), "mean target of fit rows in link space"),
+        Column("n_groups", pa.int64(), "groups of all grains"),
+        Column("model_spec", pa.string(), "JSON: features, categories, grains and target, as a pack's spec.json has them"),
+        Column("versions", pa.string(), "JSON: Python and library versions"),
+    ),
+)
+
+LEDGER = TableContract(
+    name="ledger",
+    row="what became of one group of one grain in one training run",
+    key=("run_id", "grain", "group_id"),
+    columns=(
+        Column("run_id", pa.string(), "the training run"),
+        Column("grain", pa.int32(), "index of the grain; 0 is the pooled model"),
+        Column("grain_name", pa.string(), "the grain as written, e.g. [origin, dest]"),
+        Column("group_id", pa.string(), "JSON array of the group's key values"),
+        Column("parent_id", pa.string(), "group_id one grain coarser; null for the pooled group"),
+        Column("status", pa.string(), "trained, inherited (parent answers), failed"),
+        Column("reason", pa.string(), "why not trained: too_few_rows, no_target, constant_target, infinite_target, error"),
+        Column("error_class", pa.string(), "class of the exception of a failed group"),
+        Column("error_message", pa.string(), "its message"),
+        Column("booster_id", pa.string(), "hash of the served booster; null without one"),
+        Column("n_rows", pa.int64(), "visible rows"),
+        Column("n_target", pa.int64(), "visible rows with a target"),
+        Column("n_fit", pa.int64(), "rows to fit on"),
+        Column("n_tune", pa.int64(), "rows to tune on"),
+        Column("n_report", pa.int64(), "rows to report on"),
+        Column("n_invalid", pa.int64(), "rows left out: target infinite or outside the transform's domain"),
+        Column("n_trials", pa.int64(), "Optuna trials begun"),
+        Column("n_pruned", pa.int64(), "of those given up early"),
+        Column("n_rounds", pa.int64(), "boosting rounds of the served booster"),
+        Column("parameters", pa.string(), "JSON: LightGBM parameters chosen"),
+        Column("stopped_by", pa.string(), "what stopped the study: max_trials, patience, timeout"),
+        Column("tune_loss", pa.float64(), "best trial's loss on tune rows, link space"),
+        Column("weight", pa.float64(), "weight of the own model in the group's answer, 0 to 1"),
+        Column("tune_own", pa.float64(), "RMSE of the own model on tune rows, cross-selected, link space"),
+        Column("tune_parent", pa.float64(), "RMSE of the parent's answer on tune rows, link space"),
+        Column("report_own", pa.float64(), "RMSE of the own model on report rows, link space"),
+        Column("report_parent", pa.float64(), "RMSE of the parent's answer on report rows, link space"),
+        Column("report_blend", pa.float64(), "RMSE of the group's answer on report rows, link space"),
+        Column("report_constant", pa.float64(), "RMSE of the fleet's constant on report rows, link space"),
+        Column("report_rows", pa.int64(), "report rows with a valid target"),
+        Column("rmse", pa.float64(), "RMSE of the fleet's answers on report rows, target units"),
+        Column("mae", pa.float64(), "mean absolute error on report rows, target units"),
+        Column("mape", pa.float64(), "mean absolute percentage error on report rows with a target other than 0, percent"),
+        Column("pooled_rmse", pa.float64(), "RMSE of the pooled model alone, target units"),
+        Column("pooled_mape", pa.float64(), "MAPE of the pooled model alone, percent"),
+        Column("baselines", pa.string(), "JSON: per baseline its rows, rmse, mape, and the fleet's own errors on the same rows"),
+        Column("interval", pa.float64(), "half width of the prediction interval, link space over scale; null leaves it to the parent"),
+        Column("seconds", pa.float64(), "seconds inside train_group"),
+        Column("planned_seconds", pa.float64(), "seconds that the plan foresaw"),
+        Column("task", pa.int32(), "Spark task of the plan; -1 where none"),
+    ),
+)
+
+BOOSTERS = TableContract(
+    name="boosters",
+    row="one served booster of one training run",
+    key=("run_id", "booster_id"),
+    columns=(
+        Column("booster_id", pa.string(), "hash of the native text without its parameters section"),
+        Column("run_id", pa.string(), "the training run that wrote it"),
+        Column("sha256", pa.string(), "hash of the whole text"),
+        Column("n_bytes", pa.int64(), "size of the text, bytes"),
+        Column("text", pa.binary(), "native LightGBM text, zstd"),
+    ),
+)
+
+HOLDOUT = TableContract(
+    name="holdout",
+    row="one held-out prediction of one group's own model",
+    key=("run_id", "grain", "group_id", "row_key"),
+    columns=(
+        Column("run_id", pa.string(), "the training run"),
+        Column("grain", pa.int32(), "index of the grain"),
+        Column("group_id", pa.string(), "the group that predicted"),
+        Column("row_key", pa.string(), "the row that was predicted"),
+        Column("time", TIMESTAMP, "the row's time"),
+        Column("split", pa.string(), "tune (cross-selected prediction) or report (fitted on fit + tune rows)"),
+        Column("actual", pa.float64(), "target, target units"),
+        Column("offset", pa.float64(), "offset, link space; null where the row has none"),
+        Column("scale", pa.float64(), "scale; null where the row has none"),
+        Column("weight", pa.float64(), "row weight"),
+        Column("prediction", pa.float64(), "link space, less offset, over scale; null if the group has no model"),
+        Column("group_ids", pa.list_(pa.string()), "the row's group in each grain"),
+        Column("baselines", pa.list_(pa.float64()), "the baselines' predictions, target units, in the spec's order"),
+    ),
+)
+
+PREDICTIONS = TableContract(
+    name="predictions",
+    row="one answered row",
+    key=("as_of", "row_key"),
+    columns=(
+        Column("as_of", pa.string(), "what the scoring run pretended, ISO 8601"),
+        Column("row_key", pa.string(), "the row that was answered"),
+        Column("time", TIMESTAMP, "the row's time"),
+        Column("prediction", pa.float64(), "target units"),
+        Column("lower", pa.float64(), "lower end of the interval, target units"),
+        Column("upper", pa.float64(), "upper end of the interval, target units"),
+        Column("answered_by", pa.string(), "finest grain whose own model had a say, or constant"),
+        Column("booster_id", pa.string(), "that grain's booster; null for the constant"),
+        Column("fleet_version", pa.string(), "training run of the version that answered"),
+        Column("scored_at", TIMESTAMP, "when"),
+    ),
+    partition_by=("as_of",),
+)
+
+ALL = (RAW, FEATURES, RUNS, LEDGER, BOOSTERS, HOLDOUT, PREDICTIONS)

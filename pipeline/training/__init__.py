@@ -1,0 +1,1 @@
+"""Training one group, and blending what the groups of all grains learnt."""

@@ -1,0 +1,233 @@
+"""Partial pooling: how much each group's own model counts against its parent's answer.
+
+A group's answer is ``w * own + (1 - w) * parent's answer`` in link space, down to a constant. Everything needed to choose the
+weights, and to judge any blend of them by squared error, is in sums of products of the row's target and predictions. Spark adds
+them up once per finest group; what follows costs the driver a few numbers per group, whatever the number of rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from pipeline.grouping.splits import REPORT, TUNE
+
+Floats = npt.NDArray[np.float64]
+
+# A fleet's weight is used only as far as it is more than noise: multiplied by 1 - (GATE / t) ** 2, with t its t-value.
+GATE = 2.0
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over judged rows of products of ``v = (1, target, prediction of grain 0, 1, ...)``.
+
+    Args:
+        split: `tune` or `report`, one per entry.
+        late: whether the entry's rows are of the later half of the tune split; False for report.
+        groups: the entry's group id in each grain, shape (entries, grains).
+        n_rows: rows of each entry.
+        products: weighted sums of v v', shape (entries, 2 + grains, 2 + grains); a missing prediction counts as 0.
+    """
+
+    split: npt.NDArray[np.object_]
+    late: npt.NDArray[np.bool_]
+    groups: npt.NDArray[np.object_]
+    n_rows: Floats
+    products: Floats
+
+    @classmethod
+    def of_rows(
+        cls,
+        split: Sequence[str],
+        late: npt.NDArray[np.bool_],
+        groups: npt.NDArray[np.object_],
+        target: Floats,
+        predictions: Floats,
+        weight: Floats,
+    ) -> "Moments":
+        """One entry per row; for small data and tests."""
+        vector = np.column_stack([np.ones(len(target)), target, np.nan_to_num(predictions)])
+        products = weight[:, None, None] * vector[:, :, None] * vector[:, None, :]
+        return cls(np.asarray(split, dtype=object), late, groups, np.ones(len(target)), products)
+
+
+@dataclass(frozen=True)
+class GroupSkill:
+    """What one group's judged rows say; link-space root mean squared errors, null where there are no such rows.
+
+    Args:
+        weight: of the group's own model; 0 where it has none.
+        tune_own: error of the own model on tune rows (cross-selected).
+        tune_parent: of the parent's answer there.
+        report_own: of the own model on report rows.
+        report_parent: of the parent's answer there.
+        report_blend: of the group's answer there.
+        report_constant: of the fleet's constant there.
+    """
+
+    weight: float
+    tune_own: float | None
+    tune_parent: float | None
+    report_own: float | None
+    report_parent: float | None
+    report_blend: float | None
+    report_constant: float | None
+
+
+def learn_blend(
+    moments: Moments, has_model: Sequence[set[str]], constant: float, pooling: Literal["blend", "select", "none"]
+) -> dict[tuple[int, str], GroupSkill]:
+    """Choose the weight of every group that has judged rows.
+
+    Least squares on cross-selected tune predictions, grain by grain from coarse to fine. A group's weight is shrunk towards its
+    grain's weight over all groups, the more so the fewer its rows and the more alike the groups are; a grain's weight is shrunk
+    towards 0, that is towards the parents' answers, the more so the less certain it is.
+
+    Args:
+        moments: tune and report rows.
+        has_model: per grain the groups that were trained.
+        constant: the fleet's constant, last ancestor of all, in link space less the offset.
+        pooling: `blend`; `select`: weight 1 where the own model beats the parent's answer on tune rows, else 0; `none`: 1.
+
+    Returns:
+        Skill by (grain, group id).
+    """
+    n_entries, n_grains = moments.groups.shape
+    # The answer so far, as a linear combination of v, per entry.
+    answer = np.zeros((n_entries, 2 + n_grains))
+    answer[:, 0] = constant
+    constant_answer = answer.copy()
+    target = np.zeros_like(answer)
+    target[:, 1] = 1.0
+    skills: dict[tuple[int, str], GroupSkill] = {}
+    for grain in range(n_grains):
+        own = np.zeros_like(answer)
+        own[:, 2 + grain] = 1.0
+        codes, names = pd.factorize(moments.groups[:, grain])
+        trained = np.array([name in has_model[grain] for name in names], dtype=bool)
+        tune = _Sums(moments, codes, len(names), moments.split == TUNE)
+        halves = [_Sums(moments, codes, len(names), (moments.split == TUNE) & (moments.late == late)) for late in (False, True)]
+        evidence = Evidence(
+            gain=np.stack([half.of(target - answer, own - answer) for half in halves]),
+            spread=np.stack([half.of(own - answer, own - answer) for half in halves]),
+            miss=tune.of(target - answer, target - answer),
+            n_rows=tune.n_rows,
+        )
+        weights = choose_weights(evidence, trained, pooling)
+        report = _Sums(moments, codes, len(names), moments.split == REPORT)
+        parent = answer
+        answer = parent + weights[codes][:, None] * (own - parent)
+        columns = (
+            tune.rmse(target - own),
+            tune.rmse(target - parent),
+            report.rmse(target - own),
+            report.rmse(target - parent),
+            report.rmse(target - answer),
+            report.rmse(target - constant_answer),
+        )
+        for number, name in enumerate(names):
+            errors = [None if np.isnan(column[number]) else float(column[number]) for column in columns]
+            if not trained[number]:
+                errors[0] = errors[2] = None
+            skills[grain, str(name)] = GroupSkill(float(weights[number]), *errors)
+    return skills
+
+
+class _Sums:
+    """Quadratic forms of the chosen entries, added up per group of one grain."""
+
+    def __init__(self, moments: Moments, codes: npt.NDArray[np.intp], n_groups: int, chosen: npt.NDArray[np.bool_]) -> None:
+        self._chosen = chosen
+        self._products = moments.products[self._chosen]
+        self._codes = codes[self._chosen]
+        self._n_groups = n_groups
+        self.n_rows = np.bincount(self._codes, moments.n_rows[self._chosen], n_groups)
+        self._weight = np.bincount(self._codes, self._products[:, 0, 0], n_groups)
+
+    def of(self, left: Floats, right: Floats) -> Floats:
+        """Per group the weighted sum over rows of (left . v)(right . v)."""
+        forms = np.einsum("ei,eij,ej->e", left[self._chosen], self._products, right[self._chosen])
+        return np.bincount(self._codes, forms, self._n_groups)
+
+    def rmse(self, error: Floats) -> Floats:
+        """Per group the root mean squared error; NaN where there is no row."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.sqrt(np.maximum(self.of(error, error), 0.0) / self._weight)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What tune rows say for and against the own models of one grain's groups.
+
+    With e the target less the parent's answer and d the own prediction less it:
+
+    Args:
+        gain: sum(d e) per half of the tune split and group, shape (2, groups).
+        spread: sum(d d), same shape.
+        miss: sum(e e) per group.
+        n_rows: tune rows per group.
+    """
+
+    gain: Floats
+    spread: Floats
+    miss: Floats
+    n_rows: Floats
+
+
+def choose_weights(evidence: Evidence, trained: npt.NDArray[np.bool_], pooling: Literal["blend", "select", "none"]) -> Floats:
+    """Per group of one grain the weight of its own model.
+
+    A group's least-squares weight is sum(d e) / sum(d d). The groups are then a random-effects meta-analysis: each weight is
+    shrunk towards their mean, the more so the less it is certain and the less the groups differ. Rows of one time err together,
+    so certainty is judged from halves of the tune split, not from rows alone: a group's weight is as uncertain as it changes
+    from one half to the other, and groups differ only as far as their differences persist from one half to the other.
+
+    Args:
+        evidence: of the tune rows.
+        trained: whether the group has a model.
+        pooling: as in `learn_blend`.
+
+    Source: random-effects meta-analysis, DerSimonian and Laird (1986), with moments taken across halves; the gate is
+    positive-part shrinkage, James and Stein (1961).
+    """
+    if pooling == "none":
+        return trained.astype(np.float64)
+    gain, spread = evidence.gain.sum(axis=0), evidence.spread.sum(axis=0)
+    if pooling == "select":
+        # The own model's squared error is lower exactly where 2 sum(d e) > sum(d d).
+        return (trained & (2 * gain > spread)).astype(np.float64)
+    used = trained & (spread > 0)
+    weights = np.zeros(len(gain))
+    if not used.any():
+        return weights
+    own = gain[used] / spread[used]
+    common = gain[used].sum() / spread[used].sum()
+    row_noise = (evidence.miss[used] - 2 * common * gain[used] + common**2 * spread[used]).sum() / evidence.n_rows[used].sum()
+    half_noise, between = _from_halves(evidence.gain[:, used], evidence.spread[:, used], common)
+    variance = max(row_noise, half_noise, 1e-300) / spread[used]
+    certainty = 1 / (variance + between)
+    fleet = float((certainty * own).sum() / certainty.sum())
+    t_value = fleet * np.sqrt(certainty.sum())
+    if t_value <= GATE:
+        return weights
+    fleet *= 1 - (GATE / t_value) ** 2
+    weights[used] = (own * between + fleet * variance) / (between + variance)
+    # A model without a tune row that tells it from its parent is trusted like its fleet.
+    weights[trained & ~used] = fleet
+    return np.clip(weights, 0.0, 1.0)
+
+
+def _from_halves(gain: Floats, spread: Floats, common: float) -> tuple[float, float]:
+    """Noise per unit of spread, and variance between groups, from how weights change between the halves of the tune split."""
+    both = (spread > 0).all(axis=0)
+    if not both.any():
+        return 0.0, 0.0
+    early, late = gain[:, both] / spread[:, both]
+    harmonic = 1 / (1 / spread[:, both]).sum(axis=0)
+    noise = float(np.average((early - late) ** 2 * harmonic))
+    between = float(np.average((early - common) * (late - common), weights=harmonic))
+    return noise, max(0.0, between) if both.sum() > 1 else 0.0

@@ -1,0 +1,68 @@
+"""LightGBM parameters: what is fixed, what is sane by default, what is searched."""
+
+from typing import Any
+
+import optuna
+
+from pipeline.spec import TuningSpec
+
+Parameters = dict[str, Any]
+MAX_BIN = 127
+METRICS = {"l2": "l2", "huber": "l2", "l1": "l1"}
+
+
+def fixed_parameters(tuning: TuningSpec, *, threads: int) -> Parameters:
+    """Parameters that no trial changes; with them one seed gives one booster, whatever the thread count."""
+    return {
+        "objective": tuning.objective,
+        "metric": METRICS[tuning.objective],
+        "seed": tuning.seed,
+        "deterministic": True,
+        "force_row_wise": True,
+        "num_threads": threads,
+        "verbosity": -1,
+        "feature_pre_filter": False,
+        "bagging_freq": 1,
+        "max_bin": MAX_BIN,
+    }
+
+
+SMALL, LARGE = 1_000, 20_000
+
+
+def default_parameters(n_rows: int) -> Parameters:
+    """A sane first trial for a group of that many fit rows: fewer, better filled leaves and shorter steps where rows are few."""
+    if n_rows < SMALL:
+        size = {"learning_rate": 0.05, "num_leaves": 4, "min_data_in_leaf": 15, "lambda_l2": 5.0}
+    elif n_rows < LARGE:
+        size = {"learning_rate": 0.03, "num_leaves": 12, "min_data_in_leaf": 40, "lambda_l2": 20.0}
+    else:
+        size = {"learning_rate": 0.12, "num_leaves": 63, "min_data_in_leaf": 100, "lambda_l2": 5.0}
+    return {**size, "feature_fraction": 0.5, "bagging_fraction": 0.7}
+
+
+def suggest_parameters(trial: optuna.Trial, n_rows: int) -> Parameters:
+    """The search space: narrow around the defaults, because on few tune rows a wide one rewards luck.
+
+    On monthly house prices, 36 draws from a wide space gave held-out errors of 5.20 to 5.39 %, and the one that tune rows liked
+    best was the worst; 192 draws from a space like this one all lay within 5.16 and 5.29 %.
+    """
+    if n_rows < SMALL:
+        leaves, in_leaf, rate = (3, 8), (5, 30), (0.02, 0.1)
+    elif n_rows < LARGE:
+        leaves, in_leaf, rate = (6, 32), (20, 150), (0.02, 0.1)
+    else:
+        leaves, in_leaf, rate = (15, 127), (30, 300), (0.05, 0.2)
+    return {
+        "learning_rate": trial.suggest_float("learning_rate", *rate, log=True),
+        "num_leaves": trial.suggest_int("num_leaves", *leaves, log=True),
+        "min_data_in_leaf": trial.suggest_int("min_data_in_leaf", *in_leaf, log=True),
+        "lambda_l2": trial.suggest_float("lambda_l2", 1.0, 50.0, log=True),
+        "feature_fraction": trial.suggest_float("feature_fraction", 0.3, 0.8),
+        "bagging_fraction": trial.suggest_float("bagging_fraction", 0.5, 0.9),
+    }
+
+
+def early_stopping_rounds(learning_rate: float) -> int:
+    """Rounds without improvement after which boosting stops: more where steps are smaller."""
+    return max(10, round(3 / learning_rate))

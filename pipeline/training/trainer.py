@@ -1,0 +1,176 @@
+"""`train_group`: one group's rows in, one outcome out. No Spark, Dagster, MLflow or network."""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from pipeline.grouping.splits import FIT, GAP, REPORT, TUNE, Cutoffs
+from pipeline.models.boosters import encode_booster
+from pipeline.models.meta_model import Floats, design_matrix, group_ids, link, offset_and_scale
+from pipeline.spec import TuningSpec
+from pipeline.training.outcome import CONSTANT_TARGET, INFINITE_TARGET, NO_TARGET, TOO_FEW_ROWS, Outcome
+from pipeline.training.tuner import Learnable, Study, fit_booster
+
+POOLED = 0
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """What every group of a run shares; small enough to travel to each worker.
+
+    Args:
+        run_id: the training run, also the fleet version.
+        model: the model spec, as in a pack's spec.json: features, categories, grains, target.
+        target: name of the target column.
+        weight: name of the weight column, or None.
+        baselines: columns to beat, in the target's units.
+        tuning: budget per group.
+        cutoffs: the run's dates.
+        threads: LightGBM's threads, the same number as `spark.task.cpus`.
+    """
+
+    run_id: str
+    model: Mapping[str, Any]
+    target: str
+    weight: str | None
+    baselines: tuple[str, ...]
+    tuning: TuningSpec
+    cutoffs: Cutoffs
+    threads: int = 1
+
+
+def train_group(frame: pd.DataFrame, grain: int, settings: TrainingSettings) -> Outcome:
+    """Tune and fit one group's model.
+
+    Args:
+        frame: the group's visible rows: time, known_at (UTC), row_key, keys, features, target; in any order.
+        grain: index of the group's grain; 0 is the pooled model.
+        settings: the run's.
+
+    Returns:
+        `trained` with its booster, or `inherited` with a reason. The pooled group has holdout rows in either case, so that every
+        row of the tune and report splits is judged once, whatever became of the models.
+    """
+    started = time.perf_counter()
+    rows = _prepare(frame, settings)
+    split = rows["split"].to_numpy()
+    target, usable = rows["_target"].to_numpy(), rows["_usable"].to_numpy()
+    ledger: dict[str, Any] = {
+        "n_fit": int((usable & (split == FIT)).sum()),
+        "n_tune": int((usable & (split == TUNE)).sum()),
+        "n_report": int((usable & (split == REPORT)).sum()),
+        "n_invalid": int((~rows["_valid"]).sum()),
+    }
+    reason = _reason_not_to_train(rows, grain, ledger, settings.tuning)
+    if reason is not None:
+        holdout = _holdout(rows, np.full(len(rows), np.nan), settings) if grain == POOLED else None
+        return Outcome("inherited", reason, {**ledger, "seconds": time.perf_counter() - started}, None, holdout)
+
+    matrix = design_matrix(rows, settings.model)
+    weight = _weights(rows, settings)
+    everything = Learnable(matrix, target, weight)
+    categoricals = [position for position, name in enumerate(settings.model["features"]) if name in settings.model["categories"]]
+    is_fit, is_tune, is_report = (usable & (split == name) for name in (FIT, TUNE, REPORT))
+    first_block = (rows["time"] < settings.cutoffs.tune_middle).to_numpy()[is_tune]
+    tuned = Study(everything.rows(is_fit), everything.rows(is_tune), first_block, categoricals, settings.tuning, settings.threads).run()
+
+    def fitted_on(chosen: npt.NDArray[np.bool_]) -> Any:
+        return fit_booster(everything.rows(chosen), categoricals, tuned.parameters, tuned.n_rounds, settings.tuning, settings.threads)
+
+    predictions = np.full(len(rows), np.nan)
+    predictions[is_tune] = tuned.cross_predictions
+    if is_report.any():
+        predictions[is_report] = fitted_on(is_fit | is_tune).predict(matrix[is_report], num_threads=settings.threads)
+    booster = encode_booster(fitted_on(usable).model_to_string())
+    ledger |= {
+        "booster_id": booster.booster_id,
+        "n_trials": tuned.n_trials,
+        "n_pruned": tuned.n_pruned,
+        "n_rounds": tuned.n_rounds,
+        "parameters": json.dumps(tuned.parameters, sort_keys=True),
+        "stopped_by": tuned.stopped_by,
+        "tune_loss": tuned.tune_loss,
+        "seconds": time.perf_counter() - started,
+    }
+    return Outcome("trained", None, ledger, booster, _holdout(rows, predictions, settings))
+
+
+def judged_without_model(frame: pd.DataFrame, settings: TrainingSettings) -> pd.DataFrame:
+    """Holdout rows of a pooled group that has no model, so that the fleet's answers are judged all the same."""
+    rows = _prepare(frame, settings)
+    return _holdout(rows, np.full(len(rows), np.nan), settings)
+
+
+def _prepare(frame: pd.DataFrame, settings: TrainingSettings) -> pd.DataFrame:
+    """Rows in a fixed order, with their split and link-space target.
+
+    A row is valid if its target is finite and the transform takes it; usable if it also has an offset and a scale. Null targets
+    are neither here nor there: they are dropped.
+    """
+    values = pd.to_numeric(frame[settings.target], errors="coerce")
+    rows = frame[values.notna().to_numpy()].sort_values(["time", "row_key"], ignore_index=True)
+    values = pd.to_numeric(rows[settings.target]).to_numpy(dtype=np.float64)
+    linked = link(values, settings.model["target"]["transform"])
+    offset, scale = offset_and_scale(rows, settings.model["target"])
+    with np.errstate(invalid="ignore"):
+        residual = (linked - offset) / scale
+    return rows.assign(
+        split=settings.cutoffs.assign(rows["time"].to_numpy(), rows["known_at"].to_numpy()),
+        _actual=values,
+        _offset=offset,
+        _scale=scale,
+        _target=residual,
+        _valid=np.isfinite(linked),
+        _usable=np.isfinite(residual),
+    )
+
+
+def _reason_not_to_train(rows: pd.DataFrame, grain: int, ledger: Mapping[str, int], tuning: TuningSpec) -> str | None:
+    """Why LightGBM must not see this group: it trains on such targets silently and then predicts nonsense.
+
+    A coarse group is not lost to one bad group inside it: there, invalid rows are left out and counted.
+    """
+    if not len(rows):
+        return NO_TARGET
+    if ledger["n_invalid"] and (grain != POOLED and ledger["n_invalid"] > 0.01 * len(rows)):
+        return INFINITE_TARGET
+    if ledger["n_fit"] < tuning.fit_rows or ledger["n_tune"] < tuning.tune_rows:
+        return TOO_FEW_ROWS
+    fit_target = rows.loc[rows["_usable"] & (rows["split"] == FIT), "_target"]
+    return CONSTANT_TARGET if fit_target.nunique() == 1 else None
+
+
+def _weights(rows: pd.DataFrame, settings: TrainingSettings) -> Floats | None:
+    if settings.weight is None:
+        return None
+    weights = pd.to_numeric(rows[settings.weight], errors="coerce").fillna(0.0).clip(lower=0.0).to_numpy(dtype=np.float64)
+    finite: Floats = np.where(np.isfinite(weights), weights, 0.0)
+    return finite
+
+
+def _holdout(rows: pd.DataFrame, predictions: Floats, settings: TrainingSettings) -> pd.DataFrame:
+    """The judged rows: those of the tune and report splits whose target is valid."""
+    judged = (rows["_valid"] & ~rows["split"].isin([FIT, GAP])).to_numpy()
+    kept = rows[judged]
+    ids = np.stack([group_ids(kept, keys) for keys in settings.model["grains"]], axis=1) if len(kept) else np.empty((0, 1), dtype=object)
+    weight = _weights(kept, settings)
+    return pd.DataFrame(
+        {
+            "row_key": kept["row_key"].to_numpy(),
+            "time": kept["time"].to_numpy(),
+            "split": kept["split"].to_numpy(),
+            "actual": kept["_actual"].to_numpy(),
+            "offset": kept["_offset"].to_numpy(),
+            "scale": kept["_scale"].to_numpy(),
+            "weight": np.ones(len(kept)) if weight is None else weight,
+            "prediction": predictions[judged],
+            "group_ids": list(ids),
+            "baselines": list(kept[list(settings.baselines)].to_numpy(dtype=np.float64)) if settings.baselines else [np.empty(0)] * len(kept),
+        }
+    )

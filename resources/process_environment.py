@@ -1,0 +1,8 @@
+"""Settings that child processes (the JVM, Spark's Python workers) can only be given through the environment."""
+
+import os
+
+
+def set_for_children(**settings: str) -> None:
+    """Put settings into this process's environment, which its children inherit."""
+    os.environ.update(settings)

@@ -1,0 +1,94 @@
+"""Spark: one session per run, with the cluster's and the tasks' CPU settings in one place."""
+
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+from pydantic import Field, PrivateAttr
+from pyspark.sql import SparkSession
+
+from resources.java import find_java
+from resources.process_environment import set_for_children
+
+LOG_SETTINGS = Path(__file__).parent / "log4j2.properties"
+
+
+class SparkSessionResource(dg.ConfigurableResource):
+    """The Spark session of a run, started in the background when the run starts and stopped with it.
+
+    Built on `dagster_pyspark.LazyPySparkResource`, which makes the session from its configuration but never stops it.
+    """
+
+    master: str = Field(description="Master URL, e.g. local[4,4], or spark://host:7077.")
+    task_cpus: int = Field(default=1, ge=1, description="CPUs per Spark task (spark.task.cpus), and LightGBM's threads within it.")
+    memory: str = Field(default="2g", description="Memory of the driver's JVM, which on a laptop is Spark's only one, e.g. 4g.")
+    conf: dict[str, str] = Field(default_factory=dict, description="Further Spark settings; they win over ours.")
+    scratch: str = Field(description="Local folder for spilled data and a java wrapper.")
+    _session: SparkSession | None = PrivateAttr(default=None)
+    _failure: BaseException | None = PrivateAttr(default=None)
+    _starter: threading.Thread | None = PrivateAttr(default=None)
+
+    @contextmanager
+    def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator["SparkSessionResource"]:  # noqa: ARG002
+        """Start the session beside the run's first steps; stop it whatever ends the run."""
+        self._starter = threading.Thread(target=self._start, name="spark-start", daemon=True)
+        self._starter.start()
+        try:
+            yield self
+        finally:
+            self._starter.join()
+            if self._session is not None:
+                self._session.sparkContext.cancelAllJobs()
+                self._session.stop()
+                self._session = None
+
+    @property
+    def session(self) -> SparkSession:
+        """The session, as soon as it has started."""
+        if self._starter is not None:
+            self._starter.join()
+        if self._session is None and self._failure is None:
+            self._start()
+        if self._failure is not None:
+            raise self._failure
+        assert self._session is not None  # noqa: S101 - started or failed
+        return self._session
+
+    @property
+    def slots(self) -> int:
+        """Tasks that run at once."""
+        return max(1, self.session.sparkContext.defaultParallelism // self.task_cpus)
+
+    def _start(self) -> None:
+        from dagster_pyspark import LazyPySparkResource
+
+        try:
+            set_for_children(PYSPARK_PYTHON=sys.executable, PYSPARK_DRIVER_PYTHON=sys.executable, JAVA_HOME=find_java(Path(self.scratch)))
+            self._session = LazyPySparkResource(spark_config=self._settings()).spark_session
+            self._session.sparkContext.setLogLevel("ERROR")
+        except BaseException as error:  # noqa: BLE001 - raised again where the session is asked for
+            self._failure = error
+
+    def _settings(self) -> Mapping[str, Any]:
+        java_options = f'-Dlog4j2.configurationFile="{LOG_SETTINGS.as_uri()}" -XX:+IgnoreUnrecognizedVMOptions'
+        return {
+            "spark.master": self.master,
+            "spark.app.name": "many-models",
+            "spark.task.cpus": str(self.task_cpus),
+            "spark.driver.memory": self.memory,
+            "spark.local.dir": self.scratch,
+            "spark.sql.warehouse.dir": f"{self.scratch}/warehouse",
+            "spark.driver.extraJavaOptions": java_options,
+            "spark.sql.session.timeZone": "UTC",
+            "spark.sql.execution.arrow.pyspark.enabled": "true",
+            "spark.sql.shuffle.partitions": "4",
+            "spark.sql.runSQLOnFiles": "false",
+            "spark.python.worker.reuse": "true",
+            "spark.ui.enabled": "false",
+            "spark.ui.showConsoleProgress": "false",
+            **self.conf,
+        }
