@@ -11,7 +11,7 @@ PORT ?= 3000
 PYTHON ?=
 MANY_MODELS_DATA ?= .data
 
-# Where Dagster keeps its state: in the data folder, or in .data where the data live at an address (s3://...).
+# A data folder is made absolute; an address such as s3://bucket/path stays, and Dagster's own state stays in .data.
 ifneq ($(findstring ://,$(MANY_MODELS_DATA)),)
 STATE := $(CURDIR)/.data
 DATA := $(MANY_MODELS_DATA)
@@ -20,14 +20,13 @@ STATE := $(if $(filter /%,$(firstword $(MANY_MODELS_DATA))),,$(CURDIR)/)$(MANY_M
 DATA := $(STATE)
 endif
 
-# `dg` compares the environment it runs in with the active one.
-DG := PATH="$(CURDIR)/$(BIN):$$PATH" VIRTUAL_ENV="$(CURDIR)/$(VENV)" dg
+# `dg` compares the environment that it runs in with the active one.
+DG := PATH="$(CURDIR)/$(BIN):$$PATH" VIRTUAL_ENV="$(CURDIR)/$(VENV)" MANY_MODELS_DATA="$(DATA)" dg
 
 export MLFLOW_DISABLE_TELEMETRY := true
-# Said by dagster-spark while `dg` lists what it could scaffold; nothing here uses it.
-ui check: export PYTHONWARNINGS := ignore:Class `SparkDeclarativePipelineScaffolder` is currently in preview
 run ui check: export DAGSTER_HOME := $(STATE)/dagster
-run ui: export MANY_MODELS_DATA := $(DATA)
+# Beta notices of Dagster about its own code: listing what could be scaffolded, and selecting a group.
+run ui check: export PYTHONWARNINGS := ignore:Class `SparkDeclarativePipelineScaffolder` is,ignore:Parameter `include_sources` of
 run known-fleet: export FLEET := $(FLEET)
 
 # A launch setting reaches the process only when it is given.
@@ -91,12 +90,16 @@ known-fleet:
 
 dagster-home:
 	@mkdir -p "$$DAGSTER_HOME"
-	@cmp -s dagster.yaml "$$DAGSTER_HOME/dagster.yaml" || cp dagster.yaml "$$DAGSTER_HOME/dagster.yaml"
+	@cmp -s dagster.local.yaml "$$DAGSTER_HOME/dagster.yaml" || cp dagster.local.yaml "$$DAGSTER_HOME/dagster.yaml"
 
 # Set-up in two steps, each with its stamp. The first installs the pinned packages: its stamp is a copy of the lock, made
 # last, so that an interrupted set-up starts over, and a lock that is only touched costs nothing. The second installs the
 # project itself and needs no network. The scripts in .venv hold absolute paths: a checkout that was moved starts over.
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+UNREACHABLE := Could not install (see above). Set-up needs a package index once: check the network, or pip's settings, and repeat.
+
+# A command that exists may still not run: pyenv leaves one behind for every Python that any of its versions has.
+PYTHONS := $(if $(PYTHON),"$(PYTHON)",python3.13 python3.12 python3.11 python3)
 
 ifneq ($(wildcard $(VENV)/ready),)
 ifneq ($(shell cat $(VENV)/ready),$(CURDIR))
@@ -108,12 +111,12 @@ $(VENV)/requirements.lock: requirements.lock
 	@set -eu; \
 	if cmp -s requirements.lock $@ && [ "$$(cat $(VENV)/ready 2>/dev/null)" = "$(CURDIR)" ]; then touch $@; exit 0; fi; \
 	python=; \
-	for candidate in $(if $(PYTHON),"$(PYTHON)",python3.13 python3.12 python3.11 python3); do \
+	for candidate in $(PYTHONS); do \
 	  if "$$candidate" -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' >/dev/null 2>&1; \
 	  then python=$$candidate; break; fi; \
 	done; \
 	if [ -z "$$python" ]; then \
-	  echo "Python 3.11, 3.12 or 3.13 is needed, with its venv module. Tried:" $(if $(PYTHON),"$(PYTHON)",python3.13 python3.12 python3.11 python3) >&2; \
+	  echo "Python 3.11, 3.12 or 3.13 is needed, with its venv module. Tried:" $(PYTHONS) >&2; \
 	  echo "Install one (Debian, Ubuntu: apt install python3 python3-venv; macOS: brew install python@3.13) and repeat," >&2; \
 	  echo "or say where one is: make setup PYTHON=/path/to/python3" >&2; \
 	  exit 1; \
@@ -122,11 +125,11 @@ $(VENV)/requirements.lock: requirements.lock
 	"$$python" -m venv --clear $(VENV); \
 	echo "[2/4] Installing uv, the installer"; \
 	awk '/^uv==/ { on = 1; print; next } /^[^ ]/ { on = 0 } on' requirements.lock > $(VENV)/uv.txt; \
-	$(PIP) install --no-deps --require-hashes -r $(VENV)/uv.txt; \
+	$(PIP) install --no-deps --require-hashes -r $(VENV)/uv.txt || { echo "$(UNREACHABLE)" >&2; exit 1; }; \
 	echo "[3/4] Installing $$(grep -c '^[a-z0-9].*==' requirements.lock) pinned packages (a few minutes the first time)"; \
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --require-hashes --compile-bytecode -r requirements.lock || { \
 	  echo "      uv could not; trying pip, which may know another package index"; \
-	  $(PIP) install --no-deps --require-hashes -r requirements.lock; \
+	  $(PIP) install --no-deps --require-hashes -r requirements.lock || { echo "$(UNREACHABLE)" >&2; exit 1; }; \
 	}; \
 	cp requirements.lock $@
 

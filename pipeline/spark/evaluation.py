@@ -12,7 +12,7 @@ from pyspark.sql import functions as sf
 from pipeline.grouping.splits import TUNE, Cutoffs
 from pipeline.spark.keys import finite, inverse_link_column, link_column
 from pipeline.spec import FleetSpec
-from pipeline.training.blend import GroupSkill, Moments
+from pipeline.training.blend import N_BLOCKS, GroupSkill, Moments
 
 MIN_INTERVAL_ROWS = 30
 
@@ -23,8 +23,10 @@ def judged_rows(holdout: DataFrame, spec: FleetSpec, cutoffs: Cutoffs) -> DataFr
     predictions = [sf.max(sf.when(sf.col("grain") == grain, sf.col("prediction"))).alias(f"p{grain}") for grain in range(len(spec.grains))]
     wide = holdout.groupBy("row_key", "split").agg(*(sf.first(name).alias(name) for name in shared), *predictions)
     linked = link_column(sf.col("actual"), spec.target.transform)
-    late = (sf.col("split") == TUNE) & (sf.col("time") >= sf.lit(cutoffs.tune_middle.to_pydatetime()))
-    return wide.withColumn("residual", finite((linked - sf.col("offset")) / sf.col("scale"))).withColumn("late", late)
+    start, end = (sf.lit(moment.to_pydatetime()).cast("double") for moment in (cutoffs.tune_start, cutoffs.report_start))
+    block = sf.floor((sf.col("time").cast("double") - start) / (end - start) * N_BLOCKS).cast("int")
+    block = sf.when(sf.col("split") == TUNE, block).otherwise(0)
+    return wide.withColumn("residual", finite((linked - sf.col("offset")) / sf.col("scale"))).withColumn("block", block)
 
 
 def sum_moments(judged: DataFrame, n_grains: int) -> Moments:
@@ -32,16 +34,16 @@ def sum_moments(judged: DataFrame, n_grains: int) -> Moments:
     vector = [sf.lit(1.0), sf.col("residual"), *(sf.coalesce(sf.col(f"p{grain}"), sf.lit(0.0)) for grain in range(n_grains))]
     pairs = [(i, j) for i in range(len(vector)) for j in range(i, len(vector))]
     sums = [sf.sum(sf.col("weight") * vector[i] * vector[j]).alias(f"s{i}_{j}") for i, j in pairs]
-    found = judged.where(sf.col("residual").isNotNull()).groupBy("split", "late", "group_ids").agg(sf.count("*").alias("n_rows"), *sums).toPandas()
+    found = judged.where(sf.col("residual").isNotNull()).groupBy("split", "block", "group_ids").agg(sf.count("*").alias("n_rows"), *sums).toPandas()
     # A fixed order, so that sums over groups are the same to the last bit from run to run.
     found["group_ids"] = found["group_ids"].map(tuple)
-    found = found.sort_values(["split", "late", "group_ids"], ignore_index=True)
+    found = found.sort_values(["split", "block", "group_ids"], ignore_index=True)
     products = np.zeros((len(found), len(vector), len(vector)))
     for i, j in pairs:
         products[:, i, j] = products[:, j, i] = found[f"s{i}_{j}"]
     groups = np.array(found["group_ids"].tolist(), dtype=object).reshape(len(found), n_grains)
     n_rows = found["n_rows"].to_numpy(dtype=np.float64)
-    return Moments(found["split"].to_numpy(dtype=object), found["late"].to_numpy(dtype=bool), groups, n_rows, products)
+    return Moments(found["split"].to_numpy(dtype=object), found["block"].to_numpy(dtype=np.int64), groups, n_rows, products)
 
 
 def measure_groups(

@@ -17,8 +17,8 @@ from pipeline.grouping.splits import REPORT, TUNE
 
 Floats = npt.NDArray[np.float64]
 
-# A fleet's weight is used only as far as it is more than noise: multiplied by 1 - (GATE / t) ** 2, with t its t-value.
-GATE = 2.0
+# Stretches of time that the tune split is cut into, to see how steady the gain of a weight is. Even, for the halves.
+N_BLOCKS = 8
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,14 @@ class Moments:
 
     Args:
         split: `tune` or `report`, one per entry.
-        late: whether the entry's rows are of the later half of the tune split; False for report.
+        block: stretch of the tune split that the entry's rows lie in, 0 to N_BLOCKS - 1; 0 for report.
         groups: the entry's group id in each grain, shape (entries, grains).
         n_rows: rows of each entry.
         products: weighted sums of v v', shape (entries, 2 + grains, 2 + grains); a missing prediction counts as 0.
     """
 
     split: npt.NDArray[np.object_]
-    late: npt.NDArray[np.bool_]
+    block: npt.NDArray[np.int64]
     groups: npt.NDArray[np.object_]
     n_rows: Floats
     products: Floats
@@ -43,7 +43,7 @@ class Moments:
     def of_rows(
         cls,
         split: Sequence[str],
-        late: npt.NDArray[np.bool_],
+        block: npt.NDArray[np.int64],
         groups: npt.NDArray[np.object_],
         target: Floats,
         predictions: Floats,
@@ -52,7 +52,7 @@ class Moments:
         """One entry per row; for small data and tests."""
         vector = np.column_stack([np.ones(len(target)), target, np.nan_to_num(predictions)])
         products = weight[:, None, None] * vector[:, :, None] * vector[:, None, :]
-        return cls(np.asarray(split, dtype=object), late, groups, np.ones(len(target)), products)
+        return cls(np.asarray(split, dtype=object), block, groups, np.ones(len(target)), products)
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def learn_blend(
 
     Least squares on cross-selected tune predictions, grain by grain from coarse to fine. A group's weight is shrunk towards its
     grain's weight over all groups, the more so the fewer its rows and the more alike the groups are; a grain's weight is shrunk
-    towards 0, that is towards the parents' answers, the more so the less certain it is.
+    towards the parents' answers (the pooled model's towards itself), the more so the less certain it is.
 
     Args:
         moments: tune and report rows.
@@ -110,14 +110,14 @@ def learn_blend(
         codes, names = pd.factorize(moments.groups[:, grain])
         trained = np.array([name in has_model[grain] for name in names], dtype=bool)
         tune = _Sums(moments, codes, len(names), moments.split == TUNE)
-        halves = [_Sums(moments, codes, len(names), (moments.split == TUNE) & (moments.late == late)) for late in (False, True)]
+        blocks = [_Sums(moments, codes, len(names), (moments.split == TUNE) & (moments.block == block)) for block in range(N_BLOCKS)]
         evidence = Evidence(
-            gain=np.stack([half.of(target - answer, own - answer) for half in halves]),
-            spread=np.stack([half.of(own - answer, own - answer) for half in halves]),
+            gain=np.stack([block.of(target - answer, own - answer) for block in blocks]),
+            spread=np.stack([block.of(own - answer, own - answer) for block in blocks]),
             miss=tune.of(target - answer, target - answer),
             n_rows=tune.n_rows,
         )
-        weights = choose_weights(evidence, trained, pooling)
+        weights = choose_weights(evidence, trained, pooling, prior=1.0 if grain == 0 else 0.0)
         report = _Sums(moments, codes, len(names), moments.split == REPORT)
         parent = answer
         answer = parent + weights[codes][:, None] * (own - parent)
@@ -166,7 +166,7 @@ class Evidence:
     With e the target less the parent's answer and d the own prediction less it:
 
     Args:
-        gain: sum(d e) per half of the tune split and group, shape (2, groups).
+        gain: sum(d e) per block of the tune split and group, shape (N_BLOCKS, groups).
         spread: sum(d d), same shape.
         miss: sum(e e) per group.
         n_rows: tune rows per group.
@@ -178,21 +178,24 @@ class Evidence:
     n_rows: Floats
 
 
-def choose_weights(evidence: Evidence, trained: npt.NDArray[np.bool_], pooling: Literal["blend", "select", "none"]) -> Floats:
+def choose_weights(evidence: Evidence, trained: npt.NDArray[np.bool_], pooling: Literal["blend", "select", "none"], prior: float) -> Floats:
     """Per group of one grain the weight of its own model.
 
     A group's least-squares weight is sum(d e) / sum(d d). The groups are then a random-effects meta-analysis: each weight is
     shrunk towards their mean, the more so the less it is certain and the less the groups differ. Rows of one time err together,
     so certainty is judged from halves of the tune split, not from rows alone: a group's weight is as uncertain as it changes
     from one half to the other, and groups differ only as far as their differences persist from one half to the other.
+    Last, all weights take the way from the prior only so far that their gain stays within one standard error (over blocks of
+    time) of the best: the next period is never quite like the last.
 
     Args:
         evidence: of the tune rows.
         trained: whether the group has a model.
         pooling: as in `learn_blend`.
+        prior: the weight without evidence: 1 for the pooled model, whose parent is a constant, else 0.
 
-    Source: random-effects meta-analysis, DerSimonian and Laird (1986), with moments taken across halves; the gate is
-    positive-part shrinkage, James and Stein (1961).
+    Source: random-effects meta-analysis, DerSimonian and Laird (1986), with moments taken across halves; the one standard
+    error rule, Breiman, Friedman, Olshen and Stone (1984).
     """
     if pooling == "none":
         return trained.astype(np.float64)
@@ -203,22 +206,37 @@ def choose_weights(evidence: Evidence, trained: npt.NDArray[np.bool_], pooling: 
     used = trained & (spread > 0)
     weights = np.zeros(len(gain))
     if not used.any():
+        weights[trained] = prior
         return weights
     own = gain[used] / spread[used]
     common = gain[used].sum() / spread[used].sum()
     row_noise = (evidence.miss[used] - 2 * common * gain[used] + common**2 * spread[used]).sum() / evidence.n_rows[used].sum()
-    half_noise, between = _from_halves(evidence.gain[:, used], evidence.spread[:, used], common)
+    half_noise, between = _from_halves(_halves(evidence.gain[:, used]), _halves(evidence.spread[:, used]), common)
     variance = max(row_noise, half_noise, 1e-300) / spread[used]
     certainty = 1 / (variance + between)
-    fleet = float((certainty * own).sum() / certainty.sum())
-    t_value = fleet * np.sqrt(certainty.sum())
-    if t_value <= GATE:
-        return weights
-    fleet *= 1 - (GATE / t_value) ** 2
-    weights[used] = (own * between + fleet * variance) / (between + variance)
+    mean = float((certainty * own).sum() / certainty.sum())
+    weights[used] = (own * between + mean * variance) / (between + variance)
     # A model without a tune row that tells it from its parent is trusted like its fleet.
-    weights[trained & ~used] = fleet
+    weights[trained & ~used] = mean
+    weights[trained] = prior + _share_within_one_error(evidence, weights - prior, prior) * (weights[trained] - prior)
     return np.clip(weights, 0.0, 1.0)
+
+
+def _share_within_one_error(evidence: Evidence, step: Floats, prior: float) -> float:
+    """How much of a step from the prior weight to take: 0 where its gain is not larger than its own standard error.
+
+    The gain in squared error of a share c of the step is (2 c - c^2) times that of the best, which the least-squares step is
+    close to; it is one standard error below it at c = 1 - sqrt(error / gain).
+    """
+    blocks = ((2 * step) * (evidence.gain - prior * evidence.spread) - step**2 * evidence.spread).sum(axis=1)
+    gain = blocks.sum()
+    error = np.sqrt(len(blocks) * np.var(blocks, ddof=1))
+    return 0.0 if gain <= error else float(1 - np.sqrt(error / gain))
+
+
+def _halves(blocks: Floats) -> Floats:
+    """Sums over the earlier and the later half of the blocks."""
+    return np.stack([half.sum(axis=0) for half in np.split(blocks, 2)])
 
 
 def _from_halves(gain: Floats, spread: Floats, common: float) -> tuple[float, float]:

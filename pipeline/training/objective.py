@@ -27,7 +27,7 @@ def fixed_parameters(tuning: TuningSpec, *, threads: int) -> Parameters:
     }
 
 
-SMALL, LARGE = 1_000, 20_000
+SMALL, LARGE, HUGE = 1_000, 20_000, 200_000
 
 
 def default_parameters(n_rows: int) -> Parameters:
@@ -37,7 +37,7 @@ def default_parameters(n_rows: int) -> Parameters:
     elif n_rows < LARGE:
         size = {"learning_rate": 0.03, "num_leaves": 12, "min_data_in_leaf": 40, "lambda_l2": 20.0}
     else:
-        size = {"learning_rate": 0.12, "num_leaves": 63, "min_data_in_leaf": 100, "lambda_l2": 5.0}
+        size = {"learning_rate": 0.1, "num_leaves": 31 if n_rows < HUGE else 63, "min_data_in_leaf": 100, "lambda_l2": 5.0}
     return {**size, "feature_fraction": 0.5, "bagging_fraction": 0.7}
 
 
@@ -52,7 +52,7 @@ def suggest_parameters(trial: optuna.Trial, n_rows: int) -> Parameters:
     elif n_rows < LARGE:
         leaves, in_leaf, rate = (6, 32), (20, 150), (0.02, 0.1)
     else:
-        leaves, in_leaf, rate = (15, 127), (30, 300), (0.05, 0.2)
+        leaves, in_leaf, rate = (15, 127), (30, 300), (0.04, 0.15)
     return {
         "learning_rate": trial.suggest_float("learning_rate", *rate, log=True),
         "num_leaves": trial.suggest_int("num_leaves", *leaves, log=True),
@@ -65,4 +65,4 @@ def suggest_parameters(trial: optuna.Trial, n_rows: int) -> Parameters:
 
 def early_stopping_rounds(learning_rate: float) -> int:
     """Rounds without improvement after which boosting stops: more where steps are smaller."""
-    return max(10, round(3 / learning_rate))
+    return max(20, round(4 / learning_rate))

@@ -1,5 +1,5 @@
 -- One row per scheduled departure; times are New York's. Everything here is known when the plane leaves, except arr_delay,
--- minutes_lost and landed_at, which are known when it has landed.
+-- minutes_lost, air_excess and landed_at, which are known when it has landed.
 WITH local AS (
   SELECT
     f.*,
@@ -31,6 +31,7 @@ SELECT
   timestampadd(MINUTE, CAST(t.block_minutes + coalesce(t.arr_delay - t.dep_delay, 0) AS INT), t.departed_at) AS landed_at,
   t.arr_delay,
   t.arr_delay - t.dep_delay AS minutes_lost,
+  t.air_time - t.block_minutes AS air_excess,
   t.dep_delay,
   t.dest_zone,
   t.block_minutes,
