@@ -19,10 +19,16 @@ def champion_asset(spec: FleetSpec) -> dg.AssetsDefinition:
 
     @dg.asset(
         **link_settings(
-            spec, "champion", description="The version under the alias `champion`. A challenger that fails a gate leaves it where it is.", kinds={"mlflow"}, deps=["meta_model"]
+            spec,
+            "champion",
+            description="The version under the alias `champion`. A challenger that fails a gate leaves it where it is.",
+            kinds={"mlflow"},
+            deps=["meta_model"],
         ),
         check_specs=[
-            dg.AssetCheckSpec("challenger_passed_its_gates", asset=link_key(spec, "champion"), description="The newest version is fit to serve, and does.")
+            dg.AssetCheckSpec(
+                "challenger_passed_its_gates", asset=link_key(spec, "champion"), description="The newest version is fit to serve, and does."
+            )
         ],
     )
     def champion(context: dg.AssetExecutionContext, tables: DeltaTables, registry: MlflowRegistry, launch: LaunchSettings) -> dg.MaterializeResult:

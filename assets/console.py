@@ -28,7 +28,7 @@ def _cause(event: dg.DagsterEvent | None) -> str:
 @dg.logger(config_schema={}, description="Time, asset and message: what a person wants to see of a run.")
 def console_logger(context: dg.InitLoggerContext) -> logging.Logger:  # noqa: ARG001
     """Messages of our own at INFO and above; Dagster's events only where something went wrong."""
-    logger = logging.Logger("many-models", level=logging.INFO)
+    logger = logging.Logger("many-models", level=logging.INFO)  # noqa: LOG001 - one per run, like Dagster's own; a shared one would add a handler a run
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Message())
     handler.addFilter(lambda record: record.levelno >= logging.WARNING or not (getattr(record, "dagster_meta", None) or {}).get("dagster_event"))

@@ -16,7 +16,9 @@ def features_asset(spec: FleetSpec, files: FleetFiles) -> dg.AssetsDefinition:
     sources = [source.name for source in spec.sources]
 
     @dg.asset(
-        **link_settings(spec, "features", description="One row per entity and time: keys, target, features.", kinds={"spark", "sql", "deltalake"}, deps=sources),
+        **link_settings(
+            spec, "features", description="One row per entity and time: keys, target, features.", kinds={"spark", "sql", "deltalake"}, deps=sources
+        ),
         check_specs=[
             dg.AssetCheckSpec("has_targets", asset=link_key(spec, "features"), blocking=True, description="Some row has a target."),
             dg.AssetCheckSpec("no_feature_is_all_null", asset=link_key(spec, "features"), description="Every feature has a value somewhere."),
@@ -44,7 +46,10 @@ def features_asset(spec: FleetSpec, files: FleetFiles) -> dg.AssetsDefinition:
             check_results=[
                 dg.AssetCheckResult(check_name="has_targets", passed=counts["n_targets"] > 0, metadata={"rows_with_target": counts["n_targets"]}),
                 dg.AssetCheckResult(
-                    check_name="no_feature_is_all_null", passed=not empty, severity=dg.AssetCheckSeverity.WARN, metadata={"all_null": ", ".join(empty) or "none"}
+                    check_name="no_feature_is_all_null",
+                    passed=not empty,
+                    severity=dg.AssetCheckSeverity.WARN,
+                    metadata={"all_null": ", ".join(empty) or "none"},
                 ),
             ],
         )

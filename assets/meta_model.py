@@ -38,7 +38,10 @@ def meta_model_asset(spec: FleetSpec) -> dg.AssetsDefinition:
         ),
         check_specs=[
             dg.AssetCheckSpec(
-                "registered_model_answers", asset=link_key(spec, "meta_model"), blocking=True, description="Loaded from the registry it gives the pack's answers."
+                "registered_model_answers",
+                asset=link_key(spec, "meta_model"),
+                blocking=True,
+                description="Loaded from the registry it gives the pack's answers.",
             )
         ],
     )
@@ -73,7 +76,15 @@ def meta_model_asset(spec: FleetSpec) -> dg.AssetsDefinition:
         context.log.info(f"registered {namespace} version {version.number} (run {run_id}) as challenger, {pack_bytes / 1e6:.1f} MB")
         return dg.MaterializeResult(
             metadata={
-                **prefixed({"registered_model": namespace, "version": version.number, "fleet_version": run_id, "groups": len(ledger), "pack_bytes": pack_bytes}),
+                **prefixed(
+                    {
+                        "registered_model": namespace,
+                        "version": version.number,
+                        "fleet_version": run_id,
+                        "groups": len(ledger),
+                        "pack_bytes": pack_bytes,
+                    }
+                ),
                 "fleet/errors": dg.MetadataValue.md(markdown_table(pd.DataFrame([vars(error) for error in fleet_errors(ledger, spec)]))),
                 "fleet/plot": png(training_plot(ledger, spec)),
             },
@@ -83,7 +94,7 @@ def meta_model_asset(spec: FleetSpec) -> dg.AssetsDefinition:
     return meta_model
 
 
-def pack_spec(run: "pd.Series[object]") -> dict[str, Any]:
+def pack_spec(run: "pd.Series[Any]") -> dict[str, Any]:
     """The spec.json of the run's pack."""
     return {
         **json.loads(str(run["model_spec"])),
@@ -93,10 +104,15 @@ def pack_spec(run: "pd.Series[object]") -> dict[str, Any]:
     }
 
 
-def run_parameters(run: "pd.Series[object]", spec: FleetSpec) -> dict[str, Any]:
+def run_parameters(run: "pd.Series[Any]", spec: FleetSpec) -> dict[str, Any]:
     """What the MLflow run shows as parameters."""
     pinned = {name: str(run[name]) for name in ("as_of", "tune_start", "report_start", "features_version", "n_groups", "spec_digest")}
-    return {**pinned, "pooling": spec.pooling, "grains": str([list(grain) for grain in spec.grains]), **{f"tuning.{k}": v for k, v in spec.tuning.model_dump().items()}}
+    return {
+        **pinned,
+        "pooling": spec.pooling,
+        "grains": str([list(grain) for grain in spec.grains]),
+        **{f"tuning.{k}": v for k, v in spec.tuning.model_dump().items()},
+    }
 
 
 def run_metrics(ledger: pd.DataFrame, spec: FleetSpec) -> dict[str, float]:

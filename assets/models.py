@@ -1,5 +1,7 @@
 """`<fleet>/models`: grouped training; boosters, holdout and one ledger row per group."""
 
+from collections.abc import Iterator
+
 import dagster as dg
 import pandas as pd
 import pyarrow as pa
@@ -9,6 +11,7 @@ from assets.progress import progress_lines
 from pipeline.models.meta_model import PackError, decode_booster
 from pipeline.reporting.plots import plan_plot, training_plot
 from pipeline.reporting.summary import fleet_errors, markdown_table, slowest_groups, status_counts, worst_groups
+from pipeline.spark.files import WrittenFile
 from pipeline.spark.fleet_training import FinishedRun, PlannedRun, manifest, plan_run, train_run
 from pipeline.spec import FleetSpec
 from pipeline.tables import BOOSTERS, HOLDOUT, LEDGER, RUNS, TableContract
@@ -36,11 +39,17 @@ def models_asset(spec: FleetSpec) -> dg.AssetsDefinition:
         output_required=False,
         check_specs=[
             check("every_group_has_an_outcome", "The ledger has exactly one row per group of the plan.", blocking=True),
-            check("boosters_match_the_ledger", "Boosters in the store have the digests and ids that the ledger names (all, or 200 of them).", blocking=True),
+            check(
+                "boosters_match_the_ledger",
+                "Boosters in the store have the digests and ids that the ledger names (all, or 200 of them).",
+                blocking=True,
+            ),
             check("no_group_failed", "No group ended in an error."),
         ],
     )
-    def models(context: dg.AssetExecutionContext, tables: DeltaTables, spark: SparkSessionResource, launch: LaunchSettings):  # noqa: ANN202 - a generator of Dagster events
+    def models(
+        context: dg.AssetExecutionContext, tables: DeltaTables, spark: SparkSessionResource, launch: LaunchSettings
+    ) -> Iterator[dg.MaterializeResult]:
         namespace, run_id = launch.namespace(spec), context.run_id
         started_at = pd.Timestamp.now(tz="UTC")
         with readable_failures():
@@ -101,13 +110,12 @@ def _commit(tables: DeltaTables, locations: dict[str, str], run: PlannedRun, fin
     """Boosters first, then holdout, then the ledger that names them, then the run itself."""
     ledger = pa.Table.from_pandas(finished.ledger, schema=LEDGER.schema, preserve_index=False)
     runs = pa.Table.from_pylist([pinned], schema=RUNS.schema)
-    written = {
-        BOOSTERS: finished.files.boosters,
-        HOLDOUT: finished.files.holdout,
+    written: dict[TableContract, list[WrittenFile | None]] = {
+        BOOSTERS: [*finished.files.boosters],
+        HOLDOUT: [*finished.files.holdout],
         LEDGER: [tables.write_file(ledger, LEDGER.schema, locations["ledger"])],
         RUNS: [tables.write_file(runs, RUNS.schema, locations["runs"])],
     }
-    contract: TableContract
     for contract, files in written.items():
         present = [file for file in files if file is not None]
         tables.commit(locations[contract.name], present, contract.schema, mode="append", app=(f"{run.run_id}/{contract.name}", 1))

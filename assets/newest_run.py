@@ -1,5 +1,7 @@
 """The newest training run of a fleet, as its tables tell it."""
 
+from typing import Any
+
 import pandas as pd
 
 from pipeline.errors import StoreError
@@ -7,7 +9,7 @@ from pipeline.tables import LEDGER, RUNS
 from resources.delta_tables import DeltaTables
 
 
-def newest_run(tables: DeltaTables, namespace: str) -> "pd.Series[object]":
+def newest_run(tables: DeltaTables, namespace: str) -> "pd.Series[Any]":
     """The run manifest (a row of `tables.RUNS`) of the newest run.
 
     Raises:

@@ -4,18 +4,17 @@ import dagster as dg
 import pandas as pd
 
 from assets.link import link_key, link_settings, png, prefixed, readable_failures
-from assets.newest_run import ledger_of, newest_run
+from assets.newest_run import ledger_of
 from pipeline.reporting.plots import prediction_plot
 from pipeline.reporting.summary import markdown_table, summarise
-from pipeline.spark.scoring import rows_to_score, score_rows
+from pipeline.spark.features import newest_known
+from pipeline.spark.scoring import AnswerCounts, count_answers, rows_to_score, score_rows
 from pipeline.spec import FleetSpec
 from pipeline.tables import PREDICTIONS
 from resources.delta_tables import DeltaTables, contract_metadata
 from resources.launch_settings import LaunchSettings
 from resources.mlflow_registry import CHAMPION, MlflowRegistry
 from resources.spark_session import SparkSessionResource
-
-PLOTTED_ROWS = 20_000
 
 
 def predictions_asset(spec: FleetSpec) -> dg.AssetsDefinition:
@@ -31,7 +30,10 @@ def predictions_asset(spec: FleetSpec) -> dg.AssetsDefinition:
         ),
         check_specs=[
             dg.AssetCheckSpec(
-                "every_row_is_answered", asset=link_key(spec, "predictions"), blocking=True, description="As many finite answers as rows to score, each row once."
+                "every_row_is_answered",
+                asset=link_key(spec, "predictions"),
+                blocking=True,
+                description="As many finite answers as rows to score, each row once.",
             )
         ],
     )
@@ -42,30 +44,32 @@ def predictions_asset(spec: FleetSpec) -> dg.AssetsDefinition:
         location = tables.location(namespace, PREDICTIONS.name)
         with readable_failures():
             version = registry.get(namespace, CHAMPION)
-            run = newest_run(tables, namespace)
-            as_of = pd.Timestamp(str(run["as_of"])).tz_localize(None)
-            rows = rows_to_score(tables.read_spark(spark.session, tables.location(spec.name, "features")), spec, as_of)
+            features = tables.read_spark(spark.session, tables.location(spec.name, "features"))
+            as_of = launch.moment(spec) or newest_known(features)
+            rows = rows_to_score(features, spec, as_of)
             answers = score_rows(spark.session, rows, spec, registry.fetch_pack(version), as_of)
             partition = {"as_of": as_of.isoformat()}
             delta_version = tables.write_spark(answers, location, partition=partition)
+            written = count_answers(tables.read_spark(spark.session, location), as_of)
             n_rows = rows.count()
-            written = tables.read_pandas(location, where=partition)
             ledger = ledger_of(tables, namespace, version.fleet_version)
         facts = {
             "model": f"{namespace} version {version.number} (champion), run {version.fleet_version}",
-            "predictions": f"{len(written):,} of {n_rows:,} rows answered, as of {as_of}",
+            "predictions": f"{written.n_rows:,} of {n_rows:,} rows answered, as of {as_of}",
             "tables": tables.location(namespace),
             "look next": f"make ui, then Assets > {spec.name} > models: every group's state, worst groups, plots",
         }
         context.log.info("\n" + summarise(ledger, spec, facts))
-        by_grain = written["answered_by"].value_counts().rename_axis("answered by").rename("rows").reset_index()
+        by_grain = pd.DataFrame(list(written.answered_by.items()), columns=["answered by", "rows"])
         return dg.MaterializeResult(
             metadata={
                 **contract_metadata(PREDICTIONS, location),
-                "dagster/row_count": len(written),
-                **prefixed({"as_of": as_of.isoformat(), "version": version.number, "fleet_version": version.fleet_version, "delta_version": delta_version}),
+                "dagster/row_count": written.n_rows,
+                **prefixed(
+                    {"as_of": as_of.isoformat(), "version": version.number, "fleet_version": version.fleet_version, "delta_version": delta_version}
+                ),
                 "fleet/answered_by": dg.MetadataValue.md(markdown_table(by_grain)),
-                "fleet/plot": png(prediction_plot(written.head(PLOTTED_ROWS), spec)),
+                "fleet/plot": png(prediction_plot(written.sample, written.answered_by, spec)),
             },
             check_results=[_every_row_is_answered(n_rows, written)],
         )
@@ -73,11 +77,9 @@ def predictions_asset(spec: FleetSpec) -> dg.AssetsDefinition:
     return predictions
 
 
-def _every_row_is_answered(n_rows: int, written: pd.DataFrame) -> dg.AssetCheckResult:
-    n_missing = int(written["prediction"].isna().sum())
-    n_doubled = int(written["row_key"].duplicated().sum())
+def _every_row_is_answered(n_rows: int, written: AnswerCounts) -> dg.AssetCheckResult:
     return dg.AssetCheckResult(
         check_name="every_row_is_answered",
-        passed=len(written) == n_rows and n_missing == 0 and n_doubled == 0,
-        metadata={"rows_to_score": n_rows, "answers": len(written), "without_prediction": n_missing, "doubled": n_doubled},
+        passed=written.n_rows == n_rows and written.n_missing == 0 and written.n_doubled == 0,
+        metadata={"rows_to_score": n_rows, "answers": written.n_rows, "without_prediction": written.n_missing, "doubled": written.n_doubled},
     )

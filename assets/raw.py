@@ -1,6 +1,6 @@
 """`<fleet>/<source>`: a source, as ingested, in Delta."""
 
-import datetime
+import datetime as dt
 
 import dagster as dg
 import pyarrow as pa
@@ -46,7 +46,7 @@ def raw_asset(spec: FleetSpec, source: SourceSpec, files: FleetFiles) -> dg.Asse
 
 def ingest(source: SourceSpec, files: FleetFiles, tables: DeltaTables, location: str) -> tuple[list[WrittenFile], pa.Schema]:
     """Write a source's files below a table's root, one by one; where their types differ, as the type that holds both."""
-    now = datetime.datetime.now(datetime.UTC)
+    now = dt.datetime.now(dt.UTC)
     contents: list[tuple[str, pa.Schema, WrittenFile | None]] = []
     for address, table in read_source(source, files.folder):
         stamped = _stamped(table, address, now)
@@ -58,11 +58,13 @@ def ingest(source: SourceSpec, files: FleetFiles, tables: DeltaTables, location:
     schema = pa.schema([pa.field(field.name, pa.string()) if pa.types.is_null(field.type) else field for field in schema])
     if all(found == schema for _, found, _ in contents):
         return [file for _, _, file in contents if file is not None], schema
-    rewritten = (tables.write_file(_as(_stamped(table, address, now), schema), schema, location) for address, table in read_source(source, files.folder))
+    rewritten = (
+        tables.write_file(_as(_stamped(table, address, now), schema), schema, location) for address, table in read_source(source, files.folder)
+    )
     return [file for file in rewritten if file is not None], schema
 
 
-def _stamped(table: pa.Table, address: str, now: datetime.datetime) -> pa.Table:
+def _stamped(table: pa.Table, address: str, now: dt.datetime) -> pa.Table:
     """The rows with where and when they were read, and times in microseconds, the one resolution that Delta has."""
     table = table.cast(pa.schema([field.with_type(_in_microseconds(field.type)) for field in table.schema]))
     source, ingested_at = (column.type for column in RAW.columns)

@@ -60,7 +60,9 @@ def _format_of(source: SourceSpec) -> str:
     name = source.uri.removesuffix(".gz").removesuffix(".zip")
     suffix = Path(name).suffix.lower()
     if suffix not in SUFFIXES:
-        raise SpecError(f"source {source.name!r}: format of {source.uri!r} cannot be told from its ending; set format to csv, parquet, delta or jsonl")
+        raise SpecError(
+            f"source {source.name!r}: format of {source.uri!r} cannot be told from its ending; set format to csv, parquet, delta or jsonl"
+        )
     return SUFFIXES[suffix]
 
 
@@ -78,7 +80,7 @@ def _locate(source: SourceSpec, folder: Path) -> tuple[pf.FileSystem, list[str]]
     if Path(local).is_dir():
         return pf.LocalFileSystem(), _found(source, sorted(str(path) for path in Path(local).rglob("*") if path.is_file() and not _hidden(str(path))))
     # A file whose own name holds glob characters is meant literally.
-    paths = [local] if Path(local).is_file() else sorted(glob.glob(local, recursive=True))
+    paths = [local] if Path(local).is_file() else sorted(glob.glob(local, recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern
     return pf.LocalFileSystem(), _found(source, paths)
 
 
@@ -105,7 +107,7 @@ def _plain_bytes(stream: pa.NativeFile, path: str, kind: str) -> io.IOBase | pa.
     if kind == "parquet":
         return stream
     if path.endswith(".gz"):
-        return gzip.open(stream)  # type: ignore[return-value]
+        return gzip.open(stream)
     if path.endswith(".zip"):
         archive = zipfile.ZipFile(stream)
         files = [name for name in archive.namelist() if not name.endswith("/") and not _hidden(name) and "__MACOSX" not in name]

@@ -148,7 +148,9 @@ class TuningSpec(Part):
     objective: Literal["l2", "l1", "huber"] = Field(default="l2", description="LightGBM's regression objective, in link space.")
     max_trials: int = Field(default=12, ge=1, description="Trials per group at most; 1 takes the defaults.")
     patience: int = Field(default=4, ge=1, description="A group's study stops after this many trials without improvement.")
-    timeout_seconds: float | None = Field(default=None, gt=0, description="A group's study stops after this long; makes results depend on the machine.")
+    timeout_seconds: float | None = Field(
+        default=None, gt=0, description="A group's study stops after this long; makes results depend on the machine."
+    )
     max_rounds: int = Field(default=1000, ge=1, description="Boosting rounds at most.")
     fit_rows: int = Field(default=100, ge=2, description="A group with fewer fit rows is not trained; its parent answers.")
     tune_rows: int = Field(default=20, ge=2, description="A group with fewer tune rows is not trained; its parent answers.")
@@ -285,9 +287,7 @@ class FleetSpec(Part):
         yield from self._history_problems()
         names = [source.name for source in self.sources]
         yield from (f"sources: {name!r} is there twice; give each source its own name" for name in _doubled(names))
-        yield from (
-            f"sources: {name!r} is the name of a link of the asset chain; choose another" for name in names if name in CHAIN
-        )
+        yield from (f"sources: {name!r} is the name of a link of the asset chain; choose another" for name in names if name in CHAIN)
         taken = {*self.sql_columns} - {self.time, self.known_at}
         yield from (f"column {name!r} is reserved ({', '.join(RESERVED)}); rename it in features.sql" for name in sorted(taken & {*RESERVED}))
         computed = [*self.history_columns, *self.features.derived, *self.features.calendar]
@@ -342,7 +342,6 @@ class FleetSpec(Part):
 # Any first of a month: the moment from which a lag and the horizon are compared.
 _ANCHOR = np.datetime64("2001-03-01", "us")
 CHAIN = ("features", "models", "meta_model", "champion", "predictions", "monitoring", "report", "backtest")
-
 
 
 def _doubled(names: Sequence[str]) -> list[str]:

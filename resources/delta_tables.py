@@ -60,7 +60,9 @@ class DeltaTables(dg.ConfigurableResource):
             before_commit(read_files(frame.sparkSession, location, [file.path for file in files], schema, self.storage_options))
         return self.commit(location, files, schema, mode=mode, partition=partition, metadata=metadata)
 
-    def write_arrow(self, tables: Iterable[pa.Table], schema: pa.Schema, location: str, *, mode: Mode, metadata: Mapping[str, str] | None = None) -> int:
+    def write_arrow(
+        self, tables: Iterable[pa.Table], schema: pa.Schema, location: str, *, mode: Mode, metadata: Mapping[str, str] | None = None
+    ) -> int:
         """Write rows from the driver, each table as one file, then make one commit; returns the version."""
         files = [self.write_file(table, schema, location) for table in tables]
         return self.commit(location, [file for file in files if file], schema, mode=mode, metadata=metadata)
@@ -98,15 +100,19 @@ class DeltaTables(dg.ConfigurableResource):
             StoreError: if a file is missing or of another size, or the store refuses.
         """
         self._check_files(location, files)
-        actions = [_add_action(file, partition or {}) for file in files]
-        properties = CommitProperties(
-            custom_metadata=dict(metadata or {}) or None, app_transactions=[Transaction(app[0], app[1])] if app else None
-        )
+        actions: list[Any] = [_add_action(file, partition or {}) for file in files]
+        properties = CommitProperties(custom_metadata=dict(metadata or {}) or None, app_transactions=[Transaction(app[0], app[1])] if app else None)
         partition_by, delta_schema, options = list(partition or {}), Schema.from_arrow(schema), self.storage_options or None
         with _store_errors(location):
             if not DeltaTable.is_deltatable(location, self.storage_options):
                 create_table_with_add_actions(
-                    location, delta_schema, actions, mode="overwrite", partition_by=partition_by, commit_properties=properties, storage_options=options
+                    location,
+                    delta_schema,
+                    actions,
+                    mode="overwrite",
+                    partition_by=partition_by,
+                    commit_properties=properties,
+                    storage_options=options,
                 )
                 return int(DeltaTable(location, storage_options=self.storage_options).version())
             table = DeltaTable(location, storage_options=self.storage_options)

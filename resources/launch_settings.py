@@ -11,9 +11,13 @@ from pipeline.spec import FleetSpec
 class LaunchSettings(dg.ConfigurableResource):
     """Settings of one launch; in the UI they stand under resources in the launchpad."""
 
-    as_of: str | None = Field(default=None, description="Date or time that the run pretends it is, e.g. 2013-12-24; by default the fleet's, else the newest row.")
+    as_of: str | None = Field(
+        default=None, description="Date or time that the run pretends it is, e.g. 2013-12-24; by default the fleet's, else the newest row."
+    )
     limit_groups: int | None = Field(
-        default=None, gt=0, description="Try the fleet on that many finest groups. Tables and model get the suffix -trial, so nothing real is touched."
+        default=None,
+        gt=0,
+        description="Try the fleet on that many finest groups. Tables and model get the suffix -trial, so nothing real is touched.",
     )
     dry_run: bool = Field(default=False, description="Plan, print the plan, and train nothing.")
 

@@ -62,7 +62,7 @@ class MlflowRegistry(dg.ConfigurableResource):
     def _warm_up(self) -> None:
         try:
             self._client().search_experiments(max_results=1)
-        except Exception:  # noqa: BLE001 - whoever needs the registry asks again and then reports
+        except Exception:  # whoever needs the registry asks again and then reports
             logging.getLogger(__name__).debug("MLflow did not answer at start", exc_info=True)
 
     def _client(self) -> Any:
@@ -115,14 +115,25 @@ class MlflowRegistry(dg.ConfigurableResource):
         from mlflow.models import ModelSignature
         from mlflow.types import ColSpec, Schema
 
-        outputs = {"prediction": "double", "lower": "double", "upper": "double", "answered_by": "string", "booster_id": "string", FLEET_VERSION: "string"}
+        outputs = {
+            "prediction": "double",
+            "lower": "double",
+            "upper": "double",
+            "answered_by": "string",
+            "booster_id": "string",
+            FLEET_VERSION: "string",
+        }
         signature = ModelSignature(
             Schema([ColSpec(kind, column, required=False) for column, kind in inputs.items()]),
             Schema([ColSpec(kind, column, required=False) for column, kind in outputs.items()]),
         )
         requirements = [f"{package}=={installed_version(package)}" for package in REQUIREMENTS]
         try:
-            with mlflow.start_run(experiment_id=self._experiment(client, name), run_name=fleet_version), tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            with (
+                mlflow.start_run(experiment_id=self._experiment(client, name), run_name=fleet_version),
+                tempfile.TemporaryDirectory() as folder,
+                warnings.catch_warnings(),
+            ):
                 warnings.simplefilter("ignore", UserWarning)
                 mlflow.set_tag(FLEET_VERSION, fleet_version)
                 mlflow.log_params(dict(parameters))
@@ -144,7 +155,9 @@ class MlflowRegistry(dg.ConfigurableResource):
             client.set_model_version_tag(name, number, FLEET_VERSION, fleet_version)
             client.set_registered_model_alias(name, CHALLENGER, number)
         except (MlflowException, OSError) as error:
-            raise StoreError(f"{self.tracking_uri}: registering {name!r} failed ({error}); the training is kept: materialise meta_model again") from error
+            raise StoreError(
+                f"{self.tracking_uri}: registering {name!r} failed ({error}); the training is kept: materialise meta_model again"
+            ) from error
         return Version(name, number, fleet_version)
 
     def _experiment(self, client: Any, name: str) -> str:
@@ -175,7 +188,9 @@ class MlflowRegistry(dg.ConfigurableResource):
         """
         found = self.find(name, alias)
         if found is None:
-            raise ModelNotFound(f"registered model {name!r} has no {alias} at {self.tracking_uri}; materialise {name}/models, meta_model and champion first")
+            raise ModelNotFound(
+                f"registered model {name!r} has no {alias} at {self.tracking_uri}; materialise {name}/models, meta_model and champion first"
+            )
         return found
 
     def promote(self, version: Version) -> None:

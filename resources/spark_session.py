@@ -2,7 +2,7 @@
 
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ class SparkSessionResource(dg.ConfigurableResource):
         except BaseException as error:  # noqa: BLE001 - raised again where the session is asked for
             self._failure = error
 
-    def _settings(self) -> Mapping[str, Any]:
+    def _settings(self) -> dict[str, Any]:
         java_options = f'-Dlog4j2.configurationFile="{LOG_SETTINGS.as_uri()}" -XX:+IgnoreUnrecognizedVMOptions'
         return {
             "spark.master": self.master,

@@ -1,6 +1,7 @@
 """What features.sql may be: one SELECT over the declared sources, checked on the parsed statement before anything runs."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import sqlglot
 from sqlglot import exp
@@ -62,7 +63,7 @@ def check_expression(text: str, *, where: str) -> exp.Expression:
     return parsed
 
 
-def _refuse_functions(tree: exp.Expression, where: str) -> None:
+def _refuse_functions(tree: Any, where: str) -> None:
     for function in tree.find_all(exp.Func):
         name = (function.name if isinstance(function, exp.Anonymous) else function.sql_name()).lower()
         if name in FORBIDDEN:
@@ -105,10 +106,8 @@ def _output_columns(query: exp.Query, schemas: Mapping[str, Mapping[str, str]] |
     if schemas is None:
         return None if query.is_star or any(select.is_star for select in query.selects) else {name.lower() for name in query.named_selects}
     try:
-        qualified = qualify(query.copy(), schema={name: dict(columns) for name, columns in schemas.items()}, dialect="spark")
+        qualified: Any = qualify(query.copy(), schema={name: dict(columns) for name, columns in schemas.items()}, dialect="spark")
     except OptimizeError as error:
         there = "; ".join(f"{name} has {', '.join(columns)}" for name, columns in schemas.items())
         raise SpecError(f"{file}: {error} What the sources give: {there}") from error
-    if not isinstance(qualified, exp.Query):
-        return None
     return {name.lower() for name in qualified.named_selects}

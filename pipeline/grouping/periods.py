@@ -38,9 +38,7 @@ class Period:
         """
         found = _WRITTEN.match(text.lower())
         if found is None or found.group(2) not in UNITS:
-            raise SpecError(
-                f"{text!r} is not a length of time: expected a whole number and a unit, such as '12 months'; units: {', '.join(UNITS)}"
-            )
+            raise SpecError(f"{text!r} is not a length of time: expected a whole number and a unit, such as '12 months'; units: {', '.join(UNITS)}")
         return cls(int(found.group(1)), found.group(2))
 
     def __str__(self) -> str:
@@ -71,7 +69,8 @@ class Period:
     def _shift(self, times: Times, sign: int) -> Times:
         times = times.astype("datetime64[us]")
         if not self.is_calendar:
-            return times + np.timedelta64(sign * self.count * SECONDS[self.unit], "s").astype("timedelta64[us]")
+            moved_on: Times = times + np.timedelta64(sign * self.count * SECONDS[self.unit], "s").astype("timedelta64[us]")
+            return moved_on
         months = times.astype("datetime64[M]")
         rest = times - months.astype("datetime64[us]")
         moved = months + np.timedelta64(sign * self.count * MONTHS[self.unit], "M")
@@ -96,5 +95,6 @@ class Period:
 
     def add(self, moment: pd.Timestamp, factor: int = 1) -> pd.Timestamp:
         """The moment ``factor`` times this length later; a negative factor goes back."""
-        shifted = self.times(abs(factor))._shift(np.array([moment.to_datetime64()]), 1 if factor >= 0 else -1)
+        length, moments = self.times(abs(factor)), np.array([moment.to_datetime64()])
+        shifted = length.after(moments) if factor >= 0 else length.before(moments)
         return pd.Timestamp(shifted[0])

@@ -64,7 +64,7 @@ def build_plan(counts: pd.DataFrame, *, n_features: int, n_fits: int, fit_rows: 
     groups = counts.reset_index(drop=True).copy()
     enough = (groups["n_fit"] >= fit_rows) & (groups["n_tune"] >= tune_rows)
     groups["status"] = np.where(enough, "train", "inherited")
-    groups["reason"] = np.where(enough, None, np.where(groups["n_target"] == 0, "no_target", "too_few_rows"))
+    groups["reason"] = pd.Series(np.where(groups["n_target"] == 0, "no_target", "too_few_rows"), dtype=object).mask(enough, None)
     work = SECONDS_PER_KILOROW_FEATURE_FIT * groups["n_target"] / 1000 * n_features * n_fits
     groups["cost_seconds"] = np.where(enough, SECONDS_PER_GROUP + work, 0.0)
     groups = groups.sort_values(["cost_seconds", "grain", "group_id"], ascending=[False, True, True], ignore_index=True)

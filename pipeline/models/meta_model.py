@@ -127,17 +127,20 @@ def _category_numbers(values: pd.Series, categories: Sequence[str]) -> Floats:
     return found
 
 
+_LINKS: dict[str, tuple[Any, Any]] = {"none": (np.asarray, np.asarray), "log": (np.log, np.exp), "log1p": (np.log1p, np.expm1)}
+
+
 def link(values: Floats, transform: str) -> Floats:
     """Target units to link space; what the transform cannot take becomes NaN or an infinity."""
     with np.errstate(all="ignore"):
-        linked: Floats = {"none": np.asarray, "log": np.log, "log1p": np.log1p}[transform](values)
+        linked: Floats = _LINKS[transform][0](values)
     return linked
 
 
 def inverse_link(values: Floats, transform: str) -> Floats:
     """Link space back to target units."""
     with np.errstate(all="ignore"):
-        answers: Floats = {"none": np.asarray, "log": np.exp, "log1p": np.expm1}[transform](values)
+        answers: Floats = _LINKS[transform][1](values)
     return answers
 
 

@@ -64,4 +64,4 @@ def write_pack(folder: Path, spec: Mapping[str, Any], ledger: pd.DataFrame, boos
                 wanted.remove(row["booster_id"])
                 writer.write_table(pa.Table.from_pylist([{name: row[name] for name in _BOOSTER_SCHEMA.names}], schema=_BOOSTER_SCHEMA))
     if wanted:
-        raise StoreError(f"booster store lacks {len(wanted)} boosters that the ledger names, e.g. {sorted(wanted)[0]}; train again")
+        raise StoreError(f"booster store lacks {len(wanted)} boosters that the ledger names, e.g. {min(wanted)}; train again")

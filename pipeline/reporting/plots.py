@@ -1,6 +1,7 @@
 """Plots as PNG bytes: for Dagster's metadata and MLflow's artifacts."""
 
 import io
+from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl
 import numpy as np
@@ -26,7 +27,7 @@ def training_plot(ledger: pd.DataFrame, spec: FleetSpec) -> bytes:
 
 def _draw_statuses(axes: "mpl.axes.Axes", ledger: pd.DataFrame) -> None:
     counts = status_counts(ledger)
-    titles = [f"{row.grain} {row.status}{f' ({row.reason})' if row.reason else ''}" for row in counts.itertuples()]
+    titles = [f"{grain} {status}" + (f" ({reason})" if reason else "") for grain, status, reason, _ in counts.to_numpy(dtype=object)]
     colours = [{"trained": BLUE, "failed": ORANGE}.get(status, GREY) for status in counts["status"]]
     bars = axes.barh(titles, counts["groups"], color=colours)
     axes.bar_label(bars, padding=3)
@@ -38,7 +39,15 @@ def _draw_statuses(axes: "mpl.axes.Axes", ledger: pd.DataFrame) -> None:
 def _draw_error_by_rows(axes: "mpl.axes.Axes", ledger: pd.DataFrame) -> None:
     finest = ledger[(ledger["grain"] == ledger["grain"].max()) & ledger["rmse"].notna() & (ledger["rmse"] > 0)]
     weights = finest["weight"].fillna(0.0).to_numpy(dtype=float)
-    points = axes.scatter(finest["n_target"].to_numpy(dtype=float), finest["rmse"].to_numpy(dtype=float), c=weights, cmap="viridis", vmin=0, vmax=max(0.01, weights.max(initial=0)), s=18)
+    points = axes.scatter(
+        finest["n_target"].to_numpy(dtype=float),
+        finest["rmse"].to_numpy(dtype=float),
+        c=weights,
+        cmap="viridis",
+        vmin=0,
+        vmax=max(0.01, weights.max(initial=0)),
+        s=18,
+    )
     if len(finest):
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -72,21 +81,20 @@ def plan_plot(ledger: pd.DataFrame) -> bytes:
     return _png(figure)
 
 
-def prediction_plot(predictions: pd.DataFrame, spec: FleetSpec) -> bytes:
+def prediction_plot(predictions: Sequence[float], answered_by: Mapping[str, int], spec: FleetSpec) -> bytes:
     """Distribution of the answers, and who gave them.
 
     Args:
-        predictions: prediction and answered_by, one row per answered row (or a sample of them).
+        predictions: answers, or a sample of them, in the target's units.
+        answered_by: rows per grain that answered.
         spec: the fleet.
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
     values, who = figure.subplots(1, 2)
-    answers = predictions["prediction"].to_numpy(dtype=float)
-    values.hist(answers[np.isfinite(answers)], bins=40, color=BLUE)
+    values.hist([value for value in predictions if np.isfinite(value)], bins=40, color=BLUE)
     values.set_xlabel(f"predicted {spec.target.column}")
     values.set_ylabel("rows")
-    counts = predictions["answered_by"].value_counts()
-    who.bar_label(who.barh(list(counts.index), counts.to_numpy(), color=BLUE), padding=3)
+    who.bar_label(who.barh(list(answered_by), list(answered_by.values()), color=BLUE), padding=3)
     who.margins(x=0.15)
     who.set_xlabel("rows answered by")
     return _png(figure)

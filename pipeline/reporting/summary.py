@@ -11,6 +11,7 @@ import pandas as pd
 from pipeline.spec import FleetSpec
 
 WORST = 5
+WITHOUT_DECIMALS = 10_000
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ def worst_groups(ledger: pd.DataFrame, n: int = WORST) -> pd.DataFrame:
     """Finest groups with the largest RMSE on report rows; failed groups first."""
     finest = ledger[ledger["grain"] == ledger["grain"].max()]
     ordered = finest.assign(_failed=finest["status"].eq("failed")).sort_values(["_failed", "rmse", "group_id"], ascending=[False, False, True])
-    return ordered.head(n)[["group_id", "status", "reason", "n_rows", "weight", "rmse", "mape"]]
+    worst: pd.DataFrame = ordered.head(n)[["group_id", "status", "reason", "n_rows", "weight", "rmse", "mape"]]
+    return worst
 
 
 def slowest_groups(ledger: pd.DataFrame, n: int = WORST) -> pd.DataFrame:
@@ -117,8 +119,14 @@ def summarise(ledger: pd.DataFrame, spec: FleetSpec, facts: Mapping[str, str]) -
         f"fleet {spec.name}: {len(ledger):,} groups",
         text_table(["grain", "status", "reason", "groups"], status_counts(ledger).astype(str).to_numpy().tolist()),
         text_table(header, lines),
-        text_table(["worst groups", "status", "rows", "weight", unit, "MAPE %"], _rows(worst_groups(ledger), ["group_id", "status", "n_rows", "weight", "rmse", "mape"])),
-        text_table(["slowest groups", "rows", "trials", "rounds", "seconds"], _rows(slowest_groups(ledger), ["group_id", "n_rows", "n_trials", "n_rounds", "seconds"])),
+        text_table(
+            ["worst groups", "status", "rows", "weight", unit, "MAPE %"],
+            _rows(worst_groups(ledger), ["group_id", "status", "n_rows", "weight", "rmse", "mape"]),
+        ),
+        text_table(
+            ["slowest groups", "rows", "trials", "rounds", "seconds"],
+            _rows(slowest_groups(ledger), ["group_id", "n_rows", "n_trials", "n_rounds", "seconds"]),
+        ),
         "\n".join(f"{title:<12} {text}" for title, text in facts.items()),
     ]
     return "\n\n".join(part for part in parts if part)
@@ -133,7 +141,7 @@ def _number(value: float | None) -> str:
         return "-"
     if float(value).is_integer() and abs(value) >= 1:
         return f"{value:,.0f}"
-    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.2f}"
+    return f"{value:,.0f}" if abs(value) >= WITHOUT_DECIMALS else f"{value:.2f}"
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -143,7 +151,9 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(str(line[column])) for line in [header, *rows]) for column in range(len(header))]
     right = [all(_is_number(str(row[column])) for row in rows) for column in range(len(header))]
     return "\n".join(
-        "  ".join(str(cell).rjust(width) if to_right else str(cell).ljust(width) for cell, width, to_right in zip(line, widths, right, strict=True)).rstrip()
+        "  ".join(
+            str(cell).rjust(width) if to_right else str(cell).ljust(width) for cell, width, to_right in zip(line, widths, right, strict=True)
+        ).rstrip()
         for line in [header, *rows]
     )
 
@@ -159,7 +169,16 @@ def _cell(value: object) -> str:
     if value is None or (isinstance(value, float) and np.isnan(value)):
         return ""
     text = _number(value) if isinstance(value, float) else str(value)
-    for character, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "&#124;"), ("`", "&#96;"), ("[", "&#91;"), ("]", "&#93;"), ("\n", " ")):
+    for character, entity in (
+        ("&", "&amp;"),
+        ("<", "&lt;"),
+        (">", "&gt;"),
+        ("|", "&#124;"),
+        ("`", "&#96;"),
+        ("[", "&#91;"),
+        ("]", "&#93;"),
+        ("\n", " "),
+    ):
         text = text.replace(character, entity)
     return text
 

@@ -101,7 +101,11 @@ def measure_groups(
     ]
     for number in range(len(spec.baselines)):
         there = sf.col(f"b{number}").isNotNull()
-        measures += [sf.count(f"b{number}").alias(f"b{number}_n"), *_errors(f"b{number}", f"b{number}_"), *_errors("answer", f"b{number}_fleet_", there)]
+        measures += [
+            sf.count(f"b{number}").alias(f"b{number}_n"),
+            *_errors(f"b{number}", f"b{number}_"),
+            *_errors("answer", f"b{number}_fleet_", there),
+        ]
     found = groups.agg(*measures).toPandas()
     names = ("n", "rmse", "mape", "fleet_rmse", "fleet_mape")
     found["baselines"] = [

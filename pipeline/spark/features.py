@@ -1,8 +1,8 @@
 """Building a feature table on Spark: the SQL, made-up future rows, features of the past, derived columns."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 from pyspark.errors import AnalysisException
@@ -81,7 +81,9 @@ def _check_types(spec: FleetSpec, rows: DataFrame) -> None:
     types = {field.name: field.dataType for field in rows.schema}
     for key in spec.key_columns:
         if not isinstance(types[key], _KEY_TYPES):
-            raise DataError(f"key {key!r} is {types[key].simpleString()}; expected text, a whole number, a boolean or a date: cast it in {spec.features.sql}")
+            raise DataError(
+                f"key {key!r} is {types[key].simpleString()}; expected text, a whole number, a boolean or a date: cast it in {spec.features.sql}"
+            )
     for name in filter(None, (spec.time, spec.known_at)):
         if not isinstance(types[name], st.DateType | st.TimestampType | st.TimestampNTZType):
             raise DataError(f"{name!r} is {types[name].simpleString()}; expected a date or timestamp: cast it in {spec.features.sql}")
@@ -122,7 +124,7 @@ def _future_rows(spark: SparkSession, spec: FleetSpec, rows: DataFrame) -> DataF
     if newest is None:
         return rows.limit(0)
     period, end = Period.parse(spec.period or ""), spec.horizon_period.add(pd.Timestamp(newest))
-    moments = []
+    moments: list[tuple[Any]] = []
     while (moment := period.add(pd.Timestamp(newest), len(moments) + 1)) <= end:
         moments.append((moment.to_pydatetime(),))
     times = spark.createDataFrame(moments, "time timestamp")
@@ -175,7 +177,9 @@ def check_feature_table(rows: DataFrame, spec: FleetSpec) -> dict[str, int]:
     ).collect()[0]
     where = spec.features.sql
     if counts["n"] - counts["n_future"] == 0:
-        raise DataError(f"{where} gives no row; check that the sources {', '.join(source.name for source in spec.sources)} are not empty and its joins match")
+        raise DataError(
+            f"{where} gives no row; check that the sources {', '.join(source.name for source in spec.sources)} are not empty and its joins match"
+        )
     if counts["n_timeless"]:
         raise DataError(f"{counts['n_timeless']} of {counts['n']} rows have no {spec.time!r} (time); leave them out in {where}")
     if counts["n_doubled"]:
@@ -187,10 +191,15 @@ def check_feature_table(rows: DataFrame, spec: FleetSpec) -> dict[str, int]:
     return {"n_rows": int(counts["n"]), "n_targets": int(counts["n_targets"]), "n_future": int(counts["n_future"])}
 
 
-def newest_moments(rows: DataFrame) -> tuple[pd.Timestamp, pd.Timestamp]:
-    """Latest known_at and latest time of rows that are not made up."""
-    row = rows.where("NOT is_future").agg(sf.max("known_at"), sf.max("time")).collect()[0]
-    return pd.Timestamp(np.datetime64(row[0], "us")), pd.Timestamp(np.datetime64(row[1], "us"))
+def newest_known(features: DataFrame) -> pd.Timestamp:
+    """Latest known_at of a feature table; made-up rows do not count, and there is always another."""
+    return pd.Timestamp(features.where("NOT is_future").agg(sf.max("known_at")).collect()[0][0])
+
+
+def newest_time(rows: DataFrame) -> pd.Timestamp | None:
+    """Latest time of visible rows; None if there are none."""
+    newest = rows.agg(sf.max("time")).collect()[0][0]
+    return None if newest is None else pd.Timestamp(newest)
 
 
 def all_null_columns(rows: DataFrame, columns: Sequence[str]) -> list[str]:

@@ -17,7 +17,7 @@ from pipeline.grouping.splits import Cutoffs, resolve_cutoffs
 from pipeline.models.meta_model import grain_name
 from pipeline.models.pack import model_spec
 from pipeline.spark.evaluation import judged_rows, measure_groups, sum_moments
-from pipeline.spark.features import newest_moments
+from pipeline.spark.features import newest_known, newest_time
 from pipeline.spark.files import read_files
 from pipeline.spark.training import (
     Report,
@@ -76,10 +76,10 @@ def plan_run(
     Raises:
         DataError: if no row is visible at the as-of, or no row has a target to fit on.
     """
-    moment = as_of if as_of is not None else newest_moments(features)[0]
+    moment = as_of if as_of is not None else newest_known(features)
     rows = limited_rows(visible_rows(features, moment), spec, limit_groups)
-    _, newest = newest_moments(rows)
-    if pd.isna(newest):
+    newest = newest_time(rows)
+    if newest is None:
         earliest, latest = features.where("NOT is_future").selectExpr("min(known_at)", "max(known_at)").collect()[0]
         raise DataError(f"as of {moment} no row is known yet; known_at runs from {earliest} to {latest}: choose an as-of within or after it")
     cutoffs = resolve_cutoffs(spec.splits, moment, newest)
@@ -128,7 +128,8 @@ def train_run(
         report: called now and then with groups done, groups failed, planned seconds done.
         train: what trains a group; another function only in tests.
     """
-    costs = {(int(row.grain), str(row.group_id)): float(row.cost_seconds) for row in run.plan.to_train.itertuples()}
+    trained = run.plan.to_train
+    costs = {(int(g), str(i)): float(c) for g, i, c in zip(trained["grain"], trained["group_id"], trained["cost_seconds"], strict=True)}
     placed = placed_rows(spark, run.rows, spec, run.plan)
     files = train_groups(spark, placed, run.settings, roots, options, costs, report, train)
     has_model: list[set[str]] = [set() for _ in spec.grains]
@@ -153,9 +154,9 @@ def build_ledger(
     A group that was sent to a worker and of which nothing came back is `failed`.
     """
     by_group = {(int(outcome["grain"]), outcome["group_id"]): outcome for outcome in outcomes}
-    measured = {(int(row["grain"]), row["group_id"]): row for row in measures.to_dict("records")}
+    measured = {(int(row["grain"]), row["group_id"]): row for row in _records(measures)}
     rows = []
-    for planned in run.plan.groups.to_dict("records"):
+    for planned in _records(run.plan.groups):
         key = int(planned["grain"]), planned["group_id"]
         row: dict[str, Any] = {**planned, "planned_seconds": planned["cost_seconds"], "run_id": run.run_id, "weight": 0.0}
         if planned["status"] == "train":
@@ -168,9 +169,14 @@ def build_ledger(
             row["weight"] = 0.0
         elif key not in skills:
             row["weight"] = 1.0 if spec.pooling == "none" else 0.0
-        rows.append(row | measured.get(key, {}))
+        rows.append({**row, **measured.get(key, {})})
     ledger = pd.DataFrame(rows).reindex(columns=LEDGER.schema.names)
     return ledger.sort_values(["grain", "group_id"], ignore_index=True)
+
+
+def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows as dicts by column name."""
+    return [{str(name): value for name, value in row.items()} for row in frame.to_dict("records")]
 
 
 def manifest(run: PlannedRun, spec: FleetSpec, *, started_at: pd.Timestamp, features_version: int) -> dict[str, Any]:

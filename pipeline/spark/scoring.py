@@ -1,6 +1,7 @@
 """Batch scoring on Spark: the pack travels to every worker, which opens it once."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -9,9 +10,12 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as sf
 
 from pipeline.models.meta_model import FleetModel
-from pipeline.spec import FleetSpec
+from pipeline.spark.features import newest_time
+from pipeline.spark.keys import finite
 from pipeline.spark.training import visible_rows
+from pipeline.spec import FleetSpec
 
+PLOTTED_ROWS = 20_000
 _ANSWER = "prediction double, lower double, upper double, answered_by string, booster_id string, fleet_version string"
 _opened: dict[str, FleetModel] = {}
 
@@ -23,7 +27,9 @@ def rows_to_score(features: DataFrame, spec: FleetSpec, as_of: pd.Timestamp) -> 
     """
     if spec.scoring.score == "new":
         return features.where((sf.col("time") > sf.lit(as_of.to_pydatetime())) & ~sf.col("is_future"))
-    newest = pd.Timestamp(visible_rows(features, as_of).agg(sf.max("time")).collect()[0][0])
+    newest = newest_time(visible_rows(features, as_of))
+    if newest is None:
+        return features.limit(0)
     end = spec.horizon_period.add(newest)
     return features.where((sf.col("time") > sf.lit(newest.to_pydatetime())) & (sf.col("time") <= sf.lit(end.to_pydatetime())))
 
@@ -50,3 +56,42 @@ def score_rows(spark: SparkSession, rows: DataFrame, spec: FleetSpec, pack: Path
     schema = ", ".join([*(f"`{column}` {types[column]}" for column in kept), _ANSWER])
     answered = narrow.mapInPandas(answer, schema)
     return answered.withColumn("as_of", sf.lit(as_of.isoformat())).withColumn("scored_at", sf.current_timestamp())
+
+
+@dataclass(frozen=True)
+class AnswerCounts:
+    """What a scoring run wrote.
+
+    Args:
+        n_rows: answers.
+        n_missing: answers without a finite prediction.
+        n_doubled: row keys answered more than once.
+        answered_by: rows per grain that answered, most first.
+        sample: some predictions, for a plot.
+    """
+
+    n_rows: int
+    n_missing: int
+    n_doubled: int
+    answered_by: dict[str, int]
+    sample: list[float]
+
+
+def count_answers(predictions: DataFrame, as_of: pd.Timestamp) -> AnswerCounts:
+    """Count the answers of one as-of, as they stand in the table."""
+    answers = predictions.where(sf.col("as_of") == as_of.isoformat())
+    per_key = answers.groupBy("row_key", "answered_by").agg(
+        sf.count("*").alias("n"), sf.sum(finite(sf.col("prediction")).isNull().cast("long")).alias("n_missing")
+    )
+    per_grain = per_key.groupBy("answered_by").agg(
+        sf.sum("n").alias("n"), sf.sum("n_missing").alias("n_missing"), sf.sum((sf.col("n") > 1).cast("long")).alias("n_doubled")
+    )
+    found = sorted(per_grain.collect(), key=lambda row: (-row["n"], row["answered_by"]))
+    sample = [row[0] for row in answers.select("prediction").where("prediction IS NOT NULL").limit(PLOTTED_ROWS).collect()]
+    return AnswerCounts(
+        n_rows=sum(row["n"] for row in found),
+        n_missing=sum(row["n_missing"] for row in found),
+        n_doubled=sum(row["n_doubled"] for row in found),
+        answered_by={row["answered_by"]: int(row["n"]) for row in found},
+        sample=sample,
+    )

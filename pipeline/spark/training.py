@@ -148,7 +148,9 @@ def placed_rows(spark: SparkSession, rows: DataFrame, spec: FleetSpec, plan: Tra
         tasks = pd.concat([tasks, pd.DataFrame({"grain": [0], "group_id": ["[]"], "task": [0]})])
     where = spark.createDataFrame(tasks.astype({"grain": "int32", "task": "int32"}), "grain int, group_id string, task int")
     needed = dict.fromkeys([*spec.finest, *spec.feature_columns, *spec.carried_columns, spec.target.column, "time", "known_at", "row_key"])
-    exploded = rows.where(sf.col(f"`{spec.target.column}`").isNotNull()).select(_grain_column(spec).alias("_level"), *(f"`{name}`" for name in needed))
+    exploded = rows.where(sf.col(f"`{spec.target.column}`").isNotNull()).select(
+        _grain_column(spec).alias("_level"), *(f"`{name}`" for name in needed)
+    )
     flat = exploded.select("_level.grain", "_level.group_id", *(f"`{name}`" for name in needed))
     return flat.join(sf.broadcast(where), ["grain", "group_id"]).repartitionById(max(1, plan.n_tasks), "task")
 

@@ -145,13 +145,14 @@ class _Sums:
         self._products = moments.products[self._chosen]
         self._codes = codes[self._chosen]
         self._n_groups = n_groups
-        self.n_rows = np.bincount(self._codes, moments.n_rows[self._chosen], n_groups)
+        self.n_rows: Floats = np.bincount(self._codes, moments.n_rows[self._chosen], n_groups).astype(np.float64)
         self._weight = np.bincount(self._codes, self._products[:, 0, 0], n_groups)
 
     def of(self, left: Floats, right: Floats) -> Floats:
         """Per group the weighted sum over rows of (left . v)(right . v)."""
         forms = np.einsum("ei,eij,ej->e", left[self._chosen], self._products, right[self._chosen])
-        return np.bincount(self._codes, forms, self._n_groups)
+        sums: Floats = np.bincount(self._codes, forms, self._n_groups).astype(np.float64)
+        return sums
 
     def rmse(self, error: Floats) -> Floats:
         """Per group the root mean squared error; NaN where there is no row."""
@@ -198,11 +199,11 @@ def choose_weights(evidence: Evidence, trained: npt.NDArray[np.bool_], pooling: 
     error rule, Breiman, Friedman, Olshen and Stone (1984).
     """
     if pooling == "none":
-        return trained.astype(np.float64)
+        return np.where(trained, 1.0, 0.0)
     gain, spread = evidence.gain.sum(axis=0), evidence.spread.sum(axis=0)
     if pooling == "select":
         # The own model's squared error is lower exactly where 2 sum(d e) > sum(d d).
-        return (trained & (2 * gain > spread)).astype(np.float64)
+        return np.where(trained & (2 * gain > spread), 1.0, 0.0)
     used = trained & (spread > 0)
     weights = np.zeros(len(gain))
     if not used.any():

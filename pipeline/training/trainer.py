@@ -113,8 +113,8 @@ def _prepare(frame: pd.DataFrame, settings: TrainingSettings) -> pd.DataFrame:
     A row is valid if its target is finite and the transform takes it; usable if it also has an offset and a scale. Null targets
     are neither here nor there: they are dropped.
     """
-    values = pd.to_numeric(frame[settings.target], errors="coerce")
-    rows = frame[values.notna().to_numpy()].sort_values(["time", "row_key"], ignore_index=True)
+    known = pd.to_numeric(frame[settings.target], errors="coerce").notna().to_numpy()
+    rows = frame[known].sort_values(["time", "row_key"], ignore_index=True)
     values = pd.to_numeric(rows[settings.target]).to_numpy(dtype=np.float64)
     linked = link(values, settings.model["target"]["transform"])
     offset, scale = offset_and_scale(rows, settings.model["target"])
@@ -143,7 +143,7 @@ def _reason_not_to_train(rows: pd.DataFrame, grain: int, ledger: Mapping[str, in
     if ledger["n_fit"] < tuning.fit_rows or ledger["n_tune"] < tuning.tune_rows:
         return TOO_FEW_ROWS
     fit_target = rows.loc[rows["_usable"] & (rows["split"] == FIT), "_target"]
-    return CONSTANT_TARGET if fit_target.nunique() == 1 else None
+    return CONSTANT_TARGET if fit_target.min() == fit_target.max() else None
 
 
 def _weights(rows: pd.DataFrame, settings: TrainingSettings) -> Floats | None:

@@ -44,9 +44,7 @@ class Learnable:
     def dataset(self, categoricals: list[int], *, reference: lgb.Dataset | None = None) -> lgb.Dataset:
         """A LightGBM data set; with a reference its bins are the reference's."""
         settings = {"verbosity": -1, "feature_pre_filter": False, "max_bin": MAX_BIN}
-        return lgb.Dataset(
-            self.matrix, self.target, weight=self.weight, categorical_feature=categoricals, reference=reference, params=settings
-        )
+        return lgb.Dataset(self.matrix, self.target, weight=self.weight, categorical_feature=categoricals, reference=reference, params=settings)
 
     def __len__(self) -> int:
         return len(self.target)
@@ -110,7 +108,9 @@ class _Boosting:
 class Study:
     """One group's search: the data set is built once, trials share it."""
 
-    def __init__(self, fit: Learnable, tune: Learnable, blocks: npt.NDArray[np.bool_], categoricals: list[int], tuning: TuningSpec, threads: int) -> None:
+    def __init__(
+        self, fit: Learnable, tune: Learnable, blocks: npt.NDArray[np.bool_], categoricals: list[int], tuning: TuningSpec, threads: int
+    ) -> None:
         self._n_rows = len(fit)
         self._tuning = tuning
         self._fixed = fixed_parameters(tuning, threads=threads)
@@ -164,7 +164,7 @@ class Study:
             best_round = int(losses[:, number].argmin())
             if losses[best_round, number] < self._block_best[number]:
                 self._block_best[number] = float(losses[best_round, number])
-                others = self._blocks[1 - number] if len(self._blocks) == 2 else self._blocks[0]
+                others = self._blocks[number - 1]  # with one block, itself
                 self._cross[others] = booster.predict(self._tune.matrix[others], num_iteration=best_round + 1)
 
     def _maybe_stop(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:  # noqa: ARG002
