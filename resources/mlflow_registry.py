@@ -148,17 +148,22 @@ class MlflowRegistry(dg.ConfigurableResource):
                     python_model=meta_model.__file__,
                     artifacts={"pack": str(pack)},
                     signature=signature,
-                    registered_model_name=name,
                     pip_requirements=requirements,
                 )
-            number = str(logged.registered_model_version)
-            client.set_model_version_tag(name, number, FLEET_VERSION, fleet_version)
+            number = self._new_version(client, name, logged, fleet_version)
             client.set_registered_model_alias(name, CHALLENGER, number)
         except (MlflowException, OSError) as error:
             raise StoreError(
                 f"{self.tracking_uri}: registering {name!r} failed ({error}); the training is kept: materialise meta_model again"
             ) from error
         return Version(name, number, fleet_version)
+
+    def _new_version(self, client: Any, name: str, logged: Any, fleet_version: str) -> str:
+        """Register a logged model; the registry's number."""
+        if not client.search_registered_models(filter_string=f"name = '{name}'", max_results=1):
+            client.create_registered_model(name)
+        found = client.create_model_version(name, logged.model_uri, logged.run_id, tags={FLEET_VERSION: fleet_version}, model_id=logged.model_id)
+        return str(found.version)
 
     def _experiment(self, client: Any, name: str) -> str:
         experiment = client.get_experiment_by_name(name)

@@ -62,17 +62,19 @@ def add_history(table: pa.Table, spec: FleetSpec, features: HistoryPass) -> pa.T
     time = _moments(table["time"])
     known_at = _moments(table["known_at"])
     deadline = spec.horizon_period.before(time)
+    # Without a horizon a row is predicted at its time: what comes true at that moment, its own outcome first of all, is not known.
+    end = np.minimum(deadline, time - np.timedelta64(1, "us"))
     for lag in features.lags:
         codes = _codes(table, tuple(spec.entity))
         values = _values(table, lag.column)
         for periods in lag.periods:
             step = Period.parse(spec.period or "").times(periods)
-            column = _lagged(codes, time, known_at, deadline, values, step.before(time))
+            column = _lagged(codes, time, known_at, end, values, step.before(time))
             table = table.append_column(f"{lag.column}_lag_{periods}", _nullable(column))
     for window in features.windows:
         codes = _codes(table, tuple(spec.finest if window.over is None else window.over))
         values = _values(table, window.column)
-        columns = _windowed(codes, known_at, deadline, window.period.before(deadline), values, window.statistics)
+        columns = _windowed(codes, known_at, end, window.period.before(deadline), values, window.statistics)
         for statistic, column in zip(window.statistics, columns, strict=True):
             table = table.append_column(window.name(statistic), _nullable(column))
     return table
@@ -156,20 +158,37 @@ def _statistic(statistic: Statistic, values: Floats, low: Indices, high: Indices
         return np.where(some, values[np.where(some, high - 1, 0)], np.nan) if len(values) else np.full(len(low), np.nan)
     if statistic in ("min", "max"):
         return _extreme(np.minimum if statistic == "min" else np.maximum, values, low, high)
-    # Sums as differences of running sums; centred first, so that they lose no digits where values are large.
-    centre = values.mean() if len(values) else 0.0
-    running = np.concatenate([[0.0], np.cumsum(values - centre)])
-    total = running[high] - running[low]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        mean = np.where(some, total / count, np.nan)
-        if statistic == "mean":
-            return mean + centre
-        if statistic == "sum":
-            return np.where(some, total + count * centre, np.nan)
-        running_squares = np.concatenate([[0.0], np.cumsum((values - centre) ** 2)])
-        squares = running_squares[high] - running_squares[low]
-        variance = np.maximum(squares - count * mean**2, 0.0) / (count - 1)
-        return np.where(count > 1, np.sqrt(variance), np.nan)
+    mean, squares = _moments_of(values, low, high)
+    if statistic == "mean":
+        return np.where(some, mean, np.nan)
+    if statistic == "sum":
+        return np.where(some, mean * count, np.nan)
+    return np.where(count > 1, np.sqrt(squares / np.maximum(count - 1, 1)), np.nan)
+
+
+def _moments_of(values: Floats, low: Indices, high: Indices) -> tuple[Floats, Floats]:
+    """Mean of each slice, and sum of its squared deviations from it; 0 where a slice is empty.
+
+    A slice is put together from blocks of a power of two. Unlike differences of running sums, nothing outside a slice touches
+    its result, not even its last digit: a wild value costs the other rows no precision, and the future does not leak into it.
+
+    Source: pairwise update of moments, Chan, Golub and LeVeque (1983).
+    """
+    mean, squares = np.zeros(len(low)), np.zeros(len(low))
+    length, taken = high - low, np.zeros(len(low), dtype=np.intp)
+    level_mean, level_squares, block = values, np.zeros(len(values)), 1
+    while len(level_mean):
+        rows = np.flatnonzero(length & block)
+        at = low[rows] + taken[rows]
+        step, n = level_mean[at] - mean[rows], taken[rows] + block
+        squares[rows] += level_squares[at] + step * step * (taken[rows] * block / n)
+        mean[rows] += step * (block / n)
+        taken[rows] = n
+        step = level_mean[block:] - level_mean[:-block]
+        level_squares = level_squares[:-block] + level_squares[block:] + step * step * (block / 2)
+        level_mean = level_mean[:-block] + step / 2
+        block *= 2
+    return mean, squares
 
 
 def _extreme(better: np.ufunc, values: Floats, low: Indices, high: Indices) -> Floats:

@@ -49,14 +49,20 @@ def check_expression(text: str, *, where: str) -> exp.Expression:
     """Parse one row-wise SQL expression.
 
     Raises:
-        SpecError: if it is not one expression, or holds a subquery, an aggregate, a window or a forbidden function.
+        SpecError: if it is not one expression, or holds a subquery, a star, an aggregate, a window or a forbidden function.
     """
+    if not text.strip():
+        raise SpecError(f"{where}: the expression is empty; expected one such as 'a / b'")
     try:
         parsed = sqlglot.parse_one(f"SELECT {text} AS x", dialect="spark")
     except SqlglotError as error:
         raise SpecError(f"{where}: {text!r} is not an SQL expression: {error}") from error
-    if not isinstance(parsed, exp.Select) or len(parsed.selects) != 1 or parsed.args.get("from_") or parsed.find(exp.Subquery, exp.Table):
-        raise SpecError(f"{where}: {text!r} is not a single row-wise expression; subqueries and tables are not allowed")
+    # A WHERE, LIMIT or DISTINCT would be a clause beside the one expression.
+    clauses = {name for name, value in parsed.args.items() if value}
+    if not isinstance(parsed, exp.Select) or len(parsed.selects) != 1 or clauses != {"expressions"} or len(list(parsed.find_all(exp.Query))) > 1:
+        raise SpecError(f"{where}: {text!r} is not a single row-wise expression; subqueries, tables and clauses are not allowed")
+    if parsed.find(exp.Star):
+        raise SpecError(f"{where}: {text!r} reads all columns (*), the target among them; name the columns")
     if parsed.find(exp.AggFunc, exp.Window):
         raise SpecError(f"{where}: {text!r} looks at other rows; declare a lag or a rolling window instead, which respect what was known")
     _refuse_functions(parsed, where)

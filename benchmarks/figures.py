@@ -1,0 +1,206 @@
+"""The figures: each with a name, its targets, and what measures it."""
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import pandas as pd
+
+from benchmarks.judging import FLEET, FLIGHTS, HOUSING, POOLED, Conservation, group_errors, judge, ledger_conservation, predictions_conservation
+from benchmarks.runs import Runs
+
+HOLDS: Mapping[str, Callable[[float, float], bool]] = {"<=": operator.le, "<": operator.lt, "==": operator.eq, ">=": operator.ge}
+# The month of December is the report split of a run that pretends it is January.
+AFTER_DECEMBER = "2014-01-02"
+
+
+@dataclass(frozen=True)
+class Value:
+    """One value of a figure, and what it must be.
+
+    Args:
+        part: follows the figure's name after a dot; empty for a figure's only value.
+        unit: one word.
+        op: one of `HOLDS`, or `-` for a value that is printed only.
+        limit: what it is compared with; null with `-`.
+    """
+
+    part: str
+    unit: str
+    op: str = "-"
+    limit: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.op in HOLDS) != (self.limit is not None) or (self.op != "-" and self.op not in HOLDS):
+            raise ValueError(f"{self.part!r}: target is {self.op} {self.limit}; expected one of {', '.join(HOLDS)} with a limit, or - without one")
+
+    def holds(self, measured: float) -> bool:
+        """Whether a measured value meets the target; one that is not a number does not."""
+        return self.limit is None or HOLDS[self.op](measured, self.limit)
+
+    def line(self, figure: str, measured: float) -> str:
+        """`NAME VALUE UNIT target OP LIMIT ok|short`, or `NAME VALUE UNIT target - - printed`."""
+        verdict = "printed" if self.limit is None else "ok" if self.holds(measured) else "short"
+        name = f"{figure}.{self.part}" if self.part else figure
+        return f"{name} {measured:.7g} {self.unit} target {self.target} {verdict}"
+
+    @property
+    def target(self) -> str:
+        """`OP LIMIT`."""
+        return "- -" if self.limit is None else f"{self.op} {self.limit:.7g}"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Something that is measured.
+
+    Args:
+        name: short, unique.
+        what: one line for people.
+        minutes: how long it takes on two cores when nothing is shared with another figure.
+        values: in the order they are printed.
+        measure: gives each value by its part.
+    """
+
+    name: str
+    what: str
+    minutes: float
+    values: tuple[Value, ...]
+    measure: Callable[[Runs], Mapping[str, float]]
+
+
+def _housing_mape(runs: Runs) -> Mapping[str, float]:
+    judged = judge(runs.fleet("housing"), HOUSING)
+    errors = group_errors(judged, grain=1)
+    fleet, pooled, last_value, seasonal_naive = (errors[f"{name} mape"].mean() for name in (FLEET, POOLED, "last value", "seasonal naive"))
+    return {
+        "fleet": fleet,
+        "pooled": pooled,
+        "fleet-over-pooled": fleet / pooled,
+        "last-value": last_value,
+        "seasonal-naive": seasonal_naive,
+        "rows": len(judged),
+    }
+
+
+def _housing_cities_won(runs: Runs) -> Mapping[str, float]:
+    errors = group_errors(judge(runs.fleet("housing"), HOUSING), grain=1)
+
+    def won(rival: str) -> float:
+        return float((errors[f"{FLEET} on {rival} mape"] < errors[f"{rival} mape"]).sum())
+
+    return {
+        "won": won("seasonal naive"),
+        "compared": float(errors["seasonal naive mape"].count()),
+        "won-against-last-value": won("last value"),
+        "won-against-pooled": float((errors[f"{FLEET} mape"] < errors[f"{POOLED} mape"]).sum()),
+    }
+
+
+def _flights_rmse(runs: Runs) -> Mapping[str, float]:
+    judged = judge(runs.fleet("flights", AFTER_DECEMBER), FLIGHTS)
+    all_rows: "pd.Series[float]" = group_errors(judged, grain=0).loc["[]"]
+    fleet, pooled, departure_delay = (all_rows[f"{name} rmse"] for name in (FLEET, POOLED, "departure delay"))
+    return {
+        "fleet": fleet,
+        "rows": len(judged),
+        "departure-delay": departure_delay,
+        "fleet-over-departure-delay": fleet / departure_delay,
+        "pooled": pooled,
+        "fleet-over-pooled": fleet / pooled,
+    }
+
+
+def _ledger_conserved(runs: Runs) -> Mapping[str, float]:
+    return _conserved(
+        {"housing": ledger_conservation(runs.fleet("housing"), HOUSING), "flights": ledger_conservation(runs.fleet("flights"), FLIGHTS)}
+    )
+
+
+def _predictions_conserved(runs: Runs) -> Mapping[str, float]:
+    return _conserved(
+        {"housing": predictions_conservation(runs.fleet("housing"), HOUSING), "flights": predictions_conservation(runs.fleet("flights"), FLIGHTS)}
+    )
+
+
+def _conserved(counts: Mapping[str, Conservation]) -> Mapping[str, float]:
+    for fleet, count in counts.items():
+        print(f"  {fleet}: {count.found:,} there, {count.wanted:,} wanted")
+    return {fleet: count.ratio for fleet, count in counts.items()} | {f"{fleet}-unmatched": count.unmatched for fleet, count in counts.items()}
+
+
+_CONSERVED = (
+    Value("housing", "ratio", "==", 1),
+    Value("housing-unmatched", "rows", "==", 0),
+    Value("flights", "ratio", "==", 1),
+    Value("flights-unmatched", "rows", "==", 0),
+)
+
+FIGURES = {
+    figure.name: figure
+    for figure in (
+        Figure(
+            "setup-seconds",
+            "`make setup` in a fresh copy of the repository, downloads included",
+            1,
+            (Value("", "s", "<=", 180),),
+            lambda runs: {"": runs.set_up()},
+        ),
+        Figure(
+            "run-housing-seconds",
+            "`make run` after set-up, from raw tables to predictions",
+            1,
+            (Value("", "s", "<=", 90),),
+            lambda runs: {"": runs.fleet("housing").seconds},
+        ),
+        Figure(
+            "run-flights-seconds",
+            "`make run FLEET=flights` after set-up",
+            4,
+            (Value("", "s", "<=", 240),),
+            lambda runs: {"": runs.fleet("flights").seconds},
+        ),
+        Figure(
+            "housing-mape",
+            "mean over cities of the error of next month's price, last twelve months, beside its rivals",
+            1,
+            (
+                Value("fleet", "%", "<=", 5.3),
+                Value("pooled", "%"),
+                Value("fleet-over-pooled", "ratio", "<=", 1),
+                Value("last-value", "%"),
+                Value("seasonal-naive", "%"),
+                Value("rows", "rows", "==", 546),
+            ),
+            _housing_mape,
+        ),
+        Figure(
+            "housing-cities-won",
+            "cities where the fleet's error is below that of last year's price",
+            1,
+            (
+                Value("won", "cities", ">=", 44),
+                Value("compared", "cities"),
+                Value("won-against-last-value", "cities"),
+                Value("won-against-pooled", "cities"),
+            ),
+            _housing_cities_won,
+        ),
+        Figure(
+            "flights-rmse",
+            "error of the arrival delay over all flights of December, beside its rivals",
+            4,
+            (
+                Value("fleet", "minutes", "<=", 16.85),
+                Value("rows", "rows", "==", 27020),
+                Value("departure-delay", "minutes"),
+                Value("fleet-over-departure-delay", "ratio", "<", 1),
+                Value("pooled", "minutes"),
+                Value("fleet-over-pooled", "ratio", "<=", 1),
+            ),
+            _flights_rmse,
+        ),
+        Figure("ledger-conserved", "ledger rows over groups known at the as-of, counted apart", 5, _CONSERVED, _ledger_conserved),
+        Figure("predictions-conserved", "finite predictions over rows to score, counted apart", 5, _CONSERVED, _predictions_conserved),
+    )
+}
