@@ -12,33 +12,36 @@ from assets.champion import champion_asset
 from assets.features import features_asset
 from assets.link import FleetFiles
 from assets.meta_model import meta_model_asset
-from assets.models import models_asset
+from assets.models import models_asset, models_checks
 from assets.predictions import predictions_asset
 from assets.raw import raw_asset
 from pipeline.errors import SpecError
 from pipeline.features.sql import check_features
 from pipeline.spec import FleetSpec, parse_spec
 
+# Runs as it is, on data that a package of the `demo` extra carries, so that a new fleet starts from something that works.
 EXAMPLE: dict[str, Any] = {
-    "sources": [{"name": "sales", "uri": "data/sales.csv"}],
+    "sources": [{"name": "sales", "uri": "package://plotnine/data/txhousing.csv"}],
     "features": {
-        "lags": [{"column": "amount", "periods": [1, 12]}],
-        "rolling": [{"column": "amount", "window": "12 months"}],
+        "lags": [{"column": "price", "periods": [1, 12]}],
+        "rolling": [{"column": "price", "window": "12 months"}],
+        "derived": {"level": "ln(price_mean_12_months)", "change": "ln(price_lag_1) - level", "year_ago": "ln(price_lag_12) - level"},
+        "exclude": ["price_lag_1", "price_lag_12", "price_mean_12_months", "level"],
         "calendar": ["month"],
-        "categoricals": ["store"],
+        "categoricals": ["city"],
     },
-    "grains": [[], ["store"]],
-    "entity": ["store"],
-    "time": "sold_on",
+    "grains": [[], ["city"]],
+    "entity": ["city"],
+    "time": "sold_in",
     "period": "1 month",
     "horizon": "1 month",
-    "target": {"column": "amount"},
+    "target": {"column": "price", "transform": "log", "offset": "level"},
     "splits": {"report": "12 months", "tune": "12 months"},
-    "baselines": {"last value": "amount_lag_1"},
+    "baselines": {"last value": "price_lag_1"},
     "scoring": {"score": "future"},
 }
-EXAMPLE_SQL = """-- One row per store and month. Put your own columns here; the names in defs.yaml are those of this SELECT.
-SELECT store, sold_on, amount
+EXAMPLE_SQL = """-- One row per city and month; the names in defs.yaml are those of this SELECT.
+SELECT city, make_date(year, month, 1) AS sold_in, median AS price
 FROM sales
 """
 
@@ -97,7 +100,7 @@ class Fleet(dg.Component):
             champion_asset(self.spec),
             predictions_asset(self.spec),
         ]
-        return dg.Definitions(assets=chain)
+        return dg.Definitions(assets=chain, asset_checks=[models_checks(self.spec)])
 
 
 def _names(folder: Path) -> str:

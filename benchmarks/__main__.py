@@ -28,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in names:
         if name not in FIGURES and name != ALL:
             near = difflib.get_close_matches(name, [*FIGURES, ALL])
-            parser.error(f"there is no figure {name!r}; {'did you mean ' + ' or '.join(near) if near else 'there are ' + ', '.join(FIGURES)}?")
+            hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(FIGURES)}"
+            parser.error(f"there is no figure {name!r}; {hint}")
     if not names:
         print("\n".join(_listed(figure) for figure in FIGURES.values()))
         return 0

@@ -9,16 +9,18 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import product
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError
 
 from benchmarks.runs import NotMeasured, Run
 
 TOLERANCE = 1e-6
-FLEET, POOLED = "fleet", "pooled"
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ def housing_truth() -> pd.DataFrame:
     rows["seasonal naive"] = median.shift(12)
     rows["row_key"] = [_text([city, f"{year}-{month:02}-01 00:00:00"]) for city, year, month in rows[["city", "year", "month"]].to_numpy()]
     reported = rows[(month > month.max() - 12) & rows["median"].notna()].rename(columns={"median": "actual"})
-    return reported.set_index("row_key", verify_integrity=True)[["actual", "last value", "seasonal naive"]]
+    truth: pd.DataFrame = reported.set_index("row_key", verify_integrity=True)[["actual", "last value", "seasonal naive"]]
+    return truth
 
 
 def flights_truth() -> pd.DataFrame:
@@ -94,21 +97,35 @@ def judge(run: Run, facts: FleetFacts) -> pd.DataFrame:
     strange = rows.index.difference(truth.index)
     if len(strange):
         raise NotMeasured(f"{facts.name}: {len(strange)} report rows are not in the truth, e.g. {strange[0]}")
-    own = report.pivot(index="row_key", columns="grain", values="prediction").reindex(index=rows.index, columns=range(len(facts.grains)))
-    trained = ledger[ledger["status"] == "trained"].set_index(["grain", "group_id"])["weight"]
+    # One prediction per row and grain: a second one raises here.
+    own = report.set_index(["row_key", "grain"], verify_integrity=True)["prediction"]
+    weights = ledger[ledger["status"] == "trained"].set_index(["group_id", "grain"])["weight"]
     constant, constant_without_offset = manifest["constant"].iloc[0], manifest["constant_without_offset"].iloc[0]
+    pooled = _of_grain(own, 0, rows.index)
     answer = pd.Series(constant, index=rows.index)
-    for grain in own.columns:
-        weight = rows["group_ids"].str[grain].map(trained.xs(grain) if grain in trained.index.get_level_values(0) else {}).fillna(0.0)
-        answer = (weight * own[grain] + (1 - weight) * answer).where(own[grain].notna(), answer)
+    for grain in range(len(facts.grains)):
+        prediction = _of_grain(own, grain, rows.index)
+        weight = rows["group_ids"].map(itemgetter(grain)).map(_of_grain(weights, grain)).fillna(0.0)
+        answer = (weight * prediction + (1 - weight) * answer).where(prediction.notna(), answer)
 
     def in_target_units(residual: pd.Series) -> pd.Series:
         return facts.from_link((rows["offset"] + rows["scale"] * residual).fillna(constant_without_offset))
 
-    answers = {FLEET: in_target_units(answer), POOLED: in_target_units(own[0].fillna(constant)), "group_ids": rows["group_ids"]}
+    answers = {"fleet": in_target_units(answer), "pooled": in_target_units(pooled.fillna(constant)), "group_ids": rows["group_ids"]}
     judged = truth.join(pd.DataFrame(answers), how="inner")
     _reconcile(judged, ledger, facts)
     return judged
+
+
+def _of_grain(values: pd.Series, grain: int, index: pd.Index | None = None) -> pd.Series:
+    """The values of one grain by row or group; null where the index has more."""
+    found = values[values.index.get_level_values("grain") == grain].droplevel("grain")
+    return found if index is None else found.reindex(index)
+
+
+def rivals(judged: pd.DataFrame) -> list[str]:
+    """The columns with rivals' answers."""
+    return [str(name) for name in judged if name not in {"actual", "fleet", "pooled", "group_ids"}]
 
 
 def group_errors(judged: pd.DataFrame, grain: int) -> pd.DataFrame:
@@ -118,14 +135,13 @@ def group_errors(judged: pd.DataFrame, grain: int) -> pd.DataFrame:
         Per group: n; for the fleet, the pooled model and every rival its rmse (target units) and mape (percent, of rows with an
         actual other than 0), as `fleet rmse`; and the fleet's own on the rows that a rival answers, as `fleet on last value rmse`.
     """
-    rivals = [name for name in judged if name not in {"actual", FLEET, POOLED, "group_ids"}]
-    ways = {name: judged[name] for name in (FLEET, POOLED, *rivals)}
-    ways |= {f"{FLEET} on {rival}": judged[FLEET].where(judged[rival].notna()) for rival in rivals}
-    group = judged["group_ids"].str[grain].rename("group_id")
+    ways = {name: judged[name] for name in ("fleet", "pooled", *rivals(judged))}
+    ways |= {f"fleet on {rival}": judged["fleet"].where(judged[rival].notna()) for rival in rivals(judged)}
+    group = judged["group_ids"].map(itemgetter(grain)).rename("group_id")
     errors = {"n": judged["actual"].groupby(group).size()}
     for name, answers in ways.items():
         error = judged["actual"] - answers
-        errors[f"{name} rmse"] = np.sqrt((error**2).groupby(group).mean())
+        errors[f"{name} rmse"] = (error**2).groupby(group).mean() ** 0.5
         errors[f"{name} mape"] = 100 * (error / judged["actual"]).abs().where(judged["actual"] != 0).groupby(group).mean()
     return pd.DataFrame(errors)
 
@@ -135,20 +151,12 @@ def _reconcile(judged: pd.DataFrame, ledger: pd.DataFrame, facts: FleetFacts) ->
     for grain in range(len(facts.grains)):
         ours = group_errors(judged, grain)
         stated = ledger[(ledger["grain"] == grain) & (ledger["report_rows"] > 0)].set_index("group_id")
-        columns = {
-            "n": "report_rows",
-            f"{FLEET} rmse": "rmse",
-            f"{FLEET} mape": "mape",
-            f"{POOLED} rmse": "pooled_rmse",
-            f"{POOLED} mape": "pooled_mape",
-        }
+        columns = {"n": "report_rows", "fleet rmse": "rmse", "fleet mape": "mape", "pooled rmse": "pooled_rmse", "pooled mape": "pooled_mape"}
         theirs = pd.DataFrame({own: stated[column] for own, column in columns.items()})
-        for title, beside in (
-            (title, prefix) for title in judged.columns.difference(["actual", FLEET, POOLED, "group_ids"]) for prefix in ("", "fleet_")
-        ):
-            for measure in ("rmse", "mape"):
-                name = f"{FLEET} on {title} {measure}" if beside else f"{title} {measure}"
-                theirs[name] = [json.loads(text)[title][f"{beside}{measure}"] for text in stated["baselines"]]
+        baselines = stated["baselines"].map(json.loads)
+        for name, measure in product(rivals(judged), ("rmse", "mape")):
+            theirs[f"{name} {measure}"] = [found[name][measure] for found in baselines]
+            theirs[f"fleet on {name} {measure}"] = [found[name][f"fleet_{measure}"] for found in baselines]
         theirs = theirs.astype(float).reindex(index=ours.index.union(theirs.index), columns=ours.columns)
         equal = np.isclose(ours.reindex(theirs.index), theirs, rtol=TOLERANCE, atol=1e-9, equal_nan=True)
         if not equal.all():
@@ -209,9 +217,13 @@ def _as_of(features: pd.DataFrame, facts: FleetFacts) -> pd.Timestamp:
 
 
 def _read(run: Run, table: str) -> pd.DataFrame:
-    found = DeltaTable(run.tables / table).to_pandas()
-    if "run_id" in found and found["run_id"].nunique() != 1:
-        raise NotMeasured(f"{run.tables / table} holds {found['run_id'].nunique()} runs; expected the one that was measured")
+    try:
+        found = DeltaTable(run.tables / table).to_pandas()
+    except DeltaError as error:
+        raise NotMeasured(f"the run left no table that can be read at {run.tables / table}: {error}") from error
+    runs = set(found["run_id"]) if "run_id" in found else {None}
+    if len(runs) != 1:
+        raise NotMeasured(f"{run.tables / table} holds {len(runs)} runs; expected the one that was measured")
     return found
 
 

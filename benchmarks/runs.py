@@ -98,7 +98,7 @@ class Runs:
         if ended.returncode:
             last = "\n".join(log.read_text(errors="replace").splitlines()[-SHOWN_LINES:])
             raise NotMeasured(f"{' '.join(command)} ended with exit status {ended.returncode} after {seconds:.0f} s:\n{last}")
-        print(f"    {seconds:.1f} s", flush=True)
+        print(f"    {seconds:.1f} s, load {os.getloadavg()[0]:.1f}", flush=True)
         return seconds
 
 
@@ -122,8 +122,8 @@ def copy_repository(target: Path) -> None:
 
 
 def describe_machine() -> str:
-    """Cores, memory, how busy, Python and date: what a figure depends on besides the code."""
+    """Cores, memory, Python and date: what a figure depends on besides the code."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    system = f"{platform.system()} {platform.machine()}, {cores} cores, {memory:.0f} GiB, load {os.getloadavg()[0]:.1f}"
+    system = f"{platform.system()} {platform.machine()}, {cores} cores, {memory:.0f} GiB"
     return f"{system}; Python {platform.python_version()} at {sys.executable}; {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"

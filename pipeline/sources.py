@@ -5,6 +5,7 @@ import gzip
 import importlib.util
 import io
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from pipeline.errors import DataError, SpecError
 from pipeline.spec import SourceSpec
 
 PACKAGE = "package://"
+# What a damaged or different file makes its reader raise; RuntimeError is a zip archive's, if it wants a password.
+_UNREADABLE = (pa.ArrowException, OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error)
 SUFFIXES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 _TYPES = {
     "string": pa.string(),
@@ -52,7 +55,7 @@ def read_source(source: SourceSpec, folder: Path) -> Iterator[tuple[str, pa.Tabl
         try:
             with filesystem.open_input_file(path) as stream:
                 yield path, _readers()[kind](_plain_bytes(stream, path, kind), source)
-        except (pa.ArrowException, OSError, ValueError, zipfile.BadZipFile) as error:
+        except _UNREADABLE as error:
             raise DataError(f"source {source.name!r}: {path} cannot be read as {kind} ({error}); correct the file or the source's format") from error
 
 
@@ -74,18 +77,23 @@ def _locate(source: SourceSpec, folder: Path) -> tuple[pf.FileSystem, list[str]]
         info = filesystem.get_file_info(path)
         if info.type == pf.FileType.Directory:
             found = filesystem.get_file_info(pf.FileSelector(path, recursive=True))
-            return filesystem, _found(source, sorted(entry.path for entry in found if entry.is_file and not _hidden(entry.path)))
+            return filesystem, _found(source, sorted(entry.path for entry in found if entry.is_file and not _hidden(entry.path.removeprefix(path))))
         return filesystem, _found(source, [path] if info.type == pf.FileType.File else [])
-    local = str(_package_file(source) if uri.startswith(PACKAGE) else folder / uri.removeprefix("file://"))
-    if Path(local).is_dir():
-        return pf.LocalFileSystem(), _found(source, sorted(str(path) for path in Path(local).rglob("*") if path.is_file() and not _hidden(str(path))))
-    # A file whose own name holds glob characters is meant literally.
-    paths = [local] if Path(local).is_file() else sorted(glob.glob(local, recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern
+    root = _package_folder(source) if uri.startswith(PACKAGE) else folder
+    name = _package_parts(source)[1] if uri.startswith(PACKAGE) else uri.removeprefix("file://")
+    local = root / name
+    if local.is_dir():
+        return pf.LocalFileSystem(), _found(
+            source, sorted(str(path) for path in local.rglob("*") if path.is_file() and not _hidden(str(path.relative_to(local))))
+        )
+    # A file or a folder whose own name holds glob characters is meant literally.
+    paths = [str(local)] if local.is_file() else sorted(glob.glob(str(Path(glob.escape(str(root))) / name), recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern
     return pf.LocalFileSystem(), _found(source, paths)
 
 
 def _hidden(path: str) -> bool:
-    return Path(path).name.startswith((".", "_"))
+    """Whether a file, or a folder around it, is another program's business."""
+    return any(part.startswith((".", "_")) for part in Path(path).parts)
 
 
 def _found(source: SourceSpec, paths: list[str]) -> list[str]:
@@ -94,13 +102,21 @@ def _found(source: SourceSpec, paths: list[str]) -> list[str]:
     return paths
 
 
-def _package_file(source: SourceSpec) -> Path:
-    """A file inside an installed package, which is not imported."""
+def _package_parts(source: SourceSpec) -> tuple[str, str]:
     package, _, file = source.uri.removeprefix(PACKAGE).partition("/")
-    found = importlib.util.find_spec(package)
+    return package, file
+
+
+def _package_folder(source: SourceSpec) -> Path:
+    """The folder of an installed package, which is not imported."""
+    package, _ = _package_parts(source)
+    try:
+        found = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        found = None
     if found is None or not found.submodule_search_locations:
         raise SpecError(f"source {source.name!r}: package {package!r} of {source.uri!r} is not installed; add it to the project's dependencies")
-    return Path(next(iter(found.submodule_search_locations))) / file
+    return Path(next(iter(found.submodule_search_locations)))
 
 
 def _plain_bytes(stream: pa.NativeFile, path: str, kind: str) -> io.IOBase | pa.NativeFile:
@@ -122,11 +138,15 @@ def _readers() -> dict[str, Callable[..., pa.Table]]:
 
 
 def _read_csv(stream: io.IOBase, source: SourceSpec) -> pa.Table:
-    options = pc.ConvertOptions(
-        column_types={name: _TYPES[kind] for name, kind in source.types.items()}, null_values=list(source.null_values), strings_can_be_null=True
-    )
+    # Timestamps are read as text first: with a zone or without one.
+    types = {name: pa.string() if kind == "timestamp" else _TYPES[kind] for name, kind in source.types.items()}
+    options = pc.ConvertOptions(column_types=types, null_values=list(source.null_values), strings_can_be_null=True)
     delimiter = "\t" if ".tsv" in source.uri else ","
-    return pc.read_csv(stream, convert_options=options, parse_options=pc.ParseOptions(delimiter=delimiter, newlines_in_values=True))
+    table = pc.read_csv(stream, convert_options=options, parse_options=pc.ParseOptions(delimiter=delimiter, newlines_in_values=True))
+    binary = [field.name for field in table.schema if pa.types.is_binary(field.type)]
+    if binary:
+        raise ValueError(f"text of {', '.join(binary)} is not UTF-8")
+    return _typed(table, source)
 
 
 def _read_parquet(stream: pa.NativeFile, source: SourceSpec) -> pa.Table:
@@ -141,7 +161,7 @@ def _read_delta(source: SourceSpec, folder: Path) -> pa.Table:
     from deltalake import DeltaTable
     from deltalake.exceptions import DeltaError
 
-    uri = str(_package_file(source)) if source.uri.startswith(PACKAGE) else source.uri
+    uri = str(_package_folder(source) / _package_parts(source)[1]) if source.uri.startswith(PACKAGE) else source.uri
     try:
         return _typed(DeltaTable(uri if "://" in uri else str(folder / uri)).to_pyarrow_table(), source)
     except (DeltaError, OSError) as error:
@@ -151,5 +171,14 @@ def _read_delta(source: SourceSpec, folder: Path) -> pa.Table:
 def _typed(table: pa.Table, source: SourceSpec) -> pa.Table:
     for name, kind in source.types.items():
         if name in table.column_names:
-            table = table.set_column(table.column_names.index(name), name, table[name].cast(_TYPES[kind]))
+            table = table.set_column(table.column_names.index(name), name, _cast(table[name], kind))
     return table
+
+
+def _cast(column: pa.ChunkedArray, kind: str) -> pa.ChunkedArray:
+    if kind == "timestamp" and pa.types.is_string(column.type):
+        try:
+            return column.cast(_TYPES[kind])
+        except pa.ArrowInvalid:  # without a zone; then it is UTC, as everywhere
+            column = column.cast(pa.timestamp("us"))
+    return column.cast(_TYPES[kind])

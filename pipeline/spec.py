@@ -20,12 +20,13 @@ Statistic = Literal["mean", "sum", "count", "std", "min", "max", "last"]
 CalendarPart = Literal["year", "quarter", "month", "week", "day_of_year", "day", "day_of_week", "hour", "minute"]
 ColumnType = Literal["string", "long", "double", "boolean", "date", "timestamp"]
 
-_IDENTIFIER = re.compile(r"^[A-Za-z][A-Za-z0-9_]{0,99}$")
-RESERVED = ("time", "known_at", "row_key", "is_future")
+_IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,99}")
+# Columns that feature tables and training add to a row.
+RESERVED = ("time", "known_at", "row_key", "is_future", "grain", "group_id", "task", "split")
 
 
 def _checked_identifier(name: str) -> str:
-    if not _IDENTIFIER.match(name):
+    if not _IDENTIFIER.fullmatch(name):
         raise ValueError(f"{name!r} is not a usable name: expected a letter, then letters, digits or _ (100 at most)")
     return name
 
@@ -35,8 +36,15 @@ def _checked_period(text: str) -> str:
     return text
 
 
+def _checked_length(text: str) -> str:
+    if Period.parse(text).count == 0:
+        raise ValueError(f"{text!r} is empty; expected at least one unit")
+    return text
+
+
 Identifier = Annotated[str, AfterValidator(_checked_identifier)]
 PeriodText = Annotated[str, AfterValidator(_checked_period)]
+LengthText = Annotated[str, AfterValidator(_checked_length)]
 
 
 class Part(BaseModel):
@@ -76,7 +84,9 @@ class RollingSpec(Part):
     """Statistics of a column over what was known in a trailing window, as of the row's time less the horizon."""
 
     column: Identifier = Field(description="Column of features.sql to summarise, e.g. `arr_delay`.")
-    window: PeriodText = Field(description="Length of the window, e.g. `12 months` or `6 hours`; its start is excluded, its end included.")
+    window: LengthText = Field(
+        description="Length of the window, e.g. `12 months` or `6 hours`; its start is excluded, its end included, but never the row's own time."
+    )
     statistics: Sequence[Statistic] = Field(default=("mean",), min_length=1, description="Any of mean, sum, count, std, min, max, last.")
     over: Sequence[Identifier] | None = Field(
         default=None,
@@ -132,14 +142,14 @@ class TargetSpec(Part):
         description="Feature column subtracted from the transformed target before learning, in the link's units, so that groups are comparable.",
     )
     scale: Identifier | None = Field(default=None, description="Positive feature column that the rest is divided by before learning.")
-    weight: Identifier | None = Field(default=None, description="Column of row weights; null or negative weights count as 0.")
+    weight: Identifier | None = Field(default=None, description="Column of row weights; null or negative weights count as 0, and such rows for nothing.")
 
 
 class SplitsSpec(Part):
     """How much of the newest past is kept from fitting; cutoffs move by whole units."""
 
-    report: PeriodText = Field(description="Newest part, touched once, to report: e.g. `12 months`.")
-    tune: PeriodText = Field(description="The part before it, which stops boosting and chooses parameters and weights.")
+    report: LengthText = Field(description="Newest part, touched once, to report: e.g. `12 months`.")
+    tune: LengthText = Field(description="The part before it, which stops boosting and chooses parameters and weights.")
 
 
 class TuningSpec(Part):
@@ -180,7 +190,7 @@ class FleetSpec(Part):
     entity: Sequence[Identifier] = Field(min_length=1, description="Columns that, with the time, identify one row, e.g. `[city]`.")
     time: Identifier = Field(description="Column of features.sql (date or timestamp): when the target is realised.")
     known_at: Identifier | None = Field(default=None, description="Column of features.sql: when the target becomes known; by default the time.")
-    period: PeriodText | None = Field(default=None, description="Step of the series, e.g. `1 month`; needed for lags and for `score: future`.")
+    period: LengthText | None = Field(default=None, description="Step of the series, e.g. `1 month`; needed for lags and for `score: future`.")
     horizon: PeriodText | None = Field(
         default=None, description="How long before its time a row is predicted, e.g. `1 month`; by default at its time."
     )
@@ -222,8 +232,8 @@ class FleetSpec(Part):
     @property
     def history_columns(self) -> tuple[str, ...]:
         """Names of the declared lags and rolling features."""
-        lags = [f"{lag.column}_lag_{periods}" for lag in self.features.lags for periods in lag.periods]
-        return (*lags, *self.over)
+        lags = (f"{lag.column}_lag_{periods}" for lag in self.features.lags for periods in lag.periods)
+        return (*lags, *(window.name(statistic) for window in self.features.rolling for statistic in window.statistics))
 
     @property
     def feature_columns(self) -> tuple[str, ...]:
@@ -270,6 +280,12 @@ class FleetSpec(Part):
         return wanted
 
     @property
+    def _summarised(self) -> set[str]:
+        """Columns of features.sql that lags and windows look back on, or share."""
+        windows = self.features.rolling
+        return {lag.column for lag in self.features.lags} | {name for window in windows for name in (window.column, *(window.over or ()))}
+
+    @property
     def training_digest(self) -> str:
         """Hash of all that changes what training gives; names and descriptions for people are left out."""
         parts = self.model_dump(mode="json", exclude={"description", "owners", "scoring", "sources"})
@@ -288,16 +304,29 @@ class FleetSpec(Part):
         names = [source.name for source in self.sources]
         yield from (f"sources: {name!r} is there twice; give each source its own name" for name in _doubled(names))
         yield from (f"sources: {name!r} is the name of a link of the asset chain; choose another" for name in names if name in CHAIN)
-        taken = {*self.sql_columns} - {self.time, self.known_at}
-        yield from (f"column {name!r} is reserved ({', '.join(RESERVED)}); rename it in features.sql" for name in sorted(taken & {*RESERVED}))
         computed = [*self.history_columns, *self.features.derived, *self.features.calendar]
+        taken = ({*self.sql_columns} - {self.time, self.known_at}) | {*computed, *self.key_columns}
+        yield from (
+            f"column {name!r} is reserved ({', '.join(RESERVED)}); rename it in features.sql" for name in sorted(taken) if name.lower() in RESERVED
+        )
         yield from (f"features: {name!r} is made twice" for name in _doubled(computed))
+        given = {*self.key_columns, self.time, self.known_at or self.time, self.target.column, *self.features.columns, *self._summarised}
+        lowered = {name.lower() for name in given}  # Spark tells no cases apart
+        yield from (f"features: {name!r} is both made and a column of features.sql; rename one" for name in computed if name.lower() in lowered)
         if not self.feature_columns:
             yield "features: no feature is declared; add columns, lags, rolling, derived, calendar or categoricals"
         outcome = {self.target.column, *([self.known_at] if self.known_at else [])}
         for name in (*self.features.columns, *self.features.categoricals):
             if name in outcome:
                 yield f"features: {name!r} is the answer itself (target or known_at) and cannot be a feature"
+        for field in ("offset", "scale"):
+            if getattr(self.target, field) in outcome:
+                yield f"target.{field}: {getattr(self.target, field)!r} is the answer itself (target or known_at); name a column known before"
+        yield from (
+            f"baselines.{title}: {name!r} is the answer itself (target or known_at)" for title, name in self.baselines.items() if name in outcome
+        )
+        if self.target.column in self.key_columns:
+            yield f"target.column: {self.target.column!r} is a key (grains or entity) and cannot be predicted"
         unknown = [name for name in self.features.exclude if name not in {*computed, *self.features.columns}]
         yield from (f"features.exclude: {name!r} is not a declared feature; declared: {', '.join(computed)}" for name in unknown)
         if self.scoring.score == "future":
@@ -325,9 +354,6 @@ class FleetSpec(Part):
             yield "period: needed for features.lags, e.g. '1 month'"
             return
         period, horizon = Period.parse(self.period), self.horizon_period
-        if period.count == 0:
-            yield f"period: {self.period!r} is empty; expected at least one unit"
-            return
         start = np.array([_ANCHOR])
         deadline = horizon.before(start)[0]
         for lag in self.features.lags:

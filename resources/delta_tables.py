@@ -116,8 +116,10 @@ class DeltaTables(dg.ConfigurableResource):
                 )
                 return int(DeltaTable(location, storage_options=self.storage_options).version())
             table = DeltaTable(location, storage_options=self.storage_options)
-            if app is not None and (table.transaction_version(app[0]) or -1) >= app[1]:
+            if app is not None and (seen := table.transaction_version(app[0])) is not None and seen >= app[1]:
                 return int(table.version())
+            if mode == "append" or partition:
+                _refuse_other_types(table, delta_schema, location)
             if mode == "overwrite" and not partition:
                 # A new shape of the table comes in with the rows that have it.
                 create_table_with_add_actions(
@@ -167,9 +169,23 @@ class DeltaTables(dg.ConfigurableResource):
                 raise StoreError(f"there is no Delta table at {location}; materialise the asset that writes it first")
             table = DeltaTable(location, version=version, storage_options=self.storage_options)
         strange = set(table.protocol().reader_features or ()) - _READABLE_FEATURES
+        if table.metadata().configuration.get("delta.columnMapping.mode", "none") != "none":  # older tables name no features
+            strange.add("columnMapping")
         if strange:
             raise StoreError(f"{location} uses Delta features that are not read here: {', '.join(sorted(strange))}; rewrite the table without them")
         return table
+
+
+def _refuse_other_types(table: DeltaTable, schema: Schema, location: str) -> None:
+    """Files that stay must be readable beside the new ones; the format itself would accept the commit."""
+    before = {field.name: field.type for field in table.schema().fields}
+    for field in schema.fields:
+        there = before.get(field.name)
+        if there is not None and there != field.type:
+            raise StoreError(
+                f"{location}: column {field.name!r} is {there.to_json()} in the table and {field.type.to_json()} in the new rows; nothing was committed: "
+                "move the table away to start a new one, or cast the column"
+            )
 
 
 def _paths(table: DeltaTable) -> list[str]:

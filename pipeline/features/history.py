@@ -177,17 +177,18 @@ def _moments_of(values: Floats, low: Indices, high: Indices) -> tuple[Floats, Fl
     mean, squares = np.zeros(len(low)), np.zeros(len(low))
     length, taken = high - low, np.zeros(len(low), dtype=np.intp)
     level_mean, level_squares, block = values, np.zeros(len(values)), 1
-    while len(level_mean):
-        rows = np.flatnonzero(length & block)
-        at = low[rows] + taken[rows]
-        step, n = level_mean[at] - mean[rows], taken[rows] + block
-        squares[rows] += level_squares[at] + step * step * (taken[rows] * block / n)
-        mean[rows] += step * (block / n)
-        taken[rows] = n
-        step = level_mean[block:] - level_mean[:-block]
-        level_squares = level_squares[:-block] + level_squares[block:] + step * step * (block / 2)
-        level_mean = level_mean[:-block] + step / 2
-        block *= 2
+    with np.errstate(over="ignore", invalid="ignore"):
+        while len(level_mean):
+            rows = np.flatnonzero(length & block)
+            at = low[rows] + taken[rows]
+            step, n = level_mean[at] - mean[rows], taken[rows] + block
+            squares[rows] += level_squares[at] + step * step * (taken[rows] * block / n)
+            mean[rows] += step * (block / n)
+            taken[rows] = n
+            step = level_mean[block:] - level_mean[:-block]
+            level_squares = level_squares[:-block] + level_squares[block:] + step * step * (block / 2)
+            level_mean = level_mean[:-block] + step / 2
+            block *= 2
     return mean, squares
 
 

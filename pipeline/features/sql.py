@@ -61,10 +61,10 @@ def check_expression(text: str, *, where: str) -> exp.Expression:
     clauses = {name for name, value in parsed.args.items() if value}
     if not isinstance(parsed, exp.Select) or len(parsed.selects) != 1 or clauses != {"expressions"} or len(list(parsed.find_all(exp.Query))) > 1:
         raise SpecError(f"{where}: {text!r} is not a single row-wise expression; subqueries, tables and clauses are not allowed")
-    if parsed.find(exp.Star):
-        raise SpecError(f"{where}: {text!r} reads all columns (*), the target among them; name the columns")
     if parsed.find(exp.AggFunc, exp.Window):
         raise SpecError(f"{where}: {text!r} looks at other rows; declare a lag or a rolling window instead, which respect what was known")
+    if parsed.find(exp.Star):
+        raise SpecError(f"{where}: {text!r} reads all columns (*), the target among them; name the columns")
     _refuse_functions(parsed, where)
     return parsed
 

@@ -12,6 +12,9 @@ from pipeline.errors import SpecError
 SECONDS = {"minute": 60, "hour": 3600, "day": 86_400, "week": 604_800}
 MONTHS = {"month": 1, "quarter": 3, "year": 12}
 UNITS = (*SECONDS, *MONTHS)
+# Keeps moments within what 64 bits of microseconds hold.
+MOST_YEARS = 1000
+SECONDS_PER_MONTH = 2_629_746
 _WRITTEN = re.compile(r"^\s*(\d+)\s+([a-z]+?)s?\s*$")
 
 Times = npt.NDArray[np.datetime64]
@@ -34,12 +37,15 @@ class Period:
         """Read ``12 months`` or ``1 day``.
 
         Raises:
-            SpecError: if the text is not a whole number and a known unit.
+            SpecError: if the text is not a whole number and a known unit, or is longer than 1,000 years.
         """
         found = _WRITTEN.match(text.lower())
         if found is None or found.group(2) not in UNITS:
             raise SpecError(f"{text!r} is not a length of time: expected a whole number and a unit, such as '12 months'; units: {', '.join(UNITS)}")
-        return cls(int(found.group(1)), found.group(2))
+        count, unit = int(found.group(1)), found.group(2)
+        if count * SECONDS.get(unit, MONTHS.get(unit, 0) * SECONDS_PER_MONTH) > MOST_YEARS * 12 * SECONDS_PER_MONTH:
+            raise SpecError(f"{text!r} is too long: expected at most {MOST_YEARS} years")
+        return cls(count, unit)
 
     def __str__(self) -> str:
         return f"{self.count} {self.unit}{'' if self.count == 1 else 's'}"
@@ -74,7 +80,8 @@ class Period:
         months = times.astype("datetime64[M]")
         rest = times - months.astype("datetime64[us]")
         moved = months + np.timedelta64(sign * self.count * MONTHS[self.unit], "M")
-        day = rest // np.timedelta64(1, "D")
+        with np.errstate(invalid="ignore"):  # no time stays no time
+            day = rest // np.timedelta64(1, "D")
         last_day = ((moved + np.timedelta64(1, "M")).astype("datetime64[D]") - moved.astype("datetime64[D]")).astype(int) - 1
         within_day = rest - day * np.timedelta64(1, "D")
         kept_day = np.minimum(day, last_day).astype("timedelta64[D]")

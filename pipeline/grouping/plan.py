@@ -86,13 +86,14 @@ def pack_tasks(costs: Sequence[float], *, slots: int, task_seconds: float = TASK
     Returns:
         The task of each group.
 
-    Source: longest processing time first, Graham (1969), at most 4/3 - 1/(3m) of the optimum.
+    Source: longest processing time first, Graham (1969): at most 4/3 - 1/(3m) of the optimum on m slots where each holds one task.
     """
     if not costs:
         return []
     giants = sum(cost >= task_seconds for cost in costs)
     rest = sum(costs[giants:])
-    n_small = min(len(costs) - giants, max(slots, round(rest / task_seconds)))
+    # As many small tasks for every slot: one more would leave the other slots idle while it runs.
+    n_small = min(len(costs) - giants, slots * max(1, round(rest / (slots * task_seconds))))
     heap = [(0.0, giants + number) for number in range(n_small)]
     chosen = list(range(giants))
     for cost in costs[giants:]:

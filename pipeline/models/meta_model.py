@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 PACK_FORMAT = 1
 CONSTANT = "constant"
 MAX_BOOSTER_BYTES = 1 << 30
+_CHAIN_COLUMNS = ("grain", "group_id", "booster_id", "weight", "interval")
 CACHE_BYTES = 256 << 20
 
 Floats = npt.NDArray[np.float64]
@@ -169,16 +170,16 @@ def decode_booster(row: Mapping[str, Any], where: str) -> str:
     Raises:
         PackError: naming the booster and what differs.
     """
-    name, size = row["booster_id"], row["n_bytes"]
-    if not 0 < size <= MAX_BOOSTER_BYTES:
+    name, size = row["booster_id"], row.get("n_bytes")
+    if not isinstance(size, int) or not 0 < size <= MAX_BOOSTER_BYTES:
         raise PackError(f"{where}: booster {name} claims {size} bytes, expected 1 to {MAX_BOOSTER_BYTES}")
     try:
         text: bytes = pa.Codec("zstd").decompress(row["text"], decompressed_size=size).to_pybytes()
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except (OSError, ValueError, TypeError, KeyError, pa.ArrowException) as error:
         raise PackError(f"{where}: booster {name} cannot be decompressed ({error}); restore the file or train again") from error
     digest = hashlib.sha256(text).hexdigest()
-    if digest != row["sha256"]:
-        raise PackError(f"{where}: booster {name} is damaged: its digest is {digest}, expected {row['sha256']}; restore the file or train again")
+    if digest != row.get("sha256"):
+        raise PackError(f"{where}: booster {name} is damaged: its digest is {digest}, expected {row.get('sha256')}; restore the file or train again")
     return text.decode()
 
 
@@ -199,15 +200,16 @@ class FleetModel:
         self.folder = Path(folder)
         try:
             self.spec: dict[str, Any] = json.loads((self.folder / "spec.json").read_text(encoding="utf-8"))
-            chains = pq.read_table(self.folder / "chains.parquet")
-            self._boosters = pq.ParquetFile(self.folder / "boosters.parquet")
-            names = pq.read_table(self.folder / "boosters.parquet", columns=["booster_id"]).column(0).to_pylist()
-        except (OSError, ValueError, pa.ArrowException) as error:
+            chains = pq.read_table(self.folder / "chains.parquet", columns=list(_CHAIN_COLUMNS), page_checksum_verification=True)
+            self._boosters = pq.ParquetFile(self.folder / "boosters.parquet", page_checksum_verification=True)
+            names = self._boosters.read(columns=["booster_id"]).column("booster_id").to_pylist()
+            columns = [chains.column(name).to_pylist() for name in _CHAIN_COLUMNS]
+        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
             raise PackError(f"{self.folder}: not a readable pack ({error})") from error
-        if self.spec.get("format") != PACK_FORMAT:
-            raise PackError(f"{self.folder}/spec.json: format {self.spec.get('format')!r}, expected {PACK_FORMAT}")
+        form = self.spec.get("format") if isinstance(self.spec, dict) else None
+        if form != PACK_FORMAT:
+            raise PackError(f"{self.folder}/spec.json: format {form!r}, expected {PACK_FORMAT}")
         self._row_groups = {name: number for number, name in enumerate(names)}
-        columns = (chains.column(name).to_pylist() for name in ("grain", "group_id", "booster_id", "weight", "interval"))
         self._chains = {(grain, group): link_ for grain, group, *link_ in zip(*columns, strict=True)}
         self._cache: OrderedDict[str, tuple[Any, int]] = OrderedDict()
         self._cached_bytes = 0

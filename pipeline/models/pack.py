@@ -55,10 +55,12 @@ def write_pack(folder: Path, spec: Mapping[str, Any], ledger: pd.DataFrame, boos
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "spec.json").write_text(json.dumps(spec, ensure_ascii=False, indent=1), encoding="utf-8")
     chains = ledger.sort_values(["grain", "group_id"])[_CHAINS.names]
-    pq.write_table(pa.Table.from_pandas(chains, schema=_CHAINS, preserve_index=False), folder / "chains.parquet", compression="zstd")
+    table = pa.Table.from_pandas(chains, schema=_CHAINS, preserve_index=False)
+    pq.write_table(table, folder / "chains.parquet", compression="zstd", write_page_checksum=True)
     wanted = set(ledger["booster_id"].dropna())
     # One row group per booster, so that one is read without the others; the text is compressed already.
-    with pq.ParquetWriter(folder / "boosters.parquet", _BOOSTER_SCHEMA, compression="none", use_dictionary=False) as writer:
+    settings = {"compression": "none", "use_dictionary": False, "write_page_checksum": True}
+    with pq.ParquetWriter(folder / "boosters.parquet", _BOOSTER_SCHEMA, **settings) as writer:
         for row in boosters:
             if row["booster_id"] in wanted:
                 wanted.remove(row["booster_id"])

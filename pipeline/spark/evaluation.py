@@ -10,7 +10,7 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as sf
 
 from pipeline.grouping.splits import TUNE, Cutoffs
-from pipeline.spark.keys import finite, inverse_link_column, link_column
+from pipeline.spark.keys import finite, inverse_link_column, link_column, moment_column
 from pipeline.spec import FleetSpec
 from pipeline.training.blend import N_BLOCKS, GroupSkill, Moments
 
@@ -23,7 +23,7 @@ def judged_rows(holdout: DataFrame, spec: FleetSpec, cutoffs: Cutoffs) -> DataFr
     predictions = [sf.max(sf.when(sf.col("grain") == grain, sf.col("prediction"))).alias(f"p{grain}") for grain in range(len(spec.grains))]
     wide = holdout.groupBy("row_key", "split").agg(*(sf.first(name).alias(name) for name in shared), *predictions)
     linked = link_column(sf.col("actual"), spec.target.transform)
-    start, end = (sf.lit(moment.to_pydatetime()).cast("double") for moment in (cutoffs.tune_start, cutoffs.report_start))
+    start, end = (moment_column(moment).cast("double") for moment in (cutoffs.tune_start, cutoffs.report_start))
     block = sf.floor((sf.col("time").cast("double") - start) / (end - start) * N_BLOCKS).cast("int")
     block = sf.when(sf.col("split") == TUNE, block).otherwise(0)
     return wide.withColumn("residual", finite((linked - sf.col("offset")) / sf.col("scale"))).withColumn("block", block)

@@ -1,12 +1,10 @@
 """Building a feature table on Spark: the SQL, made-up future rows, features of the past, derived columns."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
 import pandas as pd
 import pyarrow as pa
 from pyspark.errors import AnalysisException
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as sf
 from pyspark.sql import types as st
 from pyspark.sql.pandas.types import from_arrow_schema, to_arrow_schema
@@ -14,7 +12,7 @@ from pyspark.sql.pandas.types import from_arrow_schema, to_arrow_schema
 from pipeline.errors import DataError, SpecError
 from pipeline.features.history import HistoryPass, add_history, plan_passes
 from pipeline.grouping.periods import Period
-from pipeline.spark.keys import group_id_column
+from pipeline.spark.keys import group_id_column, latest_moment, moment_column, moment_of
 from pipeline.spec import FleetSpec
 
 _CALENDAR = {
@@ -120,14 +118,14 @@ def _canonical(spec: FleetSpec, rows: DataFrame) -> DataFrame:
 
 def _future_rows(spark: SparkSession, spec: FleetSpec, rows: DataFrame) -> DataFrame:
     """One row per entity and period of the horizon after the newest time of the fleet."""
-    newest = rows.agg(sf.max("time")).collect()[0][0]
+    newest = newest_time(rows)
     if newest is None:
         return rows.limit(0)
-    period, end = Period.parse(spec.period or ""), spec.horizon_period.add(pd.Timestamp(newest))
-    moments: list[tuple[Any]] = []
-    while (moment := period.add(pd.Timestamp(newest), len(moments) + 1)) <= end:
-        moments.append((moment.to_pydatetime(),))
-    times = spark.createDataFrame(moments, "time timestamp")
+    period, end = Period.parse(spec.period or ""), spec.horizon_period.add(newest)
+    moments: list[Column] = []
+    while (moment := period.add(newest, len(moments) + 1)) <= end:
+        moments.append(moment_column(moment))
+    times = spark.range(1).select(sf.explode(sf.array(*moments).cast("array<timestamp>")).alias("time"))
     entities = rows.select(*(f"`{key}`" for key in spec.key_columns)).dropDuplicates(list(spec.entity))
     made_up = entities.crossJoin(sf.broadcast(times)).withColumn("known_at", sf.col("time")).withColumn("is_future", sf.lit(True))
     return made_up.withColumn("row_key", group_id_column([*spec.entity, "time"]))
@@ -193,13 +191,13 @@ def check_feature_table(rows: DataFrame, spec: FleetSpec) -> dict[str, int]:
 
 def newest_known(features: DataFrame) -> pd.Timestamp:
     """Latest known_at of a feature table; made-up rows do not count, and there is always another."""
-    return pd.Timestamp(features.where("NOT is_future").agg(sf.max("known_at")).collect()[0][0])
+    return moment_of(features.where("NOT is_future").agg(latest_moment(sf.col("known_at"))).collect()[0][0])
 
 
 def newest_time(rows: DataFrame) -> pd.Timestamp | None:
     """Latest time of visible rows; None if there are none."""
-    newest = rows.agg(sf.max("time")).collect()[0][0]
-    return None if newest is None else pd.Timestamp(newest)
+    newest = rows.agg(latest_moment(sf.col("time"))).collect()[0][0]
+    return None if newest is None else moment_of(newest)
 
 
 def all_null_columns(rows: DataFrame, columns: Sequence[str]) -> list[str]:

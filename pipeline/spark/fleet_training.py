@@ -80,7 +80,7 @@ def plan_run(
     rows = limited_rows(visible_rows(features, moment), spec, limit_groups)
     newest = newest_time(rows)
     if newest is None:
-        earliest, latest = features.where("NOT is_future").selectExpr("min(known_at)", "max(known_at)").collect()[0]
+        earliest, latest = features.where("NOT is_future").selectExpr("string(min(known_at))", "string(max(known_at))").collect()[0]
         raise DataError(f"as of {moment} no row is known yet; known_at runs from {earliest} to {latest}: choose an as-of within or after it")
     cutoffs = resolve_cutoffs(spec.splits, moment, newest)
     data = count_groups(rows, spec, cutoffs)

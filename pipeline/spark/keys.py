@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import pandas as pd
 from pyspark.sql import Column
 from pyspark.sql import functions as sf
 
@@ -11,6 +12,21 @@ def group_id_column(keys: Sequence[str]) -> Column:
     if not keys:
         return sf.lit("[]")
     return sf.to_json(sf.array(*(sf.col(f"`{key}`").cast("string") for key in keys)))
+
+
+def moment_column(moment: pd.Timestamp) -> Column:
+    """A moment (UTC, without a zone) as Spark's timestamp; a plain literal would be read in the zone of this machine."""
+    return sf.timestamp_micros(sf.lit(int(moment.as_unit("us").asm8.astype("int64"))))
+
+
+def latest_moment(column: Column) -> Column:
+    """The latest moment as `moment_of` takes it; a collected timestamp would be told in the zone of this machine."""
+    return sf.unix_micros(sf.max(column))
+
+
+def moment_of(micros: int) -> pd.Timestamp:
+    """A moment (UTC, without a zone) from microseconds since 1970."""
+    return pd.Timestamp(micros, unit="us")
 
 
 def link_column(value: Column, transform: str) -> Column:

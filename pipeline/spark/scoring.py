@@ -11,7 +11,7 @@ from pyspark.sql import functions as sf
 
 from pipeline.models.meta_model import FleetModel
 from pipeline.spark.features import newest_time
-from pipeline.spark.keys import finite
+from pipeline.spark.keys import finite, moment_column
 from pipeline.spark.training import visible_rows
 from pipeline.spec import FleetSpec
 
@@ -26,12 +26,12 @@ def rows_to_score(features: DataFrame, spec: FleetSpec, as_of: pd.Timestamp) -> 
     `new`: rows of the data with a time after the as-of; `future`: those of the horizon after the newest visible time.
     """
     if spec.scoring.score == "new":
-        return features.where((sf.col("time") > sf.lit(as_of.to_pydatetime())) & ~sf.col("is_future"))
+        return features.where((sf.col("time") > moment_column(as_of)) & ~sf.col("is_future"))
     newest = newest_time(visible_rows(features, as_of))
     if newest is None:
         return features.limit(0)
     end = spec.horizon_period.add(newest)
-    return features.where((sf.col("time") > sf.lit(newest.to_pydatetime())) & (sf.col("time") <= sf.lit(end.to_pydatetime())))
+    return features.where((sf.col("time") > moment_column(newest)) & (sf.col("time") <= moment_column(end)))
 
 
 def score_rows(spark: SparkSession, rows: DataFrame, spec: FleetSpec, pack: Path, as_of: pd.Timestamp) -> DataFrame:

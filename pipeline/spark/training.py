@@ -15,7 +15,7 @@ from pyspark.sql import functions as sf
 from pipeline.grouping.plan import TrainingPlan
 from pipeline.grouping.splits import FIT, GAP, REPORT, TUNE, Cutoffs
 from pipeline.spark.files import FileWriter, WrittenFile, file_json, file_of_json
-from pipeline.spark.keys import finite, group_id_column, link_column
+from pipeline.spark.keys import finite, group_id_column, link_column, moment_column
 from pipeline.spec import FleetSpec
 from pipeline.tables import BOOSTERS, HOLDOUT
 from pipeline.training.trainer import TrainingSettings
@@ -41,7 +41,7 @@ class TrainingData:
 
 def visible_rows(features: DataFrame, as_of: pd.Timestamp) -> DataFrame:
     """The rows that a run may see: known by the as-of, not made up."""
-    return features.where((sf.col("known_at") <= sf.lit(as_of.to_pydatetime())) & ~sf.col("is_future"))
+    return features.where((sf.col("known_at") <= moment_column(as_of)) & ~sf.col("is_future"))
 
 
 def limited_rows(rows: DataFrame, spec: FleetSpec, limit_groups: int | None) -> DataFrame:
@@ -54,7 +54,7 @@ def limited_rows(rows: DataFrame, spec: FleetSpec, limit_groups: int | None) -> 
 
 def _split_column(cutoffs: Cutoffs) -> Column:
     """The twin of `Cutoffs.assign`."""
-    tune_start, report_start = (sf.lit(moment.to_pydatetime()) for moment in (cutoffs.tune_start, cutoffs.report_start))
+    tune_start, report_start = (moment_column(moment) for moment in (cutoffs.tune_start, cutoffs.report_start))
     return (
         sf.when((sf.col("time") < tune_start) & (sf.col("known_at") < tune_start), FIT)
         .when((sf.col("time") >= tune_start) & (sf.col("time") < report_start) & (sf.col("known_at") < report_start), TUNE)

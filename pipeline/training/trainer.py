@@ -60,11 +60,12 @@ def train_group(frame: pd.DataFrame, grain: int, settings: TrainingSettings) -> 
     started = time.perf_counter()
     rows = _prepare(frame, settings)
     split = rows["split"].to_numpy()
-    target, usable = rows["_target"].to_numpy(), rows["_usable"].to_numpy()
+    target, usable, weight = rows["_target"].to_numpy(), rows["_usable"].to_numpy(), _weights(rows, settings)
+    counted = usable if weight is None else usable & (weight > 0)
     ledger: dict[str, Any] = {
-        "n_fit": int((usable & (split == FIT)).sum()),
-        "n_tune": int((usable & (split == TUNE)).sum()),
-        "n_report": int((usable & (split == REPORT)).sum()),
+        "n_fit": int((counted & (split == FIT)).sum()),
+        "n_tune": int((counted & (split == TUNE)).sum()),
+        "n_report": int((counted & (split == REPORT)).sum()),
         "n_invalid": int((~rows["_valid"]).sum()),
     }
     reason = _reason_not_to_train(rows, grain, ledger, settings.tuning)
@@ -73,7 +74,6 @@ def train_group(frame: pd.DataFrame, grain: int, settings: TrainingSettings) -> 
         return Outcome("inherited", reason, {**ledger, "seconds": time.perf_counter() - started}, None, holdout)
 
     matrix = design_matrix(rows, settings.model)
-    weight = _weights(rows, settings)
     everything = Learnable(matrix, target, weight)
     categoricals = [position for position, name in enumerate(settings.model["features"]) if name in settings.model["categories"]]
     is_fit, is_tune, is_report = (usable & (split == name) for name in (FIT, TUNE, REPORT))

@@ -102,7 +102,8 @@ class _Boosting:
             if self.trial.should_prune():
                 raise optuna.TrialPruned
         if env.iteration - self.best_round >= self.patience:
-            raise lgb.callback.EarlyStopException(self.best_round, [("tune", "loss", self.best_loss, False)])
+            # LightGBM drops the trees after the iteration named here; a block's own best round may be among them.
+            raise lgb.callback.EarlyStopException(env.iteration, [("tune", "loss", loss, False)])
 
 
 class Study:

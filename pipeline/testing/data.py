@@ -1,0 +1,113 @@
+"""A small fleet and its feature rows, made from a seed: daily sales of shops in cities in regions."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from pipeline.features.encoding import choose_categories
+from pipeline.grouping.splits import resolve_cutoffs
+from pipeline.models.meta_model import group_id, key_text
+from pipeline.models.pack import model_spec
+from pipeline.spec import FleetSpec, parse_spec
+from pipeline.training.trainer import TrainingSettings
+
+SMALL_FLEET: Mapping[str, Any] = {
+    "name": "small",
+    "sources": [{"name": "sales", "uri": "sales.csv"}],
+    "features": {"columns": ["price", "promotion"], "calendar": ["day_of_week"], "categoricals": ["kind"]},
+    "grains": [[], ["region"], ["region", "city"]],
+    "entity": ["region", "city"],
+    "time": "day",
+    "period": "1 day",
+    "horizon": "1 day",
+    "target": {"column": "sales"},
+    "splits": {"report": "1 month", "tune": "2 months"},
+    "tuning": {"max_trials": 2, "patience": 2, "max_rounds": 40, "fit_rows": 50, "tune_rows": 10},
+    "baselines": {"usual": "usual_sales"},
+}
+
+CITIES: Mapping[str, tuple[str, ...]] = {"north": ("oslo", "bergen"), "south": ("roma", "napoli")}
+
+
+def small_attributes(**changes: Any) -> dict[str, Any]:
+    """The attributes of the small fleet's defs.yaml; mappings are changed field by field, a field changed to None is left out."""
+    attributes = dict(SMALL_FLEET)
+    for name, value in changes.items():
+        before = attributes.get(name)
+        changed = {**before, **value} if isinstance(before, Mapping) and isinstance(value, Mapping) else value
+        attributes[name] = changed
+    return {name: value for name, value in attributes.items() if value is not None}
+
+
+def small_spec(**changes: Any) -> FleetSpec:
+    """The small fleet, with changes as in `small_attributes`."""
+    return parse_spec(small_attributes(**changes), file="defs.yaml")
+
+
+def feature_rows(n_days: int = 300, *, seed: int = 0, cities: Mapping[str, tuple[str, ...]] | None = None, noise: float = 1.0) -> pd.DataFrame:
+    """Rows of the small fleet's feature table: one per city and day, from 1 January 2024.
+
+    Sales follow the price, the promotion and the day of the week, at a level and a sensitivity of each city's own.
+
+    Args:
+        n_days: days per city.
+        seed: of all that is random.
+        cities: cities by region.
+        noise: standard deviation of what no feature tells, sales.
+    """
+    rng = np.random.default_rng(seed)
+    days = pd.date_range("2024-01-01", periods=n_days, freq="D", unit="us")
+    parts = []
+    for region, names in (CITIES if cities is None else cities).items():
+        for city in names:
+            level, slope = rng.uniform(50, 150), rng.uniform(1, 4)
+            price, promotion = rng.uniform(5, 15, n_days), rng.integers(0, 2, n_days).astype(float)
+            weekday = days.weekday.to_numpy().astype(float)
+            expected = level - slope * price + 8 * promotion + 3 * (weekday >= 5)
+            parts.append(
+                pd.DataFrame(
+                    {
+                        "region": region,
+                        "city": city,
+                        "time": days,
+                        "known_at": days,
+                        "row_key": [group_id([region, city, day.isoformat()]) for day in days],
+                        "is_future": False,
+                        "price": price,
+                        "promotion": promotion,
+                        "day_of_week": weekday,
+                        "kind": rng.choice(["small", "large"], n_days),
+                        "usual_sales": level,
+                        "sales": expected + noise * rng.normal(size=n_days),
+                    }
+                )
+            )
+    return pd.concat(parts, ignore_index=True)
+
+
+def group_rows(rows: pd.DataFrame, **keys: str) -> pd.DataFrame:
+    """The rows whose keys have these values."""
+    chosen = np.ones(len(rows), dtype=bool)
+    for name, value in keys.items():
+        chosen &= (rows[name] == value).to_numpy()
+    return rows[chosen].reset_index(drop=True)
+
+
+def training_settings(spec: FleetSpec, rows: pd.DataFrame, *, run_id: str = "run-1", threads: int = 1) -> TrainingSettings:
+    """What a run over these rows would pin: cutoffs from the newest row, categories from all of them."""
+    newest = pd.Timestamp(rows["time"].max())
+    counts = {
+        name: {str(key_text(value)): int(count) for value, count in rows[name].value_counts().items()} for name in spec.features.categoricals
+    }
+    return TrainingSettings(
+        run_id=run_id,
+        model=model_spec(spec, choose_categories(counts, spec.features.max_categories)),
+        target=spec.target.column,
+        weight=spec.target.weight,
+        baselines=tuple(spec.baselines.values()),
+        tuning=spec.tuning,
+        cutoffs=resolve_cutoffs(spec.splits, newest, newest),
+        threads=threads,
+    )

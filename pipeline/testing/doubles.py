@@ -1,0 +1,285 @@
+"""Stand-ins with the methods of the real adapters: in memory, failing on demand, or counting.
+
+They know neither Dagster nor Spark; an asset takes them wherever it asks for `tables` or `registry`.
+"""
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.errors import ModelNotFound, StoreError
+from pipeline.training.outcome import Outcome
+from pipeline.training.trainer import TrainingSettings, train_group
+
+
+@dataclass(frozen=True)
+class MemoryFile:
+    """A file of `MemoryTables`, written and maybe not committed.
+
+    Args:
+        path: its name within the table.
+        size: bytes of its rows.
+        n_rows: rows.
+    """
+
+    path: str
+    size: int
+    n_rows: int
+
+
+@dataclass
+class MemoryTables:
+    """Delta tables without a disk: what is committed is a list of Arrow tables per location and version.
+
+    Args:
+        root: first part of every location; nothing is written there.
+        storage_options: as the real store's, unused.
+    """
+
+    root: str = "memory"
+    storage_options: dict[str, str] = field(default_factory=dict)
+    _written: dict[str, pa.Table] = field(default_factory=dict)
+    _versions: dict[str, list[tuple[pa.Schema, dict[str, str]]]] = field(default_factory=dict)
+    _transactions: set[tuple[str, str, int]] = field(default_factory=set)
+
+    def location(self, namespace: str, *parts: str) -> str:
+        """Root of one table."""
+        return "/".join([self.root, namespace, *parts])
+
+    def write_file(self, table: pa.Table, schema: pa.Schema, location: str) -> MemoryFile | None:
+        """Keep rows without committing them; None for no rows."""
+        if table.num_rows == 0:
+            return None
+        kept = table.select(schema.names).cast(schema)
+        file = MemoryFile(f"part-{len(self._written)}.parquet", kept.nbytes, kept.num_rows)
+        self._written[f"{location}/{file.path}"] = kept
+        return file
+
+    def write_arrow(
+        self, tables: Iterable[pa.Table], schema: pa.Schema, location: str, *, mode: str, metadata: Mapping[str, str] | None = None
+    ) -> int:
+        """Write rows and make one commit; returns the version."""
+        files = [self.write_file(table, schema, location) for table in tables]
+        return self.commit(location, [file for file in files if file], schema, mode=mode, metadata=metadata)
+
+    def write_spark(
+        self,
+        frame: Any,
+        location: str,
+        *,
+        mode: str = "overwrite",
+        partition: Mapping[str, str] | None = None,
+        before_commit: Callable[[Any], Any] | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> int:
+        """Collect a Spark data frame and make one commit; returns the version."""
+        table = frame.toArrow()
+        if before_commit is not None:
+            before_commit(frame)
+        file = self.write_file(table, table.schema, location)
+        return self.commit(location, [file] if file else [], table.schema, mode=mode, partition=partition, metadata=metadata)
+
+    def commit(
+        self,
+        location: str,
+        files: Sequence[Any],
+        schema: pa.Schema,
+        *,
+        mode: str,
+        partition: Mapping[str, str] | None = None,
+        metadata: Mapping[str, str] | None = None,  # noqa: ARG002 - the real store's signature
+        app: tuple[str, int] | None = None,
+    ) -> int:
+        """Make one commit of written files; returns the version.
+
+        Raises:
+            StoreError: if a file was not written, or has another size.
+        """
+        for file in files:
+            there = self._written.get(f"{location}/{file.path}")
+            if there is None or there.nbytes != file.size:
+                raise StoreError(f"{location}/{file.path} is not there as written; nothing was committed: run again")
+        versions = self._versions.setdefault(location, [])
+        if app is not None and any(seen[:2] == (location, app[0]) and seen[2] >= app[1] for seen in self._transactions):
+            return len(versions) - 1
+        value = "/".join(f"{name}={text}" for name, text in (partition or {}).items())
+        before = dict(versions[-1][1]) if versions else {}
+        kept = before if mode == "append" else {path: of for path, of in before.items() if value and of != value}
+        versions.append((schema, {**kept, **{file.path: value for file in files}}))
+        if app is not None:
+            self._transactions.add((location, *app))
+        return len(versions) - 1
+
+    def exists(self, location: str) -> bool:
+        """Whether there is a table."""
+        return location in self._versions
+
+    def version(self, location: str) -> int:
+        """Newest version of a table."""
+        self._files(location, None)
+        return len(self._versions[location]) - 1
+
+    def read_arrow(self, location: str, *, where: Mapping[str, str] | None = None, columns: Sequence[str] | None = None) -> pa.Table:
+        """A table, or its rows that equal `where`, as Arrow."""
+        table = self._read(location, None)
+        for name, value in (where or {}).items():
+            table = table.filter(pc.equal(table[name], value))
+        return table.select(list(columns)) if columns else table
+
+    def read_pandas(self, location: str, *, where: Mapping[str, str] | None = None, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        """A table, or its rows that equal `where`, as pandas."""
+        return self.read_arrow(location, where=where, columns=columns).to_pandas()
+
+    def read_spark(self, spark: Any, location: str, version: int | None = None) -> Any:
+        """A table as a Spark data frame."""
+        return spark.createDataFrame(self._read(location, version))
+
+    def _read(self, location: str, version: int | None) -> pa.Table:
+        schema, files = self._files(location, version)
+        parts = [_completed(self._written[f"{location}/{path}"], schema) for path in files]
+        return pa.concat_tables([schema.empty_table(), *parts])
+
+    def _files(self, location: str, version: int | None) -> tuple[pa.Schema, dict[str, str]]:
+        if location not in self._versions:
+            raise StoreError(f"there is no Delta table at {location}; materialise the asset that writes it first")
+        return self._versions[location][-1 if version is None else version]
+
+
+def _completed(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    for column in schema:
+        if column.name not in table.column_names:
+            table = table.append_column(column, pa.nulls(table.num_rows, column.type))
+    return table.select(schema.names).cast(schema)
+
+
+@dataclass
+class FailingTables(MemoryTables):
+    """Tables in memory whose named operations fail as a full disk would.
+
+    Args:
+        broken: names of the methods that raise `StoreError`, e.g. ``{"commit"}``.
+    """
+
+    broken: frozenset[str] = frozenset({"commit"})
+
+    def __getattribute__(self, name: str) -> Any:
+        found = object.__getattribute__(self, name)
+        if name.startswith("_") or not callable(found) or name not in self.broken:
+            return found
+
+        def fail(*_: Any, **__: Any) -> None:
+            raise StoreError(f"{self.root}: no space left on device ({name}); make room, then run again")
+
+        return fail
+
+
+@dataclass(frozen=True)
+class MemoryVersion:
+    """A version of `MemoryRegistry`: registered model, number, training run."""
+
+    name: str
+    number: str
+    fleet_version: str
+
+
+@dataclass
+class MemoryRegistry:
+    """A model registry that keeps packs in a folder, and aliases in memory.
+
+    Args:
+        folder: where packs are kept.
+        versions: all versions by registered model.
+        aliases: number by registered model and alias.
+    """
+
+    folder: Path
+    versions: dict[str, list[MemoryVersion]] = field(default_factory=dict)
+    aliases: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    def register(
+        self,
+        name: str,
+        fleet_version: str,
+        *,
+        pack: Path,
+        inputs: Mapping[str, str],  # noqa: ARG002 - the real registry's signature
+        parameters: Mapping[str, Any],  # noqa: ARG002
+        metrics: Mapping[str, float],  # noqa: ARG002
+        tables: Mapping[str, pd.DataFrame],  # noqa: ARG002
+        plots: Mapping[str, bytes],  # noqa: ARG002
+    ) -> MemoryVersion:
+        """Keep the pack, and let it be the challenger."""
+        known = self.versions.setdefault(name, [])
+        version = MemoryVersion(name, str(len(known) + 1), fleet_version)
+        shutil.copytree(pack, self._pack(version))
+        known.append(version)
+        self.aliases[name, "challenger"] = version.number
+        return version
+
+    def find(self, name: str, alias: str) -> MemoryVersion | None:
+        """The version under an alias; None if there is none."""
+        number = self.aliases.get((name, alias))
+        return next((version for version in self.versions.get(name, []) if version.number == number), None)
+
+    def get(self, name: str, alias: str) -> MemoryVersion:
+        """The version under an alias.
+
+        Raises:
+            ModelNotFound: if there is none.
+        """
+        found = self.find(name, alias)
+        if found is None:
+            raise ModelNotFound(f"registered model {name!r} has no {alias}; materialise {name}/models, meta_model and champion first")
+        return found
+
+    def promote(self, version: MemoryVersion) -> None:
+        """Let a version serve."""
+        self.aliases[version.name, "champion"] = version.number
+
+    def fetch_pack(self, version: MemoryVersion) -> Path:
+        """A local copy of a version's pack."""
+        return self._pack(version)
+
+    def _pack(self, version: MemoryVersion) -> Path:
+        return self.folder / f"{version.name}-{version.number}-{version.fleet_version}"
+
+
+@dataclass(frozen=True)
+class FailingTrainer:
+    """Trains as `train_group` does, but raises for the named groups.
+
+    Args:
+        group_ids: groups whose training raises `ZeroDivisionError`.
+    """
+
+    group_ids: frozenset[str]
+
+    def __call__(self, frame: pd.DataFrame, grain: int, settings: TrainingSettings) -> Outcome:
+        """Train one group, or raise."""
+        if frame["group_id"].iloc[0] in self.group_ids:
+            raise ZeroDivisionError("division by zero, as ordered")
+        return train_group(frame, grain, settings)
+
+
+@contextmanager
+def kept_calls(target: Any, name: str) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """Record the calls of a method while it goes on working: positional and keyword arguments of each."""
+    original = getattr(target, name)
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        calls.append((args, kwargs))
+        return original(*args, **kwargs)
+
+    setattr(target, name, recorded)
+    try:
+        yield calls
+    finally:
+        setattr(target, name, original)

@@ -1,0 +1,455 @@
+import json
+import shutil
+import unicodedata
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightgbm as lgb
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.models.boosters import EncodedBooster, encode_booster
+from pipeline.models.meta_model import (
+    CONSTANT,
+    FleetModel,
+    InputError,
+    PackError,
+    design_matrix,
+    group_id,
+    group_ids,
+    inverse_link,
+    key_text,
+    link,
+    offset_and_scale,
+)
+from pipeline.models.pack import model_spec, write_pack
+from pipeline.testing.data import small_spec
+
+NASTY = ["../x", "a/b", "a\\b", "🦊", "", None, "\x00", "\x1f", "\n", '"', "null", '","', "[]", " ", "é", "e\u0301", "\u2028", "'", "%2F"]
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
+keys = st.one_of(st.none(), texts, st.sampled_from(NASTY))
+
+
+# Group ids
+
+
+@given(st.lists(st.one_of(st.none(), st.text(st.characters(exclude_categories=["Cc", "Cs"]))), max_size=4))
+def test_a_group_id_is_the_json_array_of_its_keys(values: list[str | None]) -> None:
+    assert group_id(values) == json.dumps(values, ensure_ascii=False, separators=(",", ":"))
+
+
+@given(st.lists(keys, max_size=4))
+def test_a_group_id_is_one_line_of_json_that_gives_the_keys_back(values: list[str | None]) -> None:
+    found = group_id(values)
+    assert json.loads(found) == values
+    assert not any(unicodedata.category(character) == "Cc" and ord(character) < 32 for character in found)
+
+
+@given(st.lists(keys, max_size=3), st.lists(keys, max_size=3))
+def test_different_keys_have_different_ids(one: list[str | None], other: list[str | None]) -> None:
+    assert (group_id(one) == group_id(other)) == (one == other)
+
+
+def test_nasty_keys_have_ids_of_their_own() -> None:
+    assert len({group_id([one, other]) for one in NASTY for other in NASTY}) == len(NASTY) ** 2
+
+
+def test_the_pooled_group_has_the_empty_array() -> None:
+    assert group_id(()) == "[]"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, None),
+        (np.nan, None),
+        (pd.NA, None),
+        (pd.NaT, None),
+        (7, "7"),
+        (7.0, "7"),
+        (np.float64(-3), "-3"),
+        (np.int32(5), "5"),
+        (-0.0, "0"),
+        (True, "true"),
+        (np.bool_(False), "false"),
+        (2.5, "2.5"),
+        (pd.Timestamp("2024-01-31"), "2024-01-31"),
+        (np.datetime64("2024-01-31"), "2024-01-31"),
+        ("7.0", "7.0"),
+        ("", ""),
+    ],
+)
+def test_a_key_value_has_one_text(value: Any, text: str | None) -> None:
+    assert key_text(value) == text
+
+
+@given(st.lists(st.tuples(keys, keys), max_size=20))
+def test_ids_of_a_batch_are_those_of_its_rows(pairs: list[tuple[str | None, str | None]]) -> None:
+    frame = pd.DataFrame(pairs, columns=["a", "b"], dtype=object)
+    assert group_ids(frame, ["a", "b"]).tolist() == [group_id(pair) for pair in pairs]
+    assert group_ids(frame, []).tolist() == ["[]"] * len(pairs)
+
+
+@pytest.mark.parametrize("values", [[1, 2, 1], [1.0, np.nan, 1.0], pd.array([1, None, 2], dtype="Int64"), pd.Categorical(["a", None, "a"]), [True, False, True]])
+def test_ids_of_a_batch_do_not_depend_on_the_type_of_the_column(values: Any) -> None:
+    frame = pd.DataFrame({"a": values}, index=[5, 5, 9])
+    assert group_ids(frame, ["a"]).tolist() == [group_id([value]) for value in list(frame["a"])]
+
+
+def test_many_keys_of_many_values_do_not_collide() -> None:
+    frame = pd.DataFrame(np.random.default_rng(0).integers(0, 10**9, (2000, 6)), columns=list("abcdef"))
+    assert len(set(group_ids(frame, list("abcdef")))) == len(frame)
+
+
+# The design matrix
+
+MATRIX_SPEC = {"features": ["price", "kind", "n"], "categories": {"kind": ["10", "large", "small"]}}
+
+
+def matrix(**columns: Any) -> list[list[float]]:
+    length = len(next(iter(columns.values())))
+    found = design_matrix(pd.DataFrame({"price": [1.0] * length, "kind": "small", "n": 3} | columns), MATRIX_SPEC)
+    assert found.dtype == np.float64
+    return [[float(value) for value in row] for row in found]
+
+
+def same(found: list[float], expected: list[float]) -> bool:
+    return bool(np.array_equal(np.asarray(found, dtype=float), np.asarray(expected, dtype=float), equal_nan=True))
+
+
+@pytest.mark.parametrize("value", ["medium", None, np.nan, "SMALL", ""])
+def test_unseen_rare_and_null_categories_are_missing(value: Any) -> None:
+    assert same(matrix(kind=["large", value])[1], [1.0, np.nan, 3.0])
+
+
+def test_a_category_is_its_place_in_the_list() -> None:
+    assert [row[1] for row in matrix(kind=["small", "large", "10"])] == [2.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("value", [10, 10.0, np.int64(10), "10"])
+def test_integer_categories_may_come_as_floats(value: Any) -> None:
+    assert matrix(kind=[value])[0][1] == 0.0
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, None, "text"])
+def test_what_is_no_number_is_missing(value: Any) -> None:
+    assert same([row[0] for row in matrix(price=[2.0, value])], [2.0, np.nan])
+
+
+def test_booleans_and_nullable_integers_are_numbers() -> None:
+    assert same([row[2] for row in matrix(n=pd.array([True, None], dtype="boolean"))], [1.0, np.nan])
+    assert same([row[2] for row in matrix(n=pd.array([7, None], dtype="Int64"))], [7.0, np.nan])
+
+
+def test_a_feature_that_is_not_there_is_missing() -> None:
+    found = design_matrix(pd.DataFrame({"kind": ["small"]}), MATRIX_SPEC)
+    assert same(found[0].tolist(), [np.nan, 2.0, np.nan])
+
+
+def test_the_order_of_the_columns_and_further_columns_do_not_matter() -> None:
+    frame = pd.DataFrame({"price": [1.0, 2.0], "kind": ["small", "large"], "n": [3, 4]})
+    mixed = frame[["n", "kind", "price"]].assign(extra="x")
+    assert np.array_equal(design_matrix(frame, MATRIX_SPEC), design_matrix(mixed, MATRIX_SPEC))
+
+
+# Links
+
+
+@pytest.mark.parametrize("transform", ["none", "log", "log1p"])
+def test_a_link_has_its_inverse(transform: str) -> None:
+    values = np.array([0.5, 1.0, 1e6])
+    assert inverse_link(link(values, transform), transform) == pytest.approx(values)
+
+
+def test_what_a_transform_cannot_take_is_not_finite() -> None:
+    assert not np.isfinite(link(np.array([0.0, -1.0]), "log")).any()
+    assert link(np.array([0.0]), "log1p").tolist() == [0.0]
+    assert not np.isfinite(link(np.array([-1.0, -2.0]), "log1p")).any()
+
+
+def test_an_offset_or_scale_that_cannot_serve_is_missing() -> None:
+    frame = pd.DataFrame({"o": [1.0, np.inf, np.nan, 2.0, 3.0], "s": [2.0, 1.0, 1.0, 0.0, -1.0]})
+    offset, scale = offset_and_scale(frame, {"offset": "o", "scale": "s"})
+    assert np.isfinite(offset).tolist() == [True, False, False, True, True]
+    assert np.isfinite(scale).tolist() == [True, True, True, False, False]
+    assert np.isnan(offset_and_scale(frame, {"offset": "absent", "scale": None})[0]).all()
+
+
+# The fleet model
+
+
+def booster(slope: float, level: float = 0.0) -> EncodedBooster:
+    """A booster of two leaves: level - slope below price 10, level + slope above."""
+    price = np.repeat([5.0, 15.0], 50)
+    data = lgb.Dataset(np.column_stack([price, *[np.zeros(100)] * 3]), level + slope * np.sign(price - 10), params={"verbosity": -1})
+    parameters = {"learning_rate": 1.0, "num_leaves": 2, "verbosity": -1, "num_threads": 1, "objective": "l2", "boost_from_average": True}
+    return encode_booster(lgb.train(parameters, data, num_boost_round=1).model_to_string())
+
+
+BOOSTERS = {"pooled": booster(1.0, 10.0), "north": booster(2.0, 20.0), "oslo": booster(3.0, 40.0)}
+CHAINS = [  # grain, group, booster, weight, interval
+    (0, "[]", "pooled", 1.0, 4.0),
+    (1, '["north"]', "north", 0.5, None),
+    (1, '["south"]', None, 0.0, None),
+    (2, '["north","oslo"]', "oslo", 0.25, 8.0),
+    (2, '["north","bergen"]', None, 0.0, None),
+    (2, '["south","roma"]', "oslo", 0.0, None),
+    (2, '["north",null]', "oslo", 1.0, None),
+]
+
+
+def make_pack(folder: Path, target: Mapping[str, Any] | None = None) -> Path:
+    spec = model_spec(small_spec(target=target or {}), {"kind": ["large", "small"]})
+    ledger = pd.DataFrame(CHAINS, columns=["grain", "group_id", "booster", "weight", "interval"])
+    ledger["booster_id"] = [None if name is None else BOOSTERS[name].booster_id for name in ledger["booster"]]
+    rows = [vars(encoded) for encoded in BOOSTERS.values()]
+    write_pack(folder, {**spec, "fleet_version": "run-1", "constant": 100.0, "constant_without_offset": 7.0}, ledger, rows)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pack(tmp_path_factory.mktemp("pack") / "pack")
+
+
+def batch(*groups: tuple[Any, Any], price: float = 15.0, index: list[Any] | None = None, **columns: Any) -> pd.DataFrame:
+    frame = pd.DataFrame(groups, columns=["region", "city"], dtype=object, index=index)
+    return frame.assign(price=price, promotion=0.0, day_of_week=1.0, kind="small", **columns)
+
+
+def test_a_mixed_batch_is_answered_group_by_group(pack: Path) -> None:
+    found = FleetModel(pack).predict(
+        batch(("north", "oslo"), ("north", "bergen"), ("south", "roma"), ("north", "new"), ("east", "new"), ("north", None), ("north", "oslo"))
+    )
+    north = 0.5 * 22 + 0.5 * 11
+    expected = [0.25 * 43 + 0.75 * north, north, 11.0, north, 11.0, 43.0, 0.25 * 43 + 0.75 * north]
+    assert found["prediction"].tolist() == pytest.approx(expected)
+    assert found["answered_by"].tolist() == ["[region, city]", "[region]", "[]", "[region]", "[]", "[region, city]", "[region, city]"]
+    names = ["oslo", "north", "pooled", "north", "pooled", "oslo", "oslo"]
+    assert found["booster_id"].tolist() == [BOOSTERS[name].booster_id for name in names]
+    assert set(found["fleet_version"]) == {"run-1"}
+
+
+def test_unseen_group_is_answered_by_its_parent(pack: Path) -> None:
+    model = FleetModel(pack)
+    unseen, parent = (model.predict(batch(("north", city))) for city in ("atlantis", "bergen"))
+    pd.testing.assert_frame_equal(unseen, parent)
+
+
+def test_each_row_is_answered_as_if_it_were_alone(pack: Path) -> None:
+    model = FleetModel(pack)
+    frame = batch(("north", "oslo"), ("south", "x"), ("north", None), (None, None), ("north", "bergen"), ("north", "oslo"))
+    frame["price"] = [15.0, 5.0, 1.0, np.nan, 19.0, 2.0]
+    together = model.predict(frame)
+    alone = pd.concat([model.predict(frame.iloc[[row]]) for row in range(len(frame))])
+    pd.testing.assert_frame_equal(together, alone)
+
+
+def test_an_interval_comes_from_the_nearest_group_that_has_one(pack: Path) -> None:
+    found = FleetModel(pack).predict(batch(("north", "oslo"), ("north", "bergen"), ("east", "x")))
+    assert ((found["upper"] - found["lower"]) / 2).tolist() == pytest.approx([8.0, 4.0, 4.0])
+
+
+def test_a_fleet_without_any_model_answers_with_its_constant(tmp_path: Path) -> None:
+    spec = model_spec(small_spec(), {"kind": []})
+    ledger = pd.DataFrame({"grain": [0], "group_id": ["[]"], "booster_id": [None], "weight": [0.0], "interval": [None]})
+    write_pack(tmp_path / "pack", {**spec, "fleet_version": "run-1", "constant": 100.0, "constant_without_offset": 7.0}, ledger, [])
+    found = FleetModel(tmp_path / "pack").predict(batch(("north", "oslo")))
+    assert found["prediction"].tolist() == [100.0]
+    assert found["answered_by"].tolist() == [CONSTANT]
+    assert found["booster_id"].isna().all()
+    assert found[["lower", "upper"]].isna().all(axis=None)
+
+
+def test_a_row_without_an_offset_is_answered_by_the_constant(tmp_path: Path) -> None:
+    model = FleetModel(make_pack(tmp_path / "pack", {"offset": "level"}))
+    found = model.predict(batch(*[("east", "x")] * 3).assign(level=[5.0, np.nan, np.inf]))
+    assert found["prediction"].tolist() == pytest.approx([16.0, 7.0, 7.0])
+    assert found["answered_by"].tolist() == ["[]", CONSTANT, CONSTANT]
+    assert found["booster_id"].notna().tolist() == [True, False, False]
+    assert found["lower"].notna().tolist() == [True, False, False]
+
+
+def test_answers_are_in_the_targets_units(tmp_path: Path) -> None:
+    model = FleetModel(make_pack(tmp_path / "pack", {"transform": "log", "scale": "size"}))
+    found = model.predict(batch(("east", "x")).assign(size=0.1))
+    assert found["prediction"].tolist() == pytest.approx([np.exp(1.1)])
+    assert found["lower"].tolist() == pytest.approx([np.exp(1.1 - 0.4)])
+
+
+def test_missing_columns_are_listed_with_those_that_are_there(pack: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        FleetModel(pack).predict(batch(("north", "oslo")).drop(columns=["price", "city"]))
+    assert str(caught.value).startswith("missing columns: city, price; the batch has: region, promotion, day_of_week, kind;")
+
+
+def test_an_empty_batch_has_no_answer_and_all_columns(pack: Path) -> None:
+    model = FleetModel(pack)
+    frame = batch(("north", "oslo"))
+    found = model.predict(frame.iloc[:0])
+    assert len(found) == 0
+    assert list(found.columns) == list(model.predict(frame).columns)
+
+
+def test_order_and_index_of_the_batch_are_kept(pack: Path) -> None:
+    model = FleetModel(pack)
+    frame = batch(("north", "oslo"), ("east", "x"), ("north", "bergen"), index=["z", "a", "a"])
+    backwards = model.predict(frame.iloc[::-1])
+    assert list(backwards.index) == ["a", "a", "z"]
+    pd.testing.assert_frame_equal(backwards.iloc[::-1], model.predict(frame))
+
+
+def test_a_batch_is_not_changed(pack: Path) -> None:
+    frame = batch(("north", "oslo"), kind_of_note="x")
+    before = frame.copy()
+    FleetModel(pack).predict(frame)
+    pd.testing.assert_frame_equal(frame, before)
+
+
+def test_boosters_are_loaded_at_first_use_into_a_bounded_cache(pack: Path) -> None:
+    size = max(encoded.n_bytes for encoded in BOOSTERS.values())
+    model = FleetModel(pack, cache_bytes=size + 10)
+    assert not model._cache
+    frame = batch(("north", "oslo"), ("east", "x"), ("north", None))
+    first = model.predict(frame)
+    assert len(model._cache) == 1
+    assert model._cached_bytes == sum(bytes_ for _, bytes_ in model._cache.values()) <= size + 10
+    pd.testing.assert_frame_equal(model.predict(frame), first)
+
+
+def test_a_cache_that_is_large_enough_loads_each_booster_once(pack: Path) -> None:
+    model = FleetModel(pack)
+    model.predict(batch(("north", "oslo")))
+    loaded = {name: booster for name, (booster, _) in model._cache.items()}
+    model.predict(batch(("north", "oslo"), ("north", "bergen")))
+    assert len(loaded) == 3
+    assert all(model._cache[name][0] is kept for name, kept in loaded.items())
+
+
+def test_all_answer_chains_are_listed(pack: Path) -> None:
+    assert set(FleetModel(pack).groups()) == {(grain, group) for grain, group, *_ in CHAINS}
+
+
+# Damaged packs
+
+
+@pytest.fixture
+def copied(pack: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pack, tmp_path / "copy"))
+
+
+@pytest.fixture
+def never_lightgbm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Damaged text would end the process: nothing may reach LightGBM."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("damaged text reached LightGBM")
+
+    monkeypatch.setattr(lgb, "Booster", refuse)
+
+
+ROWS_OF_ALL = batch(("north", "oslo"), ("east", "x"), ("north", None), ("north", "bergen"))
+
+
+def rewrite_boosters(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    table = pq.read_table(folder / "boosters.parquet")
+    rows = [change(dict(row)) for row in table.to_pylist()]
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), folder / "boosters.parquet", row_group_size=1)
+
+
+def flipped(data: bytes, position: int) -> bytes:
+    return data[:position] + bytes([data[position] ^ 0x10]) + data[position + 1 :]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.99])
+@pytest.mark.usefixtures("never_lightgbm")
+def test_a_flipped_byte_of_a_booster_is_found_before_lightgbm_sees_it(copied: Path, share: float) -> None:
+    rewrite_boosters(copied, lambda row: row | {"text": flipped(row["text"], int(share * len(row["text"])))})
+    with pytest.raises(PackError, match=r"boosters\.parquet: booster [0-9a-f]{64} (is damaged|cannot be decompressed)"):
+        FleetModel(copied).predict(ROWS_OF_ALL)
+
+
+@pytest.mark.parametrize("size", [0, -1, 10, 1 << 31, None])
+@pytest.mark.usefixtures("never_lightgbm")
+def test_a_wrong_size_is_refused(copied: Path, size: int | None) -> None:
+    rewrite_boosters(copied, lambda row: row | {"n_bytes": size})
+    with pytest.raises(PackError, match=r"boosters\.parquet: booster [0-9a-f]{64}"):
+        FleetModel(copied).predict(ROWS_OF_ALL)
+
+
+@pytest.mark.parametrize("change", [{"sha256": "0" * 64}, {"sha256": None}, {"text": None}, {"text": b""}, {"text": b"tree\nversion=v4\n"}])
+@pytest.mark.usefixtures("never_lightgbm")
+def test_a_booster_that_is_not_the_promised_one_is_refused(copied: Path, change: dict[str, Any]) -> None:
+    rewrite_boosters(copied, lambda row: row | change)
+    with pytest.raises(PackError, match=r"boosters\.parquet: booster [0-9a-f]{64}"):
+        FleetModel(copied).predict(ROWS_OF_ALL)
+
+
+@pytest.mark.usefixtures("never_lightgbm")
+def test_a_booster_that_is_not_there_is_named(copied: Path) -> None:
+    rewrite_boosters(copied, lambda row: row | {"booster_id": "x" + row["booster_id"]})
+    with pytest.raises(PackError, match=r"booster [0-9a-f]{64} is named by a chain but is not there"):
+        FleetModel(copied).predict(ROWS_OF_ALL)
+
+
+def test_a_damaged_booster_does_not_stop_groups_that_do_not_need_it(copied: Path) -> None:
+    bad = BOOSTERS["oslo"].booster_id
+    rewrite_boosters(copied, lambda row: row | ({"sha256": "0"} if row["booster_id"] == bad else {}))
+    model = FleetModel(copied)
+    assert model.predict(batch(("north", "bergen")))["prediction"].notna().all()
+    with pytest.raises(PackError, match=bad):
+        model.predict(batch(("north", "oslo")))
+
+
+@pytest.mark.parametrize("file", ["spec.json", "chains.parquet", "boosters.parquet"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "half"])
+@pytest.mark.usefixtures("never_lightgbm")
+def test_a_missing_or_truncated_file_is_refused(copied: Path, file: str, damage: str) -> None:
+    path = copied / file
+    data = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes(data[: len(data) // 2] if damage == "half" else b"")
+    with pytest.raises(PackError) as caught:
+        FleetModel(copied).predict(ROWS_OF_ALL)
+    assert str(copied) in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ['{"format": 2}', "{}", "[]", "null", '{"format": "1"}'])
+def test_another_format_is_refused(copied: Path, content: str) -> None:
+    (copied / "spec.json").write_text(content)
+    with pytest.raises(PackError, match=r"spec\.json: format .*, expected 1"):
+        FleetModel(copied)
+
+
+def test_a_file_of_other_columns_is_refused(copied: Path) -> None:
+    for file in ("chains.parquet", "boosters.parquet"):
+        kept = (copied / file).read_bytes()
+        pq.write_table(pa.table({"x": [1]}), copied / file)
+        with pytest.raises(PackError, match="not a readable pack"):
+            FleetModel(copied)
+        (copied / file).write_bytes(kept)
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PackError, match="not a readable pack"):
+        FleetModel(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("file", ["chains.parquet", "boosters.parquet"])
+def test_any_flipped_byte_of_the_tables_is_found_or_harmless(pack: Path, copied: Path, file: str) -> None:
+    expected = FleetModel(pack).predict(ROWS_OF_ALL)
+    data = (pack / file).read_bytes()
+    for position in np.linspace(0, len(data) - 1, 150).astype(int):
+        (copied / file).write_bytes(flipped(data, int(position)))
+        try:
+            found = FleetModel(copied).predict(ROWS_OF_ALL)
+        except PackError:
+            continue
+        pd.testing.assert_frame_equal(found, expected)

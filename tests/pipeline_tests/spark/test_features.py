@@ -1,0 +1,245 @@
+import copy
+import datetime as dt
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+from pyspark.sql import DataFrame, SparkSession
+
+from pipeline.errors import DataError, SpecError
+from pipeline.features.history import add_history, plan_passes
+from pipeline.models.meta_model import group_id
+from pipeline.spark.features import all_null_columns, build_features, check_feature_table, newest_known, newest_time
+from pipeline.spark.training import visible_rows
+from pipeline.spec import FleetSpec, parse_spec
+
+pytestmark = pytest.mark.spark
+
+SQL = "SELECT region, store, sold_on, known_on, amount, size FROM sales"
+CHANGES = {
+    "known_at": "known_on",
+    "features": {
+        "columns": ["size"],
+        "lags": [{"column": "amount", "periods": [1, 2, 12]}],
+        "rolling": [
+            {"column": "amount", "window": "3 months", "statistics": ["mean", "sum", "count", "std", "min", "max", "last"]},
+            {"column": "amount", "window": "40 days", "over": ["region"]},
+            {"column": "amount", "window": "1 year", "over": []},
+        ],
+        "calendar": ["month", "day_of_week"],
+        "categoricals": ["region"],
+        "derived": {"change": "amount_lag_1 - amount_lag_2", "share": "change / amount_mean_3_months"},
+    },
+}
+
+
+def built(attributes: dict[str, Any], **changes: Any) -> FleetSpec:
+    return parse_spec({**copy.deepcopy(attributes), **changes}, file="shop/defs.yaml")
+
+
+@pytest.fixture(scope="module")
+def spec(shop_attributes: dict[str, Any]) -> FleetSpec:
+    return built(shop_attributes, **CHANGES)
+
+
+@pytest.fixture(scope="module")
+def sales() -> pd.DataFrame:
+    """Three years of five shops, some months missing, some amounts null or infinite, most known some weeks late."""
+    random = np.random.default_rng(7)
+    shops = [("north", "a"), ("north", "../x"), ("north", None), ("süd", "a"), ("süd", "")]
+    months = pd.date_range("2020-01-01", periods=36, freq="MS")
+    rows = pd.DataFrame([(region, store, month) for region, store in shops for month in months], columns=["region", "store", "sold_on"])
+    rows = rows[random.random(len(rows)) > 0.1].reset_index(drop=True)
+    rows["known_on"] = rows["sold_on"] + pd.to_timedelta(random.integers(0, 70, len(rows)), unit="D")
+    rows.loc[::11, "known_on"] = pd.NaT
+    rows["amount"] = random.normal(100, 10, len(rows)).round(2)
+    rows.loc[::13, "amount"] = None
+    rows.loc[5, "amount"] = np.inf
+    rows["size"] = random.integers(1, 100, len(rows))
+    return rows
+
+
+def frame_of(spark: SparkSession, sales: pd.DataFrame) -> DataFrame:
+    zoned = sales.assign(**{name: sales[name].dt.tz_localize("UTC") for name in ("sold_on", "known_on")})
+    return spark.createDataFrame(pa.Table.from_pandas(zoned, preserve_index=False).replace_schema_metadata())
+
+
+def through_spark(spark: SparkSession, spec: FleetSpec, sales: pd.DataFrame, sql: str = SQL) -> pd.DataFrame:
+    return build_features(spark, spec, sql, {"sales": frame_of(spark, sales)}).toPandas().sort_values("row_key", ignore_index=True)
+
+
+def through_pandas(spec: FleetSpec, sales: pd.DataFrame) -> pd.DataFrame:
+    table = sales.assign(time=sales["sold_on"], known_at=sales["known_on"].fillna(sales["sold_on"]))
+    table["row_key"] = [group_id([row.region, row.store, row.sold_on.strftime("%Y-%m-%d %H:%M:%S")]) for row in sales.itertuples()]
+    arrow = pa.Table.from_pandas(table, preserve_index=False)
+    for features in plan_passes(spec):
+        arrow = add_history(arrow, spec, features)
+    found = arrow.to_pandas()
+    found["month"] = found["time"].dt.month.astype(float)
+    found["day_of_week"] = found["time"].dt.weekday.astype(float)
+    found["change"] = found["amount_lag_1"] - found["amount_lag_2"]
+    found["share"] = found["change"] / found["amount_mean_3_months"]
+    return found.sort_values("row_key", ignore_index=True)
+
+
+def test_spark_builds_the_features_that_pandas_builds(spark: SparkSession, spec: FleetSpec, sales: pd.DataFrame) -> None:
+    on_spark, in_pandas = through_spark(spark, spec, sales), through_pandas(spec, sales)
+    assert list(on_spark["row_key"]) == list(in_pandas["row_key"])
+    assert not on_spark["is_future"].any()
+    assert {"time", "known_at", *spec.feature_columns, *spec.key_columns, "amount"} <= set(on_spark.columns)
+    for name in ["time", "known_at"]:
+        assert (on_spark[name].to_numpy() == in_pandas[name].to_numpy()).all()
+    for name in [column for column in spec.feature_columns if column != "region"]:
+        np.testing.assert_array_equal(on_spark[name].to_numpy(float), in_pandas[name].to_numpy(float), err_msg=name)
+    assert in_pandas["amount_lag_12"].notna().sum() > 20
+    assert in_pandas["amount_mean_1_year_by_all"].notna().sum() > 100
+
+
+def test_a_changed_future_changes_no_feature_of_the_past(spark: SparkSession, spec: FleetSpec, sales: pd.DataFrame) -> None:
+    moment = pd.Timestamp("2021-09-01")
+    late = sales["known_on"].fillna(sales["sold_on"]) > moment
+    changed = sales.assign(amount=sales["amount"].mask(late, 9e6))
+    before, after = through_spark(spark, spec, sales), through_spark(spark, spec, changed)
+    # A row is predicted a month (the horizon) before its time: until then, nothing that is known later may show.
+    past = (before["time"] - pd.DateOffset(months=1) <= moment).to_numpy()
+    assert 50 < past.sum() < len(past)
+    pd.testing.assert_frame_equal(before.loc[past, list(spec.feature_columns)], after.loc[past, list(spec.feature_columns)])
+    assert not before["amount_max_3_months"].equals(after["amount_max_3_months"])
+
+
+def test_rows_to_come_are_made_up_for_every_entity(spark: SparkSession, shop_attributes: dict[str, Any], sales: pd.DataFrame) -> None:
+    attributes = copy.deepcopy({**shop_attributes, "horizon": "3 months", "baselines": {}, "scoring": {"score": "future"}})
+    attributes["features"] = {"lags": [{"column": "amount", "periods": [3]}], "calendar": ["month"]}
+    spec = built(attributes)
+    sales = sales.assign(size=1, amount=np.arange(len(sales), dtype=float))
+    found = through_spark(spark, spec, sales, "SELECT region, store, sold_on, amount FROM sales")
+    future = found[found["is_future"]]
+    newest = sales["sold_on"].max()
+    assert sorted(future["time"].unique()) == [newest + pd.DateOffset(months=n) for n in (1, 2, 3)]
+    entities = sales[["region", "store"]].drop_duplicates()
+    assert len(future) == 3 * len(entities)
+    assert future["amount"].isna().all()
+    assert set(future["row_key"]) == {
+        group_id([region, store, (newest + pd.DateOffset(months=n)).strftime("%Y-%m-%d %H:%M:%S")])
+        for region, store in entities.to_numpy(dtype=object)
+        for n in (1, 2, 3)
+    }
+    known = sales.set_index(["region", "store", "sold_on"])["amount"].to_dict()
+    for row in future.itertuples():
+        expected = known.get((row.region, row.store, row.time - pd.DateOffset(months=3)))
+        assert (np.isnan(row.amount_lag_3) and expected is None) or row.amount_lag_3 == expected
+    assert future["amount_lag_3"].notna().any()
+
+
+@pytest.fixture
+def new_york() -> Iterator[None]:
+    """A machine that does not keep UTC."""
+    before = os.environ.get("TZ")
+    os.environ["TZ"] = "America/New_York"
+    time.tzset()
+    yield
+    os.environ.pop("TZ")
+    if before is not None:
+        os.environ["TZ"] = before
+    time.tzset()
+
+
+def test_moments_do_not_depend_on_the_zone_of_the_machine(spark: SparkSession, shop_attributes: dict[str, Any], new_york: None) -> None:
+    attributes = copy.deepcopy({**shop_attributes, "scoring": {"score": "future"}})
+    attributes["features"] = {"lags": [{"column": "amount", "periods": [1]}]}
+    spec = built(attributes)
+    raw = spark.sql("SELECT 'n' region, 'a' store, timestamp'2020-01-01' sold_on, 1 amount UNION ALL SELECT 'n', 'a', timestamp'2020-02-01', 2")
+    found = build_features(spark, spec, "SELECT * FROM sales", {"sales": raw})
+    assert newest_known(found) == pd.Timestamp("2020-02-01")
+    assert newest_time(found.where("NOT is_future")) == pd.Timestamp("2020-02-01")
+    assert [row[0] for row in found.where("is_future").selectExpr("string(time)").collect()] == ["2020-03-01 00:00:00"]
+    assert visible_rows(found, pd.Timestamp("2020-01-31 23:59")).count() == 1
+    assert visible_rows(found, pd.Timestamp("2020-02-01")).count() == 2
+
+
+def test_a_doubled_key_is_refused_with_examples(spark: SparkSession, shop: FleetSpec) -> None:
+    raw = spark.sql("SELECT 'n' region, s store, date'2020-01-01' sold_on, 1 amount, 1 size FROM VALUES ('a'), ('a'), ('b'), (null), (null) AS t(s)")
+    rows = build_features(spark, shop, "SELECT * FROM sales", {"sales": raw})
+    with pytest.raises(DataError) as told:
+        check_feature_table(rows, shop)
+    message = str(told.value)
+    assert message.startswith("2 entity keys are there more than once")
+    for part in ('["n","a","2020-01-01 00:00:00"]', '["n",null,"2020-01-01 00:00:00"]', "['region', 'store']", "sold_on", "deduplicate in features.sql"):
+        assert part in message
+    assert '"b"' not in message
+
+
+def test_counts_of_a_sound_table(spark: SparkSession, shop_attributes: dict[str, Any]) -> None:
+    attributes = copy.deepcopy({**shop_attributes, "scoring": {"score": "future"}})
+    attributes["features"] = {"lags": [{"column": "amount", "periods": [1]}]}
+    spec = built(attributes)
+    raw = spark.sql("SELECT 'n' region, s store, date'2020-01-01' sold_on, a amount FROM VALUES ('a', 1), ('b', null), ('c', 3) AS t(s, a)")
+    rows = build_features(spark, spec, "SELECT * FROM sales", {"sales": raw})
+    assert check_feature_table(rows, spec) == {"n_rows": 6, "n_targets": 2, "n_future": 3}
+    assert all_null_columns(rows, ["amount_lag_1"]) == []
+    assert all_null_columns(rows.where("NOT is_future"), ["amount_lag_1"]) == ["amount_lag_1"]
+
+
+ROW = "SELECT 'n' region, 'a' store, date'2020-01-01' sold_on, 1 amount, 1 size"
+
+
+@pytest.mark.parametrize(
+    ("sql", "error", "parts"),
+    [
+        (ROW.replace("'a' store", "1.5D store"), DataError, ["key 'store' is double", "cast it in features.sql"]),
+        (ROW.replace("'a' store", "array('a') store"), DataError, ["key 'store' is array<string>", "text, a whole number, a boolean or a date"]),
+        (ROW.replace("1 amount", "'1' amount"), DataError, ["target 'amount' is string", "expected a number", "null_values"]),
+        (ROW.replace("1 size", "'big' size"), DataError, ["feature 'size' is string", "features.categoricals"]),
+        (ROW.replace("date'2020-01-01' sold_on", "'2020-01-01' sold_on"), DataError, ["'sold_on' is string", "date or timestamp"]),
+        (ROW.replace(", 1 size", ""), SpecError, ["features.columns", "features.sql gives no column 'size'", "region, store, sold_on, amount"]),
+        (ROW.replace("1 size", "no_such_function(1) size"), SpecError, ["features.sql", "no_such_function"]),
+    ],
+)
+def test_what_cannot_serve_is_refused_before_work(spark: SparkSession, shop: FleetSpec, sql: str, error: type[Exception], parts: list[str]) -> None:
+    with pytest.raises(error) as told:
+        build_features(spark, shop, sql, {})
+    assert [part for part in parts if part not in str(told.value)] == []
+
+
+def test_a_derived_column_that_spark_refuses_names_itself(spark: SparkSession, shop_attributes: dict[str, Any]) -> None:
+    attributes = copy.deepcopy(shop_attributes)
+    attributes["features"]["derived"] = {"change": "amount_lag_1 - no_such"}
+    with pytest.raises(SpecError, match=r"features\.derived\.change: 'amount_lag_1 - no_such'.*no_such"):
+        build_features(spark, built(attributes), ROW, {})
+
+
+def test_rows_without_a_time_are_refused(spark: SparkSession, shop: FleetSpec) -> None:
+    rows = build_features(spark, shop, ROW + " UNION ALL " + ROW.replace("date'2020-01-01'", "cast(null as date)"), {})
+    with pytest.raises(DataError, match=r"1 of 2 rows have no 'sold_on' \(time\); leave them out in features\.sql"):
+        check_feature_table(rows, shop)
+
+
+@pytest.mark.parametrize("score", ["new", "future"])
+def test_no_row_is_refused(spark: SparkSession, shop_attributes: dict[str, Any], score: str) -> None:
+    attributes = copy.deepcopy({**shop_attributes, "scoring": {"score": score}})
+    attributes["features"] = {"lags": [{"column": "amount", "periods": [1]}]}
+    spec = built(attributes)
+    rows = build_features(spark, spec, ROW + " WHERE false", {})
+    with pytest.raises(DataError, match=r"features\.sql gives no row; check that the sources sales are not empty"):
+        check_feature_table(rows, spec)
+
+
+def test_times_are_kept_to_the_millisecond(spark: SparkSession, shop: FleetSpec) -> None:
+    sql = ROW.replace("date'2020-01-01'", "timestamp'2020-01-01 10:00:00.123456'")
+    assert build_features(spark, shop, sql, {}).toPandas()["time"][0] == pd.Timestamp("2020-01-01 10:00:00.123")
+
+
+def test_no_view_of_a_source_is_left_behind(spark: SparkSession, shop: FleetSpec) -> None:
+    build_features(spark, shop, "SELECT * FROM sales", {"sales": spark.sql(ROW)})
+    assert "sales" not in [table.name for table in spark.catalog.listTables()]
+
+
+def test_dates_are_keys(spark: SparkSession, shop_attributes: dict[str, Any]) -> None:
+    spec = built(shop_attributes)
+    rows = build_features(spark, spec, ROW.replace("'a' store", "date'2021-03-04' store"), {}).collect()
+    assert rows[0]["row_key"] == group_id(["n", dt.date(2021, 3, 4), "2020-01-01 00:00:00"])

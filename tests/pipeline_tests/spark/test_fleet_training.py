@@ -1,0 +1,513 @@
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pyspark.sql import DataFrame, SparkSession
+
+from pipeline.errors import DataError
+from pipeline.grouping.splits import REPORT, TUNE
+from pipeline.models.meta_model import group_id, inverse_link, link
+from pipeline.spark.evaluation import MIN_INTERVAL_ROWS, judged_rows
+from pipeline.spark.files import read_files
+from pipeline.spark.fleet_training import FinishedRun, PlannedRun, manifest, plan_run, train_run
+from pipeline.spark.training import count_categories, count_groups, limited_rows, placed_rows, train_groups
+from pipeline.spec import FleetSpec, parse_spec
+from pipeline.tables import BOOSTERS, HOLDOUT, LEDGER, RUNS
+from pipeline.testing.doubles import FailingTrainer
+from pipeline.training.blend import N_BLOCKS, Moments, learn_blend
+from pipeline.training.outcome import Outcome
+from pipeline.training.trainer import train_group
+
+pytestmark = pytest.mark.spark
+
+SPEC: dict[str, Any] = {
+    "name": "nasty",
+    "sources": [{"name": "rows", "uri": "rows.csv"}],
+    "features": {"columns": ["level", "x1", "x2"], "categoricals": ["store"], "max_categories": 12},
+    "grains": [[], ["region"], ["region", "store"]],
+    "entity": ["region", "store"],
+    "time": "day",
+    "target": {"column": "y", "transform": "log", "offset": "level", "weight": "w"},
+    "splits": {"report": "30 days", "tune": "30 days"},
+    "tuning": {"max_trials": 2, "patience": 1, "max_rounds": 15, "fit_rows": 40, "tune_rows": 10, "seed": 3},
+    "baselines": {"flat": "guess", "never": "nothing"},
+}
+N_DAYS = 140
+PLAIN = ["../x", "a/b", "🐟", "", None, "raises", "few infinite"]
+ODD = ["lonely", "no target", "constant", "infinite", "no report"]
+REGIONS = ["north", None]
+FAILING = group_id(["north", "raises"])
+
+
+@pytest.fixture(scope="module")
+def spec() -> FleetSpec:
+    return parse_spec(SPEC, file="nasty/defs.yaml")
+
+
+@pytest.fixture(scope="module")
+def rows() -> pd.DataFrame:
+    """The feature table: fourteen shops in two regions, day by day, each spoilt in its own way."""
+    random = np.random.default_rng(5)
+    parts = []
+    for region in REGIONS:
+        for store in [*PLAIN, *(ODD if region else [])]:
+            part = pd.DataFrame({"time": pd.date_range("2024-01-01", periods=N_DAYS, freq="D")})
+            part["region"], part["store"] = region, store
+            part["x1"], part["x2"] = random.normal(size=(2, N_DAYS))
+            part["level"] = random.normal(4, 0.2, N_DAYS)
+            part["y"] = np.exp(part["level"] + 0.3 * part["x1"] + 0.1 * random.normal(size=N_DAYS) + (0.2 if region else -0.2))
+            parts.append(_spoilt(part, store))
+    rows = pd.concat(parts, ignore_index=True)
+    rows["known_at"] = rows["time"] + pd.to_timedelta(random.integers(0, 5, len(rows)), unit="D")
+    rows.loc[::50, "level"] = np.nan
+    rows["w"] = random.choice([1.0, 2.0, np.nan, -1.0], len(rows), p=[0.6, 0.3, 0.05, 0.05])
+    rows["guess"] = np.exp(rows["level"])
+    rows["nothing"] = np.nan
+    rows["is_future"] = False
+    rows["row_key"] = [f"{number:05d}" for number in random.permutation(len(rows))]
+    return rows
+
+
+def _spoilt(part: pd.DataFrame, store: str | None) -> pd.DataFrame:
+    if store == "lonely":
+        return part.head(1)
+    if store == "no report":
+        return part.iloc[:-35]
+    if store == "no target":
+        part["y"] = np.nan
+    if store == "constant":
+        part["y"] = np.exp(part["level"])
+    if store == "infinite":
+        part.loc[part.index[-40:], "y"] = np.inf
+    if store == "few infinite":
+        part.loc[part.index[:1], "y"] = 0.0  # the logarithm does not take it
+    return part
+
+
+@pytest.fixture(scope="module")
+def features(spark: SparkSession, rows: pd.DataFrame) -> DataFrame:
+    zoned = rows.assign(time=rows["time"].dt.tz_localize("UTC"), known_at=rows["known_at"].dt.tz_localize("UTC"))
+    return spark.createDataFrame(pa.Table.from_pandas(zoned, preserve_index=False).replace_schema_metadata())
+
+
+def planned(features: DataFrame, spec: FleetSpec, **changes: Any) -> PlannedRun:
+    settings: dict[str, Any] = {"run_id": "run-1", "as_of": None, "limit_groups": None, "slots": 2, "threads": 1, **changes}
+    return plan_run(features, spec, **settings)
+
+
+@pytest.fixture(scope="module")
+def run(features: DataFrame, spec: FleetSpec) -> PlannedRun:
+    return planned(features, spec)
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("tables [x] ü")
+    return {"boosters": f"{folder}/boosters", "holdout": f"{folder}/holdout"}
+
+
+@pytest.fixture(scope="module")
+def told() -> list[tuple[int, int, float]]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def finished(
+    spark: SparkSession, run: PlannedRun, spec: FleetSpec, roots: dict[str, str], told: list[tuple[int, int, float]]
+) -> FinishedRun:
+    trainer = FailingTrainer(frozenset({FAILING}))
+    return train_run(spark, run, spec, roots=roots, options={}, report=lambda *progress: told.append(progress), train=trainer)
+
+
+@pytest.fixture(scope="module")
+def groups(rows: pd.DataFrame, run: PlannedRun, spec: FleetSpec) -> dict[tuple[int, str], pd.DataFrame]:
+    """Every group's visible rows in pandas."""
+    seen = rows[rows["known_at"] <= run.cutoffs.as_of]
+    found: dict[tuple[int, str], pd.DataFrame] = {}
+    for grain, keys in enumerate(spec.grains):
+        ids = np.array([group_id(list(values)) for values in seen[list(keys)].itertuples(index=False)] if keys else ["[]"] * len(seen))
+        for name in np.unique(ids):
+            found[grain, str(name)] = seen[ids == name].assign(grain=grain, group_id=name, task=0)
+    return found
+
+
+def ledger_row(finished: FinishedRun, grain: int, *keys: str | None) -> "pd.Series[Any]":
+    ledger = finished.ledger
+    found = ledger[(ledger["grain"] == grain) & (ledger["group_id"] == group_id(keys))]
+    assert len(found) == 1
+    return found.iloc[0]
+
+
+def test_every_group_of_the_data_has_exactly_one_ledger_row(finished: FinishedRun, groups: dict[tuple[int, str], pd.DataFrame]) -> None:
+    ledger = finished.ledger
+    assert list(ledger.columns) == LEDGER.schema.names
+    keys = list(zip(ledger["grain"], ledger["group_id"], strict=True))
+    assert len(keys) == len(set(keys)) == len(groups)
+    assert set(keys) == set(groups)
+    assert dict(zip(keys, ledger["n_rows"], strict=True)) == {key: len(of) for key, of in groups.items()}
+    assert set(ledger["run_id"]) == {"run-1"}
+    assert set(ledger["status"]) == {"trained", "inherited", "failed"}
+    pa.Table.from_pandas(ledger, schema=LEDGER.schema, preserve_index=False)
+
+
+@pytest.mark.parametrize("store", PLAIN)
+@pytest.mark.parametrize("region", REGIONS)
+def test_groups_with_nasty_names_are_trained(finished: FinishedRun, region: str | None, store: str | None) -> None:
+    row = ledger_row(finished, 2, region, store)
+    assert row["parent_id"] == group_id([region])
+    assert row["grain_name"] == "[region, store]"
+    assert row["status"] == ("failed" if row["group_id"] == FAILING else "trained")
+
+
+@pytest.mark.parametrize(
+    ("store", "reason"),
+    [("lonely", "too_few_rows"), ("no target", "no_target"), ("constant", "constant_target"), ("infinite", "infinite_target")],
+)
+def test_groups_that_cannot_be_trained_say_why(finished: FinishedRun, store: str, reason: str) -> None:
+    row = ledger_row(finished, 2, "north", store)
+    assert (row["status"], row["reason"], row["weight"]) == ("inherited", reason, 0.0)
+    assert pd.isna(row["booster_id"])
+    assert pd.isna(row["tune_own"])
+
+
+def test_a_group_whose_trainer_raises_is_a_row_and_not_the_end_of_the_run(finished: FinishedRun) -> None:
+    row = ledger_row(finished, 2, "north", "raises")
+    assert (row["status"], row["reason"], row["error_class"], row["weight"]) == ("failed", "error", "ZeroDivisionError", 0.0)
+    assert "division by zero, as ordered" in row["error_message"]
+    assert pd.isna(row["booster_id"])
+    # Its rows are judged all the same: its parent answers.
+    assert row["report_rows"] > 20
+    assert row["rmse"] > 0
+
+
+def test_what_was_not_measured_is_null(finished: FinishedRun) -> None:
+    row = ledger_row(finished, 2, "north", "no report")
+    assert row["status"] == "trained"
+    assert row["tune_own"] > 0
+    assert row[["report_own", "rmse", "mape", "mae", "report_rows", "interval"]].isna().all()
+
+
+def stored(roots: dict[str, str], table: str, finished: FinishedRun) -> pa.Table:
+    files = {"boosters": finished.files.boosters, "holdout": finished.files.holdout}[table]
+    schema = {"boosters": BOOSTERS.schema, "holdout": HOLDOUT.schema}[table]
+    found = pa.concat_tables([pq.read_table(Path(roots[table]) / file.path) for file in files])
+    assert found.schema == schema
+    assert found.num_rows == sum(file.n_rows for file in files)
+    return found
+
+
+def test_spark_trains_each_group_as_pandas_does(
+    finished: FinishedRun, groups: dict[tuple[int, str], pd.DataFrame], run: PlannedRun, roots: dict[str, str]
+) -> None:
+    holdout = stored(roots, "holdout", finished).to_pandas()
+    boosters = {row["booster_id"]: row for row in stored(roots, "boosters", finished).to_pylist()}
+    same = ["status", "reason", "booster_id", "n_fit", "n_tune", "n_report", "n_invalid", "n_trials", "n_rounds", "parameters", "stopped_by", "tune_loss"]
+    trained = 0
+    for row in finished.ledger.to_dict("records"):
+        key = row["grain"], row["group_id"]
+        if row["task"] == -1 or key[1] == FAILING:
+            continue
+        # In another order: the result is not to depend on it.
+        outcome = train_group(groups[key].sample(frac=1, random_state=1), key[0], run.settings)
+        expected = {"status": outcome.status, "reason": outcome.reason, **outcome.ledger}
+        for name in same:
+            assert row[name] == expected.get(name) or (pd.isna(row[name]) and expected.get(name) is None), (key, name)
+        if outcome.booster is not None:
+            trained += 1
+            assert boosters[outcome.booster.booster_id]["sha256"] == outcome.booster.sha256
+            assert boosters[outcome.booster.booster_id]["text"] == outcome.booster.text
+        theirs = holdout[(holdout["grain"] == key[0]) & (holdout["group_id"] == key[1])].sort_values("row_key", ignore_index=True)
+        ours = (outcome.holdout if outcome.holdout is not None else theirs.head(0)).sort_values("row_key", ignore_index=True)
+        assert list(theirs["row_key"]) == list(ours["row_key"])
+        assert (theirs["time"].dt.tz_localize(None).to_numpy() == ours["time"].to_numpy()).all()
+        assert [list(ids) for ids in theirs["group_ids"]] == [list(ids) for ids in ours["group_ids"]]
+        for name in ["actual", "offset", "scale", "weight", "prediction"]:
+            np.testing.assert_array_equal(theirs[name].to_numpy(float), ours[name].to_numpy(float), err_msg=f"{key} {name}")
+    assert trained == len(boosters) == finished.ledger["booster_id"].notna().sum() == 17
+
+
+def test_plan_counts_what_the_trainer_then_finds(finished: FinishedRun, run: PlannedRun) -> None:
+    merged = run.plan.groups.merge(finished.ledger, on=["grain", "group_id"], suffixes=("_planned", ""))
+    sent = merged[(merged["status_planned"] == "train") & (merged["status"] != "failed")]
+    assert len(sent) == 19
+    for name in ["n_fit", "n_tune", "n_report"]:
+        assert (sent[name] == sent[f"{name}_planned"]).all()
+
+
+def test_progress_counts_every_group(finished: FinishedRun, told: list[tuple[int, int, float]], run: PlannedRun) -> None:
+    done, failed, worked = told[-1]
+    assert (done, failed) == (len(run.plan.to_train), 1)
+    assert worked == pytest.approx(run.plan.to_train["cost_seconds"].sum())
+
+
+def judged_in_pandas(holdout: pd.DataFrame, spec: FleetSpec, run: PlannedRun) -> pd.DataFrame:
+    """One row per judged row: its facts from the pooled group, and each grain's prediction."""
+    wide = holdout[holdout["grain"] == 0].drop(columns=["prediction"]).set_index(["row_key", "split"])
+    for grain in range(len(spec.grains)):
+        wide[f"p{grain}"] = holdout[holdout["grain"] == grain].set_index(["row_key", "split"])["prediction"]
+    wide = wide.reset_index().sort_values("row_key", ignore_index=True)
+    residual = (link(wide["actual"].to_numpy(), spec.target.transform) - wide["offset"]) / wide["scale"]
+    wide["residual"] = residual.where(np.isfinite(residual))
+    length = run.cutoffs.report_start - run.cutoffs.tune_start
+    since = wide["time"].dt.tz_localize(None) - run.cutoffs.tune_start
+    wide["block"] = np.where(wide["split"] == TUNE, np.floor(since / length * N_BLOCKS), 0).astype(int)
+    return wide
+
+
+@pytest.fixture(scope="module")
+def judged(finished: FinishedRun, roots: dict[str, str], spec: FleetSpec, run: PlannedRun) -> pd.DataFrame:
+    return judged_in_pandas(stored(roots, "holdout", finished).to_pandas(), spec, run)
+
+
+def test_rows_are_judged_side_by_side(
+    spark: SparkSession, finished: FinishedRun, judged: pd.DataFrame, roots: dict[str, str], spec: FleetSpec, run: PlannedRun
+) -> None:
+    holdout = read_files(spark, roots["holdout"], [file.path for file in finished.files.holdout], HOLDOUT.schema, {})
+    found = judged_rows(holdout, spec, run.cutoffs).toPandas().sort_values("row_key", ignore_index=True)
+    assert list(found["row_key"]) == list(judged["row_key"])
+    assert list(found["split"]) == list(judged["split"])
+    assert list(found["block"]) == list(judged["block"])
+    assert set(found.loc[found["split"] == TUNE, "block"]) == set(range(N_BLOCKS))
+    for name in ["p0", "p1", "p2", "actual", "weight"]:
+        np.testing.assert_array_equal(found[name].to_numpy(float), judged[name].to_numpy(float))
+    np.testing.assert_allclose(found["residual"].to_numpy(float), judged["residual"].to_numpy(float), rtol=1e-12)
+
+
+def test_weights_are_those_learnt_from_the_rows_themselves(finished: FinishedRun, judged: pd.DataFrame, spec: FleetSpec, run: PlannedRun) -> None:
+    ledger = finished.ledger
+    rows = judged[judged["residual"].notna()]
+    own = rows[["p0", "p1", "p2"]].to_numpy(float)
+    ids = np.array([list(found) for found in rows["group_ids"]], dtype=object)
+    weight, residual = rows["weight"].to_numpy(), rows["residual"].to_numpy()
+    moments = Moments.of_rows(rows["split"].tolist(), rows["block"].to_numpy(), ids, residual, own, weight)
+    trained = ledger[ledger["status"] == "trained"]
+    has_model = [set(trained.loc[trained["grain"] == grain, "group_id"]) for grain in range(3)]
+    skills = learn_blend(moments, has_model, run.constants[0], spec.pooling)
+    weights = []
+    for row in ledger.to_dict("records"):
+        skill = skills.get((row["grain"], row["group_id"]))
+        if skill is None:
+            assert row["weight"] == 0.0
+            continue
+        if row["status"] == "trained":
+            weights.append(row["weight"])
+            assert row["weight"] == pytest.approx(skill.weight, abs=1e-9)
+        for name in ["tune_own", "tune_parent", "report_own", "report_parent", "report_blend", "report_constant"]:
+            expected = getattr(skill, name)
+            assert (expected is None and pd.isna(row[name])) or row[name] == pytest.approx(expected, rel=1e-9)
+    assert len({weight for weight in weights if weight > 0}) > 3
+
+
+def test_errors_are_those_of_the_answers(finished: FinishedRun, judged: pd.DataFrame, run: PlannedRun) -> None:
+    ledger = finished.ledger
+    weights = {(row["grain"], row["group_id"]): row["weight"] for row in ledger.to_dict("records")}
+    report = judged[judged["split"] == REPORT].copy()
+    answer = np.full(len(report), run.constants[0])
+    for grain in range(3):
+        own = report[f"p{grain}"].to_numpy(float)
+        weight = np.array([weights[grain, ids[grain]] for ids in report["group_ids"]])
+        answer = np.where(np.isnan(own), answer, weight * np.nan_to_num(own) + (1 - weight) * answer)
+    anchored = (report["offset"].notna() & report["scale"].notna()).to_numpy()
+    assert 0 < anchored.sum() < len(report)
+
+    def in_target_units(residual: Any) -> Any:
+        linked = np.where(anchored, report["offset"] + report["scale"] * residual, run.constants[1])
+        return inverse_link(linked, "log")
+
+    report["answer"], report["miss"] = in_target_units(answer), np.abs(report["residual"] - answer)
+    report["pooled"] = in_target_units(report["p0"].fillna(run.constants[0]))
+    report["flat"] = [found[0] for found in report["baselines"]]
+    for row in ledger[ledger["report_rows"].notna()].to_dict("records"):
+        of = report[[ids[row["grain"]] == row["group_id"] for ids in report["group_ids"]]]
+        assert row["report_rows"] == len(of)
+        assert row["rmse"] == pytest.approx(rmse(of, "answer"))
+        assert row["mape"] == pytest.approx(mape(of, "answer"))
+        assert row["mae"] == pytest.approx((of["actual"] - of["answer"]).abs().mean())
+        assert (row["pooled_rmse"], row["pooled_mape"]) == (pytest.approx(rmse(of, "pooled")), pytest.approx(mape(of, "pooled")))
+        misses = of["miss"].dropna()
+        assert pd.isna(row["interval"]) if len(misses) < MIN_INTERVAL_ROWS else row["interval"] == pytest.approx(misses.quantile(0.8))
+        with_flat = of[of["flat"].notna()]
+        expected = [len(with_flat), rmse(with_flat, "flat"), mape(with_flat, "flat"), rmse(with_flat, "answer"), mape(with_flat, "answer")]
+        assert list(json.loads(row["baselines"])["flat"].values()) == pytest.approx(expected)
+        assert json.loads(row["baselines"])["never"] == {"n": 0, "rmse": None, "mape": None, "fleet_rmse": None, "fleet_mape": None}
+    assert ledger["report_rows"].notna().sum() == 18
+    assert ledger["interval"].notna().sum() >= 3
+    assert ledger["interval"].isna().sum() >= 3
+
+
+def rmse(rows: pd.DataFrame, answer: str) -> float:
+    return float(np.sqrt(((rows["actual"] - rows[answer]) ** 2).mean()))
+
+
+def mape(rows: pd.DataFrame, answer: str) -> float:
+    return float(((rows["actual"] - rows[answer]).abs() / rows["actual"] * 100).mean())
+
+
+def test_constants_are_the_means_of_fit_rows(groups: dict[tuple[int, str], pd.DataFrame], run: PlannedRun) -> None:
+    everything = groups[0, "[]"]
+    fit = everything[(everything["time"] < run.cutoffs.tune_start) & (everything["known_at"] < run.cutoffs.tune_start)]
+    linked = np.log(fit["y"].where((fit["y"] > 0) & np.isfinite(fit["y"])))
+    assert run.constants == (pytest.approx((linked - fit["level"]).mean()), pytest.approx(linked.mean()))
+
+
+def test_categories_are_counted_on_fit_rows_and_limited(
+    run: PlannedRun, spec: FleetSpec, groups: dict[tuple[int, str], pd.DataFrame]
+) -> None:
+    everything = groups[0, "[]"]
+    start = run.cutoffs.tune_start
+    fit = everything[(everything["time"] < start) & (everything["known_at"] < start) & everything["y"].notna()]
+    expected = fit["store"].value_counts().to_dict()
+    assert count_categories(run.rows, spec, run.cutoffs) == {"store": expected}
+    two = spec.model_copy(update={"features": spec.features.model_copy(update={"max_categories": 2})})
+    assert len(count_categories(run.rows, two, run.cutoffs)["store"]) == 2
+    assert run.settings.model["categories"]["store"] == sorted(expected)
+
+
+def seen_by_workers(spark: SparkSession, placed: DataFrame, run: PlannedRun, folder: Path) -> list[dict[str, Any]]:
+    """Train with something that only says where it ran and what it was given."""
+
+    def look(frame: pd.DataFrame, grain: int, settings: Any) -> Outcome:
+        from pyspark import TaskContext
+
+        context = TaskContext.get()
+        assert context is not None
+        return Outcome("inherited", "looked", {"ran_in": context.partitionId(), "rows": sorted(frame["row_key"])})
+
+    roots = {"boosters": str(folder / "boosters"), "holdout": str(folder / "holdout")}
+    return train_groups(spark, placed, run.settings, roots, {}, {}, lambda *_: None, look).outcomes
+
+
+def test_each_group_runs_in_the_task_that_the_plan_gave_it(
+    spark: SparkSession, run: PlannedRun, spec: FleetSpec, groups: dict[tuple[int, str], pd.DataFrame], tmp_path: Path
+) -> None:
+    plan = run.plan.groups.copy()
+    trained = plan.index[plan["status"] == "train"]
+    plan.loc[trained, "task"] = (np.arange(len(trained)) * 5) % 7
+    spread = type(run.plan)(plan, 7, 2)
+    placed = placed_rows(spark, run.rows, spec, spread)
+    spark.sparkContext.setJobGroup("placement", "one exchange")
+    try:
+        found = seen_by_workers(spark, placed, run, tmp_path)
+    finally:
+        spark.sparkContext.setLocalProperty("spark.jobGroup.id", "")
+    expected = {(row["grain"], row["group_id"]): row["task"] for row in plan.loc[trained].to_dict("records")}
+    assert {(row["grain"], row["group_id"]): row["ran_in"] for row in found} == expected
+    assert {(row["grain"], row["group_id"]): row["task"] for row in found} == expected
+    assert len(found) == len(expected)
+    for row in found:
+        of = groups[row["grain"], row["group_id"]]
+        assert row["rows"] == sorted(of.loc[of["y"].notna(), "row_key"])
+    tracker = spark.sparkContext.statusTracker()
+    jobs = [tracker.getJobInfo(job) for job in tracker.getJobIdsForGroup("placement")]
+    # The rows are brought together once: a stage before the exchange, a stage after it.
+    assert max(len(job.stageIds) for job in jobs if job) == 2
+
+
+def exchanges(frame: DataFrame) -> list[str]:
+    plan = frame._jdf.queryExecution().executedPlan().toString()
+    return [line for line in plan.splitlines() if "Exchange" in line and "BroadcastExchange" not in line]
+
+
+def test_rows_are_exchanged_once_by_the_plans_task(spark: SparkSession, run: PlannedRun, spec: FleetSpec) -> None:
+    placed = placed_rows(spark, run.rows, spec, run.plan)
+    spark.conf.set("spark.sql.adaptive.enabled", "false")
+    try:
+        grouped = placed.groupBy("task", "grain", "group_id").applyInPandas(lambda frame: frame[["task"]].head(1), "task int")
+        found = exchanges(grouped)
+    finally:
+        spark.conf.set("spark.sql.adaptive.enabled", "true")
+    assert len(found) == 1, found
+    assert "task" in found[0]
+
+
+def test_task_ids_outside_the_plan_are_refused(spark: SparkSession, run: PlannedRun, spec: FleetSpec) -> None:
+    for task in (-1, run.plan.n_tasks):
+        plan = run.plan.groups.assign(task=task)
+        with pytest.raises(AssertionError, match="not within"):
+            placed_rows(spark, run.rows, spec, type(run.plan)(plan, run.plan.n_tasks, 2))
+
+
+@pytest.mark.parametrize("adaptive", ["true", "false"])
+def test_adaptive_execution_is_off_in_training_and_then_as_before(
+    spark: SparkSession, run: PlannedRun, spec: FleetSpec, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, adaptive: str
+) -> None:
+    during: list[str | None] = []
+
+    def broken(*_: Any) -> Any:
+        during.append(spark.conf.get("spark.sql.adaptive.enabled"))
+        raise KeyboardInterrupt
+
+    spark.conf.set("spark.sql.adaptive.enabled", adaptive)
+    try:
+        placed = placed_rows(spark, run.rows.limit(1), spec, run.plan)
+        monkeypatch.setattr(type(placed), "collect", broken)
+        with pytest.raises(KeyboardInterrupt):
+            seen_by_workers(spark, placed, run, tmp_path)
+        assert during == ["false"]
+        assert spark.conf.get("spark.sql.adaptive.enabled") == adaptive
+    finally:
+        spark.conf.set("spark.sql.adaptive.enabled", "true")
+
+
+def test_as_of_hides_what_is_known_later(features: DataFrame, rows: pd.DataFrame, spec: FleetSpec) -> None:
+    moment = pd.Timestamp("2024-04-20 12:00")
+    run = planned(features, spec, as_of=moment)
+    expected = rows[rows["known_at"] <= moment]
+    assert sorted(row[0] for row in run.rows.select("row_key").collect()) == sorted(expected["row_key"])
+    assert run.cutoffs.report_start == expected["time"].max() - pd.Timedelta(days=29)
+    with pytest.raises(DataError, match=r"as of 2023-12-31 00:00:00 no row is known yet; known_at runs from 2024-01-01 00:00:00 to"):
+        planned(features, spec, as_of=pd.Timestamp("2023-12-31"))
+
+
+def finest(frame: DataFrame) -> set[tuple[str | None, str | None]]:
+    return {(row["region"], row["store"]) for row in frame.select("region", "store").distinct().collect()}
+
+
+def test_a_limit_keeps_whole_groups_and_always_the_same(features: DataFrame, rows: pd.DataFrame, spec: FleetSpec) -> None:
+    two, three = (limited_rows(features, spec, n) for n in (2, 3))
+    assert len(finest(two)) == 2
+    assert finest(two) == finest(limited_rows(features.repartition(5), spec, 2)) < finest(three)
+    names = finest(three)
+    assert three.count() == sum(pair in names for pair in zip(rows["region"], rows["store"], strict=True))
+    assert limited_rows(features, spec, None) is features
+    assert set(two.columns) == set(features.columns)
+    run = planned(features, spec, limit_groups=2)
+    assert len(run.plan.groups[run.plan.groups["grain"] == 2]) == 2
+    assert run.plan.groups["n_rows"].max() == run.rows.count() < len(rows)
+
+
+def test_counts_say_whose_child_a_group_is(run: PlannedRun, spec: FleetSpec, groups: dict[tuple[int, str], pd.DataFrame]) -> None:
+    counts = count_groups(run.rows, spec, run.cutoffs).counts
+    for row in counts.to_dict("records"):
+        keys: Sequence[Any] = json.loads(row["group_id"])
+        assert row["parent_id"] == (group_id(keys[:-1]) if keys else None)
+        of = groups[row["grain"], row["group_id"]]
+        assert row["n_target"] == of["y"].notna().sum()
+
+
+def test_a_fleet_without_any_model_still_judges_its_rows(spark: SparkSession, features: DataFrame, spec: FleetSpec, tmp_path: Path) -> None:
+    starved = spec.model_copy(update={"tuning": spec.tuning.model_copy(update={"fit_rows": 10**6})})
+    run = planned(features, starved)
+    assert run.plan.n_tasks == 0
+    roots = {"boosters": str(tmp_path / "b"), "holdout": str(tmp_path / "h")}
+    finished = train_run(spark, run, starved, roots=roots, options={}, report=lambda *_: None)
+    assert set(finished.ledger["status"]) == {"inherited"}
+    assert finished.files.boosters == []
+    assert finished.ledger["rmse"].notna().sum() == 18
+    assert set(finished.ledger["weight"]) == {0.0}
+
+
+def test_manifest_pins_the_run(run: PlannedRun, spec: FleetSpec) -> None:
+    row = manifest(run, spec, started_at=pd.Timestamp("2024-06-01", tz="UTC"), features_version=4)
+    written = pa.Table.from_pylist([row], schema=RUNS.schema).to_pylist()[0]
+    assert written["features_version"] == 4
+    assert written["n_groups"] == len(run.plan.groups)
+    assert json.loads(written["model_spec"]) == run.settings.model
+    assert written["spec_digest"] == spec.training_digest
+    assert json.loads(written["versions"]).keys() >= {"python", "lightgbm", "pyspark"}

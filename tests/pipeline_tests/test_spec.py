@@ -1,0 +1,295 @@
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import pipeline.defs
+from pipeline.errors import SpecError
+from pipeline.features.sql import check_features
+from pipeline.spec import RESERVED, FleetSpec, parse_spec
+from pipeline.testing.data import small_attributes, small_spec
+
+FLEETS = Path(pipeline.defs.__file__).parent
+
+
+def refusal(**changes: Any) -> str:
+    with pytest.raises(SpecError) as caught:
+        parse_spec(small_attributes(**changes), file="fleets/small/defs.yaml")
+    return str(caught.value)
+
+
+def with_history(**features: Any) -> dict[str, Any]:
+    return {"features": features}
+
+
+@pytest.mark.parametrize("fleet", ["housing", "flights"])
+def test_shipped_fleets_are_valid_and_fit_their_sql(fleet: str) -> None:
+    folder = FLEETS / fleet
+    spec = parse_spec(yaml.safe_load((folder / "defs.yaml").read_text())["attributes"], file=f"{fleet}/defs.yaml")
+    check_features(spec, (folder / spec.features.sql).read_text(), file=spec.features.sql)
+    assert spec.name == fleet
+    assert spec.target.column not in spec.feature_columns
+
+
+def test_a_message_names_the_file() -> None:
+    assert refusal(name="9lives").startswith("fleets/small/defs.yaml does not describe a fleet:")
+
+
+def test_an_unknown_field_is_refused_with_the_field_that_was_meant() -> None:
+    message = refusal(grain=[[]])
+    assert "grain: unknown field" in message
+    assert "did you mean 'grains'?" in message
+    assert "sources" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "path", "meant"),
+    [
+        ({"target": {"transfrom": "log"}}, "target.transfrom", "transform"),
+        ({"features": {"lags": [{"column": "price", "period": [1]}]}}, "features.lags.0.period", "periods"),
+        ({"sources": [{"name": "sales", "url": "x.csv"}]}, "sources.0.url", "uri"),
+        ({"features": {"rolling": [{"column": "price", "window": "3 days", "statistic": ["mean"]}]}}, "features.rolling.0.statistic", "statistics"),
+        ({"tuning": {"max_trial": 3}}, "tuning.max_trial", "max_trials"),
+    ],
+)
+def test_an_unknown_nested_field_is_refused_with_what_is_allowed_there(changes: dict[str, Any], path: str, meant: str) -> None:
+    message = refusal(**changes)
+    assert f"{path}: unknown field; did you mean {meant!r}?" in message
+
+
+def test_an_unknown_field_like_no_other_gets_no_guess() -> None:
+    message = refusal(zzz=1)
+    assert "did you mean" not in message
+    assert "Allowed: as_of, baselines," in message
+
+
+@pytest.mark.parametrize("field", ["name", "sources", "features", "grains", "entity", "time", "target", "splits"])
+def test_a_missing_field_is_named(field: str) -> None:
+    assert f"{field}: required, and not there" in refusal(**{field: None})
+
+
+def test_all_mistakes_are_told_at_once() -> None:
+    message = refusal(name="9lives", grain=[], tuning={"max_trials": 0}, scoring={"interval": 1.5})
+    assert all(part in message for part in ("'9lives'", "grain: unknown field", "tuning.max_trials", "scoring.interval", "(got 1.5)"))
+
+
+def test_all_contradictions_are_told_at_once() -> None:
+    message = refusal(grains=[["region"], ["city"]], features={"columns": ["sales"]}, period=None, scoring={"score": "future"})
+    assert all(part in message for part in ("the first is ['region']", "['city'] does not extend", "'sales' is the answer", "period: needed"))
+
+
+@pytest.mark.parametrize("value", [None, [], "x", 3])
+def test_attributes_that_are_no_mapping_are_refused(value: Any) -> None:
+    with pytest.raises(SpecError, match=r"defs\.yaml does not describe a fleet"):
+        parse_spec(value, file="defs.yaml")
+
+
+@pytest.mark.parametrize("name", ["", "1a", "a-b", "a b", "a.b", "../a", "ä", "a" * 101, "a\n"])
+def test_an_unusable_name_is_refused_and_shown(name: str) -> None:
+    message = refusal(name=name)
+    assert repr(name) in message
+    assert "expected a letter" in message
+
+
+@pytest.mark.parametrize("text", ["", "month", "one month", "1.5 months", "-1 month", "1 fortnight", "1 m", "12"])
+def test_an_unusable_period_is_refused_with_the_units_there_are(text: str) -> None:
+    message = refusal(splits={"report": text})
+    assert repr(text) in message
+    assert "units: minute, hour, day, week, month, quarter, year" in message
+
+
+@pytest.mark.parametrize("field", ["report", "tune"])
+def test_an_empty_split_is_refused(field: str) -> None:
+    assert f"splits.{field}" in refusal(splits={field: "0 days"})
+
+
+def test_an_empty_window_is_refused() -> None:
+    assert "window" in refusal(**with_history(rolling=[{"column": "price", "window": "0 days"}]))
+
+
+def test_the_first_grain_is_the_pooled_model() -> None:
+    assert "grains: the first is ['region'], expected []" in refusal(grains=[["region"], ["region", "city"]])
+
+
+@pytest.mark.parametrize(
+    "grains",
+    [
+        [[], ["region"], ["city"]],
+        [[], ["region", "city"], ["region"]],
+        [[], ["region"], ["city", "region"]],
+        [[], ["region"], ["region"]],
+        [[], []],
+    ],
+)
+def test_each_grain_extends_the_one_before(grains: list[list[str]]) -> None:
+    assert "does not extend" in refusal(grains=grains)
+
+
+def test_a_doubled_key_is_refused() -> None:
+    assert "'region' is there twice" in refusal(grains=[[], ["region", "region"]])
+
+
+def test_text_where_a_list_belongs_is_refused() -> None:
+    assert "entity" in refusal(entity="city")
+    assert "grains.1" in refusal(grains=[[], "region"])
+
+
+def test_a_lag_shorter_than_the_horizon_would_leak() -> None:
+    message = refusal(**with_history(lags=[{"column": "sales", "periods": [1, 7]}]), horizon="3 days")
+    assert "sales 1 x 1 day back is not known 3 days ahead" in message
+    assert "7 x" not in message
+
+
+def test_a_lag_as_long_as_the_horizon_is_allowed() -> None:
+    spec = small_spec(**with_history(lags=[{"column": "sales", "periods": [3]}]), horizon="3 days")
+    assert "sales_lag_3" in spec.feature_columns
+
+
+def test_lags_need_a_period_and_it_is_not_empty() -> None:
+    lags = with_history(lags=[{"column": "sales", "periods": [1]}])
+    assert "period: needed for features.lags" in refusal(**lags, period=None)
+    assert "'0 days' is empty" in refusal(**lags, period="0 days")
+
+
+@pytest.mark.parametrize("periods", [[0], [-1], [], ["x"]])
+def test_a_lag_looks_back(periods: list[Any]) -> None:
+    assert "features.lags.0.periods" in refusal(**with_history(lags=[{"column": "sales", "periods": periods}]))
+
+
+@pytest.mark.parametrize("field", ["columns", "categoricals"])
+def test_the_target_is_not_a_feature(field: str) -> None:
+    assert "'sales' is the answer itself" in refusal(features={field: ["sales"]})
+
+
+def test_when_the_target_becomes_known_is_not_a_feature() -> None:
+    assert "'landed' is the answer itself" in refusal(known_at="landed", features={"columns": ["landed"]})
+
+
+@pytest.mark.parametrize("field", ["offset", "scale"])
+def test_the_target_is_neither_its_own_offset_nor_scale(field: str) -> None:
+    assert f"target.{field}: 'sales' is the answer itself" in refusal(target={field: "sales"})
+
+
+def test_the_target_is_not_a_key() -> None:
+    assert "'sales' is a key" in refusal(grains=[[], ["sales"]])
+
+
+def test_the_target_is_not_its_own_baseline() -> None:
+    assert "baselines.cheat: 'sales'" in refusal(baselines={"cheat": "sales"})
+
+
+@pytest.mark.parametrize("name", RESERVED)
+def test_a_column_that_would_be_overwritten_is_refused(name: str) -> None:
+    assert f"column {name!r} is reserved" in refusal(features={"columns": [name]})
+    assert f"column {name!r} is reserved" in refusal(features={"derived": {name: "price + 1"}})
+
+
+def test_reserved_names_are_reserved_in_any_case() -> None:
+    assert "column 'Row_Key' is reserved" in refusal(features={"columns": ["Row_Key"]})
+
+
+def test_time_and_known_at_may_carry_their_own_names() -> None:
+    assert small_spec(time="time", known_at="known_at").time == "time"
+
+
+def test_a_key_cannot_be_called_time() -> None:
+    assert "'time' is reserved" in refusal(time="time", entity=["region", "time"])
+
+
+def test_doubled_sources_are_refused() -> None:
+    source = {"name": "sales", "uri": "sales.csv"}
+    assert "sources: 'sales' is there twice" in refusal(sources=[source, source])
+
+
+def test_a_source_cannot_take_the_name_of_a_link() -> None:
+    assert "'models' is the name of a link" in refusal(sources=[{"name": "models", "uri": "x.csv"}])
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        {"lags": [{"column": "sales", "periods": [1, 1]}]},
+        {"rolling": [{"column": "sales", "window": "3 days"}, {"column": "sales", "window": "3 day"}]},
+        {"rolling": [{"column": "sales", "window": "3 days", "statistics": ["mean", "mean"]}]},
+        {"rolling": [{"column": "sales", "window": "3 days", "over": ["a_b"]}, {"column": "sales", "window": "3 days", "over": ["a", "b"]}]},
+        {"lags": [{"column": "sales", "periods": [1]}], "derived": {"sales_lag_1": "price"}},
+        {"calendar": ["month", "month"]},
+    ],
+)
+def test_a_feature_made_twice_is_refused(features: dict[str, Any]) -> None:
+    assert "is made twice" in refusal(features=features)
+
+
+@pytest.mark.parametrize("name", ["sales", "city", "day", "price", "Price"])
+def test_a_derived_column_cannot_replace_what_the_sql_gives(name: str) -> None:
+    assert f"{name!r} is both made and a column of features.sql" in refusal(features={"derived": {name: "promotion + 1"}})
+
+
+def test_a_calendar_part_may_be_a_categorical() -> None:
+    spec = small_spec(features={"categoricals": ["kind", "day_of_week"]})
+    assert spec.feature_columns.count("day_of_week") == 1
+    assert "day_of_week" not in spec.sql_columns
+
+
+def test_a_fleet_without_a_feature_is_refused() -> None:
+    assert "no feature is declared" in refusal(features={"columns": [], "calendar": [], "categoricals": []})
+
+
+def test_excluding_what_is_not_there_is_refused() -> None:
+    assert "features.exclude: 'colour' is not a declared feature; declared: day_of_week" in refusal(features={"exclude": ["colour"]})
+
+
+def test_made_up_rows_have_no_loose_columns() -> None:
+    message = refusal(scoring={"score": "future"}, features={"categoricals": ["kind", "region"]})
+    assert all(f"{name!r} has no value in rows that score: future makes up" in message for name in ("price", "promotion", "kind"))
+    assert "'region' has no value" not in message
+
+
+def test_made_up_rows_need_a_step_and_a_horizon() -> None:
+    message = refusal(scoring={"score": "future"}, period=None, horizon=None)
+    assert "period: needed for score: future" in message
+    assert "horizon: needed for score: future" in message
+
+
+def test_a_wrong_choice_is_answered_with_the_choices() -> None:
+    message = refusal(pooling="average")
+    assert "'blend', 'select' or 'none'" in message
+    assert "'average'" in message
+
+
+def test_a_spec_is_frozen(spec: FleetSpec) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        spec.name = "other"  # type: ignore[misc]
+
+
+def test_features_keep_their_order_and_leave_out_the_excluded() -> None:
+    spec = small_spec(
+        features={
+            "lags": [{"column": "sales", "periods": [1]}],
+            "rolling": [{"column": "sales", "window": "7 days", "statistics": ["mean", "max"], "over": []}],
+            "derived": {"ratio": "sales_lag_1 / sales_mean_7_days_by_all"},
+            "exclude": ["sales_lag_1"],
+        }
+    )
+    made = ("sales_mean_7_days_by_all", "sales_max_7_days_by_all", "ratio")
+    assert spec.feature_columns == ("price", "promotion", *made, "day_of_week", "kind")
+
+
+def test_columns_asked_of_the_sql_are_traced_to_their_field() -> None:
+    spec = small_spec(target={"offset": "level", "weight": "size"}, features={"rolling": [{"column": "visits", "window": "7 days", "over": ["kind"]}]})
+    asked: Mapping[str, str] = spec.sql_columns
+    assert asked["visits"] == "features.rolling"
+    assert asked["level"] == "target.offset"
+    assert asked["size"] == "target.weight"
+    assert asked["usual_sales"] == "baselines.usual"
+    assert asked["city"] == "grains"
+    assert "day_of_week" not in asked
+
+
+def test_the_training_digest_ignores_what_is_said_to_people() -> None:
+    digest = small_spec().training_digest
+    assert small_spec(description="Sales.", owners=["team:shops"]).training_digest == digest
+    assert small_spec(tuning={"seed": 2}).training_digest != digest
+    assert small_spec(features={"derived": {"x": "price * 2"}}).training_digest != digest

@@ -1,0 +1,353 @@
+import json
+from typing import Any
+
+import lightgbm as lgb
+import numpy as np
+import pandas as pd
+import pytest
+
+import pipeline.training.trainer as trainer_module
+from pipeline.grouping.splits import FIT, GAP, REPORT, TUNE
+from pipeline.models.meta_model import decode_booster, design_matrix, group_id
+from pipeline.testing.data import feature_rows, group_rows, small_spec, training_settings
+from pipeline.training.outcome import Outcome
+from pipeline.training.trainer import TrainingSettings, judged_without_model, train_group
+from pipeline.training.tuner import Learnable, fit_booster
+
+FINEST = 2
+
+
+@pytest.fixture(scope="session")
+def oslo(rows: pd.DataFrame) -> pd.DataFrame:
+    return group_rows(rows, region="north", city="oslo")
+
+
+@pytest.fixture
+def trained(oslo: pd.DataFrame, fleet_settings: TrainingSettings) -> Outcome:
+    return train_group(oslo, FINEST, fleet_settings)
+
+
+def split_of(frame: pd.DataFrame, settings: TrainingSettings) -> "pd.Series[str]":
+    return pd.Series(settings.cutoffs.assign(frame["time"].to_numpy(), frame["known_at"].to_numpy()), index=frame.index)
+
+
+def settings_with(rows: pd.DataFrame, **changes: Any) -> TrainingSettings:
+    return training_settings(small_spec(**changes), rows)
+
+
+def holdout_of(outcome: Outcome) -> pd.DataFrame:
+    assert outcome.holdout is not None
+    return outcome.holdout
+
+
+def booster_of(outcome: Outcome) -> lgb.Booster:
+    assert outcome.booster is not None
+    return lgb.Booster(model_str=decode_booster(vars(outcome.booster), "here"))
+
+
+def test_a_trained_group_tells_all_about_itself(trained: Outcome, oslo: pd.DataFrame, fleet_settings: TrainingSettings) -> None:
+    counts = split_of(oslo, fleet_settings).value_counts()
+    assert (trained.status, trained.reason) == ("trained", None)
+    assert [trained.ledger[f"n_{name}"] for name in (FIT, TUNE, REPORT)] == [counts[name] for name in (FIT, TUNE, REPORT)]
+    assert trained.ledger["n_invalid"] == 0
+    assert trained.ledger["booster_id"] == booster_id_of(trained)
+    assert 1 <= trained.ledger["n_trials"] <= 2
+    assert set(json.loads(trained.ledger["parameters"])) >= {"learning_rate", "num_leaves"}
+    assert trained.ledger["seconds"] > 0
+
+
+def booster_id_of(outcome: Outcome) -> str:
+    assert outcome.booster is not None
+    return outcome.booster.booster_id
+
+
+def test_a_group_trains_the_same_whatever_the_order_of_its_rows(trained: Outcome, oslo: pd.DataFrame, fleet_settings: TrainingSettings) -> None:
+    shuffled = oslo.sample(frac=1.0, random_state=3)
+    again = train_group(shuffled[list(reversed(shuffled.columns))], FINEST, fleet_settings)
+    assert booster_id_of(again) == booster_id_of(trained)
+    pd.testing.assert_frame_equal(holdout_of(again), holdout_of(trained))
+    assert {**again.ledger, "seconds": 0} == {**trained.ledger, "seconds": 0}
+
+
+def test_a_group_trains_the_same_with_any_number_of_threads(trained: Outcome, oslo: pd.DataFrame, rows: pd.DataFrame) -> None:
+    again = train_group(oslo, FINEST, training_settings(small_spec(), rows, threads=2))
+    assert booster_id_of(again) == booster_id_of(trained)
+
+
+def test_another_seed_trains_another_model(trained: Outcome, oslo: pd.DataFrame, rows: pd.DataFrame) -> None:
+    assert booster_id_of(train_group(oslo, FINEST, settings_with(rows, tuning={"seed": 2}))) != booster_id_of(trained)
+
+
+def test_rows_are_not_changed(oslo: pd.DataFrame, fleet_settings: TrainingSettings) -> None:
+    before = oslo.copy()
+    train_group(oslo, FINEST, fleet_settings)
+    pd.testing.assert_frame_equal(oslo, before)
+
+
+def test_a_model_learns_what_there_is_to_learn(trained: Outcome) -> None:
+    judged = holdout_of(trained)
+    report = judged[judged["split"] == REPORT]
+    error = np.sqrt(((report["actual"] - report["prediction"]) ** 2).mean())
+    assert error < 0.7 * report["actual"].std()
+
+
+# What must not be trained
+
+
+def reason_of(frame: pd.DataFrame, settings: TrainingSettings, grain: int = FINEST) -> str | None:
+    outcome = train_group(frame, grain, settings)
+    assert (outcome.status == "trained") == (outcome.reason is None) == (outcome.booster is not None)
+    return outcome.reason
+
+
+@pytest.mark.parametrize("target", [None, np.nan, pd.NA])
+def test_a_group_without_a_target_is_inherited(oslo: pd.DataFrame, fleet_settings: TrainingSettings, target: Any) -> None:
+    assert reason_of(oslo.assign(sales=target), fleet_settings) == "no_target"
+
+
+def test_no_row_at_all_is_no_target(oslo: pd.DataFrame, fleet_settings: TrainingSettings) -> None:
+    assert reason_of(oslo.iloc[:0], fleet_settings) == "no_target"
+
+
+def test_a_constant_target_is_inherited(oslo: pd.DataFrame, fleet_settings: TrainingSettings) -> None:
+    assert reason_of(oslo.assign(sales=3.0), fleet_settings) == "constant_target"
+
+
+def test_a_target_that_is_constant_where_it_is_fitted_is_inherited(oslo: pd.DataFrame, fleet_settings: TrainingSettings) -> None:
+    fit = split_of(oslo, fleet_settings) == FIT
+    assert reason_of(oslo.assign(sales=oslo["sales"].mask(fit, 3.0)), fleet_settings) == "constant_target"
+
+
+def test_a_target_that_equals_its_offset_is_constant(oslo: pd.DataFrame, rows: pd.DataFrame) -> None:
+    settings = settings_with(rows, target={"offset": "usual_sales"})
+    assert reason_of(oslo.assign(usual_sales=oslo["sales"]), settings) == "constant_target"
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf])
+def test_an_infinite_target_is_inherited(oslo: pd.DataFrame, fleet_settings: TrainingSettings, value: float) -> None:
+    outcome = train_group(oslo.assign(sales=oslo["sales"].where(oslo.index > 10, value)), FINEST, fleet_settings)
+    assert (outcome.status, outcome.reason, outcome.ledger["n_invalid"]) == ("inherited", "infinite_target", 11)
+
+
+def test_infinite_targets_are_left_out_of_the_pooled_group_and_counted(rows: pd.DataFrame, fleet_settings: TrainingSettings) -> None:
+    bad = (rows["city"] == "oslo").to_numpy()
+    outcome = train_group(rows.assign(sales=rows["sales"].mask(bad, np.inf)), 0, fleet_settings)
+    without = train_group(rows[~bad], 0, fleet_settings)
+    assert (outcome.status, outcome.ledger["n_invalid"]) == ("trained", bad.sum())
+    assert booster_id_of(outcome) == booster_id_of(without)
+    pd.testing.assert_frame_equal(holdout_of(outcome), holdout_of(without))
+
+
+def test_one_bad_row_in_hundreds_does_not_cost_a_group_its_model(oslo: pd.DataFrame, fleet_settings: TrainingSettings) -> None:
+    outcome = train_group(oslo.assign(sales=oslo["sales"].where(oslo.index > 0, np.inf)), FINEST, fleet_settings)
+    assert (outcome.status, outcome.ledger["n_invalid"]) == ("trained", 1)
+
+
+def test_targets_outside_the_transforms_domain_are_invalid(oslo: pd.DataFrame, rows: pd.DataFrame) -> None:
+    settings = settings_with(rows, target={"transform": "log"})
+    assert reason_of(oslo.assign(sales=oslo["sales"].where(oslo.index > 10, 0.0)), settings) == "infinite_target"
+    pooled = train_group(rows.assign(sales=rows["sales"].where(rows.index % 50 > 0, -1.0)), 0, settings)
+    assert (pooled.status, pooled.ledger["n_invalid"]) == ("trained", 24)
+    assert np.isfinite(holdout_of(pooled)["prediction"]).all()
+    assert (holdout_of(pooled)["actual"] > 0).all()
+    assert holdout_of(pooled)["prediction"].max() < 10  # the link's units
+
+
+def test_a_pooled_group_of_nothing_but_invalid_targets_is_inherited(rows: pd.DataFrame, fleet_settings: TrainingSettings) -> None:
+    outcome = train_group(rows.assign(sales=np.inf), 0, fleet_settings)
+    assert (outcome.status, outcome.ledger["n_invalid"]) == ("inherited", len(rows))
+
+
+@pytest.mark.parametrize("needed", [{"fit_rows": 10_000}, {"tune_rows": 10_000}])
+def test_too_few_rows_are_inherited(oslo: pd.DataFrame, rows: pd.DataFrame, needed: dict[str, int]) -> None:
+    assert reason_of(oslo, settings_with(rows, tuning=needed)) == "too_few_rows"
+
+
+def test_exactly_enough_rows_are_enough(oslo: pd.DataFrame, rows: pd.DataFrame, fleet_settings: TrainingSettings) -> None:
+    counts = split_of(oslo, fleet_settings).value_counts()
+    enough = {"fit_rows": int(counts[FIT]), "tune_rows": int(counts[TUNE])}
+    assert reason_of(oslo, settings_with(rows, tuning=enough)) is None
+    assert reason_of(oslo, settings_with(rows, tuning=enough | {"fit_rows": enough["fit_rows"] + 1})) == "too_few_rows"
+    assert reason_of(oslo, settings_with(rows, tuning=enough | {"tune_rows": enough["tune_rows"] + 1})) == "too_few_rows"
+
+
+def test_a_group_of_one_row_is_inherited(oslo: pd.DataFrame, fleet_settings: TrainingSettings) -> None:
+    assert reason_of(oslo.iloc[[0]], fleet_settings) == "too_few_rows"
+    assert reason_of(oslo.iloc[[-1]], fleet_settings, grain=0) == "too_few_rows"
+
+
+def test_rows_without_an_offset_do_not_count_as_fit_rows(oslo: pd.DataFrame, rows: pd.DataFrame) -> None:
+    settings = settings_with(rows, target={"offset": "usual_sales"})
+    assert reason_of(oslo.assign(usual_sales=np.nan), settings) == "too_few_rows"
+
+
+# Report rows and the served booster
+
+
+def test_report_rows_neither_tune_nor_choose(oslo: pd.DataFrame, trained: Outcome, fleet_settings: TrainingSettings) -> None:
+    report = split_of(oslo, fleet_settings) == REPORT
+    again = train_group(oslo.assign(sales=oslo["sales"].mask(report, oslo["sales"] * 3 + 1)), FINEST, fleet_settings)
+    same = ["n_rounds", "parameters", "tune_loss", "n_trials", "stopped_by"]
+    assert [again.ledger[name] for name in same] == [trained.ledger[name] for name in same]
+    pd.testing.assert_series_equal(holdout_of(again)["prediction"], holdout_of(trained)["prediction"], check_exact=True)
+    assert booster_id_of(again) != booster_id_of(trained)  # which is fitted on all rows
+
+
+def test_tune_predictions_know_no_report_row_and_report_predictions_know_tune_rows(
+    oslo: pd.DataFrame, trained: Outcome, fleet_settings: TrainingSettings
+) -> None:
+    tune = split_of(oslo, fleet_settings) == TUNE
+    again = train_group(oslo.assign(sales=oslo["sales"].mask(tune, oslo["sales"] + 40)), FINEST, fleet_settings)
+    before, after = (holdout_of(outcome).set_index("row_key") for outcome in (trained, again))
+    report = before["split"] == REPORT
+    assert after.loc[report, "prediction"].mean() > before.loc[report, "prediction"].mean() + 2
+
+
+def refitted(frame: pd.DataFrame, settings: TrainingSettings, chosen: "pd.Series[bool]", outcome: Outcome) -> lgb.Booster:
+    ordered = frame[chosen].sort_values(["time", "row_key"])
+    matrix = design_matrix(ordered, settings.model)
+    categoricals = [number for number, name in enumerate(settings.model["features"]) if name in settings.model["categories"]]
+    parameters = json.loads(outcome.ledger["parameters"])
+    return fit_booster(Learnable(matrix, ordered["sales"].to_numpy(), None), categoricals, parameters, outcome.ledger["n_rounds"], settings.tuning, 1)
+
+
+def test_the_served_booster_is_fitted_on_all_rows(oslo: pd.DataFrame, trained: Outcome, fleet_settings: TrainingSettings) -> None:
+    matrix = design_matrix(oslo, fleet_settings.model)
+    everything = pd.Series(data=True, index=oslo.index)
+    assert np.array_equal(booster_of(trained).predict(matrix), refitted(oslo, fleet_settings, everything, trained).predict(matrix))
+    assert booster_of(trained).num_trees() == trained.ledger["n_rounds"]
+
+
+def test_report_rows_are_predicted_from_fit_and_tune_rows(oslo: pd.DataFrame, trained: Outcome, fleet_settings: TrainingSettings) -> None:
+    split = split_of(oslo, fleet_settings)
+    judged = holdout_of(trained).set_index("row_key")
+    report = oslo[split == REPORT]
+    expected = refitted(oslo, fleet_settings, split.isin([FIT, TUNE]), trained).predict(design_matrix(report, fleet_settings.model))
+    assert np.array_equal(judged.loc[report["row_key"], "prediction"], expected)
+
+
+def test_a_group_without_report_rows_is_trained(oslo: pd.DataFrame, fleet_settings: TrainingSettings) -> None:
+    outcome = train_group(oslo[split_of(oslo, fleet_settings) != REPORT], FINEST, fleet_settings)
+    assert (outcome.status, outcome.ledger["n_report"]) == ("trained", 0)
+    assert set(holdout_of(outcome)["split"]) == {TUNE}
+
+
+def test_every_group_is_fitted_three_times_and_no_more(monkeypatch: pytest.MonkeyPatch, oslo: pd.DataFrame, rows: pd.DataFrame) -> None:
+    trains: list[int] = []
+    train = lgb.train
+    monkeypatch.setattr(lgb, "train", lambda *args, **kwargs: trains.append(1) or train(*args, **kwargs))
+    train_group(oslo, FINEST, settings_with(rows, tuning={"max_trials": 1}))
+    assert len(trains) == 3  # the trial, the one that is reported, the one that is served
+
+
+# Holdout rows
+
+
+def test_holdout_rows_are_every_judged_row_with_its_groups(rows: pd.DataFrame, fleet_settings: TrainingSettings) -> None:
+    outcome = train_group(rows, 0, fleet_settings)
+    judged = holdout_of(outcome).set_index("row_key")
+    expected = rows[split_of(rows, fleet_settings).isin([TUNE, REPORT])].set_index("row_key")
+    assert judged.index.is_unique
+    assert set(judged.index) == set(expected.index)
+    expected = expected.loc[judged.index]
+    assert judged["actual"].tolist() == expected["sales"].tolist()
+    ids = [["[]", group_id([r]), group_id([r, c])] for r, c in zip(expected["region"], expected["city"], strict=True)]
+    assert [list(found) for found in judged["group_ids"]] == ids
+    assert [list(found) for found in judged["baselines"]] == [[value] for value in expected["usual_sales"]]
+    assert (judged["weight"] == 1).all()
+    assert (judged[["offset", "scale"]] == [0.0, 1.0]).all(axis=None)
+
+
+def test_gap_rows_are_neither_fitted_nor_judged_but_served(oslo: pd.DataFrame, fleet_settings: TrainingSettings) -> None:
+    late = oslo["time"].between("2024-06-01", "2024-06-20")
+    frame = oslo.assign(known_at=oslo["known_at"].mask(late, oslo["time"].max()))
+    assert (split_of(frame, fleet_settings) == GAP).sum() == late.sum()
+    outcome = train_group(frame, FINEST, fleet_settings)
+    wild = train_group(frame.assign(sales=frame["sales"].mask(late, frame["sales"] + 30)), FINEST, fleet_settings)
+    assert not set(oslo.loc[late, "row_key"]) & set(holdout_of(outcome)["row_key"])
+    pd.testing.assert_frame_equal(holdout_of(outcome), holdout_of(wild))
+    assert booster_id_of(outcome) != booster_id_of(wild)
+
+
+@pytest.mark.parametrize("frame_of", [lambda rows: rows.assign(sales=3.0), lambda rows: rows[rows["time"] >= "2024-10-01"]])
+def test_a_pooled_group_without_a_model_still_has_its_rows_judged(rows: pd.DataFrame, fleet_settings: TrainingSettings, frame_of: Any) -> None:
+    frame = frame_of(rows)
+    outcome = train_group(frame, 0, fleet_settings)
+    judged = holdout_of(outcome)
+    assert outcome.status == "inherited"
+    assert len(judged) == split_of(frame, fleet_settings).isin([TUNE, REPORT]).sum() > 0
+    assert judged["prediction"].isna().all()
+    pd.testing.assert_frame_equal(judged, judged_without_model(frame, fleet_settings))
+
+
+def test_a_finer_group_without_a_model_has_no_holdout_rows(oslo: pd.DataFrame, fleet_settings: TrainingSettings) -> None:
+    assert train_group(oslo.assign(sales=3.0), FINEST, fleet_settings).holdout is None
+
+
+def test_judged_rows_without_an_offset_have_no_prediction(oslo: pd.DataFrame, rows: pd.DataFrame) -> None:
+    settings = settings_with(rows, target={"offset": "usual_sales"})
+    outcome = train_group(oslo.assign(usual_sales=oslo["usual_sales"].mask(oslo.index % 10 == 0)), FINEST, settings)
+    judged = holdout_of(outcome)
+    assert outcome.status == "trained"
+    assert judged["offset"].isna().any()
+    assert (judged["prediction"].isna() == judged["offset"].isna()).all()
+
+
+def test_a_pooled_group_of_no_row_has_nothing_to_judge(rows: pd.DataFrame, fleet_settings: TrainingSettings) -> None:
+    assert len(holdout_of(train_group(rows.iloc[:0], 0, fleet_settings))) == 0
+
+
+# Targets, offsets, weights
+
+
+def test_an_offset_and_a_scale_are_taken_off_before_learning(oslo: pd.DataFrame, rows: pd.DataFrame, trained: Outcome) -> None:
+    settings = settings_with(rows, target={"offset": "level", "scale": "size"})
+    outcome = train_group(oslo.assign(level=1000.0, size=2.0, sales=oslo["sales"] * 2 + 1000), FINEST, settings)
+    one, other = (holdout_of(found)["prediction"] for found in (outcome, trained))
+    assert one.to_numpy() == pytest.approx(other.to_numpy(), rel=1e-6)
+
+
+def test_rows_of_no_weight_do_not_count(oslo: pd.DataFrame, rows: pd.DataFrame) -> None:
+    settings = settings_with(rows, target={"weight": "size"})
+    light = oslo.index.to_numpy() % 3 == 0
+    weighted = [
+        train_group(oslo.assign(size=np.where(light, nothing, 1.0), sales=oslo["sales"].mask(light, wild)), FINEST, settings)
+        for nothing, wild in ((0.0, 1.0), (np.nan, 900.0), (-1.0, 900.0), (np.inf, 900.0))
+    ]
+    assert {outcome.status for outcome in weighted} == {"trained"}
+    predictions = [holdout_of(outcome)["prediction"].to_numpy() for outcome in weighted]
+    for found in predictions[1:]:
+        assert found == pytest.approx(predictions[0], rel=1e-6)
+    assert (holdout_of(weighted[0])["weight"] == 0).any()
+
+
+def test_weights_change_what_is_learnt(oslo: pd.DataFrame, rows: pd.DataFrame) -> None:
+    settings = settings_with(rows, target={"weight": "size"})
+    cheap = oslo["price"].to_numpy() < 10
+    one, other = (train_group(oslo.assign(size=np.where(cheap, a, b)), FINEST, settings) for a, b in ((1.0, 1.0), (20.0, 0.1)))
+    assert booster_id_of(one) != booster_id_of(other)
+
+
+def test_a_group_in_which_no_row_has_weight_does_not_end_the_run(oslo: pd.DataFrame, rows: pd.DataFrame) -> None:
+    outcome = train_group(oslo.assign(size=0.0), FINEST, settings_with(rows, target={"weight": "size"}))
+    assert (outcome.status, outcome.reason) == ("inherited", "too_few_rows")
+
+
+def test_categories_are_learnt_from(fleet_settings: TrainingSettings) -> None:
+    frame = group_rows(feature_rows(seed=4, noise=0.5), city="oslo")
+    frame["sales"] += 60 * (frame["kind"] == "large")
+    judged = holdout_of(train_group(frame, FINEST, fleet_settings)).merge(frame[["row_key", "kind"]], on="row_key")
+    means = judged.groupby("kind")["prediction"].mean()
+    assert means["large"] - means["small"] > 25
+
+
+def test_a_feature_that_is_all_null_does_no_harm(oslo: pd.DataFrame, fleet_settings: TrainingSettings) -> None:
+    assert train_group(oslo.assign(price=np.nan, kind=None), FINEST, fleet_settings).status == "trained"
+
+
+def test_the_library_trains_with_the_rounds_that_the_study_found(monkeypatch: pytest.MonkeyPatch, oslo: pd.DataFrame, fleet_settings: TrainingSettings) -> None:
+    rounds: list[int] = []
+    fit = fit_booster
+    monkeypatch.setattr(trainer_module, "fit_booster", lambda *args: rounds.append(args[3]) or fit(*args))
+    outcome = train_group(oslo, FINEST, fleet_settings)
+    assert rounds == [outcome.ledger["n_rounds"]] * 2

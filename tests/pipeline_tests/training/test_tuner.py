@@ -1,0 +1,224 @@
+from collections.abc import Sequence
+from typing import Any
+
+import lightgbm as lgb
+import numpy as np
+import optuna
+import pytest
+
+from pipeline.spec import TuningSpec
+from pipeline.training.objective import default_parameters, early_stopping_rounds, fixed_parameters, suggest_parameters
+from pipeline.training.tuner import Learnable, Study, Tuned
+
+RNG = np.random.default_rng(7)
+N_TUNE = 80
+
+
+def learnable(n: int, *, seed: int, noise: float = 1.0, weight: bool = False) -> Learnable:
+    rng = np.random.default_rng(seed)
+    matrix = rng.normal(size=(n, 4))
+    target = 3 * matrix[:, 0] + 2 * np.sin(3 * matrix[:, 1]) + noise * rng.normal(size=n)
+    return Learnable(matrix, target, rng.uniform(0.1, 3, n) if weight else None)
+
+
+FIT_ROWS, TUNE_ROWS = learnable(300, seed=1), learnable(N_TUNE, seed=2)
+BLOCKS = np.arange(N_TUNE) < N_TUNE // 2
+
+
+class Recorder:
+    """Keeps every trial's booster with its losses per block and round."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.trials: list[tuple[lgb.Booster, np.ndarray[Any, Any]]] = []
+        self.parameters: list[dict[str, Any]] = []
+        select, train = Study._cross_select, lgb.train
+
+        def recorded(study: Study, booster: lgb.Booster, losses: Any) -> None:
+            self.trials.append((booster, losses.copy()))
+            select(study, booster, losses)
+
+        def recorded_train(parameters: dict[str, Any], *args: Any, **kwargs: Any) -> lgb.Booster:
+            self.parameters.append(parameters)
+            return train(parameters, *args, **kwargs)
+
+        monkeypatch.setattr(Study, "_cross_select", recorded)
+        monkeypatch.setattr(lgb, "train", recorded_train)
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    return Recorder(monkeypatch)
+
+
+def studied(fit: Learnable = FIT_ROWS, tune: Learnable = TUNE_ROWS, blocks: Any = BLOCKS, **tuning: Any) -> Tuned:
+    settings = {"max_trials": 5, "patience": 5, "max_rounds": 120, **tuning}
+    return Study(fit, tune, blocks, [], TuningSpec(**settings), 1).run()
+
+
+def mean_squares(booster: lgb.Booster, rows: Learnable, n_rounds: int) -> float:
+    return float(np.average((rows.target - booster.predict(rows.matrix, num_iteration=n_rounds)) ** 2, weights=rows.weight))
+
+
+def test_the_best_rounds_are_the_best_round_and_one(recorder: Recorder) -> None:
+    found = studied(max_trials=1)
+    [(booster, _)] = recorder.trials
+    losses = [mean_squares(booster, TUNE_ROWS, rounds) for rounds in range(1, booster.current_iteration() + 1)]
+    assert found.n_rounds == 1 + int(np.argmin(losses))
+    assert found.tune_loss == pytest.approx(min(losses))
+    assert 1 < found.n_rounds < 120
+
+
+def test_a_model_that_gets_worse_from_the_first_round_on_has_one_round() -> None:
+    backwards = Learnable(TUNE_ROWS.matrix, -FIT_ROWS.target.mean() - 5 * TUNE_ROWS.matrix[:, 0], None)
+    found = studied(tune=backwards, max_trials=1)
+    assert found.n_rounds == 1
+
+
+def test_boosting_stops_after_rounds_without_improvement(recorder: Recorder) -> None:
+    found = studied(max_trials=1, max_rounds=5000)
+    [(booster, losses)] = recorder.trials
+    patience = early_stopping_rounds(default_parameters(len(FIT_ROWS))["learning_rate"])
+    assert booster.current_iteration() == len(losses) == found.n_rounds + patience
+
+
+@pytest.mark.parametrize("weight", [False, True])
+def test_each_block_is_predicted_by_the_winner_on_the_other(recorder: Recorder, monkeypatch: pytest.MonkeyPatch, weight: bool) -> None:
+    monkeypatch.setattr(optuna.Trial, "should_prune", lambda trial: False)
+    tune = learnable(N_TUNE, seed=2, weight=weight)
+    found = studied(tune=tune, max_trials=6, patience=6)
+    assert len(recorder.trials) > 1
+    for own, other in ((BLOCKS, ~BLOCKS), (~BLOCKS, BLOCKS)):
+        errors = {
+            (number, rounds): mean_squares(booster, tune.rows(other), rounds)
+            for number, (booster, _) in enumerate(recorder.trials)
+            for rounds in range(1, booster.current_iteration() + 1)
+        }
+        number, rounds = min(errors, key=lambda key: errors[key])
+        expected = recorder.trials[number][0].predict(tune.matrix[own], num_iteration=rounds)
+        assert found.cross_predictions[own] == pytest.approx(expected)
+
+
+def test_a_blocks_own_outcomes_do_not_choose_its_predictions() -> None:
+    found = studied(max_trials=1)
+    changed = Learnable(TUNE_ROWS.matrix, np.where(BLOCKS, TUNE_ROWS.target + RNG.normal(size=N_TUNE), TUNE_ROWS.target), None)
+    again = studied(tune=changed, max_trials=1, max_rounds=120)
+    assert np.array_equal(found.cross_predictions[BLOCKS], again.cross_predictions[BLOCKS])
+
+
+def test_the_loss_of_all_tune_rows_weighs_both_blocks_by_their_weight(recorder: Recorder) -> None:
+    tune = learnable(N_TUNE, seed=2, weight=True)
+    found = studied(tune=tune, blocks=np.arange(N_TUNE) < 15, max_trials=1)
+    [(booster, _)] = recorder.trials
+    assert found.tune_loss == pytest.approx(min(mean_squares(booster, tune, rounds) for rounds in range(1, booster.current_iteration() + 1)))
+
+
+@pytest.mark.parametrize("blocks", [np.ones(N_TUNE, dtype=bool), np.zeros(N_TUNE, dtype=bool)])
+def test_tune_rows_of_one_block_only_are_predicted_all_the_same(blocks: Any) -> None:
+    found = studied(blocks=blocks, max_trials=2)
+    assert np.isfinite(found.cross_predictions).all()
+    assert np.corrcoef(found.cross_predictions, TUNE_ROWS.target)[0, 1] > 0.5
+
+
+def test_the_defaults_are_tried_first(recorder: Recorder) -> None:
+    studied(max_trials=2)
+    expected = default_parameters(len(FIT_ROWS))
+    assert {name: recorder.parameters[0][name] for name in expected} == expected
+    assert {name: recorder.parameters[1][name] for name in expected} != expected
+
+
+def test_a_study_ends_at_max_trials() -> None:
+    found = studied(max_trials=3, patience=99)
+    assert (found.n_trials, found.stopped_by) == (3, "max_trials")
+
+
+def losing(losses: Sequence[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the trials have these losses, in this order."""
+    left = list(losses)
+
+    def run_trial(study: Study, trial: optuna.Trial) -> float:
+        loss = left.pop(0)
+        study._since_best += 1
+        if study._best is None or loss < study._best[2]:
+            study._best, study._since_best = ({"n": len(losses) - len(left)}, 1, loss), 0
+        return loss
+
+    monkeypatch.setattr(Study, "_run_trial", run_trial)
+
+
+def test_a_study_ends_after_trials_without_improvement(monkeypatch: pytest.MonkeyPatch) -> None:
+    losing([3.0, 2.0, 2.0, 1.0, 1.5, 1.0, 0.1], monkeypatch)
+    found = studied(max_trials=7, patience=2)
+    assert (found.n_trials, found.stopped_by, found.tune_loss, found.parameters) == (6, "patience", 1.0, {"n": 4})
+
+
+def test_trials_without_improvement_end_the_study_in_earnest() -> None:
+    found = studied(max_trials=40, patience=2, max_rounds=30)
+    assert found.n_trials < 40
+    assert found.stopped_by == "patience"
+
+
+def test_a_study_ends_at_its_time_limit_with_what_it_has() -> None:
+    found = studied(max_trials=50, patience=50, timeout_seconds=1e-6)
+    assert (found.n_trials, found.stopped_by) == (1, "timeout")
+    assert found.n_rounds >= 1
+
+
+def test_trials_that_are_given_up_are_counted_and_do_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def prune(trial: optuna.Trial) -> bool:
+        calls.append(trial.number)
+        return trial.number > 0
+
+    alone = studied(max_trials=1)
+    monkeypatch.setattr(optuna.Trial, "should_prune", prune)
+    found = studied(max_trials=4, patience=10)
+    assert (found.n_trials, found.n_pruned, found.stopped_by) == (4, 3, "max_trials")
+    assert (found.parameters, found.n_rounds, found.tune_loss) == (alone.parameters, alone.n_rounds, alone.tune_loss)
+    assert np.array_equal(found.cross_predictions, alone.cross_predictions)
+
+
+def test_trials_that_are_given_up_count_against_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optuna.Trial, "should_prune", lambda trial: trial.number > 0)
+    found = studied(max_trials=9, patience=2)
+    assert (found.n_trials, found.n_pruned, found.stopped_by) == (3, 2, "patience")
+
+
+def test_a_study_is_the_same_for_the_same_seed() -> None:
+    one, other = (studied(max_trials=4) for _ in range(2))
+    assert np.array_equal(one.cross_predictions, other.cross_predictions)
+    assert (one.parameters, one.n_rounds, one.tune_loss) == (other.parameters, other.n_rounds, other.tune_loss)
+
+
+def test_the_data_set_is_built_once_for_all_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[int] = []
+    dataset = Learnable.dataset
+    monkeypatch.setattr(Learnable, "dataset", lambda rows, *args, **kwargs: built.append(len(rows)) or dataset(rows, *args, **kwargs))
+    studied(max_trials=4)
+    assert built == [300, 40, 40]
+
+
+def test_a_study_leaves_optuna_no_noise(capfd: pytest.CaptureFixture[str]) -> None:
+    studied(max_trials=3)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("objective", ["l2", "l1", "huber"])
+def test_every_objective_learns(objective: Any) -> None:
+    found = studied(objective=objective, max_trials=1)
+    assert np.corrcoef(found.cross_predictions, TUNE_ROWS.target)[0, 1] > 0.7
+
+
+def test_no_trial_changes_what_is_fixed(recorder: Recorder) -> None:
+    studied(max_trials=3)
+    fixed = fixed_parameters(TuningSpec(), threads=1)
+    assert all(parameters | fixed == parameters for parameters in recorder.parameters)
+
+
+@pytest.mark.parametrize("n_rows", [10, 999, 1_000, 19_999, 20_000, 10**6])
+def test_the_defaults_lie_within_what_is_searched(n_rows: int) -> None:
+    study = optuna.create_study()
+    study.enqueue_trial(default_parameters(n_rows))
+    found: list[dict[str, Any]] = []
+    study.optimize(lambda trial: found.append(suggest_parameters(trial, n_rows)) or 0.0, n_trials=1)
+    assert found == [default_parameters(n_rows)]
