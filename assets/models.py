@@ -41,7 +41,7 @@ def models_asset(spec: FleetSpec) -> dg.AssetsDefinition:
     def models(
         context: dg.AssetExecutionContext, tables: DeltaTables, spark: SparkSessionResource, launch: LaunchSettings
     ) -> Iterator[dg.MaterializeResult]:
-        namespace, run_id = launch.namespace(spec), context.run_id
+        namespace, run_id = launch.namespace(spec), context.run.run_id
         started_at = pd.Timestamp.now(tz="UTC")
         with readable_failures():
             features_location = tables.location(spec.name, "features")

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from pipeline.errors import SpecError
 from pipeline.grouping.periods import Period
@@ -142,7 +143,9 @@ class TargetSpec(Part):
         description="Feature column subtracted from the transformed target before learning, in the link's units, so that groups are comparable.",
     )
     scale: Identifier | None = Field(default=None, description="Positive feature column that the rest is divided by before learning.")
-    weight: Identifier | None = Field(default=None, description="Column of row weights; null or negative weights count as 0, and such rows for nothing.")
+    weight: Identifier | None = Field(
+        default=None, description="Column of row weights; null or negative weights count as 0, and such rows for nothing."
+    )
 
 
 class SplitsSpec(Part):
@@ -291,6 +294,19 @@ class FleetSpec(Part):
         parts = self.model_dump(mode="json", exclude={"description", "owners", "scoring", "sources"})
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _in_plain_words(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Say what is allowed, at the place of each mistake; Dagster adds the file and the line."""
+        try:
+            return handler(value)
+        except ValidationError as error:
+            told = [
+                InitErrorDetails(type=PydanticCustomError("fleet", "{text}", {"text": _explained(found)}), loc=found["loc"], input=found["input"])
+                for found in error.errors()
+            ]
+            raise ValidationError.from_exception_data(error.title, told) from None
+
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
         problems = list(self._problems())
@@ -387,7 +403,7 @@ def parse_spec(attributes: Mapping[str, Any], *, file: str) -> FleetSpec:
     try:
         return FleetSpec.model_validate(attributes)
     except ValidationError as error:
-        lines = [_explained(problem) for problem in error.errors()]
+        lines = [problem["msg"] for problem in error.errors()]
         raise SpecError("\n  ".join([f"{file} does not describe a fleet:", *lines])) from error
 
 

@@ -36,6 +36,8 @@ class LaunchSettings(dg.ConfigurableResource):
             return None
         try:
             moment = pd.Timestamp(text)
-        except ValueError as error:
-            raise SpecError(f"as_of is {text!r}; expected a date or time such as 2013-12-24 or 2013-12-24T18:00") from error
+        except ValueError:
+            moment = pd.NaT
+        if moment is pd.NaT:  # which is also what pandas makes of the text NaT
+            raise SpecError(f"as_of is {text!r}; expected a date or time such as 2013-12-24 or 2013-12-24T18:00")
         return moment.tz_convert("UTC").tz_localize(None) if moment.tzinfo else moment

@@ -67,7 +67,7 @@ def _whole_number(name: str) -> int | None:
     text = os.environ.get(name, "")
     if not text:
         return None
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise SpecError(f"{name} is {text!r}; expected a whole number of at least 1")
     return int(text)
 

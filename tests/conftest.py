@@ -1,6 +1,6 @@
 """One Spark session per pytest process, and a small fleet that every layer can be tried on."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,6 +30,12 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
     session = resource.session
     yield session
     session.stop()
+
+
+@pytest.fixture(scope="session")
+def kept_spark(spark: SparkSession) -> Callable[[Any], SparkSessionResource]:
+    """Makes the resource of a run on the one session, given its scratch folder."""
+    return lambda scratch: KeptSpark(master="local[2]", scratch=str(scratch))
 
 
 @pytest.fixture

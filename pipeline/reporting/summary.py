@@ -1,6 +1,7 @@
 """The short table after a run, from the ledger."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -160,27 +161,21 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def markdown_table(frame: pd.DataFrame) -> str:
     """A data frame as Markdown; cells cannot break out of the table or become markup."""
-    head = "| " + " | ".join(frame.columns) + " |\n|" + " --- |" * len(frame.columns)
+    head = "| " + " | ".join(_cell(name) for name in frame.columns) + " |\n|" + " --- |" * len(frame.columns)
     body = ("| " + " | ".join(_cell(value) for value in row) + " |" for row in frame.to_numpy(dtype=object))
     return "\n".join([head, *body])
+
+
+_ENTITIES = {ord(character): f"&#{ord(character)};" for character in "|`[]*~\\"} | {ord("&"): "&amp;", ord("<"): "&lt;", ord(">"): "&gt;"}
+# Within a word an underscore is no markup, and too_few_rows stays readable.
+_EMPHASIS = re.compile(r"(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])")
 
 
 def _cell(value: object) -> str:
     if value is None or (isinstance(value, float) and np.isnan(value)):
         return ""
     text = _number(value) if isinstance(value, float) else str(value)
-    for character, entity in (
-        ("&", "&amp;"),
-        ("<", "&lt;"),
-        (">", "&gt;"),
-        ("|", "&#124;"),
-        ("`", "&#96;"),
-        ("[", "&#91;"),
-        ("]", "&#93;"),
-        ("\n", " "),
-    ):
-        text = text.replace(character, entity)
-    return text
+    return _EMPHASIS.sub("&#95;", " ".join(text.splitlines()).translate(_ENTITIES))
 
 
 def _is_number(text: str) -> bool:

@@ -30,6 +30,8 @@ SMALL_FLEET: Mapping[str, Any] = {
 
 CITIES: Mapping[str, tuple[str, ...]] = {"north": ("oslo", "bergen"), "south": ("roma", "napoli")}
 
+SATURDAY = 5
+
 
 def small_attributes(**changes: Any) -> dict[str, Any]:
     """The attributes of the small fleet's defs.yaml; mappings are changed field by field, a field changed to None is left out."""
@@ -65,7 +67,7 @@ def feature_rows(n_days: int = 300, *, seed: int = 0, cities: Mapping[str, tuple
             level, slope = rng.uniform(50, 150), rng.uniform(1, 4)
             price, promotion = rng.uniform(5, 15, n_days), rng.integers(0, 2, n_days).astype(float)
             weekday = days.weekday.to_numpy().astype(float)
-            expected = level - slope * price + 8 * promotion + 3 * (weekday >= 5)
+            expected = level - slope * price + 8 * promotion + 3 * (weekday >= SATURDAY)
             parts.append(
                 pd.DataFrame(
                     {
@@ -98,9 +100,7 @@ def group_rows(rows: pd.DataFrame, **keys: str) -> pd.DataFrame:
 def training_settings(spec: FleetSpec, rows: pd.DataFrame, *, run_id: str = "run-1", threads: int = 1) -> TrainingSettings:
     """What a run over these rows would pin: cutoffs from the newest row, categories from all of them."""
     newest = pd.Timestamp(rows["time"].max())
-    counts = {
-        name: {str(key_text(value)): int(count) for value, count in rows[name].value_counts().items()} for name in spec.features.categoricals
-    }
+    counts = {name: {str(key_text(value)): int(count) for value, count in rows[name].value_counts().items()} for name in spec.features.categoricals}
     return TrainingSettings(
         run_id=run_id,
         model=model_spec(spec, choose_categories(counts, spec.features.max_categories)),

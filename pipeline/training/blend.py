@@ -19,6 +19,8 @@ Floats = npt.NDArray[np.float64]
 
 # Stretches of time that the tune split is cut into, to see how steady the gain of a weight is. Even, for the halves.
 N_BLOCKS = 8
+# Own and parent's predictions that differ by less than this share of the squared error are the same: the rest is rounding.
+DISCERNIBLE = 1e-12
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ def choose_weights(evidence: Evidence, trained: npt.NDArray[np.bool_], pooling: 
     if pooling == "select":
         # The own model's squared error is lower exactly where 2 sum(d e) > sum(d d).
         return np.where(trained & (2 * gain > spread), 1.0, 0.0)
-    used = trained & (spread > 0)
+    used = trained & (spread > DISCERNIBLE * evidence.miss)
     weights = np.zeros(len(gain))
     if not used.any():
         weights[trained] = prior
@@ -213,7 +215,9 @@ def choose_weights(evidence: Evidence, trained: npt.NDArray[np.bool_], pooling: 
     common = gain[used].sum() / spread[used].sum()
     row_noise = (evidence.miss[used] - 2 * common * gain[used] + common**2 * spread[used]).sum() / evidence.n_rows[used].sum()
     half_noise, between = _from_halves(_halves(evidence.gain[:, used]), _halves(evidence.spread[:, used]), common)
-    variance = max(row_noise, half_noise, 1e-300) / spread[used]
+    # Never quite 0, so that a perfect fit on a row or two is a number, too.
+    least_noise = DISCERNIBLE * evidence.miss[used].sum() / evidence.n_rows[used].sum() + 1e-200
+    variance = max(row_noise, half_noise, least_noise) / spread[used]
     certainty = 1 / (variance + between)
     mean = float((certainty * own).sum() / certainty.sum())
     weights[used] = (own * between + mean * variance) / (between + variance)

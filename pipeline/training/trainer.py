@@ -68,7 +68,7 @@ def train_group(frame: pd.DataFrame, grain: int, settings: TrainingSettings) -> 
         "n_report": int((counted & (split == REPORT)).sum()),
         "n_invalid": int((~rows["_valid"]).sum()),
     }
-    reason = _reason_not_to_train(rows, grain, ledger, settings.tuning)
+    reason = _reason_not_to_train(rows, ledger, settings.tuning, is_coarse=grain < max(1, len(settings.model["grains"]) - 1))
     if reason is not None:
         holdout = _holdout(rows, np.full(len(rows), np.nan), settings) if grain == POOLED else None
         return Outcome("inherited", reason, {**ledger, "seconds": time.perf_counter() - started}, None, holdout)
@@ -131,14 +131,14 @@ def _prepare(frame: pd.DataFrame, settings: TrainingSettings) -> pd.DataFrame:
     )
 
 
-def _reason_not_to_train(rows: pd.DataFrame, grain: int, ledger: Mapping[str, int], tuning: TuningSpec) -> str | None:
+def _reason_not_to_train(rows: pd.DataFrame, ledger: Mapping[str, int], tuning: TuningSpec, *, is_coarse: bool) -> str | None:
     """Why LightGBM must not see this group: it trains on such targets silently and then predicts nonsense.
 
     A coarse group is not lost to one bad group inside it: there, invalid rows are left out and counted.
     """
     if not len(rows):
         return NO_TARGET
-    if ledger["n_invalid"] and (grain != POOLED and ledger["n_invalid"] > 0.01 * len(rows)):
+    if not is_coarse and ledger["n_invalid"] > 0.01 * len(rows):
         return INFINITE_TARGET
     if ledger["n_fit"] < tuning.fit_rows or ledger["n_tune"] < tuning.tune_rows:
         return TOO_FEW_ROWS

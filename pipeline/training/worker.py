@@ -34,7 +34,7 @@ def run_group(frame: pd.DataFrame, settings: TrainingSettings, train: TrainGroup
         outcome = train(frame, grain, settings)
     except Exception as error:  # noqa: BLE001 - whatever a group does to us is that group's ledger row
         origin = traceback.extract_tb(error.__traceback__)[-1]
-        message = f"{error} ({origin.name}, line {origin.lineno})"[:_MESSAGE_LENGTH]
+        message = f"{_text_of(error)} ({origin.name}, line {origin.lineno})"[:_MESSAGE_LENGTH]
         holdout = _judged_anyway(frame, settings) if grain == POOLED else None
         outcome = Outcome("failed", "error", {"error_class": type(error).__name__, "error_message": message}, None, holdout)
     booster = outcome.booster
@@ -50,6 +50,13 @@ def run_group(frame: pd.DataFrame, settings: TrainingSettings, train: TrainGroup
             "holdout": [_holdout_stream(outcome.holdout, settings.run_id, grain, group)],
         }
     )
+
+
+def _text_of(error: Exception) -> str:
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001 - a message may itself be broken
+        return "its message cannot be printed"
 
 
 def _judged_anyway(frame: pd.DataFrame, settings: TrainingSettings) -> pd.DataFrame | None:

@@ -20,5 +20,8 @@ def test_children_do_not_catch_each_other() -> None:
 
 
 def test_a_model_not_found_reads_as_written() -> None:
-    assert str(ModelNotFound("alias 'champion' of 'housing' is not set;\npromote a version")) == "alias 'champion' of 'housing' is not set;\npromote a version"
+    assert (
+        str(ModelNotFound("alias 'champion' of 'housing' is not set;\npromote a version"))
+        == "alias 'champion' of 'housing' is not set;\npromote a version"
+    )
     assert str(ModelNotFound()) == ""

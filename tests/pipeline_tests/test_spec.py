@@ -278,7 +278,9 @@ def test_features_keep_their_order_and_leave_out_the_excluded() -> None:
 
 
 def test_columns_asked_of_the_sql_are_traced_to_their_field() -> None:
-    spec = small_spec(target={"offset": "level", "weight": "size"}, features={"rolling": [{"column": "visits", "window": "7 days", "over": ["kind"]}]})
+    spec = small_spec(
+        target={"offset": "level", "weight": "size"}, features={"rolling": [{"column": "visits", "window": "7 days", "over": ["kind"]}]}
+    )
     asked: Mapping[str, str] = spec.sql_columns
     assert asked["visits"] == "features.rolling"
     assert asked["level"] == "target.offset"

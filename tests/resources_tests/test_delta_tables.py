@@ -2,6 +2,10 @@
 
 import json
 import os
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,12 +30,13 @@ BUCKET = "fleets"
 
 @pytest.fixture(scope="session")
 def object_store() -> Iterator[dict[str, str]]:
-    """An S3 endpoint on this machine."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    _, port = server.get_host_and_port()
+    """An S3 endpoint on this machine, in a process of its own: the store's client holds on to this one's lock."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(port)
     options = {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
         "AWS_ACCESS_KEY_ID": "test",
@@ -44,7 +49,17 @@ def object_store() -> Iterator[dict[str, str]]:
         access_key="test", secret_key="test", region="us-east-1", scheme="http", endpoint_override=f"127.0.0.1:{port}", allow_bucket_creation=True
     ).create_dir(BUCKET)
     yield options
-    server.stop()
+    server.terminate()
+    server.wait()
+
+
+def wait_for(port: int) -> None:
+    for _ in range(300):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    raise TimeoutError(f"nothing answers at port {port}")
 
 
 @pytest.fixture(params=[*LOCAL, "s3"])
@@ -273,7 +288,10 @@ def test_column_mapping_of_the_older_protocol_is_refused_too(tmp_path: Path, loc
     log = path / "_delta_log"
     first = [json.loads(line) for line in (log / "00000000000000000000.json").read_text(encoding="utf-8").splitlines()]
     (metadata,) = (action for action in first if "metaData" in action)
-    metadata["metaData"]["configuration"] = {"delta.columnMapping.mode": "name"}
+    shape = json.loads(metadata["metaData"]["schemaString"])
+    for number, field in enumerate(shape["fields"], start=1):
+        field["metadata"] = {"delta.columnMapping.id": number, "delta.columnMapping.physicalName": f"col-{number}"}
+    metadata["metaData"] |= {"schemaString": json.dumps(shape), "configuration": {"delta.columnMapping.mode": "name"}}
     lines = [{"protocol": {"minReaderVersion": 2, "minWriterVersion": 5}}, metadata]
     (log / "00000000000000000001.json").write_text("\n".join(json.dumps(line) for line in lines) + "\n", encoding="utf-8")
     with pytest.raises(StoreError, match="Delta features that are not read here: columnMapping"):

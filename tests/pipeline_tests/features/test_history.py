@@ -57,10 +57,8 @@ def frame_of(rows: Sequence[tuple[Any, ...]]) -> pd.DataFrame:
 
 
 def featured(frame: pd.DataFrame, spec: FleetSpec) -> pd.DataFrame:
-    schema = pa.schema(
-        [("region", pa.string()), ("city", pa.string()), ("time", pa.timestamp("us")), ("known_at", pa.timestamp("us"))]
-        + [("sales", pa.float64()), ("visits", pa.float64())]
-    )
+    keys, times, values = dict.fromkeys(("region", "city"), pa.string()), dict.fromkeys(("time", "known_at"), pa.timestamp("us")), ("sales", "visits")
+    schema = pa.schema({**keys, **times, **dict.fromkeys(values, pa.float64())})
     table = pa.Table.from_pandas(frame, schema=schema, preserve_index=False)
     for features in plan_passes(spec):
         table = add_history(table, spec, features)
@@ -69,7 +67,9 @@ def featured(frame: pd.DataFrame, spec: FleetSpec) -> pd.DataFrame:
 
 def series(days: Sequence[str], values: Sequence[float | None], **columns: Sequence[Any]) -> pd.DataFrame:
     time = pd.Series(pd.to_datetime(list(days))).astype("datetime64[us]")
-    frame = pd.DataFrame({"region": "north", "city": "oslo", "time": time, "known_at": time, "sales": pd.Series(values, dtype=float), "visits": np.nan})
+    frame = pd.DataFrame(
+        {"region": "north", "city": "oslo", "time": time, "known_at": time, "sales": pd.Series(values, dtype=float), "visits": np.nan}
+    )
     return frame.assign(**columns)
 
 
@@ -108,7 +108,11 @@ def oracle(frame: pd.DataFrame, spec: FleetSpec) -> pd.DataFrame:
         for window in spec.features.rolling:
             start = window.period.add(deadline, -1)
             keys = spec.finest if window.over is None else window.over
-            past = [o for o in records if same_keys(row, o, keys) and o["known_at"] > start and is_known(o, row, deadline) and not np.isnan(o[window.column])]
+            past = [
+                o
+                for o in records
+                if same_keys(row, o, keys) and o["known_at"] > start and is_known(o, row, deadline) and not np.isnan(o[window.column])
+            ]
             values = [o[window.column] for o in sorted(past, key=lambda o: (o["known_at"], o[window.column]))]
             for statistic in window.statistics:
                 found[window.name(statistic)].append(oracle_statistic(statistic, values))

@@ -5,7 +5,11 @@ from pipeline.features.sql import check_expression, check_features, parse_select
 from pipeline.testing.data import small_spec
 
 SQL = "SELECT region, city, day, sales, price, promotion, kind, usual_sales FROM sales"
-SCHEMAS = {"sales": dict.fromkeys(("region", "city", "kind"), "string") | dict.fromkeys(("sales", "price", "promotion", "usual_sales"), "double") | {"day": "date"}}
+SCHEMAS = {
+    "sales": dict.fromkeys(("region", "city", "kind"), "string")
+    | dict.fromkeys(("sales", "price", "promotion", "usual_sales"), "double")
+    | {"day": "date"}
+}
 
 
 def refusal(text: str) -> str:
@@ -91,7 +95,11 @@ def test_functions_that_reach_outside_the_data_are_refused(call: str) -> None:
     ],
 )
 def test_only_the_declared_sources_are_read(table: str) -> None:
-    for text in (f"SELECT * FROM {table}", f"SELECT * FROM sales WHERE city IN (SELECT city FROM {table})", f"SELECT (SELECT max(a) FROM {table}) FROM sales"):
+    for text in (
+        f"SELECT * FROM {table}",
+        f"SELECT * FROM sales WHERE city IN (SELECT city FROM {table})",
+        f"SELECT (SELECT max(a) FROM {table}) FROM sales",
+    ):
         message = refusal(text)
         assert "features.sql reads" in message
         assert "sales, shops" in message
@@ -124,18 +132,30 @@ def test_broken_sql_is_told_with_its_place() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["price / 2", "ln(price)", "CASE WHEN price > 3 THEN 1 ELSE 0 END", "coalesce(price, promotion)", "pmod(price, 7)", "price + 1 -- in euro", "greatest(price, 2)"],
+    [
+        "price / 2",
+        "ln(price)",
+        "CASE WHEN price > 3 THEN 1 ELSE 0 END",
+        "coalesce(price, promotion)",
+        "pmod(price, 7)",
+        "price + 1 -- in euro",
+        "greatest(price, 2)",
+    ],
 )
 def test_row_wise_expressions_are_allowed(text: str) -> None:
     check_expression(text, where="features.derived.x")
 
 
-@pytest.mark.parametrize("text", ["sum(price)", "max(price)", "first(price)", "percentile(price, 0.5)", "count(*)", "collect_list(price)", "avg(price) + 1"])
+@pytest.mark.parametrize(
+    "text", ["sum(price)", "max(price)", "first(price)", "percentile(price, 0.5)", "count(*)", "collect_list(price)", "avg(price) + 1"]
+)
 def test_aggregates_are_refused_in_derived_columns(text: str) -> None:
     assert "looks at other rows" in refused_expression(text)
 
 
-@pytest.mark.parametrize("text", ["lag(price) OVER (ORDER BY day)", "row_number() OVER (PARTITION BY city ORDER BY day)", "sum(price) OVER ()", "lead(price, 1)"])
+@pytest.mark.parametrize(
+    "text", ["lag(price) OVER (ORDER BY day)", "row_number() OVER (PARTITION BY city ORDER BY day)", "sum(price) OVER ()", "lead(price, 1)"]
+)
 def test_windows_are_refused_in_derived_columns(text: str) -> None:
     assert "declare a lag or a rolling window" in refused_expression(text)
 
@@ -212,5 +232,9 @@ def test_a_derived_column_sees_those_before_it_only() -> None:
 
 
 def test_a_lag_of_the_target_is_known() -> None:
-    features = {"lags": [{"column": "sales", "periods": [1]}], "rolling": [{"column": "sales", "window": "7 days"}], "derived": {"x": "sales_lag_1 / sales_mean_7_days"}}
+    features = {
+        "lags": [{"column": "sales", "periods": [1]}],
+        "rolling": [{"column": "sales", "window": "7 days"}],
+        "derived": {"x": "sales_lag_1 / sales_mean_7_days"},
+    }
     check_features(small_spec(features=features), SQL, file="features.sql")

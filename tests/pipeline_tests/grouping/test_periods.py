@@ -90,7 +90,8 @@ def test_many_moments_are_shifted_one_by_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("12 months", Period(12, "month")), (" 1  Day ", Period(1, "day")), ("0 days", Period(0, "day")), ("1 hours", Period(1, "hour"))]
+    ("text", "expected"),
+    [("12 months", Period(12, "month")), (" 1  Day ", Period(1, "day")), ("0 days", Period(0, "day")), ("1 hours", Period(1, "hour"))],
 )
 def test_people_write_lengths_in_their_way(text: str, expected: Period) -> None:
     assert Period.parse(text) == expected

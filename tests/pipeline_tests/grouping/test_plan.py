@@ -56,9 +56,7 @@ def test_groups_and_their_counts_are_conserved(rows: list[tuple[int, int, int]])
     before = counted(rows)
     after = planned(rows).groups
     columns = ["grain", "group_id", *COUNTS]
-    pd.testing.assert_frame_equal(
-        after[columns].sort_values("group_id", ignore_index=True), before.sort_values("group_id", ignore_index=True)
-    )
+    pd.testing.assert_frame_equal(after[columns].sort_values("group_id", ignore_index=True), before.sort_values("group_id", ignore_index=True))
 
 
 @given(groups)

@@ -11,7 +11,15 @@ from pipeline.models.meta_model import PackError, booster_digest, decode_booster
 def trained(*, threads: int = 1, seed: int = 1) -> lgb.Booster:
     rng = np.random.default_rng(0)
     matrix = rng.normal(size=(500, 4))
-    parameters = {"verbosity": -1, "num_threads": threads, "deterministic": True, "force_row_wise": True, "seed": seed, "bagging_fraction": 0.7, "bagging_freq": 1}
+    parameters = {
+        "verbosity": -1,
+        "num_threads": threads,
+        "deterministic": True,
+        "force_row_wise": True,
+        "seed": seed,
+        "bagging_fraction": 0.7,
+        "bagging_freq": 1,
+    }
     return lgb.train(parameters, lgb.Dataset(matrix, matrix[:, 0] + rng.normal(size=500), params={"verbosity": -1}), num_boost_round=20)
 
 
@@ -52,5 +60,7 @@ def test_the_same_text_is_stored_the_same() -> None:
 
 def test_a_message_says_where_the_damage_is() -> None:
     row = vars(encode_booster("tree")) | {"sha256": "0" * 64}
-    with pytest.raises(PackError, match=r"^s3://bucket/boosters: booster [0-9a-f]{64} is damaged: its digest is [0-9a-f]{64}, expected 0{64}; restore"):
+    with pytest.raises(
+        PackError, match=r"^s3://bucket/boosters: booster [0-9a-f]{64} is damaged: its digest is [0-9a-f]{64}, expected 0{64}; restore"
+    ):
         decode_booster(row, "s3://bucket/boosters")

@@ -96,7 +96,9 @@ def test_ids_of_a_batch_are_those_of_its_rows(pairs: list[tuple[str | None, str 
     assert group_ids(frame, []).tolist() == ["[]"] * len(pairs)
 
 
-@pytest.mark.parametrize("values", [[1, 2, 1], [1.0, np.nan, 1.0], pd.array([1, None, 2], dtype="Int64"), pd.Categorical(["a", None, "a"]), [True, False, True]])
+@pytest.mark.parametrize(
+    "values", [[1, 2, 1], [1.0, np.nan, 1.0], pd.array([1, None, 2], dtype="Int64"), pd.Categorical(["a", None, "a"]), [True, False, True]]
+)
 def test_ids_of_a_batch_do_not_depend_on_the_type_of_the_column(values: Any) -> None:
     frame = pd.DataFrame({"a": values}, index=[5, 5, 9])
     assert group_ids(frame, ["a"]).tolist() == [group_id([value]) for value in list(frame["a"])]

@@ -345,7 +345,9 @@ def test_a_feature_that_is_all_null_does_no_harm(oslo: pd.DataFrame, fleet_setti
     assert train_group(oslo.assign(price=np.nan, kind=None), FINEST, fleet_settings).status == "trained"
 
 
-def test_the_library_trains_with_the_rounds_that_the_study_found(monkeypatch: pytest.MonkeyPatch, oslo: pd.DataFrame, fleet_settings: TrainingSettings) -> None:
+def test_the_library_trains_with_the_rounds_that_the_study_found(
+    monkeypatch: pytest.MonkeyPatch, oslo: pd.DataFrame, fleet_settings: TrainingSettings
+) -> None:
     rounds: list[int] = []
     fit = fit_booster
     monkeypatch.setattr(trainer_module, "fit_booster", lambda *args: rounds.append(args[3]) or fit(*args))

@@ -1,0 +1,134 @@
+import json
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from pipeline.reporting.summary import Error, fleet_errors, markdown_table, slowest_groups, status_counts, summarise, text_table, worst_groups
+from pipeline.spec import FleetSpec
+
+GROUPS = [(0, "[]"), (1, '["north"]'), (2, '["north","oslo"]'), (2, '["north","bergen"]'), (2, '["north","new"]')]
+
+
+def baseline(n: int, rmse: float | None, mape: float | None, fleet_mape: float | None) -> str:
+    return json.dumps({"usual": {"n": n, "rmse": rmse, "mape": mape, "fleet_rmse": 1.0, "fleet_mape": fleet_mape}})
+
+
+def ledger(**changes: Any) -> pd.DataFrame:
+    frame = pd.DataFrame(GROUPS, columns=["grain", "group_id"]).assign(
+        grain_name=["[]", "[region]", *["[region, city]"] * 3],
+        status=["trained", "trained", "trained", "failed", "inherited"],
+        reason=[None, None, None, "error", "too_few_rows"],
+        n_rows=[300, 300, 200, 90, 10],
+        n_trials=[3, 3, 2, None, None],
+        n_rounds=[50, 40, 30, None, None],
+        weight=[1.0, 0.5, 0.5, 0.0, 0.0],
+        report_rows=[60, 60, 40, 20, np.nan],
+        rmse=[1.5, 1.5, 1.0, 2.0, np.nan],
+        mape=[9.0, 9.0, 4.0, 8.0, np.nan],
+        pooled_rmse=[1.75, 1.75, 1.5, 2.0, np.nan],
+        pooled_mape=[10.0, 10.0, 7.0, 7.0, np.nan],
+        baselines=[baseline(50, 2.5, 11.0, 9.5), baseline(50, 2.5, 11.0, 9.5), baseline(40, 2.0, 12.0, 4.0), baseline(0, None, None, None), None],
+        seconds=[3.0, 2.0, 1.0, np.nan, np.nan],
+    )
+    return frame.assign(**changes)
+
+
+def test_the_fleet_stands_beside_the_pooled_model_and_every_baseline(spec: FleetSpec) -> None:
+    assert fleet_errors(ledger(), spec) == [
+        Error("fleet", 1.5, 6.0, 60, None, 2),
+        Error("pooled model", 1.75, 7.0, 60, 1, 2),
+        Error("usual", 2.5, 12.0, 50, 1, 1),
+    ]
+
+
+def test_what_was_not_measured_is_null(spec: FleetSpec) -> None:
+    nothing = ledger(report_rows=np.nan, rmse=np.nan, mape=np.nan, pooled_rmse=np.nan, pooled_mape=np.nan, baselines=None)
+    assert fleet_errors(nothing, spec) == [
+        Error("fleet", None, None, 0, None, 0),
+        Error("pooled model", None, None, 0, 0, 0),
+        Error("usual", None, None, 0, 0, 0),
+    ]
+
+
+def test_every_group_is_counted_once() -> None:
+    counts = status_counts(ledger())
+    assert counts["groups"].sum() == len(GROUPS)
+    failed = counts[counts["status"] == "failed"].iloc[0]
+    assert (failed["grain"], failed["reason"], failed["groups"]) == ("[region, city]", "error", 1)
+
+
+def test_failed_groups_come_before_bad_ones() -> None:
+    assert worst_groups(ledger())["group_id"].tolist()[:2] == ['["north","bergen"]', '["north","oslo"]']
+    assert len(worst_groups(ledger(), n=1)) == 1
+
+
+def test_only_trained_groups_are_slow() -> None:
+    assert slowest_groups(ledger())["group_id"].tolist() == ["[]", '["north"]', '["north","oslo"]']
+
+
+def test_a_summary_is_for_people(spec: FleetSpec) -> None:
+    text = summarise(ledger(), spec, {"report": "here"})
+    assert text.startswith("fleet small: 5 groups")
+    assert "1 of 2 groups" in text
+    assert "nan" not in text
+    assert "None" not in text
+    assert text.endswith("report       here")
+
+
+def test_a_text_table_is_aligned() -> None:
+    assert text_table(["name", "n"], [["a", "1"], ["long name", "1,000"], ["b", "-"]]).split("\n") == [
+        "name           n",
+        "a              1",
+        "long name  1,000",
+        "b              -",
+    ]
+
+
+def test_a_text_table_of_nothing_is_nothing() -> None:
+    assert text_table(["name"], []) == ""
+
+
+NASTY = [
+    "a|b",
+    "<script>alert(1)</script>",
+    "one\ntwo",
+    "one\r\ntwo",
+    "[x](javascript:alert(1))",
+    "`code`",
+    "![i](x)",
+    "&lt;",
+    "**bold**",
+    "_it_",
+    "~~x~~",
+    "a\\",
+    "# x",
+    "\u2028x",
+]
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_a_cell_cannot_break_out_of_its_table_or_become_markup(name: str) -> None:
+    table = markdown_table(pd.DataFrame({"group": [name], "n": [1]}))
+    lines = table.splitlines()
+    assert len(lines) == 3
+    assert lines[2].startswith("| ")
+    assert lines[2].endswith(" | 1 |")
+    assert lines[2].count("|") == 3
+    assert not set("<>[]`*_~\\") & set(lines[2])
+    assert "&lt;" not in name or "&amp;lt;" in lines[2]
+
+
+def test_headers_are_as_safe_as_cells() -> None:
+    assert "<script>" not in markdown_table(pd.DataFrame({"<script>": [1]}))
+
+
+def test_numbers_are_short_and_nothing_is_empty() -> None:
+    frame = pd.DataFrame({"a": [1.23456, 1234567.8, 3.0, np.nan, None]}, dtype=object)
+    cells = [line.strip("| ") for line in markdown_table(frame).splitlines()[2:]]
+    assert cells == ["1.23", "1,234,568", "3", "", ""]
+
+
+def test_an_infinite_number_is_not_measured() -> None:
+    assert markdown_table(pd.DataFrame({"a": [np.inf]})).splitlines()[2] == "| - |"

@@ -1,0 +1,117 @@
+import json
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+from pipeline.models.meta_model import decode_booster
+from pipeline.tables import HOLDOUT
+from pipeline.testing.data import group_rows
+from pipeline.training.outcome import Outcome
+from pipeline.training.trainer import TrainingSettings, train_group
+from pipeline.training.worker import OUTCOME_COLUMNS, run_group
+
+
+@pytest.fixture
+def placed(rows: pd.DataFrame) -> pd.DataFrame:
+    return group_rows(rows, city="oslo").assign(grain=2, group_id='["north","oslo"]', task=7)
+
+
+def failing(error: BaseException) -> Any:
+    def train(frame: pd.DataFrame, grain: int, settings: TrainingSettings) -> Outcome:
+        raise error
+
+    return train
+
+
+def only_row(frame: pd.DataFrame) -> dict[str, Any]:
+    assert list(frame.columns) == [column.split()[0] for column in OUTCOME_COLUMNS.split(", ")]
+    [row] = frame.to_dict("records")
+    return {str(name): value for name, value in row.items()}
+
+
+def test_a_trained_group_is_one_row_with_its_booster(placed: pd.DataFrame, fleet_settings: TrainingSettings) -> None:
+    row = only_row(run_group(placed, fleet_settings))
+    expected = train_group(placed, 2, fleet_settings)
+    assert expected.booster is not None
+    assert (row["grain"], row["group_id"]) == (2, '["north","oslo"]')
+    assert row["booster_id"] == expected.booster.booster_id
+    assert decode_booster(row, "here").startswith("tree\n")
+    ledger = json.loads(row["ledger"])
+    assert (ledger["status"], ledger["reason"], ledger["task"]) == ("trained", None, 7)
+    assert ledger["n_rounds"] == expected.ledger["n_rounds"]
+
+
+def test_holdout_rows_travel_as_a_stream_and_come_back(placed: pd.DataFrame, fleet_settings: TrainingSettings) -> None:
+    row = only_row(run_group(placed, fleet_settings))
+    table = pa.ipc.open_stream(row["holdout"]).read_all()
+    assert table.schema.names == HOLDOUT.schema.names
+    found, sent = table.to_pandas(), train_group(placed, 2, fleet_settings).holdout
+    assert sent is not None
+    assert set(found["run_id"]) == {"run-1"}
+    assert set(found["grain"]) == {2}
+    assert set(found["group_id"]) == {'["north","oslo"]'}
+    plain = ["row_key", "split", "actual", "offset", "scale", "weight", "prediction"]
+    pd.testing.assert_frame_equal(found[plain], sent[plain])
+    assert found["time"].tolist() == sent["time"].tolist()
+    assert found["group_ids"].map(list).tolist() == sent["group_ids"].map(list).tolist()
+    assert found["baselines"].map(list).tolist() == sent["baselines"].map(list).tolist()
+
+
+@pytest.mark.parametrize("error", [ValueError("price is odd"), MemoryError("no room"), KeyError("price"), RuntimeError()])
+def test_an_exception_is_the_groups_outcome(placed: pd.DataFrame, fleet_settings: TrainingSettings, error: Exception) -> None:
+    row = only_row(run_group(placed, fleet_settings, failing(error)))
+    ledger = json.loads(row["ledger"])
+    assert (ledger["status"], ledger["reason"], ledger["task"]) == ("failed", "error", 7)
+    assert ledger["error_class"] == type(error).__name__
+    assert ledger["error_message"].startswith(f"{error} (train, line ")
+    assert (row["grain"], row["group_id"]) == (2, '["north","oslo"]')
+    assert all(pd.isna(row[name]) for name in ("booster_id", "sha256", "n_bytes", "text", "holdout"))
+
+
+def test_a_damaged_column_is_the_groups_outcome(placed: pd.DataFrame, fleet_settings: TrainingSettings) -> None:
+    ledger = json.loads(only_row(run_group(placed.drop(columns="sales"), fleet_settings))["ledger"])
+    assert (ledger["status"], ledger["error_class"]) == ("failed", "KeyError")
+    assert "sales" in ledger["error_message"]
+
+
+def test_a_long_message_is_cut(placed: pd.DataFrame, fleet_settings: TrainingSettings) -> None:
+    ledger = json.loads(only_row(run_group(placed, fleet_settings, failing(ValueError("x" * 10**6))))["ledger"])
+    assert len(ledger["error_message"]) == 2000
+
+
+def test_an_error_that_cannot_even_be_printed_is_the_groups_outcome(placed: pd.DataFrame, fleet_settings: TrainingSettings) -> None:
+    class Unprintable(Exception):
+        def __str__(self) -> str:
+            raise ValueError("no words")
+
+    ledger = json.loads(only_row(run_group(placed, fleet_settings, failing(Unprintable())))["ledger"])
+    assert (ledger["status"], ledger["error_class"]) == ("failed", "Unprintable")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit()])
+def test_whoever_stops_the_process_is_not_held_back(placed: pd.DataFrame, fleet_settings: TrainingSettings, error: BaseException) -> None:
+    with pytest.raises(type(error)):
+        run_group(placed, fleet_settings, failing(error))
+
+
+def test_rows_of_a_failed_pooled_group_are_judged_all_the_same(rows: pd.DataFrame, fleet_settings: TrainingSettings) -> None:
+    row = only_row(run_group(rows.assign(grain=0, group_id="[]", task=0), fleet_settings, failing(ValueError("x"))))
+    judged = pa.ipc.open_stream(row["holdout"]).read_all()
+    assert judged.num_rows > 0
+    assert judged["prediction"].null_count == judged.num_rows
+
+
+def test_a_pooled_group_that_cannot_be_judged_either_reports_its_first_error(rows: pd.DataFrame, fleet_settings: TrainingSettings) -> None:
+    frame = rows.drop(columns="sales").assign(grain=0, group_id="[]", task=0)
+    row = only_row(run_group(frame, fleet_settings, failing(ValueError("the first"))))
+    assert json.loads(row["ledger"])["error_message"].startswith("the first")
+    assert row["holdout"] is None
+
+
+def test_an_inherited_group_is_one_row_without_a_booster(placed: pd.DataFrame, fleet_settings: TrainingSettings) -> None:
+    row = only_row(run_group(placed.assign(sales=1.0), fleet_settings))
+    assert json.loads(row["ledger"])["reason"] == "constant_target"
+    assert row["text"] is None
+    assert row["holdout"] is None

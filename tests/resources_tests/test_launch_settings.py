@@ -1,0 +1,40 @@
+import pandas as pd
+import pytest
+from pydantic import ValidationError
+
+from pipeline.errors import SpecError
+from pipeline.spec import FleetSpec
+from resources.launch_settings import LaunchSettings
+
+
+def test_a_trial_keeps_its_tables_and_model_apart(shop: FleetSpec) -> None:
+    assert LaunchSettings().namespace(shop) == "shop"
+    assert LaunchSettings(limit_groups=3).namespace(shop) == "shop-trial"
+
+
+def test_the_launch_comes_before_the_fleet_and_the_fleet_before_the_data(shop: FleetSpec) -> None:
+    dated = shop.model_copy(update={"as_of": "2013-12-24"})
+    assert LaunchSettings().moment(shop) is None
+    assert LaunchSettings().moment(dated) == pd.Timestamp("2013-12-24")
+    assert LaunchSettings(as_of="2014-01-01T18:00").moment(dated) == pd.Timestamp("2014-01-01 18:00")
+
+
+def test_a_moment_with_a_zone_becomes_utc(shop: FleetSpec) -> None:
+    assert LaunchSettings(as_of="2014-01-01T01:00+02:00").moment(shop) == pd.Timestamp("2013-12-31 23:00")
+
+
+@pytest.mark.parametrize("text", ["yesterdayish", "2013-13-01", "24.12.2013 nachts", "NaT"])
+def test_what_is_no_moment_is_refused(shop: FleetSpec, text: str) -> None:
+    with pytest.raises(SpecError, match=r"as_of is .*; expected a date or time such as 2013-12-24") as told:
+        LaunchSettings(as_of=text).moment(shop)
+    assert text in str(told.value)
+
+
+@pytest.mark.parametrize("number", [0, -1])
+def test_a_limit_is_at_least_one(number: int) -> None:
+    with pytest.raises(ValidationError, match="limit_groups"):
+        LaunchSettings(limit_groups=number)
+
+
+def test_every_setting_says_what_it_does() -> None:
+    assert [name for name, field in LaunchSettings.model_fields.items() if not field.description] == []

@@ -1,0 +1,161 @@
+"""One contract for the MLflow registry and its double; then what only MLflow has."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from pipeline.errors import ModelNotFound, StoreError
+from pipeline.models.boosters import encode_booster
+from pipeline.models.meta_model import FleetModel, group_id
+from pipeline.models.pack import write_pack
+from pipeline.testing.doubles import MemoryRegistry
+from resources.mlflow_registry import CHALLENGER, CHAMPION, MlflowRegistry, input_types
+
+SPEC = {
+    "format": 1,
+    "fleet": "shop",
+    "grains": [[], ["store"]],
+    "features": ["x"],
+    "categories": {},
+    "required": ["store", "x"],
+    "target": {"column": "y", "transform": "none", "offset": None, "scale": None},
+    "constant": 2.0,
+    "constant_without_offset": 2.0,
+}
+
+
+@pytest.fixture(scope="module")
+def booster_text() -> str:
+    import lightgbm as lgb
+
+    x = np.linspace(0, 1, 100).reshape(-1, 1)
+    settings = {"verbosity": -1, "min_data_in_leaf": 5, "num_threads": 1}
+    return str(lgb.train(settings, lgb.Dataset(x, x[:, 0], params={"verbosity": -1}), num_boost_round=2).model_to_string())
+
+
+def pack_of(folder: Path, booster_text: str, n_groups: int, fleet_version: str) -> Path:
+    booster = encode_booster(booster_text)
+    ledger = pd.DataFrame(
+        {
+            "grain": [0] + [1] * n_groups,
+            "group_id": ["[]", *(group_id([str(number)]) for number in range(n_groups))],
+            "booster_id": [booster.booster_id] * (n_groups + 1),
+            "weight": [0.5] * (n_groups + 1),
+            "interval": [None] * (n_groups + 1),
+        }
+    )
+    write_pack(folder, {**SPEC, "fleet_version": fleet_version}, ledger, [vars(booster)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mlflow_registry(tmp_path_factory: pytest.TempPathFactory) -> MlflowRegistry:
+    root = tmp_path_factory.mktemp("ml flow [x] ü")
+    return MlflowRegistry(tracking_uri=f"sqlite:///{root}/store/mlflow.db", artifact_root=f"{root}/artifacts", scratch=f"{root}/scratch")
+
+
+@pytest.fixture(params=["mlflow", "memory"])
+def registry(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    return request.getfixturevalue("mlflow_registry") if request.param == "mlflow" else MemoryRegistry(tmp_path / "packs")
+
+
+def register(registry: Any, name: str, fleet_version: str, pack: Path, **changes: Any) -> Any:
+    given: dict[str, Any] = {
+        "inputs": {"store": "string", "x": "double"},
+        "parameters": {"pooling": "blend"},
+        "metrics": {"fleet_rmse": 1.5},
+        "tables": {"ledger.json": pd.DataFrame({"group_id": ["[]"]})},
+        "plots": {"training.png": b"\x89PNG"},
+        **changes,
+    }
+    return registry.register(name, fleet_version, pack=pack, **given)
+
+
+def test_a_version_goes_from_challenger_to_champion(registry: Any, tmp_path: Path, booster_text: str) -> None:
+    name = "contract"
+    assert registry.find(name, CHALLENGER) is None
+    with pytest.raises(ModelNotFound, match=r"'contract' has no champion.*materialise contract/models, meta_model and champion first"):
+        registry.get(name, CHAMPION)
+    first = register(registry, name, "run-1", pack_of(tmp_path / "one" / "pack", booster_text, 2, "run-1"))
+    assert (first.name, first.number, first.fleet_version) == (name, "1", "run-1")
+    assert registry.find(name, CHALLENGER) == registry.get(name, CHALLENGER) == first
+    assert registry.find(name, CHAMPION) is None
+    registry.promote(first)
+    second = register(registry, name, "run-2", pack_of(tmp_path / "two" / "pack", booster_text, 3, "run-2"))
+    assert registry.get(name, CHAMPION) == first
+    assert registry.get(name, CHALLENGER) == second
+    assert second.number == "2"
+    registry.promote(second)
+    assert registry.get(name, CHAMPION) == second
+    registry.promote(first)  # back
+    assert registry.get(name, CHAMPION) == first
+    for version, n_groups in ((first, 3), (second, 4)):
+        fetched = FleetModel(registry.fetch_pack(version))
+        assert fetched.fleet_version == version.fleet_version
+        assert len(fetched.groups()) == n_groups
+        assert fetched.predict(pd.DataFrame({"store": ["0", "new"], "x": [0.1, 0.9]}))["answered_by"].tolist() == ["[store]", "[]"]
+
+
+def artifacts_of(registry: MlflowRegistry, number: str, name: str) -> list[str]:
+    import mlflow
+
+    folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=f"models:/{name}/{number}", tracking_uri=registry.tracking_uri))
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != "registered_model_meta")
+
+
+@pytest.mark.slow
+def test_the_number_of_artifacts_does_not_grow_with_the_groups(mlflow_registry: MlflowRegistry, tmp_path: Path, booster_text: str) -> None:
+    found = []
+    for number, n_groups in enumerate((1, 500), start=1):
+        register(mlflow_registry, "counted", f"run-{number}", pack_of(tmp_path / str(n_groups) / "pack", booster_text, n_groups, f"run-{number}"))
+        found.append(artifacts_of(mlflow_registry, str(number), "counted"))
+    assert found[0] == found[1]
+    assert [path for path in found[0] if path.startswith("artifacts/pack/")] == [
+        f"artifacts/pack/{file}" for file in ("boosters.parquet", "chains.parquet", "spec.json")
+    ]
+
+
+def test_a_run_says_what_it_was(mlflow_registry: MlflowRegistry, tmp_path: Path, booster_text: str) -> None:
+    register(mlflow_registry, "described", "run-7", pack_of(tmp_path / "pack", booster_text, 1, "run-7"))
+    client = mlflow_registry._client()
+    experiment = client.get_experiment_by_name("described")
+    assert experiment.artifact_location.startswith(mlflow_registry.artifact_root)
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.run_name == run.data.tags["fleet_version"] == "run-7"
+    assert run.data.params["pooling"] == "blend"
+    assert run.data.metrics == {"fleet_rmse": 1.5}
+    assert {file.path for file in client.list_artifacts(run.info.run_id)} >= {"ledger.json", "plots"}
+    (version,) = client.search_model_versions("name='described'")
+    assert version.tags["fleet_version"] == "run-7"
+    import mlflow
+
+    info = mlflow.models.get_model_info("models:/described/1")
+    assert {column.name: (column.type.name, column.required) for column in info.signature.inputs.inputs} == {
+        "store": ("string", False),
+        "x": ("double", False),
+    }
+    assert info.signature.outputs.input_names() == ["prediction", "lower", "upper", "answered_by", "booster_id", "fleet_version"]
+
+
+def test_a_pack_is_fetched_once(mlflow_registry: MlflowRegistry, tmp_path: Path, booster_text: str) -> None:
+    version = register(mlflow_registry, "fetched", "run-1", pack_of(tmp_path / "pack", booster_text, 1, "run-1"))
+    first = mlflow_registry.fetch_pack(version)
+    stamp = (first / "boosters.parquet").stat().st_mtime_ns
+    assert mlflow_registry.fetch_pack(version) == first
+    assert (first / "boosters.parquet").stat().st_mtime_ns == stamp
+    assert json.loads((first / "spec.json").read_text(encoding="utf-8"))["fleet"] == "shop"
+
+
+def test_a_registry_that_refuses_is_told_with_the_next_step(tmp_path: Path, booster_text: str, mlflow_registry: MlflowRegistry) -> None:
+    pack = pack_of(tmp_path / "pack", booster_text, 1, "run-1")
+    with pytest.raises(StoreError, match=r"sqlite:///.*registering 'refused' failed .*materialise meta_model again"):
+        register(mlflow_registry, "refused", "run-1", pack, parameters={"a bad name\n\u2028!?": 1})
+
+
+def test_inputs_that_may_be_null_or_integers_are_doubles() -> None:
+    types = {"a": "bigint", "b": "double", "c": "decimal(10,2)", "d": "string", "e": "boolean", "f": "date", "g": "int"}
+    assert input_types(list(types), types) == {"a": "double", "b": "double", "c": "double", "d": "string", "e": "string", "f": "string", "g": "double"}

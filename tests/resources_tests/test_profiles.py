@@ -1,0 +1,82 @@
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import SpecError
+from resources import profiles
+from resources.profiles import AS_OF, DATA, DRY_RUN, LIMIT_GROUPS, PROFILE, current_profile, java_home
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (AS_OF, DATA, DRY_RUN, LIMIT_GROUPS, PROFILE, "JAVA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_without_any_variable_everything_is_local(tmp_path: Path) -> None:
+    profile = current_profile(tmp_path)
+    assert profile.data_root == str(tmp_path / ".data")
+    assert profile.tracking_uri == f"sqlite:///{tmp_path}/.data/mlflow/mlflow.db"
+    assert profile.spark_master.startswith("local[")
+    assert profile.spark_master.endswith(",4]")  # a failed task is tried again; plain local[n] would end the job
+    assert (profile.as_of, profile.limit_groups, profile.dry_run) == (None, None, False)
+
+
+def test_the_data_root_counts_from_the_project_unless_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DATA, "mine/here")
+    assert current_profile(tmp_path).data_root == str(tmp_path / "mine" / "here")
+    monkeypatch.setenv(DATA, str(tmp_path / "a b"))
+    assert current_profile(Path("/elsewhere")).data_root == str(tmp_path / "a b")
+
+
+def test_a_launch_may_be_set_by_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(AS_OF, "2013-12-24")
+    monkeypatch.setenv(LIMIT_GROUPS, "12")
+    monkeypatch.setenv(DRY_RUN, "1")
+    profile = current_profile(tmp_path)
+    assert (profile.as_of, profile.limit_groups, profile.dry_run) == ("2013-12-24", 12, True)
+
+
+@pytest.mark.parametrize(("text", "expected"), [("", False), ("0", False), ("no", False), ("FALSE", False), ("1", True), ("Yes", True), ("true", True)])
+def test_switches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, *, expected: bool) -> None:
+    monkeypatch.setenv(DRY_RUN, text)
+    assert current_profile(tmp_path).dry_run is expected
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        (PROFILE, "prod", "expected one of: local"),
+        (DRY_RUN, "maybe", "expected 1 or 0"),
+        (LIMIT_GROUPS, "many", "whole number of at least 1"),
+        (LIMIT_GROUPS, "0", "whole number of at least 1"),
+        (LIMIT_GROUPS, "-3", "whole number of at least 1"),
+        (LIMIT_GROUPS, "1.5", "whole number of at least 1"),
+        (LIMIT_GROUPS, "²", "whole number of at least 1"),
+    ],
+)
+def test_a_bad_value_is_refused_with_its_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str, expected: str) -> None:
+    monkeypatch.setenv(name, text)
+    with pytest.raises(SpecError) as told:
+        current_profile(tmp_path)
+    assert str(told.value).startswith(f"{name} is {text!r}")
+    assert expected in str(told.value)
+
+
+def test_an_empty_java_home_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAVA_HOME", "")
+    assert java_home() is None
+    monkeypatch.setenv("JAVA_HOME", "/opt/java")
+    assert java_home() == "/opt/java"
+
+
+def test_nobody_else_reads_the_environment() -> None:
+    root = Path(profiles.__file__).parent.parent
+    allowed = {"resources/profiles.py", "resources/process_environment.py"}
+    readers = {
+        str(path.relative_to(root))
+        for package in ("pipeline", "assets", "resources")
+        for path in (root / package).rglob("*.py")
+        if any(word in path.read_text(encoding="utf-8") for word in ("os.environ", "getenv", "environb"))
+    }
+    assert readers == allowed
