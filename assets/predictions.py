@@ -54,7 +54,9 @@ def predictions_asset(spec: FleetSpec) -> dg.AssetsDefinition:
             n_rows = rows.count()
             ledger = ledger_of(tables, namespace, version.fleet_version)
         if n_rows == 0:
-            context.log.warning(f"there is no row to score after {as_of} (score: {spec.scoring.score}); launch with an earlier as_of, or bring newer rows")
+            context.log.warning(
+                f"there is no row to score after {as_of} (score: {spec.scoring.score}); launch with an earlier as_of, or bring newer rows"
+            )
         facts = {
             "model": f"{namespace} version {version.number} (champion), run {version.fleet_version}",
             "predictions": f"{written.n_rows:,} of {n_rows:,} rows answered, as of {as_of}",

@@ -183,8 +183,8 @@ def _refuse_other_types(table: DeltaTable, schema: Schema, location: str) -> Non
         there = before.get(field.name)
         if there is not None and there != field.type:
             raise StoreError(
-                f"{location}: column {field.name!r} is {there.to_json()} in the table and {field.type.to_json()} in the new rows; nothing was committed: "
-                "move the table away to start a new one, or cast the column"
+                f"{location}: column {field.name!r} is {there.to_json()} in the table and {field.type.to_json()} in the new rows; "
+                "nothing was committed: move the table away to start a new one, or cast the column"
             )
 
 

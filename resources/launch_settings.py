@@ -34,10 +34,8 @@ class LaunchSettings(dg.ConfigurableResource):
         text = self.as_of or spec.as_of
         if text is None:
             return None
-        try:
-            moment = pd.Timestamp(text)
-        except ValueError:
-            moment = pd.NaT
-        if moment is pd.NaT:  # which is also what pandas makes of the text NaT
+        # Coercing, because a timestamp of its own pandas would also read from the text NaT.
+        moment = pd.to_datetime(text, errors="coerce")
+        if pd.isna(moment):
             raise SpecError(f"as_of is {text!r}; expected a date or time such as 2013-12-24 or 2013-12-24T18:00")
         return moment.tz_convert("UTC").tz_localize(None) if moment.tzinfo else moment

@@ -6,7 +6,7 @@ from typing import Any
 
 import dagster as dg
 import pytest
-from pyspark.sql import SparkSession  # noqa: TID253 - the fixtures below are Spark's
+from pyspark.sql import SparkSession
 
 from pipeline.spec import FleetSpec, parse_spec
 from resources.spark_session import SparkSessionResource

@@ -11,8 +11,9 @@ from sqlglot.optimizer.qualify import qualify
 from pipeline.errors import SpecError
 from pipeline.spec import FleetSpec
 
-# Spark functions that run Java or read files and the environment instead of computing from columns.
-FORBIDDEN = frozenset({"reflect", "java_method", "try_reflect", "input_file_name", "read_files", "hll_from_file", "current_user"})
+# Spark functions that run Java or read files and the environment instead of computing from columns, or that answer differently each time.
+FORBIDDEN = frozenset({"reflect", "java_method", "try_reflect", "input_file_name", "read_files", "current_user"})
+CHANGING = frozenset({"rand", "randn", "random", "uuid", "shuffle", "current_timestamp", "current_date", "current_time", "localtimestamp", "now"})
 
 
 def parse_select(text: str, sources: Sequence[str], *, file: str) -> exp.Query:
@@ -74,6 +75,8 @@ def _refuse_functions(tree: Any, where: str) -> None:
         name = (function.name if isinstance(function, exp.Anonymous) else function.sql_name()).lower()
         if name in FORBIDDEN:
             raise SpecError(f"{where} calls {name}, which reaches outside the data; remove it")
+        if name in CHANGING:
+            raise SpecError(f"{where} calls {name}, which gives another answer each time; use columns of the data, and the launch's as_of for today")
 
 
 def check_features(spec: FleetSpec, text: str, *, file: str, schemas: Mapping[str, Mapping[str, str]] | None = None) -> None:

@@ -1,6 +1,7 @@
 """Building a feature table on Spark: the SQL, made-up future rows, features of the past, derived columns."""
 
 from collections.abc import Mapping, Sequence
+
 import pandas as pd
 import pyarrow as pa
 from pyspark.errors import AnalysisException
@@ -166,11 +167,12 @@ def check_feature_table(rows: DataFrame, spec: FleetSpec) -> dict[str, int]:
     per_key = rows.groupBy("row_key").agg(
         sf.count("*").alias("n"),
         sf.sum(sf.col("time").isNull().cast("long")).alias("n_timeless"),
+        sf.sum((sf.col("known_at") < sf.col("time")).cast("long")).alias("n_early"),
         sf.sum(target.isNotNull().cast("long")).alias("n_targets"),
         sf.sum(sf.col("is_future").cast("long")).alias("n_future"),
     )
     counts = per_key.agg(
-        *(sf.coalesce(sf.sum(name), sf.lit(0)).alias(name) for name in ("n", "n_timeless", "n_targets", "n_future")),
+        *(sf.coalesce(sf.sum(name), sf.lit(0)).alias(name) for name in ("n", "n_timeless", "n_early", "n_targets", "n_future")),
         sf.coalesce(sf.sum((sf.col("n") > 1).cast("long")), sf.lit(0)).alias("n_doubled"),
     ).collect()[0]
     where = spec.features.sql
@@ -180,6 +182,11 @@ def check_feature_table(rows: DataFrame, spec: FleetSpec) -> dict[str, int]:
         )
     if counts["n_timeless"]:
         raise DataError(f"{counts['n_timeless']} of {counts['n']} rows have no {spec.time!r} (time); leave them out in {where}")
+    if counts["n_early"]:
+        raise DataError(
+            f"{counts['n_early']} of {counts['n']} rows have a {spec.known_at!r} (known_at) before their {spec.time!r} (time): "
+            f"a target cannot be known before it is realised, and windows would see it; correct one of them in {where}"
+        )
     if counts["n_doubled"]:
         examples = [row["row_key"] for row in per_key.where("n > 1").orderBy("row_key").limit(5).collect()]
         raise DataError(

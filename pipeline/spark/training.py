@@ -81,8 +81,11 @@ def count_groups(rows: DataFrame, spec: FleetSpec, cutoffs: Cutoffs) -> Training
     offset = finite(sf.col(f"`{target.offset}`")) if target.offset else sf.lit(0.0)
     scale = finite(sf.col(f"`{target.scale}`")) if target.scale else sf.lit(1.0)
     residual = finite((linked - offset) / sf.when(scale > 0, scale))
+    # As the trainer counts: rows of no weight teach nothing.
+    weighs = finite(sf.col(f"`{target.weight}`")) > 0 if target.weight else sf.lit(True)
     narrow = rows.select(
         _grain_column(spec).alias("_level"),
+        weighs.alias("_weighs"),
         _split_column(cutoffs).alias("_split"),
         sf.col(f"`{target.column}`").isNotNull().alias("_known"),
         linked.alias("_linked"),
@@ -92,7 +95,7 @@ def count_groups(rows: DataFrame, spec: FleetSpec, cutoffs: Cutoffs) -> Training
     def rows_where(condition: Column, name: str) -> Column:
         return sf.sum(condition.cast("long")).alias(name)
 
-    usable = sf.col("_residual").isNotNull()
+    usable = sf.col("_residual").isNotNull() & sf.coalesce(sf.col("_weighs"), sf.lit(False))
     fit = sf.col("_split") == FIT
     counted = narrow.groupBy("_level.grain", "_level.group_id").agg(
         sf.first("_level.parent_id").alias("parent_id"),

@@ -4,8 +4,7 @@ They know neither Dagster nor Spark; an asset takes them wherever it asks for `t
 """
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,7 +134,8 @@ class MemoryTables:
 
     def read_pandas(self, location: str, *, where: Mapping[str, str] | None = None, columns: Sequence[str] | None = None) -> pd.DataFrame:
         """A table, or its rows that equal `where`, as pandas."""
-        return self.read_arrow(location, where=where, columns=columns).to_pandas()
+        found: pd.DataFrame = self.read_arrow(location, where=where, columns=columns).to_pandas()
+        return found
 
     def read_spark(self, spark: Any, location: str, version: int | None = None) -> Any:
         """A table as a Spark data frame."""
@@ -218,7 +218,7 @@ class MemoryRegistry:
         """Keep the pack, and let it be the challenger."""
         known = self.versions.setdefault(name, [])
         version = MemoryVersion(name, str(len(known) + 1), fleet_version)
-        shutil.copytree(pack, self._pack(version))
+        shutil.copytree(pack, self._pack(version), dirs_exist_ok=True)
         known.append(version)
         self.aliases[name, "challenger"] = version.number
         return version
@@ -266,20 +266,3 @@ class FailingTrainer:
         if frame["group_id"].iloc[0] in self.group_ids:
             raise ZeroDivisionError("division by zero, as ordered")
         return train_group(frame, grain, settings)
-
-
-@contextmanager
-def kept_calls(target: Any, name: str) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
-    """Record the calls of a method while it goes on working: positional and keyword arguments of each."""
-    original = getattr(target, name)
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def recorded(*args: Any, **kwargs: Any) -> Any:
-        calls.append((args, kwargs))
-        return original(*args, **kwargs)
-
-    setattr(target, name, recorded)
-    try:
-        yield calls
-    finally:
-        setattr(target, name, original)

@@ -131,5 +131,3 @@ def fleet(finished: tuple[Shop, dg.ExecuteInProcessResult], tmp_path: Path) -> S
 @pytest.fixture(scope="session")
 def first_run(finished: tuple[Shop, dg.ExecuteInProcessResult]) -> dg.ExecuteInProcessResult:
     return finished[1]
-
-

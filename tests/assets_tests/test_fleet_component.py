@@ -116,6 +116,11 @@ def test_a_scaffolded_fleet_loads_as_it_is(tmp_path: Path) -> None:
 
 
 def test_import_directions_hold() -> None:
-    run = subprocess.run([sys.executable, "-c", "from importlinter.cli import lint_imports_command; lint_imports_command()"], capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", "from importlinter.cli import lint_imports_command; lint_imports_command()"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert run.returncode == 0, run.stdout
     assert "0 broken" in run.stdout

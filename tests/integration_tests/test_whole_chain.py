@@ -110,7 +110,9 @@ def test_every_group_has_one_ledger_row_and_every_future_row_one_answer(chain: C
 
 
 def test_materialisations_tell_rows_states_and_show_plots(chain: Chain) -> None:
-    metadata = {event.asset_key.path[-1]: event.materialization.metadata for event in chain.result.get_asset_materialization_events() if event.asset_key}
+    metadata = {
+        event.asset_key.path[-1]: event.materialization.metadata for event in chain.result.get_asset_materialization_events() if event.asset_key
+    }
     assert metadata["txhousing"]["dagster/row_count"].value == 8602
     assert metadata["predictions"]["dagster/row_count"].value == len(CITIES)
     assert "trained" in str(metadata["models"]["fleet/status"].value)
@@ -148,7 +150,11 @@ def test_nothing_that_is_stored_or_registered_is_pickled(chain: Chain) -> None:
     assert len(files) > 20
     assert [path.name for path in files if path.suffix in (".pkl", ".pickle", ".joblib")] == []
     # Protocol 2 and later begin with this opcode, and end with a full stop.
-    pickles = [path for path in files if (data := path.read_bytes())[:1] == b"\x80" and data[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and data[-1:] == b"."]
+    pickles = [
+        path
+        for path in files
+        if (data := path.read_bytes())[:1] == b"\x80" and data[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and data[-1:] == b"."
+    ]
     assert pickles == []
     models = [yaml.safe_load(path.read_text()) for path in files if path.name == "MLmodel"]
     assert models

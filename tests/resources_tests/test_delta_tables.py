@@ -46,7 +46,12 @@ def object_store() -> Iterator[dict[str, str]]:
         "AWS_CONDITIONAL_PUT": "etag",
     }
     pf.S3FileSystem(
-        access_key="test", secret_key="test", region="us-east-1", scheme="http", endpoint_override=f"127.0.0.1:{port}", allow_bucket_creation=True
+        access_key="test",
+        secret_key=options["AWS_SECRET_ACCESS_KEY"],
+        region="us-east-1",
+        scheme="http",
+        endpoint_override=f"127.0.0.1:{port}",
+        allow_bucket_creation=True,
     ).create_dir(BUCKET)
     yield options
     server.terminate()
@@ -262,7 +267,7 @@ def test_rows_that_could_not_be_read_beside_the_others_are_refused(local: DeltaT
     other = pa.schema([("x", pa.string()), ("name", pa.string())])
     file = local.write_file(pa.table({"x": ["one"], "name": ["b"]}), other, location)
     mode, target = ("append", None) if keep == "append" else ("overwrite", {"name": "b"})
-    with pytest.raises(StoreError, match="column 'x' is .*long.* in the table and .*string.* in the new rows; nothing was committed"):
+    with pytest.raises(StoreError, match=r"column 'x' is .*long.* in the table and .*string.* in the new rows; nothing was committed"):
         local.commit(location, [file], other, mode=mode, partition=target)  # type: ignore[list-item, arg-type]
     assert values(local, location) == [1]
 

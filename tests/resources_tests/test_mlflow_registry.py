@@ -158,4 +158,12 @@ def test_a_registry_that_refuses_is_told_with_the_next_step(tmp_path: Path, boos
 
 def test_inputs_that_may_be_null_or_integers_are_doubles() -> None:
     types = {"a": "bigint", "b": "double", "c": "decimal(10,2)", "d": "string", "e": "boolean", "f": "date", "g": "int"}
-    assert input_types(list(types), types) == {"a": "double", "b": "double", "c": "double", "d": "string", "e": "string", "f": "string", "g": "double"}
+    assert input_types(list(types), types) == {
+        "a": "double",
+        "b": "double",
+        "c": "double",
+        "d": "string",
+        "e": "string",
+        "f": "string",
+        "g": "double",
+    }

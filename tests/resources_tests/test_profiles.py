@@ -37,7 +37,9 @@ def test_a_launch_may_be_set_by_variables(tmp_path: Path, monkeypatch: pytest.Mo
     assert (profile.as_of, profile.limit_groups, profile.dry_run) == ("2013-12-24", 12, True)
 
 
-@pytest.mark.parametrize(("text", "expected"), [("", False), ("0", False), ("no", False), ("FALSE", False), ("1", True), ("Yes", True), ("true", True)])
+@pytest.mark.parametrize(
+    ("text", "expected"), [("", False), ("0", False), ("no", False), ("FALSE", False), ("1", True), ("Yes", True), ("true", True)]
+)
 def test_switches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, *, expected: bool) -> None:
     monkeypatch.setenv(DRY_RUN, text)
     assert current_profile(tmp_path).dry_run is expected

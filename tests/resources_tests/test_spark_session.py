@@ -3,7 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from pyspark.sql import SparkSession  # noqa: TID253 - the session is what is tested
+from pyspark.sql import SparkSession
 
 from resources.spark_session import SparkSessionResource
 
@@ -63,7 +63,7 @@ def test_files_cannot_be_read_from_sql(spark: SparkSession, tmp_path: Path) -> N
 
 
 def test_further_settings_win_over_ours() -> None:
-    resource = SparkSessionResource(master="local[3]", task_cpus=3, scratch="/tmp/s", conf={"spark.sql.shuffle.partitions": "9", "spark.x": "y"})
+    resource = SparkSessionResource(master="local[3]", task_cpus=3, scratch="scratch", conf={"spark.sql.shuffle.partitions": "9", "spark.x": "y"})
     settings = resource._settings()
     assert settings["spark.task.cpus"] == "3"
     assert settings["spark.sql.shuffle.partitions"] == "9"

@@ -238,3 +238,9 @@ def test_a_lag_of_the_target_is_known() -> None:
         "derived": {"x": "sales_lag_1 / sales_mean_7_days"},
     }
     check_features(small_spec(features=features), SQL, file="features.sql")
+
+
+@pytest.mark.parametrize("call", ["rand()", "uuid()", "now()", "current_timestamp()", "current_date()"])
+def test_a_function_that_answers_differently_each_time_is_refused(call: str) -> None:
+    with pytest.raises(SpecError, match="another answer each time"):
+        check_expression(call, where="features.derived.x")

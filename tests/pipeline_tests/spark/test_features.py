@@ -129,7 +129,7 @@ def test_rows_to_come_are_made_up_for_every_entity(spark: SparkSession, shop_att
         for region, store in entities.to_numpy(dtype=object)
         for n in (1, 2, 3)
     }
-    known = sales.set_index(["region", "store", "sold_on"])["amount"].to_dict()
+    known = {(row.region, row.store, row.sold_on): row.amount for row in sales.itertuples()}
     for row in future.itertuples():
         expected = known.get((row.region, row.store, row.time - pd.DateOffset(months=3)))
         assert (np.isnan(row.amount_lag_3) and expected is None) or row.amount_lag_3 == expected
@@ -169,7 +169,13 @@ def test_a_doubled_key_is_refused_with_examples(spark: SparkSession, shop: Fleet
         check_feature_table(rows, shop)
     message = str(told.value)
     assert message.startswith("2 entity keys are there more than once")
-    for part in ('["n","a","2020-01-01 00:00:00"]', '["n",null,"2020-01-01 00:00:00"]', "['region', 'store']", "sold_on", "deduplicate in features.sql"):
+    for part in (
+        '["n","a","2020-01-01 00:00:00"]',
+        '["n",null,"2020-01-01 00:00:00"]',
+        "['region', 'store']",
+        "sold_on",
+        "deduplicate in features.sql",
+    ):
         assert part in message
     assert '"b"' not in message
 
@@ -217,6 +223,13 @@ def test_rows_without_a_time_are_refused(spark: SparkSession, shop: FleetSpec) -
     rows = build_features(spark, shop, ROW + " UNION ALL " + ROW.replace("date'2020-01-01'", "cast(null as date)"), {})
     with pytest.raises(DataError, match=r"1 of 2 rows have no 'sold_on' \(time\); leave them out in features\.sql"):
         check_feature_table(rows, shop)
+
+
+def test_a_target_that_is_known_before_its_time_is_refused(spark: SparkSession, shop_attributes: dict[str, Any]) -> None:
+    spec = built({**shop_attributes, "known_at": "told_on"})
+    told_early = ROW.replace("date'2020-01-01'", "date'2020-01-01' - INTERVAL 1 DAY told_on, date'2020-01-01'")
+    with pytest.raises(DataError, match=r"1 of 1 rows have a 'told_on' \(known_at\) before their 'sold_on' \(time\)"):
+        check_feature_table(build_features(spark, spec, told_early, {}), spec)
 
 
 @pytest.mark.parametrize("score", ["new", "future"])

@@ -118,9 +118,7 @@ def told() -> list[tuple[int, int, float]]:
 
 
 @pytest.fixture(scope="module")
-def finished(
-    spark: SparkSession, run: PlannedRun, spec: FleetSpec, roots: dict[str, str], told: list[tuple[int, int, float]]
-) -> FinishedRun:
+def finished(spark: SparkSession, run: PlannedRun, spec: FleetSpec, roots: dict[str, str], told: list[tuple[int, int, float]]) -> FinishedRun:
     trainer = FailingTrainer(frozenset({FAILING}))
     return train_run(spark, run, spec, roots=roots, options={}, report=lambda *progress: told.append(progress), train=trainer)
 
@@ -207,7 +205,20 @@ def test_spark_trains_each_group_as_pandas_does(
 ) -> None:
     holdout = stored(roots, "holdout", finished).to_pandas()
     boosters = {row["booster_id"]: row for row in stored(roots, "boosters", finished).to_pylist()}
-    same = ["status", "reason", "booster_id", "n_fit", "n_tune", "n_report", "n_invalid", "n_trials", "n_rounds", "parameters", "stopped_by", "tune_loss"]
+    same = [
+        "status",
+        "reason",
+        "booster_id",
+        "n_fit",
+        "n_tune",
+        "n_report",
+        "n_invalid",
+        "n_trials",
+        "n_rounds",
+        "parameters",
+        "stopped_by",
+        "tune_loss",
+    ]
     trained = 0
     for row in finished.ledger.to_dict("records"):
         key = row["grain"], row["group_id"]
@@ -356,9 +367,7 @@ def test_constants_are_the_means_of_fit_rows(groups: dict[tuple[int, str], pd.Da
     assert run.constants == (pytest.approx((linked - fit["level"]).mean()), pytest.approx(linked.mean()))
 
 
-def test_categories_are_counted_on_fit_rows_and_limited(
-    run: PlannedRun, spec: FleetSpec, groups: dict[tuple[int, str], pd.DataFrame]
-) -> None:
+def test_categories_are_counted_on_fit_rows_and_limited(run: PlannedRun, spec: FleetSpec, groups: dict[tuple[int, str], pd.DataFrame]) -> None:
     everything = groups[0, "[]"]
     start = run.cutoffs.tune_start
     fit = everything[(everything["time"] < start) & (everything["known_at"] < start) & everything["y"].notna()]

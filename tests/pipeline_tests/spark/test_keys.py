@@ -11,7 +11,29 @@ from pipeline.spark.keys import finite, group_id_column, inverse_link_column, li
 
 pytestmark = pytest.mark.spark
 
-NASTY = ["../x", "a/b", "🐟", "", None, '"', "\\", "\\u2028", "a\nb", "\x00", "\x1f", "\x7f", "\x80", "\u2028\u2029", "null", "[]", "é", "Ω", "'", "`", " "]
+NASTY = [
+    "../x",
+    "a/b",
+    "🐟",
+    "",
+    None,
+    '"',
+    "\\",
+    "\\u2028",
+    "a\nb",
+    "\x00",
+    "\x1f",
+    "\x7f",
+    "\x80",
+    "\u2028\u2029",
+    "null",
+    "[]",
+    "é",
+    "Ω",
+    "'",
+    "`",
+    " ",
+]
 # Spark's strings are UTF-8, which has no lone surrogates.
 TEXTS = st.none() | st.sampled_from(NASTY) | st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 ROWS = st.tuples(TEXTS, st.none() | st.integers(-(2**63), 2**63 - 1), st.none() | st.booleans(), st.none() | st.dates(dt.date(1, 1, 1)))
