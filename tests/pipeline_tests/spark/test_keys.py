@@ -2,7 +2,7 @@ import datetime as dt
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from pyspark.sql import SparkSession
 
@@ -39,7 +39,8 @@ TEXTS = st.none() | st.sampled_from(NASTY) | st.text(st.characters(exclude_categ
 ROWS = st.tuples(TEXTS, st.none() | st.integers(-(2**63), 2**63 - 1), st.none() | st.booleans(), st.none() | st.dates(dt.date(1, 1, 1)))
 
 
-@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
+# Many rows an example, because an example is a Spark job; shrinking one would be hundreds of jobs.
+@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate], database=None)
 @given(st.lists(ROWS, min_size=150, max_size=400))
 def test_spark_writes_the_group_id_that_python_writes(spark: SparkSession, rows: list[tuple[Any, ...]]) -> None:
     rows = [*rows, *((text, 7, True, dt.date(2020, 2, 29)) for text in NASTY)]
