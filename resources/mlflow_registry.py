@@ -1,5 +1,6 @@
 """The MLflow registry: one run and one registered version per training run, a constant number of calls."""
 
+import importlib
 import logging
 import shutil
 import tempfile
@@ -51,7 +52,12 @@ class MlflowRegistry(dg.ConfigurableResource):
 
     @contextmanager
     def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator["MlflowRegistry"]:  # noqa: ARG002
-        """Import MLflow and open its store beside the run's first steps: both take seconds."""
+        """Open MLflow's store beside the run's first steps: a new one takes seconds.
+
+        Imports happen here and not in the thread: a half-imported sqlalchemy.orm makes Dagster's own queries fail.
+        """
+        for module in ("sqlalchemy.orm", "mlflow", "mlflow.store.db.utils"):
+            importlib.import_module(module)
         self._starter = threading.Thread(target=self._warm_up, name="mlflow-start", daemon=True)
         self._starter.start()
         try:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+from dagster_pyspark import LazyPySparkResource
 from pydantic import Field, PrivateAttr
 from pyspark.sql import SparkSession
 
@@ -64,8 +65,6 @@ class SparkSessionResource(dg.ConfigurableResource):
         return max(1, self.session.sparkContext.defaultParallelism // self.task_cpus)
 
     def _start(self) -> None:
-        from dagster_pyspark import LazyPySparkResource
-
         try:
             set_for_children(PYSPARK_PYTHON=sys.executable, PYSPARK_DRIVER_PYTHON=sys.executable, JAVA_HOME=find_java(Path(self.scratch)))
             self._session = LazyPySparkResource(spark_config=self._settings()).spark_session
