@@ -37,6 +37,7 @@ EXAMPLE: dict[str, Any] = {
     "horizon": "1 month",
     "target": {"column": "price", "transform": "log", "offset": "level"},
     "splits": {"report": "12 months", "tune": "12 months"},
+    "tuning": {"tune_rows": 6},
     "baselines": {"last value": "price_lag_1"},
     "scoring": {"score": "future"},
 }

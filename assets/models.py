@@ -17,7 +17,7 @@ from pipeline.spark.files import WrittenFile
 from pipeline.spark.fleet_training import FinishedRun, PlannedRun, manifest, plan_run, train_run
 from pipeline.spec import FleetSpec
 from pipeline.tables import BOOSTERS, HOLDOUT, LEDGER, RUNS, TableContract
-from pipeline.training.outcome import Status
+from pipeline.training.outcome import TOO_FEW_ROWS, Status
 from resources.delta_tables import DeltaTables, contract_metadata
 from resources.launch_settings import LaunchSettings
 from resources.spark_session import SparkSessionResource
@@ -56,7 +56,7 @@ def models_asset(spec: FleetSpec) -> dg.AssetsDefinition:
                 slots=spark.slots,
                 threads=spark.task_cpus,
             )
-            context.log.info(_plan_text(run))
+            context.log.info(_plan_text(run, spec))
             if launch.dry_run:
                 context.log.info("dry run: nothing was trained\n" + _largest(run))
                 return
@@ -115,9 +115,12 @@ def models_checks(spec: FleetSpec) -> dg.AssetChecksDefinition:
     return checks
 
 
-def _plan_text(run: PlannedRun) -> str:
-    cutoffs = run.cutoffs
-    return f"plan: {run.plan.describe()}; as of {cutoffs.as_of}, tune from {cutoffs.tune_start}, report from {cutoffs.report_start}"
+def _plan_text(run: PlannedRun, spec: FleetSpec) -> str:
+    cutoffs, tuning = run.cutoffs, spec.tuning
+    text = f"plan: {run.plan.describe()}; as of {cutoffs.as_of}, tune from {cutoffs.tune_start}, report from {cutoffs.report_start}"
+    if not run.plan.groups["reason"].eq(TOO_FEW_ROWS).any():
+        return text
+    return f"{text}; a group is trained from {tuning.fit_rows} fit and {tuning.tune_rows} tune rows (tuning.fit_rows, tuning.tune_rows)"
 
 
 def _largest(run: PlannedRun) -> str:
