@@ -53,6 +53,7 @@ def meta_model_asset(spec: FleetSpec) -> dg.AssetsDefinition:
             run = newest_run(tables, namespace)
             run_id = str(run["run_id"])
             ledger = ledger_of(tables, namespace, run_id)
+            plot = training_plot(ledger, spec)
             pack = Path(folder) / "pack"
             boosters_location = tables.location(namespace, BOOSTERS.name)
             boosters = tables.read_arrow(boosters_location, where={"run_id": run_id}).to_pylist() if tables.exists(boosters_location) else []
@@ -69,7 +70,7 @@ def meta_model_asset(spec: FleetSpec) -> dg.AssetsDefinition:
                 parameters=run_parameters(run, spec),
                 metrics=run_metrics(ledger, spec),
                 tables={"ledger.json": ledger.head(LEDGER_ROWS_LOGGED)},
-                plots={"training.png": training_plot(ledger, spec)},
+                plots={"training.png": plot},
             )
             check = _registered_model_answers(registry, version, answering, sample)
             pack_bytes = sum(path.stat().st_size for path in pack.iterdir())
@@ -86,7 +87,7 @@ def meta_model_asset(spec: FleetSpec) -> dg.AssetsDefinition:
                     }
                 ),
                 "fleet/errors": dg.MetadataValue.md(markdown_table(pd.DataFrame([vars(error) for error in fleet_errors(ledger, spec)]))),
-                "fleet/plot": png(training_plot(ledger, spec)),
+                "fleet/plot": png(plot),
             },
             check_results=[check],
         )

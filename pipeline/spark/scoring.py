@@ -80,18 +80,17 @@ class AnswerCounts:
 def count_answers(predictions: DataFrame, as_of: pd.Timestamp) -> AnswerCounts:
     """Count the answers of one as-of, as they stand in the table."""
     answers = predictions.where(sf.col("as_of") == as_of.isoformat())
-    per_key = answers.groupBy("row_key", "answered_by").agg(
+    per_grain = answers.groupBy("answered_by").agg(
         sf.count("*").alias("n"), sf.sum(finite(sf.col("prediction")).isNull().cast("long")).alias("n_missing")
     )
-    per_grain = per_key.groupBy("answered_by").agg(
-        sf.sum("n").alias("n"), sf.sum("n_missing").alias("n_missing"), sf.sum((sf.col("n") > 1).cast("long")).alias("n_doubled")
-    )
     found = sorted(per_grain.collect(), key=lambda row: (-row["n"], row["answered_by"]))
+    # By key alone: a row may have been answered twice by different grains.
+    n_doubled = answers.groupBy("row_key").count().where("count > 1").count()
     sample = [row[0] for row in answers.select("prediction").where("prediction IS NOT NULL").limit(PLOTTED_ROWS).collect()]
     return AnswerCounts(
         n_rows=sum(row["n"] for row in found),
         n_missing=sum(row["n_missing"] for row in found),
-        n_doubled=sum(row["n_doubled"] for row in found),
+        n_doubled=n_doubled,
         answered_by={row["answered_by"]: int(row["n"]) for row in found},
         sample=sample,
     )
