@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from assets.link import link_key, link_settings, png, prefixed, readable_failures
-from assets.newest_run import ledger_of, newest_run
+from assets.newest_run import ledger_of, newest_run, waves_of
 from pipeline.models.meta_model import FleetModel
 from pipeline.models.pack import write_pack
 from pipeline.reporting.plots import training_plot
@@ -56,7 +56,9 @@ def meta_model_asset(spec: FleetSpec) -> dg.AssetsDefinition:
             plot = training_plot(ledger, spec)
             pack = Path(folder) / "pack"
             boosters_location = tables.location(namespace, BOOSTERS.name)
-            boosters = tables.read_arrow(boosters_location, where={"run_id": run_id}).to_pylist() if tables.exists(boosters_location) else []
+            wanted = sorted(set(ledger["booster_id"].dropna()))
+            found = {"wave": waves_of(run), "booster_id": wanted}
+            boosters = tables.read_arrow(boosters_location, where=found).to_pylist() if wanted else []
             write_pack(pack, pack_spec(run), ledger, boosters)
             features = tables.read_spark(spark.session, tables.location(spec.name, "features"), int(str(run["features_version"])))
             dtypes = {field.name: field.dataType.simpleString() for field in features.schema}

@@ -1,25 +1,26 @@
 """`<fleet>/models`: grouped training; boosters, holdout and one ledger row per group."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import get_args
 
 import dagster as dg
 import pandas as pd
-import pyarrow as pa
 
 from assets.link import link_key, link_settings, png, prefixed, readable_failures
-from assets.newest_run import ledger_of, newest_run
+from assets.newest_run import ledger_of, newest_run, waves_of
 from assets.progress import progress_lines
+from pipeline.faults import crash_point
 from pipeline.models.meta_model import PackError, decode_booster
 from pipeline.reporting.plots import plan_plot, training_plot
-from pipeline.reporting.summary import fleet_errors, markdown_table, slowest_groups, status_counts, worst_groups
-from pipeline.spark.files import WrittenFile
-from pipeline.spark.fleet_training import FinishedRun, PlannedRun, manifest, plan_run, train_run
+from pipeline.reporting.summary import fleet_errors, markdown_table, slowest_groups, status_counts, worst_groups, worthwhile_groups
+from pipeline.spark.fleet_training import Cluster, History, PlannedRun, plan_run, train_run
 from pipeline.spec import FleetSpec
-from pipeline.tables import BOOSTERS, HOLDOUT, LEDGER, RUNS, TableContract
+from pipeline.tables import BOOSTERS, LEDGER
 from pipeline.training.outcome import TOO_FEW_ROWS, Status
 from resources.delta_tables import DeltaTables, contract_metadata
 from resources.launch_settings import LaunchSettings
+from resources.lease import hold_lease
 from resources.spark_session import SparkSessionResource
 
 CHECKED_BOOSTERS = 200
@@ -41,41 +42,52 @@ def models_asset(spec: FleetSpec) -> dg.AssetsDefinition:
     def models(
         context: dg.AssetExecutionContext, tables: DeltaTables, spark: SparkSessionResource, launch: LaunchSettings
     ) -> Iterator[dg.MaterializeResult]:
-        namespace, run_id = launch.namespace(spec), context.run.run_id
-        started_at = pd.Timestamp.now(tz="UTC")
-        with readable_failures():
+        namespace = launch.namespace(spec)
+        with readable_failures(), ExitStack() as held:
+            lease = None if launch.dry_run else held.enter_context(hold_lease(tables, namespace, context.run.run_id))
+            crash_point("lease_taken")
             features_location = tables.location(spec.name, "features")
             features_version = tables.version(features_location)
-            features = tables.read_spark(spark.session, features_location, features_version)
             run = plan_run(
-                features,
+                tables.read_spark(spark.session, features_location, features_version),
                 spec,
-                run_id=run_id,
-                as_of=launch.moment(spec),
-                limit_groups=launch.limit_groups,
+                launch.request(spec, context.run.run_id),
+                History.read(tables, namespace),
                 slots=spark.slots,
                 threads=spark.task_cpus,
             )
             context.log.info(_plan_text(run, spec))
-            if launch.dry_run:
+            if lease is None:
                 context.log.info("dry run: nothing was trained\n" + _largest(run))
                 return
-            locations = {contract.name: tables.location(namespace, contract.name) for contract in (RUNS, BOOSTERS, HOLDOUT, LEDGER)}
+            if run.is_resumed:
+                context.log.info(f"resuming run {run.run_id}, which was interrupted")
             report = progress_lines(context.log, len(run.plan.to_train), float(run.plan.to_train["cost_seconds"].sum()))
-            finished = train_run(spark.session, run, spec, roots=locations, options=tables.storage_options, report=report)
-            _commit(tables, locations, run, finished, manifest(run, spec, started_at=started_at, features_version=features_version))
-            ledger = tables.read_pandas(locations["ledger"], where={"run_id": run_id})
+            cluster = Cluster(spark.session, report, spark.group_memory_bytes)
+            ledger = train_run(cluster, tables, namespace, run, spec, features_version=features_version, check=lease.check)
+            location = tables.location(namespace, LEDGER.name)
+        context.log.info(_told(ledger))
         yield dg.MaterializeResult(
             metadata={
-                **contract_metadata(LEDGER, locations["ledger"]),
+                **contract_metadata(LEDGER, location),
                 "dagster/row_count": len(ledger),
                 "fleet/status": dg.MetadataValue.md(markdown_table(status_counts(ledger))),
                 "fleet/errors": dg.MetadataValue.md(markdown_table(pd.DataFrame([vars(error) for error in fleet_errors(ledger, spec)]))),
                 "fleet/worst_groups": dg.MetadataValue.md(markdown_table(worst_groups(ledger, 20))),
                 "fleet/slowest_groups": dg.MetadataValue.md(markdown_table(slowest_groups(ledger))),
+                "fleet/own_models": dg.MetadataValue.md(markdown_table(worthwhile_groups(ledger, 20))),
                 "fleet/plot": png(training_plot(ledger, spec)),
                 "fleet/planned_against_real": png(plan_plot(ledger)),
-                **prefixed({"run_id": run_id, "plan": run.plan.describe(), "as_of": str(run.cutoffs.as_of), "features_version": features_version}),
+                **prefixed(
+                    {
+                        "run_id": run.run_id,
+                        "resumed": run.is_resumed,
+                        "plan": run.plan.describe(),
+                        "as_of": str(run.cutoffs.as_of),
+                        "features_version": features_version,
+                        "trained_seconds": float(ledger["seconds"].sum()),
+                    }
+                ),
             },
         )
 
@@ -97,7 +109,7 @@ def models_checks(spec: FleetSpec) -> dg.AssetChecksDefinition:
                 "Boosters in the store have the digests and ids that the ledger names (all, or 200 of them).",
                 blocking=True,
             ),
-            check("no_group_failed", "No group ended in an error."),
+            check("no_group_failed", "No group ended in an error or killed its process."),
         ],
     )
     def checks(tables: DeltaTables, launch: LaunchSettings) -> Iterator[dg.AssetCheckResult]:
@@ -107,7 +119,7 @@ def models_checks(spec: FleetSpec) -> dg.AssetChecksDefinition:
             ledger = ledger_of(tables, namespace, str(run["run_id"]))
             results = [
                 _every_group_has_an_outcome(int(run["n_groups"]), ledger),
-                _boosters_match(tables, tables.location(namespace, BOOSTERS.name), ledger),
+                _boosters_match(tables, tables.location(namespace, BOOSTERS.name), ledger, waves_of(run)),
                 _no_group_failed(ledger),
             ]
         yield from results
@@ -124,23 +136,14 @@ def _plan_text(run: PlannedRun, spec: FleetSpec) -> str:
 
 
 def _largest(run: PlannedRun) -> str:
-    shown = run.plan.groups.head(10)[["group_id", "status", "reason", "n_rows", "n_fit", "n_tune", "n_report", "cost_seconds", "task"]]
+    shown = run.plan.groups.head(10)[["group_id", "action", "reason", "n_rows", "n_fit", "n_tune", "n_report", "cost_seconds", "wave", "task"]]
     return str(shown.fillna("").to_string(index=False, float_format=lambda value: f"{value:.1f}"))
 
 
-def _commit(tables: DeltaTables, locations: dict[str, str], run: PlannedRun, finished: FinishedRun, pinned: dict[str, object]) -> None:
-    """Boosters first, then holdout, then the ledger that names them, then the run itself."""
-    ledger = pa.Table.from_pandas(finished.ledger, schema=LEDGER.schema, preserve_index=False)
-    runs = pa.Table.from_pylist([pinned], schema=RUNS.schema)
-    written: dict[TableContract, list[WrittenFile | None]] = {
-        BOOSTERS: [*finished.files.boosters],
-        HOLDOUT: [*finished.files.holdout],
-        LEDGER: [tables.write_file(ledger, LEDGER.schema, locations["ledger"])],
-        RUNS: [tables.write_file(runs, RUNS.schema, locations["runs"])],
-    }
-    for contract, files in written.items():
-        present = [file for file in files if file is not None]
-        tables.commit(locations[contract.name], present, contract.schema, mode="append", app=(f"{run.run_id}/{contract.name}", 1))
+def _told(ledger: pd.DataFrame) -> str:
+    """What became of the groups, in a line."""
+    counted = ledger["status"].value_counts()
+    return f"models: {', '.join(f'{count:,} {status}' for status, count in counted.items())}"
 
 
 def _every_group_has_an_outcome(n_groups: int, ledger: pd.DataFrame) -> dg.AssetCheckResult:
@@ -153,19 +156,19 @@ def _every_group_has_an_outcome(n_groups: int, ledger: pd.DataFrame) -> dg.Asset
     )
 
 
-def _boosters_match(tables: DeltaTables, location: str, ledger: pd.DataFrame) -> dg.AssetCheckResult:
+def _boosters_match(tables: DeltaTables, location: str, ledger: pd.DataFrame, waves: list[str]) -> dg.AssetCheckResult:
     wanted = set(ledger["booster_id"].dropna())
-    run_id = str(ledger["run_id"].iloc[0]) if len(ledger) else ""
-    stored = tables.read_arrow(location, where={"run_id": run_id}, columns=["booster_id"]).column(0).to_pylist() if tables.exists(location) else []
-    absent = sorted(wanted - set(stored))
+    stored: list[str] = []
     damaged = []
-    if wanted:
-        sample = tables.read_arrow(location, where={"run_id": run_id}).slice(0, CHECKED_BOOSTERS)
-        for row in sample.to_pylist():
+    if wanted and tables.exists(location):
+        stored = tables.read_arrow(location, where={"wave": waves}, columns=["booster_id"]).column(0).to_pylist()
+        sampled = sorted(wanted.intersection(stored))[:CHECKED_BOOSTERS]
+        for row in tables.read_arrow(location, where={"wave": waves, "booster_id": sampled}).to_pylist():
             try:
                 decode_booster(row, location)
             except PackError as error:
                 damaged.append(str(error))
+    absent = sorted(wanted - set(stored))
     return dg.AssetCheckResult(
         check_name="boosters_match_the_ledger",
         passed=not absent and not damaged,
@@ -174,8 +177,8 @@ def _boosters_match(tables: DeltaTables, location: str, ledger: pd.DataFrame) ->
 
 
 def _no_group_failed(ledger: pd.DataFrame) -> dg.AssetCheckResult:
-    failed = ledger[ledger["status"] == "failed"]
-    shown = failed.head(20)[["group_id", "error_class", "error_message"]]
+    failed = ledger[ledger["status"].isin(["failed", "crashed"])]
+    shown = failed.head(20)[["group_id", "status", "reason", "error_class", "error_message"]]
     return dg.AssetCheckResult(
         check_name="no_group_failed",
         passed=failed.empty,

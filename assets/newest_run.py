@@ -1,5 +1,6 @@
 """The newest training run of a fleet, as its tables tell it."""
 
+import json
 from typing import Any
 
 import pandas as pd
@@ -10,7 +11,7 @@ from resources.delta_tables import DeltaTables
 
 
 def newest_run(tables: DeltaTables, namespace: str) -> "pd.Series[Any]":
-    """The run manifest (a row of `tables.RUNS`) of the newest run.
+    """The run manifest (a row of `tables.RUNS`) of the newest finished run.
 
     Raises:
         StoreError: if no run has finished.
@@ -18,7 +19,17 @@ def newest_run(tables: DeltaTables, namespace: str) -> "pd.Series[Any]":
     location = tables.location(namespace, RUNS.name)
     if not tables.exists(location):
         raise StoreError(f"{namespace!r} has no finished training run; materialise {namespace}/models first")
-    return tables.read_pandas(location).sort_values("started_at").iloc[-1]
+    runs = tables.read_pandas(location)
+    finished = runs[runs["finished_at"].notna()]
+    if finished.empty:
+        raise StoreError(f"{namespace!r} has no finished training run, only interrupted ones; materialise {namespace}/models again: it resumes")
+    return finished.sort_values("finished_at").iloc[-1]
+
+
+def waves_of(run: "pd.Series[Any]") -> list[str]:
+    """The waves whose boosters and held-out predictions the run's ledger refers to."""
+    found: list[str] = json.loads(str(run["waves"]))
+    return found
 
 
 def ledger_of(tables: DeltaTables, namespace: str, run_id: str) -> pd.DataFrame:

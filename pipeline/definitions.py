@@ -5,6 +5,7 @@ from pathlib import Path
 import dagster as dg
 
 from assets.console import console_logger
+from pipeline.faults import arm
 from resources.delta_tables import DeltaTables
 from resources.launch_settings import LaunchSettings
 from resources.mlflow_registry import MlflowRegistry
@@ -19,12 +20,24 @@ def defs() -> dg.Definitions:
     """All fleets, in one process and one Spark session per run."""
     profile = current_profile(PROJECT)
     scratch = f"{profile.data_root}/scratch"
+    arm(profile.crash_at)
     common = dg.Definitions(
         resources={
             "spark": SparkSessionResource(master=profile.spark_master, scratch=scratch),
             "tables": DeltaTables(root=f"{profile.data_root}/tables"),
-            "registry": MlflowRegistry(tracking_uri=profile.tracking_uri, artifact_root=f"{profile.data_root}/mlflow/artifacts", scratch=scratch),
-            "launch": LaunchSettings(as_of=profile.as_of, limit_groups=profile.limit_groups, dry_run=profile.dry_run),
+            "registry": MlflowRegistry(
+                tracking_uri=profile.tracking_uri or f"sqlite:///{profile.data_root}/mlflow/mlflow.db",
+                # A server decides itself where artifacts are kept.
+                artifact_root=None if profile.tracking_uri else f"{profile.data_root}/mlflow/artifacts",
+                scratch=scratch,
+            ),
+            "launch": LaunchSettings(
+                as_of=profile.as_of,
+                limit_groups=profile.limit_groups,
+                retrain=profile.retrain,
+                groups=list(profile.groups),
+                dry_run=profile.dry_run,
+            ),
         },
         executor=dg.in_process_executor,
         loggers={"console": console_logger},

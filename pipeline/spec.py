@@ -155,6 +155,60 @@ class SplitsSpec(Part):
     tune: LengthText = Field(description="The part before it, which stops boosting and chooses parameters and weights.")
 
 
+# LightGBM parameters that a search may cover; the others are fixed by what the trainer promises.
+SEARCHABLE = (
+    "bagging_fraction",
+    "cat_l2",
+    "cat_smooth",
+    "extra_trees",
+    "feature_fraction",
+    "feature_fraction_bynode",
+    "lambda_l1",
+    "lambda_l2",
+    "learning_rate",
+    "linear_lambda",
+    "max_cat_threshold",
+    "max_depth",
+    "min_data_in_leaf",
+    "min_gain_to_split",
+    "min_sum_hessian_in_leaf",
+    "num_leaves",
+    "path_smooth",
+)
+WHOLE_PARAMETERS = ("extra_trees", "max_cat_threshold", "max_depth", "min_data_in_leaf", "num_leaves")
+
+
+class SearchRange(Part):
+    """Where a LightGBM parameter is looked for; equal ends fix it."""
+
+    low: float = Field(description="Smallest value, e.g. `0.01`.")
+    high: float = Field(description="Largest value, e.g. `0.3`.")
+    log: bool = Field(default=False, description="Whether to search evenly in the logarithm; low must then be above 0.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_number(cls, value: Any) -> Any:
+        """A number alone fixes the parameter."""
+        return {"low": value, "high": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> Self:
+        if self.low > self.high or (self.log and self.low <= 0):
+            raise ValueError(f"{self.low:g} to {self.high:g} is not a range to search; expected low <= high, and low above 0 with log")
+        return self
+
+
+def _checked_search(search: Mapping[str, SearchRange]) -> Mapping[str, SearchRange]:
+    for name, wanted in search.items():
+        if name not in SEARCHABLE:
+            near = difflib.get_close_matches(name, SEARCHABLE, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"{name!r} cannot be searched; {hint}Allowed: {', '.join(SEARCHABLE)}")
+        if name in WHOLE_PARAMETERS and (wanted.low % 1 or wanted.high % 1):
+            raise ValueError(f"{name} is searched from {wanted.low:g} to {wanted.high:g}; expected whole numbers")
+    return search
+
+
 class TuningSpec(Part):
     """How much is spent on choosing parameters, and from how many rows on a group is trained."""
 
@@ -164,7 +218,28 @@ class TuningSpec(Part):
     timeout_seconds: float | None = Field(
         default=None, gt=0, description="A group's study stops after this long; makes results depend on the machine."
     )
+    budget_seconds: float | None = Field(
+        default=None,
+        gt=0,
+        description="Seconds of training (all slots together) for the whole fleet: first every group gets a model on few trials, then what is left "
+        "goes to the groups with the largest rows x error; makes results depend on the machine.",
+    )
+    checkpoint_seconds: float = Field(
+        default=60, gt=0, description="About how long a wave of groups trains before it is committed; a killed run repeats two waves at most."
+    )
+    kill_after_seconds: float = Field(default=3600, gt=0, description="A group that takes longer than this hangs: it is ended, and `failed`.")
+    retune_after: PeriodText = Field(
+        default="1 month", description="A changed group tuned less long ago is refitted with its last parameters, without trials; `0 days`: never."
+    )
+    search: Annotated[Mapping[str, SearchRange], AfterValidator(_checked_search)] = Field(
+        default_factory=dict,
+        description="Search space where it differs from the default for the group's rows: a number fixes a parameter, "
+        "`{low: 0.01, high: 0.3, log: true}` searches it.",
+    )
     max_rounds: int = Field(default=1000, ge=1, description="Boosting rounds at most.")
+    max_rows: int = Field(
+        default=2_000_000, ge=1000, description="A coarse group with more rows learns from a sample of about so many; small finest groups stay whole."
+    )
     fit_rows: int = Field(default=100, ge=2, description="A group with fewer fit rows is not trained; its parent answers.")
     tune_rows: int = Field(default=20, ge=2, description="A group with fewer tune rows is not trained; its parent answers.")
     seed: int = Field(default=1, ge=0, description="Seed of studies and boosters.")
@@ -203,7 +278,12 @@ class FleetSpec(Part):
     tuning: TuningSpec = Field(default_factory=TuningSpec, description="Budget per group.")
     pooling: Literal["blend", "select", "none"] = Field(
         default="blend",
-        description="`blend`: weigh own and parent's answers; `select`: the better of the two; `none`: own model alone where there is one.",
+        description="`blend`: weigh own and parent's answers; `select`: the better of the two; `none`: only the finest grain is trained, alone.",
+    )
+    own: Literal["independent", "correction", "auto"] = Field(
+        default="independent",
+        description="`independent`: a group's trees learn the target; `correction`: they learn what the parent's model leaves "
+        "(on predictions it made without those rows); `auto`: whichever does better on the tune rows of some groups.",
     )
     baselines: Mapping[str, Identifier] = Field(
         default_factory=dict, description="Columns to beat, in the target's units, by name, e.g. `{last value: median_lag_1}`."
@@ -425,7 +505,7 @@ def _explained(problem: Any) -> str:
 def _fields_at(path: Sequence[str | int]) -> list[str]:
     model: Any = FleetSpec
     for part in path:
-        if isinstance(part, int):
+        if part not in model.model_fields:  # a position in a list or a key of a mapping
             continue
         model = _part_model(model.model_fields[part].annotation)
     return sorted(model.model_fields)

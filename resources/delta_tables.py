@@ -7,6 +7,7 @@ from typing import Any, Literal
 import dagster as dg
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 from deltalake import CommitProperties, DeltaTable, Schema, Transaction
 from deltalake.exceptions import DeltaError
 from deltalake.transaction import AddAction, create_table_with_add_actions
@@ -18,6 +19,7 @@ from pipeline.spark.files import FileWriter, WrittenFile, filesystem_of, read_fi
 from pipeline.tables import TableContract
 
 Mode = Literal["append", "overwrite"]
+Where = Mapping[str, str | Sequence[str]]
 _READABLE_FEATURES = {"appendOnly", "invariants", "timestampNtz", "checkConstraints", "generatedColumns", "v2Checkpoint"}
 
 
@@ -147,19 +149,21 @@ class DeltaTables(dg.ConfigurableResource):
         """Newest version of a table."""
         return int(self._open(location, None).version())
 
-    def read_spark(self, spark: SparkSession, location: str, version: int | None = None) -> DataFrame:
-        """A table as a data frame, of its newest or a given version."""
+    def read_spark(
+        self, spark: SparkSession, location: str, version: int | None = None, *, partitions: Mapping[str, Sequence[str]] | None = None
+    ) -> DataFrame:
+        """A table as a data frame, of its newest or a given version; only the named partitions, where given."""
         with _store_errors(location):
             table = self._open(location, version)
-            return read_files(spark, location, _paths(table), _arrow_schema(table), self.storage_options)
+            return read_files(spark, location, _paths(table, partitions or {}), _arrow_schema(table), self.storage_options)
 
-    def read_pandas(self, location: str, *, where: Mapping[str, str] | None = None, columns: Sequence[str] | None = None) -> pd.DataFrame:
-        """A table, or its rows that equal `where`, as pandas."""
+    def read_pandas(self, location: str, *, where: Where | None = None, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        """A table, or its rows whose columns equal (or are among) the values of `where`, as pandas."""
         return self.read_arrow(location, where=where, columns=columns).to_pandas()
 
-    def read_arrow(self, location: str, *, where: Mapping[str, str] | None = None, columns: Sequence[str] | None = None) -> pa.Table:
-        """A table, or its rows that equal `where`, as Arrow."""
-        filters = [(name, "=", value) for name, value in (where or {}).items()] or None
+    def read_arrow(self, location: str, *, where: Where | None = None, columns: Sequence[str] | None = None) -> pa.Table:
+        """A table, or its rows whose columns equal (or are among) the values of `where`, as Arrow."""
+        filters = [(name, "=", value) if isinstance(value, str) else (name, "in", list(value)) for name, value in (where or {}).items()] or None
         with _store_errors(location):
             return self._open(location, None).to_pyarrow_table(filters=filters, columns=list(columns) if columns else None)
 
@@ -188,8 +192,11 @@ def _refuse_other_types(table: DeltaTable, schema: Schema, location: str) -> Non
             )
 
 
-def _paths(table: DeltaTable) -> list[str]:
-    paths = pa.table(table.get_add_actions(flatten=True))["path"].to_pylist()
+def _paths(table: DeltaTable, partitions: Mapping[str, Sequence[str]]) -> list[str]:
+    actions = pa.table(table.get_add_actions(flatten=True))
+    for name, values in partitions.items():
+        actions = actions.filter(pc.is_in(actions[f"partition.{name}"], value_set=pa.array(list(values), pa.string())))
+    paths = actions["path"].to_pylist()
     escaping = [path for path in paths if "://" in path or path.startswith("/") or ".." in path.split("/")]
     if escaping:
         raise StoreError(f"a commit names a file outside the table: {escaping[0]}; the table's log is not to be trusted")

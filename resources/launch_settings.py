@@ -1,10 +1,13 @@
 """What a launch may say about a run, in one place for every asset of the chain."""
 
+from typing import Literal
+
 import dagster as dg
 import pandas as pd
 from pydantic import Field
 
 from pipeline.errors import SpecError
+from pipeline.spark.fleet_training import Request
 from pipeline.spec import FleetSpec
 
 
@@ -19,7 +22,31 @@ class LaunchSettings(dg.ConfigurableResource):
         gt=0,
         description="Try the fleet on that many finest groups. Tables and model get the suffix -trial, so nothing real is touched.",
     )
+    retrain: Literal["changed", "stale", "listed", "all"] = Field(
+        default="changed",
+        description="`changed`: groups whose rows or settings changed; `stale`: also those tuned longer ago than tuning.retune_after; "
+        "`listed`: those in `groups`, all others keep their models; `all`.",
+    )
+    groups: list[str] = Field(default_factory=list, description='Group ids for `retrain: listed`, e.g. `["EWR","IAH"]`; setting them means `listed`.')
     dry_run: bool = Field(default=False, description="Plan, print the plan, and train nothing.")
+
+    def request(self, spec: FleetSpec, run_id: str) -> Request:
+        """What the launch asks of a training run.
+
+        Raises:
+            SpecError: if `listed` names no group, or groups are given with another choice.
+        """
+        if self.groups and self.retrain not in ("changed", "listed"):
+            raise SpecError(f"groups are listed, and retrain is {self.retrain!r}; expected listed, or no groups")
+        if self.retrain == "listed" and not self.groups:
+            raise SpecError('retrain is listed, and no group is; name some in groups, e.g. ["EWR","IAH"]')
+        return Request(
+            run_id=run_id,
+            as_of=self.moment(spec),
+            limit_groups=self.limit_groups,
+            retrain="listed" if self.groups else self.retrain,
+            listed=tuple(self.groups),
+        )
 
     def namespace(self, spec: FleetSpec) -> str:
         """Where the run's tables and registered model live: the fleet's name, or its trial's."""

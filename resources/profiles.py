@@ -1,16 +1,23 @@
 """The only reader of the environment: which profile is in force, and its settings."""
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import SpecError
+from pipeline.faults import VARIABLE
+from pipeline.models.meta_model import group_id
 
 DATA = "MANY_MODELS_DATA"
 PROFILE = "MANY_MODELS_PROFILE"
 AS_OF = "MANY_MODELS_AS_OF"
 LIMIT_GROUPS = "MANY_MODELS_LIMIT_GROUPS"
 DRY_RUN = "MANY_MODELS_DRY_RUN"
+RETRAIN = "MANY_MODELS_RETRAIN"
+GROUPS = "MANY_MODELS_GROUPS"
+TRACKING_URI = "MLFLOW_TRACKING_URI"
+RETRAINS = ("changed", "stale", "listed", "all")
 PROFILES = ("local",)
 
 
@@ -21,18 +28,24 @@ class Profile:
     Args:
         data_root: absolute folder of every table, registry and scratch file.
         spark_master: Spark's master URL.
-        tracking_uri: MLflow's tracking and registry server.
+        tracking_uri: MLflow's tracking and registry server; None is a SQLite file below the data root.
         as_of: default of a launch's as-of; None leaves it to the fleet.
         limit_groups: default of a launch's limit.
         dry_run: whether a launch only plans by default.
+        retrain: default of a launch's choice of groups to train again.
+        groups: default of a launch's listed groups.
+        crash_at: named crash point and signal, for tests of recovery; empty for none.
     """
 
     data_root: str
     spark_master: str
-    tracking_uri: str
+    tracking_uri: str | None
     as_of: str | None
     limit_groups: int | None
     dry_run: bool
+    retrain: str
+    groups: tuple[str, ...]
+    crash_at: str
 
 
 def current_profile(project: Path) -> Profile:
@@ -51,10 +64,13 @@ def current_profile(project: Path) -> Profile:
     return Profile(
         data_root=str(data_root),
         spark_master=f"local[{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1},4]",
-        tracking_uri=f"sqlite:///{data_root}/mlflow/mlflow.db",
+        tracking_uri=os.environ.get(TRACKING_URI) or None,
         as_of=os.environ.get(AS_OF) or None,
         limit_groups=_whole_number(LIMIT_GROUPS),
         dry_run=_switch(DRY_RUN),
+        retrain=_choice(RETRAIN, RETRAINS),
+        groups=_group_ids(GROUPS),
+        crash_at=os.environ.get(VARIABLE, ""),
     )
 
 
@@ -70,6 +86,28 @@ def _whole_number(name: str) -> int | None:
     if not text.isdecimal() or int(text) < 1:
         raise SpecError(f"{name} is {text!r}; expected a whole number of at least 1")
     return int(text)
+
+
+def _choice(name: str, allowed: tuple[str, ...]) -> str:
+    text = os.environ.get(name) or allowed[0]
+    if text not in allowed:
+        raise SpecError(f"{name} is {text!r}; expected one of: {', '.join(allowed)}")
+    return text
+
+
+def _group_ids(name: str) -> tuple[str, ...]:
+    """Group ids, each a JSON array of its keys, separated by spaces or line breaks."""
+    found, text, decoder = [], os.environ.get(name, "").strip(), json.JSONDecoder()
+    while text:
+        try:
+            keys, end = decoder.raw_decode(text)
+        except json.JSONDecodeError:
+            keys, end = None, 0
+        if not isinstance(keys, list):
+            raise SpecError(f'{name}: {text!r} is not a group; expected JSON arrays of keys, such as ["EWR","IAH"] ["JFK","LAX"]')
+        found.append(group_id(keys))
+        text = text[end:].lstrip(" ,\n")
+    return tuple(found)
 
 
 def _switch(name: str) -> bool:

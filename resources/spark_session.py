@@ -1,5 +1,6 @@
 """Spark: one session per run, with the cluster's and the tasks' CPU settings in one place."""
 
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from dagster_pyspark import LazyPySparkResource
 from pydantic import Field, PrivateAttr
 from pyspark.sql import SparkSession
 
+from pipeline.errors import SpecError
 from resources.java import find_java
 from resources.process_environment import set_for_children
 
@@ -27,6 +29,9 @@ class SparkSessionResource(dg.ConfigurableResource):
     master: str = Field(description="Master URL, e.g. local[4,4], or spark://host:7077.")
     task_cpus: int = Field(default=1, ge=1, description="CPUs per Spark task (spark.task.cpus), and LightGBM's threads within it.")
     memory: str = Field(default="2g", description="Memory of the driver's JVM, which on a laptop is Spark's only one, e.g. 4g.")
+    group_memory: str | None = Field(
+        default=None, description="Memory that training one group may take, e.g. 8g; one that needs more is `failed`. By default unlimited."
+    )
     conf: dict[str, str] = Field(default_factory=dict, description="Further Spark settings; they win over ours.")
     scratch: str = Field(description="Local folder for spilled data and a java wrapper.")
     _session: SparkSession | None = PrivateAttr(default=None)
@@ -63,6 +68,20 @@ class SparkSessionResource(dg.ConfigurableResource):
     def slots(self) -> int:
         """Tasks that run at once."""
         return max(1, self.session.sparkContext.defaultParallelism // self.task_cpus)
+
+    @property
+    def group_memory_bytes(self) -> int | None:
+        """`group_memory` as a number of bytes.
+
+        Raises:
+            SpecError: if it is not a size.
+        """
+        if self.group_memory is None:
+            return None
+        found = re.fullmatch(r"(\d+)\s*([kmgt]?)b?", self.group_memory.strip().lower())
+        if found is None:
+            raise SpecError(f"group_memory is {self.group_memory!r}; expected a size such as 512m or 8g")
+        return int(found[1]) * 1024 ** " kmgt".index(found[2] or " ")
 
     def _start(self) -> None:
         try:

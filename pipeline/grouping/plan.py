@@ -1,17 +1,109 @@
-"""Which group trains in which Spark task, told before any work is done."""
+"""Which group trains in which Spark task and in which wave, told before any work is done."""
 
 import heapq
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
-# Seconds per trained group, and per thousand rows, feature and fit of such a group; measured on the demo fleets with one
-# thread. They only order and pack the work: results do not depend on them.
-SECONDS_PER_GROUP = 0.1
-SECONDS_PER_KILOROW_FEATURE_FIT = 4e-4
+from pipeline.grouping.fingerprints import fingerprint
+from pipeline.grouping.periods import Period
+from pipeline.training.outcome import NO_TARGET, NOT_LISTED, NOT_POOLED, TOO_FEW_ROWS, VANISHED, WITH_BOOSTER
+from pipeline.training.start import Start
+
+Retrain = Literal["changed", "stale", "listed", "all"]
+GroupKey = tuple[int, str]
+
 TASK_SECONDS = 3.0
+# Fits of a group besides its trials: on fit rows (a refit only), on fit and tune rows, on all rows.
+_REFITS, _REFRESH_FITS = 2, 3
+# A cost model is learnt from at least so many groups.
+_LEARNT_FROM = 8
+
+TRAIN, REFRESH, REUSE, KEEP, INHERIT = "train", "refresh", "reuse", "keep", "inherit"
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Seconds to train a group: some per group, and some per thousand rows, feature and fit.
+
+    Args:
+        group_seconds: per group. The prior was measured on the example fleets with one thread.
+        work_seconds: per thousand rows, feature and fit.
+        learnt_from: groups of an earlier run that it was learnt from; 0 is the prior.
+    """
+
+    group_seconds: float = 0.05
+    work_seconds: float = 4e-4
+    learnt_from: int = 0
+
+    def predict(self, n_rows: Any, n_features: int, n_fits: Any) -> Any:
+        """Seconds, of one thread."""
+        return self.group_seconds + self.work_seconds * n_rows / 1000 * n_features * n_fits
+
+    @classmethod
+    def learnt(cls, ledger: pd.DataFrame, n_features: int, n_fits: int) -> "CostModel":
+        """Learn from the groups that an earlier run trained; the prior where they are too few.
+
+        Least squares of relative errors, so that small groups count as much as large ones; no part is below a hundredth of the
+        prior. It orders and packs the work and is told before it; results do not depend on it.
+        """
+        prior = cls()
+        trained = ledger[ledger["status"].isin(["trained", "refreshed"]) & ledger["seconds"].gt(0) & ledger["n_target"].gt(0)]
+        if len(trained) < _LEARNT_FROM:
+            return prior
+        fits = np.where(trained["status"] == "refreshed", _REFRESH_FITS, n_fits)
+        work = trained["n_target"].to_numpy(dtype=float) / 1000 * n_features * fits
+        seconds = trained["seconds"].to_numpy(dtype=float)
+        design = np.column_stack([np.ones(len(work)), work]) / seconds[:, None]
+        (group_seconds, work_seconds), *_ = np.linalg.lstsq(design, np.ones(len(work)), rcond=None)
+        return cls(max(float(group_seconds), prior.group_seconds / 100), max(float(work_seconds), prior.work_seconds / 100), len(trained))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What earlier runs left, for this run to build on.
+
+    Args:
+        kept: ledger rows of the very run that is resumed, by (grain, group id).
+        before: ledger rows of the newest finished run.
+        unfinished: ledger rows of runs that were never finished, newer than `before`.
+        same_spec: whether `before` was trained under the same spec, so that its parameters may be refitted without trials.
+    """
+
+    kept: Mapping[GroupKey, Mapping[str, Any]] = field(default_factory=dict)
+    before: Mapping[GroupKey, Mapping[str, Any]] = field(default_factory=dict)
+    unfinished: Mapping[GroupKey, Mapping[str, Any]] = field(default_factory=dict)
+    same_spec: bool = True
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Which groups are trained again.
+
+    Args:
+        retrain: `changed`: whose fingerprint changed; `stale`: also those tuned longer ago than `retune_after`; `listed`: the
+            listed ones; `all`.
+        listed: group ids, for `listed`.
+        retune_after: a changed group tuned less long ago is refitted without trials.
+        as_of: what the run pretends.
+        fit_rows: a group with fewer fit rows is not trained.
+        tune_rows: a group with fewer tune rows is not trained.
+        finest_only: whether only the finest grain is trained.
+        max_trials: first-pass trials where the fleet has a budget of seconds; None leaves it to the spec.
+    """
+
+    retrain: Retrain
+    listed: Collection[str]
+    retune_after: Period
+    as_of: pd.Timestamp
+    fit_rows: int
+    tune_rows: int
+    finest_only: bool = False
+    max_trials: int | None = None
 
 
 @dataclass(frozen=True)
@@ -19,60 +111,165 @@ class TrainingPlan:
     """What a run will do.
 
     Args:
-        groups: one row per group of every grain: grain (index), group_id, n_rows, n_target, n_fit, n_tune, n_report,
-            status ("train", or "inherited" with its reason), reason, cost_seconds (of one thread), task (-1 where not trained).
-        n_tasks: Spark tasks.
+        groups: one row per group of every grain, longest first: grain (index), group_id, parent_id, n_rows, n_target, n_fit, n_tune,
+            n_report; action: `train`, `refresh` (refit with known parameters), `reuse` (an earlier run's booster), `keep` (done
+            before this run was interrupted) or `inherit` (its parent answers); reason; started_from (JSON, see `Start`);
+            fingerprint; cost_seconds (of one thread); wave and task (-1 where not trained).
         slots: tasks that run at once.
+        cost_model: that foresaw the seconds.
     """
 
     groups: pd.DataFrame
-    n_tasks: int
     slots: int
+    cost_model: CostModel = field(default_factory=CostModel)
 
     @property
     def to_train(self) -> pd.DataFrame:
-        """The groups that are trained, longest first."""
-        return self.groups[self.groups["status"] == "train"]
+        """The groups that are trained or refitted, longest first."""
+        return self.groups[self.groups["action"].isin([TRAIN, REFRESH])]
+
+    @property
+    def n_waves(self) -> int:
+        """Waves."""
+        return int(self.groups["wave"].max()) + 1 if len(self.groups) else 0
+
+    @property
+    def n_tasks(self) -> int:
+        """Spark tasks of all waves."""
+        return int(self.to_train.groupby("wave")["task"].max().add(1).sum()) if len(self.to_train) else 0
 
     @property
     def predicted_seconds(self) -> float:
         """Predicted wall seconds: the fullest slot when tasks start in order."""
         loads = [0.0] * self.slots
-        for cost in self.to_train.groupby("task")["cost_seconds"].sum().sort_index():
+        for cost in self.to_train.groupby(["wave", "task"])["cost_seconds"].sum().sort_index():
             heapq.heapreplace(loads, loads[0] + float(cost))
         return max(loads)
 
     def describe(self) -> str:
         """The plan in one paragraph for people."""
-        n_groups, n_train = len(self.groups), len(self.to_train)
-        reasons = self.groups.loc[self.groups["status"] != "train", "reason"].value_counts()
-        rest = "".join(f", {count} {reason}" for reason, count in reasons.items())
-        return f"{n_groups} groups: {n_train} to train{rest}; {self.n_tasks} tasks on {self.slots} slots, about {self.predicted_seconds:.0f} s"
+        counted = self.groups["action"].value_counts()
+        told = {TRAIN: "to train", REFRESH: "to refit", REUSE: "unchanged (reused)", KEEP: "done before the interruption"}
+        parts = [f"{counted[action]:,} {text}" for action, text in told.items() if action in counted]
+        rest = self.groups.loc[self.groups["action"] == INHERIT, "reason"].value_counts()
+        parts += [f"{count:,} {reason}" for reason, count in rest.items()]
+        model = self.cost_model
+        source = f"seconds learnt from {model.learnt_from:,} groups" if model.learnt_from else "a first guess of the seconds"
+        waves = f"{self.n_waves} wave{'' if self.n_waves == 1 else 's'}"
+        return (
+            f"{len(self.groups):,} groups: {', '.join(parts)}; {self.n_tasks:,} tasks in {waves} on {self.slots} slots, "
+            f"about {self.predicted_seconds:.0f} s ({source})"
+        )
 
 
-def build_plan(counts: pd.DataFrame, *, n_features: int, n_fits: int, fit_rows: int, tune_rows: int, slots: int) -> TrainingPlan:
-    """Decide per group whether it is trained, and where.
+def build_plan(
+    counts: pd.DataFrame,
+    policy: Policy,
+    memory: Memory,
+    *,
+    shared: str,
+    n_features: int,
+    n_fits: int,
+    slots: int,
+    checkpoint_seconds: float,
+    cost_model: CostModel | None = None,
+) -> TrainingPlan:
+    """Decide per group whether it is trained, from what, and where.
 
     Args:
-        counts: one row per group: grain, group_id, n_rows, n_target, n_fit, n_tune, n_report.
+        counts: one row per group: grain, group_id, parent_id, n_rows, n_target, n_fit, n_tune, n_report, rows_hash.
+        policy: which groups are trained again.
+        memory: what earlier runs left.
+        shared: as from `shared_digest`.
         n_features: features per row.
-        n_fits: fits per group that the tuning budget allows.
-        fit_rows: a group with fewer fit rows is not trained.
-        tune_rows: a group with fewer tune rows is not trained.
+        n_fits: trials per group that the tuning budget allows.
         slots: tasks that run at once.
+        checkpoint_seconds: about how long a wave lasts.
+        cost_model: foresees seconds; by default learnt from `memory.before` by the caller, here the prior.
     """
-    groups = counts.reset_index(drop=True).copy()
-    enough = (groups["n_fit"] >= fit_rows) & (groups["n_tune"] >= tune_rows)
-    groups["status"] = np.where(enough, "train", "inherited")
-    groups["reason"] = pd.Series(np.where(groups["n_target"] == 0, "no_target", "too_few_rows"), dtype=object).mask(enough, None)
-    work = SECONDS_PER_KILOROW_FEATURE_FIT * groups["n_target"] / 1000 * n_features * n_fits
-    groups["cost_seconds"] = np.where(enough, SECONDS_PER_GROUP + work, 0.0)
+    model = cost_model or CostModel()
+    groups = _with_vanished(counts.reset_index(drop=True), memory.before)
+    finest = int(groups["grain"].max())
+    decisions = [_decide(row, policy, memory, shared, finest) for row in groups.to_dict("records")]
+    groups = groups.assign(**pd.DataFrame(decisions, columns=["action", "reason", "started_from", "fingerprint"]).astype(object).to_dict("series"))
+    works = groups["action"].isin([TRAIN, REFRESH])
+    fits = np.where(groups["action"] == REFRESH, _REFRESH_FITS, n_fits + _REFITS)
+    groups["cost_seconds"] = np.where(works, model.predict(groups["n_target"], n_features, fits), 0.0)
     groups = groups.sort_values(["cost_seconds", "grain", "group_id"], ascending=[False, True, True], ignore_index=True)
-    groups["task"] = -1
-    trained = groups.index[groups["status"] == "train"]
-    tasks = pack_tasks(groups.loc[trained, "cost_seconds"].tolist(), slots=slots)
-    groups.loc[trained, "task"] = tasks
-    return TrainingPlan(groups, max(tasks, default=-1) + 1, slots)
+    groups["wave"], groups["task"] = -1, -1
+    trained = groups.index[groups["action"].isin([TRAIN, REFRESH])]
+    costs = groups.loc[trained, "cost_seconds"].tolist()
+    waves, tasks = assign_waves(pack_tasks(costs, slots=slots), costs, slots=slots, checkpoint_seconds=checkpoint_seconds)
+    groups.loc[trained, "wave"], groups.loc[trained, "task"] = waves, tasks
+    return TrainingPlan(groups, slots, model)
+
+
+def _with_vanished(counts: pd.DataFrame, before: Mapping[GroupKey, Mapping[str, Any]]) -> pd.DataFrame:
+    """The groups of the data, and those of the run before that are not in it any more."""
+    there = set(zip(counts["grain"], counts["group_id"], strict=True))
+    gone = [row for key, row in sorted(before.items()) if key not in there]
+    if not gone:
+        return counts
+    empty = {name: 0 for name in counts.columns if name.startswith("n_")}
+    rows = [{"grain": row["grain"], "group_id": row["group_id"], "parent_id": row["parent_id"], "rows_hash": VANISHED, **empty} for row in gone]
+    added = pd.DataFrame(rows).reindex(columns=counts.columns)
+    if "exponent" in added:
+        added["exponent"] = 0
+    return pd.concat([counts, added.astype(counts.dtypes)], ignore_index=True)
+
+
+def _decide(group: Mapping[Any, Any], policy: Policy, memory: Memory, shared: str, finest: int) -> tuple[str, str | None, str | None, str | None]:
+    """Action, reason, started_from and fingerprint of one group."""
+    key = int(group["grain"]), str(group["group_id"])
+    before = memory.before.get(key)
+    has_booster = before is not None and before["status"] in WITH_BOOSTER
+
+    def unchanged(row: Mapping[str, Any] | None) -> bool:
+        return (
+            row is not None
+            and isinstance(row["started_from"], str)
+            and row["fingerprint"] == fingerprint(str(group["rows_hash"]), shared, row["started_from"])
+        )
+
+    if group["rows_hash"] == VANISHED:
+        return (REUSE, VANISHED, before["started_from"], before["fingerprint"]) if before and has_booster else (INHERIT, VANISHED, None, None)
+    is_pooled = key[0] == 0
+    if policy.retrain == "listed" and key[1] not in policy.listed:
+        return (REUSE, NOT_LISTED, before["started_from"], before["fingerprint"]) if before and has_booster else (INHERIT, NOT_LISTED, None, None)
+    # The pooled group is sent to a worker in any case, if only to judge the rows that no model answers.
+    if policy.finest_only and key[0] != finest and not is_pooled:
+        return INHERIT, NOT_POOLED, None, None
+    if (group["n_fit"] < policy.fit_rows or group["n_tune"] < policy.tune_rows) and not is_pooled:
+        return INHERIT, NO_TARGET if group["n_target"] == 0 else TOO_FEW_ROWS, None, None
+    kept = memory.kept.get(key)
+    if kept is not None and unchanged(kept):
+        return KEEP, None, kept["started_from"], kept["fingerprint"]
+    tuned_lately = (
+        before is not None and has_booster and policy.retune_after.add(pd.Timestamp(before["tuned_as_of"]).tz_localize(None)) > policy.as_of
+    )
+    if policy.retrain in ("changed", "stale"):
+        for row in (before, memory.unfinished.get(key)):
+            # A failed group is tried again; one that crashed its process twice is not, until it changes.
+            if row is not None and unchanged(row) and row["status"] != "failed" and (policy.retrain == "changed" or tuned_lately or not has_booster):
+                return REUSE, None, row["started_from"], row["fingerprint"]
+    refit = tuned_lately and memory.same_spec and policy.retrain in ("changed", "stale")
+    start = _start(before if has_booster else None, _parent_of(group, memory.before), policy, refit=refit)
+    if policy.finest_only and key[0] != finest:
+        start = Start(judge=True)
+    started_from = start.to_json()
+    return REFRESH if start.refit is not None else TRAIN, None, started_from, fingerprint(str(group["rows_hash"]), shared, started_from)
+
+
+def _parent_of(group: Mapping[Any, Any], before: Mapping[GroupKey, Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    found = before.get((int(group["grain"]) - 1, str(group["parent_id"])))
+    return found if found is not None and found["status"] in WITH_BOOSTER else None
+
+
+def _start(own: Mapping[str, Any] | None, parent: Mapping[str, Any] | None, policy: Policy, *, refit: bool) -> Start:
+    if own is not None and refit:
+        return Start(refit=json.loads(own["parameters"]), n_rounds=int(own["n_rounds"]))
+    trials = [json.loads(row["parameters"]) for row in (own, parent) if row is not None]
+    return Start(trials=tuple(trials), max_trials=policy.max_trials)
 
 
 def pack_tasks(costs: Sequence[float], *, slots: int, task_seconds: float = TASK_SECONDS) -> list[int]:
@@ -104,3 +301,26 @@ def pack_tasks(costs: Sequence[float], *, slots: int, task_seconds: float = TASK
     rank = np.empty(len(loads), dtype=int)
     rank[np.argsort(-loads, kind="stable")] = np.arange(len(loads))
     return [int(rank[task]) for task in chosen]
+
+
+def assign_waves(tasks: Sequence[int], costs: Sequence[float], *, slots: int, checkpoint_seconds: float) -> tuple[list[int], list[int]]:
+    """Cut tasks, longest first, into waves that keep all slots busy for about `checkpoint_seconds`.
+
+    Args:
+        tasks: task of each group, as from `pack_tasks`.
+        costs: seconds of each group.
+        slots: tasks that run at once.
+        checkpoint_seconds: about how long a wave lasts.
+
+    Returns:
+        The wave of each group, and its task's number within that wave, both from 0.
+    """
+    if not tasks:
+        return [], []
+    loads = np.bincount(tasks, weights=np.asarray(costs))
+    began = np.concatenate([[0.0], np.cumsum(loads)[:-1]])
+    wave_of_task = np.floor(began / (checkpoint_seconds * slots)).astype(int)
+    # A task longer than a wave leaves numbers out.
+    _, first, wave_of_task = np.unique(wave_of_task, return_index=True, return_inverse=True)
+    chosen = np.asarray(tasks)
+    return wave_of_task[chosen].tolist(), (chosen - first[wave_of_task[chosen]]).tolist()

@@ -102,18 +102,20 @@ def _combinations(columns: Sequence[pd.Series]) -> tuple[npt.NDArray[np.int64], 
     return codes.astype(np.int64), first.astype(np.int64)
 
 
-def design_matrix(frame: pd.DataFrame, spec: Mapping[str, Any]) -> Floats:
-    """What LightGBM sees: one row per row, one float64 column per feature in the spec's order.
+def design_matrix(frame: pd.DataFrame, spec: Mapping[str, Any]) -> npt.NDArray[np.float32]:
+    """What LightGBM sees: one row per row, one float32 column per feature in the spec's order.
 
-    Categories become their number in the fleet's list; unseen ones, rare ones and null become NaN, as do infinities.
+    Categories become their number in the fleet's list; unseen ones, rare ones and null become NaN, as do infinities. Single
+    precision keeps the last digits of a float, which differ from machine to machine, out of the trees.
     """
-    matrix = np.empty((len(frame), len(spec["features"])), dtype=np.float64)
+    matrix = np.empty((len(frame), len(spec["features"])), dtype=np.float32)
     for position, name in enumerate(spec["features"]):
         categories = spec["categories"].get(name)
         if name not in frame.columns:
             matrix[:, position] = np.nan
         elif categories is None:
-            matrix[:, position] = pd.to_numeric(frame[name], errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+            with np.errstate(over="ignore"):
+                matrix[:, position] = pd.to_numeric(frame[name], errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
         else:
             matrix[:, position] = _category_numbers(frame[name], categories)
     matrix[~np.isfinite(matrix)] = np.nan

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from pipeline.reporting.summary import fleet_errors, status_counts
 from pipeline.spec import FleetSpec
 
-BLUE, GREY, ORANGE = "#2f6690", "#b8b8b8", "#d97b29"
+BLUE, LIGHT_BLUE, GREY, ORANGE = "#2f6690", "#9dbcd4", "#b8b8b8", "#d97b29"
+_STATUS_COLOURS = {"trained": BLUE, "refreshed": BLUE, "reused": LIGHT_BLUE, "failed": ORANGE, "crashed": ORANGE}
 
 
 def training_plot(ledger: pd.DataFrame, spec: FleetSpec) -> bytes:
@@ -28,7 +29,10 @@ def training_plot(ledger: pd.DataFrame, spec: FleetSpec) -> bytes:
 def _draw_statuses(axes: "mpl.axes.Axes", ledger: pd.DataFrame) -> None:
     counts = status_counts(ledger)
     titles = [f"{grain} {status}" + (f" ({reason})" if reason else "") for grain, status, reason, _ in counts.to_numpy(dtype=object)]
-    colours = [{"trained": BLUE, "failed": ORANGE}.get(status, GREY) for status in counts["status"]]
+    colours = [
+        {"trained": BLUE, "refreshed": BLUE, "reused": LIGHT_BLUE, "failed": ORANGE, "crashed": ORANGE}.get(status, GREY)
+        for status in counts["status"]
+    ]
     bars = axes.barh(titles, counts["groups"], color=colours)
     axes.bar_label(bars, padding=3)
     axes.invert_yaxis()

@@ -95,6 +95,16 @@ def worst_groups(ledger: pd.DataFrame, n: int = WORST) -> pd.DataFrame:
     return worst
 
 
+def worthwhile_groups(ledger: pd.DataFrame, n: int = WORST) -> pd.DataFrame:
+    """Groups below the pooled one whose own model takes most off their parent's squared error on report rows, and what each costs."""
+    below = ledger[(ledger["grain"] > 0) & ledger["report_parent"].notna() & ledger["report_blend"].notna() & ledger["booster_id"].notna()]
+    gain = (1 - below["report_blend"] / below["report_parent"]) * 100
+    saved = below["n_report"].fillna(0) * (below["report_parent"] ** 2 - below["report_blend"] ** 2)
+    ordered = below.assign(error_saved_percent=gain, _saved=saved).sort_values(["_saved", "group_id"], ascending=[False, True])
+    found: pd.DataFrame = ordered.head(n)[["grain_name", "group_id", "weight", "error_saved_percent", "n_rows", "seconds"]]
+    return found
+
+
 def slowest_groups(ledger: pd.DataFrame, n: int = WORST) -> pd.DataFrame:
     """Groups that took longest to train."""
     trained = ledger[ledger["seconds"].notna()].sort_values(["seconds", "group_id"], ascending=[False, True])

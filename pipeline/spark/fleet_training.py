@@ -1,42 +1,101 @@
-"""One training run of a fleet: plan it, train it, blend it, account for every group."""
+"""One training run of a fleet: plan it, train it in waves, blend it, account for every group, and finish what was interrupted."""
 
+import hashlib
 import json
 import platform
-from collections.abc import Mapping
-from dataclasses import dataclass
+import uuid
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version as installed_version
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+from py4j.protocol import Py4JError
+from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 
 from pipeline.errors import DataError
+from pipeline.faults import crash_point
 from pipeline.features.encoding import choose_categories
-from pipeline.grouping.plan import TrainingPlan, build_plan
+from pipeline.grouping.fingerprints import shared_digest
+from pipeline.grouping.periods import Period
+from pipeline.grouping.plan import INHERIT, KEEP, REUSE, CostModel, GroupKey, Memory, Policy, Retrain, TrainingPlan, build_plan, pack_tasks
+from pipeline.grouping.sampling import sampling_exponents
 from pipeline.grouping.splits import Cutoffs, resolve_cutoffs
 from pipeline.models.meta_model import grain_name
 from pipeline.models.pack import model_spec
 from pipeline.spark.evaluation import judged_rows, measure_groups, sum_moments
 from pipeline.spark.features import newest_known, newest_time
-from pipeline.spark.files import read_files
 from pipeline.spark.training import (
+    Progress,
     Report,
     TrainedFiles,
+    Wave,
     count_categories,
     count_groups,
     limited_rows,
     placed_rows,
-    train_groups,
+    train_wave,
     visible_rows,
+    without_adaptive_execution,
 )
 from pipeline.spec import FleetSpec
-from pipeline.tables import HOLDOUT, LEDGER
+from pipeline.store import Tables
+from pipeline.tables import BOOSTERS, HOLDOUT, LEDGER, RUNS
 from pipeline.training.blend import GroupSkill, learn_blend
+from pipeline.training.outcome import NATIVE_CRASH, WITH_BOOSTER
+from pipeline.training.start import Start
 from pipeline.training.trainer import TrainingSettings
 from pipeline.training.worker import TrainGroup
 
-# Fits per trial, in the plan's arithmetic: the trials of the budget that usually run in full, and two refits.
-_REFITS = 2
+WAVES_AT_ONCE = 2
+# Trials per group of the first pass, where the fleet has a budget of seconds.
+FIRST_PASS_TRIALS = 1
+# What a row of an earlier run's ledger gives to a group that is reused.
+_TAKEN_OVER = (
+    "booster_id",
+    "n_fit",
+    "n_tune",
+    "n_report",
+    "n_invalid",
+    "n_trials",
+    "n_pruned",
+    "n_rounds",
+    "parameters",
+    "stopped_by",
+    "tune_loss",
+    "source_run_id",
+    "wave",
+    "tuned_as_of",
+    "error_class",
+    "error_message",
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a launch asks for.
+
+    Args:
+        run_id: of the run, unless it resumes another.
+        as_of: what the run pretends; None is the newest row.
+        limit_groups: only so many finest groups; None is all.
+        retrain: which groups are trained again, see `Policy`.
+        listed: group ids, for `retrain: listed`.
+    """
+
+    run_id: str
+    as_of: pd.Timestamp | None = None
+    limit_groups: int | None = None
+    retrain: Retrain = "changed"
+    listed: Collection[str] = ()
+
+    @property
+    def text(self) -> str:
+        """What must be equal for a run to be resumed, as JSON; the as-of is pinned by itself."""
+        return json.dumps({"limit_groups": self.limit_groups, "listed": sorted(self.listed), "retrain": self.retrain}, sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -44,12 +103,17 @@ class PlannedRun:
     """All that a run pins before it trains.
 
     Args:
-        run_id: of the run.
+        run_id: of the run; that of the interrupted run where one is resumed.
         rows: the visible rows.
         cutoffs: its dates.
         plan: which group trains where.
         settings: what every group shares.
         constants: the fleet's constant for rows with and without an offset, link space.
+        request: what was asked for.
+        memory: what earlier runs left.
+        previous_run_id: the newest run finished before it.
+        data_digest: hash of the rows.
+        is_resumed: whether an interrupted run is taken up again.
     """
 
     run_id: str
@@ -58,44 +122,83 @@ class PlannedRun:
     plan: TrainingPlan
     settings: TrainingSettings
     constants: tuple[float, float]
+    request: Request
+    memory: Memory = field(default_factory=Memory)
+    previous_run_id: str | None = None
+    data_digest: str = ""
+    is_resumed: bool = False
 
 
 @dataclass(frozen=True)
-class FinishedRun:
-    """What a run leaves: the ledger, and files not yet committed."""
+class History:
+    """The runs before this one, from the fleet's tables.
 
-    ledger: pd.DataFrame
-    files: TrainedFiles
+    Args:
+        runs: rows of `tables.RUNS`, oldest first.
+        ledger: gives a run's ledger rows.
+    """
+
+    runs: pd.DataFrame
+    ledger: Callable[[str], pd.DataFrame]
+
+    @classmethod
+    def read(cls, tables: Tables, namespace: str) -> "History":
+        """From the tables of a fleet; empty where there are none yet."""
+        runs, ledger = (tables.location(namespace, contract.name) for contract in (RUNS, LEDGER))
+        found = tables.read_pandas(runs) if tables.exists(runs) else RUNS.schema.empty_table().to_pandas()
+
+        def rows_of(run_id: str) -> pd.DataFrame:
+            if not tables.exists(ledger):
+                return LEDGER.schema.empty_table().to_pandas()
+            return tables.read_pandas(ledger, where={"run_id": run_id})
+
+        return cls(found.sort_values("started_at", ignore_index=True), rows_of)
+
+    def finished(self, as_of: pd.Timestamp) -> "pd.Series[Any] | None":
+        """The newest finished run that saw nothing that a run of this as-of must not see."""
+        known = self.runs[self.runs["finished_at"].notna() & (self.runs["as_of"].dt.tz_convert(None) <= as_of)]
+        return known.iloc[-1] if len(known) else None
+
+    def unfinished(self, since: "pd.Series[Any] | None") -> pd.DataFrame:
+        """Runs that did not come to their end, newest last, started after a given one."""
+        open_runs = self.runs[self.runs["finished_at"].isna()]
+        return open_runs if since is None else open_runs[open_runs["started_at"] > since["started_at"]]
 
 
-def plan_run(
-    features: DataFrame, spec: FleetSpec, *, run_id: str, as_of: pd.Timestamp | None, limit_groups: int | None, slots: int, threads: int
-) -> PlannedRun:
-    """Count the groups, fix the dates, and lay out the work; nothing is trained.
+def _by_group(ledger: pd.DataFrame) -> dict[GroupKey, Mapping[str, Any]]:
+    return {(int(row["grain"]), row["group_id"]): row for row in _records(ledger)}
+
+
+def plan_run(features: DataFrame, spec: FleetSpec, request: Request, history: History, *, slots: int, threads: int) -> PlannedRun:
+    """Count the groups, fix the dates, find what earlier runs left, and lay out the work; nothing is trained.
+
+    Args:
+        features: the feature table.
+        spec: the fleet.
+        request: what the launch asks for.
+        history: earlier runs.
+        slots: tasks that run at once.
+        threads: LightGBM's, per task.
 
     Raises:
-        DataError: if no row is visible at the as-of, or no row has a target to fit on.
+        DataError: if no row is visible at the as-of, or a listed group does not exist.
     """
-    moment = as_of if as_of is not None else newest_known(features)
-    rows = limited_rows(visible_rows(features, moment), spec, limit_groups)
+    moment = request.as_of if request.as_of is not None else newest_known(features)
+    rows = limited_rows(visible_rows(features, moment), spec, request.limit_groups)
     newest = newest_time(rows)
     if newest is None:
         earliest, latest = features.where("NOT is_future").selectExpr("string(min(known_at))", "string(max(known_at))").collect()[0]
         raise DataError(f"as of {moment} no row is known yet; known_at runs from {earliest} to {latest}: choose an as-of within or after it")
     cutoffs = resolve_cutoffs(spec.splits, moment, newest)
-    data = count_groups(rows, spec, cutoffs)
-    categories = choose_categories(count_categories(rows, spec, cutoffs), spec.features.max_categories)
+    before = history.finished(moment)
+    same_spec = before is not None and before["spec_digest"] == spec.training_digest
+    known = json.loads(before["model_spec"])["categories"] if before is not None and same_spec else {}
+    categories = choose_categories(count_categories(rows, spec, cutoffs), spec.features.max_categories, known)
+    data = count_groups(rows, spec, cutoffs, categories)
+    _refuse_unknown(request.listed, data.counts)
     tuning = spec.tuning
-    plan = build_plan(
-        data.counts,
-        n_features=len(spec.feature_columns),
-        n_fits=min(tuning.max_trials, tuning.patience + 1) + _REFITS,
-        fit_rows=tuning.fit_rows,
-        tune_rows=tuning.tune_rows,
-        slots=slots,
-    )
     settings = TrainingSettings(
-        run_id=run_id,
+        run_id=request.run_id,
         model=model_spec(spec, categories),
         target=spec.target.column,
         weight=spec.target.weight,
@@ -104,88 +207,380 @@ def plan_run(
         cutoffs=cutoffs,
         threads=threads,
     )
-    return PlannedRun(run_id, rows, cutoffs, plan, settings, (data.constant, data.constant_without_offset))
+    previous_run_id = None if before is None else str(before["run_id"])
+    pooled_hash = str(data.counts.loc[data.counts["grain"] == 0, "rows_hash"].iloc[0])
+    shared = shared_digest(settings.model, tuning, cutoffs, spec.target.weight)
+    digest = hashlib.sha256(f"{pooled_hash}\n{shared}\n{moment}".encode()).hexdigest()
+    open_runs = history.unfinished(before)
+    resumed = next((run for run in reversed(_records(open_runs)) if _is_same(run, request, spec, digest, previous_run_id)), None)
+    ledger_before = LEDGER.schema.empty_table().to_pandas() if before is None else history.ledger(str(before["run_id"]))
+    others = [history.ledger(str(run["run_id"])) for run in _records(open_runs) if resumed is None or run["run_id"] != resumed["run_id"]]
+    memory = Memory(
+        kept={} if resumed is None else _by_group(history.ledger(str(resumed["run_id"]))),
+        before=_by_group(ledger_before),
+        unfinished={key: row for ledger in others for key, row in _by_group(ledger).items()},
+        same_spec=same_spec,
+    )
+    counts = data.counts
+    counts["exponent"] = sampling_exponents(
+        counts["n_target"].to_numpy(), is_coarse=(counts["grain"] < len(spec.grains) - 1).to_numpy(), max_rows=tuning.max_rows
+    )
+    sampled = counts["exponent"] > 0
+    counts.loc[sampled, "rows_hash"] += "/" + counts.loc[sampled, "exponent"].astype(str)
+    n_fits = FIRST_PASS_TRIALS if tuning.budget_seconds else min(tuning.max_trials, tuning.patience + 1)
+    n_features = len(spec.feature_columns)
+    plan = build_plan(
+        counts,
+        Policy(
+            retrain=request.retrain,
+            listed=frozenset(request.listed),
+            retune_after=Period.parse(tuning.retune_after),
+            as_of=moment,
+            fit_rows=tuning.fit_rows,
+            tune_rows=tuning.tune_rows,
+            finest_only=spec.pooling == "none",
+            max_trials=FIRST_PASS_TRIALS if tuning.budget_seconds else None,
+        ),
+        memory,
+        shared=shared,
+        n_features=n_features,
+        n_fits=n_fits,
+        slots=slots,
+        checkpoint_seconds=tuning.checkpoint_seconds,
+        cost_model=CostModel.learnt(ledger_before, n_features, n_fits),
+    )
+    run_id = request.run_id if resumed is None else str(resumed["run_id"])
+    return PlannedRun(
+        run_id,
+        rows,
+        cutoffs,
+        plan,
+        replace(settings, run_id=run_id),
+        (data.constant, data.constant_without_offset),
+        request,
+        memory,
+        previous_run_id,
+        digest,
+        resumed is not None,
+    )
 
 
-def train_run(
-    spark: SparkSession,
-    run: PlannedRun,
-    spec: FleetSpec,
-    *,
-    roots: Mapping[str, str],
-    options: Mapping[str, str],
-    report: Report,
-    train: TrainGroup | None = None,
-) -> FinishedRun:
-    """Train every planned group, learn the blend, and write one ledger row per group.
+def _refuse_unknown(listed: Collection[str], counts: pd.DataFrame) -> None:
+    unknown = sorted(set(listed) - set(counts["group_id"]))
+    if unknown:
+        import difflib
+
+        near = difflib.get_close_matches(unknown[0], [str(group) for group in counts["group_id"]], n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {len(counts):,}, e.g. {counts['group_id'].iloc[-1]}"
+        raise DataError(f"there is no group {unknown[0]!r}; {hint} A group is named by the JSON array of its keys")
+
+
+def _is_same(run: Mapping[str, Any], request: Request, spec: FleetSpec, data_digest: str, previous_run_id: str | None) -> bool:
+    """Whether an unfinished run is the one that this launch would make."""
+    previous = run["previous_run_id"] if isinstance(run["previous_run_id"], str) else None
+    wanted = (request.text, spec.training_digest, data_digest, previous_run_id)
+    return (run["request"], run["spec_digest"], run["data_digest"], previous) == wanted
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where a run trains.
 
     Args:
         spark: the session.
-        run: as planned.
-        spec: the fleet.
-        roots: roots of the tables boosters and holdout.
-        options: storage options.
         report: called now and then with groups done, groups failed, planned seconds done.
+        memory_bytes: memory one group may take; None is unlimited.
         train: what trains a group; another function only in tests.
     """
-    trained = run.plan.to_train
-    costs = {(int(g), str(i)): float(c) for g, i, c in zip(trained["grain"], trained["group_id"], trained["cost_seconds"], strict=True)}
-    placed = placed_rows(spark, run.rows, spec, run.plan)
-    files = train_groups(spark, placed, run.settings, roots, options, costs, report, train)
-    has_model: list[set[str]] = [set() for _ in spec.grains]
-    for outcome in files.outcomes:
-        if outcome["status"] == "trained":
-            has_model[outcome["grain"]].add(outcome["group_id"])
-    holdout = read_files(spark, roots["holdout"], [file.path for file in files.holdout], HOLDOUT.schema, options)
-    judged = judged_rows(holdout, spec, run.cutoffs).persist()
-    try:
-        skills = learn_blend(sum_moments(judged, len(spec.grains)), has_model, run.constants[0], spec.pooling)
-        measures = measure_groups(spark, judged, spec, skills, run.constants, has_model)
-    finally:
-        judged.unpersist()
-    return FinishedRun(build_ledger(run, spec, files.outcomes, skills, measures), files)
+
+    spark: SparkSession
+    report: Report
+    memory_bytes: int | None = None
+    train: TrainGroup | None = None
 
 
-def build_ledger(
-    run: PlannedRun, spec: FleetSpec, outcomes: list[dict[str, Any]], skills: Mapping[tuple[int, str], GroupSkill], measures: pd.DataFrame
+def train_run(
+    cluster: Cluster, tables: Tables, namespace: str, run: PlannedRun, spec: FleetSpec, *, features_version: int, check: Callable[[], None]
 ) -> pd.DataFrame:
-    """Exactly one row per planned group, whatever came back for it.
+    """Train every planned group, learn the blend, and commit one ledger row per group.
 
-    A group that was sent to a worker and of which nothing came back is `failed`.
+    Waves are committed as they end: boosters, then held-out predictions, then ledger rows. At the end the run's ledger rows are
+    replaced, in one commit, by complete ones. A run that is killed at any moment is finished by the next one that asks for the
+    same of the same data.
+
+    Args:
+        cluster: where it trains.
+        tables: where it is kept.
+        namespace: of the tables.
+        run: as planned.
+        spec: the fleet.
+        features_version: version of the feature table that was planned on.
+        check: raises if this run may not commit any more, because another has taken the fleet over.
+
+    Returns:
+        The ledger.
     """
-    by_group = {(int(outcome["grain"]), outcome["group_id"]): outcome for outcome in outcomes}
-    measured = {(int(row["grain"]), row["group_id"]): row for row in _records(measures)}
+    started_at = pd.Timestamp.now(tz="UTC")
+    commits = Commits(tables, namespace, run.run_id, check)
+    crash_point("run_planned")
+    pinned = manifest(run, spec, started_at=started_at, features_version=features_version)
+    commits.replace_run(RUNS, pa.Table.from_pylist([pinned], schema=RUNS.schema))
+    crash_point("manifest_committed")
+    outcomes = _train_all(cluster, commits, run, spec)
+    crash_point("waves_finished")
+    rows = _ledger_rows(run, spec, outcomes)
+    waves = sorted({str(row["wave"]) for row in rows if isinstance(row["wave"], str)})
+    ledger = _judged(cluster.spark, tables, namespace, run, spec, rows, waves)
+    crash_point("blend_learnt")
+    commits.replace_run(LEDGER, pa.Table.from_pandas(ledger, schema=LEDGER.schema, preserve_index=False))
+    crash_point("ledger_committed")
+    finished = {**pinned, "finished_at": pd.Timestamp.now(tz="UTC"), "waves": json.dumps(waves), "n_groups": len(ledger)}
+    commits.replace_run(RUNS, pa.Table.from_pylist([finished], schema=RUNS.schema))
+    crash_point("run_committed")
+    return ledger
+
+
+class Commits:
+    """The commits of one run, each only while the run still owns the fleet."""
+
+    def __init__(self, tables: Tables, namespace: str, run_id: str, check: Callable[[], None]) -> None:
+        self.tables = tables
+        self.roots = {contract.name: tables.location(namespace, contract.name) for contract in (RUNS, LEDGER, BOOSTERS, HOLDOUT)}
+        self._run_id = run_id
+        self._check = check
+
+    def replace_run(self, contract: Any, rows: pa.Table) -> None:
+        """Let a table hold these rows for the run, instead of what it had."""
+        self._check()
+        root = self.roots[contract.name]
+        file = self.tables.write_file(rows, contract.schema, root)
+        self.tables.commit(root, [file], contract.schema, mode="overwrite", partition={"run_id": self._run_id})
+
+    def wave(self, wave: Wave, trained: TrainedFiles, rows: pd.DataFrame) -> None:
+        """Commit a wave: boosters first, then held-out predictions, then the ledger rows that name them."""
+        crash_point("wave_trained")
+        self._check()
+        for contract, files in ((BOOSTERS, trained.boosters), (HOLDOUT, trained.holdout)):
+            if files:
+                app = (f"{wave.name}/{contract.name}", 1)
+                self.tables.commit(self.roots[contract.name], files, contract.schema, mode="append", partition={"wave": wave.name}, app=app)
+            crash_point(f"{contract.name}_committed")
+        root = self.roots[LEDGER.name]
+        file = self.tables.write_file(pa.Table.from_pandas(rows, schema=LEDGER.schema, preserve_index=False), LEDGER.schema, root)
+        app = (f"{wave.name}/{LEDGER.name}", 1)
+        self._check()
+        self.tables.commit(root, [file], LEDGER.schema, mode="append", partition={"run_id": self._run_id}, app=app)
+        crash_point("wave_committed")
+
+
+def _train_all(cluster: Cluster, commits: Commits, run: PlannedRun, spec: FleetSpec) -> dict[GroupKey, dict[str, Any]]:
+    """Train the plan's waves, and commit each; the ledger row so far of every group that was trained."""
+    progress = Progress(cluster.spark, cluster.report)
+    with without_adaptive_execution(cluster.spark), progress.told():
+        found = _train_waves(cluster, commits, run, spec, run.plan, progress)
+        for plan in _second_pass(run, spec, found):
+            again = _train_waves(cluster, commits, run, spec, plan, progress)
+            found |= {key: row for key, row in again.items() if row["status"] == "trained"}
+    return found
+
+
+def _train_waves(
+    cluster: Cluster, commits: Commits, run: PlannedRun, spec: FleetSpec, plan: TrainingPlan, progress: Progress
+) -> dict[GroupKey, dict[str, Any]]:
+    token = uuid.uuid4().hex[:8]
+    groups = plan.to_train
+    waves = [Wave(f"{run.run_id}-{token}-{number}", part) for number, part in groups.groupby("wave", sort=True)]
+    found: dict[GroupKey, dict[str, Any]] = {}
+
+    def train(wave: Wave) -> TrainedFiles:
+        return _train_wave(cluster, commits, run, spec, wave, progress)
+
+    for wave, trained in _overlapping(cluster.spark, waves, train):
+        outcomes = {(int(outcome["grain"]), str(outcome["group_id"])): outcome for outcome in trained.outcomes}
+        rows = [_trained_row(planned, outcomes, wave, run, spec) for planned in _records(wave.groups)]
+        commits.wave(wave, trained, pd.DataFrame(rows).reindex(columns=LEDGER.schema.names))
+        found |= {(int(row["grain"]), str(row["group_id"])): row for row in rows}
+    return found
+
+
+def _overlapping(spark: SparkSession, waves: Sequence[Wave], train: Callable[[Wave], TrainedFiles]) -> Iterator[tuple[Wave, TrainedFiles]]:
+    """Each wave with what it left, in order; the next one already starts while one drains, as Spark hands free slots to the oldest job."""
+    pool = ThreadPoolExecutor(WAVES_AT_ONCE, thread_name_prefix="wave")
+    futures: list[Future[TrainedFiles]] = [pool.submit(train, wave) for wave in waves]
+    try:
+        for wave, future in zip(waves, futures, strict=True):
+            yield wave, future.result()
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        spark.sparkContext.cancelAllJobs()
+        raise
+    finally:
+        pool.shutdown()
+
+
+def _train_wave(cluster: Cluster, commits: Commits, run: PlannedRun, spec: FleetSpec, wave: Wave, progress: Progress) -> TrainedFiles:
+    """One Spark job; if it dies, its halves, down to the group that kills it, which is `crashed`."""
+    placed = placed_rows(cluster.spark, run.rows, spec, wave.groups)
+    try:
+        return train_wave(
+            placed, wave, run.settings, commits.roots, dict(commits.tables.storage_options), progress, cluster.train, cluster.memory_bytes
+        )
+    except (PySparkException, Py4JError) as error:
+        if cluster.spark.sparkContext._jsc is None or not _died_of_training(placed, error):  # noqa: SLF001 - whether the session has been stopped
+            raise
+    groups = wave.groups
+    if len(groups) == 1:
+        key = {"grain": int(groups["grain"].iloc[0]), "group_id": str(groups["group_id"].iloc[0])}
+        message = "every Spark worker that trained it was lost; see the executors' logs, and give it more memory or fewer rows (tuning.max_rows)"
+        told = {"status": "crashed", "reason": NATIVE_CRASH, "error_class": "ExecutorLost", "error_message": message}
+        return TrainedFiles([{**key, **told}], [], [])
+    middle = len(groups) // 2
+    # Longest first: every other group to each half.
+    halves = [groups.iloc[start::2] for start in (0, 1)] if middle else []
+    parts = [_train_wave(cluster, commits, run, spec, Wave(wave.name, _renumbered(half)), progress) for half in halves]
+    return parts[0] + parts[1]
+
+
+def _renumbered(groups: pd.DataFrame) -> pd.DataFrame:
+    """The same groups with tasks from 0 without gaps."""
+    return groups.assign(task=pd.factorize(groups["task"], sort=True)[0])
+
+
+def _died_of_training(placed: DataFrame, error: Exception) -> bool:
+    """Whether rows can be read and placed, so that it was training that ended the job."""
+    if "cancelled" in str(error):
+        return False
+    try:
+        placed.groupBy("task").count().collect()
+    except (PySparkException, Py4JError):
+        return False
+    return True
+
+
+def _trained_row(
+    planned: Mapping[str, Any], outcomes: Mapping[GroupKey, Mapping[str, Any]], wave: Wave, run: PlannedRun, spec: FleetSpec
+) -> dict[str, Any]:
+    """The ledger row of a group that was sent to a worker; `failed` if nothing came back."""
+    lost = {"status": "failed", "reason": "error", "error_class": "LostOutcome", "error_message": "the worker gave no outcome for this group"}
+    outcome = outcomes.get((int(planned["grain"]), str(planned["group_id"])), lost)
+    tuned = run.cutoffs.as_of
+    if outcome["status"] == "refreshed":
+        tuned = pd.Timestamp(run.memory.before[int(planned["grain"]), str(planned["group_id"])]["tuned_as_of"]).tz_localize(None)
+    return {
+        **_planned_row(planned, run, spec),
+        "source_run_id": run.run_id,
+        "wave": wave.name,
+        "tuned_as_of": tuned.tz_localize("UTC"),
+        **outcome,
+    }
+
+
+def _planned_row(planned: Mapping[str, Any], run: PlannedRun, spec: FleetSpec) -> dict[str, Any]:
+    row = {name: value for name, value in planned.items() if name not in ("action", "rows_hash", "exponent", "wave")}
+    return {
+        **row,
+        "run_id": run.run_id,
+        "grain_name": grain_name(spec.grains[int(planned["grain"])]),
+        "planned_seconds": planned["cost_seconds"],
+        "weight": 0.0,
+        "wave": None,
+    }
+
+
+def _ledger_rows(run: PlannedRun, spec: FleetSpec, trained: Mapping[GroupKey, dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per group, weights and errors still missing."""
     rows = []
     for planned in _records(run.plan.groups):
-        key = int(planned["grain"]), planned["group_id"]
-        row: dict[str, Any] = {**planned, "planned_seconds": planned["cost_seconds"], "run_id": run.run_id, "weight": 0.0}
-        if planned["status"] == "train":
-            lost = {"status": "failed", "reason": "error", "error_class": "LostOutcome", "error_message": "the worker gave no outcome for this group"}
-            row |= by_group.get(key, lost)
-        row["grain_name"] = grain_name(spec.grains[key[0]])
-        if key in skills:
-            row |= vars(skills[key])
-        if row["status"] != "trained":
-            row["weight"] = 0.0
+        key = int(planned["grain"]), str(planned["group_id"])
+        row = _planned_row(planned, run, spec)
+        if planned["action"] == KEEP:
+            row = dict(run.memory.kept[key])
+        elif planned["action"] == REUSE:
+            source = _source(run.memory, key, planned["fingerprint"])
+            reused = source["status"] in WITH_BOOSTER
+            told = {"status": "reused"} if reused else {"status": source["status"], "reason": source["reason"]}
+            row |= {**{name: source[name] for name in _TAKEN_OVER}, **told}
+        elif planned["action"] == INHERIT:
+            row |= {"status": "inherited", "planned_seconds": None}
+        else:
+            row = trained[key]
+        rows.append(row)
+    return rows
+
+
+def _source(memory: Memory, key: GroupKey, wanted: str) -> Mapping[str, Any]:
+    """The row that a group is reused from."""
+    before = memory.before.get(key)
+    return before if before is not None and before["fingerprint"] == wanted else memory.unfinished[key]
+
+
+def _judged(
+    spark: SparkSession, tables: Tables, namespace: str, run: PlannedRun, spec: FleetSpec, rows: list[dict[str, Any]], waves: Sequence[str]
+) -> pd.DataFrame:
+    """The ledger: the rows with their weights and errors, from the held-out predictions of whichever run trained each group."""
+    has_model: list[set[str]] = [set() for _ in spec.grains]
+    for row in rows:
+        if row["status"] in WITH_BOOSTER:
+            has_model[int(row["grain"])].add(str(row["group_id"]))
+    skills: Mapping[GroupKey, GroupSkill] = {}
+    measures = pd.DataFrame(columns=["grain", "group_id"])
+    location = tables.location(namespace, HOLDOUT.name)
+    if waves and tables.exists(location):
+        holdout = tables.read_spark(spark, location, partitions={"wave": waves})
+        named = pd.DataFrame([(row["wave"], int(row["grain"]), row["group_id"]) for row in rows if isinstance(row["wave"], str)])
+        judged = judged_rows(_named_rows(spark, holdout, named), spec, run.cutoffs).persist()
+        try:
+            skills = learn_blend(sum_moments(judged, len(spec.grains)), has_model, run.constants[0], spec.pooling)
+            measures = measure_groups(spark, judged, spec, skills, run.constants, has_model)
+        finally:
+            judged.unpersist()
+    return build_ledger(rows, spec, skills, measures)
+
+
+def _named_rows(spark: SparkSession, holdout: DataFrame, named: pd.DataFrame) -> DataFrame:
+    """The held-out rows of groups whose ledger row names their wave; what an interrupted wave left is not among them."""
+    from pyspark.sql import functions as sf
+
+    keys = spark.createDataFrame(named, "wave string, grain int, group_id string")
+    return holdout.join(sf.broadcast(keys), ["wave", "grain", "group_id"], "left_semi")
+
+
+def build_ledger(rows: Sequence[Mapping[str, Any]], spec: FleetSpec, skills: Mapping[GroupKey, GroupSkill], measures: pd.DataFrame) -> pd.DataFrame:
+    """The complete ledger, one row per group: what became of it, its weight, and its errors."""
+    measured = _by_group(measures)
+    complete = []
+    for row in rows:
+        key = int(row["grain"]), str(row["group_id"])
+        full = {**row, **(vars(skills[key]) if key in skills else {}), **measured.get(key, {})}
+        if row["status"] not in WITH_BOOSTER:
+            full["weight"] = 0.0
         elif key not in skills:
-            row["weight"] = 1.0 if spec.pooling == "none" else 0.0
-        rows.append({**row, **measured.get(key, {})})
-    ledger = pd.DataFrame(rows).reindex(columns=LEDGER.schema.names)
+            full["weight"] = 1.0 if spec.pooling == "none" else 0.0
+        complete.append(full)
+    ledger = pd.DataFrame(complete).reindex(columns=LEDGER.schema.names)
     return ledger.sort_values(["grain", "group_id"], ignore_index=True)
 
 
 def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """The rows as dicts by column name."""
-    return [{str(name): value for name, value in row.items()} for row in frame.to_dict("records")]
+    """The rows as dicts by column name; what is missing is None."""
+    return [
+        {str(name): None if value is pd.NaT or (isinstance(value, float) and value != value) else value for name, value in row.items()}  # noqa: PLR0124 - NaN
+        for row in frame.to_dict("records")
+    ]
 
 
 def manifest(run: PlannedRun, spec: FleetSpec, *, started_at: pd.Timestamp, features_version: int) -> dict[str, Any]:
-    """The row of `tables.RUNS` that says what the run pinned."""
+    """The row of `tables.RUNS` that says what the run pinned; not finished."""
     packages = ("many-models", "pyspark", "lightgbm", "optuna", "pandas", "pyarrow", "numpy")
     versions = {"python": platform.python_version(), **{package: installed_version(package) for package in packages}}
     return {
         "run_id": run.run_id,
         "started_at": started_at,
+        "finished_at": None,
+        "previous_run_id": run.previous_run_id,
+        "request": run.request.text,
+        "data_digest": run.data_digest,
         "as_of": run.cutoffs.as_of,
         "tune_start": run.cutoffs.tune_start,
         "report_start": run.cutoffs.report_start,
@@ -196,4 +591,43 @@ def manifest(run: PlannedRun, spec: FleetSpec, *, started_at: pd.Timestamp, feat
         "n_groups": len(run.plan.groups),
         "model_spec": json.dumps(run.settings.model, ensure_ascii=False),
         "versions": json.dumps(versions),
+        "waves": None,
     }
+
+
+def _second_pass(run: PlannedRun, spec: FleetSpec, found: dict[GroupKey, dict[str, Any]]) -> Iterator[TrainingPlan]:
+    """With a budget of seconds: plans of about a wave for the groups with the largest rows x error, until the budget is spent.
+
+    Args:
+        run: as planned.
+        spec: the fleet.
+        found: ledger rows of what has been trained; the caller adds each plan's before asking for the next.
+    """
+    budget = spec.tuning.budget_seconds
+    if budget is None:
+        return
+    slots, wave_seconds = run.plan.slots, spec.tuning.checkpoint_seconds
+    plans = {(int(row["grain"]), str(row["group_id"])): row for row in _records(run.plan.to_train)}
+    left = {key for key, row in found.items() if row["status"] == "trained" and spec.tuning.max_trials > FIRST_PASS_TRIALS}
+    longer = (min(spec.tuning.max_trials, spec.tuning.patience + 1) + 2) / (FIRST_PASS_TRIALS + 2)
+    for key in left:
+        found[key]["stopped_by"] = "budget"
+    # All seconds count, those of groups trained twice, too.
+    spent = sum(float(row["seconds"] or 0.0) for row in found.values())
+    while left:
+        chosen: list[dict[str, Any]] = []
+        cost = 0.0
+        for key in sorted(left, key=lambda key: (-found[key]["n_tune"] * found[key]["tune_loss"], key)):
+            seconds = float(found[key]["seconds"]) * longer
+            if cost + seconds > min(budget - spent, max(wave_seconds * slots, seconds)):
+                continue
+            start = Start(trials=(json.loads(found[key]["parameters"]),)).to_json()
+            chosen.append({**plans[key], "started_from": start, "cost_seconds": seconds})
+            cost += seconds
+        if not chosen:
+            return
+        left -= {(int(row["grain"]), str(row["group_id"])) for row in chosen}
+        groups = pd.DataFrame(chosen).sort_values("cost_seconds", ascending=False, ignore_index=True)
+        groups["task"], groups["wave"] = pack_tasks(groups["cost_seconds"].tolist(), slots=slots), 0
+        yield TrainingPlan(groups, slots, run.plan.cost_model)
+        spent += sum(float(found[int(row["grain"]), str(row["group_id"])]["seconds"] or 0.0) for row in chosen)

@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,17 +11,20 @@ import pandas as pd
 import pyarrow as pa
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as sf
+from pyspark.sql.pandas.types import from_arrow_schema
 
-from pipeline.grouping.plan import TrainingPlan
+from pipeline.grouping.sampling import SAMPLED_WHOLE
 from pipeline.grouping.splits import FIT, GAP, REPORT, TUNE, Cutoffs
 from pipeline.spark.files import FileWriter, WrittenFile, file_json, file_of_json
 from pipeline.spark.keys import finite, group_id_column, link_column, moment_column
 from pipeline.spec import FleetSpec
 from pipeline.tables import BOOSTERS, HOLDOUT
-from pipeline.training.trainer import TrainingSettings
-from pipeline.training.worker import OUTCOME_COLUMNS, TrainGroup, run_group
+from pipeline.training.trainer import RATE, TrainingSettings, train_group
+from pipeline.training.worker import OUTCOME_SCHEMA, TaskWorker, TrainGroup
 
 Report = Callable[[int, int, float], None]
+# Constants and weights keep so many significant digits: sums over files in another order differ in the last ones.
+DIGITS = 12
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class TrainingData:
     """What the plan needs to know of the visible rows.
 
     Args:
-        counts: one row per group of every grain, with its counts and parent.
+        counts: one row per group of every grain, with its counts, its parent, and the hash of its training rows.
         constant: mean target of fit rows, link space, less offset, over scale; 0 where there is none.
         constant_without_offset: mean target of fit rows, link space.
     """
@@ -63,19 +66,27 @@ def _split_column(cutoffs: Cutoffs) -> Column:
     )
 
 
-def _grain_column(spec: FleetSpec) -> Column:
-    """Each row once per grain: its index, group and parent."""
+def _grain_column(spec: FleetSpec, grains: Sequence[int] | None = None) -> Column:
+    """Each row once per grain (of the named ones): its index, group and parent."""
     ids = [group_id_column(grain) for grain in spec.grains]
     parents = [sf.lit(None).cast("string"), *ids[:-1]]
     levels = [
         sf.struct(sf.lit(level).alias("grain"), own.alias("group_id"), parent.alias("parent_id"))
         for level, (own, parent) in enumerate(zip(ids, parents, strict=True))
+        if grains is None or level in grains
     ]
     return sf.explode(sf.array(*levels))
 
 
-def count_groups(rows: DataFrame, spec: FleetSpec, cutoffs: Cutoffs) -> TrainingData:
-    """Count every group's rows by split; one Spark job."""
+def count_groups(rows: DataFrame, spec: FleetSpec, cutoffs: Cutoffs, categories: Mapping[str, Sequence[str]]) -> TrainingData:
+    """Count every group's rows by split, and hash them; one Spark job.
+
+    Args:
+        rows: the visible rows.
+        spec: the fleet.
+        cutoffs: the run's dates.
+        categories: values per categorical feature, in order.
+    """
     target = spec.target
     linked = link_column(sf.col(f"`{target.column}`"), target.transform)
     offset = finite(sf.col(f"`{target.offset}`")) if target.offset else sf.lit(0.0)
@@ -83,13 +94,15 @@ def count_groups(rows: DataFrame, spec: FleetSpec, cutoffs: Cutoffs) -> Training
     residual = finite((linked - offset) / sf.when(scale > 0, scale))
     # As the trainer counts: rows of no weight teach nothing.
     weighs = finite(sf.col(f"`{target.weight}`")) > 0 if target.weight else sf.lit(True)
-    narrow = rows.select(
+    known = sf.col(f"`{target.column}`").isNotNull()
+    narrow = _with_category_numbers(rows, categories).select(
         _grain_column(spec).alias("_level"),
         weighs.alias("_weighs"),
         _split_column(cutoffs).alias("_split"),
-        sf.col(f"`{target.column}`").isNotNull().alias("_known"),
+        known.alias("_known"),
         linked.alias("_linked"),
         residual.alias("_residual"),
+        sf.when(known, _row_hash(spec)).alias("_hash"),
     )
 
     def rows_where(condition: Column, name: str) -> Column:
@@ -102,13 +115,50 @@ def count_groups(rows: DataFrame, spec: FleetSpec, cutoffs: Cutoffs) -> Training
         sf.count("*").alias("n_rows"),
         rows_where(sf.col("_known"), "n_target"),
         *(rows_where(usable & (sf.col("_split") == split), f"n_{split}") for split in (FIT, TUNE, REPORT)),
+        # A sum of 64-bit hashes, whatever the order of the rows, in two halves that cannot overflow.
+        sf.sum(sf.col("_hash").bitwiseAND(0xFFFFFFFF)).alias("_low"),
+        sf.sum(sf.shiftrightunsigned("_hash", 32)).alias("_high"),
         sf.avg(sf.when(fit, sf.col("_residual"))).alias("_constant"),
         sf.avg(sf.when(fit, sf.col("_linked"))).alias("_plain_constant"),
     )
     counts = counted.toPandas()
+    counts["rows_hash"] = [
+        f"{n}-{low or 0:x}-{high or 0:x}" for n, low, high in zip(counts["n_target"], _whole(counts["_low"]), _whole(counts["_high"]), strict=True)
+    ]
     pooled = counts[counts["grain"] == 0].iloc[0]
-    constants = [0.0 if pd.isna(pooled[name]) else float(pooled[name]) for name in ("_constant", "_plain_constant")]
-    return TrainingData(counts.drop(columns=["_constant", "_plain_constant"]), *constants)
+    constants = [0.0 if pd.isna(pooled[name]) else float(f"{pooled[name]:.{DIGITS}g}") for name in ("_constant", "_plain_constant")]
+    return TrainingData(counts.drop(columns=["_constant", "_plain_constant", "_low", "_high"]), *constants)
+
+
+def _whole(sums: "pd.Series[Any]") -> list[int]:
+    """Sums as whole numbers; 0 for a group without rows to add up."""
+    return [0 if pd.isna(value) else int(value) for value in sums.astype(object)]
+
+
+def _with_category_numbers(rows: DataFrame, categories: Mapping[str, Sequence[str]]) -> DataFrame:
+    """Each categorical's number beside it, as training sees it: null for a value that is not in the fleet's list."""
+    for name, values in categories.items():
+        numbered = rows.sparkSession.createDataFrame(list(enumerate(values)), f"`_number_{name}` int, `_value_{name}` string")
+        found = sf.col(f"`{name}`").cast("string") == sf.col(f"`_value_{name}`")
+        rows = rows.join(sf.broadcast(numbered), found, "left").drop(f"_value_{name}")
+    return rows
+
+
+def _row_hash(spec: FleetSpec) -> Column:
+    """64-bit hash of all that training reads of a row, as it reads it: features in single precision, no difference between null and NaN."""
+
+    def number(name: str, kind: str) -> Column:
+        value = sf.col(f"`{name}`").try_cast(kind)
+        return sf.coalesce(sf.when(~sf.isnan(value) & (sf.abs(value) < float("inf")), value), sf.lit(float("nan")).cast(kind))
+
+    features = [
+        sf.coalesce(sf.col(f"`_number_{name}`"), sf.lit(-1)) if name in spec.features.categoricals else number(name, "float")
+        for name in spec.feature_columns
+    ]
+    exact = [number(name, "double") for name in spec.carried_columns]
+    # An infinite target counts as such: it is not null.
+    target = sf.col(f"`{spec.target.column}`")
+    return sf.xxhash64(sf.lit(len(features)), "row_key", "time", "known_at", target, *features, *exact)
 
 
 def count_categories(rows: DataFrame, spec: FleetSpec, cutoffs: Cutoffs) -> dict[str, dict[str, int]]:
@@ -128,7 +178,7 @@ def count_categories(rows: DataFrame, spec: FleetSpec, cutoffs: Cutoffs) -> dict
 
 
 @contextmanager
-def _without_adaptive_execution(spark: SparkSession) -> Iterator[None]:
+def without_adaptive_execution(spark: SparkSession) -> Iterator[None]:
     """Adaptive execution would merge the tasks that the plan has laid out."""
     before = spark.conf.get("spark.sql.adaptive.enabled")
     spark.conf.set("spark.sql.adaptive.enabled", "false")
@@ -138,32 +188,58 @@ def _without_adaptive_execution(spark: SparkSession) -> Iterator[None]:
         spark.conf.set("spark.sql.adaptive.enabled", str(before))
 
 
-def placed_rows(spark: SparkSession, rows: DataFrame, spec: FleetSpec, plan: TrainingPlan) -> DataFrame:
+def placed_rows(spark: SparkSession, rows: DataFrame, spec: FleetSpec, groups: pd.DataFrame) -> DataFrame:
     """Every row once per grain whose group is trained, in the Spark partition that is its group's task; one exchange.
 
-    The pooled group is always there, if only to judge the rows that no model answers.
+    Args:
+        spark: the session.
+        rows: the visible rows.
+        spec: the fleet.
+        groups: what is trained: grain, group_id, task (from 0, without gaps) and, for a sampled group, exponent (see `pipeline.grouping.sampling`).
+
+    Returns:
+        The columns that training reads, grain, group_id, task and, where a group is sampled, the row's sampling rate.
     """
-    tasks = plan.to_train[["grain", "group_id", "task"]]
-    if plan.n_tasks and (tasks["task"].min() < 0 or tasks["task"].max() >= plan.n_tasks):
+    n_tasks = int(groups["task"].max()) + 1
+    if groups["task"].min() < 0:
         # Ids outside the range would wrap around silently.
-        raise AssertionError(f"task ids {tasks['task'].min()}..{tasks['task'].max()} are not within 0..{plan.n_tasks - 1}")
-    if not (tasks["grain"] == 0).any():
-        tasks = pd.concat([tasks, pd.DataFrame({"grain": [0], "group_id": ["[]"], "task": [0]})])
-    where = spark.createDataFrame(tasks.astype({"grain": "int32", "task": "int32"}), "grain int, group_id string, task int")
-    needed = dict.fromkeys([*spec.finest, *spec.feature_columns, *spec.carried_columns, spec.target.column, "time", "known_at", "row_key"])
-    exploded = rows.where(sf.col(f"`{spec.target.column}`").isNotNull()).select(
-        _grain_column(spec).alias("_level"), *(f"`{name}`" for name in needed)
-    )
-    flat = exploded.select("_level.grain", "_level.group_id", *(f"`{name}`" for name in needed))
-    return flat.join(sf.broadcast(where), ["grain", "group_id"]).repartitionById(max(1, plan.n_tasks), "task")
+        raise AssertionError(f"task ids {groups['task'].min()}..{groups['task'].max()} are not within 0..{n_tasks - 1}")
+    columns = {"grain": "int32", "group_id": "str", "task": "int32", "exponent": "int32"}
+    schema = "grain int, group_id string, task int, exponent int"
+    where = spark.createDataFrame(groups[list(columns)].astype(columns), schema)
+    needed = list(dict.fromkeys([*spec.finest, *spec.feature_columns, *spec.carried_columns, spec.target.column, "time", "known_at", "row_key"]))
+    known = rows.where(sf.col(f"`{spec.target.column}`").isNotNull())
+    extra: list[str] = []
+    if groups["exponent"].any():
+        known, extra = _with_rates(known, spec), ["_finest_rows"]
+    levels = sf.col("_level")
+    exploded = known.select(_grain_column(spec, sorted(set(groups["grain"]))).alias("_level"), *(f"`{name}`" for name in [*needed, *extra]))
+    flat = exploded.select(levels["grain"].alias("grain"), levels["group_id"].alias("group_id"), *(f"`{name}`" for name in [*needed, *extra]))
+    placed = flat.join(sf.broadcast(where), ["grain", "group_id"])
+    if extra:
+        # The share of its finest group's rows that stays: 1, 1/2, 1/4 ..., but never less than SAMPLED_WHOLE rows.
+        rate = sf.greatest(sf.pow(sf.lit(0.5), sf.col("exponent")), sf.pow(sf.lit(2.0), sf.ceil(sf.log2(SAMPLED_WHOLE / sf.col("_finest_rows")))))
+        placed = placed.withColumn(RATE, sf.when(sf.col("exponent") > 0, sf.least(sf.lit(1.0), rate)).otherwise(1.0))
+        # By the row's own hash, so that a row that is in a sample stays in it from run to run.
+        share = sf.pmod(sf.xxhash64("row_key"), sf.lit(1 << 30)) / float(1 << 30)
+        placed = placed.where(share < sf.col(RATE)).drop("_finest_rows")
+    return placed.drop("exponent").repartitionById(n_tasks, "task")
+
+
+def _with_rates(rows: DataFrame, spec: FleetSpec) -> DataFrame:
+    """The number of rows of its finest group beside each row; another exchange, only for fleets that are sampled."""
+    keys = [f"`{key}`" for key in spec.finest]
+    counted = rows.groupBy(*keys).agg(sf.count("*").alias("_finest_rows"))
+    same = [rows[f"`{key}`"].eqNullSafe(counted[f"`{key}`"]) for key in spec.finest]
+    return rows.join(counted, same, "left").select(*(rows[f"`{name}`"] for name in rows.columns), "_finest_rows")
 
 
 @dataclass(frozen=True)
 class TrainedFiles:
-    """What one training job left behind, not yet committed.
+    """What one wave left behind, not yet committed.
 
     Args:
-        outcomes: one dict per trained or failed group: ledger columns.
+        outcomes: one dict per group: ledger columns.
         boosters: files of the booster store.
         holdout: files of the holdout table.
     """
@@ -172,61 +248,107 @@ class TrainedFiles:
     boosters: list[WrittenFile]
     holdout: list[WrittenFile]
 
+    def __add__(self, other: "TrainedFiles") -> "TrainedFiles":
+        return TrainedFiles(self.outcomes + other.outcomes, self.boosters + other.boosters, self.holdout + other.holdout)
 
-def train_groups(
-    spark: SparkSession,
+
+class Progress:
+    """Counts of what is done, added up on Spark's workers."""
+
+    def __init__(self, spark: SparkSession, report: Report) -> None:
+        context = spark.sparkContext
+        self.done, self.failed, self.worked = context.accumulator(0), context.accumulator(0), context.accumulator(0.0)
+        self._report = report
+
+    @contextmanager
+    def told(self, every_seconds: float = 2.0) -> Iterator[None]:
+        """Report now and then, and once at the end."""
+        ended = threading.Event()
+
+        def watch() -> None:
+            while not ended.wait(every_seconds):
+                self._report(self.done.value, self.failed.value, self.worked.value)
+
+        watcher = threading.Thread(target=watch, name="training-progress", daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            watcher.join()
+        self._report(self.done.value, self.failed.value, self.worked.value)
+
+
+@dataclass(frozen=True)
+class Wave:
+    """The groups of one Spark job.
+
+    Args:
+        name: unique for ever; the partition of its boosters and holdout rows.
+        groups: rows of the plan.
+    """
+
+    name: str
+    groups: pd.DataFrame
+
+
+def train_wave(
     placed: DataFrame,
+    wave: Wave,
     settings: TrainingSettings,
     roots: Mapping[str, str],
     options: Mapping[str, str],
-    costs: Mapping[tuple[int, str], float],
-    report: Report,
+    progress: Progress,
     train: TrainGroup | None = None,
+    memory_bytes: int | None = None,
 ) -> TrainedFiles:
     """Train every placed group; one Spark job, whose tasks write boosters and holdout themselves.
 
     Args:
-        spark: the session.
         placed: as from `placed_rows`.
+        wave: what is placed.
         settings: the run's.
         roots: roots of the tables boosters and holdout.
         options: storage options.
-        costs: planned seconds by (grain, group id), for the progress report.
-        report: called now and then with groups done, groups failed, planned seconds done.
+        progress: what is done.
         train: what trains a group; another function only in tests.
+        memory_bytes: memory one group may take.
     """
-    context = spark.sparkContext
-    done, failed, worked = context.accumulator(0), context.accumulator(0), context.accumulator(0.0)
+    groups = wave.groups
+    keys = [(int(grain), str(group)) for grain, group in zip(groups["grain"], groups["group_id"], strict=True)]
+    starts = dict(zip(keys, groups["started_from"], strict=True))
+    costs = dict(zip(keys, groups["cost_seconds"].astype(float), strict=True))
+    name, run_id, done, failed, worked = wave.name, settings.run_id, progress.done, progress.failed, progress.worked
 
-    def train_one(frame: pd.DataFrame) -> pd.DataFrame:
-        outcome = run_group(frame, settings, train) if train else run_group(frame, settings)
+    def train_one(rows: pa.Table) -> pa.Table:
+        outcome = _worker_of(name, settings, starts, train, memory_bytes).train(rows)
         done.add(1)
-        if json.loads(outcome["ledger"].iloc[0])["status"] == "failed":
+        if json.loads(outcome["ledger"][0].as_py())["status"] in ("failed", "crashed"):
             failed.add(1)
-        worked.add(costs.get((int(outcome["grain"].iloc[0]), outcome["group_id"].iloc[0]), 0.0))
+        worked.add(costs[outcome["grain"][0].as_py(), outcome["group_id"][0].as_py()])
         return outcome
 
     def write(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        writers = {
-            "boosters": FileWriter(roots["boosters"], options, BOOSTERS.schema),
-            "holdout": FileWriter(roots["holdout"], options, HOLDOUT.schema),
-        }
+        boosters = FileWriter(roots["boosters"], options, BOOSTERS.schema)
+        holdout = FileWriter(roots["holdout"], options, HOLDOUT.schema)
         for batch in batches:
-            for row in batch.to_pylist():
-                if row["text"] is not None:
-                    booster = {name: row.get(name, settings.run_id) for name in BOOSTERS.schema.names}
-                    writers["boosters"].write(pa.Table.from_pylist([booster], schema=BOOSTERS.schema))
-                if row["holdout"] is not None:
-                    writers["holdout"].write(pa.ipc.open_stream(row["holdout"]).read_all())
-                line = {"grain": row["grain"], "group_id": row["group_id"], **json.loads(row["ledger"])}
-                yield pa.RecordBatch.from_pydict({"kind": ["outcome"], "line": [json.dumps(line)]})
-        for table, writer in writers.items():
+            rows = pa.Table.from_batches([batch])
+            trained = rows.filter(rows["text"].is_valid())
+            boosters.write(_marked(trained.select([field.name for field in OUTCOME_SCHEMA if field.name in BOOSTERS.schema.names]), name, run_id))
+            streams = [pa.ipc.open_stream(part).read_all() for part in rows["holdout"].drop_null().to_pylist()]
+            if streams:
+                holdout.write(_marked(pa.concat_tables(streams), name, run_id))
+            lines = [
+                {"grain": row["grain"], "group_id": row["group_id"], **json.loads(row["ledger"])}
+                for row in rows.select(["grain", "group_id", "ledger"]).to_pylist()
+            ]
+            yield pa.RecordBatch.from_pydict({"kind": ["outcome"] * len(lines), "line": [json.dumps(line) for line in lines]})
+        for table, writer in (("boosters", boosters), ("holdout", holdout)):
             if (written := writer.close()) is not None:
                 yield pa.RecordBatch.from_pydict({"kind": ["file"], "line": [file_json(table, written)]})
 
-    trained = placed.groupBy("task", "grain", "group_id").applyInPandas(train_one, OUTCOME_COLUMNS)
-    with _without_adaptive_execution(spark), _progress(lambda: report(done.value, failed.value, worked.value)):
-        rows = trained.mapInArrow(write, "kind string, line string").collect()
+    trained = placed.groupBy("task", "grain", "group_id").applyInArrow(train_one, from_arrow_schema(OUTCOME_SCHEMA))
+    rows = trained.mapInArrow(write, "kind string, line string").collect()
     files = [json.loads(row["line"]) for row in rows if row["kind"] == "file"]
     return TrainedFiles(
         outcomes=[json.loads(row["line"]) for row in rows if row["kind"] == "outcome"],
@@ -235,20 +357,22 @@ def train_groups(
     )
 
 
-@contextmanager
-def _progress(tell: Callable[[], None], every_seconds: float = 2.0) -> Iterator[None]:
-    """Call `tell` now and then, and once at the end."""
-    ended = threading.Event()
+def _marked(rows: pa.Table, wave: str, run_id: str) -> pa.Table:
+    """The rows with the wave and the run that they belong to."""
+    for name, value in (("wave", wave), ("run_id", run_id)):
+        rows = rows.append_column(name, pa.repeat(value, rows.num_rows))
+    return rows
 
-    def watch() -> None:
-        while not ended.wait(every_seconds):
-            tell()
 
-    watcher = threading.Thread(target=watch, name="training-progress", daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        watcher.join()
-    tell()
+# One per Python worker of Spark, which runs many tasks.
+_workers: dict[str, TaskWorker] = {}
+
+
+def _worker_of(
+    wave: str, settings: TrainingSettings, starts: Mapping[tuple[int, str], str], train: TrainGroup | None, memory_bytes: int | None
+) -> TaskWorker:
+    if wave not in _workers:
+        for other in list(_workers):
+            _workers.pop(other).close()
+        _workers[wave] = TaskWorker(settings, starts, train or train_group, memory_bytes)
+    return _workers[wave]

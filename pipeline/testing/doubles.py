@@ -3,19 +3,25 @@
 They know neither Dagster nor Spark; an asset takes them wherever it asks for `tables` or `registry`.
 """
 
+import os
 import shutil
+import signal
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import ModelNotFound, StoreError
+from pipeline.models.meta_model import group_ids
 from pipeline.training.outcome import Outcome
-from pipeline.training.trainer import TrainingSettings, train_group
+from pipeline.training.start import Start
+from pipeline.training.trainer import NO_START, TrainingSettings, train_group
 
 
 @dataclass(frozen=True)
@@ -125,21 +131,25 @@ class MemoryTables:
         self._files(location, None)
         return len(self._versions[location]) - 1
 
-    def read_arrow(self, location: str, *, where: Mapping[str, str] | None = None, columns: Sequence[str] | None = None) -> pa.Table:
+    def read_arrow(self, location: str, *, where: Mapping[str, Any] | None = None, columns: Sequence[str] | None = None) -> pa.Table:
         """A table, or its rows that equal `where`, as Arrow."""
         table = self._read(location, None)
         for name, value in (where or {}).items():
-            table = table.filter(pc.equal(table[name], value))
+            values = pa.array([value] if isinstance(value, str) else list(value), pa.string())
+            table = table.filter(pc.is_in(table[name], value_set=values))
         return table.select(list(columns)) if columns else table
 
-    def read_pandas(self, location: str, *, where: Mapping[str, str] | None = None, columns: Sequence[str] | None = None) -> pd.DataFrame:
-        """A table, or its rows that equal `where`, as pandas."""
+    def read_pandas(self, location: str, *, where: Mapping[str, Any] | None = None, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        """A table, or its rows that equal (or are among) `where`, as pandas."""
         found: pd.DataFrame = self.read_arrow(location, where=where, columns=columns).to_pandas()
         return found
 
-    def read_spark(self, spark: Any, location: str, version: int | None = None) -> Any:
-        """A table as a Spark data frame."""
-        return spark.createDataFrame(self._read(location, version))
+    def read_spark(self, spark: Any, location: str, version: int | None = None, *, partitions: Mapping[str, Sequence[str]] | None = None) -> Any:
+        """A table, or its named partitions, as a Spark data frame."""
+        table = self._read(location, version)
+        for name, values in (partitions or {}).items():
+            table = table.filter(pc.is_in(table[name], value_set=pa.array(list(values), pa.string())))
+        return spark.createDataFrame(table)
 
     def _read(self, location: str, version: int | None) -> pa.Table:
         schema, files = self._files(location, version)
@@ -253,16 +263,31 @@ class MemoryRegistry:
 
 @dataclass(frozen=True)
 class FailingTrainer:
-    """Trains as `train_group` does, but raises for the named groups.
+    """Trains as `train_group` does, but does harm for the named groups.
 
     Args:
-        group_ids: groups whose training raises `ZeroDivisionError`.
+        harm: what happens in a group, by group id: `raise` (ZeroDivisionError), `hang`, `memory` (takes all there is),
+            `KILL`, `SEGV` or another signal (the process gets it), `exit` (the process ends as a native library would end it).
     """
 
-    group_ids: frozenset[str]
+    harm: Mapping[str, str]
 
-    def __call__(self, frame: pd.DataFrame, grain: int, settings: TrainingSettings) -> Outcome:
-        """Train one group, or raise."""
-        if frame["group_id"].iloc[0] in self.group_ids:
+    def __call__(self, frame: pd.DataFrame, grain: int, settings: TrainingSettings, start: Start = NO_START) -> Outcome:
+        """Train one group, or do harm."""
+        keys = settings.model["grains"][grain]
+        group = str(group_ids(frame.head(1), keys)[0])
+        harm = self.harm.get(group)
+        if harm == "raise":
             raise ZeroDivisionError("division by zero, as ordered")
-        return train_group(frame, grain, settings)
+        if harm == "hang":
+            time.sleep(1e6)
+        if harm == "memory":
+            hoard = []
+            while True:
+                hoard.append(np.ones(1 << 24))
+        if harm == "exit":
+            os._exit(1)
+        if harm is not None:
+            os.kill(os.getpid(), getattr(signal, f"SIG{harm}"))
+            time.sleep(60)
+        return train_group(frame, grain, settings, start)

@@ -8,12 +8,20 @@ import pandas as pd
 
 from pipeline.models.boosters import EncodedBooster
 
-Status = Literal["trained", "inherited", "failed"]
+Status = Literal["trained", "refreshed", "reused", "inherited", "failed", "crashed"]
+# What training gives a booster; a reused group has that of an earlier run.
+WITH_BOOSTER = ("trained", "refreshed", "reused")
 
 TOO_FEW_ROWS = "too_few_rows"
 NO_TARGET = "no_target"
 CONSTANT_TARGET = "constant_target"
 INFINITE_TARGET = "infinite_target"
+NOT_POOLED = "pooling_none"
+VANISHED = "vanished"
+NOT_LISTED = "not_listed"
+ERROR = "error"
+TIMEOUT = "timeout"
+NATIVE_CRASH = "native_crash"
 
 
 @dataclass(frozen=True)

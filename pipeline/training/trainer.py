@@ -14,10 +14,13 @@ from pipeline.grouping.splits import FIT, GAP, REPORT, TUNE, Cutoffs
 from pipeline.models.boosters import encode_booster
 from pipeline.models.meta_model import Floats, design_matrix, group_ids, link, offset_and_scale
 from pipeline.spec import TuningSpec
-from pipeline.training.outcome import CONSTANT_TARGET, INFINITE_TARGET, NO_TARGET, TOO_FEW_ROWS, Outcome
-from pipeline.training.tuner import Learnable, Study, fit_booster
+from pipeline.training.outcome import CONSTANT_TARGET, INFINITE_TARGET, NO_TARGET, NOT_POOLED, TOO_FEW_ROWS, Outcome
+from pipeline.training.start import Start
+from pipeline.training.tuner import Clock, Learnable, Study, fit_booster
 
 POOLED = 0
+NO_START = Start()
+RATE = "_rate"
 
 
 @dataclass(frozen=True)
@@ -45,17 +48,19 @@ class TrainingSettings:
     threads: int = 1
 
 
-def train_group(frame: pd.DataFrame, grain: int, settings: TrainingSettings) -> Outcome:
+def train_group(frame: pd.DataFrame, grain: int, settings: TrainingSettings, start: Start = NO_START) -> Outcome:
     """Tune and fit one group's model.
 
     Args:
-        frame: the group's visible rows: time, known_at (UTC), row_key, keys, features, target; in any order.
+        frame: the group's visible rows: time, known_at (UTC), row_key, keys, features, target; in any order. A column `_rate`,
+            where there is one, is the share of rows like this one that were sampled.
         grain: index of the group's grain; 0 is the pooled model.
         settings: the run's.
+        start: what is known from earlier runs.
 
     Returns:
-        `trained` with its booster, or `inherited` with a reason. The pooled group has holdout rows in either case, so that every
-        row of the tune and report splits is judged once, whatever became of the models.
+        `trained` or `refreshed` with its booster, or `inherited` with a reason. The pooled group has holdout rows in either case,
+        so that every row of the tune and report splits is judged once, whatever became of the models.
     """
     started = time.perf_counter()
     rows = _prepare(frame, settings)
@@ -68,37 +73,51 @@ def train_group(frame: pd.DataFrame, grain: int, settings: TrainingSettings) -> 
         "n_report": int((counted & (split == REPORT)).sum()),
         "n_invalid": int((~rows["_valid"]).sum()),
     }
-    reason = _reason_not_to_train(rows, ledger, settings.tuning, is_coarse=grain < max(1, len(settings.model["grains"]) - 1))
+    is_coarse = grain < max(1, len(settings.model["grains"]) - 1)
+    reason = NOT_POOLED if start.judge else _reason_not_to_train(rows, ledger, settings.tuning, is_coarse=is_coarse)
     if reason is not None:
         holdout = _holdout(rows, np.full(len(rows), np.nan), settings) if grain == POOLED else None
         return Outcome("inherited", reason, {**ledger, "seconds": time.perf_counter() - started}, None, holdout)
 
+    clock = Clock()
     matrix = design_matrix(rows, settings.model)
     everything = Learnable(matrix, target, weight)
     categoricals = [position for position, name in enumerate(settings.model["features"]) if name in settings.model["categories"]]
     is_fit, is_tune, is_report = (usable & (split == name) for name in (FIT, TUNE, REPORT))
-    first_block = (rows["time"] < settings.cutoffs.tune_middle).to_numpy()[is_tune]
-    tuned = Study(everything.rows(is_fit), everything.rows(is_tune), first_block, categoricals, settings.tuning, settings.threads).run()
 
-    def fitted_on(chosen: npt.NDArray[np.bool_]) -> Any:
-        return fit_booster(everything.rows(chosen), categoricals, tuned.parameters, tuned.n_rounds, settings.tuning, settings.threads)
+    def fitted_on(chosen: npt.NDArray[np.bool_], parameters: Mapping[str, Any], n_rounds: int) -> Any:
+        with clock:
+            return fit_booster(everything.rows(chosen), categoricals, dict(parameters), n_rounds, settings.tuning, settings.threads)
+
+    def predicted(booster: Any, chosen: npt.NDArray[np.bool_]) -> Floats:
+        with clock:
+            found: Floats = booster.predict(matrix[chosen], num_threads=settings.threads)
+        return found
 
     predictions = np.full(len(rows), np.nan)
-    predictions[is_tune] = tuned.cross_predictions
+    if start.refit is not None:
+        parameters, n_rounds = dict(start.refit), start.n_rounds
+        predictions[is_tune] = predicted(fitted_on(is_fit, parameters, n_rounds), is_tune)
+        found: dict[str, Any] = {"n_trials": 0, "n_pruned": 0}
+    else:
+        first_block = (rows["time"] < settings.cutoffs.tune_middle).to_numpy()[is_tune]
+        study = Study(everything.rows(is_fit), everything.rows(is_tune), first_block, categoricals, settings.tuning, settings.threads, start, clock)
+        tuned = study.run()
+        parameters, n_rounds = tuned.parameters, tuned.n_rounds
+        predictions[is_tune] = tuned.cross_predictions
+        found = {"n_trials": tuned.n_trials, "n_pruned": tuned.n_pruned, "stopped_by": tuned.stopped_by, "tune_loss": tuned.tune_loss}
     if is_report.any():
-        predictions[is_report] = fitted_on(is_fit | is_tune).predict(matrix[is_report], num_threads=settings.threads)
-    booster = encode_booster(fitted_on(usable).model_to_string())
+        predictions[is_report] = predicted(fitted_on(is_fit | is_tune, parameters, n_rounds), is_report)
+    booster = encode_booster(fitted_on(usable, parameters, n_rounds).model_to_string())
     ledger |= {
+        **found,
         "booster_id": booster.booster_id,
-        "n_trials": tuned.n_trials,
-        "n_pruned": tuned.n_pruned,
-        "n_rounds": tuned.n_rounds,
-        "parameters": json.dumps(tuned.parameters, sort_keys=True),
-        "stopped_by": tuned.stopped_by,
-        "tune_loss": tuned.tune_loss,
-        "seconds": time.perf_counter() - started,
+        "n_rounds": n_rounds,
+        "parameters": json.dumps(parameters, sort_keys=True),
+        "lightgbm_seconds": clock.seconds,
     }
-    return Outcome("trained", None, ledger, booster, _holdout(rows, predictions, settings))
+    holdout = _holdout(rows, predictions, settings)
+    return Outcome("trained" if start.refit is None else "refreshed", None, {**ledger, "seconds": time.perf_counter() - started}, booster, holdout)
 
 
 def judged_without_model(frame: pd.DataFrame, settings: TrainingSettings) -> pd.DataFrame:
@@ -147,11 +166,13 @@ def _reason_not_to_train(rows: pd.DataFrame, ledger: Mapping[str, int], tuning: 
 
 
 def _weights(rows: pd.DataFrame, settings: TrainingSettings) -> Floats | None:
+    """Row weights, times the number of rows that a sampled one stands for; None where all count alike."""
+    rate = rows[RATE].to_numpy(dtype=np.float64) if RATE in rows else None
     if settings.weight is None:
-        return None
+        return None if rate is None else 1.0 / rate
     weights = pd.to_numeric(rows[settings.weight], errors="coerce").fillna(0.0).clip(lower=0.0).to_numpy(dtype=np.float64)
     finite: Floats = np.where(np.isfinite(weights), weights, 0.0)
-    return finite
+    return finite if rate is None else finite / rate
 
 
 def _holdout(rows: pd.DataFrame, predictions: Floats, settings: TrainingSettings) -> pd.DataFrame:

@@ -16,11 +16,28 @@ from pipeline.training.objective import (
     default_parameters,
     early_stopping_rounds,
     fixed_parameters,
+    inside,
+    row_losses,
+    search_space,
     suggest_parameters,
 )
+from pipeline.training.start import Start
 
 Floats = npt.NDArray[np.float64]
 REPORT_EVERY = 10
+
+
+class Clock:
+    """Adds up the seconds of the blocks it is put around."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._entered = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._entered
 
 
 @dataclass(frozen=True)
@@ -28,12 +45,12 @@ class Learnable:
     """What LightGBM is given of some rows.
 
     Args:
-        matrix: one row per row, one column per feature, float64.
+        matrix: one row per row, one column per feature, float32.
         target: in link space, less the offset, over the scale.
         weight: row weights, or None for equal ones.
     """
 
-    matrix: Floats
+    matrix: npt.NDArray[np.float32]
     target: Floats
     weight: Floats | None
 
@@ -92,8 +109,8 @@ class _Boosting:
     before_iteration: bool = False
 
     def __call__(self, env: Any) -> None:
-        blocks = [value for _, _, value, _ in env.evaluation_result_list]
-        loss = float(np.dot(self.shares, blocks))
+        blocks = [entry[2] for entry in env.evaluation_result_list]
+        loss = sum(share * value for share, value in zip(self.shares, blocks, strict=True))
         self.losses.append(blocks)
         if loss < self.best_loss:
             self.best_loss, self.best_round = loss, env.iteration
@@ -107,21 +124,45 @@ class _Boosting:
 
 
 class Study:
-    """One group's search: the data set is built once, trials share it."""
+    """One group's search: the data set is built once, trials share it.
+
+    Args:
+        fit: rows that trees are grown on.
+        tune: rows that stop boosting and choose.
+        blocks: which tune rows belong to the first of the two blocks of cross-selection.
+        categoricals: positions of categorical features.
+        tuning: the fleet's budget and search space.
+        threads: LightGBM's.
+        start: parameters to try first, and a smaller budget, maybe.
+        clock: adds up the seconds inside LightGBM.
+    """
 
     def __init__(
-        self, fit: Learnable, tune: Learnable, blocks: npt.NDArray[np.bool_], categoricals: list[int], tuning: TuningSpec, threads: int
+        self,
+        fit: Learnable,
+        tune: Learnable,
+        blocks: npt.NDArray[np.bool_],
+        categoricals: list[int],
+        tuning: TuningSpec,
+        threads: int,
+        start: Start,
+        clock: Clock,
     ) -> None:
-        self._n_rows = len(fit)
+        self._space = search_space(len(fit), tuning)
+        self._firsts = [*start.trials, default_parameters(len(fit))]
         self._tuning = tuning
+        self._max_trials = min(tuning.max_trials, start.max_trials or tuning.max_trials)
         self._fixed = fixed_parameters(tuning, threads=threads)
-        self._fit_set = fit.dataset(categoricals)
+        self._clock = clock
         self._tune = tune
         self._blocks = [block for block in (blocks, ~blocks) if block.any()]
-        self._tune_sets = [tune.rows(block).dataset(categoricals, reference=self._fit_set) for block in self._blocks]
+        with clock:
+            self._fit_set = fit.dataset(categoricals)
+            self._tune_sets = [tune.rows(block).dataset(categoricals, reference=self._fit_set) for block in self._blocks]
         weights = [tune.rows(block).total_weight for block in self._blocks]
         self._shares = [weight / max(sum(weights), 1e-300) for weight in weights]
         self._best: tuple[Parameters, int, float] | None = None
+        self._best_misses: Floats | None = None
         self._since_best = 0
         self._block_best = [np.inf for _ in self._blocks]
         self._cross = np.zeros(len(tune))
@@ -129,35 +170,50 @@ class Study:
         self._deadline = time.monotonic() + (tuning.timeout_seconds or np.inf)
 
     def run(self) -> Tuned:
-        """Search, and return the best of what was tried; the defaults are tried first."""
+        """Search, and return the best of what was tried; earlier runs' parameters are tried first, then the defaults."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         sampler = optuna.samplers.TPESampler(seed=self._tuning.seed, n_startup_trials=4, multivariate=True)
         pruner = optuna.pruners.PercentilePruner(50.0, n_startup_trials=1, n_warmup_steps=2 * REPORT_EVERY)
         study = optuna.create_study(sampler=sampler, pruner=pruner)
-        study.enqueue_trial(default_parameters(self._n_rows))
-        study.optimize(self._run_trial, n_trials=self._tuning.max_trials, callbacks=[self._maybe_stop])
+        for first in self._firsts:
+            study.enqueue_trial(inside(first, self._space), skip_if_exists=True)
+        study.optimize(self._run_trial, n_trials=self._max_trials, callbacks=[self._maybe_stop])
         if self._best is None:
             raise RuntimeError(f"none of {len(study.trials)} trials finished")
         parameters, n_rounds, loss = self._best
-        pruned = sum(trial.state == optuna.trial.TrialState.PRUNED for trial in study.trials)
-        return Tuned(parameters, n_rounds, loss, self._cross, len(study.trials), pruned, self._stopped_by)
+        ended = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
+        pruned = sum(trial.state == optuna.trial.TrialState.PRUNED for trial in ended)
+        return Tuned(parameters, n_rounds, loss, self._cross, len(ended), pruned, self._stopped_by)
 
     def _run_trial(self, trial: optuna.Trial) -> float:
-        parameters = suggest_parameters(trial, self._n_rows)
+        parameters = suggest_parameters(trial, self._space)
         self._since_best += 1
         boosting = _Boosting(trial, self._shares, early_stopping_rounds(parameters["learning_rate"]))
-        booster = lgb.train(
-            {**self._fixed, **parameters},
-            self._fit_set,
-            num_boost_round=self._tuning.max_rounds,
-            valid_sets=self._tune_sets,
-            callbacks=[boosting],
-        )
-        if self._best is None or boosting.best_loss < self._best[2]:
-            self._best = parameters, boosting.best_round + 1, boosting.best_loss
-            self._since_best = 0
-        self._cross_select(booster, np.asarray(boosting.losses))
+        with self._clock:
+            booster = lgb.train(
+                {**self._fixed, **parameters},
+                self._fit_set,
+                num_boost_round=self._tuning.max_rounds,
+                valid_sets=self._tune_sets,
+                callbacks=[boosting],
+                keep_training_booster=True,  # else it is written out and read back
+            )
+            if self._best is None or boosting.best_loss < self._best[2]:
+                misses = self._misses(booster, boosting.best_round + 1)
+                if self._best_misses is None or _is_beyond_noise(self._best_misses - misses):
+                    self._since_best = 0
+                self._best = parameters, boosting.best_round + 1, boosting.best_loss
+                self._best_misses = misses
+            self._cross_select(booster, np.asarray(boosting.losses))
         return boosting.best_loss
+
+    def _misses(self, booster: lgb.Booster, n_rounds: int) -> Floats:
+        """Loss of each tune row."""
+        return row_losses(self._tuning.objective, self._tune.target, self._predicted(booster, self._tune.matrix, n_rounds))
+
+    def _predicted(self, booster: lgb.Booster, matrix: npt.NDArray[np.float32], n_rounds: int) -> Floats:
+        found: Floats = booster.predict(matrix, num_iteration=n_rounds, num_threads=self._fixed["num_threads"])
+        return found
 
     def _cross_select(self, booster: lgb.Booster, losses: Floats) -> None:
         """Let each block of tune rows be predicted by the (trial, round) that did best on the other block."""
@@ -166,7 +222,7 @@ class Study:
             if losses[best_round, number] < self._block_best[number]:
                 self._block_best[number] = float(losses[best_round, number])
                 others = self._blocks[number - 1]  # with one block, itself
-                self._cross[others] = booster.predict(self._tune.matrix[others], num_iteration=best_round + 1)
+                self._cross[others] = self._predicted(booster, self._tune.matrix[others], best_round + 1)
 
     def _maybe_stop(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:  # noqa: ARG002
         if self._since_best >= self._tuning.patience:
@@ -177,6 +233,13 @@ class Study:
             study.stop()
 
 
+def _is_beyond_noise(gains: Floats) -> bool:
+    """Whether a gain, given per tune row, is larger than its own standard error; one row tells nothing."""
+    n_rows = len(gains)
+    return n_rows > 1 and float(gains.mean()) > float(gains.std(ddof=1)) / np.sqrt(n_rows)
+
+
 def fit_booster(rows: Learnable, categoricals: list[int], parameters: Parameters, n_rounds: int, tuning: TuningSpec, threads: int) -> lgb.Booster:
     """Fit once, with known parameters and rounds."""
-    return lgb.train({**fixed_parameters(tuning, threads=threads), **parameters}, rows.dataset(categoricals), num_boost_round=n_rounds)
+    settings = {**fixed_parameters(tuning, threads=threads), **parameters}
+    return lgb.train(settings, rows.dataset(categoricals), num_boost_round=n_rounds, keep_training_booster=True)

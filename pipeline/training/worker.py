@@ -2,54 +2,119 @@
 
 import json
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pandas as pd
 import pyarrow as pa
 
 from pipeline.tables import HOLDOUT
-from pipeline.training.outcome import Outcome
-from pipeline.training.trainer import POOLED, TrainingSettings, judged_without_model, train_group
+from pipeline.training.isolation import GroupProcess
+from pipeline.training.outcome import ERROR, Outcome
+from pipeline.training.start import Start
+from pipeline.training.trainer import NO_START, POOLED, TrainingSettings, judged_without_model, train_group
 
-OUTCOME_COLUMNS = "grain int, group_id string, ledger string, booster_id string, sha256 string, n_bytes long, text binary, holdout binary"
+OUTCOME_SCHEMA: Any = pa.schema(
+    [
+        ("grain", pa.int32()),
+        ("group_id", pa.string()),
+        ("ledger", pa.string()),
+        ("booster_id", pa.string()),
+        ("sha256", pa.string()),
+        ("n_bytes", pa.int64()),
+        ("text", pa.binary()),
+        ("holdout", pa.binary()),
+    ]
+)
 _MESSAGE_LENGTH = 2000
 
-TrainGroup = Callable[[pd.DataFrame, int, TrainingSettings], Outcome]
+TrainGroup = Callable[[pd.DataFrame, int, TrainingSettings, Start], Outcome]
 
 
-def run_group(frame: pd.DataFrame, settings: TrainingSettings, train: TrainGroup = train_group) -> pd.DataFrame:
-    """Train one group and never raise: an exception is the group's outcome.
+class TaskWorker:
+    """Trains the groups of one Spark task, each in a child process.
 
     Args:
-        frame: the group's rows, with grain, group_id and task beside the features.
         settings: the run's.
+        starts: how each group begins, as JSON (see `Start`), by (grain, group id); those absent have nothing to start from.
         train: what trains; another function only in tests.
-
-    Returns:
-        One row of OUTCOME_COLUMNS; the ledger part as JSON, the holdout part as an Arrow stream.
+        memory_bytes: memory a group may take beyond what the process has at its start; None is unlimited.
     """
-    grain, group, task = int(frame["grain"].iloc[0]), str(frame["group_id"].iloc[0]), int(frame["task"].iloc[0])
+
+    def __init__(
+        self,
+        settings: TrainingSettings,
+        starts: Mapping[tuple[int, str], str],
+        train: TrainGroup = train_group,
+        memory_bytes: int | None = None,
+    ) -> None:
+        self._settings = settings
+        self._starts = starts
+        self._train = train
+        self._process = GroupProcess(self._answer, limit_seconds=settings.tuning.kill_after_seconds, memory_bytes=memory_bytes)
+
+    def train(self, rows: pa.Table) -> pa.Table:
+        """Train one group; never raises for what the group does.
+
+        Args:
+            rows: the group's rows, with grain, group_id and task beside the features.
+
+        Returns:
+            One row of OUTCOME_SCHEMA; the ledger part as JSON, the holdout part as an Arrow stream.
+        """
+        grain, group, task = (rows[name][0].as_py() for name in ("grain", "group_id", "task"))
+        answer = self._process.run(
+            _stream(rows.drop_columns(["grain", "group_id", "task"]).replace_schema_metadata({"key": json.dumps([grain, group])}))
+        )
+        if isinstance(answer, Outcome):
+            answer = _stream(_outcome_table(answer, grain, group))
+        outcome = pa.ipc.open_stream(answer).read_all()
+        ledger = {"task": task, **json.loads(outcome["ledger"][0].as_py())}
+        return outcome.set_column(2, "ledger", pa.array([json.dumps(ledger)]))
+
+    def close(self) -> None:
+        """End the child process."""
+        self._process.close()
+
+    def _answer(self, message: bytes) -> bytes:
+        table = pa.ipc.open_stream(message).read_all()
+        grain, group = json.loads(table.schema.metadata[b"key"])
+        outcome = train_one(_frame(table), grain, self._settings, Start.from_json(self._starts.get((grain, group), "{}")), self._train)
+        return _stream(_outcome_table(outcome, grain, group))
+
+
+def train_one(frame: pd.DataFrame, grain: int, settings: TrainingSettings, start: Start = NO_START, train: TrainGroup = train_group) -> Outcome:
+    """Train one group and never raise: an exception is the group's outcome."""
     try:
-        outcome = train(frame, grain, settings)
+        return train(frame, grain, settings, start)
     except Exception as error:  # noqa: BLE001 - whatever a group does to us is that group's ledger row
         origin = traceback.extract_tb(error.__traceback__)[-1]
         message = f"{_text_of(error)} ({origin.name}, line {origin.lineno})"[:_MESSAGE_LENGTH]
         holdout = _judged_anyway(frame, settings) if grain == POOLED else None
-        outcome = Outcome("failed", "error", {"error_class": type(error).__name__, "error_message": message}, None, holdout)
+        return Outcome("failed", ERROR, {"error_class": type(error).__name__, "error_message": message}, None, holdout)
+
+
+def _frame(table: pa.Table) -> pd.DataFrame:
+    """The rows in pandas, times in UTC without a zone."""
+    for position, field in enumerate(table.schema):
+        if pa.types.is_timestamp(field.type) and field.type.tz:
+            table = table.set_column(position, field.name, table.column(position).cast(pa.timestamp("us")))
+    return table.replace_schema_metadata().to_pandas()
+
+
+def _outcome_table(outcome: Outcome, grain: int, group: str) -> pa.Table:
     booster = outcome.booster
-    return pd.DataFrame(
-        {
-            "grain": [grain],
-            "group_id": [group],
-            "ledger": [json.dumps({"task": task, "status": outcome.status, "reason": outcome.reason, **outcome.ledger})],
-            "booster_id": [booster.booster_id if booster else None],
-            "sha256": [booster.sha256 if booster else None],
-            "n_bytes": pd.array([booster.n_bytes if booster else None], dtype="Int64"),
-            "text": [booster.text if booster else None],
-            "holdout": [_holdout_stream(outcome.holdout, settings.run_id, grain, group)],
-        }
-    )
+    row = {
+        "grain": grain,
+        "group_id": group,
+        "ledger": json.dumps({"status": outcome.status, "reason": outcome.reason, **outcome.ledger}),
+        "booster_id": booster.booster_id if booster else None,
+        "sha256": booster.sha256 if booster else None,
+        "n_bytes": booster.n_bytes if booster else None,
+        "text": booster.text if booster else None,
+        "holdout": _holdout_stream(outcome.holdout, grain, group),
+    }
+    return pa.Table.from_pylist([row], schema=OUTCOME_SCHEMA)
 
 
 def _text_of(error: Exception) -> str:
@@ -66,15 +131,18 @@ def _judged_anyway(frame: pd.DataFrame, settings: TrainingSettings) -> pd.DataFr
         return None
 
 
-def _holdout_stream(holdout: pd.DataFrame | None, run_id: str, grain: int, group: str) -> bytes | None:
+def _holdout_stream(holdout: pd.DataFrame | None, grain: int, group: str) -> bytes | None:
     if holdout is None or not len(holdout):
         return None
-    table = pa.Table.from_pandas(holdout.assign(run_id=run_id, grain=grain, group_id=group), schema=_NAIVE_HOLDOUT, preserve_index=False)
+    return _stream(pa.Table.from_pandas(holdout.assign(grain=grain, group_id=group), schema=_HOLDOUT, preserve_index=False))
+
+
+def _stream(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, _NAIVE_HOLDOUT, options=pa.ipc.IpcWriteOptions(compression="zstd")) as stream:
+    with pa.ipc.new_stream(sink, table.schema) as stream:
         stream.write_table(table)
     return bytes(sink.getvalue().to_pybytes())
 
 
-# Spark hands times to pandas without a zone (the session's is UTC); the zone comes back when the rows are written.
-_NAIVE_HOLDOUT: Any = pa.schema([pa.field(f.name, pa.timestamp("us") if pa.types.is_timestamp(f.type) else f.type) for f in HOLDOUT.schema])
+# The run and the wave are added where the rows are written.
+_HOLDOUT: Any = pa.schema([field for field in HOLDOUT.schema if field.name not in ("run_id", "wave")])

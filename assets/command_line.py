@@ -1,0 +1,395 @@
+"""The terminal command `many-models`: what became of one group, and files that interrupted runs left behind."""
+
+import argparse
+import difflib
+import json
+import math
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.fs as pf
+from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError
+
+from pipeline.errors import FleetError, ModelNotFound, SpecError, StoreError
+from pipeline.models.meta_model import group_id
+from pipeline.reporting.summary import text_table
+from pipeline.spark.files import filesystem_of
+from pipeline.tables import BOOSTERS, HOLDOUT, LEDGER, RUNS
+from resources.delta_tables import DeltaTables
+from resources.lease import hold_lease
+from resources.profiles import current_profile
+
+PROJECT = Path(__file__).parent.parent
+EXAMPLES = """examples:
+  many-models show flights                             the pooled group
+  many-models show flights EWR IAH                     one route of the grain [origin, dest]
+  many-models show flights EWR null                    the group whose second key is null
+  many-models show flights --group-id '["EWR","IAH"]'  the same, as the tables write it
+  many-models show flights EWR --trial                 from the tables of a trial (limit_groups)
+  many-models clean flights --dry-run                  which files no commit names
+  many-models clean flights --keep-hours 72            remove them once they are three days old
+"""
+NONE = "-"
+SHOWN_ID = 8
+NEAR = 5
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: its words; by default those of the process.
+
+    Returns:
+        0; 1 where the tables cannot be read or the settings are wrong; 2 for an unknown fleet or group.
+    """
+    told = _parser().parse_args(argv)
+    try:
+        tables = DeltaTables(root=f"{current_profile(PROJECT).data_root}/tables")
+        namespace = f"{told.fleet}-trial" if told.trial else str(told.fleet)
+        if told.command == "show":
+            text = history_text(tables, namespace, _asked_id(told.keys, told.group_id))
+        else:
+            text = clean(tables, namespace, keep=timedelta(hours=told.keep_hours), dry_run=told.dry_run).text
+    except FleetError as error:
+        sys.stderr.write(f"many-models: {_printable(str(error))}\n")
+        return 2 if isinstance(error, ModelNotFound) else 1
+    sys.stdout.write(f"{_printable(text)}\n")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="many-models", description="Look into the tables of a fleet, and keep them tidy.", epilog=EXAMPLES, formatter_class=raw
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="show|clean")
+    show = commands.add_parser("show", help="print the history of one group", description="Print the history of one group.", epilog=EXAMPLES)
+    clean_ = commands.add_parser(
+        "clean", help="remove files that interrupted runs left", description="Remove files that interrupted runs left.", epilog=EXAMPLES
+    )
+    for command in (show, clean_):
+        command.formatter_class = raw
+        command.add_argument("fleet", metavar="FLEET", help="name of the fleet")
+        command.add_argument("--trial", action="store_true", help="the tables of the fleet's trial, <fleet>-trial")
+    show.add_argument(
+        "keys", metavar="KEY", nargs="*", help="the group's keys in the grain's order; null for null, none for the pooled group; -- before a -KEY"
+    )
+    show.add_argument("--group-id", metavar="JSON", help="the group as a JSON array of its keys, instead of KEYs")
+    clean_.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    clean_.add_argument("--keep-hours", type=_hours, default=24.0, metavar="HOURS", help="keep files younger than that (default: 24)")
+    return parser
+
+
+def _hours(text: str) -> float:
+    try:
+        hours = float(text)
+    except ValueError:
+        hours = math.nan
+    if not 0 <= hours < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of hours; expected 0 or more")
+    return hours
+
+
+def _asked_id(keys: Sequence[str], written: str | None) -> str:
+    if written is None:
+        return group_id([None if key == "null" else key for key in keys])
+    if keys:
+        raise SpecError(f"both the keys {shlex.join(keys)} and --group-id {written} were given; give one of them")
+    try:
+        values = json.loads(written)
+    except ValueError:
+        values = None
+    if not isinstance(values, list) or not all(value is None or isinstance(value, str) for value in values):
+        raise SpecError(f'--group-id is {written!r}; expected a JSON array of strings or null, such as ["EWR","IAH"]')
+    return group_id(values)
+
+
+def history_text(tables: DeltaTables, namespace: str, wanted: str) -> str:
+    """One group's history: a line per run, newest last, then what the newest run says of it.
+
+    Args:
+        tables: where the fleet's tables are.
+        namespace: the fleet, or its trial.
+        wanted: the group's id.
+
+    Raises:
+        ModelNotFound: if the fleet or the group is unknown; it names near ones.
+    """
+    location = tables.location(namespace, LEDGER.name)
+    if not tables.exists(location):
+        raise ModelNotFound(_unknown_fleet(tables, namespace))
+    rows = tables.read_pandas(location, where={"group_id": wanted})
+    if rows.empty:
+        raise ModelNotFound(_unknown_group(tables.read_pandas(location, columns=["run_id", "grain", "grain_name", "group_id"]), namespace, wanted))
+    runs = _runs(tables, namespace)
+    rows = rows.merge(runs.drop_duplicates("run_id", keep="last"), on="run_id", how="left").sort_values("started_at", kind="stable")
+    history = [_history_line(row) for row in _records(rows)]
+    newest = _records(rows)[-1]
+    run = tables.read_pandas(location, where={"run_id": newest["run_id"]})
+    unfinished = [str(row["run_id"])[:SHOWN_ID] for row in _records(rows) if "finished_at" in row and row["finished_at"] is None]
+    parts = [
+        f"fleet {namespace}, group {wanted}, grain {_text(newest, 'grain_name')}",
+        text_table(list(_COLUMNS), history),
+        f"not finished: {', '.join(unfinished)}" if unfinished else "",
+        _newest_text(newest),
+        _ancestors_text(newest, _records(run)),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _runs(tables: DeltaTables, namespace: str) -> pd.DataFrame:
+    """Run, as-of, start and, where the table has it, end."""
+    location = tables.location(namespace, RUNS.name)
+    found = tables.read_pandas(location) if tables.exists(location) else RUNS.schema.empty_table().to_pandas()
+    return found[[name for name in ("run_id", "as_of", "started_at", "finished_at") if name in found.columns]]
+
+
+Record = Mapping[str, Any]
+
+
+def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    return [
+        {str(name): None if pd.api.types.is_scalar(value) and pd.isna(value) else value for name, value in row.items()}
+        for row in frame.to_dict("records")
+    ]
+
+
+def _text(row: Record, name: str) -> str:
+    value = row.get(name)
+    return NONE if value is None else str(value)
+
+
+def _short(row: Record, name: str) -> str:
+    return _text(row, name)[:SHOWN_ID]
+
+
+def _count(row: Record, name: str) -> str:
+    value = row.get(name)
+    return NONE if value is None else f"{value:,.0f}"
+
+
+def _number(row: Record, name: str) -> str:
+    value = row.get(name)
+    return NONE if value is None else f"{value:.4g}" if abs(value) < 1 else f"{value:,.2f}"
+
+
+def _moment(row: Record, name: str) -> str:
+    value = row.get(name)
+    return NONE if value is None else f"{value:%Y-%m-%d %H:%M}".removesuffix(" 00:00")
+
+
+_COLUMNS: dict[str, tuple[str, Callable[[Record, str], str]]] = {
+    "as of": ("as_of", _moment),
+    "run": ("run_id", _short),
+    "status": ("status", _text),
+    "reason": ("reason", _text),
+    "rows": ("n_rows", _count),
+    "trials": ("n_trials", _count),
+    "weight": ("weight", _number),
+    "rmse": ("rmse", _number),
+    "pooled rmse": ("pooled_rmse", _number),
+    "seconds": ("seconds", _number),
+    "booster": ("booster_id", _short),
+}
+
+
+def _history_line(row: Record) -> list[str]:
+    return [form(row, name) for name, form in _COLUMNS.values()]
+
+
+def _newest_text(row: Record) -> str:
+    """What the newest row says beyond its line."""
+    lines = [f"newest run    {_text(row, 'run_id')}"]
+    if row.get("error_class") is not None or row.get("error_message") is not None:
+        lines.append(f"error         {_text(row, 'error_class')}: {_text(row, 'error_message')}")
+    lines += [
+        f"stopped by    {_text(row, 'stopped_by')}",
+        f"tuned as of   {_moment(row, 'tuned_as_of')}",
+        f"trained by    {_text(row, 'source_run_id')}",
+        f"fingerprint   {_text(row, 'fingerprint')}",
+        _json_lines("parameters", row.get("parameters")),
+        _json_lines("started from", row.get("started_from")),
+        _json_lines("metrics", row.get("metrics")),
+    ]
+    return "\n".join(lines)
+
+
+def _json_lines(title: str, written: object) -> str:
+    """A JSON object as one line per entry; what is none, as it is."""
+    try:
+        found = json.loads(written) if isinstance(written, str) else None
+    except ValueError:
+        found = written
+    if not isinstance(found, dict) or not found:
+        return f"{title:<13} {NONE if found is None else found}"
+    width = max(len(name) for name in found)
+    return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in found.items())])
+
+
+def _ancestors_text(row: Record, run: Sequence[Record]) -> str:
+    """The groups that answer beside the newest row's, finest first."""
+    by_group = {(other["grain"], other["group_id"]): other for other in run}
+    lines, grain, parent = [], row.get("grain"), row.get("parent_id")
+    while parent is not None and grain is not None and grain > 0:
+        grain -= 1
+        found = by_group.get((grain, parent), {})
+        lines.append([str(parent), *(_text(found, "status"), _number(found, "weight"), _number(found, "rmse"), _short(found, "booster_id"))])
+        parent = found.get("parent_id")
+    return text_table(["ancestors", "status", "weight", "rmse", "booster"], lines)
+
+
+def _unknown_fleet(tables: DeltaTables, namespace: str) -> str:
+    filesystem, root = filesystem_of(tables.root, tables.storage_options)
+    folders = filesystem.get_file_info(pf.FileSelector(root, allow_not_found=True))
+    fleets = sorted(info.base_name for info in folders if info.type == pf.FileType.Directory)
+    trained = [fleet for fleet in fleets if tables.exists(tables.location(fleet, LEDGER.name))]
+    return (
+        f"no group of a fleet {namespace!r} was trained below {tables.root}; {_near(namespace, {fleet: fleet for fleet in trained})}"
+        f"there is: {', '.join(trained) or 'nothing'}; materialise {namespace.removesuffix('-trial')}/models to train it"
+    )
+
+
+def _unknown_group(ledger: pd.DataFrame, namespace: str, wanted: str) -> str:
+    ids = sorted(ledger["group_id"].dropna().unique())
+    grains = [
+        f"  {name}: {len(groups):,} groups, such as {'; '.join(_words(one) or '(no key)' for one in sorted(groups)[:3])}"
+        for (_, name), groups in ((key, frame["group_id"].unique()) for key, frame in ledger.groupby(["grain", "grain_name"]))
+    ]
+    near = _near(_words(wanted), {_words(found): found for found in ids})
+    return f"fleet {namespace!r} has no group {wanted}; {near}there is, by grain:\n" + "\n".join(grains)
+
+
+def _words(written: str) -> str:
+    """The words that ask for a group."""
+    return shlex.join("null" if key is None else key for key in json.loads(written))
+
+
+def _near(word: str, known: Mapping[str, str]) -> str:
+    folded = {name.casefold(): name for name in known}
+    found = difflib.get_close_matches(word.casefold(), folded, n=NEAR, cutoff=0.5)
+    return f"did you mean: {'; '.join(folded[name] for name in found)}? " if found else ""
+
+
+@dataclass(frozen=True)
+class Cleaned:
+    """What `clean` removed, or would remove.
+
+    Args:
+        files: address and size in bytes, by table name.
+        dry_run: whether nothing was removed.
+        younger: files that no commit names and that are too young to go.
+    """
+
+    files: Mapping[str, Sequence[tuple[str, int]]]
+    dry_run: bool
+    younger: int
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        rows = [[name, f"{len(files):,}", f"{sum(size for _, size in files):,}"] for name, files in self.files.items()]
+        did = "would be removed (dry run: nothing was)" if self.dry_run else "removed"
+        table = text_table(["table", "files", "bytes"], rows)
+        n_files, n_bytes = sum(map(len, self.files.values())), sum(size for files in self.files.values() for _, size in files)
+        kept = f"; {self.younger:,} more are too young (--keep-hours)" if self.younger else ""
+        listed = [address for files in self.files.values() for address, _ in files] if self.dry_run else []
+        return "\n".join([*listed, table, f"{n_files:,} files, {n_bytes:,} bytes {did}{kept}"])
+
+
+def clean(tables: DeltaTables, namespace: str, *, keep: timedelta, dry_run: bool = False) -> Cleaned:
+    """Remove Parquet files of boosters and held-out predictions that no commit names; interrupted runs leave such.
+
+    The fleet's lease is held meanwhile: what a running training wrote is not committed yet. A folder without a table is left alone, so that a lost
+    log does not take its files with it.
+
+    Args:
+        tables: where the fleet's tables are.
+        namespace: the fleet, or its trial.
+        keep: age up to which a file stays.
+        dry_run: only look; takes no lease.
+
+    Raises:
+        ModelNotFound: if the fleet is unknown.
+        StoreError: if a training of the fleet runs, or the store refuses.
+    """
+    locations = {contract.name: tables.location(namespace, contract.name) for contract in (BOOSTERS, HOLDOUT)}
+    present = {name: location for name, location in locations.items() if tables.exists(location)}
+    if not present and not tables.exists(tables.location(namespace, LEDGER.name)):
+        raise ModelNotFound(_unknown_fleet(tables, namespace))
+    with nullcontext() if dry_run else hold_lease(tables, namespace, "many-models clean"):
+        before = datetime.now(UTC) - keep
+        unnamed = {name: _unnamed_files(tables, location) for name, location in present.items()}
+        old = {name: [info for info in files if info.mtime <= before] for name, files in unnamed.items()}
+        if not dry_run:
+            _remove(tables, [info.path for files in old.values() for info in files])
+    found = {name: [(info.path, info.size) for info in files] for name, files in old.items()}
+    return Cleaned(found, dry_run, sum(map(len, unnamed.values())) - sum(map(len, old.values())))
+
+
+def _remove(tables: DeltaTables, paths: Sequence[str]) -> None:
+    filesystem, _ = filesystem_of(tables.root, tables.storage_options)
+    for number, path in enumerate(paths):
+        try:
+            filesystem.delete_file(path)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise StoreError(
+                f"{path} could not be removed: {error}; {number} of {len(paths)} files were: check who may write there, then run again"
+            ) from error
+
+
+def _unnamed_files(tables: DeltaTables, location: str) -> list[pf.FileInfo]:
+    """Parquet files below a table that no version still in its log names, by path."""
+    filesystem, root = filesystem_of(location, tables.storage_options)
+    try:
+        # Files first, then the commits: one that is committed in between is named.
+        files = filesystem.get_file_info(pf.FileSelector(root, recursive=True))
+        named = _live(tables, location) | _logged(filesystem, root)
+    except (DeltaError, OSError, ValueError) as error:
+        raise StoreError(f"{location}: {error}; nothing was removed: check that the store can be reached, then run again") from error
+    found = []
+    for info in files:
+        path = info.path.removeprefix(f"{root}/")
+        hidden = any(part.startswith("_") for part in path.split("/"))
+        if info.type == pf.FileType.File and path.endswith(".parquet") and not hidden and path not in named:
+            found.append(info)
+    return sorted(found, key=lambda info: info.path)
+
+
+def _live(tables: DeltaTables, location: str) -> set[str]:
+    table = DeltaTable(location, storage_options=tables.storage_options or None)
+    return {unquote(path) for path in pa.table(table.get_add_actions(flatten=True))["path"].to_pylist()}
+
+
+def _logged(filesystem: pf.FileSystem, root: str) -> set[str]:
+    """Files that the commits in the log add or remove: older versions still need those that were removed."""
+    paths: set[str] = set()
+    for info in filesystem.get_file_info(pf.FileSelector(f"{root}/_delta_log")):
+        if info.extension != "json":
+            continue
+        with filesystem.open_input_stream(info.path) as commit:
+            for line in commit.read().decode().splitlines():
+                action = json.loads(line)
+                paths |= {unquote(action[kind]["path"]) for kind in ("add", "remove") if kind in action}
+    return paths
+
+
+def _printable(text: str) -> str:
+    """Without control characters: a key or a message may carry some that a terminal obeys."""
+    return "".join(character if character.isprintable() or character == "\n" else repr(character)[1:-1] for character in text)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,66 @@
+"""Named crash points: places where a run can be told to die, so that recovery is tested exactly and repeatably.
+
+``FLEET_CRASH_AT=<point>:<signal>`` ends the process with that signal when it comes to the point, e.g. ``boosters_committed:KILL``;
+``<point>#3:TERM`` the third time. `POINTS` lists them in the order of a run. Nothing is armed unless the variable is set.
+"""
+
+import os
+import re
+import signal
+from dataclasses import dataclass
+
+from pipeline.errors import SpecError
+
+# Those that come once per wave say so with a star.
+POINTS = {
+    "lease_taken": "this run alone may train the fleet",
+    "run_planned": "groups are counted, nothing is written",
+    "manifest_committed": "what the run pinned is in the table of runs",
+    "wave_trained": "* a wave's files are written, none is committed",
+    "boosters_committed": "* the wave's boosters are in the store",
+    "holdout_committed": "* the wave's held-out predictions are in their table",
+    "wave_committed": "* the wave's ledger rows are committed",
+    "waves_finished": "every group is trained",
+    "blend_learnt": "weights are known",
+    "ledger_committed": "the ledger has one complete row per group",
+    "run_committed": "the run is marked as finished",
+}
+VARIABLE = "FLEET_CRASH_AT"
+_WRITTEN = re.compile(r"(?P<point>\w+)(#(?P<turn>[1-9]\d*))?:(?P<signal>[A-Z0-9]+)")
+
+
+@dataclass
+class _Armed:
+    point: str = ""
+    turn: int = 1
+    signal: int = 0
+    seen: int = 0
+
+
+_armed = _Armed()
+
+
+def arm(text: str) -> None:
+    """Choose where this process is to die; an empty text disarms.
+
+    Raises:
+        SpecError: if there is no such point or signal.
+    """
+    global _armed  # noqa: PLW0603 - one process has one fate
+    if not text:
+        _armed = _Armed()
+        return
+    found = _WRITTEN.fullmatch(text)
+    number = getattr(signal, f"SIG{found['signal'].removeprefix('SIG')}", None) if found else None
+    if found is None or number is None or found["point"] not in POINTS:
+        raise SpecError(f"{VARIABLE} is {text!r}; expected <point>:<signal> such as boosters_committed:KILL; points: {', '.join(POINTS)}")
+    _armed = _Armed(found["point"], int(found["turn"] or 1), int(number))
+
+
+def crash_point(name: str) -> None:
+    """Die here if so armed."""
+    if name != _armed.point:
+        return
+    _armed.seen += 1
+    if _armed.seen == _armed.turn:
+        os.kill(os.getpid(), _armed.signal)

@@ -1,0 +1,44 @@
+"""What a group's model is made from, in one hash: equal fingerprints give equal boosters."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib.metadata import version as installed_version
+from typing import Any
+
+from pipeline.grouping.splits import Cutoffs
+from pipeline.spec import TuningSpec
+
+# Goes up whenever the training code gives other boosters from the same rows.
+TRAINING_VERSION = 1
+# Settings that say when and how long to train, not what comes out.
+_NOT_OF_THE_BOOSTER = {"budget_seconds", "checkpoint_seconds", "kill_after_seconds", "max_rows", "retune_after"}
+_LIBRARIES = ("lightgbm", "numpy", "optuna")
+
+
+def shared_digest(model: Mapping[str, Any], tuning: TuningSpec, cutoffs: Cutoffs, weight: str | None) -> str:
+    """Hash of what all groups of a run have in common: model spec, budget and search space, dates, code and libraries.
+
+    The lists of categories are left out: a group's rows are hashed with the numbers that its own values have in them.
+    """
+    parts = {
+        "model": {name: part for name, part in model.items() if name not in ("categories", "fleet", "required")},
+        "categoricals": sorted(model["categories"]),
+        "weight": weight,
+        "tuning": tuning.model_dump(mode="json", exclude=_NOT_OF_THE_BOOSTER),
+        "cutoffs": [str(cutoffs.tune_start), str(cutoffs.report_start)],
+        "training": TRAINING_VERSION,
+        "libraries": {library: installed_version(library) for library in _LIBRARIES},
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def fingerprint(rows_hash: str, shared: str, started_from: str) -> str:
+    """One group's fingerprint.
+
+    Args:
+        rows_hash: of its training rows, whatever their order.
+        shared: as from `shared_digest`.
+        started_from: as from `Start.to_json`.
+    """
+    return hashlib.sha256(f"{rows_hash}\n{shared}\n{started_from}".encode()).hexdigest()[:32]

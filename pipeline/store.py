@@ -1,0 +1,42 @@
+"""What training asks of the tables; the Delta adapter and the doubles have it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import pandas as pd
+import pyarrow as pa
+
+
+class Tables(Protocol):
+    """Tables that change by single commits."""
+
+    @property
+    def storage_options(self) -> Mapping[str, str]:
+        """Options of the object store."""
+
+    def location(self, namespace: str, *parts: str) -> str:
+        """Root of one table."""
+
+    def exists(self, location: str) -> bool:
+        """Whether there is a table."""
+
+    def write_file(self, table: pa.Table, schema: pa.Schema, location: str) -> Any:
+        """Write one file without committing it; None for no rows."""
+
+    def commit(
+        self,
+        location: str,
+        files: Sequence[Any],
+        schema: pa.Schema,
+        *,
+        mode: Any,
+        partition: Mapping[str, str] | None = None,
+        app: tuple[str, int] | None = None,
+    ) -> int:
+        """Make one commit of written files; overwriting with a partition replaces only it."""
+
+    def read_pandas(self, location: str, *, where: Mapping[str, Any] | None = None, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        """Rows whose columns equal, or are among, the values of `where`."""
+
+    def read_spark(self, spark: Any, location: str, version: int | None = None, *, partitions: Mapping[str, Sequence[str]] | None = None) -> Any:
+        """The rows of a version, of the named partitions, as a Spark data frame."""

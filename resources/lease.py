@@ -1,0 +1,383 @@
+"""One training of a fleet at a time: a row in Delta that says who may train it now.
+
+A taker reads the row at a version of the table and replaces it by the very next version, without deltalake's retries: the log has one file
+per version, so of two takers who read the same version one lands. Clocks are only compared with `expires_at`, and those of two machines may
+differ by less than the expiry.
+
+What grows: a renewal is one commit and one file of about 3 kB, four a minute at the usual expiry. Log entries older than an hour go with every
+50th commit, data files older than an hour when the lease is next taken.
+"""
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from deltalake import CommitProperties, DeltaTable, Schema
+from deltalake.exceptions import CommitFailedError, DeltaError
+from deltalake.transaction import AddAction, create_table_with_add_actions
+
+from pipeline.errors import StoreError
+from pipeline.tables import TIMESTAMP, Column, TableContract
+from resources.delta_tables import DeltaTables
+
+LEASES = TableContract(
+    name="leases",
+    row="who may train the fleet now; there is one row at most",
+    key=(),
+    columns=(
+        Column("run_id", pa.string(), "the training run"),
+        Column("owner", pa.string(), "host:pid of its process"),
+        Column("host", pa.string(), "name of the machine"),
+        Column("boot_id", pa.string(), "the machine's boot and the namespace that the pid counts in; empty where unknown"),
+        Column("pid", pa.int64(), "process"),
+        Column("process_started", pa.int64(), "when the process started, clock ticks since boot; 0 where unknown"),
+        Column("taken_at", TIMESTAMP, "when the run took the lease"),
+        Column("heartbeat_at", TIMESTAMP, "when it was last renewed"),
+        Column("expires_at", TIMESTAMP, "from then on anybody may take it"),
+        Column("released", pa.bool_(), "whether the run gave it back"),
+    ),
+)
+
+ATTEMPTS = 5
+RENEWALS = 4  # within one expiry
+_ONCE = CommitProperties(max_commit_retries=0)
+_KEPT = {
+    "delta.checkpointInterval": "50",
+    "delta.enableExpiredLogCleanup": "true",
+    "delta.logRetentionDuration": "interval 1 hours",
+    "delta.deletedFileRetentionDuration": "interval 1 hours",
+}
+_log = logging.getLogger(__name__)
+
+
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _moment(now: Callable[[], datetime]) -> datetime:
+    """The clock's time in whole microseconds, as the table keeps it: a pandas timestamp has nanoseconds."""
+    return datetime.fromtimestamp(now().timestamp(), UTC)
+
+
+@dataclass(frozen=True)
+class LeaseRow:
+    """The row of `LEASES`.
+
+    Args:
+        run_id: the training run.
+        owner: host:pid of its process.
+        host: name of the machine.
+        boot_id: the machine's boot and pid namespace; empty where unknown.
+        pid: process.
+        process_started: clock ticks since boot; 0 where unknown.
+        taken_at: when the run took the lease.
+        heartbeat_at: when it was last renewed.
+        expires_at: from then on anybody may take it.
+        released: whether the run gave it back.
+    """
+
+    run_id: str
+    owner: str
+    host: str
+    boot_id: str
+    pid: int
+    process_started: int
+    taken_at: datetime
+    heartbeat_at: datetime
+    expires_at: datetime
+    released: bool
+
+    def is_free(self, moment: datetime) -> bool:
+        """Whether another may take the lease."""
+        return self.released or self.expires_at <= moment or self.owner_is_gone()
+
+    def owner_is_gone(self) -> bool:
+        """Whether the process is known to be no more: it was on this machine, in this boot, and is gone or its pid is another's by now.
+
+        Where the boot is unknown (not Linux) nobody is known to be gone.
+        """
+        if not self.boot_id or (self.host, self.boot_id) != (socket.gethostname(), _boot_id()):
+            return False
+        return not _is_running(self.pid, self.process_started)
+
+    def same_holder(self, other: "LeaseRow | None") -> bool:
+        """Whether the other row is held, by the same process since the same moment."""
+        return other is not None and not other.released and replace(other, heartbeat_at=self.heartbeat_at, expires_at=self.expires_at) == self
+
+
+class Lease:
+    """The right to train a fleet, renewed in the background; made by `hold_lease`."""
+
+    def __init__(self, table: "_LeaseTable", row: LeaseRow, expiry: timedelta, now: Callable[[], datetime]) -> None:
+        self._table = table
+        self._row = row
+        self._expiry = expiry
+        self._now = now
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name=f"lease-{table.namespace}", daemon=True)
+
+    @property
+    def run_id(self) -> str:
+        """The run that holds it."""
+        return self._row.run_id
+
+    def check(self) -> None:
+        """Make sure that the lease is still held; to be called before each commit.
+
+        Reads the table. A lease that ran out while this process slept, and that nobody took, is renewed. While the store cannot be reached the
+        lease counts until it expires, since nobody may take it before. A process that is frozen between this call and its commit for longer than
+        the expiry still commits: a commit must do no harm when another run has begun.
+
+        Raises:
+            StoreError: if another run took the lease, or it ran out and cannot be renewed.
+        """
+        if self._ended.is_set():
+            raise StoreError(f"run {self.run_id} has given back its lease of fleet {self._table.namespace!r}; take it anew to go on")
+        try:
+            there = self._table.read()[1]
+            self._refuse_others(there)
+            if there is not None and there.expires_at <= _moment(self._now):
+                self._renew()
+        except _Unreachable as error:
+            if _moment(self._now) >= self._row.expires_at:
+                raise StoreError(
+                    f"run {self.run_id} could not renew its lease of fleet {self._table.namespace!r} since {_text(self._row.heartbeat_at)}, and it "
+                    f"expired at {_text(self._row.expires_at)}: {error}; nothing more is committed: make the store reachable, then run again"
+                ) from error
+
+    def start(self) -> None:
+        """Begin to renew."""
+        self._thread.start()
+
+    def release(self) -> None:
+        """Stop renewing and give the lease back, as well as that works: it runs out by itself."""
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=self._expiry.total_seconds() / RENEWALS)
+        try:
+            for _ in range(ATTEMPTS):
+                handle, there = self._table.read()
+                if not self._row.same_holder(there) or self._table.swap(handle, replace(self._row, released=True)):
+                    return
+        except StoreError as error:
+            _log.warning("the lease of fleet %r was not given back and expires at %s: %s", self._table.namespace, _text(self._row.expires_at), error)
+
+    def _keep(self) -> None:
+        pause = self._expiry.total_seconds() / RENEWALS
+        wait = pause
+        while not self._ended.wait(wait):
+            try:
+                self._renew()
+            except _Unreachable as error:
+                wait = pause / RENEWALS
+                _log.warning("the lease of fleet %r was not renewed, trying again in %.1f s: %s", self._table.namespace, wait, error)
+            except StoreError:
+                return  # lost; `check` finds that out for itself
+            else:
+                wait = pause
+
+    def _renew(self) -> None:
+        for _ in range(ATTEMPTS):
+            handle, there = self._table.read()
+            self._refuse_others(there)
+            moment = _moment(self._now)
+            row = replace(self._row, heartbeat_at=moment, expires_at=moment + self._expiry)
+            if self._table.swap(handle, row):
+                self._row = row
+                return
+        raise _Unreachable(f"{self._table.location}: the store refused {ATTEMPTS} commits in a row")
+
+    def _refuse_others(self, there: LeaseRow | None) -> None:
+        if self._row.same_holder(there):
+            return
+        lost = f"run {self.run_id} lost its lease of fleet {self._table.namespace!r}"
+        why = "its row is gone" if there is None else f"run {there.run_id} on {there.host}, pid {there.pid}, took it at {_text(there.taken_at)}"
+        raise StoreError(f"{lost}, last renewed at {_text(self._row.heartbeat_at)}: {why}; nothing more is committed: run again once the other ended")
+
+
+@contextmanager
+def hold_lease(
+    tables: DeltaTables, namespace: str, run_id: str, *, expiry_seconds: float = 60.0, now: Callable[[], datetime] = _utc_now
+) -> Iterator[Lease]:
+    """Hold the right to train a fleet, however the block is left.
+
+    A lease is free where there is no row, it was released, it expired, or its owner was a process of this machine that is no more: a run that was
+    killed can be resumed at once.
+
+    Args:
+        tables: where the fleet's tables are.
+        namespace: the fleet, or its trial.
+        run_id: the training run.
+        expiry_seconds: how long the lease outlives its last renewal; it is renewed four times as often.
+        now: the clock that `expires_at` is compared with, UTC with a zone.
+
+    Yields:
+        The lease; call its `check` before each commit.
+
+    Raises:
+        StoreError: if another run, or this very process, holds it, or the store refuses.
+    """
+    table = _LeaseTable(tables, namespace)
+    expiry = timedelta(seconds=expiry_seconds)
+    lease = Lease(table, _take(table, run_id, expiry, now), expiry, now)
+    try:
+        table.forget()
+        lease.start()
+        yield lease
+    finally:
+        lease.release()
+
+
+def current_lease(tables: DeltaTables, namespace: str) -> LeaseRow | None:
+    """Who may train the fleet, also where the lease ran out or was given back; None if nobody ever could.
+
+    Raises:
+        StoreError: if the table cannot be read.
+    """
+    return _LeaseTable(tables, namespace).read()[1]
+
+
+def _take(table: "_LeaseTable", run_id: str, expiry: timedelta, now: Callable[[], datetime]) -> LeaseRow:
+    host, pid = socket.gethostname(), os.getpid()
+    for _ in range(ATTEMPTS):
+        handle, there = table.read()
+        moment = _moment(now)
+        if there is not None and not there.is_free(moment):
+            raise StoreError(_held(table.namespace, there))
+        row = LeaseRow(run_id, f"{host}:{pid}", host, _boot_id(), pid, _process_started(pid), moment, moment, moment + expiry, released=False)
+        if table.swap(handle, row):
+            return row
+    raise StoreError(f"run {run_id} could not take the lease of fleet {table.namespace!r}: the store refused {ATTEMPTS} commits in a row; run again")
+
+
+def _held(namespace: str, there: LeaseRow) -> str:
+    expiry = (there.expires_at - there.heartbeat_at).total_seconds()
+    who = "this very process" if there.pid == os.getpid() and there.boot_id == _boot_id() else f"host {there.host}, pid {there.pid}"
+    return (
+        f"fleet {namespace!r} is being trained by run {there.run_id} ({who}) since {_text(there.taken_at)}; "
+        f"its lease expires at {_text(there.expires_at)} unless renewed: wait for that run or terminate it; "
+        f"the lease frees itself at most {expiry:g} s after its process dies"
+    )
+
+
+class _Unreachable(StoreError):
+    """The store did not answer, or not with a lease; trying again may help."""
+
+
+class _LeaseTable:
+    """The table of one fleet, with a compare-and-set on its one row."""
+
+    def __init__(self, tables: DeltaTables, namespace: str) -> None:
+        self.namespace = namespace
+        self.location = tables.location(namespace, LEASES.name)
+        self._tables = tables
+        self._options = tables.storage_options or None
+
+    def read(self) -> tuple[DeltaTable | None, LeaseRow | None]:
+        """The newest version and its row."""
+        with self._readable():
+            if not DeltaTable.is_deltatable(self.location, self._options):
+                return None, None
+            table = DeltaTable(self.location, storage_options=self._options)
+            rows = table.to_pyarrow_table(columns=LEASES.schema.names).to_pylist()
+        return table, LeaseRow(**rows[0]) if rows else None
+
+    def swap(self, handle: DeltaTable | None, row: LeaseRow) -> bool:
+        """Make the row the version after the handle's; whether it is the newest one now.
+
+        What the store says of a refused commit is not trusted: a put that was repeated after a lost answer fails on itself, so the newest version
+        tells. False is worth another try, from reading on.
+        """
+        version = -1 if handle is None else handle.version()
+        refused: Exception | None = None
+        try:
+            self._commit(handle, row)
+        except (DeltaError, OSError) as error:
+            refused = error
+        newest, there = self.read()
+        beaten = isinstance(refused, CommitFailedError) or (newest is not None and newest.version() != version)
+        if refused is not None and there != row and not beaten:
+            raise _Unreachable(f"{self.location}: {refused}; check that the store can be reached and written to, then run again") from refused
+        return there == row
+
+    def _commit(self, handle: DeltaTable | None, row: LeaseRow) -> None:
+        # Not write_deltalake: it panics where the root holds brackets.
+        file = self._tables.write_file(pa.Table.from_pylist([asdict(row)], schema=LEASES.schema), LEASES.schema, self.location)
+        if file is None:
+            raise StoreError(f"{self.location}: the lease's file was not written; run again")
+        actions: list[Any] = [AddAction(file.path, file.size, {}, 0, data_change=True, stats=f'{{"numRecords": {file.n_rows}}}')]
+        schema = Schema.from_arrow(LEASES.schema)
+        if handle is None:
+            create_table_with_add_actions(
+                self.location, schema, actions, mode="error", configuration=_KEPT, storage_options=self._options, commit_properties=_ONCE
+            )
+        else:
+            handle.create_write_transaction(actions, "overwrite", schema, commit_properties=_ONCE)
+
+    def forget(self) -> None:
+        """Remove data files older than an hour that the table does not name; what cannot be removed is another time.
+
+        In full: a checkpoint forgets what an hour ago was removed from the table.
+        """
+        with contextlib.suppress(DeltaError, OSError):
+            DeltaTable(self.location, storage_options=self._options).vacuum(dry_run=False, full=True)
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except (DeltaError, OSError, ValueError, pa.ArrowException) as error:
+            raise _Unreachable(
+                f"the lease at {self.location} cannot be read: {error}; check that the store can be reached; "
+                "if the table is damaged and nobody trains the fleet, remove that folder"
+            ) from error
+
+
+def _text(moment: datetime) -> str:
+    return f"{moment:%Y-%m-%d %H:%M:%S} UTC"
+
+
+def _boot_id() -> str:
+    """The boot, and the namespace that pids count in: containers of one machine share the boot, and a host's network its name, too."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text(encoding='ascii').strip()} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return ""
+
+
+def _is_running(pid: int, started: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    state, ticks = _process_state(pid)
+    if state in ("Z", "X"):
+        return False  # dead, only not yet waited for by its parent
+    return started == ticks or 0 in (started, ticks)
+
+
+def _process_started(pid: int) -> int:
+    return _process_state(pid)[1]
+
+
+def _process_state(pid: int) -> tuple[str, int]:
+    """State letter and start in clock ticks since boot; empty and 0 where /proc does not tell.
+
+    Source: proc_pid_stat(5), fields 3 and 22; the name before them is in parentheses and may hold some itself.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return "", 0
+    return fields[0], int(fields[19])

@@ -1,0 +1,333 @@
+"""The terminal command: one group's history, and files of interrupted runs."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.fs as pf
+import pytest
+
+from assets.command_line import clean, history_text, main
+from pipeline.errors import ModelNotFound, StoreError
+from pipeline.tables import BOOSTERS, HOLDOUT, LEDGER, RUNS
+from resources.delta_tables import DeltaTables
+from resources.lease import hold_lease
+
+FIRST, SECOND = "aaaaaaaa-1111-2222", "bbbbbbbb-1111-2222"
+ROUTES = [["EWR", "IAH"], ["EWR", "ORD"], ["JFK", None], ["LGA", "a b"]]
+BUCKET = "cleaned"
+
+
+def written(values: list[str | None]) -> str:
+    return json.dumps(values, separators=(",", ":"), ensure_ascii=False)
+
+
+def outcome(run_id: str, values: list[str | None], **changes: Any) -> dict[str, Any]:
+    names = ["[]", "[origin]", "[origin, dest]"]
+    return {
+        "run_id": run_id,
+        "grain": len(values),
+        "grain_name": names[len(values)],
+        "group_id": written(values),
+        "parent_id": written(values[:-1]) if values else None,
+        "status": "trained",
+        "n_rows": 1234,
+        "n_trials": 7,
+        "weight": 0.25,
+        "rmse": 17.123,
+        "pooled_rmse": 17.5,
+        "seconds": 0.125,
+        "booster_id": f"{len(values)}0123456789",
+        "parameters": '{"num_leaves": 31, "learning_rate": 0.1}',
+        "stopped_by": "patience",
+        **changes,
+    }
+
+
+def append(tables: DeltaTables, namespace: str, contract: Any, rows: list[dict[str, Any]], without: tuple[str, ...] = ()) -> None:
+    schema = pa.schema([field for field in contract.schema if field.name not in without])
+    tables.write_arrow([pa.Table.from_pylist(rows, schema=schema)], schema, tables.location(namespace, contract.name), mode="append")
+
+
+@pytest.fixture
+def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DeltaTables:
+    """Two runs of a fleet, in the data root of the environment."""
+    monkeypatch.setenv("MANY_MODELS_DATA", str(tmp_path))
+    made = DeltaTables(root=f"{tmp_path}/tables")
+    groups: list[list[str | None]] = [[], ["EWR"], ["JFK"], ["LGA"], *ROUTES]
+    failed = {"status": "failed", "reason": "error", "error_class": "ValueError", "error_message": "bad\x1b[31m target", "booster_id": None}
+    append(made, "flights", LEDGER, [outcome(SECOND, one, **(failed if one == ROUTES[0] else {}), weight=0.5) for one in groups])
+    append(made, "flights", LEDGER, [outcome(FIRST, one) for one in groups])
+    runs = [
+        {"run_id": SECOND, "as_of": pd.Timestamp("2013-12-24 18:00", tz="UTC"), "started_at": pd.Timestamp("2026-11-02", tz="UTC")},
+        {"run_id": FIRST, "as_of": pd.Timestamp("2013-12-01", tz="UTC"), "started_at": pd.Timestamp("2026-11-01", tz="UTC")},
+    ]
+    append(made, "flights", RUNS, runs)
+    append(made, "flights-trial", LEDGER, [outcome("cccccccc-trial", [])])
+    return made
+
+
+def shown(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
+    assert main(["show", *words]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(list(words)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return captured.err
+
+
+def test_a_group_has_a_line_per_run_and_the_newest_is_last(tables: DeltaTables, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = shown(capsys, "flights", "EWR", "IAH")
+    assert lines[0] == 'fleet flights, group ["EWR","IAH"], grain [origin, dest]'
+    head = lines[2].split()
+    assert head == ["as", "of", "run", "status", "reason", "rows", "trials", "weight", "rmse", "pooled", "rmse", "seconds", "booster"]
+    assert lines[3].split() == ["2013-12-01", "aaaaaaaa", "trained", "-", "1,234", "7", "0.25", "17.12", "17.50", "0.125", "20123456"]
+    assert lines[4].split() == ["2013-12-24", "18:00", "bbbbbbbb", "failed", "error", "1,234", "7", "0.5", "17.12", "17.50", "0.125", "-"]
+
+
+def test_the_newest_row_is_explained(tables: DeltaTables, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = shown(capsys, "flights", "EWR", "IAH")
+    text = "\n".join(lines)
+    assert f"newest run    {SECOND}" in lines
+    assert "error         ValueError: bad\\x1b[31m target" in lines
+    assert "stopped by    patience" in lines
+    assert "parameters\n  num_leaves     31\n  learning_rate  0.1\n" in text
+    ancestors = lines[next(number for number, line in enumerate(lines) if line.startswith("ancestors")) :]
+    assert [line.split() for line in ancestors] == [
+        ["ancestors", "status", "weight", "rmse", "booster"],
+        ['["EWR"]', "trained", "0.5", "17.12", "10123456"],
+        ["[]", "trained", "0.5", "17.12", "00123456"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "group"),
+    [
+        ([], "[]"),
+        (["JFK"], '["JFK"]'),
+        (["JFK", "null"], '["JFK",null]'),
+        (["LGA", "a b"], '["LGA","a b"]'),
+        (["--group-id", '["JFK", null]'], '["JFK",null]'),
+        (["--group-id", "[]"], "[]"),
+    ],
+)
+def test_a_group_is_asked_for_by_its_keys(tables: DeltaTables, capsys: pytest.CaptureFixture[str], words: list[str], group: str) -> None:
+    lines = shown(capsys, "flights", *words)
+    assert f"group {group}," in lines[0]
+    assert ("ancestors" in "\n".join(lines)) is (group != "[]")
+
+
+def test_a_trial_has_tables_of_its_own(tables: DeltaTables, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = shown(capsys, "flights", "--trial")
+    assert lines[0].startswith("fleet flights-trial")
+    assert lines[3].split()[:3] == ["-", "cccccccc", "trained"]
+
+
+def test_an_unknown_fleet_is_refused_with_near_names(tables: DeltaTables, capsys: pytest.CaptureFixture[str]) -> None:
+    told = refused(capsys, "show", "flihgts")
+    assert "no group of a fleet 'flihgts' was trained" in told
+    assert "did you mean: flights" in told
+    assert "there is: flights, flights-trial; materialise flihgts/models" in told
+    assert "no group of a fleet 'retail'" in refused(capsys, "clean", "retail")
+
+
+def test_nothing_was_trained_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("MANY_MODELS_DATA", str(tmp_path))
+    assert "there is: nothing" in refused(capsys, "show", "flights")
+
+
+def test_an_unknown_group_is_refused_with_near_groups(tables: DeltaTables, capsys: pytest.CaptureFixture[str]) -> None:
+    told = refused(capsys, "show", "flights", "ewr", "IHA")
+    assert """fleet 'flights' has no group ["ewr","IHA"]; did you mean: EWR IAH;""" in told
+    assert "[origin]: 3 groups, such as EWR; JFK; LGA" in told
+    assert "[origin, dest]: 4 groups, such as EWR IAH; EWR ORD; JFK null" in told
+    assert "[]: 1 groups, such as (no key)" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["EWR", "--group-id", '["EWR"]'], "give one of them"),
+        (["--group-id", "EWR"], "expected a JSON array"),
+        (["--group-id", "[1]"], "expected a JSON array"),
+    ],
+)
+def test_a_group_asked_for_wrongly_is_an_error(tables: DeltaTables, capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
+    assert main(["show", "flights", *words]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_columns_that_a_table_lacks_or_has_beyond_ours_do_not_matter(tmp_path: Path) -> None:
+    tables = DeltaTables(root=str(tmp_path))
+    absent = ("weight", "parameters", "stopped_by", "error_class", "error_message", "fingerprint", "tuned_as_of", "started_from", "source_run_id")
+    append(tables, "flights", LEDGER, [outcome(FIRST, [], status="crashed")], without=absent)
+    lines = history_text(tables, "flights", "[]").splitlines()
+    assert lines[3].split()[:8] == ["-", "aaaaaaaa", "crashed", "-", "1,234", "7", "-", "17.12"]
+    assert "stopped by    -" in lines
+    assert "parameters    -" in lines
+    assert not any(line.startswith("error") for line in lines)
+    schema = pa.schema([*LEDGER.schema, ("metrics", pa.string())])
+    row = outcome(FIRST, [], metrics='{"pinball": 1.5}', fingerprint="f00", status="reused")
+    known = pa.Table.from_pylist([row], schema=schema) if "fingerprint" in LEDGER.schema.names else pa.Table.from_pylist([row])
+    tables.write_arrow([known], known.schema, tables.location("retail", "ledger"), mode="append")
+    text = history_text(tables, "retail", "[]")
+    assert "metrics\n  pinball  1.5" in text
+    assert "fingerprint   f00" in text
+
+
+@pytest.mark.skipif("finished_at" not in RUNS.schema.names, reason="the runs table does not say when a run finished")
+def test_a_run_that_did_not_finish_is_named(tables: DeltaTables) -> None:
+    assert "not finished: aaaaaaaa, bbbbbbbb" in history_text(tables, "flights", "[]")
+
+
+def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--help"], ["show", "--help"], ["clean", "--help"]):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == 0
+        assert "many-models show flights EWR IAH" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("hours", ["-1", "soon", "nan", "inf"])
+def test_hours_are_checked(capsys: pytest.CaptureFixture[str], hours: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["clean", "flights", f"--keep-hours={hours}"])
+    assert ended.value.code == 2
+    assert "expected 0 or more" in capsys.readouterr().err
+
+
+# Cleaning.
+
+
+def left(tables: DeltaTables, table: str) -> set[str]:
+    filesystem, root = stored(tables, table)
+    return {info.base_name for info in filesystem.get_file_info(pf.FileSelector(root)) if info.type == pf.FileType.File}
+
+
+def stored(tables: DeltaTables, table: str) -> tuple[pf.FileSystem, str]:
+    from pipeline.spark.files import filesystem_of
+
+    return filesystem_of(tables.location("flights", table), tables.storage_options)
+
+
+def interrupted(tables: DeltaTables) -> None:
+    """Boosters and holdout rows of one run, replaced boosters, and files that no commit names."""
+    for text in (b"first", b"second"):
+        rows = pa.Table.from_pylist([{"booster_id": "1", "text": text}], schema=BOOSTERS.schema)
+        tables.write_arrow([rows], BOOSTERS.schema, tables.location("flights", "boosters"), mode="overwrite")
+    append(tables, "flights", HOLDOUT, [{"run_id": "1"}])
+    for table, name, content in [
+        ("boosters", "part-left.parquet", b"12345"),
+        ("boosters", "notes.txt", b"mine"),
+        ("holdout", "part-left.parquet", b"123"),
+        ("ledger", "part-left.parquet", b"123"),
+        ("raw", "part-left.parquet", b"123"),
+    ]:
+        filesystem, root = stored(tables, table)
+        filesystem.create_dir(root)
+        with filesystem.open_output_stream(f"{root}/{name}") as file:
+            file.write(content)
+
+
+def test_files_that_no_commit_names_are_removed_once_they_are_old(tables: DeltaTables, capsys: pytest.CaptureFixture[str]) -> None:
+    interrupted(tables)
+    boosters, holdout = left(tables, "boosters"), left(tables, "holdout")
+    assert main(["clean", "flights"]) == 0
+    assert "0 files, 0 bytes removed; 2 more are too young" in capsys.readouterr().out
+    old = time.time() - 25 * 3600
+    for table in ("boosters", "holdout", "ledger", "raw"):
+        for path in Path(tables.location("flights", table)).iterdir():
+            os.utime(path, (old, old))
+    assert main(["clean", "flights", "--keep-hours", "26"]) == 0
+    assert "0 files, 0 bytes removed; 2 more" in capsys.readouterr().out
+    assert main(["clean", "flights", "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert f"{tables.location('flights', 'boosters')}/part-left.parquet" in told
+    assert "2 files, 8 bytes would be removed (dry run: nothing was)" in told
+    assert (left(tables, "boosters"), left(tables, "holdout")) == (boosters, holdout)
+    assert main(["clean", "flights"]) == 0
+    told = capsys.readouterr().out
+    assert [line.split() for line in told.splitlines()] == [
+        ["table", "files", "bytes"],
+        ["boosters", "1", "5"],
+        ["holdout", "1", "3"],
+        ["2", "files,", "8", "bytes", "removed"],
+    ]
+    # The boosters that a newer version replaced are still named by a commit.
+    assert (left(tables, "boosters"), left(tables, "holdout")) == (boosters - {"part-left.parquet"}, holdout - {"part-left.parquet"})
+    assert "part-left.parquet" in left(tables, "ledger")
+    assert "part-left.parquet" in left(tables, "raw")
+    assert tables.read_arrow(tables.location("flights", "boosters")).column("text").to_pylist() == [b"second"]
+
+
+def test_nothing_is_removed_while_the_fleet_is_trained(tables: DeltaTables) -> None:
+    interrupted(tables)
+    with hold_lease(tables, "flights", "run-1"):
+        with pytest.raises(StoreError, match="is being trained by run run-1"):
+            clean(tables, "flights", keep=timedelta(0))
+        assert clean(tables, "flights", keep=timedelta(0), dry_run=True).text
+    assert "part-left.parquet" in left(tables, "boosters")
+
+
+def test_a_folder_that_lost_its_log_is_left_alone(tables: DeltaTables) -> None:
+    interrupted(tables)
+    boosters = Path(tables.location("flights", "boosters"))
+    (boosters / "_delta_log").rename(boosters.parent / "away")
+    assert set(clean(tables, "flights", keep=timedelta(0)).files) == {"holdout"}
+    assert "part-left.parquet" in left(tables, "boosters")
+
+
+@pytest.fixture(scope="module")
+def object_store() -> Iterator[dict[str, str]]:
+    """An S3 endpoint on this machine, in a process of its own: the store's client holds on to this one's lock."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(300):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        time.sleep(0.1)
+    secret = "test"  # noqa: S105 - of a store on this machine
+    store = pf.S3FileSystem(
+        access_key="test", secret_key=secret, region="us-east-1", scheme="http", endpoint_override=f"127.0.0.1:{port}", allow_bucket_creation=True
+    )
+    store.create_dir(BUCKET)
+    yield {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": secret,
+        "AWS_REGION": "us-east-1",
+        "AWS_ALLOW_HTTP": "true",
+    }
+    server.terminate()
+    server.wait()
+
+
+def test_an_object_store_is_read_and_cleaned(object_store: dict[str, str]) -> None:
+    tables = DeltaTables(root=f"s3://{BUCKET}/tables", storage_options=object_store)
+    append(tables, "flights", LEDGER, [outcome(FIRST, [])])
+    interrupted(tables)
+    assert "aaaaaaaa" in history_text(tables, "flights", "[]")
+    with pytest.raises(ModelNotFound, match="there is: flights;"):
+        history_text(tables, "fligths", "[]")
+    boosters = left(tables, "boosters")
+    assert clean(tables, "flights", keep=timedelta(hours=1)).younger == 2
+    found = clean(tables, "flights", keep=timedelta(0))
+    assert {name: [size for _, size in files] for name, files in found.files.items()} == {"boosters": [5], "holdout": [3]}
+    assert left(tables, "boosters") == boosters - {"part-left.parquet"}
+    assert tables.read_arrow(tables.location("flights", "holdout")).num_rows == 1
