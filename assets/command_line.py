@@ -263,7 +263,7 @@ def _unknown_fleet(tables: DeltaTables, namespace: str) -> str:
 def _unknown_group(ledger: pd.DataFrame, namespace: str, wanted: str) -> str:
     ids = sorted(ledger["group_id"].dropna().unique())
     grains = [
-        f"  {name}: {len(groups):,} groups, such as {'; '.join(_words(one) or '(no key)' for one in sorted(groups)[:3])}"
+        f"  {name}: {len(groups):,} group{'s' * (len(groups) > 1)}, such as {'; '.join(_words(one) or '(no key)' for one in sorted(groups)[:3])}"
         for (_, name), groups in ((key, frame["group_id"].unique()) for key, frame in ledger.groupby(["grain", "grain_name"]))
     ]
     near = _near(_words(wanted), {_words(found): found for found in ids})

@@ -110,12 +110,13 @@ LEDGER = TableContract(
         Column(
             "status",
             pa.string(),
-            "trained, refreshed (refitted without trials), reused (an earlier run's booster), inherited (parent answers), failed, crashed",
+            "trained, refreshed (refitted without trials), reused (booster of an earlier run), inherited (parent answers), failed, crashed",
         ),
         Column(
             "reason",
             pa.string(),
-            "why not trained: too_few_rows, no_target, constant_target, infinite_target, pooling_none, not_listed, vanished, error, timeout, native_crash",
+            "why it has no model: too_few_rows, no_target, constant_target, infinite_target, pooling_none, error, timeout, native_crash; "
+            "or why it kept an old one: not_listed, vanished",
         ),
         Column("error_class", pa.string(), "class of the exception of a failed group; how the process of a crashed one ended"),
         Column("error_message", pa.string(), "its message"),

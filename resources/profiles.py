@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import SpecError
 from pipeline.faults import VARIABLE
@@ -43,7 +44,7 @@ class Profile:
     as_of: str | None
     limit_groups: int | None
     dry_run: bool
-    retrain: str
+    retrain: Any
     groups: tuple[str, ...]
     crash_at: str
 

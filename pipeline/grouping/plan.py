@@ -191,7 +191,8 @@ def build_plan(
     groups = _with_vanished(counts.reset_index(drop=True), memory.before)
     finest = int(groups["grain"].max())
     decisions = [_decide(row, policy, memory, shared, finest) for row in groups.to_dict("records")]
-    groups = groups.assign(**pd.DataFrame(decisions, columns=["action", "reason", "started_from", "fingerprint"]).astype(object).to_dict("series"))
+    for name in ("action", "reason", "started_from", "fingerprint"):
+        groups[name] = pd.Series([getattr(decision, name) for decision in decisions], dtype=object)
     works = groups["action"].isin([TRAIN, REFRESH])
     fits = np.where(groups["action"] == REFRESH, _REFRESH_FITS, n_fits + _REFITS)
     groups["cost_seconds"] = np.where(works, model.predict(groups["n_target"], n_features, fits), 0.0)
@@ -218,58 +219,77 @@ def _with_vanished(counts: pd.DataFrame, before: Mapping[GroupKey, Mapping[str, 
     return pd.concat([counts, added.astype(counts.dtypes)], ignore_index=True)
 
 
-def _decide(group: Mapping[Any, Any], policy: Policy, memory: Memory, shared: str, finest: int) -> tuple[str, str | None, str | None, str | None]:
-    """Action, reason, started_from and fingerprint of one group."""
+@dataclass(frozen=True)
+class _Decision:
+    action: str
+    reason: str | None = None
+    started_from: str | None = None
+    fingerprint: str | None = None
+
+
+def _decide(group: Mapping[Any, Any], policy: Policy, memory: Memory, shared: str, finest: int) -> _Decision:
+    """What is to be done for one group."""
     key = int(group["grain"]), str(group["group_id"])
     before = memory.before.get(key)
-    has_booster = before is not None and before["status"] in WITH_BOOSTER
-
-    def unchanged(row: Mapping[str, Any] | None) -> bool:
-        return (
-            row is not None
-            and isinstance(row["started_from"], str)
-            and row["fingerprint"] == fingerprint(str(group["rows_hash"]), shared, row["started_from"])
-        )
-
     if group["rows_hash"] == VANISHED:
-        return (REUSE, VANISHED, before["started_from"], before["fingerprint"]) if before and has_booster else (INHERIT, VANISHED, None, None)
-    is_pooled = key[0] == 0
+        return _without_training(before, VANISHED)
     if policy.retrain == "listed" and key[1] not in policy.listed:
-        return (REUSE, NOT_LISTED, before["started_from"], before["fingerprint"]) if before and has_booster else (INHERIT, NOT_LISTED, None, None)
+        return _without_training(before, NOT_LISTED)
     # The pooled group is sent to a worker in any case, if only to judge the rows that no model answers.
-    if policy.finest_only and key[0] != finest and not is_pooled:
-        return INHERIT, NOT_POOLED, None, None
-    if (group["n_fit"] < policy.fit_rows or group["n_tune"] < policy.tune_rows) and not is_pooled:
-        return INHERIT, NO_TARGET if group["n_target"] == 0 else TOO_FEW_ROWS, None, None
-    kept = memory.kept.get(key)
-    if kept is not None and unchanged(kept):
-        return KEEP, None, kept["started_from"], kept["fingerprint"]
-    tuned_lately = (
-        before is not None and has_booster and policy.retune_after.add(pd.Timestamp(before["tuned_as_of"]).tz_localize(None)) > policy.as_of
-    )
-    if policy.retrain in ("changed", "stale"):
-        for row in (before, memory.unfinished.get(key)):
-            # A failed group is tried again; one that crashed its process twice is not, until it changes.
-            if row is not None and unchanged(row) and row["status"] != "failed" and (policy.retrain == "changed" or tuned_lately or not has_booster):
-                return REUSE, None, row["started_from"], row["fingerprint"]
-    refit = tuned_lately and memory.same_spec and policy.retrain in ("changed", "stale")
-    start = _start(before if has_booster else None, _parent_of(group, memory.before), policy, refit=refit)
-    if policy.finest_only and key[0] != finest:
-        start = Start(judge=True)
+    if key[0] > 0 and (reason := _reason_to_inherit(group, policy, finest)) is not None:
+        return _Decision(INHERIT, reason)
+    hashed = str(group["rows_hash"])
+    source = memory.kept.get(key)
+    if source is not None and _is_unchanged(source, hashed, shared):
+        return _Decision(KEEP, None, source["started_from"], source["fingerprint"])
+    source = next((row for row in (before, memory.unfinished.get(key)) if row and _may_be_reused(row, hashed, shared, policy)), None)
+    if source is not None:
+        return _Decision(REUSE, None, source["started_from"], source["fingerprint"])
+    start = _start(group, memory, policy, judge=policy.finest_only and key[0] != finest)
     started_from = start.to_json()
-    return REFRESH if start.refit is not None else TRAIN, None, started_from, fingerprint(str(group["rows_hash"]), shared, started_from)
+    return _Decision(TRAIN if start.refit is None else REFRESH, None, started_from, fingerprint(hashed, shared, started_from))
 
 
-def _parent_of(group: Mapping[Any, Any], before: Mapping[GroupKey, Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    found = before.get((int(group["grain"]) - 1, str(group["parent_id"])))
-    return found if found is not None and found["status"] in WITH_BOOSTER else None
+def _without_training(before: Mapping[str, Any] | None, reason: str) -> _Decision:
+    """A group keeps the booster it has, if it has one, whatever became of its rows."""
+    if before is None or before["status"] not in WITH_BOOSTER:
+        return _Decision(INHERIT, reason)
+    return _Decision(REUSE, reason, before["started_from"], before["fingerprint"])
 
 
-def _start(own: Mapping[str, Any] | None, parent: Mapping[str, Any] | None, policy: Policy, *, refit: bool) -> Start:
-    if own is not None and refit:
+def _reason_to_inherit(group: Mapping[Any, Any], policy: Policy, finest: int) -> str | None:
+    if policy.finest_only and group["grain"] != finest:
+        return NOT_POOLED
+    if group["n_fit"] >= policy.fit_rows and group["n_tune"] >= policy.tune_rows:
+        return None
+    return NO_TARGET if group["n_target"] == 0 else TOO_FEW_ROWS
+
+
+def _is_unchanged(row: Mapping[str, Any], rows_hash: str, shared: str) -> bool:
+    """Whether the group would be trained from just what it was trained from."""
+    return isinstance(row["started_from"], str) and row["fingerprint"] == fingerprint(rows_hash, shared, row["started_from"])
+
+
+def _may_be_reused(row: Mapping[str, Any], rows_hash: str, shared: str, policy: Policy) -> bool:
+    """A failed group is tried again; one that killed its process twice is not, until it changes."""
+    if policy.retrain not in ("changed", "stale") or row["status"] == "failed" or not _is_unchanged(row, rows_hash, shared):
+        return False
+    return policy.retrain == "changed" or row["status"] not in WITH_BOOSTER or _was_tuned_lately(row, policy)
+
+
+def _was_tuned_lately(row: Mapping[str, Any], policy: Policy) -> bool:
+    return policy.retune_after.add(pd.Timestamp(row["tuned_as_of"]).tz_localize(None)) > policy.as_of
+
+
+def _start(group: Mapping[Any, Any], memory: Memory, policy: Policy, *, judge: bool) -> Start:
+    """From the group's own last parameters, then its parent's."""
+    if judge:
+        return Start(judge=True)
+    keys = (int(group["grain"]), str(group["group_id"])), (int(group["grain"]) - 1, str(group["parent_id"]))
+    own, parent = (row if row is not None and row["status"] in WITH_BOOSTER else None for row in map(memory.before.get, keys))
+    if own is not None and memory.same_spec and policy.retrain in ("changed", "stale") and _was_tuned_lately(own, policy):
         return Start(refit=json.loads(own["parameters"]), n_rounds=int(own["n_rounds"]))
-    trials = [json.loads(row["parameters"]) for row in (own, parent) if row is not None]
-    return Start(trials=tuple(trials), max_trials=policy.max_trials)
+    return Start(trials=tuple(json.loads(row["parameters"]) for row in (own, parent) if row is not None), max_trials=policy.max_trials)
 
 
 def pack_tasks(costs: Sequence[float], *, slots: int, task_seconds: float = TASK_SECONDS) -> list[int]:

@@ -148,9 +148,9 @@ class History:
         found = tables.read_pandas(runs) if tables.exists(runs) else RUNS.schema.empty_table().to_pandas()
 
         def rows_of(run_id: str) -> pd.DataFrame:
-            if not tables.exists(ledger):
-                return LEDGER.schema.empty_table().to_pandas()
-            return tables.read_pandas(ledger, where={"run_id": run_id})
+            there: bool = tables.exists(ledger)
+            rows: pd.DataFrame = tables.read_pandas(ledger, where={"run_id": run_id}) if there else LEDGER.schema.empty_table().to_pandas()
+            return rows
 
         return cls(found.sort_values("started_at", ignore_index=True), rows_of)
 

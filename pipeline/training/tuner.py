@@ -212,8 +212,7 @@ class Study:
         return row_losses(self._tuning.objective, self._tune.target, self._predicted(booster, self._tune.matrix, n_rounds))
 
     def _predicted(self, booster: lgb.Booster, matrix: npt.NDArray[np.float32], n_rounds: int) -> Floats:
-        found: Floats = booster.predict(matrix, num_iteration=n_rounds, num_threads=self._fixed["num_threads"])
-        return found
+        return np.asarray(booster.predict(matrix, num_iteration=n_rounds, num_threads=self._fixed["num_threads"]))
 
     def _cross_select(self, booster: lgb.Booster, losses: Floats) -> None:
         """Let each block of tune rows be predicted by the (trial, round) that did best on the other block."""

@@ -99,7 +99,8 @@ def _frame(table: pa.Table) -> pd.DataFrame:
     for position, field in enumerate(table.schema):
         if pa.types.is_timestamp(field.type) and field.type.tz:
             table = table.set_column(position, field.name, table.column(position).cast(pa.timestamp("us")))
-    return table.replace_schema_metadata().to_pandas()
+    frame: pd.DataFrame = table.replace_schema_metadata().to_pandas()
+    return frame
 
 
 def _outcome_table(outcome: Outcome, grain: int, group: str) -> pa.Table:

@@ -153,7 +153,7 @@ def test_an_unknown_group_is_refused_with_near_groups(tables: DeltaTables, capsy
     assert """fleet 'flights' has no group ["ewr","IHA"]; did you mean: EWR IAH;""" in told
     assert "[origin]: 3 groups, such as EWR; JFK; LGA" in told
     assert "[origin, dest]: 4 groups, such as EWR IAH; EWR ORD; JFK null" in told
-    assert "[]: 1 groups, such as (no key)" in told
+    assert "[]: 1 group, such as (no key)" in told
 
 
 @pytest.mark.parametrize(
