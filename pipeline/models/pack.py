@@ -17,7 +17,8 @@ from pipeline.tables import BOOSTERS
 _CHAINS = pa.schema(
     [("grain", pa.int32()), ("group_id", pa.string()), ("booster_id", pa.string()), ("weight", pa.float64()), ("interval", pa.float64())]
 )
-_BOOSTER_SCHEMA = pa.schema([field for field in BOOSTERS.schema if field.name != "run_id"])
+# Which run and which wave wrote a booster is no part of what it answers.
+_BOOSTER_SCHEMA = pa.schema([field for field in BOOSTERS.schema if field.name not in ("run_id", "wave")])
 
 
 def model_spec(spec: FleetSpec, categories: Mapping[str, Sequence[str]]) -> dict[str, Any]:

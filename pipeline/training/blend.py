@@ -21,6 +21,9 @@ Floats = npt.NDArray[np.float64]
 N_BLOCKS = 8
 # Own and parent's predictions that differ by less than this share of the squared error are the same: the rest is rounding.
 DISCERNIBLE = 1e-12
+# How far below the best gain a more cautious weight may stay, in standard errors of the difference.
+STANDARD_ERRORS = 2.0
+DECIMALS = 9
 
 
 @dataclass(frozen=True)
@@ -188,8 +191,8 @@ def choose_weights(evidence: Evidence, trained: npt.NDArray[np.bool_], pooling: 
     shrunk towards their mean, the more so the less it is certain and the less the groups differ. Rows of one time err together,
     so certainty is judged from halves of the tune split, not from rows alone: a group's weight is as uncertain as it changes
     from one half to the other, and groups differ only as far as their differences persist from one half to the other.
-    Last, all weights take the way from the prior only so far that their gain stays within one standard error (over blocks of
-    time) of the best: the next period is never quite like the last.
+    Last, all weights take the way from the prior only so far as is not clearly worse than the best (two standard errors over
+    blocks of time): the next period is never quite like the last.
 
     Args:
         evidence: of the tune rows.
@@ -198,7 +201,8 @@ def choose_weights(evidence: Evidence, trained: npt.NDArray[np.bool_], pooling: 
         prior: the weight without evidence: 1 for the pooled model, whose parent is a constant, else 0.
 
     Source: random-effects meta-analysis, DerSimonian and Laird (1986), with moments taken across halves; the one standard
-    error rule, Breiman, Friedman, Olshen and Stone (1984).
+    error rule, Breiman, Friedman, Olshen and Stone (1984), here with paired differences and two of them; the standard error of a
+    ratio, Cochran (1977), section 6.4.
     """
     if pooling == "none":
         return np.where(trained, 1.0, 0.0)
@@ -223,20 +227,26 @@ def choose_weights(evidence: Evidence, trained: npt.NDArray[np.bool_], pooling: 
     weights[used] = (own * between + mean * variance) / (between + variance)
     # A model without a tune row that tells it from its parent is trusted like its fleet.
     weights[trained & ~used] = mean
-    weights[trained] = prior + _share_within_one_error(evidence, weights - prior, prior) * (weights[trained] - prior)
-    return np.clip(weights, 0.0, 1.0)
+    weights[trained] = prior + _steady_share(evidence, weights - prior, prior) * (weights[trained] - prior)
+    # Sums over files in another order differ in their last digits; weights do not.
+    return np.round(np.clip(weights, 0.0, 1.0), DECIMALS)
 
 
-def _share_within_one_error(evidence: Evidence, step: Floats, prior: float) -> float:
-    """How much of a step from the prior weight to take: 0 where its gain is not larger than its own standard error.
+def _steady_share(evidence: Evidence, step: Floats, prior: float) -> float:
+    """How much of a step from the prior weight to take: as little as is not clearly worse than the best.
 
-    The gain in squared error of a share c of the step is (2 c - c^2) times that of the best, which the least-squares step is
-    close to; it is one standard error below it at c = 1 - sqrt(error / gain).
+    The share c of the step gains 2 c A - c^2 S in squared error, with A and S summed over blocks of time; c* = A / S is best. A
+    share that is u smaller loses 2 u (A_b - c* S_b) + u^2 S_b in block b. To first order that loss, summed, stays within its own
+    standard error times `STANDARD_ERRORS` up to u = 2 STANDARD_ERRORS se(c*), where se(c*) is the ratio estimator's. So evidence
+    that all blocks agree on is followed, however large the gain differs between them, and a lucky block is not.
     """
-    blocks = ((2 * step) * (evidence.gain - prior * evidence.spread) - step**2 * evidence.spread).sum(axis=1)
-    gain = blocks.sum()
-    error = np.sqrt(len(blocks) * np.var(blocks, ddof=1))
-    return 0.0 if gain <= error else float(1 - np.sqrt(error / gain))
+    gain = (step * (evidence.gain - prior * evidence.spread)).sum(axis=1)
+    spread = (step**2 * evidence.spread).sum(axis=1)
+    if spread.sum() <= 0:
+        return 0.0
+    best, n_blocks = gain.sum() / spread.sum(), len(gain)
+    error = np.sqrt(n_blocks / (n_blocks - 1) * ((gain - best * spread) ** 2).sum()) / spread.sum()
+    return float(np.clip(best - 2 * STANDARD_ERRORS * error, 0.0, 1.0))
 
 
 def _halves(blocks: Floats) -> Floats:

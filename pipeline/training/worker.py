@@ -3,6 +3,7 @@
 import json
 import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -67,6 +68,8 @@ class TaskWorker:
             _stream(rows.drop_columns(["grain", "group_id", "task"]).replace_schema_metadata({"key": json.dumps([grain, group])}))
         )
         if isinstance(answer, Outcome):
+            if grain == POOLED:
+                answer = replace(answer, holdout=_judged_anyway(_frame(rows), self._settings))
             answer = _stream(_outcome_table(answer, grain, group))
         outcome = pa.ipc.open_stream(answer).read_all()
         ledger = {"task": task, **json.loads(outcome["ledger"][0].as_py())}

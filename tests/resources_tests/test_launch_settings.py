@@ -1,3 +1,5 @@
+from typing import Any
+
 import pandas as pd
 import pytest
 from pydantic import ValidationError
@@ -5,6 +7,8 @@ from pydantic import ValidationError
 from pipeline.errors import SpecError
 from pipeline.spec import FleetSpec
 from resources.launch_settings import LaunchSettings
+
+LISTED = ['["north","n0"]']
 
 
 def test_a_trial_keeps_its_tables_and_model_apart(shop: FleetSpec) -> None:
@@ -34,6 +38,36 @@ def test_what_is_no_moment_is_refused(shop: FleetSpec, text: str) -> None:
 def test_a_limit_is_at_least_one(number: int) -> None:
     with pytest.raises(ValidationError, match="limit_groups"):
         LaunchSettings(limit_groups=number)
+
+
+def test_a_launch_asks_for_what_its_settings_say(shop: FleetSpec) -> None:
+    request = LaunchSettings(as_of="2014-01-01", limit_groups=3, retrain="stale").request(shop, "run-7")
+    assert (request.run_id, request.as_of, request.limit_groups) == ("run-7", pd.Timestamp("2014-01-01"), 3)
+    assert (request.retrain, request.listed) == ("stale", ())
+    plain = LaunchSettings().request(shop, "run-8")
+    assert (plain.as_of, plain.limit_groups, plain.retrain, plain.listed) == (None, None, "changed", ())
+
+
+@pytest.mark.parametrize("retrain", ["changed", "listed"])
+def test_groups_mean_that_those_are_trained(shop: FleetSpec, retrain: Any) -> None:
+    request = LaunchSettings(retrain=retrain, groups=LISTED).request(shop, "run-7")
+    assert (request.retrain, request.listed) == ("listed", tuple(LISTED))
+
+
+@pytest.mark.parametrize("retrain", ["stale", "all"])
+def test_groups_with_another_choice_are_refused(shop: FleetSpec, retrain: Any) -> None:
+    with pytest.raises(SpecError, match=f"groups are listed, and retrain is '{retrain}'; expected listed, or no groups"):
+        LaunchSettings(retrain=retrain, groups=LISTED).request(shop, "run-7")
+
+
+def test_listed_without_groups_is_refused(shop: FleetSpec) -> None:
+    with pytest.raises(SpecError, match="retrain is listed, and no group is; name some in groups"):
+        LaunchSettings(retrain="listed").request(shop, "run-7")
+
+
+def test_requests_that_ask_for_the_same_read_the_same(shop: FleetSpec) -> None:
+    one, other = (LaunchSettings(groups=groups).request(shop, "run").text for groups in (["[]", *LISTED], [*LISTED, "[]"]))
+    assert one == other != LaunchSettings().request(shop, "run").text
 
 
 def test_every_setting_says_what_it_does() -> None:

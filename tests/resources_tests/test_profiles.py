@@ -4,22 +4,24 @@ import pytest
 
 from pipeline.errors import SpecError
 from resources import profiles
-from resources.profiles import AS_OF, DATA, DRY_RUN, LIMIT_GROUPS, PROFILE, current_profile, java_home
+from pipeline.faults import VARIABLE as CRASH_AT
+from resources.profiles import AS_OF, DATA, DRY_RUN, GROUPS, LIMIT_GROUPS, PROFILE, RETRAIN, TRACKING_URI, current_profile, java_home
 
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (AS_OF, DATA, DRY_RUN, LIMIT_GROUPS, PROFILE, "JAVA_HOME"):
+    for name in (AS_OF, CRASH_AT, DATA, DRY_RUN, GROUPS, LIMIT_GROUPS, PROFILE, RETRAIN, TRACKING_URI, "JAVA_HOME"):
         monkeypatch.delenv(name, raising=False)
 
 
 def test_without_any_variable_everything_is_local(tmp_path: Path) -> None:
     profile = current_profile(tmp_path)
     assert profile.data_root == str(tmp_path / ".data")
-    assert profile.tracking_uri == f"sqlite:///{tmp_path}/.data/mlflow/mlflow.db"
+    assert profile.tracking_uri is None
     assert profile.spark_master.startswith("local[")
     assert profile.spark_master.endswith(",4]")  # a failed task is tried again; plain local[n] would end the job
     assert (profile.as_of, profile.limit_groups, profile.dry_run) == (None, None, False)
+    assert (profile.retrain, profile.groups, profile.crash_at) == ("changed", (), "")
 
 
 def test_the_data_root_counts_from_the_project_unless_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,8 +35,27 @@ def test_a_launch_may_be_set_by_variables(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv(AS_OF, "2013-12-24")
     monkeypatch.setenv(LIMIT_GROUPS, "12")
     monkeypatch.setenv(DRY_RUN, "1")
+    monkeypatch.setenv(RETRAIN, "stale")
+    monkeypatch.setenv(CRASH_AT, "run_committed:KILL")
+    monkeypatch.setenv(TRACKING_URI, "http://127.0.0.1:5000")
     profile = current_profile(tmp_path)
     assert (profile.as_of, profile.limit_groups, profile.dry_run) == ("2013-12-24", 12, True)
+    assert (profile.retrain, profile.crash_at, profile.tracking_uri) == ("stale", "run_committed:KILL", "http://127.0.0.1:5000")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", ()),
+        ('["EWR","IAH"]', ('["EWR","IAH"]',)),
+        ('["EWR", "IAH"]  ["JFK",null]\n[]', ('["EWR","IAH"]', '["JFK",null]', "[]")),
+        ('["a b"],["../x"]', ('["a b"]', '["../x"]')),
+        ("[1]", ('["1"]',)),
+    ],
+)
+def test_groups_are_listed_as_json_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, expected: tuple[str, ...]) -> None:
+    monkeypatch.setenv(GROUPS, text)
+    assert current_profile(tmp_path).groups == expected
 
 
 @pytest.mark.parametrize(
@@ -49,6 +70,7 @@ def test_switches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, *,
     ("name", "text", "expected"),
     [
         (PROFILE, "prod", "expected one of: local"),
+        (RETRAIN, "everything", "expected one of: changed, stale, listed, all"),
         (DRY_RUN, "maybe", "expected 1 or 0"),
         (LIMIT_GROUPS, "many", "whole number of at least 1"),
         (LIMIT_GROUPS, "0", "whole number of at least 1"),
@@ -63,6 +85,13 @@ def test_a_bad_value_is_refused_with_its_variable(tmp_path: Path, monkeypatch: p
         current_profile(tmp_path)
     assert str(told.value).startswith(f"{name} is {text!r}")
     assert expected in str(told.value)
+
+
+@pytest.mark.parametrize("text", ["EWR", '["EWR"', '"EWR"', '{"a": 1}', '["EWR"] x'])
+def test_what_is_no_group_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv(GROUPS, text)
+    with pytest.raises(SpecError, match=f"{GROUPS}: .* is not a group; expected JSON arrays of keys"):
+        current_profile(tmp_path)
 
 
 def test_an_empty_java_home_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,7 +117,7 @@ MATRIX_SPEC = {"features": ["price", "kind", "n"], "categories": {"kind": ["10",
 def matrix(**columns: Any) -> list[list[float]]:
     length = len(next(iter(columns.values())))
     found = design_matrix(pd.DataFrame({"price": [1.0] * length, "kind": "small", "n": 3} | columns), MATRIX_SPEC)
-    assert found.dtype == np.float64
+    assert found.dtype == np.float32
     return [[float(value) for value in row] for row in found]
 
 
@@ -158,6 +158,11 @@ def test_the_order_of_the_columns_and_further_columns_do_not_matter() -> None:
     frame = pd.DataFrame({"price": [1.0, 2.0], "kind": ["small", "large"], "n": [3, 4]})
     mixed = frame[["n", "kind", "price"]].assign(extra="x")
     assert np.array_equal(design_matrix(frame, MATRIX_SPEC), design_matrix(mixed, MATRIX_SPEC))
+
+
+def test_numbers_are_kept_in_single_precision_and_what_that_cannot_hold_is_missing() -> None:
+    assert matrix(price=[1.0])[0] == matrix(price=[1.0 + 1e-9])[0] != matrix(price=[1.0 + 1e-6])[0]
+    assert same([row[0] for row in matrix(price=[3e38, 4e38, -4e38])], [float(np.float32(3e38)), np.nan, np.nan])
 
 
 # Links

@@ -30,6 +30,13 @@ def test_boosters_are_written_one_to_a_row_group_once_and_only_if_named(tmp_path
     assert file.read().column("booster_id").to_pylist() == [TWO.booster_id, ONE.booster_id]
 
 
+def test_a_pack_is_the_same_whichever_wave_wrote_its_boosters(tmp_path: Path) -> None:
+    for wave in ("run-1-0", "run-2-7"):
+        write_pack(tmp_path / wave, SPEC, ledger(ONE.booster_id), [{**vars(ONE), "wave": wave, "run_id": wave[:5]}])
+    for name in ("boosters.parquet", "chains.parquet", "spec.json"):
+        assert (tmp_path / "run-1-0" / name).read_bytes() == (tmp_path / "run-2-7" / name).read_bytes()
+
+
 def test_groups_without_a_booster_have_a_chain_all_the_same(tmp_path: Path) -> None:
     write_pack(tmp_path / "pack", SPEC, ledger(ONE.booster_id, None), [vars(ONE)])
     chains = pq.read_table(tmp_path / "pack" / "chains.parquet").to_pylist()

@@ -11,7 +11,8 @@ from pipeline.grouping.splits import FIT, GAP, REPORT, TUNE
 from pipeline.models.meta_model import decode_booster, design_matrix, group_id
 from pipeline.testing.data import feature_rows, group_rows, small_spec, training_settings
 from pipeline.training.outcome import Outcome
-from pipeline.training.trainer import TrainingSettings, judged_without_model, train_group
+from pipeline.training.start import Start
+from pipeline.training.trainer import RATE, TrainingSettings, judged_without_model, train_group
 from pipeline.training.tuner import Learnable, fit_booster
 
 FINEST = 2
@@ -61,12 +62,16 @@ def booster_id_of(outcome: Outcome) -> str:
     return outcome.booster.booster_id
 
 
+def timeless(outcome: Outcome) -> dict[str, Any]:
+    return {**outcome.ledger, "seconds": 0, "lightgbm_seconds": 0}
+
+
 def test_a_group_trains_the_same_whatever_the_order_of_its_rows(trained: Outcome, oslo: pd.DataFrame, fleet_settings: TrainingSettings) -> None:
     shuffled = oslo.sample(frac=1.0, random_state=3)
     again = train_group(shuffled[list(reversed(shuffled.columns))], FINEST, fleet_settings)
     assert booster_id_of(again) == booster_id_of(trained)
     pd.testing.assert_frame_equal(holdout_of(again), holdout_of(trained))
-    assert {**again.ledger, "seconds": 0} == {**trained.ledger, "seconds": 0}
+    assert timeless(again) == timeless(trained)
 
 
 def test_a_group_trains_the_same_with_any_number_of_threads(trained: Outcome, oslo: pd.DataFrame, rows: pd.DataFrame) -> None:
@@ -353,3 +358,66 @@ def test_the_library_trains_with_the_rounds_that_the_study_found(
     monkeypatch.setattr(trainer_module, "fit_booster", lambda *args: rounds.append(args[3]) or fit(*args))
     outcome = train_group(oslo, FINEST, fleet_settings)
     assert rounds == [outcome.ledger["n_rounds"]] * 2
+
+
+# What earlier runs left
+
+
+@pytest.fixture
+def refit(trained: Outcome) -> Start:
+    return Start(refit=json.loads(trained.ledger["parameters"]), n_rounds=trained.ledger["n_rounds"])
+
+
+def test_a_refitted_group_is_the_one_that_was_tuned_so(oslo: pd.DataFrame, fleet_settings: TrainingSettings, trained: Outcome, refit: Start) -> None:
+    found = train_group(oslo, FINEST, fleet_settings, refit)
+    assert (found.status, found.reason, found.ledger["n_trials"], found.ledger["n_pruned"]) == ("refreshed", None, 0, 0)
+    assert booster_id_of(found) == booster_id_of(trained)
+    for name in ("parameters", "n_rounds", "n_fit", "n_tune", "n_report"):
+        assert found.ledger[name] == trained.ledger[name]
+    assert {"tune_loss", "stopped_by"}.isdisjoint(found.ledger)
+    judged, before = holdout_of(found), holdout_of(trained)
+    assert judged["prediction"].notna().all()
+    report = judged["split"] == REPORT
+    pd.testing.assert_frame_equal(judged[report], before[report])
+
+
+def test_a_refit_is_deterministic_and_searches_nothing(
+    monkeypatch: pytest.MonkeyPatch, oslo: pd.DataFrame, fleet_settings: TrainingSettings, refit: Start
+) -> None:
+    monkeypatch.setattr(trainer_module, "Study", None)
+    one, other = (train_group(oslo.sample(frac=1.0, random_state=seed), FINEST, fleet_settings, refit) for seed in (1, 2))
+    assert booster_id_of(one) == booster_id_of(other)
+    pd.testing.assert_frame_equal(holdout_of(one), holdout_of(other))
+    assert timeless(one) == timeless(other)
+
+
+def test_tune_rows_of_a_refit_are_predicted_without_having_been_seen(oslo: pd.DataFrame, fleet_settings: TrainingSettings, refit: Start) -> None:
+    later = oslo.assign(sales=oslo["sales"].mask(split_of(oslo, fleet_settings) != FIT, oslo["sales"] + 500))
+    one, other = (holdout_of(train_group(frame, FINEST, fleet_settings, refit)) for frame in (oslo, later))
+    tune = one["split"] == TUNE
+    assert np.array_equal(one.loc[tune, "prediction"], other.loc[tune, "prediction"])
+
+
+def test_a_refit_is_checked_before_like_any_group(oslo: pd.DataFrame, fleet_settings: TrainingSettings, refit: Start) -> None:
+    assert train_group(oslo.assign(sales=3.0), FINEST, fleet_settings, refit).reason == "constant_target"
+
+
+def test_a_group_that_only_judges_is_not_trained(rows: pd.DataFrame, fleet_settings: TrainingSettings) -> None:
+    outcome = train_group(rows, 0, fleet_settings, Start(judge=True))
+    assert (outcome.status, outcome.reason, outcome.booster) == ("inherited", "pooling_none", None)
+    pd.testing.assert_frame_equal(holdout_of(outcome), judged_without_model(rows, fleet_settings))
+
+
+def test_a_sampled_row_stands_for_those_that_were_left_out(oslo: pd.DataFrame, rows: pd.DataFrame, fleet_settings: TrainingSettings) -> None:
+    rate = np.where(oslo.index % 2, 1.0, 0.25)
+    sampled = train_group(oslo.assign(**{RATE: rate}), 0, fleet_settings)
+    weighted = train_group(oslo.assign(size=1 / rate), 0, settings_with(rows, target={"weight": "size"}))
+    assert booster_id_of(sampled) == booster_id_of(weighted)
+    assert set(holdout_of(sampled)["weight"]) == {1.0, 4.0}
+    pd.testing.assert_frame_equal(holdout_of(sampled), holdout_of(weighted))
+
+
+def test_weights_and_rates_multiply(oslo: pd.DataFrame, rows: pd.DataFrame) -> None:
+    settings = settings_with(rows, target={"weight": "size"})
+    found = holdout_of(train_group(oslo.assign(size=3.0, **{RATE: 0.5}), 0, settings))
+    assert set(found["weight"]) == {6.0}

@@ -6,9 +6,11 @@ import numpy as np
 import optuna
 import pytest
 
-from pipeline.spec import TuningSpec
-from pipeline.training.objective import default_parameters, early_stopping_rounds, fixed_parameters, suggest_parameters
-from pipeline.training.tuner import Learnable, Study, Tuned
+from pipeline.spec import SearchRange, TuningSpec
+from pipeline.training import tuner as module
+from pipeline.training.objective import default_parameters, early_stopping_rounds, fixed_parameters, inside, search_space, suggest_parameters
+from pipeline.training.start import Start
+from pipeline.training.tuner import Clock, Learnable, Study, Tuned
 
 RNG = np.random.default_rng(7)
 N_TUNE = 80
@@ -16,7 +18,7 @@ N_TUNE = 80
 
 def learnable(n: int, *, seed: int, noise: float = 1.0, weight: bool = False) -> Learnable:
     rng = np.random.default_rng(seed)
-    matrix = rng.normal(size=(n, 4))
+    matrix = rng.normal(size=(n, 4)).astype(np.float32)
     target = 3 * matrix[:, 0] + 2 * np.sin(3 * matrix[:, 1]) + noise * rng.normal(size=n)
     return Learnable(matrix, target, rng.uniform(0.1, 3, n) if weight else None)
 
@@ -50,9 +52,9 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     return Recorder(monkeypatch)
 
 
-def studied(fit: Learnable = FIT_ROWS, tune: Learnable = TUNE_ROWS, blocks: Any = BLOCKS, **tuning: Any) -> Tuned:
+def studied(fit: Learnable = FIT_ROWS, tune: Learnable = TUNE_ROWS, blocks: Any = BLOCKS, start: Start | None = None, **tuning: Any) -> Tuned:
     settings = {"max_trials": 5, "patience": 5, "max_rounds": 120, **tuning}
-    return Study(fit, tune, blocks, [], TuningSpec(**settings), 1).run()
+    return Study(fit, tune, blocks, [], TuningSpec(**settings), 1, start or Start(), Clock()).run()
 
 
 def mean_squares(booster: lgb.Booster, rows: Learnable, n_rounds: int) -> float:
@@ -220,5 +222,125 @@ def test_the_defaults_lie_within_what_is_searched(n_rows: int) -> None:
     study = optuna.create_study()
     study.enqueue_trial(default_parameters(n_rows))
     found: list[dict[str, Any]] = []
-    study.optimize(lambda trial: found.append(suggest_parameters(trial, n_rows)) or 0.0, n_trials=1)
+    study.optimize(lambda trial: found.append(suggest_parameters(trial, search_space(n_rows, TuningSpec()))) or 0.0, n_trials=1)
     assert found == [default_parameters(n_rows)]
+
+
+# Earlier runs
+
+
+GOOD = {"learning_rate": 0.07, "num_leaves": 5, "min_data_in_leaf": 9, "lambda_l2": 2.0, "feature_fraction": 0.6, "bagging_fraction": 0.8}
+PARENTS = {**GOOD, "num_leaves": 7}
+
+
+def tried(recorder: Recorder) -> list[dict[str, Any]]:
+    return [{name: found[name] for name in GOOD} for found in recorder.parameters]
+
+
+def test_parameters_of_earlier_runs_are_tried_first_then_the_defaults(recorder: Recorder) -> None:
+    studied(start=Start(trials=(GOOD, PARENTS)), max_trials=4)
+    assert tried(recorder)[:3] == [GOOD, PARENTS, default_parameters(len(FIT_ROWS))]
+
+
+def test_equal_starts_are_tried_once(recorder: Recorder) -> None:
+    studied(start=Start(trials=(GOOD, GOOD)), max_trials=3)
+    assert tried(recorder)[:2] == [GOOD, default_parameters(len(FIT_ROWS))]
+    assert tried(recorder).count(GOOD) == 1
+
+
+def test_parameters_from_elsewhere_come_to_the_edge_of_the_space(recorder: Recorder) -> None:
+    far = {"learning_rate": 0.9, "num_leaves": 127, "min_data_in_leaf": 1, "lambda_l2": 0.0, "gone": 3, **dict.fromkeys(["bagging_fraction"], 1.0)}
+    studied(start=Start(trials=(far,)), max_trials=1)
+    [first] = tried(recorder)
+    clipped = {"learning_rate": 0.1, "num_leaves": 8, "min_data_in_leaf": 5, "lambda_l2": 1.0, "bagging_fraction": 0.9}
+    assert {name: first[name] for name in clipped} == clipped
+    assert 0.3 <= first["feature_fraction"] <= 0.8
+    assert "gone" not in recorder.parameters[0]
+
+
+def test_a_first_pass_tries_no_more_than_it_may() -> None:
+    found = studied(start=Start(max_trials=1), max_trials=9)
+    assert (found.n_trials, found.stopped_by) == (1, "max_trials")
+    assert studied(start=Start(max_trials=9), max_trials=2).n_trials == 2
+
+
+def test_what_is_found_begins_the_next_study_no_worse() -> None:
+    first = studied(max_trials=4)
+    again = studied(start=Start(trials=(first.parameters,)), max_trials=1)
+    assert (again.tune_loss, again.n_rounds, again.parameters) == (first.tune_loss, first.n_rounds, first.parameters)
+
+
+# The search space
+
+
+def test_a_parameter_may_be_fixed_or_its_range_widened(recorder: Recorder) -> None:
+    search = {"num_leaves": 100, "path_smooth": {"low": 0.5, "high": 2.5}, "max_depth": {"low": 3, "high": 4}}
+    studied(search=search, max_trials=6, patience=9)
+    assert len(recorder.parameters) == 6
+    for found in recorder.parameters:
+        assert found["num_leaves"] == 100
+        assert 0.5 <= found["path_smooth"] <= 2.5
+        assert found["max_depth"] in (3, 4)
+        assert isinstance(found["max_depth"], int)
+    assert len({found["path_smooth"] for found in recorder.parameters}) > 2
+
+
+def test_a_fixed_parameter_stays_fixed_whatever_earlier_runs_found(recorder: Recorder) -> None:
+    studied(start=Start(trials=(GOOD,)), search={"num_leaves": 3}, max_trials=1)
+    assert tried(recorder) == [{**GOOD, "num_leaves": 3}]
+
+
+@pytest.mark.parametrize("n_rows", [10, 5_000, 10**6])
+def test_a_search_of_the_spec_wins_over_the_default_and_leaves_the_rest(n_rows: int) -> None:
+    tuning = TuningSpec(search={"num_leaves": {"low": 2, "high": 900, "log": True}})
+    space = search_space(n_rows, tuning)
+    assert space["num_leaves"] == SearchRange(low=2, high=900, log=True)
+    assert {**space, "num_leaves": None} == {**search_space(n_rows, TuningSpec()), "num_leaves": None}
+    assert inside({"num_leaves": 1000, "other": 1}, space) == {"num_leaves": 900}
+
+
+# Noise
+
+
+def shifted(misses: Sequence[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each trial be a little better than the last, and the tune rows be missed by these."""
+    left, best = list(misses), iter(np.arange(1.0, 0.0, -0.001))
+    loss = next(best)
+
+    def run(boosting: Any, env: Any) -> None:
+        boosting.losses.append([loss, loss])
+        boosting.best_loss, boosting.best_round = next(best), 0
+        raise lgb.callback.EarlyStopException(env.iteration, [("tune", "loss", loss, False)])
+
+    monkeypatch.setattr(module._Boosting, "__call__", run)
+    monkeypatch.setattr(Study, "_misses", lambda *_: left.pop(0))
+
+
+SIGNS = np.where(np.arange(N_TUNE) % 2, 1.0, -1.0)
+STANDARD_ERROR = float(SIGNS.std(ddof=1)) / np.sqrt(N_TUNE)
+
+
+@pytest.mark.parametrize(("gain", "n_trials"), [(0.9, 4), (1.1, 8)])
+def test_a_gain_within_the_noise_does_not_prolong_the_study(monkeypatch: pytest.MonkeyPatch, gain: float, n_trials: int) -> None:
+    # Each trial's rows are missed by a little less than the last one's, with an error of just one.
+    misses = [np.cumsum(np.full(9, -gain * STANDARD_ERROR))[number] + SIGNS * (number % 2) for number in range(9)]
+    shifted(misses, monkeypatch)
+    found = studied(max_trials=8, patience=3)
+    assert found.n_trials == n_trials
+    assert found.stopped_by == ("patience" if n_trials < 8 else "max_trials")
+
+
+def test_a_gain_within_the_noise_is_taken_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    shifted([SIGNS * 0 for _ in range(9)], monkeypatch)
+    assert studied(max_trials=3, patience=9).tune_loss == pytest.approx(0.997)
+
+
+@pytest.mark.parametrize(("gains", "expected"), [([1.0], False), ([], False), ([1.0, 1.0], True), ([0.0, 0.0], False), ([3.0, -1.0], False)])
+def test_one_row_tells_nothing_of_noise(gains: list[float], expected: bool) -> None:
+    assert bool(module._is_beyond_noise(np.array(gains))) is expected
+
+
+def test_the_clock_counts_what_is_inside_lightgbm() -> None:
+    clock = Clock()
+    Study(FIT_ROWS, TUNE_ROWS, BLOCKS, [], TuningSpec(max_trials=1, max_rounds=20), 1, Start(), clock).run()
+    assert clock.seconds > 0

@@ -1,4 +1,9 @@
 import json
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing
 from typing import Any
 
 import pandas as pd
@@ -9,8 +14,9 @@ from pipeline.models.meta_model import decode_booster
 from pipeline.tables import HOLDOUT
 from pipeline.testing.data import group_rows
 from pipeline.training.outcome import Outcome
-from pipeline.training.trainer import TrainingSettings, train_group
-from pipeline.training.worker import OUTCOME_COLUMNS, run_group
+from pipeline.training.start import Start
+from pipeline.training.trainer import NO_START, TrainingSettings, train_group
+from pipeline.training.worker import OUTCOME_SCHEMA, TaskWorker, TrainGroup, train_one
 
 
 @pytest.fixture
@@ -19,16 +25,33 @@ def placed(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def failing(error: BaseException) -> Any:
-    def train(frame: pd.DataFrame, grain: int, settings: TrainingSettings) -> Outcome:
+    def train(frame: pd.DataFrame, grain: int, settings: TrainingSettings, start: Start) -> Outcome:
         raise error
 
     return train
 
 
-def only_row(frame: pd.DataFrame) -> dict[str, Any]:
-    assert list(frame.columns) == [column.split()[0] for column in OUTCOME_COLUMNS.split(", ")]
-    [row] = frame.to_dict("records")
-    return {str(name): value for name, value in row.items()}
+KEY = (2, '["north","oslo"]')
+
+
+def run_group(
+    frame: pd.DataFrame, settings: TrainingSettings, train: TrainGroup = train_group, starts: Mapping[tuple[int, str], str] | None = None
+) -> pa.Table:
+    with closing(TaskWorker(settings, starts or {}, train)) as worker:
+        return worker.train(table_of(frame))
+
+
+def table_of(frame: pd.DataFrame) -> pa.Table:
+    """The rows as Spark hands them over: times in UTC."""
+    zoned = frame.assign(**{name: frame[name].dt.tz_localize("UTC") for name in ("time", "known_at")})
+    return pa.Table.from_pandas(zoned, preserve_index=False)
+
+
+def only_row(found: pa.Table) -> dict[str, Any]:
+    assert found.schema.names == OUTCOME_SCHEMA.names
+    assert found.schema.types == OUTCOME_SCHEMA.types
+    [row] = found.to_pylist()
+    return dict(row)
 
 
 def test_a_trained_group_is_one_row_with_its_booster(placed: pd.DataFrame, fleet_settings: TrainingSettings) -> None:
@@ -46,15 +69,14 @@ def test_a_trained_group_is_one_row_with_its_booster(placed: pd.DataFrame, fleet
 def test_holdout_rows_travel_as_a_stream_and_come_back(placed: pd.DataFrame, fleet_settings: TrainingSettings) -> None:
     row = only_row(run_group(placed, fleet_settings))
     table = pa.ipc.open_stream(row["holdout"]).read_all()
-    assert table.schema.names == HOLDOUT.schema.names
+    assert table.schema.names == [name for name in HOLDOUT.schema.names if name not in ("run_id", "wave")]
     found, sent = table.to_pandas(), train_group(placed, 2, fleet_settings).holdout
     assert sent is not None
-    assert set(found["run_id"]) == {"run-1"}
     assert set(found["grain"]) == {2}
     assert set(found["group_id"]) == {'["north","oslo"]'}
     plain = ["row_key", "split", "actual", "offset", "scale", "weight", "prediction"]
     pd.testing.assert_frame_equal(found[plain], sent[plain])
-    assert found["time"].tolist() == sent["time"].tolist()
+    assert found["time"].dt.tz_localize(None).tolist() == sent["time"].tolist()
     assert found["group_ids"].map(list).tolist() == sent["group_ids"].map(list).tolist()
     assert found["baselines"].map(list).tolist() == sent["baselines"].map(list).tolist()
 
@@ -93,7 +115,13 @@ def test_an_error_that_cannot_even_be_printed_is_the_groups_outcome(placed: pd.D
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit()])
 def test_whoever_stops_the_process_is_not_held_back(placed: pd.DataFrame, fleet_settings: TrainingSettings, error: BaseException) -> None:
     with pytest.raises(type(error)):
-        run_group(placed, fleet_settings, failing(error))
+        train_one(placed, 2, fleet_settings, NO_START, failing(error))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit()])
+def test_a_group_that_stops_its_process_stops_only_its_own(placed: pd.DataFrame, fleet_settings: TrainingSettings, error: BaseException) -> None:
+    ledger = json.loads(only_row(run_group(placed, fleet_settings, failing(error)))["ledger"])
+    assert (ledger["status"], ledger["reason"], ledger["task"]) == ("crashed", "native_crash", 7)
 
 
 def test_rows_of_a_failed_pooled_group_are_judged_all_the_same(rows: pd.DataFrame, fleet_settings: TrainingSettings) -> None:
@@ -115,3 +143,52 @@ def test_an_inherited_group_is_one_row_without_a_booster(placed: pd.DataFrame, f
     assert json.loads(row["ledger"])["reason"] == "constant_target"
     assert row["text"] is None
     assert row["holdout"] is None
+
+
+def test_a_group_begins_as_the_run_has_pinned_it(placed: pd.DataFrame, fleet_settings: TrainingSettings) -> None:
+    start = Start(refit={"learning_rate": 0.1, "num_leaves": 3}, n_rounds=9)
+    ledger = json.loads(only_row(run_group(placed, fleet_settings, starts={KEY: start.to_json(), (2, "[]"): "{}"}))["ledger"])
+    assert (ledger["status"], ledger["n_rounds"], json.loads(ledger["parameters"])) == ("refreshed", 9, start.refit)
+
+
+def harmful(frame: pd.DataFrame, grain: int, settings: TrainingSettings, start: Start) -> Outcome:
+    """Does what the group's first price says."""
+    if (price := frame["price"].iloc[0]) < 0:
+        os.kill(os.getpid(), -int(price))
+    if price == 0:
+        time.sleep(60)
+    return train_group(frame, grain, settings, start)
+
+
+@pytest.fixture
+def worker(fleet_settings: TrainingSettings) -> Iterator[TaskWorker]:
+    tuning = fleet_settings.tuning.model_copy(update={"kill_after_seconds": 5.0})
+    with closing(TaskWorker(TrainingSettings(**{**vars(fleet_settings), "tuning": tuning}), {}, harmful)) as worker:
+        yield worker
+
+
+@pytest.mark.parametrize(("price", "status", "reason"), [(-signal.SIGKILL, "crashed", "native_crash"), (0, "failed", "timeout")])
+def test_a_group_that_dies_or_hangs_is_one_row_and_others_are_trained(
+    worker: TaskWorker, placed: pd.DataFrame, price: int, status: str, reason: str
+) -> None:
+    bad = only_row(worker.train(table_of(placed.assign(price=float(price)))))
+    ledger = json.loads(bad["ledger"])
+    assert (ledger["status"], ledger["reason"], ledger["task"]) == (status, reason, 7)
+    assert (bad["grain"], bad["group_id"], bad["text"], bad["holdout"]) == (*KEY, None, None)
+    for _ in range(2):
+        assert json.loads(only_row(worker.train(table_of(placed)))["ledger"])["status"] == "trained"
+
+
+def test_rows_of_a_crashed_pooled_group_are_judged_all_the_same(worker: TaskWorker, rows: pd.DataFrame) -> None:
+    frame = rows.assign(grain=0, group_id="[]", task=0, price=-float(signal.SIGKILL))
+    row = only_row(worker.train(table_of(frame)))
+    assert json.loads(row["ledger"])["status"] == "crashed"
+    judged = pa.ipc.open_stream(row["holdout"]).read_all()
+    assert judged.num_rows > 0
+    assert judged["prediction"].null_count == judged.num_rows
+
+
+def test_a_message_that_is_no_text_for_a_file_is_told(placed: pd.DataFrame, fleet_settings: TrainingSettings) -> None:
+    ledger = json.loads(only_row(run_group(placed, fleet_settings, failing(ValueError("\ud800 \x00 🐟"))))["ledger"])
+    assert (ledger["status"], ledger["error_class"]) == ("failed", "ValueError")
+    assert "🐟" in ledger["error_message"]
