@@ -1,7 +1,7 @@
 # One command each; `make` alone lists them. Recipes are plain sh and quote every path, so that spaces in it work.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup run ui test check bench clean known-fleet dagster-home
+.PHONY: help setup run show ui test check bench clean known-fleet dagster-home
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -27,7 +27,9 @@ export MLFLOW_DISABLE_TELEMETRY := true
 run ui check: export DAGSTER_HOME := $(STATE)/dagster
 # Beta notices of Dagster about its own code: listing what could be scaffolded, and selecting a group.
 run ui check: export PYTHONWARNINGS := ignore:Class `SparkDeclarativePipelineScaffolder` is,ignore:Parameter `include_sources` of
-run known-fleet: export FLEET := $(FLEET)
+run show known-fleet: export FLEET := $(FLEET)
+run: export MANY_MODELS_GROUPS := $(GROUPS)
+show: export MANY_MODELS_DATA := $(DATA)
 
 # A launch setting reaches the process only when it is given.
 ifneq ($(AS_OF),)
@@ -39,6 +41,9 @@ endif
 ifneq ($(DRY_RUN),)
 run: export MANY_MODELS_DRY_RUN := $(DRY_RUN)
 endif
+ifneq ($(RETRAIN),)
+run: export MANY_MODELS_RETRAIN := $(RETRAIN)
+endif
 
 help: ## List the commands
 	@echo "usage: make COMMAND [NAME=value ...]"
@@ -47,8 +52,11 @@ help: ## List the commands
 setup: $(VENV)/ready ## Install everything, pinned, into .venv; does nothing when that is done (PYTHON=: which Python)
 	@$(if $(filter setup,$(MAKECMDGOALS)),echo "Ready. Next: make run or make ui",:)
 
-run: known-fleet setup dagster-home ## Build a fleet from raw tables to predictions: FLEET=housing AS_OF= LIMIT_GROUPS= DRY_RUN=
+run: known-fleet setup dagster-home ## Build a fleet, raw tables to predictions: FLEET=housing AS_OF= LIMIT_GROUPS= RETRAIN= GROUPS= DRY_RUN=
 	@$(DG) launch --assets "group:\"$$FLEET\"" --config-json '{"loggers": {"console": {"config": {}}}}'
+
+show: known-fleet setup ## Print one group's history: FLEET=housing GROUP='"Austin"' (its keys; none is the pooled group)
+	@$(BIN)/many-models show "$$FLEET" $(GROUP)
 
 ui: setup dagster-home ## Open the Dagster interface: PORT=3000
 	@echo "Dagster will be at http://127.0.0.1:$(PORT) (Ctrl-C ends it)"

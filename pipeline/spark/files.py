@@ -54,6 +54,10 @@ def filesystem_of(root: str, options: Mapping[str, str]) -> tuple[pf.FileSystem,
     return filesystem, path
 
 
+# Rows are gathered into row groups of about so many bytes: many small ones cost more than the rows.
+ROW_GROUP_BYTES = 16 << 20
+
+
 class FileWriter:
     """Writes record batches to one new Parquet file below a root; no rows, no file."""
 
@@ -63,20 +67,31 @@ class FileWriter:
         self._path = f"part-{uuid.uuid4()}.parquet"
         self._writer: pq.ParquetWriter | None = None
         self._n_rows = 0
+        self._waiting: list[pa.Table] = []
+        self._waiting_bytes = 0
 
     def write(self, rows: pa.RecordBatch | pa.Table) -> None:
         """Append rows; their columns are brought into the schema's order and types."""
         if rows.num_rows == 0:
             return
+        table = pa.Table.from_batches([rows]) if isinstance(rows, pa.RecordBatch) else rows
+        self._waiting.append(table.select(self._schema.names).cast(self._schema))
+        self._waiting_bytes += table.nbytes
+        self._n_rows += rows.num_rows
+        if self._waiting_bytes >= ROW_GROUP_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
         if self._writer is None:
             self._filesystem.create_dir(self._root, recursive=True)
             self._writer = pq.ParquetWriter(f"{self._root}/{self._path}", self._schema, filesystem=self._filesystem, compression="zstd")
-        table = pa.Table.from_batches([rows]) if isinstance(rows, pa.RecordBatch) else rows
-        self._writer.write_table(table.select(self._schema.names).cast(self._schema))
-        self._n_rows += rows.num_rows
+        self._writer.write_table(pa.concat_tables(self._waiting))
+        self._waiting, self._waiting_bytes = [], 0
 
     def close(self) -> WrittenFile | None:
         """Finish the file."""
+        if self._waiting:
+            self._flush()
         if self._writer is None:
             return None
         self._writer.close()

@@ -228,10 +228,12 @@ def placed_rows(spark: SparkSession, rows: DataFrame, spec: FleetSpec, groups: p
 
 def _with_rates(rows: DataFrame, spec: FleetSpec) -> DataFrame:
     """The number of rows of its finest group beside each row; another exchange, only for fleets that are sampled."""
-    keys = [f"`{key}`" for key in spec.finest]
-    counted = rows.groupBy(*keys).agg(sf.count("*").alias("_finest_rows"))
-    same = [rows[f"`{key}`"].eqNullSafe(counted[f"`{key}`"]) for key in spec.finest]
-    return rows.join(counted, same, "left").select(*(rows[f"`{name}`"] for name in rows.columns), "_finest_rows")
+    # Other names for the keys: joined with what comes of them, columns of the same names could not be told apart.
+    keys = {f"_key_{number}": sf.col(f"`{key}`") for number, key in enumerate(spec.finest)}
+    counted = rows.groupBy(*(column.alias(name) for name, column in keys.items())).agg(sf.count("*").alias("_finest_rows"))
+    same = [column.eqNullSafe(sf.col(name)) for name, column in keys.items()]
+    joined = rows.join(counted, same, "left") if keys else rows.crossJoin(counted)
+    return joined.drop(*keys)
 
 
 @dataclass(frozen=True)

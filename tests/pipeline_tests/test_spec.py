@@ -295,3 +295,39 @@ def test_the_training_digest_ignores_what_is_said_to_people() -> None:
     assert small_spec(description="Sales.", owners=["team:shops"]).training_digest == digest
     assert small_spec(tuning={"seed": 2}).training_digest != digest
     assert small_spec(features={"derived": {"x": "price * 2"}}).training_digest != digest
+
+
+# The search space
+
+
+@pytest.mark.parametrize(
+    ("search", "expected"),
+    [
+        ({"num_leaf": 3}, "'num_leaf' cannot be searched; did you mean 'num_leaves'? Allowed: bagging_fraction, "),
+        ({"objective": 3}, "'objective' cannot be searched; Allowed: "),
+        ({"learning_rate": {"low": 0.3, "high": 0.1}}, "0.3 to 0.1 is not a range to search; expected low <= high"),
+        ({"learning_rate": {"low": 0, "high": 0.1, "log": True}}, "0 to 0.1 is not a range to search"),
+        ({"num_leaves": {"low": 3, "high": 7.5}}, "num_leaves is searched from 3 to 7.5; expected whole numbers"),
+        ({"max_depth": 3.5}, "max_depth is searched from 3.5 to 3.5; expected whole numbers"),
+        ({"learning_rate": {"low": 0.1}}, "tuning.search.learning_rate.high: required"),
+        ({"learning_rate": "fast"}, "tuning.search.learning_rate"),
+        ({"learning_rate": True}, "tuning.search.learning_rate"),
+    ],
+)
+def test_a_search_that_cannot_be_is_refused(search: dict[str, Any], expected: str) -> None:
+    message = refusal(tuning={"search": search})
+    assert "tuning.search" in message
+    assert expected in message
+
+
+def test_a_search_is_a_number_or_a_range() -> None:
+    spec = small_spec(tuning={"search": {"num_leaves": 7, "learning_rate": {"low": 0.01, "high": 0.3, "log": True}}})
+    found = {name: (wanted.low, wanted.high, wanted.log) for name, wanted in spec.tuning.search.items()}
+    assert found == {"num_leaves": (7, 7, False), "learning_rate": (0.01, 0.3, True)}
+
+
+@pytest.mark.parametrize(
+    "tuning", [{"budget_seconds": 0}, {"checkpoint_seconds": 0}, {"kill_after_seconds": 0}, {"max_rows": 999}, {"retune_after": "soon"}]
+)
+def test_budgets_that_allow_nothing_are_refused(tuning: dict[str, Any]) -> None:
+    assert f"tuning.{next(iter(tuning))}" in refusal(tuning=tuning)

@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import SpecError
-from resources import profiles
 from pipeline.faults import VARIABLE as CRASH_AT
+from resources import profiles
 from resources.profiles import AS_OF, DATA, DRY_RUN, GROUPS, LIMIT_GROUPS, PROFILE, RETRAIN, TRACKING_URI, current_profile, java_home
 
 

@@ -56,9 +56,7 @@ NOTHING = Memory()
 
 
 def plan_of(counts: pd.DataFrame, memory: Memory = NOTHING, *, slots: int = 2, checkpoint_seconds: float = 60, **changes: Any) -> TrainingPlan:
-    return build_plan(
-        counts, policy(**changes), memory, shared="shared", n_features=10, n_fits=7, slots=slots, checkpoint_seconds=checkpoint_seconds
-    )
+    return build_plan(counts, policy(**changes), memory, shared="shared", n_features=10, n_fits=7, slots=slots, checkpoint_seconds=checkpoint_seconds)
 
 
 def planned(rows: Sequence[tuple[int, int, int]], *, slots: int = 2) -> TrainingPlan:

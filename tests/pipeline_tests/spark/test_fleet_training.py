@@ -1,28 +1,39 @@
 import json
+import os
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as sf
 
 from pipeline.errors import DataError
 from pipeline.grouping.splits import REPORT, TUNE
 from pipeline.models.meta_model import group_id, inverse_link, link
 from pipeline.spark.evaluation import MIN_INTERVAL_ROWS, judged_rows
-from pipeline.spark.files import read_files
-from pipeline.spark.fleet_training import FinishedRun, PlannedRun, manifest, plan_run, train_run
-from pipeline.spark.training import count_categories, count_groups, limited_rows, placed_rows, train_groups
+from pipeline.spark.fleet_training import Cluster, History, PlannedRun, Request, manifest, plan_run, train_run
+from pipeline.spark.training import (
+    Progress,
+    Wave,
+    count_categories,
+    count_groups,
+    limited_rows,
+    placed_rows,
+    train_wave,
+    without_adaptive_execution,
+)
 from pipeline.spec import FleetSpec, parse_spec
 from pipeline.tables import BOOSTERS, HOLDOUT, LEDGER, RUNS
 from pipeline.testing.doubles import FailingTrainer
 from pipeline.training.blend import N_BLOCKS, Moments, learn_blend
 from pipeline.training.outcome import Outcome
+from pipeline.training.start import Start
 from pipeline.training.trainer import train_group
+from resources.delta_tables import DeltaTables
 
 pytestmark = pytest.mark.spark
 
@@ -96,9 +107,11 @@ def features(spark: SparkSession, rows: pd.DataFrame) -> DataFrame:
     return spark.createDataFrame(pa.Table.from_pandas(zoned, preserve_index=False).replace_schema_metadata())
 
 
+NO_HISTORY = History(RUNS.schema.empty_table().to_pandas(), lambda _: LEDGER.schema.empty_table().to_pandas())
+
+
 def planned(features: DataFrame, spec: FleetSpec, **changes: Any) -> PlannedRun:
-    settings: dict[str, Any] = {"run_id": "run-1", "as_of": None, "limit_groups": None, "slots": 2, "threads": 1, **changes}
-    return plan_run(features, spec, **settings)
+    return plan_run(features, spec, Request(**{"run_id": "run-1", **changes}), NO_HISTORY, slots=2, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -106,10 +119,15 @@ def run(features: DataFrame, spec: FleetSpec) -> PlannedRun:
     return planned(features, spec)
 
 
-@pytest.fixture(scope="module")
-def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("tables [x] ü")
-    return {"boosters": f"{folder}/boosters", "holdout": f"{folder}/holdout"}
+@dataclass(frozen=True)
+class Finished:
+    """A run that came to its end, and its tables."""
+
+    ledger: pd.DataFrame
+    tables: DeltaTables
+
+    def stored(self, name: str) -> pa.Table:
+        return self.tables.read_arrow(self.tables.location("nasty", name))
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +136,12 @@ def told() -> list[tuple[int, int, float]]:
 
 
 @pytest.fixture(scope="module")
-def finished(spark: SparkSession, run: PlannedRun, spec: FleetSpec, roots: dict[str, str], told: list[tuple[int, int, float]]) -> FinishedRun:
-    trainer = FailingTrainer(frozenset({FAILING}))
-    return train_run(spark, run, spec, roots=roots, options={}, report=lambda *progress: told.append(progress), train=trainer)
+def finished(
+    spark: SparkSession, run: PlannedRun, spec: FleetSpec, tmp_path_factory: pytest.TempPathFactory, told: list[tuple[int, int, float]]
+) -> Finished:
+    tables = DeltaTables(root=str(tmp_path_factory.mktemp("tables [x] ü")))
+    cluster = Cluster(spark, lambda *progress: told.append(progress), train=FailingTrainer({FAILING: "raise"}))
+    return Finished(train_run(cluster, tables, "nasty", run, spec, features_version=4, check=lambda: None), tables)
 
 
 @pytest.fixture(scope="module")
@@ -135,14 +156,14 @@ def groups(rows: pd.DataFrame, run: PlannedRun, spec: FleetSpec) -> dict[tuple[i
     return found
 
 
-def ledger_row(finished: FinishedRun, grain: int, *keys: str | None) -> "pd.Series[Any]":
+def ledger_row(finished: Finished, grain: int, *keys: str | None) -> "pd.Series[Any]":
     ledger = finished.ledger
     found = ledger[(ledger["grain"] == grain) & (ledger["group_id"] == group_id(keys))]
     assert len(found) == 1
     return found.iloc[0]
 
 
-def test_every_group_of_the_data_has_exactly_one_ledger_row(finished: FinishedRun, groups: dict[tuple[int, str], pd.DataFrame]) -> None:
+def test_every_group_of_the_data_has_exactly_one_ledger_row(finished: Finished, groups: dict[tuple[int, str], pd.DataFrame]) -> None:
     ledger = finished.ledger
     assert list(ledger.columns) == LEDGER.schema.names
     keys = list(zip(ledger["grain"], ledger["group_id"], strict=True))
@@ -156,7 +177,7 @@ def test_every_group_of_the_data_has_exactly_one_ledger_row(finished: FinishedRu
 
 @pytest.mark.parametrize("store", PLAIN)
 @pytest.mark.parametrize("region", REGIONS)
-def test_groups_with_nasty_names_are_trained(finished: FinishedRun, region: str | None, store: str | None) -> None:
+def test_groups_with_nasty_names_are_trained(finished: Finished, region: str | None, store: str | None) -> None:
     row = ledger_row(finished, 2, region, store)
     assert row["parent_id"] == group_id([region])
     assert row["grain_name"] == "[region, store]"
@@ -167,14 +188,14 @@ def test_groups_with_nasty_names_are_trained(finished: FinishedRun, region: str 
     ("store", "reason"),
     [("lonely", "too_few_rows"), ("no target", "no_target"), ("constant", "constant_target"), ("infinite", "infinite_target")],
 )
-def test_groups_that_cannot_be_trained_say_why(finished: FinishedRun, store: str, reason: str) -> None:
+def test_groups_that_cannot_be_trained_say_why(finished: Finished, store: str, reason: str) -> None:
     row = ledger_row(finished, 2, "north", store)
     assert (row["status"], row["reason"], row["weight"]) == ("inherited", reason, 0.0)
     assert pd.isna(row["booster_id"])
     assert pd.isna(row["tune_own"])
 
 
-def test_a_group_whose_trainer_raises_is_a_row_and_not_the_end_of_the_run(finished: FinishedRun) -> None:
+def test_a_group_whose_trainer_raises_is_a_row_and_not_the_end_of_the_run(finished: Finished) -> None:
     row = ledger_row(finished, 2, "north", "raises")
     assert (row["status"], row["reason"], row["error_class"], row["weight"]) == ("failed", "error", "ZeroDivisionError", 0.0)
     assert "division by zero, as ordered" in row["error_message"]
@@ -184,27 +205,33 @@ def test_a_group_whose_trainer_raises_is_a_row_and_not_the_end_of_the_run(finish
     assert row["rmse"] > 0
 
 
-def test_what_was_not_measured_is_null(finished: FinishedRun) -> None:
+def test_what_was_not_measured_is_null(finished: Finished) -> None:
     row = ledger_row(finished, 2, "north", "no report")
     assert row["status"] == "trained"
     assert row["tune_own"] > 0
     assert row[["report_own", "rmse", "mape", "mae", "report_rows", "interval"]].isna().all()
 
 
-def stored(roots: dict[str, str], table: str, finished: FinishedRun) -> pa.Table:
-    files = {"boosters": finished.files.boosters, "holdout": finished.files.holdout}[table]
-    schema = {"boosters": BOOSTERS.schema, "holdout": HOLDOUT.schema}[table]
-    found = pa.concat_tables([pq.read_table(Path(roots[table]) / file.path) for file in files])
-    assert found.schema == schema
-    assert found.num_rows == sum(file.n_rows for file in files)
-    return found
+def test_tables_hold_what_the_run_left(finished: Finished, run: PlannedRun) -> None:
+    for contract in (BOOSTERS, HOLDOUT, LEDGER, RUNS):
+        found = finished.stored(contract.name)
+        assert found.schema == contract.schema
+        keys = found.select(list(contract.key)).to_pandas()
+        assert len(keys) > 0
+        assert not keys.duplicated().any()
+    pd.testing.assert_frame_equal(
+        finished.stored("ledger").to_pandas().sort_values(["grain", "group_id"], ignore_index=True), finished.ledger, check_dtype=False
+    )
+    [manifest] = finished.stored("runs").to_pylist()
+    assert manifest["finished_at"] >= manifest["started_at"]
+    assert (manifest["run_id"], manifest["features_version"], manifest["n_groups"]) == ("run-1", 4, len(finished.ledger))
+    waves = set(json.loads(manifest["waves"]))
+    assert waves == set(finished.ledger["wave"].dropna()) == set(finished.stored("holdout")["wave"].to_pylist())
 
 
-def test_spark_trains_each_group_as_pandas_does(
-    finished: FinishedRun, groups: dict[tuple[int, str], pd.DataFrame], run: PlannedRun, roots: dict[str, str]
-) -> None:
-    holdout = stored(roots, "holdout", finished).to_pandas()
-    boosters = {row["booster_id"]: row for row in stored(roots, "boosters", finished).to_pylist()}
+def test_spark_trains_each_group_as_pandas_does(finished: Finished, groups: dict[tuple[int, str], pd.DataFrame], run: PlannedRun) -> None:
+    holdout = finished.stored("holdout").to_pandas()
+    boosters = {row["booster_id"]: row for row in finished.stored("boosters").to_pylist()}
     same = [
         "status",
         "reason",
@@ -225,7 +252,7 @@ def test_spark_trains_each_group_as_pandas_does(
         if row["task"] == -1 or key[1] == FAILING:
             continue
         # In another order: the result is not to depend on it.
-        outcome = train_group(groups[key].sample(frac=1, random_state=1), key[0], run.settings)
+        outcome = train_group(groups[key].sample(frac=1, random_state=1), key[0], run.settings, Start.from_json(row["started_from"]))
         expected = {"status": outcome.status, "reason": outcome.reason, **outcome.ledger}
         for name in same:
             assert row[name] == expected.get(name) or (pd.isna(row[name]) and expected.get(name) is None), (key, name)
@@ -243,15 +270,15 @@ def test_spark_trains_each_group_as_pandas_does(
     assert trained == len(boosters) == finished.ledger["booster_id"].notna().sum() == 17
 
 
-def test_plan_counts_what_the_trainer_then_finds(finished: FinishedRun, run: PlannedRun) -> None:
+def test_plan_counts_what_the_trainer_then_finds(finished: Finished, run: PlannedRun) -> None:
     merged = run.plan.groups.merge(finished.ledger, on=["grain", "group_id"], suffixes=("_planned", ""))
-    sent = merged[(merged["status_planned"] == "train") & (merged["status"] != "failed")]
+    sent = merged[(merged["action"] == "train") & (merged["status"] != "failed")]
     assert len(sent) == 19
     for name in ["n_fit", "n_tune", "n_report"]:
         assert (sent[name] == sent[f"{name}_planned"]).all()
 
 
-def test_progress_counts_every_group(finished: FinishedRun, told: list[tuple[int, int, float]], run: PlannedRun) -> None:
+def test_progress_counts_every_group(finished: Finished, told: list[tuple[int, int, float]], run: PlannedRun) -> None:
     done, failed, worked = told[-1]
     assert (done, failed) == (len(run.plan.to_train), 1)
     assert worked == pytest.approx(run.plan.to_train["cost_seconds"].sum())
@@ -272,14 +299,12 @@ def judged_in_pandas(holdout: pd.DataFrame, spec: FleetSpec, run: PlannedRun) ->
 
 
 @pytest.fixture(scope="module")
-def judged(finished: FinishedRun, roots: dict[str, str], spec: FleetSpec, run: PlannedRun) -> pd.DataFrame:
-    return judged_in_pandas(stored(roots, "holdout", finished).to_pandas(), spec, run)
+def judged(finished: Finished, spec: FleetSpec, run: PlannedRun) -> pd.DataFrame:
+    return judged_in_pandas(finished.stored("holdout").to_pandas(), spec, run)
 
 
-def test_rows_are_judged_side_by_side(
-    spark: SparkSession, finished: FinishedRun, judged: pd.DataFrame, roots: dict[str, str], spec: FleetSpec, run: PlannedRun
-) -> None:
-    holdout = read_files(spark, roots["holdout"], [file.path for file in finished.files.holdout], HOLDOUT.schema, {})
+def test_rows_are_judged_side_by_side(spark: SparkSession, finished: Finished, judged: pd.DataFrame, spec: FleetSpec, run: PlannedRun) -> None:
+    holdout = finished.tables.read_spark(spark, finished.tables.location("nasty", "holdout"))
     found = judged_rows(holdout, spec, run.cutoffs).toPandas().sort_values("row_key", ignore_index=True)
     assert list(found["row_key"]) == list(judged["row_key"])
     assert list(found["split"]) == list(judged["split"])
@@ -290,7 +315,7 @@ def test_rows_are_judged_side_by_side(
     np.testing.assert_allclose(found["residual"].to_numpy(float), judged["residual"].to_numpy(float), rtol=1e-12)
 
 
-def test_weights_are_those_learnt_from_the_rows_themselves(finished: FinishedRun, judged: pd.DataFrame, spec: FleetSpec, run: PlannedRun) -> None:
+def test_weights_are_those_learnt_from_the_rows_themselves(finished: Finished, judged: pd.DataFrame, spec: FleetSpec, run: PlannedRun) -> None:
     ledger = finished.ledger
     rows = judged[judged["residual"].notna()]
     own = rows[["p0", "p1", "p2"]].to_numpy(float)
@@ -312,10 +337,10 @@ def test_weights_are_those_learnt_from_the_rows_themselves(finished: FinishedRun
         for name in ["tune_own", "tune_parent", "report_own", "report_parent", "report_blend", "report_constant"]:
             expected = getattr(skill, name)
             assert (expected is None and pd.isna(row[name])) or row[name] == pytest.approx(expected, rel=1e-9)
-    assert len({weight for weight in weights if weight > 0}) > 3
+    assert len(set(weights)) > 2
 
 
-def test_errors_are_those_of_the_answers(finished: FinishedRun, judged: pd.DataFrame, run: PlannedRun) -> None:
+def test_errors_are_those_of_the_answers(finished: Finished, judged: pd.DataFrame, run: PlannedRun) -> None:
     ledger = finished.ledger
     weights = {(row["grain"], row["group_id"]): row["weight"] for row in ledger.to_dict("records")}
     report = judged[judged["split"] == REPORT].copy()
@@ -378,40 +403,57 @@ def test_categories_are_counted_on_fit_rows_and_limited(run: PlannedRun, spec: F
     assert run.settings.model["categories"]["store"] == sorted(expected)
 
 
-def seen_by_workers(spark: SparkSession, placed: DataFrame, run: PlannedRun, folder: Path) -> list[dict[str, Any]]:
-    """Train with something that only says where it ran and what it was given."""
+def seen_by_workers(spark: SparkSession, placed: DataFrame, groups: pd.DataFrame, run: PlannedRun, tables: DeltaTables) -> list[dict[str, Any]]:
+    """Train with something that only says what it was given."""
 
-    def look(frame: pd.DataFrame, grain: int, settings: Any) -> Outcome:
-        from pyspark import TaskContext
+    def look(frame: pd.DataFrame, grain: int, settings: Any, start: Start) -> Outcome:
+        return Outcome("inherited", "looked", {"rows": sorted(frame["row_key"]), "began": start.to_json(), "process": os.getpid()})
 
-        context = TaskContext.get()
-        assert context is not None
-        return Outcome("inherited", "looked", {"ran_in": context.partitionId(), "rows": sorted(frame["row_key"])})
-
-    roots = {"boosters": str(folder / "boosters"), "holdout": str(folder / "holdout")}
-    return train_groups(spark, placed, run.settings, roots, {}, {}, lambda *_: None, look).outcomes
+    roots = {name: tables.location("looked", name) for name in ("boosters", "holdout")}
+    return train_wave(placed, Wave("looked", groups), run.settings, roots, {}, Progress(spark, lambda *_: None), look).outcomes
 
 
-def test_each_group_runs_in_the_task_that_the_plan_gave_it(
-    spark: SparkSession, run: PlannedRun, spec: FleetSpec, groups: dict[tuple[int, str], pd.DataFrame], tmp_path: Path
+@pytest.fixture
+def spread(run: PlannedRun) -> pd.DataFrame:
+    """The groups to train over seven tasks, each with a start of its own."""
+    groups = run.plan.to_train.copy()
+    groups["task"] = (np.arange(len(groups)) * 5) % 7
+    groups["started_from"] = [Start(trials=({"num_leaves": number},)).to_json() for number in range(len(groups))]
+    return groups
+
+
+def by_group(groups: pd.DataFrame, column: str) -> dict[tuple[int, str], Any]:
+    return dict(zip(zip(groups["grain"], groups["group_id"], strict=True), groups[column], strict=True))
+
+
+def test_each_group_is_in_the_partition_of_the_task_that_the_plan_gave_it(
+    spark: SparkSession, run: PlannedRun, spec: FleetSpec, spread: pd.DataFrame
 ) -> None:
-    plan = run.plan.groups.copy()
-    trained = plan.index[plan["status"] == "train"]
-    plan.loc[trained, "task"] = (np.arange(len(trained)) * 5) % 7
-    spread = type(run.plan)(plan, 7, 2)
-    placed = placed_rows(spark, run.rows, spec, spread)
+    with without_adaptive_execution(spark):
+        placed = placed_rows(spark, run.rows, spec, spread)
+        found = placed.select("grain", "group_id", "task", sf.spark_partition_id().alias("place")).distinct().toPandas()
+    assert len(found) == len(spread)
+    assert by_group(found, "place") == by_group(found, "task") == by_group(spread, "task")
+    assert placed.rdd.getNumPartitions() == 7
+
+
+def test_each_group_is_trained_on_its_rows_from_its_start_in_a_process_beside_the_workers(
+    spark: SparkSession, run: PlannedRun, spec: FleetSpec, groups: dict[tuple[int, str], pd.DataFrame], finished: Finished, spread: pd.DataFrame
+) -> None:
     spark.sparkContext.setJobGroup("placement", "one exchange")
     try:
-        found = seen_by_workers(spark, placed, run, tmp_path)
+        with without_adaptive_execution(spark):
+            found = seen_by_workers(spark, placed_rows(spark, run.rows, spec, spread), spread, run, finished.tables)
     finally:
         spark.sparkContext.setLocalProperty("spark.jobGroup.id", "")
-    expected = {(row["grain"], row["group_id"]): row["task"] for row in plan.loc[trained].to_dict("records")}
-    assert {(row["grain"], row["group_id"]): row["ran_in"] for row in found} == expected
-    assert {(row["grain"], row["group_id"]): row["task"] for row in found} == expected
-    assert len(found) == len(expected)
-    for row in found:
-        of = groups[row["grain"], row["group_id"]]
-        assert row["rows"] == sorted(of.loc[of["y"].notna(), "row_key"])
+    seen = pd.DataFrame(found)
+    assert len(seen) == len(spread)
+    assert by_group(seen, "task") == by_group(spread, "task")
+    assert by_group(seen, "began") == by_group(spread, "started_from")
+    for key, rows in by_group(seen, "rows").items():
+        assert rows == sorted(groups[key].loc[groups[key]["y"].notna(), "row_key"])
+    # A process is kept from task to task, and there are as many as tasks run at once.
+    assert seen["process"].nunique() <= 2
     tracker = spark.sparkContext.statusTracker()
     jobs = [tracker.getJobInfo(job) for job in tracker.getJobIdsForGroup("placement")]
     # The rows are brought together once: a stage before the exchange, a stage after it.
@@ -420,32 +462,40 @@ def test_each_group_runs_in_the_task_that_the_plan_gave_it(
 
 def exchanges(frame: DataFrame) -> list[str]:
     plan = frame._jdf.queryExecution().executedPlan().toString()
+    assert "Adaptive" not in plan
     return [line for line in plan.splitlines() if "Exchange" in line and "BroadcastExchange" not in line]
 
 
+def grouped(placed: DataFrame) -> DataFrame:
+    return placed.groupBy("task", "grain", "group_id").applyInArrow(lambda table: table.select(["task"]).slice(0, 1), "task int")
+
+
 def test_rows_are_exchanged_once_by_the_plans_task(spark: SparkSession, run: PlannedRun, spec: FleetSpec) -> None:
-    placed = placed_rows(spark, run.rows, spec, run.plan)
-    spark.conf.set("spark.sql.adaptive.enabled", "false")
-    try:
-        grouped = placed.groupBy("task", "grain", "group_id").applyInPandas(lambda frame: frame[["task"]].head(1), "task int")
-        found = exchanges(grouped)
-    finally:
-        spark.conf.set("spark.sql.adaptive.enabled", "true")
+    with without_adaptive_execution(spark):
+        found = exchanges(grouped(placed_rows(spark, run.rows, spec, run.plan.to_train)))
     assert len(found) == 1, found
     assert "task" in found[0]
 
 
-def test_task_ids_outside_the_plan_are_refused(spark: SparkSession, run: PlannedRun, spec: FleetSpec) -> None:
-    for task in (-1, run.plan.n_tasks):
-        plan = run.plan.groups.assign(task=task)
-        with pytest.raises(AssertionError, match="not within"):
-            placed_rows(spark, run.rows, spec, type(run.plan)(plan, run.plan.n_tasks, 2))
+def test_only_a_fleet_that_is_sampled_exchanges_rows_to_count_them(spark: SparkSession, run: PlannedRun, spec: FleetSpec) -> None:
+    with without_adaptive_execution(spark):
+        found = exchanges(grouped(placed_rows(spark, run.rows, spec, run.plan.to_train.assign(exponent=1))))
+    assert len(found) > 1
+
+
+@pytest.mark.parametrize("task", [-1, -7])
+def test_task_ids_outside_the_plan_are_refused(spark: SparkSession, run: PlannedRun, spec: FleetSpec, task: int) -> None:
+    groups = run.plan.to_train
+    with pytest.raises(AssertionError, match="not within"):
+        placed_rows(spark, run.rows, spec, groups.assign(task=[task, *groups["task"].iloc[1:]]))
 
 
 @pytest.mark.parametrize("adaptive", ["true", "false"])
 def test_adaptive_execution_is_off_in_training_and_then_as_before(
-    spark: SparkSession, run: PlannedRun, spec: FleetSpec, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, adaptive: str
+    spark: SparkSession, run: PlannedRun, spec: FleetSpec, monkeypatch: pytest.MonkeyPatch, finished: Finished, adaptive: str
 ) -> None:
+    from pipeline.spark import fleet_training as module
+
     during: list[str | None] = []
 
     def broken(*_: Any) -> Any:
@@ -453,12 +503,11 @@ def test_adaptive_execution_is_off_in_training_and_then_as_before(
         raise KeyboardInterrupt
 
     spark.conf.set("spark.sql.adaptive.enabled", adaptive)
+    monkeypatch.setattr(module, "train_wave", broken)
     try:
-        placed = placed_rows(spark, run.rows.limit(1), spec, run.plan)
-        monkeypatch.setattr(type(placed), "collect", broken)
         with pytest.raises(KeyboardInterrupt):
-            seen_by_workers(spark, placed, run, tmp_path)
-        assert during == ["false"]
+            train_run(Cluster(spark, lambda *_: None), finished.tables, "broken", run, spec, features_version=4, check=lambda: None)
+        assert set(during) == {"false"}
         assert spark.conf.get("spark.sql.adaptive.enabled") == adaptive
     finally:
         spark.conf.set("spark.sql.adaptive.enabled", "true")
@@ -492,7 +541,7 @@ def test_a_limit_keeps_whole_groups_and_always_the_same(features: DataFrame, row
 
 
 def test_counts_say_whose_child_a_group_is(run: PlannedRun, spec: FleetSpec, groups: dict[tuple[int, str], pd.DataFrame]) -> None:
-    counts = count_groups(run.rows, spec, run.cutoffs).counts
+    counts = count_groups(run.rows, spec, run.cutoffs, run.settings.model["categories"]).counts
     for row in counts.to_dict("records"):
         keys: Sequence[Any] = json.loads(row["group_id"])
         assert row["parent_id"] == (group_id(keys[:-1]) if keys else None)
@@ -500,16 +549,15 @@ def test_counts_say_whose_child_a_group_is(run: PlannedRun, spec: FleetSpec, gro
         assert row["n_target"] == of["y"].notna().sum()
 
 
-def test_a_fleet_without_any_model_still_judges_its_rows(spark: SparkSession, features: DataFrame, spec: FleetSpec, tmp_path: Path) -> None:
+def test_a_fleet_without_any_model_still_judges_its_rows(spark: SparkSession, features: DataFrame, spec: FleetSpec, finished: Finished) -> None:
     starved = spec.model_copy(update={"tuning": spec.tuning.model_copy(update={"fit_rows": 10**6})})
     run = planned(features, starved)
-    assert run.plan.n_tasks == 0
-    roots = {"boosters": str(tmp_path / "b"), "holdout": str(tmp_path / "h")}
-    finished = train_run(spark, run, starved, roots=roots, options={}, report=lambda *_: None)
-    assert set(finished.ledger["status"]) == {"inherited"}
-    assert finished.files.boosters == []
-    assert finished.ledger["rmse"].notna().sum() == 18
-    assert set(finished.ledger["weight"]) == {0.0}
+    assert run.plan.to_train["group_id"].tolist() == ["[]"]
+    ledger = train_run(Cluster(spark, lambda *_: None), finished.tables, "starved", run, starved, features_version=4, check=lambda: None)
+    assert set(ledger["status"]) == {"inherited"}
+    assert not finished.tables.exists(finished.tables.location("starved", "boosters"))
+    assert ledger["rmse"].notna().sum() == 18
+    assert set(ledger["weight"]) == {0.0}
 
 
 def test_manifest_pins_the_run(run: PlannedRun, spec: FleetSpec) -> None:
@@ -520,3 +568,7 @@ def test_manifest_pins_the_run(run: PlannedRun, spec: FleetSpec) -> None:
     assert json.loads(written["model_spec"]) == run.settings.model
     assert written["spec_digest"] == spec.training_digest
     assert json.loads(written["versions"]).keys() >= {"python", "lightgbm", "pyspark"}
+    assert (written["finished_at"], written["waves"], written["previous_run_id"]) == (None, None, None)
+    assert json.loads(written["request"]) == {"limit_groups": None, "listed": [], "retrain": "changed"}
+    assert written["data_digest"] == run.data_digest
+    assert manifest(replace(run, data_digest="other"), spec, started_at=row["started_at"], features_version=4)["data_digest"] == "other"
