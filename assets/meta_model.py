@@ -11,10 +11,10 @@ import pandas as pd
 
 from assets.link import link_key, link_settings, png, prefixed, readable_failures
 from assets.newest_run import ledger_of, newest_run
-from pipeline.models.meta_model import FleetModel
+from pipeline.models.meta_model import FleetModel, answer_columns
 from pipeline.models.pack import write_pack
 from pipeline.reporting.plots import training_plot
-from pipeline.reporting.summary import fleet_errors, markdown_table
+from pipeline.reporting.summary import fleet_errors, markdown_table, shown_measures
 from pipeline.spec import FleetSpec
 from pipeline.tables import BOOSTERS
 from resources.delta_tables import DeltaTables
@@ -67,6 +67,7 @@ def meta_model_asset(spec: FleetSpec) -> dg.AssetsDefinition:
                 run_id,
                 pack=pack,
                 inputs=input_types(answering.spec["required"], dtypes),
+                outputs=answer_columns(answering.task),
                 parameters=run_parameters(run, spec),
                 metrics=run_metrics(ledger, spec),
                 tables={"ledger.json": ledger.head(LEDGER_ROWS_LOGGED)},
@@ -100,8 +101,7 @@ def pack_spec(run: "pd.Series[Any]") -> dict[str, Any]:
     return {
         **json.loads(str(run["model_spec"])),
         "fleet_version": run["run_id"],
-        "constant": run["constant"],
-        "constant_without_offset": run["constant_without_offset"],
+        **{name: None if pd.isna(run[name]) else float(run[name]) for name in ("constant", "constant_without_offset")},
     }
 
 
@@ -121,14 +121,19 @@ def run_metrics(ledger: pd.DataFrame, spec: FleetSpec) -> dict[str, float]:
     metrics = {f"groups_{status}": float(count) for status, count in ledger["status"].value_counts().items()}
     for error in fleet_errors(ledger, spec):
         name = error.name.replace(" ", "_")
-        metrics |= {f"{name}_{unit}": value for unit, value in (("rmse", error.rmse), ("mape", error.mape)) if value is not None}
+        metrics |= {f"{name}_{unit}": value for unit, value in shown_measures(error).items() if value is not None}
     return metrics
 
 
 def _registered_model_answers(registry: MlflowRegistry, version: Version, answering: FleetModel, sample: pd.DataFrame) -> dg.AssetCheckResult:
-    expected = answering.predict(sample)["prediction"].to_numpy()
-    found = FleetModel(registry.fetch_pack(version)).predict(sample)["prediction"].to_numpy()
+    expected, found = (_numbers_of(model, sample) for model in (answering, FleetModel(registry.fetch_pack(version))))
     same = bool(np.array_equal(expected, found, equal_nan=True))
     return dg.AssetCheckResult(
         check_name="registered_model_answers", passed=same and bool(np.isfinite(found).all()), metadata={"rows": len(sample), "equal": same}
     )
+
+
+def _numbers_of(model: FleetModel, sample: pd.DataFrame) -> "np.ndarray[Any, Any]":
+    """A model's answers: predictions, or for classes their probabilities."""
+    answers = model.predict(sample)
+    return np.stack(answers["probabilities"].to_list()) if "probabilities" in answers else answers["prediction"].to_numpy()

@@ -23,6 +23,7 @@ from pipeline.spark.training import (
     Report,
     TrainedFiles,
     count_categories,
+    count_classes,
     count_groups,
     limited_rows,
     placed_rows,
@@ -31,7 +32,8 @@ from pipeline.spark.training import (
 )
 from pipeline.spec import FleetSpec
 from pipeline.tables import HOLDOUT, LEDGER
-from pipeline.training.blend import GroupSkill, learn_blend
+from pipeline.training.blend import Constants, GroupSkill, learn_blend
+from pipeline.training.objective import learning_goal
 from pipeline.training.trainer import TrainingSettings
 from pipeline.training.worker import TrainGroup
 
@@ -49,7 +51,7 @@ class PlannedRun:
         cutoffs: its dates.
         plan: which group trains where.
         settings: what every group shares.
-        constants: the fleet's constant for rows with and without an offset, link space.
+        constants: what answers without a model.
     """
 
     run_id: str
@@ -57,7 +59,7 @@ class PlannedRun:
     cutoffs: Cutoffs
     plan: TrainingPlan
     settings: TrainingSettings
-    constants: tuple[float, float]
+    constants: Constants
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def plan_run(
     """Count the groups, fix the dates, and lay out the work; nothing is trained.
 
     Raises:
-        DataError: if no row is visible at the as-of, or no row has a target to fit on.
+        DataError: if no row is visible at the as-of, or no row has a target to fit on, or the classes are not what the task needs.
     """
     moment = as_of if as_of is not None else newest_known(features)
     rows = limited_rows(visible_rows(features, moment), spec, limit_groups)
@@ -83,7 +85,8 @@ def plan_run(
         earliest, latest = features.where("NOT is_future").selectExpr("string(min(known_at))", "string(max(known_at))").collect()[0]
         raise DataError(f"as of {moment} no row is known yet; known_at runs from {earliest} to {latest}: choose an as-of within or after it")
     cutoffs = resolve_cutoffs(spec.splits, moment, newest)
-    data = count_groups(rows, spec, cutoffs)
+    classes = count_classes(rows, spec, cutoffs)
+    data = count_groups(rows, spec, cutoffs, classes)
     categories = choose_categories(count_categories(rows, spec, cutoffs), spec.features.max_categories)
     tuning = spec.tuning
     plan = build_plan(
@@ -96,15 +99,16 @@ def plan_run(
     )
     settings = TrainingSettings(
         run_id=run_id,
-        model=model_spec(spec, categories),
+        model=model_spec(spec, categories, list(classes), data.constants.prior),
+        goal=learning_goal(spec, len(classes)),
         target=spec.target.column,
         weight=spec.target.weight,
-        baselines=tuple(spec.baselines.values()),
+        baselines=tuple(spec.all_baselines.values()),
         tuning=tuning,
         cutoffs=cutoffs,
         threads=threads,
     )
-    return PlannedRun(run_id, rows, cutoffs, plan, settings, (data.constant, data.constant_without_offset))
+    return PlannedRun(run_id, rows, cutoffs, plan, settings, data.constants)
 
 
 def train_run(
@@ -137,10 +141,11 @@ def train_run(
         if outcome["status"] == "trained":
             has_model[outcome["grain"]].add(outcome["group_id"])
     holdout = read_files(spark, roots["holdout"], [file.path for file in files.holdout], HOLDOUT.schema, options)
-    judged = judged_rows(holdout, spec, run.cutoffs).persist()
+    judged = judged_rows(holdout, spec, run.cutoffs, run.constants).persist()
+    classes = run.settings.model["classes"]
     try:
-        skills = learn_blend(sum_moments(judged, len(spec.grains)), has_model, run.constants[0], spec.pooling)
-        measures = measure_groups(spark, judged, spec, skills, run.constants, has_model)
+        skills = learn_blend(sum_moments(judged, len(spec.grains), run.constants, classes), has_model, run.constants[0], spec.pooling)
+        measures = measure_groups(spark, judged, spec, skills, run.constants, has_model, classes)
     finally:
         judged.unpersist()
     return FinishedRun(build_ledger(run, spec, files.outcomes, skills, measures), files)
@@ -191,8 +196,8 @@ def manifest(run: PlannedRun, spec: FleetSpec, *, started_at: pd.Timestamp, feat
         "report_start": run.cutoffs.report_start,
         "features_version": features_version,
         "spec_digest": spec.training_digest,
-        "constant": run.constants[0],
-        "constant_without_offset": run.constants[1],
+        "constant": None if run.constants.prior else run.constants.with_offset,
+        "constant_without_offset": None if run.constants.prior else run.constants.without_offset,
         "n_groups": len(run.plan.groups),
         "model_spec": json.dumps(run.settings.model, ensure_ascii=False),
         "versions": json.dumps(versions),

@@ -7,7 +7,7 @@ them up once per finest group; what follows costs the driver a few numbers per g
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,9 +23,25 @@ N_BLOCKS = 8
 DISCERNIBLE = 1e-12
 
 
+class Constants(NamedTuple):
+    """The fleet's constant, the last ancestor of every group: what answers without any model.
+
+    Args:
+        with_offset: in link space, less the offset, over the scale; 0 for multiclass.
+        without_offset: in link space; 0 for multiclass.
+        prior: for multiclass each class's share of the fit rows; else empty.
+    """
+
+    with_offset: float
+    without_offset: float
+    prior: tuple[float, ...] = ()
+
+
 @dataclass(frozen=True)
 class Moments:
     """Sums over judged rows of products of ``v = (1, target, prediction of grain 0, 1, ...)``.
+
+    For multiclass a row is one class of a judged row, and its target and predictions are taken relative to the class's prior.
 
     Args:
         split: `tune` or `report`, one per entry.

@@ -14,6 +14,7 @@ TOO_FEW_ROWS = "too_few_rows"
 NO_TARGET = "no_target"
 CONSTANT_TARGET = "constant_target"
 INFINITE_TARGET = "infinite_target"
+UNKNOWN_CLASS = "unknown_class"
 
 
 @dataclass(frozen=True)

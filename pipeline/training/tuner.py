@@ -1,6 +1,7 @@
 """Choosing one group's parameters and rounds on its tune rows."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +30,7 @@ class Learnable:
 
     Args:
         matrix: one row per row, one column per feature, float64.
-        target: in link space, less the offset, over the scale.
+        target: in link space, less the offset, over the scale; for classes their number.
         weight: row weights, or None for equal ones.
     """
 
@@ -62,8 +63,9 @@ class Tuned:
     Args:
         parameters: the best trial's, less the fixed ones.
         n_rounds: boosting rounds of the best trial, at least 1.
-        tune_loss: its loss on all tune rows (squared or absolute error in link space).
-        cross_predictions: per tune row the prediction of the (trial, round) that did best on the other block of tune rows.
+        tune_loss: its loss on all tune rows: the goal's metric, in link space.
+        cross_predictions: per tune row the prediction (for multiclass one per class) of the (trial, round) that did best on the other
+            block of tune rows.
         n_trials: trials begun; n_pruned of them were given up early.
         n_pruned: trials given up early.
         stopped_by: max_trials, patience or timeout.
@@ -110,11 +112,18 @@ class Study:
     """One group's search: the data set is built once, trials share it."""
 
     def __init__(
-        self, fit: Learnable, tune: Learnable, blocks: npt.NDArray[np.bool_], categoricals: list[int], tuning: TuningSpec, threads: int
+        self,
+        fit: Learnable,
+        tune: Learnable,
+        blocks: npt.NDArray[np.bool_],
+        categoricals: list[int],
+        tuning: TuningSpec,
+        threads: int,
+        goal: Mapping[str, Any],
     ) -> None:
         self._n_rows = len(fit)
         self._tuning = tuning
-        self._fixed = fixed_parameters(tuning, threads=threads)
+        self._fixed = fixed_parameters(tuning, goal, threads=threads)
         self._fit_set = fit.dataset(categoricals)
         self._tune = tune
         self._blocks = [block for block in (blocks, ~blocks) if block.any()]
@@ -124,7 +133,7 @@ class Study:
         self._best: tuple[Parameters, int, float] | None = None
         self._since_best = 0
         self._block_best = [np.inf for _ in self._blocks]
-        self._cross = np.zeros(len(tune))
+        self._cross = np.zeros((len(tune), *([goal["num_class"]] if "num_class" in goal else [])))
         self._stopped_by = "max_trials"
         self._deadline = time.monotonic() + (tuning.timeout_seconds or np.inf)
 
@@ -177,6 +186,14 @@ class Study:
             study.stop()
 
 
-def fit_booster(rows: Learnable, categoricals: list[int], parameters: Parameters, n_rounds: int, tuning: TuningSpec, threads: int) -> lgb.Booster:
+def fit_booster(
+    rows: Learnable,
+    categoricals: list[int],
+    parameters: Parameters,
+    n_rounds: int,
+    tuning: TuningSpec,
+    threads: int,
+    goal: Mapping[str, Any],
+) -> lgb.Booster:
     """Fit once, with known parameters and rounds."""
-    return lgb.train({**fixed_parameters(tuning, threads=threads), **parameters}, rows.dataset(categoricals), num_boost_round=n_rounds)
+    return lgb.train({**fixed_parameters(tuning, goal, threads=threads), **parameters}, rows.dataset(categoricals), num_boost_round=n_rounds)
