@@ -40,6 +40,7 @@ def test_the_fleet_stands_beside_the_pooled_model_and_every_baseline(spec: Fleet
         Error("fleet", 1.5, 6.0, 60, None, 2),
         Error("pooled model", 1.75, 7.0, 60, 1, 2),
         Error("usual", 2.5, 12.0, 50, 1, 1),
+        Error("seasonal naive", None, None, 0, 0, 0),
     ]
 
 
@@ -49,6 +50,7 @@ def test_what_was_not_measured_is_null(spec: FleetSpec) -> None:
         Error("fleet", None, None, 0, None, 0),
         Error("pooled model", None, None, 0, 0, 0),
         Error("usual", None, None, 0, 0, 0),
+        Error("seasonal naive", None, None, 0, 0, 0),
     ]
 
 

@@ -208,7 +208,9 @@ def refitted(frame: pd.DataFrame, settings: TrainingSettings, chosen: "pd.Series
     matrix = design_matrix(ordered, settings.model)
     categoricals = [number for number, name in enumerate(settings.model["features"]) if name in settings.model["categories"]]
     parameters = json.loads(outcome.ledger["parameters"])
-    return fit_booster(Learnable(matrix, ordered["sales"].to_numpy(), None), categoricals, parameters, outcome.ledger["n_rounds"], settings.tuning, 1)
+    return fit_booster(
+        Learnable(matrix, ordered["sales"].to_numpy(), None), categoricals, parameters, outcome.ledger["n_rounds"], settings.tuning, 1, settings.goal
+    )
 
 
 def test_the_served_booster_is_fitted_on_all_rows(oslo: pd.DataFrame, trained: Outcome, fleet_settings: TrainingSettings) -> None:
@@ -253,7 +255,9 @@ def test_holdout_rows_are_every_judged_row_with_its_groups(rows: pd.DataFrame, f
     assert judged["actual"].tolist() == expected["sales"].tolist()
     ids = [["[]", group_id([r]), group_id([r, c])] for r, c in zip(expected["region"], expected["city"], strict=True)]
     assert [list(found) for found in judged["group_ids"]] == ids
-    assert [list(found) for found in judged["baselines"]] == [[value] for value in expected["usual_sales"]]
+    baselines = np.stack(judged["baselines"].to_list())
+    assert np.array_equal(baselines, expected[["usual_sales", "sales_lag_7"]].to_numpy(float), equal_nan=True)
+    assert judged["class_name"].isna().all()
     assert (judged["weight"] == 1).all()
     assert (judged[["offset", "scale"]] == [0.0, 1.0]).all(axis=None)
 
