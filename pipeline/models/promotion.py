@@ -55,10 +55,14 @@ def judge_challenger(ledger: pd.DataFrame, groups_in_pack: Sequence[tuple[int, s
 def _errors(pooled: "pd.Series[Any]") -> tuple[Any, Any, str]:
     """Errors of the fleet and of its constant over all rows, and what they are.
 
-    A quantile is judged by its pinball loss: no quantile but the middle one is close in RMSE.
+    Quantiles and counts are judged by the loss that they are learnt by: no quantile but the middle one is close in RMSE.
     """
     metrics = json.loads(pooled["metrics"]) if isinstance(pooled.get("metrics"), str) else {}
-    blend, constant = (metrics.get(way, {}).get("pinball") for way in ("fleet", "constant"))
-    if blend is not None and constant is not None:
-        return blend, constant, "pinball loss"
+    for name, title in _OWN_LOSSES.items():
+        blend, constant = (metrics.get(way, {}).get(name) for way in ("fleet", "constant"))
+        if blend is not None and constant is not None:
+            return blend, constant, title
     return pooled["report_blend"], pooled["report_constant"], "link space RMSE"
+
+
+_OWN_LOSSES = {"pinball": "pinball loss", "deviance": "mean deviance"}
