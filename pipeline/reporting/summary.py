@@ -205,7 +205,10 @@ def summarise(ledger: pd.DataFrame, spec: FleetSpec, facts: Mapping[str, str]) -
 
 
 def _rows(frame: pd.DataFrame, columns: Sequence[str]) -> list[list[str]]:
-    return [[_number(value) if isinstance(value, float) else str(value) for value in row] for row in frame[list(columns)].to_numpy(dtype=object)]
+    return [
+        [_number(value) if isinstance(value, float) else str(value) for value in row]
+        for row in frame.reindex(columns=list(columns)).to_numpy(dtype=object)
+    ]
 
 
 def _measure(value: float | None, spec: FleetSpec) -> str:
