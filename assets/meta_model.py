@@ -110,9 +110,11 @@ def run_parameters(run: "pd.Series[Any]", spec: FleetSpec) -> dict[str, Any]:
     pinned = {name: str(run[name]) for name in ("as_of", "tune_start", "report_start", "features_version", "n_groups", "spec_digest")}
     return {
         **pinned,
+        "task": spec.task,
+        "objective": spec.objective,
         "pooling": spec.pooling,
         "grains": str([list(grain) for grain in spec.grains]),
-        **{f"tuning.{k}": v for k, v in spec.tuning.model_dump().items()},
+        **{f"tuning.{k}": v for k, v in spec.tuning.model_dump().items() if v is not None},
     }
 
 
