@@ -435,6 +435,7 @@ def test_a_declared_lag_of_a_season_is_computed_once() -> None:
         {"baselines": {"seasonal naive": "usual_sales"}},
         {"task": "binary"},
         {"features": {"columns": ["sales_lag_7"]}},
+        {"features": {"derived": {"sales_lag_7": "price + 1"}}},
     ],
 )
 def test_there_is_no_last_season_without_a_series_of_numbers_or_beside_a_declared_one(changes: dict[str, Any]) -> None:

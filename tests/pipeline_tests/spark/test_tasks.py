@@ -28,6 +28,7 @@ from pipeline.spark.training import count_classes
 from pipeline.spec import FleetSpec
 from pipeline.tables import HOLDOUT, RUNS
 from pipeline.testing.data import feature_rows, small_spec, with_classes
+from pipeline.training.blend import Moments, learn_blend
 
 pytestmark = pytest.mark.spark
 
@@ -267,6 +268,28 @@ def test_blend_weights_of_a_quantile_lean_to_its_side_on_tune_rows_only(trained:
     assert judged["blend_weight"].to_numpy() == pytest.approx(expected)
     assert set(expected) == {0.9, 0.1, 1.0}
     assert (judged["weight"] == 1).all()
+
+
+@pytest.mark.parametrize("task", ["binary", "multiclass", "quantile"])
+def test_weights_are_those_learnt_from_the_rows_themselves(trained: Callable[[str], Trained], task: str) -> None:
+    found = trained(task)
+    rows = judged_rows(found.files, found.spec, found.run.cutoffs, found.run.constants).toPandas()
+    classes, constants = found.run.settings.model["classes"], found.run.constants
+    prior = rows["class_name"].map(dict(zip(classes, constants.prior, strict=True))).to_numpy(float) if constants.prior else np.zeros(len(rows))
+    own = rows[["p0", "p1", "p2"]].to_numpy(float) - prior[:, None]
+    ids = np.array([list(of) for of in rows["group_ids"]], dtype=object)
+    weight = rows["weight"].to_numpy(float)
+    if task == "quantile":
+        above = rows["actual"] > rows["p0"].fillna(constants.with_offset)
+        weight = np.where(rows["split"] == TUNE, np.where(above, 0.9, 0.1), 1.0)
+    moments = Moments.of_rows(rows["split"].tolist(), rows["block"].to_numpy(), ids, rows["residual"].to_numpy(float) - prior, own, weight)
+    ledger = found.ledger
+    has_model = [set(ledger.loc[(ledger["grain"] == grain) & (ledger["status"] == "trained"), "group_id"]) for grain in range(3)]
+    skills = learn_blend(moments, has_model, constants.with_offset, found.spec.pooling)
+    for row in ledger[ledger["status"] == "trained"].to_dict("records"):
+        skill = skills[row["grain"], row["group_id"]]
+        assert row["weight"] == pytest.approx(skill.weight, abs=1e-9)
+        assert (row["tune_own"], row["report_blend"]) == (pytest.approx(skill.tune_own), pytest.approx(skill.report_blend))
 
 
 @pytest.mark.parametrize("task", ["binary", "multiclass"])
