@@ -11,10 +11,10 @@ import pandas as pd
 
 from assets.link import link_key, link_settings, png, prefixed, readable_failures
 from assets.newest_run import ledger_of, newest_run, waves_of
-from pipeline.models.meta_model import FleetModel
+from pipeline.models.meta_model import FleetModel, answer_columns
 from pipeline.models.pack import write_pack
 from pipeline.reporting.plots import training_plot
-from pipeline.reporting.summary import fleet_errors, markdown_table
+from pipeline.reporting.summary import fleet_errors, markdown_table, shown_measures
 from pipeline.spec import FleetSpec
 from pipeline.tables import BOOSTERS
 from resources.delta_tables import DeltaTables
@@ -69,6 +69,7 @@ def meta_model_asset(spec: FleetSpec) -> dg.AssetsDefinition:
                 run_id,
                 pack=pack,
                 inputs=input_types(answering.spec["required"], dtypes),
+                outputs=answer_columns(answering.task),
                 parameters=run_parameters(run, spec),
                 metrics=run_metrics(ledger, spec),
                 tables={"ledger.json": ledger.head(LEDGER_ROWS_LOGGED)},
@@ -102,8 +103,7 @@ def pack_spec(run: "pd.Series[Any]") -> dict[str, Any]:
     return {
         **json.loads(str(run["model_spec"])),
         "fleet_version": run["run_id"],
-        "constant": run["constant"],
-        "constant_without_offset": run["constant_without_offset"],
+        **{name: None if pd.isna(run[name]) else float(run[name]) for name in ("constant", "constant_without_offset")},
     }
 
 
@@ -112,9 +112,11 @@ def run_parameters(run: "pd.Series[Any]", spec: FleetSpec) -> dict[str, Any]:
     pinned = {name: str(run[name]) for name in ("as_of", "tune_start", "report_start", "features_version", "n_groups", "spec_digest")}
     return {
         **pinned,
+        "task": spec.task,
+        "objective": spec.objective,
         "pooling": spec.pooling,
         "grains": str([list(grain) for grain in spec.grains]),
-        **{f"tuning.{k}": v for k, v in spec.tuning.model_dump().items()},
+        **{f"tuning.{k}": v for k, v in spec.tuning.model_dump().items() if v is not None},
     }
 
 
@@ -123,14 +125,19 @@ def run_metrics(ledger: pd.DataFrame, spec: FleetSpec) -> dict[str, float]:
     metrics = {f"groups_{status}": float(count) for status, count in ledger["status"].value_counts().items()}
     for error in fleet_errors(ledger, spec):
         name = error.name.replace(" ", "_")
-        metrics |= {f"{name}_{unit}": value for unit, value in (("rmse", error.rmse), ("mape", error.mape)) if value is not None}
+        metrics |= {f"{name}_{unit}": value for unit, value in shown_measures(error).items() if value is not None}
     return metrics
 
 
 def _registered_model_answers(registry: MlflowRegistry, version: Version, answering: FleetModel, sample: pd.DataFrame) -> dg.AssetCheckResult:
-    expected = answering.predict(sample)["prediction"].to_numpy()
-    found = FleetModel(registry.fetch_pack(version)).predict(sample)["prediction"].to_numpy()
+    expected, found = (_numbers_of(model, sample) for model in (answering, FleetModel(registry.fetch_pack(version))))
     same = bool(np.array_equal(expected, found, equal_nan=True))
     return dg.AssetCheckResult(
         check_name="registered_model_answers", passed=same and bool(np.isfinite(found).all()), metadata={"rows": len(sample), "equal": same}
     )
+
+
+def _numbers_of(model: FleetModel, sample: pd.DataFrame) -> "np.ndarray[Any, Any]":
+    """A model's answers: predictions, or for classes their probabilities."""
+    answers = model.predict(sample)
+    return np.stack(answers["probabilities"].to_list()) if "probabilities" in answers else answers["prediction"].to_numpy()

@@ -11,19 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
-import numpy as np
 import pandas as pd
 import yaml
-from deltalake import DeltaTable
 
 from assets.champion import champion_asset
 from assets.meta_model import meta_model_asset
 from assets.models import models_asset
 from benchmarks.counting_proxy import tracking_server
-from benchmarks.engine import SLOTS, Engine, Training, grain_errors, report_answers, report_rmse, rmse
+from benchmarks.engine import SLOTS, Engine, Training, report_answers, report_rmse, rmse
 from benchmarks.generated import GeneratedFleet, tuning_gain, write_features
 from benchmarks.judging import HOUSING, FleetFacts, judge
-from benchmarks.rivals import Problem, fleet_categories, overall_rmse, pooled_model, process_pool, usual_recipe
+from benchmarks.rivals import Problem, fleet_categories, overall_rmse, process_pool, usual_recipe
 from benchmarks.runs import PROJECT, Runs
 from pipeline.spec import FleetSpec, parse_spec
 from pipeline.training.trainer import train_group

@@ -20,6 +20,20 @@ from pipeline.grouping.periods import Period
 Statistic = Literal["mean", "sum", "count", "std", "min", "max", "last"]
 CalendarPart = Literal["year", "quarter", "month", "week", "day_of_year", "day", "day_of_week", "hour", "minute"]
 ColumnType = Literal["string", "long", "double", "boolean", "date", "timestamp"]
+Task = Literal["regression", "binary", "multiclass"]
+Objective = Literal["l2", "l1", "huber", "quantile", "poisson", "tweedie"]
+
+REGRESSION, BINARY, MULTICLASS = "regression", "binary", "multiclass"
+QUANTILE, HUBER, POISSON, TWEEDIE = "quantile", "huber", "poisson", "tweedie"
+# Objectives with a logarithm of their own, whose boosters predict the mean.
+COUNTED = (POISSON, TWEEDIE)
+# LightGBM sets these objectives' leaves after the trees are grown, and so cannot keep them monotone.
+NEVER_MONOTONE = ("l1", QUANTILE)
+DEFAULT_ALPHA = {QUANTILE: 0.5, HUBER: 0.9}
+MAX_CLASSES = 100
+SEASONAL_NAIVE = "seasonal naive"
+# Ways to answer that are measured in every fleet.
+WAYS = ("fleet", "pooled", "constant")
 
 _IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,99}")
 # Columns that feature tables and training add to a row.
@@ -127,6 +141,10 @@ class FeaturesSpec(Part):
     categoricals: Sequence[Identifier] = Field(
         default=(), description="Keys or columns that are categories, not quantities, e.g. `[carrier]`; unseen values count as missing."
     )
+    monotone: Mapping[Identifier, Literal[-1, 0, 1]] = Field(
+        default_factory=dict,
+        description="Features that the answer only rises (1) or only falls (-1) with, e.g. `{price: -1}`; 0 is no constraint.",
+    )
     max_categories: int = Field(default=250, ge=2, le=5000, description="Most frequent values kept per categorical; rarer ones count as missing.")
     exclude: Sequence[Identifier] = Field(
         default=(), description="Lags, windows or derived columns that only help to compute others and are not shown to the models."
@@ -136,7 +154,14 @@ class FeaturesSpec(Part):
 class TargetSpec(Part):
     """What is predicted, and on which scale the models learn it."""
 
-    column: Identifier = Field(description="Numeric column of features.sql to predict, e.g. `median`.")
+    column: Identifier = Field(
+        description="Column of features.sql to predict, e.g. `median`: a number; for classes text, a boolean or a whole number."
+    )
+    classes: Sequence[str] | None = Field(
+        default=None,
+        description="Classes as text, e.g. `[no, yes]`; the last of two is the positive one. By default those of the fit rows, sorted. "
+        "A row of another class counts as invalid.",
+    )
     transform: Literal["none", "log", "log1p"] = Field(default="none", description="Link: the models learn transform(target).")
     offset: Identifier | None = Field(
         default=None,
@@ -212,7 +237,20 @@ def _checked_search(search: Mapping[str, SearchRange]) -> Mapping[str, SearchRan
 class TuningSpec(Part):
     """How much is spent on choosing parameters, and from how many rows on a group is trained."""
 
-    objective: Literal["l2", "l1", "huber"] = Field(default="l2", description="LightGBM's regression objective, in link space.")
+    objective: Objective | None = Field(
+        default=None,
+        description="LightGBM's regression objective, in link space; by default l2. poisson and tweedie have a logarithm of their own, "
+        "need targets of 0 or more, and answer the mean. Classes have the objective of their task.",
+    )
+    alpha: float | None = Field(
+        default=None,
+        gt=0,
+        description="quantile: which one, by default 0.5; huber: the error, link space, from which it counts as it is and not squared, "
+        "by default 0.9.",
+    )
+    variance_power: float | None = Field(
+        default=None, gt=1, lt=2, description="tweedie: the variance is the mean to this power, e.g. and by default `1.5`."
+    )
     max_trials: int = Field(default=12, ge=1, description="Trials per group at most; 1 takes the defaults.")
     patience: int = Field(default=4, ge=1, description="A group's study stops after this many trials without improvement.")
     timeout_seconds: float | None = Field(
@@ -273,7 +311,9 @@ class FleetSpec(Part):
         default=None, description="How long before its time a row is predicted, e.g. `1 month`; by default at its time."
     )
     target: TargetSpec = Field(description="What is predicted.")
-    task: Literal["regression"] = Field(default="regression", description="Kind of prediction problem.")
+    task: Task = Field(
+        default="regression", description="Kind of prediction problem: `regression` (a number), `binary` or `multiclass` (a class's probability)."
+    )
     splits: SplitsSpec = Field(description="What is kept from fitting.")
     tuning: TuningSpec = Field(default_factory=TuningSpec, description="Budget per group.")
     pooling: Literal["blend", "select", "none"] = Field(
@@ -286,7 +326,9 @@ class FleetSpec(Part):
         "(on predictions it made without those rows); `auto`: whichever does better on the tune rows of some groups.",
     )
     baselines: Mapping[str, Identifier] = Field(
-        default_factory=dict, description="Columns to beat, in the target's units, by name, e.g. `{last value: median_lag_1}`."
+        default_factory=dict,
+        description="Columns to beat, by name, e.g. `{last value: median_lag_1}`: in the target's units; for binary the probability of the "
+        "positive class; for multiclass a class. A series with a period has `seasonal naive`, the target one season ago, by itself.",
     )
     scoring: ScoringSpec = Field(default_factory=ScoringSpec, description="What is answered.")
     as_of: str | None = Field(
@@ -313,6 +355,60 @@ class FleetSpec(Part):
         }
 
     @property
+    def is_class_task(self) -> bool:
+        """Whether a class is predicted and not a number."""
+        return self.task != REGRESSION
+
+    @property
+    def objective(self) -> str:
+        """LightGBM's objective."""
+        return self.task if self.is_class_task else self.tuning.objective or "l2"
+
+    @property
+    def alpha(self) -> float | None:
+        """The objective's alpha; None where it has none."""
+        default = DEFAULT_ALPHA.get(self.objective)
+        return None if default is None else self.tuning.alpha or default
+
+    @property
+    def variance_power(self) -> float | None:
+        """Power of tweedie's variance, 1 for poisson; None where the objective has none."""
+        return {TWEEDIE: self.tuning.variance_power or 1.5, POISSON: 1.0}.get(self.objective)
+
+    @property
+    def seasonal_lag(self) -> int | None:
+        """Periods back of the baseline `seasonal naive` that a series has by itself; None where there is none.
+
+        It is the season of the period's unit (12 months, 4 quarters, 52 weeks, 7 days, 24 hours), or its smallest multiple that
+        is known at the horizon.
+        """
+        if self.period is None or self.is_class_task or SEASONAL_NAIVE in self.baselines:
+            return None
+        period, start = Period.parse(self.period), np.array([_ANCHOR])
+        season, rest = divmod(_SEASONS.get(period.unit, 0), period.count)
+        if rest or season <= 1:
+            return None
+        deadline, lag = self.horizon_period.before(start)[0], season
+        while period.times(lag).before(start)[0] > deadline:
+            lag += season
+        name = f"{self.target.column}_lag_{lag}"
+        return None if name in {*self.sql_columns, *self.features.derived} else lag
+
+    @property
+    def all_lags(self) -> tuple[LagSpec, ...]:
+        """The declared lags, and the one that only the baseline `seasonal naive` needs."""
+        lag = self.seasonal_lag
+        if lag is None or f"{self.target.column}_lag_{lag}" in self.history_columns:
+            return tuple(self.features.lags)
+        return (*self.features.lags, LagSpec(column=self.target.column, periods=(lag,)))
+
+    @property
+    def all_baselines(self) -> dict[str, str]:
+        """Column by name of the declared baselines and of `seasonal naive`."""
+        lag = self.seasonal_lag
+        return {**self.baselines, **({} if lag is None else {SEASONAL_NAIVE: f"{self.target.column}_lag_{lag}"})}
+
+    @property
     def history_columns(self) -> tuple[str, ...]:
         """Names of the declared lags and rolling features."""
         lags = (f"{lag.column}_lag_{periods}" for lag in self.features.lags for periods in lag.periods)
@@ -329,7 +425,7 @@ class FleetSpec(Part):
     def carried_columns(self) -> tuple[str, ...]:
         """Columns of the feature table that are neither keys nor model features but are needed to train, blend or report."""
         target = self.target
-        wanted = [target.offset, target.scale, target.weight, *self.baselines.values()]
+        wanted = [target.offset, target.scale, target.weight, *self.all_baselines.values()]
         known = {*self.feature_columns, *self.key_columns, target.column}
         return tuple(dict.fromkeys(name for name in wanted if name is not None and name not in known))
 
@@ -397,6 +493,8 @@ class FleetSpec(Part):
     def _problems(self) -> Iterator[str]:
         yield from self._grain_problems()
         yield from self._history_problems()
+        yield from self._task_problems()
+        yield from self._monotone_problems()
         names = [source.name for source in self.sources]
         yield from (f"sources: {name!r} is there twice; give each source its own name" for name in _doubled(names))
         yield from (f"sources: {name!r} is the name of a link of the asset chain; choose another" for name in names if name in CHAIN)
@@ -421,6 +519,9 @@ class FleetSpec(Part):
         yield from (
             f"baselines.{title}: {name!r} is the answer itself (target or known_at)" for title, name in self.baselines.items() if name in outcome
         )
+        yield from (
+            f"baselines: {title!r} is a way to answer that is always reported; choose another name" for title in self.baselines if title in WAYS
+        )
         if self.target.column in self.key_columns:
             yield f"target.column: {self.target.column!r} is a key (grains or entity) and cannot be predicted"
         unknown = [name for name in self.features.exclude if name not in {*computed, *self.features.columns}]
@@ -443,6 +544,57 @@ class FleetSpec(Part):
                 yield f"grains: {list(fine)} does not extend {list(coarse)}; each grain is the one before it plus further keys"
         yield from (f"grains: key {name!r} is there twice in {list(self.finest)}" for name in _doubled(self.finest))
 
+    def _task_problems(self) -> Iterator[str]:
+        target, tuning, objective = self.target, self.tuning, self.objective
+        if self.is_class_task and tuning.objective is not None:
+            yield f"tuning.objective: {tuning.objective!r} is for task: regression; task {self.task!r} has an objective of its own: leave it out"
+        untransformed = f"task {self.task!r}" if self.is_class_task else f"tuning.objective {objective!r}" if objective in COUNTED else None
+        if untransformed and target.transform != "none":
+            yield f"target.transform: {target.transform!r} does not go with {untransformed}, which has a link of its own: leave it out"
+        if untransformed and target.offset is not None:
+            yield f"target.offset: {target.offset!r} does not go with {untransformed}, which has a link of its own: leave it out"
+        if self.is_class_task and target.scale is not None:
+            yield f"target.scale: {target.scale!r} does not go with {untransformed}: leave it out"
+        if tuning.alpha is not None and objective not in DEFAULT_ALPHA:
+            yield f"tuning.alpha: {tuning.alpha:g} is for tuning.objective quantile or huber; the objective is {objective!r}: leave it out"
+        if objective == QUANTILE and (self.alpha or 0) >= 1:
+            yield f"tuning.alpha: {self.alpha:g} is no quantile; expected a number between 0 and 1, e.g. 0.9"
+        if tuning.variance_power is not None and objective != TWEEDIE:
+            yield f"tuning.variance_power: {tuning.variance_power:g} is for tuning.objective tweedie; the objective is {objective!r}: leave it out"
+        yield from self._class_problems()
+
+    def _class_problems(self) -> Iterator[str]:
+        classes = self.target.classes
+        if self.is_class_task:
+            for field, columns in (("lags", self.features.lags), ("rolling", self.features.rolling)):
+                if any(part.column == self.target.column for part in columns):
+                    yield (
+                        f"features.{field}: {self.target.column!r} is a class and no number; "
+                        "make a number of it under another name in features.sql, e.g. `CAST(late = 'yes' AS int) AS was_late`"
+                    )
+        if classes is None:
+            return
+        if not self.is_class_task:
+            yield f"target.classes: {list(classes)} are for task: binary or multiclass; the task is {self.task!r}: leave them out, or set the task"
+        yield from (f"target.classes: {name!r} is there twice" for name in _doubled(classes))
+        most = 2 if self.task == BINARY else MAX_CLASSES
+        if self.is_class_task and not 2 <= len(classes) <= most:  # noqa: PLR2004
+            wanted = "exactly 2" if self.task == BINARY else f"2 to {MAX_CLASSES}"
+            yield f"target.classes: there are {len(classes)}, expected {wanted} for task {self.task!r}"
+
+    def _monotone_problems(self) -> Iterator[str]:
+        monotone = self.features.monotone
+        for name in monotone:
+            if name in self.features.categoricals:
+                yield f"features.monotone: {name!r} is a categorical, which has no order; take it out of one of them"
+            elif name not in self.feature_columns:
+                yield f"features.monotone: {name!r} is no feature of the models; features: {', '.join(self.feature_columns)}"
+        if any(monotone.values()):
+            if self.task == MULTICLASS:
+                yield "features.monotone: task 'multiclass' has no one answer to rise or fall; use task binary, or leave it out"
+            if self.objective in NEVER_MONOTONE:
+                yield f"features.monotone: LightGBM cannot keep tuning.objective {self.objective!r} monotone; use l2 or huber, or leave it out"
+
     def _history_problems(self) -> Iterator[str]:
         if not self.features.lags:
             return
@@ -461,6 +613,8 @@ class FleetSpec(Part):
                     )
 
 
+# Units of a period that make a season.
+_SEASONS = {"month": 12, "quarter": 4, "week": 52, "day": 7, "hour": 24}
 # Any first of a month: the moment from which a lag and the horizon are compared.
 _ANCHOR = np.datetime64("2001-03-01", "us")
 CHAIN = ("features", "models", "meta_model", "champion", "predictions", "monitoring", "report", "backtest")

@@ -95,6 +95,7 @@ class MlflowRegistry(dg.ConfigurableResource):
         *,
         pack: Path,
         inputs: Mapping[str, str],
+        outputs: Mapping[str, str],
         parameters: Mapping[str, Any],
         metrics: Mapping[str, float],
         tables: Mapping[str, pd.DataFrame],
@@ -107,6 +108,7 @@ class MlflowRegistry(dg.ConfigurableResource):
             fleet_version: the training run.
             pack: folder with the pack.
             inputs: MLflow type (double or string) of each column that the model needs.
+            outputs: type of each column of its answers (double, string or array<double>), as from `meta_model.answer_columns`.
             parameters: the run's.
             metrics: the run's aggregate metrics.
             tables: table artifacts by file name (.json).
@@ -119,19 +121,14 @@ class MlflowRegistry(dg.ConfigurableResource):
         import mlflow
         from mlflow.exceptions import MlflowException
         from mlflow.models import ModelSignature
-        from mlflow.types import ColSpec, Schema
+        from mlflow.types import ColSpec, DataType, Schema
+        from mlflow.types.schema import Array
 
-        outputs = {
-            "prediction": "double",
-            "lower": "double",
-            "upper": "double",
-            "answered_by": "string",
-            "booster_id": "string",
-            FLEET_VERSION: "string",
-        }
         signature = ModelSignature(
             Schema([ColSpec(kind, column, required=False) for column, kind in inputs.items()]),
-            Schema([ColSpec(kind, column, required=False) for column, kind in outputs.items()]),
+            Schema(
+                [ColSpec(Array(DataType.double) if kind == "array<double>" else kind, column, required=False) for column, kind in outputs.items()]
+            ),
         )
         requirements = [f"{package}=={installed_version(package)}" for package in REQUIREMENTS]
         try:

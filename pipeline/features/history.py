@@ -28,13 +28,13 @@ class HistoryPass:
 
 
 def plan_passes(spec: FleetSpec) -> list[HistoryPass]:
-    """Group the declared features into as few shuffles as possible.
+    """Group the features of the past into as few shuffles as possible.
 
     A feature over ``[carrier, dest]`` can be computed where rows share ``[dest]``; everything could be computed where all rows
     are together, but in one worker, so only features over ``[]`` are.
     """
     wanted: dict[tuple[str, ...], tuple[list[LagSpec], list[RollingSpec]]] = {}
-    for lag in spec.features.lags:
+    for lag in spec.all_lags:
         wanted.setdefault(tuple(spec.entity), ([], []))[0].append(lag)
     for window in spec.features.rolling:
         wanted.setdefault(tuple(spec.finest if window.over is None else window.over), ([], []))[1].append(window)

@@ -16,13 +16,14 @@ _NOT_OF_THE_BOOSTER = {"budget_seconds", "checkpoint_seconds", "kill_after_secon
 _LIBRARIES = ("lightgbm", "numpy", "optuna")
 
 
-def shared_digest(model: Mapping[str, Any], tuning: TuningSpec, cutoffs: Cutoffs, weight: str | None) -> str:
-    """Hash of what all groups of a run have in common: model spec, budget and search space, dates, code and libraries.
+def shared_digest(model: Mapping[str, Any], goal: Mapping[str, Any], tuning: TuningSpec, cutoffs: Cutoffs, weight: str | None) -> str:
+    """Hash of what all groups of a run have in common: model spec, objective, budget and search space, dates, code and libraries.
 
     The lists of categories are left out: a group's rows are hashed with the numbers that its own values have in them.
     """
     parts = {
-        "model": {name: part for name, part in model.items() if name not in ("categories", "fleet", "required")},
+        "model": {name: part for name, part in model.items() if name not in ("categories", "fleet", "prior", "required")},
+        "goal": goal,
         "categoricals": sorted(model["categories"]),
         "weight": weight,
         "tuning": tuning.model_dump(mode="json", exclude=_NOT_OF_THE_BOOSTER),

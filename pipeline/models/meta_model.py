@@ -6,7 +6,7 @@ that a group's id, its design matrix and its blended answer have one implementat
 
 A pack is a folder:
 
-- ``spec.json``: format, fleet, fleet version, grains, features, categories, target, constants;
+- ``spec.json``: format, fleet, fleet version, grains, features, categories, target, task, classes, constants;
 - ``chains.parquet``: one row per group: grain (index), group_id, booster_id or null, weight, interval (link units) or null;
 - ``boosters.parquet``: one row per booster and one row group per row: booster_id, sha256 and size of the text, zstd text.
 """
@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 
 PACK_FORMAT = 1
 CONSTANT = "constant"
+REGRESSION, MULTICLASS = "regression", "multiclass"
 MAX_BOOSTER_BYTES = 1 << 30
 _CHAIN_COLUMNS = ("grain", "group_id", "booster_id", "weight", "interval")
 CACHE_BYTES = 256 << 20
@@ -51,6 +52,14 @@ class PackError(Exception):
 
 class InputError(ValueError):
     """A batch to score lacks required columns; lists what is missing and what is there."""
+
+
+def answer_columns(task: str) -> dict[str, str]:
+    """Columns of an answer and their types: double, string, or array<double>."""
+    columns = {"prediction": "string" if task == MULTICLASS else "double", "lower": "double", "upper": "double"}
+    if task != REGRESSION:
+        columns["probabilities"] = "array<double>"
+    return {**columns, "answered_by": "string", "booster_id": "string", "fleet_version": "string"}
 
 
 def key_text(value: object) -> str | None:
@@ -219,6 +228,11 @@ class FleetModel:
         self._lock = threading.Lock()
 
     @property
+    def task(self) -> str:
+        """Regression, binary or multiclass; a pack that does not say is of the time when there was only the first."""
+        return str(self.spec.get("task", REGRESSION))
+
+    @property
     def fleet_version(self) -> str:
         """The training run that this pack comes from."""
         return str(self.spec["fleet_version"])
@@ -235,7 +249,9 @@ class FleetModel:
 
         Returns:
             One row per row and in its order: prediction, lower, upper (target units), answered_by (grain, or "constant"),
-            booster_id (null for the constant), fleet_version.
+            booster_id (null for the constant), fleet_version. For binary the prediction is the probability of the last class; for
+            multiclass it is the likeliest class (of equal ones the first). Both have a column more: probabilities, a list in the
+            order of the spec's classes; lower and upper are null.
 
         Raises:
             InputError: if a required column is missing.
@@ -250,7 +266,7 @@ class FleetModel:
         target = self.spec["target"]
         offset, scale = offset_and_scale(frame, target)
         anchored = np.isfinite(offset) & np.isfinite(scale)
-        answer = np.full(len(frame), float(self.spec["constant"]))
+        answer = self._first_answer(len(frame))
         interval = np.full(len(frame), np.nan)
         answered_by = np.full(len(frame), CONSTANT, dtype=object)
         booster_id = np.full(len(frame), None, dtype=object)
@@ -274,20 +290,35 @@ class FleetModel:
                 answer[rows] = weight * own + (1.0 - weight) * answer[rows]
                 answered_by[rows] = grain_name(keys)
                 booster_id[rows] = name
+        values = self._numbers_of(answer, anchored, offset, scale, interval) if self.task == REGRESSION else self._classes_of(answer)
+        answered = {**values, "answered_by": answered_by, "booster_id": booster_id, "fleet_version": self.fleet_version}
+        return pd.DataFrame({name: answered[name] for name in answer_columns(self.task)}, index=frame.index)
+
+    def _first_answer(self, n_rows: int) -> Floats:
+        """The constant of every row; for multiclass one probability per class."""
+        if self.task == MULTICLASS:
+            return np.tile(np.asarray(self.spec["prior"], dtype=np.float64), (n_rows, 1))
+        return np.full(n_rows, float(self.spec["constant"]))
+
+    def _numbers_of(self, answer: Floats, anchored: npt.NDArray[np.bool_], offset: Floats, scale: Floats, interval: Floats) -> dict[str, Any]:
         linked = np.where(anchored, offset + scale * answer, self.spec["constant_without_offset"])
-        width_linked = np.where(anchored, scale * interval, np.nan)
-        transform = target["transform"]
-        return pd.DataFrame(
-            {
-                "prediction": inverse_link(linked, transform),
-                "lower": inverse_link(linked - width_linked, transform),
-                "upper": inverse_link(linked + width_linked, transform),
-                "answered_by": answered_by,
-                "booster_id": booster_id,
-                "fleet_version": self.fleet_version,
-            },
-            index=frame.index,
-        )
+        width = np.where(anchored, scale * interval, np.nan)
+        transform = self.spec["target"]["transform"]
+        return {
+            "prediction": inverse_link(linked, transform),
+            "lower": inverse_link(linked - width, transform),
+            "upper": inverse_link(linked + width, transform),
+        }
+
+    def _classes_of(self, answer: Floats) -> dict[str, Any]:
+        probabilities = answer if self.task == MULTICLASS else np.column_stack([1.0 - answer, answer])
+        likeliest = np.array(self.spec["classes"], dtype=object)[probabilities.argmax(axis=1)]
+        return {
+            "prediction": likeliest if self.task == MULTICLASS else answer,
+            "lower": np.nan,
+            "upper": np.nan,
+            "probabilities": list(probabilities),
+        }
 
     def _booster(self, name: str) -> Any:
         with self._lock:

@@ -21,12 +21,14 @@ _CHAINS = pa.schema(
 _BOOSTER_SCHEMA = pa.schema([field for field in BOOSTERS.schema if field.name not in ("run_id", "wave")])
 
 
-def model_spec(spec: FleetSpec, categories: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+def model_spec(spec: FleetSpec, categories: Mapping[str, Sequence[str]], classes: Sequence[str] = (), prior: Sequence[float] = ()) -> dict[str, Any]:
     """The part of a spec.json that training, packing and scoring share.
 
     Args:
         spec: the fleet.
         categories: values per categorical feature, in order.
+        classes: of the target, in order; empty for regression.
+        prior: each class's share of the fit rows; empty for regression.
     """
     target = spec.target
     needed = [*spec.finest, *spec.feature_columns, *(name for name in (target.offset, target.scale) if name)]
@@ -37,6 +39,9 @@ def model_spec(spec: FleetSpec, categories: Mapping[str, Sequence[str]]) -> dict
         "features": list(spec.feature_columns),
         "categories": {name: list(values) for name, values in categories.items()},
         "required": list(dict.fromkeys(needed)),
+        "task": spec.task,
+        "classes": list(classes),
+        "prior": list(prior),
         "target": {"column": target.column, "transform": target.transform, "offset": target.offset, "scale": target.scale},
     }
 
@@ -46,7 +51,7 @@ def write_pack(folder: Path, spec: Mapping[str, Any], ledger: pd.DataFrame, boos
 
     Args:
         folder: empty or absent.
-        spec: as from `model_spec`, with fleet_version, constant and constant_without_offset.
+        spec: as from `model_spec`, with fleet_version, constant and constant_without_offset (None for multiclass).
         ledger: the version's ledger rows.
         boosters: rows of the booster store; more than the ledger names do no harm, and are left out.
 

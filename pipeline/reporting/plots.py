@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from pipeline.reporting.summary import fleet_errors, status_counts
-from pipeline.spec import FleetSpec
+from pipeline.reporting.summary import TITLES, fleet_errors, shown_measures, status_counts, with_measures
+from pipeline.spec import BINARY, MULTICLASS, FleetSpec
 
+MOST_CLASSES = 20
 BLUE, LIGHT_BLUE, GREY, ORANGE = "#2f6690", "#9dbcd4", "#b8b8b8", "#d97b29"
 _STATUS_COLOURS = {"trained": BLUE, "refreshed": BLUE, "reused": LIGHT_BLUE, "failed": ORANGE, "crashed": ORANGE}
 
@@ -41,11 +42,12 @@ def _draw_statuses(axes: "mpl.axes.Axes", ledger: pd.DataFrame) -> None:
 
 
 def _draw_error_by_rows(axes: "mpl.axes.Axes", ledger: pd.DataFrame) -> None:
-    finest = ledger[(ledger["grain"] == ledger["grain"].max()) & ledger["rmse"].notna() & (ledger["rmse"] > 0)]
+    measured, (name, _) = with_measures(ledger)
+    finest = measured[(measured["grain"] == measured["grain"].max()) & measured[name].notna() & (measured[name] > 0)]
     weights = finest["weight"].fillna(0.0).to_numpy(dtype=float)
     points = axes.scatter(
         finest["n_target"].to_numpy(dtype=float),
-        finest["rmse"].to_numpy(dtype=float),
+        finest[name].to_numpy(dtype=float),
         c=weights,
         cmap="viridis",
         vmin=0,
@@ -57,16 +59,17 @@ def _draw_error_by_rows(axes: "mpl.axes.Axes", ledger: pd.DataFrame) -> None:
         axes.set_yscale("log")
         axes.figure.colorbar(points, ax=axes, label="weight of the own model")
     axes.set_xlabel("rows with a target, per finest group")
-    axes.set_ylabel("RMSE on report rows")
+    axes.set_ylabel(f"{TITLES[name]} on report rows")
 
 
 def _draw_rivals(axes: "mpl.axes.Axes", ledger: pd.DataFrame, spec: FleetSpec) -> None:
-    errors = [error for error in fleet_errors(ledger, spec) if error.rmse is not None]
-    bars = axes.barh([error.name for error in errors], [error.rmse or 0.0 for error in errors], color=[BLUE, *[GREY] * (len(errors) - 1)])
+    name = next(iter(shown_measures(fleet_errors(ledger, spec)[0])))
+    found = {error.name: value for error in fleet_errors(ledger, spec) if (value := shown_measures(error)[name]) is not None}
+    bars = axes.barh(list(found), list(found.values()), color=[BLUE, *[GREY] * (len(found) - 1)])
     axes.bar_label(bars, padding=3, fmt="%.4g")
     axes.invert_yaxis()
     axes.margins(x=0.2)
-    axes.set_xlabel("RMSE on report rows, target units")
+    axes.set_xlabel(f"{TITLES[name]} on report rows" + ("" if spec.is_class_task else ", target units"))
 
 
 def plan_plot(ledger: pd.DataFrame) -> bytes:
@@ -85,18 +88,24 @@ def plan_plot(ledger: pd.DataFrame) -> bytes:
     return _png(figure)
 
 
-def prediction_plot(predictions: Sequence[float], answered_by: Mapping[str, int], spec: FleetSpec) -> bytes:
+def prediction_plot(predictions: Sequence[float] | Sequence[str], answered_by: Mapping[str, int], spec: FleetSpec) -> bytes:
     """Distribution of the answers, and who gave them.
 
     Args:
-        predictions: answers, or a sample of them, in the target's units.
+        predictions: answers, or a sample of them: in the target's units, probabilities of the positive class, or classes.
         answered_by: rows per grain that answered.
         spec: the fleet.
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
     values, who = figure.subplots(1, 2)
-    values.hist([value for value in predictions if np.isfinite(value)], bins=40, color=BLUE)
-    values.set_xlabel(f"predicted {spec.target.column}")
+    if spec.task == MULTICLASS:
+        counts = pd.Series(list(predictions), dtype=object).value_counts().head(MOST_CLASSES)
+        values.bar([str(name) for name in counts.index], counts.to_numpy(), color=BLUE)
+        values.tick_params(axis="x", rotation=45)
+    else:
+        values.hist([float(value) for value in predictions if np.isfinite(float(value))], bins=40, color=BLUE)
+    what = f"probability of {spec.target.column}" if spec.task == BINARY else spec.target.column
+    values.set_xlabel(f"predicted {what}")
     values.set_ylabel("rows")
     who.bar_label(who.barh(list(answered_by), list(answered_by.values()), color=BLUE), padding=3)
     who.margins(x=0.15)

@@ -36,7 +36,49 @@ class Error:
     n_groups: int
 
 
-def fleet_errors(ledger: pd.DataFrame, spec: FleetSpec) -> list[Error]:
+@dataclass(frozen=True)
+class ClassError:
+    """Errors of one way to answer with classes, on report rows.
+
+    Args:
+        name: as in `Error`, or `constant` (each class's share of the fit rows).
+        log_loss: mean over all rows it answered.
+        accuracy: share of those whose likeliest class was the right one.
+        n_rows: report rows it answered.
+        groups_won: finest groups where the fleet's log loss is lower on the same rows; null for the fleet itself.
+        n_groups: finest groups compared.
+    """
+
+    name: str
+    log_loss: float | None
+    accuracy: float | None
+    n_rows: int
+    groups_won: int | None
+    n_groups: int
+
+
+TITLES = {"rmse": "RMSE", "mape": "MAPE %", "log_loss": "log loss", "accuracy": "accuracy"}
+
+
+def shown_measures(error: Error | ClassError) -> dict[str, float | None]:
+    """The two measures that people compare ways by; the first one is lower where the answers are better."""
+    if isinstance(error, ClassError):
+        return {"log_loss": error.log_loss, "accuracy": error.accuracy}
+    return {"rmse": error.rmse, "mape": error.mape}
+
+
+def with_measures(ledger: pd.DataFrame) -> tuple[pd.DataFrame, tuple[str, str]]:
+    """The ledger with the fleet's two measures as columns, and their names."""
+    fleet = [_json(text).get("fleet", {}) for text in ledger["metrics"]] if "metrics" in ledger else []
+    if not any("log_loss" in found for found in fleet):
+        return ledger, ("rmse", "mape")
+    columns = {
+        name: pd.array([found.get(name) for found in fleet], dtype="Float64").to_numpy(float, na_value=np.nan) for name in ("log_loss", "accuracy")
+    }
+    return ledger.assign(**columns), ("log_loss", "accuracy")
+
+
+def fleet_errors(ledger: pd.DataFrame, spec: FleetSpec) -> Sequence[Error | ClassError]:
     """The fleet beside the pooled model and every baseline.
 
     Args:
@@ -46,14 +88,18 @@ def fleet_errors(ledger: pd.DataFrame, spec: FleetSpec) -> list[Error]:
     pooled = ledger[ledger["grain"] == 0].iloc[0]
     finest = ledger[(ledger["grain"] == len(spec.grains) - 1) & (ledger["report_rows"].fillna(0) > 0)]
     n_rows = 0 if pd.isna(pooled["report_rows"]) else int(pooled["report_rows"])
+    return _class_errors(pooled, finest, n_rows, spec) if spec.is_class_task else _number_errors(pooled, finest, n_rows, spec)
+
+
+def _number_errors(pooled: "pd.Series[Any]", finest: pd.DataFrame, n_rows: int, spec: FleetSpec) -> list[Error]:
     won = int((finest["mape"] < finest["pooled_mape"]).sum())
     errors = [
         Error("fleet", _value(pooled["rmse"]), _mean(finest["mape"]), n_rows, None, len(finest)),
         Error("pooled model", _value(pooled["pooled_rmse"]), _mean(finest["pooled_mape"]), n_rows, won, len(finest)),
     ]
-    overall = _baselines(pooled)
-    per_group = [_baselines(row) for _, row in finest.iterrows()]
-    for name in spec.baselines:
+    overall = _json(pooled["baselines"])
+    per_group = [_json(text) for text in finest["baselines"]]
+    for name in spec.all_baselines:
         pairs = [(group[name]["fleet_mape"], group[name]["mape"]) for group in per_group if name in group and group[name]["mape"] is not None]
         errors.append(
             Error(
@@ -68,8 +114,26 @@ def fleet_errors(ledger: pd.DataFrame, spec: FleetSpec) -> list[Error]:
     return errors
 
 
-def _baselines(row: "pd.Series[Any]") -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(row["baselines"]) if isinstance(row["baselines"], str) else {}
+def _class_errors(pooled: "pd.Series[Any]", finest: pd.DataFrame, n_rows: int, spec: FleetSpec) -> list[ClassError]:
+    metrics, baselines = _json(pooled["metrics"]), _json(pooled["baselines"])
+    groups = [(_json(of_ways), _json(of_baselines)) for of_ways, of_baselines in zip(finest["metrics"], finest["baselines"], strict=True)]
+    errors = []
+    for name, way in {"fleet": "fleet", "pooled model": "pooled", "constant": "constant", **{title: title for title in spec.baselines}}.items():
+        found = metrics.get(way, {})
+        # A baseline may answer fewer rows: the fleet is then judged on those.
+        pairs = [
+            (of_baselines[way]["fleet_log_loss"] if way in of_baselines else of_ways["fleet"]["log_loss"], of_ways[way]["log_loss"])
+            for of_ways, of_baselines in groups
+            if of_ways.get(way, {}).get("log_loss") is not None
+        ]
+        answered = (baselines.get(way, {}).get("n") or 0) if way in spec.baselines else n_rows
+        won = None if way == "fleet" else sum(ours < theirs for ours, theirs in pairs)
+        errors.append(ClassError(name, found.get("log_loss"), found.get("accuracy"), answered, won, len(pairs)))
+    return errors
+
+
+def _json(text: object) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(text) if isinstance(text, str) else {}
     return found
 
 
@@ -88,10 +152,11 @@ def status_counts(ledger: pd.DataFrame) -> pd.DataFrame:
 
 
 def worst_groups(ledger: pd.DataFrame, n: int = WORST) -> pd.DataFrame:
-    """Finest groups with the largest RMSE on report rows; failed groups first."""
-    finest = ledger[ledger["grain"] == ledger["grain"].max()]
-    ordered = finest.assign(_failed=finest["status"].eq("failed")).sort_values(["_failed", "rmse", "group_id"], ascending=[False, False, True])
-    worst: pd.DataFrame = ordered.head(n)[["group_id", "status", "reason", "n_rows", "weight", "rmse", "mape"]]
+    """Finest groups with the largest RMSE (for classes log loss) on report rows; failed groups first."""
+    measured, names = with_measures(ledger)
+    finest = measured[measured["grain"] == measured["grain"].max()]
+    ordered = finest.assign(_failed=finest["status"].eq("failed")).sort_values(["_failed", names[0], "group_id"], ascending=[False, False, True])
+    worst: pd.DataFrame = ordered.head(n)[["group_id", "status", "reason", "n_rows", "weight", *names]]
     return worst
 
 
@@ -120,19 +185,25 @@ def summarise(ledger: pd.DataFrame, spec: FleetSpec, facts: Mapping[str, str]) -
         facts: further lines: title and text.
     """
     errors = fleet_errors(ledger, spec)
-    unit = "RMSE"
-    header = ["on report rows", unit, "MAPE %", "rows", "fleet better in"]
+    names = list(shown_measures(errors[0]))
+    titles = [TITLES[name] for name in names]
+    header = ["on report rows", *titles, "rows", "fleet better in"]
     lines = [
-        [e.name, _number(e.rmse), _number(e.mape), f"{e.n_rows:,}", "" if e.groups_won is None else f"{e.groups_won} of {e.n_groups} groups"]
-        for e in errors
+        [
+            error.name,
+            *(_measure(value, spec) for value in shown_measures(error).values()),
+            f"{error.n_rows:,}",
+            "" if error.groups_won is None else f"{error.groups_won} of {error.n_groups} groups",
+        ]
+        for error in errors
     ]
     parts = [
         f"fleet {spec.name}: {len(ledger):,} groups",
         text_table(["grain", "status", "reason", "groups"], status_counts(ledger).astype(str).to_numpy().tolist()),
         text_table(header, lines),
         text_table(
-            ["worst groups", "status", "rows", "weight", unit, "MAPE %"],
-            _rows(worst_groups(ledger), ["group_id", "status", "n_rows", "weight", "rmse", "mape"]),
+            ["worst groups", "status", "rows", "weight", *titles],
+            _rows(worst_groups(ledger), ["group_id", "status", "n_rows", "weight", *names]),
         ),
         text_table(
             ["slowest groups", "rows", "trials", "rounds", "seconds"],
@@ -144,7 +215,15 @@ def summarise(ledger: pd.DataFrame, spec: FleetSpec, facts: Mapping[str, str]) -
 
 
 def _rows(frame: pd.DataFrame, columns: Sequence[str]) -> list[list[str]]:
-    return [[_number(value) if isinstance(value, float) else str(value) for value in row] for row in frame[list(columns)].to_numpy(dtype=object)]
+    return [
+        [_number(value) if isinstance(value, float) else str(value) for value in row]
+        for row in frame.reindex(columns=list(columns)).to_numpy(dtype=object)
+    ]
+
+
+def _measure(value: float | None, spec: FleetSpec) -> str:
+    """Log losses and accuracies differ in the third digit."""
+    return f"{value:.4f}" if spec.is_class_task and value is not None and np.isfinite(value) else _number(value)
 
 
 def _number(value: float | None) -> str:

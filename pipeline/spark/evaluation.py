@@ -11,29 +11,68 @@ from pyspark.sql import functions as sf
 
 from pipeline.grouping.splits import TUNE, Cutoffs
 from pipeline.spark.keys import finite, inverse_link_column, link_column, moment_column
-from pipeline.spec import FleetSpec
-from pipeline.training.blend import N_BLOCKS, GroupSkill, Moments
+from pipeline.spark.measures import baseline_measures, row_errors, row_means, row_measures, shown_measures
+from pipeline.spec import QUANTILE, WAYS, FleetSpec
+from pipeline.training.blend import N_BLOCKS, Constants, GroupSkill, Moments
 
 MIN_INTERVAL_ROWS = 30
 
 
-def judged_rows(holdout: DataFrame, spec: FleetSpec, cutoffs: Cutoffs) -> DataFrame:
-    """One row per held-out row, with the own prediction of each grain side by side as p0, p1, ..."""
+def judged_rows(holdout: DataFrame, spec: FleetSpec, cutoffs: Cutoffs, constants: Constants) -> DataFrame:
+    """One row per held-out row, for multiclass per row and class, with the own prediction of each grain side by side.
+
+    Args:
+        holdout: as in `tables.HOLDOUT`, of one run.
+        spec: the fleet.
+        cutoffs: the run's dates.
+        constants: what answers without a model.
+
+    Returns:
+        Beside the columns of the holdout: p0, p1, ... (the grains' predictions), residual (the target as models see it), block
+        (stretch of the tune split), blend_weight (the row's weight where the blend is learnt).
+    """
     shared = ("time", "actual", "offset", "scale", "weight", "group_ids", "baselines")
     predictions = [sf.max(sf.when(sf.col("grain") == grain, sf.col("prediction"))).alias(f"p{grain}") for grain in range(len(spec.grains))]
-    wide = holdout.groupBy("row_key", "split").agg(*(sf.first(name).alias(name) for name in shared), *predictions)
+    wide = holdout.groupBy("row_key", "split", "class_name").agg(*(sf.first(name).alias(name) for name in shared), *predictions)
     linked = link_column(sf.col("actual"), spec.target.transform)
     start, end = (moment_column(moment).cast("double") for moment in (cutoffs.tune_start, cutoffs.report_start))
     block = sf.floor((sf.col("time").cast("double") - start) / (end - start) * N_BLOCKS).cast("int")
     block = sf.when(sf.col("split") == TUNE, block).otherwise(0)
-    return wide.withColumn("residual", finite((linked - sf.col("offset")) / sf.col("scale"))).withColumn("block", block)
+    judged = wide.withColumn("residual", finite((linked - sf.col("offset")) / sf.col("scale"))).withColumn("block", block)
+    return judged.withColumn("blend_weight", _blend_weight(spec, constants))
 
 
-def sum_moments(judged: DataFrame, n_grains: int) -> Moments:
-    """Add up products of target and predictions per finest group and split; one Spark job."""
-    vector = [sf.lit(1.0), sf.col("residual"), *(sf.coalesce(sf.col(f"p{grain}"), sf.lit(0.0)) for grain in range(n_grains))]
+def _blend_weight(spec: FleetSpec, constants: Constants) -> Column:
+    """The row's weight; for quantiles in the tune split times the side of the pooled answer that the row lies on.
+
+    Squared errors weighed by alpha above an answer and by 1 - alpha below it are those of asymmetric least squares: they are
+    smallest near the quantile as plain ones are near the mean. Source: Newey and Powell (1987).
+    """
+    if spec.objective != QUANTILE:
+        return sf.col("weight")
+    is_above = sf.col("residual") > sf.coalesce(sf.col("p0"), sf.lit(constants.with_offset))
+    side = sf.when(is_above, spec.alpha).otherwise(1 - (spec.alpha or 0.5))
+    return sf.when(sf.col("split") == TUNE, sf.col("weight") * side).otherwise(sf.col("weight"))
+
+
+def _constant(constants: Constants, classes: Sequence[str]) -> Column:
+    """What answers a row, for multiclass a row's class, without any model; in link space less the offset, over the scale."""
+    if not constants.prior:
+        return sf.lit(constants.with_offset)
+    pairs = [sf.lit(part) for name, share in zip(classes, constants.prior, strict=True) for part in (name, share)]
+    return sf.element_at(sf.create_map(*pairs), sf.col("class_name"))
+
+
+def sum_moments(judged: DataFrame, n_grains: int, constants: Constants, classes: Sequence[str]) -> Moments:
+    """Add up products of target and predictions per finest group and split; one Spark job.
+
+    Each class has a constant of its own, and the sums know but one: for multiclass they are of differences from the prior.
+    """
+    prior = _constant(constants, classes) if constants.prior else sf.lit(0.0)
+    predictions = (sf.coalesce(sf.col(f"p{grain}") - prior, sf.lit(0.0)) for grain in range(n_grains))
+    vector = [sf.lit(1.0), sf.col("residual") - prior, *predictions]
     pairs = [(i, j) for i in range(len(vector)) for j in range(i, len(vector))]
-    sums = [sf.sum(sf.col("weight") * vector[i] * vector[j]).alias(f"s{i}_{j}") for i, j in pairs]
+    sums = [sf.sum(sf.col("blend_weight") * vector[i] * vector[j]).alias(f"s{i}_{j}") for i, j in pairs]
     found = judged.where(sf.col("residual").isNotNull()).groupBy("split", "block", "group_ids").agg(sf.count("*").alias("n_rows"), *sums).toPandas()
     # A fixed order, so that sums over groups are the same to the last bit from run to run.
     found["group_ids"] = found["group_ids"].map(tuple)
@@ -51,24 +90,26 @@ def measure_groups(
     judged: DataFrame,
     spec: FleetSpec,
     skills: Mapping[tuple[int, str], GroupSkill],
-    constants: tuple[float, float],
+    constants: Constants,
     has_model: Sequence[set[str]],
+    classes: Sequence[str],
 ) -> pd.DataFrame:
-    """Every group's error on report rows in target units, of the fleet, the pooled model and the baselines; one Spark job.
+    """Every group's errors on report rows in target units, of the fleet, the pooled model, the constant and the baselines; one Spark job.
 
     Args:
         spark: the session.
         judged: as from `judged_rows`.
         spec: the fleet.
         skills: weights by (grain, group id).
-        constants: the fleet's constant for rows with and without an offset, link space.
+        constants: what answers without a model.
         has_model: per grain the groups that were trained.
+        classes: of the target, in order; empty for regression.
 
     Returns:
-        One row per group with report rows: grain, group_id, report_rows, rmse, mae, mape (percent), pooled_rmse, pooled_mape,
-        baselines (JSON: per baseline n, rmse, mape, and the fleet's own on the same rows), interval (link space over scale).
+        One row per group with report rows: grain, group_id, report_rows, and the ledger's rmse, mae, mape, pooled_rmse, pooled_mape,
+        interval (null for classes), baselines and metrics (JSON).
     """
-    constant, plain_constant = (sf.lit(value) for value in constants)
+    constant, plain_constant = _constant(constants, classes), sf.lit(constants.without_offset)
     report = judged.where("split = 'report'")
     residual_answer: Column = constant
     for grain in range(len(spec.grains)):
@@ -83,45 +124,51 @@ def measure_groups(
         linked = sf.when(anchored, sf.col("offset") + sf.col("scale") * residual).otherwise(plain_constant)
         return inverse_link_column(linked, spec.target.transform)
 
+    titles = list(spec.all_baselines)
+    ways = [*WAYS, *(f"b{number}" for number in range(len(titles)))]
     answered = report.select(
+        "row_key",
+        "class_name",
         "actual",
         "group_ids",
-        answer(residual_answer).alias("answer"),
+        answer(residual_answer).alias("fleet"),
         answer(sf.coalesce(sf.col("p0"), constant)).alias("pooled"),
-        *(finite(sf.col("baselines")[number]).alias(f"b{number}") for number in range(len(spec.baselines))),
+        answer(constant).alias("constant"),
+        *(finite(sf.col("baselines")[number]).alias(f"b{number}") for number in range(len(titles))),
         sf.when(anchored, sf.abs(sf.col("residual") - residual_answer)).alias("miss"),
     )
-    groups = answered.select("*", sf.posexplode("group_ids").alias("grain", "group_id")).groupBy("grain", "group_id")
-    measures = [
-        sf.count("*").alias("report_rows"),
-        *_errors("answer", ""),
-        sf.avg(sf.abs(sf.col("actual") - sf.col("answer"))).alias("mae"),
-        *_errors("pooled", "pooled_"),
-        sf.when(sf.count("miss") >= MIN_INTERVAL_ROWS, sf.percentile("miss", sf.lit(spec.scoring.interval))).alias("interval"),
-    ]
-    for number in range(len(spec.baselines)):
-        there = sf.col(f"b{number}").isNotNull()
-        measures += [
-            sf.count(f"b{number}").alias(f"b{number}_n"),
-            *_errors(f"b{number}", f"b{number}_"),
-            *_errors("answer", f"b{number}_fleet_", there),
-        ]
-    found = groups.agg(*measures).toPandas()
-    names = ("n", "rmse", "mape", "fleet_rmse", "fleet_mape")
-    found["baselines"] = [
-        json.dumps({title: {name: _plain(row[f"b{number}_{name}"]) for name in names} for number, title in enumerate(spec.baselines)})
-        for row in found.to_dict("records")
-    ]
-    return found.drop(columns=[f"b{number}_{name}" for number in range(len(spec.baselines)) for name in names])
+    rows = row_errors(answered, spec, ways, classes)
+    groups = rows.select("*", sf.posexplode("group_ids").alias("grain", "group_id")).groupBy("grain", "group_id")
+    measures = [sf.count("*").alias("report_rows"), *row_means(spec, ways), *baseline_measures(spec, len(titles))]
+    if not spec.is_class_task:
+        interval = sf.percentile("miss", sf.lit(spec.scoring.interval))
+        measures.append(sf.when(sf.count("miss") >= MIN_INTERVAL_ROWS, interval).alias("interval"))
+    return _as_ledger(groups.agg(*measures).toPandas(), spec, titles)
 
 
-def _errors(answer: str, prefix: str, only: Column | None = None) -> list[Column]:
-    """RMSE and MAPE of a column of answers."""
-    error = sf.col("actual") - sf.col(answer)
-    relative = sf.when(sf.col("actual") != 0, sf.abs(error / sf.col("actual")) * 100)
-    if only is not None:
-        error, relative = sf.when(only, error), sf.when(only, relative)
-    return [sf.sqrt(sf.avg(error * error)).alias(f"{prefix}rmse"), sf.avg(relative).alias(f"{prefix}mape")]
+def _as_ledger(found: pd.DataFrame, spec: FleetSpec, titles: Sequence[str]) -> pd.DataFrame:
+    """The measures as columns of the ledger."""
+    records = found.to_dict("records")
+    names = row_measures(spec)
+    columns = found[["grain", "group_id", "report_rows"]].copy()
+    shown = {**dict(zip(WAYS, WAYS, strict=True)), **{title: f"b{number}" for number, title in enumerate(titles)}}
+    columns["metrics"] = [
+        json.dumps({title: {name: _plain(row[f"{way}_{name}"]) for name in names} for title, way in shown.items()}, ensure_ascii=False)
+        for row in records
+    ]
+    compared = shown_measures(spec)
+    of_baseline = ["n", *compared, *(f"fleet_{name}" for name in compared)]
+    columns["baselines"] = [
+        json.dumps(
+            {title: {name: _plain(row[f"b{number}_{name}"]) for name in of_baseline} for number, title in enumerate(titles)}, ensure_ascii=False
+        )
+        for row in records
+    ]
+    if not spec.is_class_task:
+        ledger = {"rmse": "fleet_rmse", "mae": "fleet_mae", "mape": "fleet_mape", "pooled_rmse": "pooled_rmse", "pooled_mape": "pooled_mape"}
+        for name, measured in {**ledger, "interval": "interval"}.items():
+            columns[name] = found[measured]
+    return columns
 
 
 def _plain(value: Any) -> Any:

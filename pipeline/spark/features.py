@@ -14,7 +14,7 @@ from pipeline.errors import DataError, SpecError
 from pipeline.features.history import HistoryPass, add_history, plan_passes
 from pipeline.grouping.periods import Period
 from pipeline.spark.keys import group_id_column, latest_moment, moment_column, moment_of
-from pipeline.spec import FleetSpec
+from pipeline.spec import MULTICLASS, FleetSpec
 
 _CALENDAR = {
     "year": sf.year,
@@ -41,7 +41,7 @@ def build_features(spark: SparkSession, spec: FleetSpec, sql: str, raw: Mapping[
 
     Returns:
         One row per entity and time, with the columns of `tables.FEATURES`, keys, target, and every feature; numbers as double,
-        categoricals as text. Ordered by the finest grain and time within each partition.
+        categoricals and classes as text. Ordered by the finest grain and time within each partition.
 
     Raises:
         SpecError: if Spark cannot make sense of the SQL or a derived column.
@@ -86,15 +86,28 @@ def _check_types(spec: FleetSpec, rows: DataFrame) -> None:
     for name in filter(None, (spec.time, spec.known_at)):
         if not isinstance(types[name], st.DateType | st.TimestampType | st.TimestampNTZType):
             raise DataError(f"{name!r} is {types[name].simpleString()}; expected a date or timestamp: cast it in {spec.features.sql}")
-    if not isinstance(types[spec.target.column], st.NumericType):
+    if spec.is_class_task:
+        if not isinstance(types[spec.target.column], st.StringType | st.IntegralType | st.BooleanType):
+            raise DataError(
+                f"target {spec.target.column!r} is {types[spec.target.column].simpleString()}; expected text, a boolean or a whole number "
+                f"for task {spec.task!r}: cast it in {spec.features.sql}"
+            )
+    elif not isinstance(types[spec.target.column], st.NumericType):
         raise DataError(
             f"target {spec.target.column!r} is {types[spec.target.column].simpleString()}; expected a number: cast it in {spec.features.sql}, "
             "or name in the source's null_values the texts that mean null"
         )
-    numeric = [name for name in spec.sql_columns if name not in {*spec.key_columns, spec.time, spec.known_at, *spec.features.categoricals}]
+    no_numbers = {*spec.key_columns, spec.time, spec.known_at, *_text_columns(spec)}
+    numeric = [name for name in spec.sql_columns if name not in no_numbers]
     for name in numeric:
         if not isinstance(types[name], st.NumericType | st.BooleanType):
             raise DataError(f"feature {name!r} is {types[name].simpleString()}; expected a number: cast it, or list it under features.categoricals")
+
+
+def _text_columns(spec: FleetSpec) -> set[str]:
+    """Columns of the SQL that the feature table holds as text: categoricals, classes, and baselines that name a class."""
+    classes = [spec.target.column] if spec.is_class_task else []
+    return {*spec.features.categoricals, *classes, *(spec.baselines.values() if spec.task == MULTICLASS else [])}
 
 
 def _canonical(spec: FleetSpec, rows: DataFrame) -> DataFrame:
@@ -109,7 +122,7 @@ def _canonical(spec: FleetSpec, rows: DataFrame) -> DataFrame:
             continue
         if name in spec.key_columns:
             kept.append(column.alias(name))
-        elif name in spec.features.categoricals:
+        elif name in _text_columns(spec):
             kept.append(column.cast("string").alias(name))
         else:
             kept.append(column.cast("double").alias(name))

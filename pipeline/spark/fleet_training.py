@@ -34,6 +34,7 @@ from pipeline.spark.training import (
     TrainedFiles,
     Wave,
     count_categories,
+    count_classes,
     count_groups,
     limited_rows,
     placed_rows,
@@ -44,7 +45,8 @@ from pipeline.spark.training import (
 from pipeline.spec import FleetSpec
 from pipeline.store import Tables
 from pipeline.tables import BOOSTERS, HOLDOUT, LEDGER, RUNS
-from pipeline.training.blend import GroupSkill, learn_blend
+from pipeline.training.blend import Constants, GroupSkill, learn_blend
+from pipeline.training.objective import learning_goal
 from pipeline.training.outcome import NATIVE_CRASH, WITH_BOOSTER
 from pipeline.training.start import Start
 from pipeline.training.trainer import TrainingSettings
@@ -108,7 +110,7 @@ class PlannedRun:
         cutoffs: its dates.
         plan: which group trains where.
         settings: what every group shares.
-        constants: the fleet's constant for rows with and without an offset, link space.
+        constants: what answers without a model.
         request: what was asked for.
         memory: what earlier runs left.
         previous_run_id: the newest run finished before it.
@@ -121,7 +123,7 @@ class PlannedRun:
     cutoffs: Cutoffs
     plan: TrainingPlan
     settings: TrainingSettings
-    constants: tuple[float, float]
+    constants: Constants
     request: Request
     memory: Memory = field(default_factory=Memory)
     previous_run_id: str | None = None
@@ -181,7 +183,7 @@ def plan_run(features: DataFrame, spec: FleetSpec, request: Request, history: Hi
         threads: LightGBM's, per task.
 
     Raises:
-        DataError: if no row is visible at the as-of, or a listed group does not exist.
+        DataError: if no row is visible at the as-of, or a listed group does not exist, or the classes are not what the task needs.
     """
     moment = request.as_of if request.as_of is not None else newest_known(features)
     rows = limited_rows(visible_rows(features, moment), spec, request.limit_groups)
@@ -194,22 +196,24 @@ def plan_run(features: DataFrame, spec: FleetSpec, request: Request, history: Hi
     same_spec = before is not None and before["spec_digest"] == spec.training_digest
     known = json.loads(before["model_spec"])["categories"] if before is not None and same_spec else {}
     categories = choose_categories(count_categories(rows, spec, cutoffs), spec.features.max_categories, known)
-    data = count_groups(rows, spec, cutoffs, categories)
+    classes = count_classes(rows, spec, cutoffs)
+    data = count_groups(rows, spec, cutoffs, categories, classes)
     _refuse_unknown(request.listed, data.counts)
     tuning = spec.tuning
     settings = TrainingSettings(
         run_id=request.run_id,
-        model=model_spec(spec, categories),
+        model=model_spec(spec, categories, list(classes), data.constants.prior),
+        goal=learning_goal(spec, len(classes)),
         target=spec.target.column,
         weight=spec.target.weight,
-        baselines=tuple(spec.baselines.values()),
+        baselines=tuple(spec.all_baselines.values()),
         tuning=tuning,
         cutoffs=cutoffs,
         threads=threads,
     )
     previous_run_id = None if before is None else str(before["run_id"])
     pooled_hash = str(data.counts.loc[data.counts["grain"] == 0, "rows_hash"].iloc[0])
-    shared = shared_digest(settings.model, tuning, cutoffs, spec.target.weight)
+    shared = shared_digest(settings.model, settings.goal, tuning, cutoffs, spec.target.weight)
     digest = hashlib.sha256(f"{pooled_hash}\n{shared}\n{moment}".encode()).hexdigest()
     open_runs = history.unfinished(before)
     resumed = next((run for run in reversed(_records(open_runs)) if _is_same(run, request, spec, digest, previous_run_id)), None)
@@ -256,7 +260,7 @@ def plan_run(features: DataFrame, spec: FleetSpec, request: Request, history: Hi
         cutoffs,
         plan,
         replace(settings, run_id=run_id),
-        (data.constant, data.constant_without_offset),
+        data.constants,
         request,
         memory,
         previous_run_id,
@@ -525,14 +529,15 @@ def _judged(
             has_model[int(row["grain"])].add(str(row["group_id"]))
     skills: Mapping[GroupKey, GroupSkill] = {}
     measures = pd.DataFrame(columns=["grain", "group_id"])
+    classes = run.settings.model["classes"]
     location = tables.location(namespace, HOLDOUT.name)
     if waves and tables.exists(location):
         holdout = tables.read_spark(spark, location, partitions={"wave": waves})
         named = pd.DataFrame([(row["wave"], int(row["grain"]), row["group_id"]) for row in rows if isinstance(row["wave"], str)])
-        judged = judged_rows(_named_rows(spark, holdout, named), spec, run.cutoffs).persist()
+        judged = judged_rows(_named_rows(spark, holdout, named), spec, run.cutoffs, run.constants).persist()
         try:
-            skills = learn_blend(sum_moments(judged, len(spec.grains)), has_model, run.constants[0], spec.pooling)
-            measures = measure_groups(spark, judged, spec, skills, run.constants, has_model)
+            skills = learn_blend(sum_moments(judged, len(spec.grains), run.constants, classes), has_model, run.constants[0], spec.pooling)
+            measures = measure_groups(spark, judged, spec, skills, run.constants, has_model, classes)
         finally:
             judged.unpersist()
     return build_ledger(rows, spec, skills, measures)
@@ -586,8 +591,8 @@ def manifest(run: PlannedRun, spec: FleetSpec, *, started_at: pd.Timestamp, feat
         "report_start": run.cutoffs.report_start,
         "features_version": features_version,
         "spec_digest": spec.training_digest,
-        "constant": run.constants[0],
-        "constant_without_offset": run.constants[1],
+        "constant": None if run.constants.prior else run.constants.with_offset,
+        "constant_without_offset": None if run.constants.prior else run.constants.without_offset,
         "n_groups": len(run.plan.groups),
         "model_spec": json.dumps(run.settings.model, ensure_ascii=False),
         "versions": json.dumps(versions),

@@ -9,14 +9,13 @@ from pyspark import SparkFiles
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as sf
 
-from pipeline.models.meta_model import FleetModel
+from pipeline.models.meta_model import FleetModel, answer_columns
 from pipeline.spark.features import newest_time
 from pipeline.spark.keys import finite, moment_column
 from pipeline.spark.training import visible_rows
 from pipeline.spec import FleetSpec
 
 PLOTTED_ROWS = 20_000
-_ANSWER = "prediction double, lower double, upper double, answered_by string, booster_id string, fleet_version string"
 _opened: dict[str, FleetModel] = {}
 
 
@@ -53,7 +52,9 @@ def score_rows(spark: SparkSession, rows: DataFrame, spec: FleetSpec, pack: Path
     needed = dict.fromkeys([*kept, *spec.feature_columns, *(name_ for name_ in (spec.target.offset, spec.target.scale) if name_)])
     narrow = rows.select(*(f"`{column}`" for column in needed))
     types = {field.name: field.dataType.simpleString() for field in narrow.schema}
-    schema = ", ".join([*(f"`{column}` {types[column]}" for column in kept), _ANSWER])
+    schema = ", ".join(
+        [*(f"`{column}` {types[column]}" for column in kept), *(f"{column} {kind}" for column, kind in answer_columns(spec.task).items())]
+    )
     answered = narrow.mapInPandas(answer, schema)
     return answered.withColumn("as_of", sf.lit(as_of.isoformat())).withColumn("scored_at", sf.current_timestamp())
 
@@ -64,7 +65,7 @@ class AnswerCounts:
 
     Args:
         n_rows: answers.
-        n_missing: answers without a finite prediction.
+        n_missing: answers without a finite prediction or, for multiclass, without a class.
         n_doubled: row keys answered more than once.
         answered_by: rows per grain that answered, most first.
         sample: some predictions, for a plot.
@@ -74,15 +75,15 @@ class AnswerCounts:
     n_missing: int
     n_doubled: int
     answered_by: dict[str, int]
-    sample: list[float]
+    sample: list[float] | list[str]
 
 
 def count_answers(predictions: DataFrame, as_of: pd.Timestamp) -> AnswerCounts:
     """Count the answers of one as-of, as they stand in the table."""
     answers = predictions.where(sf.col("as_of") == as_of.isoformat())
-    per_grain = answers.groupBy("answered_by").agg(
-        sf.count("*").alias("n"), sf.sum(finite(sf.col("prediction")).isNull().cast("long")).alias("n_missing")
-    )
+    is_text = dict(answers.dtypes)["prediction"] == "string"
+    answer = sf.col("prediction") if is_text else finite(sf.col("prediction"))
+    per_grain = answers.groupBy("answered_by").agg(sf.count("*").alias("n"), sf.sum(answer.isNull().cast("long")).alias("n_missing"))
     found = sorted(per_grain.collect(), key=lambda row: (-row["n"], row["answered_by"]))
     # By key alone: a row may have been answered twice by different grains.
     n_doubled = answers.groupBy("row_key").count().where("count > 1").count()

@@ -13,12 +13,14 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as sf
 from pyspark.sql.pandas.types import from_arrow_schema
 
+from pipeline.errors import DataError
 from pipeline.grouping.sampling import SAMPLED_WHOLE
 from pipeline.grouping.splits import FIT, GAP, REPORT, TUNE, Cutoffs
 from pipeline.spark.files import FileWriter, WrittenFile, file_json, file_of_json
 from pipeline.spark.keys import finite, group_id_column, link_column, moment_column
-from pipeline.spec import FleetSpec
+from pipeline.spec import BINARY, COUNTED, MAX_CLASSES, MULTICLASS, QUANTILE, FleetSpec
 from pipeline.tables import BOOSTERS, HOLDOUT
+from pipeline.training.blend import Constants
 from pipeline.training.trainer import RATE, TrainingSettings, train_group
 from pipeline.training.worker import OUTCOME_SCHEMA, TaskWorker, TrainGroup
 
@@ -33,13 +35,12 @@ class TrainingData:
 
     Args:
         counts: one row per group of every grain, with its counts, its parent, and the hash of its training rows.
-        constant: mean target of fit rows, link space, less offset, over scale; 0 where there is none.
-        constant_without_offset: mean target of fit rows, link space.
+        constants: what answers without a model: mean of the fit rows (their quantile where one is learnt; classes' shares), 0 where
+            there is none.
     """
 
     counts: pd.DataFrame
-    constant: float
-    constant_without_offset: float
+    constants: Constants
 
 
 def visible_rows(features: DataFrame, as_of: pd.Timestamp) -> DataFrame:
@@ -78,7 +79,44 @@ def _grain_column(spec: FleetSpec, grains: Sequence[int] | None = None) -> Colum
     return sf.explode(sf.array(*levels))
 
 
-def count_groups(rows: DataFrame, spec: FleetSpec, cutoffs: Cutoffs, categories: Mapping[str, Sequence[str]]) -> TrainingData:
+def count_classes(rows: DataFrame, spec: FleetSpec, cutoffs: Cutoffs) -> dict[str, int]:
+    """Fit rows of each of the fleet's classes, in the classes' order; one Spark job, none for regression.
+
+    Raises:
+        DataError: if the classes are found in the data, and they are more than 100, fewer than two, or for binary not two.
+    """
+    if not spec.is_class_task:
+        return {}
+    column = sf.col(f"`{spec.target.column}`").cast("string")
+    counted = rows.where((_split_column(cutoffs) == FIT) & column.isNotNull()).groupBy(column.alias("class_name")).count()
+    declared = spec.target.classes
+    if declared is not None:
+        there = {row["class_name"]: int(row["count"]) for row in counted.where(sf.col("class_name").isin(list(declared))).collect()}
+        return {name: there.get(name, 0) for name in declared}
+    found = {row["class_name"]: int(row["count"]) for row in counted.orderBy("class_name").limit(MAX_CLASSES + 1).collect()}
+    shown = ", ".join(repr(name) for name in list(found)[:10]) or "none"
+    what = f"target {spec.target.column!r}: the fit rows (before {cutoffs.tune_start})"
+    if len(found) > MAX_CLASSES:
+        raise DataError(f"{what} hold more than {MAX_CLASSES} classes, e.g. {shown}; merge rare ones in {spec.features.sql}, or use task: regression")
+    if len(found) < 2 or (spec.task == BINARY and len(found) > 2):  # noqa: PLR2004
+        wanted = "exactly two" if spec.task == BINARY else "two or more"
+        raise DataError(f"{what} hold the classes {shown}; task {spec.task!r} needs {wanted}: set target.classes, or correct {spec.features.sql}")
+    return found
+
+
+def _linked_target(spec: FleetSpec, classes: Sequence[str]) -> Column:
+    """What the trainer learns from, as it computes it: link space, for classes their number; null where invalid."""
+    target = sf.col(f"`{spec.target.column}`")
+    if classes:
+        place = sf.array_position(sf.array(*(sf.lit(name) for name in classes)), target.cast("string"))
+        return sf.when(place > 0, (place - 1).cast("double"))
+    linked = link_column(target, spec.target.transform)
+    return sf.when(target >= 0, linked) if spec.objective in COUNTED else linked
+
+
+def count_groups(
+    rows: DataFrame, spec: FleetSpec, cutoffs: Cutoffs, categories: Mapping[str, Sequence[str]], classes: Mapping[str, int] | None = None
+) -> TrainingData:
     """Count every group's rows by split, and hash them; one Spark job.
 
     Args:
@@ -86,9 +124,10 @@ def count_groups(rows: DataFrame, spec: FleetSpec, cutoffs: Cutoffs, categories:
         spec: the fleet.
         cutoffs: the run's dates.
         categories: values per categorical feature, in order.
+        classes: fit rows by class, as from `count_classes`.
     """
     target = spec.target
-    linked = link_column(sf.col(f"`{target.column}`"), target.transform)
+    linked = _linked_target(spec, list(classes or {}))
     offset = finite(sf.col(f"`{target.offset}`")) if target.offset else sf.lit(0.0)
     scale = finite(sf.col(f"`{target.scale}`")) if target.scale else sf.lit(1.0)
     residual = finite((linked - offset) / sf.when(scale > 0, scale))
@@ -109,7 +148,11 @@ def count_groups(rows: DataFrame, spec: FleetSpec, cutoffs: Cutoffs, categories:
         return sf.sum(condition.cast("long")).alias(name)
 
     usable = sf.col("_residual").isNotNull() & sf.coalesce(sf.col("_weighs"), sf.lit(False))
-    fit = sf.col("_split") == FIT
+    fit, is_pooled = sf.col("_split") == FIT, sf.col("_level.grain") == 0
+
+    def middle(values: Column) -> Column:
+        return sf.percentile_approx(values, spec.alpha or 0.5, 10_000) if spec.objective == QUANTILE else sf.avg(values)
+
     counted = narrow.groupBy("_level.grain", "_level.group_id").agg(
         sf.first("_level.parent_id").alias("parent_id"),
         sf.count("*").alias("n_rows"),
@@ -118,16 +161,28 @@ def count_groups(rows: DataFrame, spec: FleetSpec, cutoffs: Cutoffs, categories:
         # A sum of 64-bit hashes, whatever the order of the rows, in two halves that cannot overflow.
         sf.sum(sf.col("_hash").bitwiseAND(0xFFFFFFFF)).alias("_low"),
         sf.sum(sf.shiftrightunsigned("_hash", 32)).alias("_high"),
-        sf.avg(sf.when(fit, sf.col("_residual"))).alias("_constant"),
-        sf.avg(sf.when(fit, sf.col("_linked"))).alias("_plain_constant"),
+        middle(sf.when(fit & is_pooled, sf.col("_residual"))).alias("_constant"),
+        middle(sf.when(fit & is_pooled, sf.col("_linked"))).alias("_plain_constant"),
     )
     counts = counted.toPandas()
     counts["rows_hash"] = [
         f"{n}-{low or 0:x}-{high or 0:x}" for n, low, high in zip(counts["n_target"], _whole(counts["_low"]), _whole(counts["_high"]), strict=True)
     ]
     pooled = counts[counts["grain"] == 0].iloc[0]
-    constants = [0.0 if pd.isna(pooled[name]) else float(f"{pooled[name]:.{DIGITS}g}") for name in ("_constant", "_plain_constant")]
-    return TrainingData(counts.drop(columns=["_constant", "_plain_constant", "_low", "_high"]), *constants)
+    with_offset, without_offset = (0.0 if pd.isna(pooled[name]) else _rounded(pooled[name]) for name in ("_constant", "_plain_constant"))
+    prior = _prior(classes or {}) if spec.task == MULTICLASS else ()
+    constants = Constants(0.0, 0.0, prior) if prior else Constants(with_offset, without_offset)
+    return TrainingData(counts.drop(columns=["_constant", "_plain_constant", "_low", "_high"]), constants)
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}")
+
+
+def _prior(classes: Mapping[str, int]) -> tuple[float, ...]:
+    """Each class's share of the fit rows; equal shares where there is no row."""
+    total = sum(classes.values())
+    return tuple(count / total if total else 1 / len(classes) for count in classes.values())
 
 
 def _whole(sums: "pd.Series[Any]") -> list[int]:
@@ -155,7 +210,11 @@ def _row_hash(spec: FleetSpec) -> Column:
         sf.coalesce(sf.col(f"`_number_{name}`"), sf.lit(-1)) if name in spec.features.categoricals else number(name, "float")
         for name in spec.feature_columns
     ]
-    exact = [number(name, "double") for name in spec.carried_columns]
+    # A baseline of a class task is text.
+    texts = set(spec.all_baselines.values()) if spec.is_class_task else set()
+    exact = [
+        sf.coalesce(sf.col(f"`{name}`").cast("string"), sf.lit("")) if name in texts else number(name, "double") for name in spec.carried_columns
+    ]
     # An infinite target counts as such: it is not null.
     target = sf.col(f"`{spec.target.column}`")
     return sf.xxhash64(sf.lit(len(features)), "row_key", "time", "known_at", target, *features, *exact)

@@ -1,6 +1,6 @@
 """A small fleet and its feature rows, made from a seed: daily sales of shops in cities in regions."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from pipeline.grouping.splits import resolve_cutoffs
 from pipeline.models.meta_model import group_id, key_text
 from pipeline.models.pack import model_spec
 from pipeline.spec import FleetSpec, parse_spec
+from pipeline.training.objective import learning_goal
 from pipeline.training.trainer import TrainingSettings
 
 SMALL_FLEET: Mapping[str, Any] = {
@@ -86,7 +87,14 @@ def feature_rows(n_days: int = 300, *, seed: int = 0, cities: Mapping[str, tuple
                     }
                 )
             )
-    return pd.concat(parts, ignore_index=True)
+    rows = pd.concat(parts, ignore_index=True)
+    return rows.assign(sales_lag_7=rows.groupby(["region", "city"])["sales"].shift(7))
+
+
+def with_classes(rows: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """Rows with a column `label`: how the sales compare with the city's usual ones, in as many steps of equal size as there are names."""
+    steps = pd.qcut(rows["sales"] - rows.groupby(["region", "city"])["sales"].transform("mean"), len(names), labels=False)
+    return rows.assign(label=np.array(names, dtype=object)[steps.to_numpy()])
 
 
 def group_rows(rows: pd.DataFrame, **keys: str) -> pd.DataFrame:
@@ -101,12 +109,20 @@ def training_settings(spec: FleetSpec, rows: pd.DataFrame, *, run_id: str = "run
     """What a run over these rows would pin: cutoffs from the newest row, categories from all of them."""
     newest = pd.Timestamp(rows["time"].max())
     counts = {name: {str(key_text(value)): int(count) for value, count in rows[name].value_counts().items()} for name in spec.features.categoricals}
+    shares = (
+        {key_text(label): float(share) for label, share in rows[spec.target.column].value_counts(normalize=True).items()}
+        if spec.is_class_task
+        else {}
+    )
+    classes = list(spec.target.classes or sorted(name for name in shares if name is not None)) if spec.is_class_task else []
+    prior = [shares.get(name, 0.0) for name in classes]
     return TrainingSettings(
         run_id=run_id,
-        model=model_spec(spec, choose_categories(counts, spec.features.max_categories)),
+        model=model_spec(spec, choose_categories(counts, spec.features.max_categories), classes, prior),
+        goal=learning_goal(spec, len(classes)),
         target=spec.target.column,
         weight=spec.target.weight,
-        baselines=tuple(spec.baselines.values()),
+        baselines=tuple(spec.all_baselines.values()),
         tuning=spec.tuning,
         cutoffs=resolve_cutoffs(spec.splits, newest, newest),
         threads=threads,

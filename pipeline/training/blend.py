@@ -7,7 +7,7 @@ them up once per finest group; what follows costs the driver a few numbers per g
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,9 +26,25 @@ STANDARD_ERRORS = 2.0
 DECIMALS = 9
 
 
+class Constants(NamedTuple):
+    """The fleet's constant, the last ancestor of every group: what answers without any model.
+
+    Args:
+        with_offset: in link space, less the offset, over the scale; 0 for multiclass.
+        without_offset: in link space; 0 for multiclass.
+        prior: for multiclass each class's share of the fit rows; else empty.
+    """
+
+    with_offset: float
+    without_offset: float
+    prior: tuple[float, ...] = ()
+
+
 @dataclass(frozen=True)
 class Moments:
     """Sums over judged rows of products of ``v = (1, target, prediction of grain 0, 1, ...)``.
+
+    For multiclass a row is one class of a judged row, and its target and predictions are taken relative to the class's prior.
 
     Args:
         split: `tune` or `report`, one per entry.
@@ -229,7 +245,8 @@ def choose_weights(evidence: Evidence, trained: npt.NDArray[np.bool_], pooling: 
     weights[trained & ~used] = mean
     weights[trained] = prior + _steady_share(evidence, weights - prior, prior) * (weights[trained] - prior)
     # Sums over files in another order differ in their last digits; weights do not.
-    return np.round(np.clip(weights, 0.0, 1.0), DECIMALS)
+    rounded: Floats = np.round(np.clip(weights, 0.0, 1.0), DECIMALS).astype(np.float64)
+    return rounded
 
 
 def _steady_share(evidence: Evidence, step: Floats, prior: float) -> float:

@@ -7,19 +7,83 @@ import numpy as np
 import numpy.typing as npt
 import optuna
 
-from pipeline.spec import WHOLE_PARAMETERS, SearchRange, TuningSpec
+from pipeline.spec import BINARY, MULTICLASS, POISSON, QUANTILE, TWEEDIE, WHOLE_PARAMETERS, FleetSpec, SearchRange, TuningSpec
 
 Parameters = dict[str, Any]
 Floats = npt.NDArray[np.float64]
 MAX_BIN = 127
-METRICS = {"l2": "l2", "huber": "l2", "l1": "l1"}
+METRICS = {
+    "l2": "l2",
+    "huber": "l2",
+    "l1": "l1",
+    QUANTILE: "quantile",
+    POISSON: "poisson",
+    TWEEDIE: "tweedie",
+    BINARY: "binary_logloss",
+    MULTICLASS: "multi_logloss",
+}
+SMALLEST = 1e-15
 
 
-def fixed_parameters(tuning: TuningSpec, *, threads: int) -> Parameters:
-    """Parameters that no trial changes; with them one seed gives one booster, whatever the thread count."""
+def learning_goal(spec: FleetSpec, n_classes: int = 0) -> Parameters:
+    """What LightGBM is asked to learn: objective and metric with their parameters, and monotone constraints.
+
+    Args:
+        spec: the fleet.
+        n_classes: how many classes the fleet has; 0 for regression.
+    """
+    goal: Parameters = {"objective": spec.objective, "metric": METRICS[spec.objective]}
+    if spec.alpha is not None:
+        goal["alpha"] = spec.alpha
+    if spec.objective == TWEEDIE:
+        goal["tweedie_variance_power"] = spec.variance_power
+    if spec.task == MULTICLASS:
+        goal["num_class"] = n_classes
+    if any(spec.features.monotone.values()):
+        goal["monotone_constraints"] = [spec.features.monotone.get(name, 0) for name in spec.feature_columns]
+    return goal
+
+
+def row_losses(goal: Mapping[str, Any], target: Floats, prediction: Floats) -> Floats:
+    """Loss of each row, whose mean is LightGBM's metric, up to a term that no prediction changes.
+
+    Args:
+        goal: as from `learning_goal`.
+        target: in link space; for classes their number.
+        prediction: of shape (rows,); for multiclass (rows, classes).
+    """
+    objective = goal["objective"]
+    if objective == MULTICLASS:
+        taken: Floats = -np.log(np.maximum(prediction[np.arange(len(target)), target.astype(int)], SMALLEST))
+        return taken
+    if objective == BINARY:
+        of_class: Floats = -np.log(np.maximum(np.where(target > 0, prediction, 1 - prediction), SMALLEST))
+        return of_class
+    error = target - prediction
+    if objective == QUANTILE:
+        pinball: Floats = np.where(error > 0, goal["alpha"] * error, (goal["alpha"] - 1) * error)
+        return pinball
+    if objective == POISSON:
+        poisson: Floats = prediction - target * np.log(np.maximum(prediction, SMALLEST))
+        return poisson
+    if objective == TWEEDIE:
+        power, mean = goal["tweedie_variance_power"], np.maximum(prediction, SMALLEST)
+        tweedie: Floats = mean ** (2 - power) / (2 - power) - target * mean ** (1 - power) / (1 - power)
+        return tweedie
+    loss: Floats = np.abs(error) if objective == "l1" else error**2
+    return loss
+
+
+def fixed_parameters(tuning: TuningSpec, goal: Mapping[str, Any], *, threads: int) -> Parameters:
+    """Parameters that no trial changes; with them one seed gives one booster, whatever the thread count.
+
+    Args:
+        tuning: seed.
+        goal: as from `learning_goal`.
+        threads: LightGBM's.
+    """
     return {
-        "objective": tuning.objective,
-        "metric": METRICS[tuning.objective],
+        **goal,
         "seed": tuning.seed,
         "deterministic": True,
         "force_row_wise": True,
@@ -91,9 +155,3 @@ def inside(parameters: Mapping[str, Any], space: Mapping[str, SearchRange]) -> P
 def early_stopping_rounds(learning_rate: float) -> int:
     """Rounds without improvement after which boosting stops: more where steps are smaller."""
     return max(20, round(4 / learning_rate))
-
-
-def row_losses(objective: str, target: Floats, prediction: Floats) -> Floats:
-    """Loss of each row, whose mean is what the study minimises."""
-    error: Floats = np.abs(target - prediction)
-    return error if METRICS[objective] == "l1" else error**2

@@ -22,6 +22,7 @@ NOT_LISTED = "not_listed"
 ERROR = "error"
 TIMEOUT = "timeout"
 NATIVE_CRASH = "native_crash"
+UNKNOWN_CLASS = "unknown_class"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,9 @@ import pandas as pd
 
 from pipeline.grouping.splits import FIT, GAP, REPORT, TUNE, Cutoffs
 from pipeline.models.boosters import encode_booster
-from pipeline.models.meta_model import Floats, design_matrix, group_ids, link, offset_and_scale
-from pipeline.spec import TuningSpec
-from pipeline.training.outcome import CONSTANT_TARGET, INFINITE_TARGET, NO_TARGET, NOT_POOLED, TOO_FEW_ROWS, Outcome
+from pipeline.models.meta_model import Floats, design_matrix, group_ids, key_text, link, offset_and_scale
+from pipeline.spec import COUNTED, MULTICLASS, TuningSpec
+from pipeline.training.outcome import CONSTANT_TARGET, INFINITE_TARGET, NO_TARGET, NOT_POOLED, TOO_FEW_ROWS, UNKNOWN_CLASS, Outcome
 from pipeline.training.start import Start
 from pipeline.training.tuner import Clock, Learnable, Study, fit_booster
 
@@ -29,10 +29,11 @@ class TrainingSettings:
 
     Args:
         run_id: the training run, also the fleet version.
-        model: the model spec, as in a pack's spec.json: features, categories, grains, target.
+        model: the model spec, as in a pack's spec.json: features, categories, grains, target, task, classes.
+        goal: what LightGBM is to learn, as from `objective.learning_goal`.
         target: name of the target column.
         weight: name of the weight column, or None.
-        baselines: columns to beat, in the target's units.
+        baselines: columns to beat: in the target's units, the positive class's probability, or for multiclass a class.
         tuning: budget per group.
         cutoffs: the run's dates.
         threads: LightGBM's threads, the same number as `spark.task.cpus`.
@@ -40,6 +41,7 @@ class TrainingSettings:
 
     run_id: str
     model: Mapping[str, Any]
+    goal: Mapping[str, Any]
     target: str
     weight: str | None
     baselines: tuple[str, ...]
@@ -73,8 +75,8 @@ def train_group(frame: pd.DataFrame, grain: int, settings: TrainingSettings, sta
         "n_report": int((counted & (split == REPORT)).sum()),
         "n_invalid": int((~rows["_valid"]).sum()),
     }
-    is_coarse = grain < max(1, len(settings.model["grains"]) - 1)
-    reason = NOT_POOLED if start.judge else _reason_not_to_train(rows, ledger, settings.tuning, is_coarse=is_coarse)
+    is_coarse, has_classes = grain < max(1, len(settings.model["grains"]) - 1), bool(settings.model["classes"])
+    reason = NOT_POOLED if start.judge else _reason_not_to_train(rows, ledger, settings.tuning, is_coarse=is_coarse, has_classes=has_classes)
     if reason is not None:
         holdout = _holdout(rows, np.full(len(rows), np.nan), settings) if grain == POOLED else None
         return Outcome("inherited", reason, {**ledger, "seconds": time.perf_counter() - started}, None, holdout)
@@ -84,25 +86,26 @@ def train_group(frame: pd.DataFrame, grain: int, settings: TrainingSettings, sta
     everything = Learnable(matrix, target, weight)
     categoricals = [position for position, name in enumerate(settings.model["features"]) if name in settings.model["categories"]]
     is_fit, is_tune, is_report = (usable & (split == name) for name in (FIT, TUNE, REPORT))
+    goal, n_classes = settings.goal, settings.goal.get("num_class")
 
     def fitted_on(chosen: npt.NDArray[np.bool_], parameters: Mapping[str, Any], n_rounds: int) -> Any:
         with clock:
-            return fit_booster(everything.rows(chosen), categoricals, dict(parameters), n_rounds, settings.tuning, settings.threads)
+            return fit_booster(everything.rows(chosen), categoricals, dict(parameters), n_rounds, settings.tuning, settings.threads, goal)
 
     def predicted(booster: Any, chosen: npt.NDArray[np.bool_]) -> Floats:
         with clock:
             found: Floats = booster.predict(matrix[chosen], num_threads=settings.threads)
         return found
 
-    predictions = np.full(len(rows), np.nan)
+    predictions = np.full((len(rows), n_classes) if n_classes else len(rows), np.nan)
     if start.refit is not None:
         parameters, n_rounds = dict(start.refit), start.n_rounds
         predictions[is_tune] = predicted(fitted_on(is_fit, parameters, n_rounds), is_tune)
         found: dict[str, Any] = {"n_trials": 0, "n_pruned": 0}
     else:
         first_block = (rows["time"] < settings.cutoffs.tune_middle).to_numpy()[is_tune]
-        study = Study(everything.rows(is_fit), everything.rows(is_tune), first_block, categoricals, settings.tuning, settings.threads, start, clock)
-        tuned = study.run()
+        fit, tune = everything.rows(is_fit), everything.rows(is_tune)
+        tuned = Study(fit, tune, first_block, categoricals, settings.tuning, settings.threads, goal, start, clock).run()
         parameters, n_rounds = tuned.parameters, tuned.n_rounds
         predictions[is_tune] = tuned.cross_predictions
         found = {"n_trials": tuned.n_trials, "n_pruned": tuned.n_pruned, "stopped_by": tuned.stopped_by, "tune_loss": tuned.tune_loss}
@@ -129,13 +132,19 @@ def judged_without_model(frame: pd.DataFrame, settings: TrainingSettings) -> pd.
 def _prepare(frame: pd.DataFrame, settings: TrainingSettings) -> pd.DataFrame:
     """Rows in a fixed order, with their split and link-space target.
 
-    A row is valid if its target is finite and the transform takes it; usable if it also has an offset and a scale. Null targets
-    are neither here nor there: they are dropped.
+    A row is valid if its target is finite and the transform and the objective take it, or it is one of the fleet's classes; usable
+    if it also has an offset and a scale. Null targets are neither here nor there: they are dropped.
     """
-    known = pd.to_numeric(frame[settings.target], errors="coerce").notna().to_numpy()
+    classes = settings.model["classes"]
+    known = (frame[settings.target] if classes else pd.to_numeric(frame[settings.target], errors="coerce")).notna().to_numpy()
     rows = frame[known].sort_values(["time", "row_key"], ignore_index=True)
-    values = pd.to_numeric(rows[settings.target]).to_numpy(dtype=np.float64)
-    linked = link(values, settings.model["target"]["transform"])
+    if classes:
+        values = linked = _class_numbers(rows[settings.target], classes)
+    else:
+        values = pd.to_numeric(rows[settings.target]).to_numpy(dtype=np.float64)
+        linked = link(values, settings.model["target"]["transform"])
+    if settings.goal["objective"] in COUNTED:
+        linked = np.where(values < 0, np.nan, linked)
     offset, scale = offset_and_scale(rows, settings.model["target"])
     with np.errstate(invalid="ignore"):
         residual = (linked - offset) / scale
@@ -150,7 +159,15 @@ def _prepare(frame: pd.DataFrame, settings: TrainingSettings) -> pd.DataFrame:
     )
 
 
-def _reason_not_to_train(rows: pd.DataFrame, ledger: Mapping[str, int], tuning: TuningSpec, *, is_coarse: bool) -> str | None:
+def _class_numbers(labels: pd.Series, classes: Sequence[str]) -> Floats:
+    """Each label's place among the classes; NaN for one that is not there."""
+    codes, distinct = pd.factorize(labels)
+    places = {name: float(number) for number, name in enumerate(classes)}
+    numbers: Floats = np.array([places.get(key_text(label) or "", np.nan) for label in distinct], dtype=np.float64)[codes]
+    return numbers
+
+
+def _reason_not_to_train(rows: pd.DataFrame, ledger: Mapping[str, int], tuning: TuningSpec, *, is_coarse: bool, has_classes: bool) -> str | None:
     """Why LightGBM must not see this group: it trains on such targets silently and then predicts nonsense.
 
     A coarse group is not lost to one bad group inside it: there, invalid rows are left out and counted.
@@ -158,7 +175,7 @@ def _reason_not_to_train(rows: pd.DataFrame, ledger: Mapping[str, int], tuning: 
     if not len(rows):
         return NO_TARGET
     if not is_coarse and ledger["n_invalid"] > 0.01 * len(rows):
-        return INFINITE_TARGET
+        return UNKNOWN_CLASS if has_classes else INFINITE_TARGET
     if ledger["n_fit"] < tuning.fit_rows or ledger["n_tune"] < tuning.tune_rows:
         return TOO_FEW_ROWS
     fit_target = rows.loc[rows["_usable"] & (rows["split"] == FIT), "_target"]
@@ -176,22 +193,47 @@ def _weights(rows: pd.DataFrame, settings: TrainingSettings) -> Floats | None:
 
 
 def _holdout(rows: pd.DataFrame, predictions: Floats, settings: TrainingSettings) -> pd.DataFrame:
-    """The judged rows: those of the tune and report splits whose target is valid."""
+    """The judged rows: those of the tune and report splits whose target is valid; for multiclass one per class."""
     judged = (rows["_valid"] & ~rows["split"].isin([FIT, GAP])).to_numpy()
-    kept = rows[judged]
+    kept, predicted = rows[judged], predictions[judged]
     ids = np.stack([group_ids(kept, keys) for keys in settings.model["grains"]], axis=1) if len(kept) else np.empty((0, 1), dtype=object)
     weight = _weights(kept, settings)
-    return pd.DataFrame(
+    baselines = [kept[name].to_numpy() for name in settings.baselines]
+    found = pd.DataFrame(
         {
             "row_key": kept["row_key"].to_numpy(),
+            "class_name": None,
             "time": kept["time"].to_numpy(),
             "split": kept["split"].to_numpy(),
             "actual": kept["_actual"].to_numpy(),
             "offset": kept["_offset"].to_numpy(),
             "scale": kept["_scale"].to_numpy(),
             "weight": np.ones(len(kept)) if weight is None else weight,
-            "prediction": predictions[judged],
+            "prediction": predicted if predicted.ndim == 1 else np.nan,
             "group_ids": list(ids),
-            "baselines": list(kept[list(settings.baselines)].to_numpy(dtype=np.float64)) if settings.baselines else [np.empty(0)] * len(kept),
         }
     )
+    if settings.model["task"] != MULTICLASS:
+        return found.assign(baselines=_side_by_side([pd.to_numeric(pd.Series(column)).to_numpy(dtype=np.float64) for column in baselines], len(kept)))
+    codes = kept["_actual"].to_numpy()
+    of_classes = [
+        found.assign(
+            class_name=name,
+            actual=np.where(codes == number, 1.0, 0.0),
+            prediction=predicted[:, number] if predicted.ndim > 1 else np.nan,
+            baselines=_side_by_side([_one_hot(column, name) for column in baselines], len(kept)),
+        )
+        for number, name in enumerate(settings.model["classes"])
+    ]
+    return pd.concat(of_classes, ignore_index=True)
+
+
+def _one_hot(labels: npt.NDArray[Any], name: str) -> Floats:
+    """1 where the label is this class, 0 where it is another, NaN where there is none."""
+    texts = pd.Series([key_text(label) for label in labels], dtype=object)
+    hot: Floats = np.where(texts.isna(), np.nan, (texts == name).astype(float))
+    return hot
+
+
+def _side_by_side(columns: Sequence[Floats], n_rows: int) -> "pd.Series[Any]":
+    return pd.Series(list(np.column_stack(columns)) if columns else [np.empty(0)] * n_rows, dtype=object)

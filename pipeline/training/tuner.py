@@ -1,6 +1,7 @@
 """Choosing one group's parameters and rounds on its tune rows."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,7 +47,7 @@ class Learnable:
 
     Args:
         matrix: one row per row, one column per feature, float32.
-        target: in link space, less the offset, over the scale.
+        target: in link space, less the offset, over the scale; for classes their number.
         weight: row weights, or None for equal ones.
     """
 
@@ -79,8 +80,9 @@ class Tuned:
     Args:
         parameters: the best trial's, less the fixed ones.
         n_rounds: boosting rounds of the best trial, at least 1.
-        tune_loss: its loss on all tune rows (squared or absolute error in link space).
-        cross_predictions: per tune row the prediction of the (trial, round) that did best on the other block of tune rows.
+        tune_loss: its loss on all tune rows: the goal's metric, in link space.
+        cross_predictions: per tune row the prediction (for multiclass one per class) of the (trial, round) that did best on the other
+            block of tune rows.
         n_trials: trials begun; n_pruned of them were given up early.
         n_pruned: trials given up early.
         stopped_by: max_trials, patience or timeout.
@@ -133,6 +135,7 @@ class Study:
         categoricals: positions of categorical features.
         tuning: the fleet's budget and search space.
         threads: LightGBM's.
+        goal: what is learnt, see `objective.learning_goal`.
         start: parameters to try first, and a smaller budget, maybe.
         clock: adds up the seconds inside LightGBM.
     """
@@ -145,6 +148,7 @@ class Study:
         categoricals: list[int],
         tuning: TuningSpec,
         threads: int,
+        goal: Mapping[str, Any],
         start: Start,
         clock: Clock,
     ) -> None:
@@ -152,7 +156,8 @@ class Study:
         self._firsts = [*start.trials, default_parameters(len(fit))]
         self._tuning = tuning
         self._max_trials = min(tuning.max_trials, start.max_trials or tuning.max_trials)
-        self._fixed = fixed_parameters(tuning, threads=threads)
+        self._goal = goal
+        self._fixed = fixed_parameters(tuning, goal, threads=threads)
         self._clock = clock
         self._tune = tune
         self._blocks = [block for block in (blocks, ~blocks) if block.any()]
@@ -165,7 +170,7 @@ class Study:
         self._best_misses: Floats | None = None
         self._since_best = 0
         self._block_best = [np.inf for _ in self._blocks]
-        self._cross = np.zeros(len(tune))
+        self._cross = np.zeros((len(tune), *([goal["num_class"]] if "num_class" in goal else [])))
         self._stopped_by = "max_trials"
         self._deadline = time.monotonic() + (tuning.timeout_seconds or np.inf)
 
@@ -209,7 +214,7 @@ class Study:
 
     def _misses(self, booster: lgb.Booster, n_rounds: int) -> Floats:
         """Loss of each tune row."""
-        return row_losses(self._tuning.objective, self._tune.target, self._predicted(booster, self._tune.matrix, n_rounds))
+        return row_losses(self._goal, self._tune.target, self._predicted(booster, self._tune.matrix, n_rounds))
 
     def _predicted(self, booster: lgb.Booster, matrix: npt.NDArray[np.float32], n_rounds: int) -> Floats:
         return np.asarray(booster.predict(matrix, num_iteration=n_rounds, num_threads=self._fixed["num_threads"]))
@@ -238,7 +243,15 @@ def _is_beyond_noise(gains: Floats) -> bool:
     return n_rows > 1 and float(gains.mean()) > float(gains.std(ddof=1)) / np.sqrt(n_rows)
 
 
-def fit_booster(rows: Learnable, categoricals: list[int], parameters: Parameters, n_rounds: int, tuning: TuningSpec, threads: int) -> lgb.Booster:
+def fit_booster(
+    rows: Learnable,
+    categoricals: list[int],
+    parameters: Parameters,
+    n_rounds: int,
+    tuning: TuningSpec,
+    threads: int,
+    goal: Mapping[str, Any],
+) -> lgb.Booster:
     """Fit once, with known parameters and rounds."""
-    settings = {**fixed_parameters(tuning, threads=threads), **parameters}
+    settings = {**fixed_parameters(tuning, goal, threads=threads), **parameters}
     return lgb.train(settings, rows.dataset(categoricals), num_boost_round=n_rounds, keep_training_booster=True)

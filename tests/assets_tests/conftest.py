@@ -21,6 +21,7 @@ from pipeline.spec import FleetSpec
 from pipeline.testing.doubles import MemoryRegistry
 from resources.delta_tables import DeltaTables
 from resources.launch_settings import LaunchSettings
+from resources.mlflow_registry import MlflowRegistry
 from resources.spark_session import SparkSessionResource
 
 SQL = "SELECT region, store, CAST(sold_on AS DATE) AS sold_on, amount, size FROM sales"
@@ -131,3 +132,26 @@ def fleet(finished: tuple[Shop, dg.ExecuteInProcessResult], tmp_path: Path) -> S
 @pytest.fixture(scope="session")
 def first_run(finished: tuple[Shop, dg.ExecuteInProcessResult]) -> dg.ExecuteInProcessResult:
     return finished[1]
+
+
+@pytest.fixture(scope="session")
+def launched(
+    kept_spark: Callable[[Path], SparkSessionResource], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[FleetSpec, str], tuple[Shop, dg.ExecuteInProcessResult]]:
+    """Materialises all links of another fleet over the same sales, with a real registry."""
+
+    def launch(spec: FleetSpec, sql: str) -> tuple[Shop, dg.ExecuteInProcessResult]:
+        root = tmp_path_factory.mktemp("other shop")
+        sales().to_csv(root / "sales.csv", index=False)
+        resources = {
+            "spark": kept_spark(root / "scratch"),
+            "tables": DeltaTables(root=str(root / "tables")),
+            "registry": MlflowRegistry(
+                tracking_uri=f"sqlite:///{root}/mlflow/mlflow.db", artifact_root=f"{root}/mlflow/artifacts", scratch=str(root / "scratch")
+            ),
+            "launch": LaunchSettings(as_of=AS_OF),
+        }
+        fleet = Shop(spec, FleetFiles(root, sql), resources)
+        return fleet, fleet.launch(*fleet.links)
+
+    return launch

@@ -331,3 +331,151 @@ def test_a_search_is_a_number_or_a_range() -> None:
 )
 def test_budgets_that_allow_nothing_are_refused(tuning: dict[str, Any]) -> None:
     assert f"tuning.{next(iter(tuning))}" in refusal(tuning=tuning)
+
+
+# Tasks
+
+
+CLASSES: dict[str, Any] = {"task": "multiclass", "target": {"column": "label"}, "baselines": None}
+
+
+@pytest.mark.parametrize("task", ["binary", "multiclass"])
+def test_classes_have_the_objective_of_their_task(task: str) -> None:
+    assert small_spec(task=task).objective == task
+    message = refusal(task=task, tuning={"objective": "l1"})
+    assert f"tuning.objective: 'l1' is for task: regression; task '{task}' has an objective of its own" in message
+
+
+def test_regression_learns_squares_unless_told_otherwise() -> None:
+    assert small_spec().objective == "l2"
+    assert small_spec(tuning={"objective": "poisson"}).objective == "poisson"
+    message = refusal(tuning={"objective": "gamma"})
+    assert all(name in message for name in ("tuning.objective", "'gamma'", "tweedie"))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"task": "binary"}, {"task": "multiclass"}, *({"tuning": {"objective": name}} for name in ("poisson", "tweedie"))]
+)
+@pytest.mark.parametrize(("field", "value"), [("transform", "log"), ("offset", "usual_sales")])
+def test_what_has_a_link_of_its_own_takes_no_other(changes: dict[str, Any], field: str, value: str) -> None:
+    assert f"target.{field}: {value!r} does not go with" in refusal(**changes, target={field: value})
+
+
+def test_classes_are_not_scaled_and_counts_may_be() -> None:
+    assert "target.scale: 'size' does not go with task 'binary'" in refusal(task="binary", target={"scale": "size"})
+    assert small_spec(tuning={"objective": "poisson"}, target={"scale": "size"}).target.scale == "size"
+
+
+@pytest.mark.parametrize(
+    ("tuning", "message"),
+    [
+        ({"alpha": 0.9}, "tuning.alpha: 0.9 is for tuning.objective quantile or huber; the objective is 'l2'"),
+        ({"objective": "quantile", "alpha": 1.0}, "tuning.alpha: 1 is no quantile; expected a number between 0 and 1"),
+        ({"objective": "quantile", "alpha": 0}, "tuning.alpha: Input should be greater than 0"),
+        ({"variance_power": 1.2}, "tuning.variance_power: 1.2 is for tuning.objective tweedie; the objective is 'l2'"),
+        ({"objective": "tweedie", "variance_power": 2}, "tuning.variance_power: Input should be less than 2"),
+    ],
+)
+def test_parameters_belong_to_their_objective(tuning: dict[str, Any], message: str) -> None:
+    assert message in refusal(tuning=tuning)
+
+
+def test_a_huber_alpha_is_an_error_and_no_share() -> None:
+    assert small_spec(tuning={"objective": "huber", "alpha": 3.0}).alpha == 3.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "regression"}, "target.classes: ['a', 'b'] are for task: binary or multiclass; the task is 'regression'"),
+        ({"task": "binary", "target": {"classes": ["a", "b", "c"]}}, "target.classes: there are 3, expected exactly 2 for task 'binary'"),
+        ({"task": "multiclass", "target": {"classes": ["a"]}}, "target.classes: there are 1, expected 2 to 100 for task 'multiclass'"),
+        ({"task": "multiclass", "target": {"classes": ["a", "b", "a"]}}, "target.classes: 'a' is there twice"),
+    ],
+)
+def test_declared_classes_fit_the_task(changes: dict[str, Any], message: str) -> None:
+    assert message in refusal(**{"target": {"classes": ["a", "b"]}, **changes})
+
+
+@pytest.mark.parametrize("features", [{"lags": [{"column": "label", "periods": [1]}]}, {"rolling": [{"column": "label", "window": "3 days"}]}])
+def test_a_class_is_no_number_to_look_back_on(features: dict[str, Any]) -> None:
+    assert "'label' is a class and no number; make a number of it under another name in features.sql" in refusal(**CLASSES, features=features)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"features": {"monotone": {"kind": 1}}}, "features.monotone: 'kind' is a categorical, which has no order"),
+        ({"features": {"monotone": {"cost": 1}}}, "features.monotone: 'cost' is no feature of the models; features: price, promotion"),
+        ({"features": {"monotone": {"price": 2}}}, "features.monotone.price: Input should be -1, 0 or 1"),
+        ({"task": "multiclass", "features": {"monotone": {"price": 1}}}, "features.monotone: task 'multiclass' has no one answer to rise or fall"),
+        ({"tuning": {"objective": "l1"}, "features": {"monotone": {"price": 1}}}, "LightGBM cannot keep tuning.objective 'l1' monotone"),
+        ({"tuning": {"objective": "quantile"}, "features": {"monotone": {"price": 1}}}, "LightGBM cannot keep tuning.objective 'quantile' monotone"),
+    ],
+)
+def test_only_what_can_be_monotone_is_asked_to_be(changes: dict[str, Any], message: str) -> None:
+    assert message in refusal(**changes)
+
+
+def test_a_baseline_does_not_take_the_name_of_what_is_always_measured() -> None:
+    assert "baselines: 'constant' is a way to answer that is always reported" in refusal(baselines={"constant": "usual_sales"})
+
+
+# The baseline that a series has by itself
+
+
+@pytest.mark.parametrize(
+    ("period", "horizon", "lag"),
+    [
+        ("1 month", "1 month", 12),
+        ("1 quarter", None, 4),
+        ("1 week", "1 week", 52),
+        ("1 day", "1 day", 7),
+        ("1 hour", "1 hour", 24),
+        ("6 hours", "6 hours", 4),
+        ("1 day", "7 days", 7),
+        ("1 day", "8 days", 14),
+        ("1 month", "2 years", 24),
+        ("1 month", "25 months", 36),
+        ("1 minute", None, None),
+        ("1 year", None, None),
+        ("5 hours", None, None),
+        ("7 days", None, None),
+    ],
+)
+def test_a_series_is_compared_with_its_last_season_that_was_known(period: str, horizon: str | None, lag: int | None) -> None:
+    spec = small_spec(period=period, horizon=horizon)
+    assert spec.seasonal_lag == lag
+    assert spec.all_baselines == {"usual": "usual_sales", **({} if lag is None else {"seasonal naive": f"sales_lag_{lag}"})}
+
+
+def test_the_last_season_is_carried_and_not_shown_to_the_models() -> None:
+    spec = small_spec()
+    assert [(lag.column, tuple(lag.periods)) for lag in spec.all_lags] == [("sales", (7,))]
+    assert "sales_lag_7" in spec.carried_columns
+    assert "sales_lag_7" not in spec.feature_columns
+    assert "sales_lag_7" not in spec.sql_columns
+
+
+def test_a_declared_lag_of_a_season_is_computed_once() -> None:
+    spec = small_spec(features={"lags": [{"column": "sales", "periods": [1, 7]}]})
+    assert spec.all_lags == tuple(spec.features.lags)
+    assert spec.all_baselines["seasonal naive"] == "sales_lag_7"
+    assert "sales_lag_7" in spec.feature_columns
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"period": None, "horizon": None},
+        {"baselines": {"seasonal naive": "usual_sales"}},
+        {"task": "binary"},
+        {"features": {"columns": ["sales_lag_7"]}},
+        {"features": {"derived": {"sales_lag_7": "price + 1"}}},
+    ],
+)
+def test_there_is_no_last_season_without_a_series_of_numbers_or_beside_a_declared_one(changes: dict[str, Any]) -> None:
+    spec = small_spec(**changes)
+    assert spec.seasonal_lag is None
+    assert spec.all_baselines == spec.baselines
+    assert spec.all_lags == ()

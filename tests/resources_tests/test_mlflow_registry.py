@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.errors import ModelNotFound, StoreError
 from pipeline.models.boosters import encode_booster
-from pipeline.models.meta_model import FleetModel, group_id
+from pipeline.models.meta_model import FleetModel, answer_columns, group_id
 from pipeline.models.pack import write_pack
 from pipeline.testing.doubles import MemoryRegistry
 from resources.mlflow_registry import CHALLENGER, CHAMPION, MlflowRegistry, input_types
@@ -66,6 +66,7 @@ def registry(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
 def register(registry: Any, name: str, fleet_version: str, pack: Path, **changes: Any) -> Any:
     given: dict[str, Any] = {
         "inputs": {"store": "string", "x": "double"},
+        "outputs": answer_columns("regression"),
         "parameters": {"pooling": "blend"},
         "metrics": {"fleet_rmse": 1.5},
         "tables": {"ledger.json": pd.DataFrame({"group_id": ["[]"]})},
@@ -139,6 +140,16 @@ def test_a_run_says_what_it_was(mlflow_registry: MlflowRegistry, tmp_path: Path,
         "x": ("double", False),
     }
     assert info.signature.outputs.input_names() == ["prediction", "lower", "upper", "answered_by", "booster_id", "fleet_version"]
+
+
+def test_the_signature_of_classes_holds_their_probabilities(mlflow_registry: MlflowRegistry, tmp_path: Path, booster_text: str) -> None:
+    pack = pack_of(tmp_path / "pack", booster_text, 1, "run-1")
+    register(mlflow_registry, "classes", "run-1", pack, outputs=answer_columns("multiclass"))
+    import mlflow
+
+    outputs = mlflow.models.get_model_info("models:/classes/1").signature.outputs.to_dict()
+    kinds = {column["name"]: column["type"] for column in outputs}
+    assert (kinds["prediction"], kinds["probabilities"]) == ("string", "array")
 
 
 def test_a_pack_is_fetched_once(mlflow_registry: MlflowRegistry, tmp_path: Path, booster_text: str) -> None:

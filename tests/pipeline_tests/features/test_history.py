@@ -260,7 +260,9 @@ def test_of_values_known_at_the_same_moment_the_largest_is_last() -> None:
 def over(*keys: Sequence[str] | None, lag: bool = False) -> list[tuple[tuple[str, ...], int]]:
     rolling = [{"column": "sales", "window": f"{number + 1} days", **({} if key is None else {"over": list(key)})} for number, key in enumerate(keys)]
     lags = [{"column": "sales", "periods": [1]}] if lag else []
-    spec = small_spec(features={"columns": [], "categoricals": [], "calendar": [], "rolling": rolling, "lags": lags}, baselines=None)
+    spec = small_spec(
+        features={"columns": [], "categoricals": [], "calendar": [], "rolling": rolling, "lags": lags}, baselines={"seasonal naive": "usual"}
+    )
     return [(features.keys, len(features.windows) + len(features.lags)) for features in plan_passes(spec)]
 
 

@@ -20,6 +20,7 @@ from pipeline.models.meta_model import (
     FleetModel,
     InputError,
     PackError,
+    answer_columns,
     design_matrix,
     group_id,
     group_ids,
@@ -460,3 +461,87 @@ def test_any_flipped_byte_of_the_tables_is_found_or_harmless(pack: Path, copied:
         except PackError:
             continue
         pd.testing.assert_frame_equal(found, expected)
+
+
+# Classes
+
+
+def class_booster(n_classes: int) -> EncodedBooster:
+    """A booster whose likeliest class depends on the price: the first below 10, the last above."""
+    price = np.repeat([5.0, 15.0], 50)
+    data = lgb.Dataset(np.column_stack([price, *[np.zeros(100)] * 3]), np.repeat([0.0, n_classes - 1.0], 50), params={"verbosity": -1})
+    goal = {"objective": "binary"} if n_classes == 2 else {"objective": "multiclass", "num_class": n_classes}
+    return encode_booster(lgb.train({**goal, "verbosity": -1, "num_threads": 1}, data, num_boost_round=3).model_to_string())
+
+
+CLASS_NAMES = {"binary": ["no", "yes"], "multiclass": ["low", "mid", "top"]}
+PRIORS = {"binary": [0.75, 0.25], "multiclass": [0.5, 0.3, 0.2]}
+
+
+def class_pack(folder: Path, task: str, weights: tuple[float, float] = (1.0, 0.5)) -> Path:
+    names = CLASS_NAMES[task]
+    spec = model_spec(small_spec(task=task, baselines=None), {"kind": ["large", "small"]}, names, PRIORS[task])
+    booster = class_booster(len(names))
+    ledger = pd.DataFrame({"grain": [0, 1], "group_id": ["[]", '["north"]'], "weight": weights, "interval": [None, None]})
+    constant = {"constant": PRIORS[task][1] if task == "binary" else None}
+    write_pack(
+        folder,
+        {**spec, **constant, "constant_without_offset": None, "fleet_version": "run-1"},
+        ledger.assign(booster_id=booster.booster_id),
+        [vars(booster)],
+    )
+    return folder
+
+
+@pytest.fixture(params=CLASS_NAMES)
+def task(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def probabilities_of(found: pd.DataFrame) -> Any:
+    return np.stack(found["probabilities"].to_list())
+
+
+def test_classes_are_answered_with_their_probabilities(tmp_path: Path, task: str) -> None:
+    found = FleetModel(class_pack(tmp_path / "pack", task)).predict(batch(("north", "x"), ("south", "y"), ("north", "z"), index=[7, 8, 9]))
+    assert list(found.columns) == list(answer_columns(task))
+    probabilities = probabilities_of(found)
+    assert probabilities.shape == (3, len(CLASS_NAMES[task]))
+    assert probabilities.sum(axis=1) == pytest.approx(1.0)
+    assert found[["lower", "upper"]].isna().all(axis=None)
+    assert found.index.tolist() == [7, 8, 9]
+    if task == "binary":
+        assert found["prediction"].tolist() == probabilities[:, 1].tolist()
+    else:
+        assert found["prediction"].tolist() == ["top"] * 3
+
+
+def test_probabilities_are_pooled_in_a_straight_line(tmp_path: Path, task: str) -> None:
+    question = batch(("north", "x"))
+    own, none, blended = (
+        probabilities_of(FleetModel(class_pack(tmp_path / str(weights), task, weights)).predict(question))
+        for weights in ((1.0, 0.0), (0.0, 0.0), (0.25, 0.0))
+    )
+    assert none[0] == pytest.approx(PRIORS[task])
+    assert blended == pytest.approx(0.25 * own + 0.75 * none)
+
+
+def test_without_a_model_the_likeliest_class_is_that_of_the_prior(tmp_path: Path) -> None:
+    found = FleetModel(class_pack(tmp_path / "pack", "multiclass", (0.0, 0.0))).predict(batch(("north", "x")))
+    assert (found["prediction"].tolist(), found["answered_by"].tolist()) == (["low"], [CONSTANT])
+
+
+def test_an_empty_batch_of_classes_has_the_columns_of_an_answer(tmp_path: Path, task: str) -> None:
+    found = FleetModel(class_pack(tmp_path / "pack", task)).predict(batch(("north", "x")).head(0))
+    assert (len(found), list(found.columns)) == (0, list(answer_columns(task)))
+
+
+def test_a_pack_that_names_no_task_is_of_regression(tmp_path: Path) -> None:
+    folder = make_pack(tmp_path / "pack")
+    text = json.loads((folder / "spec.json").read_text())
+    for name in ("task", "classes", "prior"):
+        text.pop(name)
+    (folder / "spec.json").write_text(json.dumps(text))
+    found = FleetModel(folder).predict(batch(("north", "oslo")))
+    assert list(found.columns) == ["prediction", "lower", "upper", "answered_by", "booster_id", "fleet_version"]
+    assert found["prediction"].notna().all()

@@ -1,3 +1,4 @@
+import json
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,18 @@ def test_every_group_needs_an_answer_chain() -> None:
 @pytest.mark.parametrize(("blend", "passes"), [(2.0, True), (2.1, False), (np.inf, False), (np.nan, True)])
 def test_the_fleet_must_not_be_worse_than_its_constant(blend: float, passes: bool) -> None:
     assert failed_gates(report_blend=blend) == ([] if passes else ["the fleet beats its constant"])
+
+
+@pytest.mark.parametrize("measure", ["pinball", "deviance"])
+@pytest.mark.parametrize(("blend", "passes"), [(1.0, True), (1.1, False)])
+def test_quantiles_and_counts_are_judged_by_their_own_loss(measure: str, blend: float, passes: bool) -> None:
+    metrics = json.dumps({"fleet": {"rmse": 9.0, measure: blend}, "constant": {"rmse": 2.0, measure: 1.0}})
+    assert failed_gates(report_blend=9.0, metrics=metrics) == ([] if passes else ["the fleet beats its constant"])
+
+
+def test_other_measures_do_not_judge() -> None:
+    metrics = json.dumps({"fleet": {"rmse": 9.0, "log_loss": 9.0}, "constant": {"rmse": 2.0, "log_loss": 1.0}})
+    assert failed_gates(metrics=metrics) == []
 
 
 def test_only_the_whole_fleet_is_compared_with_its_constant() -> None:

@@ -5,8 +5,19 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pipeline.reporting.summary import Error, fleet_errors, markdown_table, slowest_groups, status_counts, summarise, text_table, worst_groups
+from pipeline.reporting.summary import (
+    ClassError,
+    Error,
+    fleet_errors,
+    markdown_table,
+    slowest_groups,
+    status_counts,
+    summarise,
+    text_table,
+    worst_groups,
+)
 from pipeline.spec import FleetSpec
+from pipeline.testing.data import small_spec
 
 GROUPS = [(0, "[]"), (1, '["north"]'), (2, '["north","oslo"]'), (2, '["north","bergen"]'), (2, '["north","new"]')]
 
@@ -40,6 +51,7 @@ def test_the_fleet_stands_beside_the_pooled_model_and_every_baseline(spec: Fleet
         Error("fleet", 1.5, 6.0, 60, None, 2),
         Error("pooled model", 1.75, 7.0, 60, 1, 2),
         Error("usual", 2.5, 12.0, 50, 1, 1),
+        Error("seasonal naive", None, None, 0, 0, 0),
     ]
 
 
@@ -49,7 +61,65 @@ def test_what_was_not_measured_is_null(spec: FleetSpec) -> None:
         Error("fleet", None, None, 0, None, 0),
         Error("pooled model", None, None, 0, 0, 0),
         Error("usual", None, None, 0, 0, 0),
+        Error("seasonal naive", None, None, 0, 0, 0),
     ]
+
+
+@pytest.fixture
+def class_spec() -> FleetSpec:
+    return small_spec(task="binary")
+
+
+def metrics(fleet: float, pooled: float, usual: float | None, accuracy: float = 0.75) -> str:
+    losses = {"fleet": fleet, "pooled": pooled, "constant": 0.9, "usual": usual}
+    return json.dumps({way: {"log_loss": loss, "brier": 0.1, "accuracy": accuracy if loss else None} for way, loss in losses.items()})
+
+
+def compared(n: int, fleet: float | None) -> str:
+    return json.dumps({"usual": {"n": n, "log_loss": 0.6, "accuracy": 0.5, "fleet_log_loss": fleet, "fleet_accuracy": 0.5}})
+
+
+def class_ledger() -> pd.DataFrame:
+    return ledger(
+        rmse=np.nan,
+        mape=np.nan,
+        pooled_rmse=np.nan,
+        pooled_mape=np.nan,
+        metrics=[metrics(0.5, 0.55, 0.6), None, metrics(0.4, 0.5, 0.6), metrics(0.8, 0.7, None), None],
+        # On the rows that the baseline answers, the fleet is worse.
+        baselines=[compared(50, 0.5), None, compared(30, 0.7), compared(0, None), None],
+    )
+
+
+def test_classes_are_compared_by_log_loss_and_accuracy(class_spec: FleetSpec) -> None:
+    assert fleet_errors(class_ledger(), class_spec) == [
+        ClassError("fleet", 0.5, 0.75, 60, None, 2),
+        ClassError("pooled model", 0.55, 0.75, 60, 1, 2),
+        ClassError("constant", 0.9, 0.75, 60, 2, 2),
+        ClassError("usual", 0.6, 0.75, 50, 0, 1),
+    ]
+
+
+def test_classes_that_were_not_measured_are_null(class_spec: FleetSpec) -> None:
+    nothing = ledger(report_rows=np.nan, rmse=np.nan, mape=np.nan, metrics=None, baselines=None)
+    assert fleet_errors(nothing, class_spec)[0] == ClassError("fleet", None, None, 0, None, 0)
+    assert "nan" not in summarise(nothing, class_spec, {})
+
+
+def test_the_worst_group_of_classes_has_the_largest_log_loss() -> None:
+    healthy = class_ledger().assign(status="trained")
+    worst = worst_groups(healthy)
+    assert worst["group_id"].tolist()[:2] == ['["north","bergen"]', '["north","oslo"]']
+    assert worst["log_loss"].tolist()[:2] == [0.8, 0.4]
+    assert list(worst.columns[-2:]) == ["log_loss", "accuracy"]
+
+
+def test_a_summary_of_classes_speaks_of_classes(class_spec: FleetSpec) -> None:
+    text = summarise(class_ledger(), class_spec, {})
+    for part in ("log loss", "accuracy", "0.5500", "1 of 2 groups"):
+        assert part in text
+    for part in ("RMSE", "MAPE", "nan", "None"):
+        assert part not in text
 
 
 def test_every_group_is_counted_once() -> None:

@@ -15,6 +15,7 @@ from pipeline.errors import DataError, SpecError
 from pipeline.features.history import add_history, plan_passes
 from pipeline.models.meta_model import group_id
 from pipeline.spark.features import all_null_columns, build_features, check_feature_table, newest_known, newest_time
+from pipeline.spark.scoring import rows_to_score
 from pipeline.spark.training import visible_rows
 from pipeline.spec import FleetSpec, parse_spec
 
@@ -134,6 +135,110 @@ def test_rows_to_come_are_made_up_for_every_entity(spark: SparkSession, shop_att
         expected = known.get((row.region, row.store, row.time - pd.DateOffset(months=3)))
         assert (np.isnan(row.amount_lag_3) and expected is None) or row.amount_lag_3 == expected
     assert future["amount_lag_3"].notna().any()
+
+
+def months(*texts: str) -> list[pd.Timestamp]:
+    return [pd.Timestamp(text) for text in texts]
+
+
+def series_spec(shop_attributes: dict[str, Any], horizon: str = "3 months", **changes: Any) -> FleetSpec:
+    features = {
+        "lags": [{"column": "amount", "periods": [3]}],
+        "rolling": [{"column": "amount", "window": "2 months", "statistics": ["last", "count"]}],
+    }
+    attributes = copy.deepcopy({**shop_attributes, "horizon": horizon, "baselines": {}, "scoring": {"score": "future"}})
+    attributes["features"] = features
+    return built(attributes, **changes)
+
+
+def series_rows(**series: Any) -> pd.DataFrame:
+    """Rows of shops in one region: by shop its months and amounts."""
+    parts = [
+        pd.DataFrame({"region": "n", "store": store, "sold_on": pd.to_datetime(list(of)), "amount": list(of.values())})
+        for store, of in series.items()
+    ]
+    rows = pd.concat(parts, ignore_index=True)
+    return rows.assign(known_on=rows["sold_on"])
+
+
+def test_a_horizon_of_several_steps_gives_each_entity_one_row_per_step(spark: SparkSession, shop_attributes: dict[str, Any]) -> None:
+    spec = series_spec(shop_attributes)
+    whole = {f"2020-{month:02d}-01": float(month) for month in range(1, 13)}
+    gone = {"2020-02-01": 50.0, "2020-03-01": 60.0}
+    rows = series_rows(a=whole, gone=gone)
+    found = through_spark(spark, spec, rows, "SELECT region, store, sold_on, amount FROM sales").set_index(["store", "time"])
+    future = found[found["is_future"]]
+    steps = months("2021-01-01", "2021-02-01", "2021-03-01")
+    # The shop that ended in spring is asked for the same steps as all others.
+    assert sorted(future.index) == sorted((store, step) for store in ("a", "gone") for step in steps)
+    # Three months before each step lies the newest that is known then.
+    assert future.loc["a", "amount_lag_3"].tolist() == [10.0, 11.0, 12.0]
+    assert future.loc["a", "amount_last_2_months"].tolist() == [10.0, 11.0, 12.0]
+    assert future.loc["a", "amount_count_2_months"].tolist() == [2.0, 2.0, 2.0]
+    assert future.loc["gone", ["amount_lag_3", "amount_last_2_months"]].isna().all(axis=None)
+    scored = rows_to_score(
+        build_features(spark, spec, "SELECT region, store, sold_on, amount FROM sales", {"sales": frame_of(spark, rows)}), spec, rows["sold_on"].max()
+    )
+    assert scored.count() == len(future)
+
+
+def test_gaps_in_a_series_are_gaps_and_not_shifts(spark: SparkSession, shop_attributes: dict[str, Any]) -> None:
+    spec = series_spec(shop_attributes, horizon="1 month")
+    with_gap = {f"2020-{month:02d}-01": float(month) for month in (1, 2, 3, 7, 8, 9)}
+    found = through_spark(spark, spec, series_rows(a=with_gap), "SELECT region, store, sold_on, amount FROM sales").set_index("time")
+    lags = {month.month: found["amount_lag_3"][month] for month in found.index}
+    # April to June are not there: three months before July to September nothing is known.
+    assert {month: lag for month, lag in lags.items() if not np.isnan(lag)} == {10: 7.0}
+    counts = {month.month: found["amount_count_2_months"][month] for month in found.index}
+    assert counts == {1: 0, 2: 1, 3: 2, 7: 0, 8: 1, 9: 2, 10: 2}
+
+
+def test_irregular_times_are_seen_as_of_what_was_known(spark: SparkSession, shop_attributes: dict[str, Any]) -> None:
+    spec = series_spec(shop_attributes, horizon="1 month")
+    irregular = {"2020-01-03": 1.0, "2020-01-30": 2.0, "2020-02-29": 3.0, "2020-03-30": 4.0, "2020-04-30": 5.0}
+    found = through_spark(spark, spec, series_rows(a=irregular), "SELECT region, store, sold_on, amount FROM sales").set_index("time")
+    last = found["amount_last_2_months"].fillna(-1)
+    # A month before 29 February is 29 January, before 30 March it is 29 February, before 30 April 30 March.
+    assert last.to_dict() == {
+        pd.Timestamp("2020-01-03"): -1,
+        pd.Timestamp("2020-01-30"): -1,
+        pd.Timestamp("2020-02-29"): 1.0,
+        pd.Timestamp("2020-03-30"): 3.0,
+        pd.Timestamp("2020-04-30"): 4.0,
+        pd.Timestamp("2020-05-30"): 5.0,
+    }
+    # Lags ask for exactly that day: three months before 30 April is 30 January, before 30 May the last day of February.
+    assert found["amount_lag_3"].dropna().to_dict() == {pd.Timestamp("2020-04-30"): 2.0, pd.Timestamp("2020-05-30"): 3.0}
+
+
+def test_the_last_season_is_in_the_table_for_the_baseline_alone(spark: SparkSession, shop_attributes: dict[str, Any]) -> None:
+    spec = series_spec(shop_attributes)
+    assert spec.all_baselines == {"seasonal naive": "amount_lag_12"}
+    assert "amount_lag_12" not in spec.feature_columns
+    series = {str(month.date()): float(number) for number, month in enumerate(pd.date_range("2020-01-01", periods=24, freq="MS"))}
+    del series["2020-06-01"]
+    found = through_spark(spark, spec, series_rows(a=series), "SELECT region, store, sold_on, amount FROM sales").set_index("time")
+    assert found["amount_lag_12"].loc["2021-01-01":"2021-05-01"].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert np.isnan(found["amount_lag_12"]["2021-06-01"])
+    assert found["amount_lag_12"]["2022-01-01"] == 12.0
+
+
+@pytest.mark.parametrize(
+    ("label", "texts"),
+    [("CASE WHEN size > 1 THEN 'big' ELSE 'small' END", ["big", "small"]), ("size > 1", ["false", "true"]), ("size", ["1", "2"])],
+)
+def test_classes_are_text_in_the_feature_table(spark: SparkSession, shop_attributes: dict[str, Any], label: str, texts: list[str]) -> None:
+    spec = built(shop_attributes, task="binary", target={"column": "label"}, baselines={})
+    sql = f"SELECT 'n' region, s store, date'2020-01-01' sold_on, 1 amount, size, {label} label FROM VALUES ('a', 1), ('b', 2) AS t(s, size)"
+    found = build_features(spark, spec, sql, {})
+    assert dict(found.dtypes)["label"] == "string"
+    assert sorted(row["label"] for row in found.collect()) == texts
+
+
+def test_a_class_that_is_no_class_is_refused(spark: SparkSession, shop_attributes: dict[str, Any]) -> None:
+    spec = built(shop_attributes, task="multiclass", target={"column": "label"}, baselines={})
+    with pytest.raises(DataError, match=r"target 'label' is double; expected text, a boolean or a whole number for task 'multiclass': cast it"):
+        build_features(spark, spec, ROW + ", 1.5D label", {})
 
 
 @pytest.fixture

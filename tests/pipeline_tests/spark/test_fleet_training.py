@@ -305,7 +305,7 @@ def judged(finished: Finished, spec: FleetSpec, run: PlannedRun) -> pd.DataFrame
 
 def test_rows_are_judged_side_by_side(spark: SparkSession, finished: Finished, judged: pd.DataFrame, spec: FleetSpec, run: PlannedRun) -> None:
     holdout = finished.tables.read_spark(spark, finished.tables.location("nasty", "holdout"))
-    found = judged_rows(holdout, spec, run.cutoffs).toPandas().sort_values("row_key", ignore_index=True)
+    found = judged_rows(holdout, spec, run.cutoffs, run.constants).toPandas().sort_values("row_key", ignore_index=True)
     assert list(found["row_key"]) == list(judged["row_key"])
     assert list(found["split"]) == list(judged["split"])
     assert list(found["block"]) == list(judged["block"])
@@ -358,6 +358,7 @@ def test_errors_are_those_of_the_answers(finished: Finished, judged: pd.DataFram
 
     report["answer"], report["miss"] = in_target_units(answer), np.abs(report["residual"] - answer)
     report["pooled"] = in_target_units(report["p0"].fillna(run.constants[0]))
+    report["constant"] = in_target_units(np.full(len(report), run.constants[0]))
     report["flat"] = [found[0] for found in report["baselines"]]
     for row in ledger[ledger["report_rows"].notna()].to_dict("records"):
         of = report[[ids[row["grain"]] == row["group_id"] for ids in report["group_ids"]]]
@@ -371,6 +372,11 @@ def test_errors_are_those_of_the_answers(finished: Finished, judged: pd.DataFram
         with_flat = of[of["flat"].notna()]
         expected = [len(with_flat), rmse(with_flat, "flat"), mape(with_flat, "flat"), rmse(with_flat, "answer"), mape(with_flat, "answer")]
         assert list(json.loads(row["baselines"])["flat"].values()) == pytest.approx(expected)
+        metrics = json.loads(row["metrics"])
+        assert list(metrics) == ["fleet", "pooled", "constant", "flat", "never"]
+        assert metrics["fleet"] == {name: row[name] for name in ("rmse", "mae", "mape")}
+        assert metrics["constant"]["rmse"] == pytest.approx(rmse(of, "constant"))
+        assert metrics["flat"]["rmse"] == pytest.approx(rmse(with_flat, "flat"))
         assert json.loads(row["baselines"])["never"] == {"n": 0, "rmse": None, "mape": None, "fleet_rmse": None, "fleet_mape": None}
     assert ledger["report_rows"].notna().sum() == 18
     assert ledger["interval"].notna().sum() >= 3
@@ -389,7 +395,7 @@ def test_constants_are_the_means_of_fit_rows(groups: dict[tuple[int, str], pd.Da
     everything = groups[0, "[]"]
     fit = everything[(everything["time"] < run.cutoffs.tune_start) & (everything["known_at"] < run.cutoffs.tune_start)]
     linked = np.log(fit["y"].where((fit["y"] > 0) & np.isfinite(fit["y"])))
-    assert run.constants == (pytest.approx((linked - fit["level"]).mean()), pytest.approx(linked.mean()))
+    assert run.constants == (pytest.approx((linked - fit["level"]).mean()), pytest.approx(linked.mean()), ())
 
 
 def test_categories_are_counted_on_fit_rows_and_limited(run: PlannedRun, spec: FleetSpec, groups: dict[tuple[int, str], pd.DataFrame]) -> None:

@@ -9,7 +9,7 @@ import pytest
 import pipeline.training.trainer as trainer_module
 from pipeline.grouping.splits import FIT, GAP, REPORT, TUNE
 from pipeline.models.meta_model import decode_booster, design_matrix, group_id
-from pipeline.testing.data import feature_rows, group_rows, small_spec, training_settings
+from pipeline.testing.data import feature_rows, group_rows, small_spec, training_settings, with_classes
 from pipeline.training.outcome import Outcome
 from pipeline.training.start import Start
 from pipeline.training.trainer import RATE, TrainingSettings, judged_without_model, train_group
@@ -213,7 +213,9 @@ def refitted(frame: pd.DataFrame, settings: TrainingSettings, chosen: "pd.Series
     matrix = design_matrix(ordered, settings.model)
     categoricals = [number for number, name in enumerate(settings.model["features"]) if name in settings.model["categories"]]
     parameters = json.loads(outcome.ledger["parameters"])
-    return fit_booster(Learnable(matrix, ordered["sales"].to_numpy(), None), categoricals, parameters, outcome.ledger["n_rounds"], settings.tuning, 1)
+    return fit_booster(
+        Learnable(matrix, ordered["sales"].to_numpy(), None), categoricals, parameters, outcome.ledger["n_rounds"], settings.tuning, 1, settings.goal
+    )
 
 
 def test_the_served_booster_is_fitted_on_all_rows(oslo: pd.DataFrame, trained: Outcome, fleet_settings: TrainingSettings) -> None:
@@ -258,7 +260,9 @@ def test_holdout_rows_are_every_judged_row_with_its_groups(rows: pd.DataFrame, f
     assert judged["actual"].tolist() == expected["sales"].tolist()
     ids = [["[]", group_id([r]), group_id([r, c])] for r, c in zip(expected["region"], expected["city"], strict=True)]
     assert [list(found) for found in judged["group_ids"]] == ids
-    assert [list(found) for found in judged["baselines"]] == [[value] for value in expected["usual_sales"]]
+    baselines = np.stack(judged["baselines"].to_list())
+    assert np.array_equal(baselines, expected[["usual_sales", "sales_lag_7"]].to_numpy(float), equal_nan=True)
+    assert judged["class_name"].isna().all()
     assert (judged["weight"] == 1).all()
     assert (judged[["offset", "scale"]] == [0.0, 1.0]).all(axis=None)
 
@@ -421,3 +425,169 @@ def test_weights_and_rates_multiply(oslo: pd.DataFrame, rows: pd.DataFrame) -> N
     settings = settings_with(rows, target={"weight": "size"})
     found = holdout_of(train_group(oslo.assign(size=3.0, **{RATE: 0.5}), 0, settings))
     assert set(found["weight"]) == {6.0}
+
+
+# Tasks
+
+
+STEPS = {"binary": ("no", "yes"), "multiclass": ("low", "mid", "top")}
+
+
+def class_settings(frame: pd.DataFrame, task: str, **changes: Any) -> TrainingSettings:
+    target = {"column": "label", "classes": list(STEPS[task]), **changes.pop("target", {})}
+    return settings_with(frame, task=task, target=target, baselines=None, **changes)
+
+
+@pytest.fixture(params=STEPS)
+def task(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def labelled(rows: pd.DataFrame, task: str) -> pd.DataFrame:
+    return with_classes(rows, STEPS[task])
+
+
+def test_classes_are_learnt(labelled: pd.DataFrame, task: str) -> None:
+    settings = class_settings(labelled, task)
+    judged = holdout_of(train_group(group_rows(labelled, city="oslo"), FINEST, settings))
+    names = STEPS[task] if task == "multiclass" else (None,)
+    assert [name if isinstance(name, str) else None for name in judged["class_name"].unique()] == list(names)
+    assert set(judged["actual"]) == {0.0, 1.0}
+    assert judged["prediction"].between(0, 1).all()
+    report = judged[judged["split"] == REPORT]
+    error = ((report["actual"] - report["prediction"]) ** 2).mean()
+    assert error < 0.8 * report["actual"].var()
+
+
+def test_labels_that_are_booleans_or_integers_are_classes(rows: pd.DataFrame) -> None:
+    high = rows["sales"] > rows["sales"].median()
+    outcomes = []
+    for labels, classes in ((high, ["false", "true"]), (high.astype(int), ["0", "1"]), (high.map({True: "yes", False: "no"}), ["no", "yes"])):
+        frame = rows.assign(label=labels)
+        outcomes.append(train_group(frame, 0, class_settings(frame, "binary", target={"classes": classes})))
+    assert len({booster_id_of(outcome) for outcome in outcomes}) == 1
+
+
+def test_the_positive_class_is_the_last(rows: pd.DataFrame) -> None:
+    frame = with_classes(rows, STEPS["binary"])
+    one, other = (
+        holdout_of(train_group(frame, 0, class_settings(frame, "binary", target={"classes": classes}))) for classes in (["no", "yes"], ["yes", "no"])
+    )
+    assert one["actual"].to_numpy() == pytest.approx(1 - other["actual"].to_numpy())
+    assert one["prediction"].to_numpy() == pytest.approx(1 - other["prediction"].to_numpy(), abs=1e-6)
+
+
+def test_a_group_of_one_class_is_constant(labelled: pd.DataFrame, task: str) -> None:
+    settings = class_settings(labelled, task)
+    assert reason_of(group_rows(labelled, city="oslo").assign(label=STEPS[task][1]), settings) == "constant_target"
+
+
+def test_a_group_that_lacks_a_class_is_trained_all_the_same(rows: pd.DataFrame) -> None:
+    frame = with_classes(rows, STEPS["multiclass"])
+    frame["label"] = frame["label"].replace("mid", "low")
+    outcome = train_group(group_rows(frame, city="oslo"), FINEST, class_settings(frame, "multiclass"))
+    judged = holdout_of(outcome)
+    assert outcome.status == "trained"
+    assert judged.loc[judged["class_name"] == "mid", "prediction"].max() < 1e-3
+    assert booster_of(outcome).predict(np.zeros((2, 4))).shape == (2, 3)
+
+
+def test_a_label_of_no_class_is_invalid(labelled: pd.DataFrame, task: str) -> None:
+    settings, oslo = class_settings(labelled, task), group_rows(labelled, city="oslo")
+    one = train_group(oslo.assign(label=oslo["label"].where(oslo.index > 0, "odd")), FINEST, settings)
+    assert (one.status, one.ledger["n_invalid"]) == ("trained", 1)
+    many = train_group(oslo.assign(label=oslo["label"].where(oslo.index > 10, "odd")), FINEST, settings)
+    assert (many.status, many.reason, many.ledger["n_invalid"]) == ("inherited", "unknown_class", 11)
+    pooled = train_group(labelled.assign(label=labelled["label"].where(labelled.index % 50 > 0, "odd")), 0, settings)
+    assert (pooled.status, pooled.ledger["n_invalid"]) == ("trained", 24)
+    odd = set(labelled.loc[labelled.index % 50 == 0, "row_key"])
+    assert not odd & set(holdout_of(pooled)["row_key"])
+
+
+def test_a_row_without_a_label_is_left_out_and_not_invalid(labelled: pd.DataFrame, task: str) -> None:
+    oslo = group_rows(labelled, city="oslo")
+    outcome = train_group(oslo.assign(label=oslo["label"].where(oslo.index > 20)), FINEST, class_settings(labelled, task))
+    assert (outcome.status, outcome.ledger["n_invalid"]) == ("trained", 0)
+    assert train_group(oslo.assign(label=None), FINEST, class_settings(labelled, task)).reason == "no_target"
+
+
+def test_a_pooled_group_of_classes_without_a_model_still_has_its_rows_judged(labelled: pd.DataFrame, task: str) -> None:
+    settings = class_settings(labelled, task, tuning={"fit_rows": 100_000})
+    judged = holdout_of(train_group(labelled, 0, settings))
+    n_classes = 3 if task == "multiclass" else 1
+    assert len(judged) == n_classes * split_of(labelled, settings).isin([TUNE, REPORT]).sum()
+    assert judged["prediction"].isna().all()
+    pd.testing.assert_frame_equal(judged, judged_without_model(labelled, settings))
+
+
+def test_rows_of_no_weight_teach_no_class(labelled: pd.DataFrame, task: str) -> None:
+    oslo = group_rows(labelled, city="oslo")
+    settings = class_settings(labelled, task, target={"weight": "size"})
+    light = oslo.index.to_numpy() % 3 == 0
+    first, last = STEPS[task][0], STEPS[task][-1]
+    predictions = [
+        holdout_of(train_group(oslo.assign(size=np.where(light, 0.0, 1.0), label=oslo["label"].mask(light, label)), FINEST, settings))["prediction"]
+        for label in (first, last)
+    ]
+    assert predictions[0].to_numpy() == pytest.approx(predictions[1].to_numpy(), abs=1e-6)
+
+
+TASKS: dict[str, dict[str, Any]] = {
+    **{name: {"task": name, "target": {"column": "label"}} for name in STEPS},
+    **{name: {"tuning": {"objective": name}} for name in ("quantile", "poisson", "tweedie", "huber")},
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_unseen_categories_and_nulls_are_missing_values_in_every_task(rows: pd.DataFrame, name: str) -> None:
+    frame = with_classes(rows, STEPS.get(name, ("a", "b"))).assign(sales=rows["sales"].clip(lower=0.0))
+    settings = settings_with(frame, baselines=None, **TASKS[name])
+    late = split_of(frame, settings) == REPORT
+    unseen, missing = (holdout_of(train_group(frame.assign(kind=frame["kind"].mask(late, kind)), 0, settings)) for kind in ("huge", None))
+    assert np.array_equal(unseen["prediction"], missing["prediction"])
+    assert np.isfinite(unseen["prediction"]).all()
+    empty = train_group(frame.assign(price=np.nan), 0, settings)
+    assert empty.status == "trained"
+    assert np.isfinite(holdout_of(empty)["prediction"]).all()
+
+
+@pytest.mark.parametrize("objective", ["poisson", "tweedie"])
+def test_counts_below_zero_are_invalid_and_the_answer_is_the_mean(oslo: pd.DataFrame, rows: pd.DataFrame, objective: str) -> None:
+    settings = settings_with(rows, tuning={"objective": objective})
+    counts = oslo.assign(sales=oslo["sales"].clip(lower=0.0).round())
+    few = train_group(counts.assign(sales=counts["sales"].where(counts.index > 0, -1.0)), FINEST, settings)
+    assert (few.status, few.ledger["n_invalid"]) == ("trained", 1)
+    many = train_group(counts.assign(sales=counts["sales"].where(counts.index > 10, -1.0)), FINEST, settings)
+    assert (many.status, many.reason) == ("inherited", "infinite_target")
+    judged = holdout_of(train_group(counts, FINEST, settings))
+    report = judged[judged["split"] == REPORT]
+    assert report["prediction"].mean() == pytest.approx(report["actual"].mean(), rel=0.1)
+    assert train_group(counts.assign(sales=0.0), FINEST, settings).reason == "constant_target"
+
+
+def test_a_quantile_lies_where_it_should(rows: pd.DataFrame) -> None:
+    shares = []
+    for alpha in (0.1, 0.5, 0.9):
+        settings = settings_with(rows, tuning={"objective": "quantile", "alpha": alpha, "max_rounds": 300})
+        judged = holdout_of(train_group(rows, 0, settings))
+        shares.append(float((judged["actual"] < judged["prediction"]).mean()))
+    assert shares == sorted(shares)
+    assert shares[0] < 0.3
+    assert shares[2] > 0.7
+
+
+@pytest.mark.parametrize("name", ["l2", "huber", "poisson", "tweedie", "binary"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_monotone_answer_only_rises_or_only_falls(rows: pd.DataFrame, name: str, sign: int) -> None:
+    frame = with_classes(rows, ("no", "yes")).assign(sales=rows["sales"].clip(lower=0.0))
+    changes = {"task": "binary", "target": {"column": "label"}} if name == "binary" else {"tuning": {"objective": name}}
+    boosters = [
+        booster_of(train_group(frame, 0, settings_with(frame, baselines=None, features={"monotone": monotone}, **changes)))
+        for monotone in ({"price": sign}, {})
+    ]
+    prices = np.linspace(5, 15, 50)
+    questions = np.column_stack([prices, np.ones(50), np.full(50, 2.0), np.zeros(50)])
+    constrained, free = (np.diff(booster.predict(questions)) * sign for booster in boosters)
+    assert (constrained >= 0).all()
+    assert sign == -1 or (free < 0).any()  # sales fall with the price: left alone, so do the answers

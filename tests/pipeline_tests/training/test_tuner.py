@@ -7,8 +7,18 @@ import optuna
 import pytest
 
 from pipeline.spec import SearchRange, TuningSpec
+from pipeline.testing.data import small_spec
 from pipeline.training import tuner as module
-from pipeline.training.objective import default_parameters, early_stopping_rounds, fixed_parameters, inside, search_space, suggest_parameters
+from pipeline.training.objective import (
+    default_parameters,
+    early_stopping_rounds,
+    fixed_parameters,
+    inside,
+    learning_goal,
+    row_losses,
+    search_space,
+    suggest_parameters,
+)
 from pipeline.training.start import Start
 from pipeline.training.tuner import Clock, Learnable, Study, Tuned
 
@@ -25,6 +35,7 @@ def learnable(n: int, *, seed: int, noise: float = 1.0, weight: bool = False) ->
 
 FIT_ROWS, TUNE_ROWS = learnable(300, seed=1), learnable(N_TUNE, seed=2)
 BLOCKS = np.arange(N_TUNE) < N_TUNE // 2
+SQUARES = learning_goal(small_spec())
 
 
 class Recorder:
@@ -52,9 +63,16 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     return Recorder(monkeypatch)
 
 
-def studied(fit: Learnable = FIT_ROWS, tune: Learnable = TUNE_ROWS, blocks: Any = BLOCKS, start: Start | None = None, **tuning: Any) -> Tuned:
+def studied(
+    fit: Learnable = FIT_ROWS,
+    tune: Learnable = TUNE_ROWS,
+    blocks: Any = BLOCKS,
+    goal: Any = SQUARES,
+    start: Start | None = None,
+    **tuning: Any,
+) -> Tuned:
     settings = {"max_trials": 5, "patience": 5, "max_rounds": 120, **tuning}
-    return Study(fit, tune, blocks, [], TuningSpec(**settings), 1, start or Start(), Clock()).run()
+    return Study(fit, tune, blocks, [], TuningSpec(**settings), 1, goal, start or Start(), Clock()).run()
 
 
 def mean_squares(booster: lgb.Booster, rows: Learnable, n_rounds: int) -> float:
@@ -205,15 +223,78 @@ def test_a_study_leaves_optuna_no_noise(capfd: pytest.CaptureFixture[str]) -> No
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("objective", ["l2", "l1", "huber"])
-def test_every_objective_learns(objective: Any) -> None:
-    found = studied(objective=objective, max_trials=1)
-    assert np.corrcoef(found.cross_predictions, TUNE_ROWS.target)[0, 1] > 0.7
+GOALS: dict[str, dict[str, Any]] = {
+    "l2": {},
+    "l1": {"tuning": {"objective": "l1"}},
+    "huber": {"tuning": {"objective": "huber", "alpha": 2.0}},
+    "quantile": {"tuning": {"objective": "quantile", "alpha": 0.8}},
+    "poisson": {"tuning": {"objective": "poisson"}},
+    "tweedie": {"tuning": {"objective": "tweedie", "variance_power": 1.3}},
+    "binary": {"task": "binary"},
+    "multiclass": {"task": "multiclass"},
+}
+
+
+def goal_of(name: str) -> dict[str, Any]:
+    return learning_goal(small_spec(baselines=None, **GOALS[name]), n_classes=3)
+
+
+def suited(rows: Learnable, name: str) -> Learnable:
+    """The rows with a target that the goal takes."""
+    steps = np.digitize(rows.target, [-2.0, 2.0]).astype(float)
+    target = {"binary": (rows.target > 0).astype(float), "multiclass": steps, "poisson": steps, "tweedie": steps}.get(name, rows.target)
+    return Learnable(rows.matrix, target, rows.weight)
+
+
+@pytest.mark.parametrize("name", GOALS)
+def test_every_goal_learns(name: str) -> None:
+    tune = suited(TUNE_ROWS, name)
+    found = studied(suited(FIT_ROWS, name), tune, goal=goal_of(name), max_trials=1).cross_predictions
+    if name == "multiclass":
+        assert found.shape == (N_TUNE, 3)
+        assert found.sum(axis=1) == pytest.approx(1.0)
+        assert (found.argmax(axis=1) == tune.target).mean() > 0.6
+    else:
+        assert found.shape == (N_TUNE,)
+        assert np.corrcoef(found, tune.target)[0, 1] > 0.6
+
+
+@pytest.mark.parametrize("name", GOALS)
+def test_losses_of_rows_rank_models_as_lightgbm_does(name: str) -> None:
+    fit, goal, stated, told = suited(FIT_ROWS, name), goal_of(name), {}, {}
+    # Less a term that no prediction changes: from one round to another the losses differ by the same.
+    booster = lgb.train(
+        fixed_parameters(TuningSpec(), goal, threads=1), (data := fit.dataset([])), 20, valid_sets=[data], callbacks=[lgb.record_evaluation(stated)]
+    )
+    for n_rounds in (5, 20):
+        losses = row_losses(goal, fit.target, booster.predict(fit.matrix, num_iteration=n_rounds))
+        assert losses.shape == (len(fit),)
+        told[n_rounds] = float(losses.mean())
+    (curve,) = next(iter(stated.values())).values()
+    assert told[5] - told[20] == pytest.approx(curve[4] - curve[19], rel=1e-6)
+    assert told[5] > told[20]
+
+
+def test_a_goal_says_what_lightgbm_needs_to_know() -> None:
+    assert goal_of("quantile") == {"objective": "quantile", "metric": "quantile", "alpha": 0.8}
+    assert goal_of("tweedie") == {"objective": "tweedie", "metric": "tweedie", "tweedie_variance_power": 1.3}
+    assert goal_of("binary") == {"objective": "binary", "metric": "binary_logloss"}
+    assert goal_of("multiclass") == {"objective": "multiclass", "metric": "multi_logloss", "num_class": 3}
+    assert learning_goal(small_spec(tuning={"objective": "quantile"}))["alpha"] == 0.5
+    assert learning_goal(small_spec(tuning={"objective": "huber"}))["alpha"] == 0.9
+    assert learning_goal(small_spec(tuning={"objective": "tweedie"}))["tweedie_variance_power"] == 1.5
+
+
+def test_constraints_stand_in_the_order_of_the_features() -> None:
+    spec = small_spec(features={"monotone": {"promotion": 1, "price": -1}})
+    constraints = dict(zip(spec.feature_columns, learning_goal(spec)["monotone_constraints"], strict=True))
+    assert constraints == {"price": -1, "promotion": 1, "day_of_week": 0, "kind": 0}
+    assert "monotone_constraints" not in learning_goal(small_spec(features={"monotone": {"price": 0}}))
 
 
 def test_no_trial_changes_what_is_fixed(recorder: Recorder) -> None:
     studied(max_trials=3)
-    fixed = fixed_parameters(TuningSpec(), threads=1)
+    fixed = fixed_parameters(TuningSpec(), SQUARES, threads=1)
     assert all(parameters | fixed == parameters for parameters in recorder.parameters)
 
 
