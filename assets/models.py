@@ -14,7 +14,7 @@ from pipeline.faults import crash_point
 from pipeline.models.meta_model import PackError, decode_booster
 from pipeline.reporting.plots import plan_plot, training_plot
 from pipeline.reporting.summary import fleet_errors, markdown_table, slowest_groups, status_counts, worst_groups, worthwhile_groups
-from pipeline.spark.fleet_training import Cluster, History, PlannedRun, plan_run, train_run
+from pipeline.spark.fleet_training import Cluster, History, PlannedRun, choose_own, plan_run, train_run
 from pipeline.spec import FleetSpec
 from pipeline.tables import BOOSTERS, LEDGER
 from pipeline.training.outcome import TOO_FEW_ROWS, Status
@@ -48,14 +48,14 @@ def models_asset(spec: FleetSpec) -> dg.AssetsDefinition:
             crash_point("lease_taken")
             features_location = tables.location(spec.name, "features")
             features_version = tables.version(features_location)
-            run = plan_run(
-                tables.read_spark(spark.session, features_location, features_version),
-                spec,
-                launch.request(spec, context.run.run_id),
-                History.read(tables, namespace),
-                slots=spark.slots,
-                threads=spark.task_cpus,
-            )
+            features = tables.read_spark(spark.session, features_location, features_version)
+            request, history = launch.request(spec, context.run.run_id), History.read(tables, namespace)
+            run = plan_run(features, spec, request, history, slots=spark.slots, threads=spark.task_cpus)
+            if run.must_choose and lease is not None:
+                context.log.info("own: auto: trying both forms on some groups")
+                own, told = choose_own(Cluster(spark.session, _say_nothing, spark.group_memory_bytes), tables, namespace, run, spec)
+                context.log.info(told)
+                run = plan_run(features, spec, request, history, slots=spark.slots, threads=spark.task_cpus, own=own)
             context.log.info(_plan_text(run, spec))
             if lease is None:
                 context.log.info("dry run: nothing was trained\n" + _largest(run))
@@ -138,6 +138,10 @@ def _plan_text(run: PlannedRun, spec: FleetSpec) -> str:
 def _largest(run: PlannedRun) -> str:
     shown = run.plan.groups.head(10)[["group_id", "action", "reason", "n_rows", "n_fit", "n_tune", "n_report", "cost_seconds", "wave", "task"]]
     return str(shown.fillna("").to_string(index=False, float_format=lambda value: f"{value:.1f}"))
+
+
+def _say_nothing(*_: float) -> None:
+    """A report to nobody."""
 
 
 def _told(ledger: pd.DataFrame) -> str:

@@ -26,7 +26,7 @@ STATUSES = (*WITH_MODEL, "inherited", "failed", "crashed")
 # What two runs over the same data may differ in: names, and what a clock says.
 OF_THE_RUN = ("run_id", "source_run_id", "wave", "seconds", "lightgbm_seconds", "planned_seconds", "task")
 # Put together from sums over rows, whose order may differ.
-SUMMED = re.compile(r"weight|tune_own|tune_parent|report_(own|parent|blend|constant)|(pooled_)?(rmse|mae|mape)|baselines|interval")
+SUMMED = re.compile(r"weight|tune_own|tune_parent|report_(own|parent|blend|constant)|(pooled_)?(rmse|mae|mape)|baselines|metrics|interval")
 PINNED = ("as_of", "constant", "constant_without_offset", "data_digest", "n_groups", "report_start", "request", "spec_digest", "tune_start")
 TOLERANCE = 1e-9
 SHOWN = 3
@@ -109,7 +109,7 @@ class _Finished:
         keys = _holdout_keys(rows)
         return {
             tuple(row[name] for name in keys if name != "wave"): repr(sorted((name, str(value)) for name, value in row.items() if name != "wave"))
-            for row in rows.to_dict("records")
+            for row in _records(rows)
             if (row["wave"], row["grain"], row["group_id"]) in places
         }
 

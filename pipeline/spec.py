@@ -203,6 +203,10 @@ SEARCHABLE = (
 WHOLE_PARAMETERS = ("extra_trees", "max_cat_threshold", "max_depth", "min_data_in_leaf", "num_leaves")
 
 
+# Settings that say when, where and how long to train, not what comes out.
+BUDGETS = ("budget_seconds", "checkpoint_seconds", "kill_after_seconds", "max_rows", "retune_after")
+
+
 class SearchRange(Part):
     """Where a LightGBM parameter is looked for; equal ends fix it."""
 
@@ -467,7 +471,8 @@ class FleetSpec(Part):
     @property
     def training_digest(self) -> str:
         """Hash of all that changes what training gives; names and descriptions for people are left out."""
-        parts = self.model_dump(mode="json", exclude={"description", "owners", "scoring", "sources"})
+        left_out: Any = {"description": True, "owners": True, "scoring": True, "sources": True, "tuning": set(BUDGETS)}
+        parts = self.model_dump(mode="json", exclude=left_out)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @model_validator(mode="wrap")
@@ -494,6 +499,7 @@ class FleetSpec(Part):
         yield from self._grain_problems()
         yield from self._history_problems()
         yield from self._task_problems()
+        yield from self._own_problems()
         yield from self._monotone_problems()
         names = [source.name for source in self.sources]
         yield from (f"sources: {name!r} is there twice; give each source its own name" for name in _doubled(names))
@@ -543,6 +549,16 @@ class FleetSpec(Part):
             if list(fine[: len(coarse)]) != list(coarse) or len(fine) <= len(coarse):
                 yield f"grains: {list(fine)} does not extend {list(coarse)}; each grain is the one before it plus further keys"
         yield from (f"grains: key {name!r} is there twice in {list(self.finest)}" for name in _doubled(self.finest))
+
+    def _own_problems(self) -> Iterator[str]:
+        if self.own == "independent":
+            return
+        if self.is_class_task or self.objective in COUNTED:
+            yield f"own: {self.own!r} does not go with {self.objective}: trees correct a number, on the scale that they learn it; use independent"
+        if self.pooling == "none":
+            yield f"own: {self.own!r} corrects a parent's model, and pooling is none: use pooling: blend, or own: independent"
+        if len(self.grains) == 1:
+            yield f"own: {self.own!r} corrects a parent's model, and there is only the grain []; add a grain, or use independent"
 
     def _task_problems(self) -> Iterator[str]:
         target, tuning, objective = self.target, self.tuning, self.objective

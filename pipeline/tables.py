@@ -117,8 +117,8 @@ LEDGER = TableContract(
         Column(
             "reason",
             pa.string(),
-            "why it has no model: too_few_rows, no_target, constant_target, infinite_target, unknown_class, pooling_none, error, timeout, native_crash; "
-            "or why it kept an old one: not_listed, vanished",
+            "why it has no model: too_few_rows, no_target, constant_target, infinite_target, unknown_class, pooling_none, error, timeout, "
+            "native_crash; or why it kept an old one: not_listed, vanished",
         ),
         Column("error_class", pa.string(), "class of the exception of a failed group; how the process of a crashed one ended"),
         Column("error_message", pa.string(), "its message"),
@@ -206,7 +206,11 @@ HOLDOUT = TableContract(
         Column("row_key", pa.string(), "the row that was predicted"),
         Column("class_name", pa.string(), "multiclass: the class whose probability this is; else null"),
         Column("time", TIMESTAMP, "the row's time"),
-        Column("split", pa.string(), "tune (cross-selected prediction) or report (fitted on fit + tune rows)"),
+        Column(
+            "split",
+            pa.string(),
+            "tune (cross-selected prediction), report (fitted on fit + tune rows); with own: correction also fit and gap (out of fold)",
+        ),
         Column("actual", pa.float64(), "target, target units; for classes 1 where the row is of the (positive) class, else 0"),
         Column("offset", pa.float64(), "offset, link space; null where the row has none"),
         Column("scale", pa.float64(), "scale; null where the row has none"),

@@ -7,12 +7,10 @@ from importlib.metadata import version as installed_version
 from typing import Any
 
 from pipeline.grouping.splits import Cutoffs
-from pipeline.spec import TuningSpec
+from pipeline.spec import BUDGETS, TuningSpec
 
 # Goes up whenever the training code gives other boosters from the same rows.
 TRAINING_VERSION = 1
-# Settings that say when and how long to train, not what comes out.
-_NOT_OF_THE_BOOSTER = {"budget_seconds", "checkpoint_seconds", "kill_after_seconds", "max_rows", "retune_after"}
 _LIBRARIES = ("lightgbm", "numpy", "optuna")
 
 
@@ -26,7 +24,7 @@ def shared_digest(model: Mapping[str, Any], goal: Mapping[str, Any], tuning: Tun
         "goal": goal,
         "categoricals": sorted(model["categories"]),
         "weight": weight,
-        "tuning": tuning.model_dump(mode="json", exclude=_NOT_OF_THE_BOOSTER),
+        "tuning": tuning.model_dump(mode="json", exclude=set(BUDGETS)),
         "cutoffs": [str(cutoffs.tune_start), str(cutoffs.report_start)],
         "training": TRAINING_VERSION,
         "libraries": {library: installed_version(library) for library in _LIBRARIES},

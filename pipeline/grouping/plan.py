@@ -3,7 +3,7 @@
 import heapq
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -93,6 +93,7 @@ class Policy:
         fit_rows: a group with fewer fit rows is not trained.
         tune_rows: a group with fewer tune rows is not trained.
         finest_only: whether only the finest grain is trained.
+        corrects: whether a group's trees correct its parent's predictions, so that it changes with its parent.
         max_trials: first-pass trials where the fleet has a budget of seconds; None leaves it to the spec.
     """
 
@@ -103,6 +104,7 @@ class Policy:
     fit_rows: int
     tune_rows: int
     finest_only: bool = False
+    corrects: bool = False
     max_trials: int | None = None
 
 
@@ -190,7 +192,7 @@ def build_plan(
     model = cost_model or CostModel()
     groups = _with_vanished(counts.reset_index(drop=True), memory.before)
     finest = int(groups["grain"].max())
-    decisions = [_decide(row, policy, memory, shared, finest) for row in groups.to_dict("records")]
+    decisions = _decisions(groups.to_dict("records"), policy, memory, shared, finest)
     for name in ("action", "reason", "started_from", "fingerprint"):
         groups[name] = pd.Series([getattr(decision, name) for decision in decisions], dtype=object)
     works = groups["action"].isin([TRAIN, REFRESH])
@@ -227,18 +229,33 @@ class _Decision:
     fingerprint: str | None = None
 
 
-def _decide(group: Mapping[Any, Any], policy: Policy, memory: Memory, shared: str, finest: int) -> _Decision:
+def _decisions(groups: Sequence[Mapping[Any, Any]], policy: Policy, memory: Memory, shared: str, finest: int) -> list[_Decision]:
+    """One decision per group, in the groups' order; parents first, because a child that corrects them changes with them."""
+    found: dict[int, _Decision] = {}
+    bases: dict[GroupKey, str | None] = {}
+    listed: set[GroupKey] = set()
+    for place in sorted(range(len(groups)), key=lambda place: groups[place]["grain"]):
+        group = dict(groups[place])
+        key, parent = (int(group["grain"]), str(group["group_id"])), (int(group["grain"]) - 1, str(group["parent_id"]))
+        if policy.corrects and group["rows_hash"] != VANISHED and (base := bases.get(parent)) is not None:
+            group["rows_hash"] = f"{group['rows_hash']}+{base}"
+        if key[1] in policy.listed or (policy.corrects and parent in listed):
+            listed.add(key)
+        found[place] = _decide(group, policy, memory, shared, finest, is_listed=key in listed)
+        bases[key] = found[place].fingerprint or bases.get(parent)
+    return [found[place] for place in range(len(groups))]
+
+
+def _decide(group: Mapping[Any, Any], policy: Policy, memory: Memory, shared: str, finest: int, *, is_listed: bool) -> _Decision:
     """What is to be done for one group."""
     key = int(group["grain"]), str(group["group_id"])
     before = memory.before.get(key)
-    if group["rows_hash"] == VANISHED:
-        return _without_training(before, VANISHED)
-    if policy.retrain == "listed" and key[1] not in policy.listed:
-        return _without_training(before, NOT_LISTED)
+    hashed = str(group["rows_hash"])
+    if hashed == VANISHED or (policy.retrain == "listed" and not is_listed):
+        return _without_training(key[0], before, VANISHED if hashed == VANISHED else NOT_LISTED, hashed, shared)
     # The pooled group is sent to a worker in any case, if only to judge the rows that no model answers.
     if key[0] > 0 and (reason := _reason_to_inherit(group, policy, finest)) is not None:
         return _Decision(INHERIT, reason)
-    hashed = str(group["rows_hash"])
     source = memory.kept.get(key)
     if source is not None and _is_unchanged(source, hashed, shared):
         return _Decision(KEEP, None, source["started_from"], source["fingerprint"])
@@ -250,9 +267,12 @@ def _decide(group: Mapping[Any, Any], policy: Policy, memory: Memory, shared: st
     return _Decision(TRAIN if start.refit is None else REFRESH, None, started_from, fingerprint(hashed, shared, started_from))
 
 
-def _without_training(before: Mapping[str, Any] | None, reason: str) -> _Decision:
-    """A group keeps the booster it has, if it has one, whatever became of its rows."""
-    if before is None or before["status"] not in WITH_BOOSTER:
+def _without_training(grain: int, before: Mapping[str, Any] | None, reason: str, hashed: str, shared: str) -> _Decision:
+    """A group keeps the booster it has, if it has one, whatever became of its rows; the pooled group keeps its held-out rows, or judges."""
+    if grain == 0 and before is None:
+        started_from = Start(judge=True).to_json()
+        return _Decision(TRAIN, reason, started_from, fingerprint(hashed, shared, started_from))
+    if before is None or (grain > 0 and before["status"] not in WITH_BOOSTER):
         return _Decision(INHERIT, reason)
     return _Decision(REUSE, reason, before["started_from"], before["fingerprint"])
 
@@ -290,6 +310,14 @@ def _start(group: Mapping[Any, Any], memory: Memory, policy: Policy, *, judge: b
     if own is not None and memory.same_spec and policy.retrain in ("changed", "stale") and _was_tuned_lately(own, policy):
         return Start(refit=json.loads(own["parameters"]), n_rounds=int(own["n_rounds"]))
     return Start(trials=tuple(json.loads(row["parameters"]) for row in (own, parent) if row is not None), max_trials=policy.max_trials)
+
+
+def of_grain(plan: TrainingPlan, grain: int, checkpoint_seconds: float) -> TrainingPlan:
+    """The part of a plan that trains one grain, in waves of its own."""
+    groups = plan.to_train[plan.to_train["grain"] == grain].reset_index(drop=True)
+    costs = groups["cost_seconds"].tolist()
+    groups["wave"], groups["task"] = assign_waves(pack_tasks(costs, slots=plan.slots), costs, slots=plan.slots, checkpoint_seconds=checkpoint_seconds)
+    return replace(plan, groups=groups)
 
 
 def pack_tasks(costs: Sequence[float], *, slots: int, task_seconds: float = TASK_SECONDS) -> list[int]:

@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 
 PACK_FORMAT = 1
 CONSTANT = "constant"
+INDEPENDENT, CORRECTION = "independent", "correction"
 REGRESSION, MULTICLASS = "regression", "multiclass"
 MAX_BOOSTER_BYTES = 1 << 30
 _CHAIN_COLUMNS = ("grain", "group_id", "booster_id", "weight", "interval")
@@ -267,6 +268,9 @@ class FleetModel:
         offset, scale = offset_and_scale(frame, target)
         anchored = np.isfinite(offset) & np.isfinite(scale)
         answer = self._first_answer(len(frame))
+        # What the nearest ancestor's own model says, to which a correction adds.
+        base = answer.copy()
+        corrects = self.spec.get("own") == CORRECTION
         interval = np.full(len(frame), np.nan)
         answered_by = np.full(len(frame), CONSTANT, dtype=object)
         booster_id = np.full(len(frame), None, dtype=object)
@@ -284,10 +288,15 @@ class FleetModel:
                 if width is not None:
                     interval[rows] = width
                 rows = rows[anchored[rows]]
-                if name is None or weight == 0.0 or not len(rows):
+                if name is None or not len(rows) or (weight == 0.0 and not corrects):
                     continue
                 own = self._booster(name).predict(matrix[rows], num_threads=1)
+                if corrects:
+                    own = own + base[rows] if grain else own
+                    base[rows] = own
                 answer[rows] = weight * own + (1.0 - weight) * answer[rows]
+                if weight == 0.0:
+                    continue
                 answered_by[rows] = grain_name(keys)
                 booster_id[rows] = name
         values = self._numbers_of(answer, anchored, offset, scale, interval) if self.task == REGRESSION else self._classes_of(answer)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import StoreError
-from pipeline.models.meta_model import PACK_FORMAT
+from pipeline.models.meta_model import INDEPENDENT, PACK_FORMAT
 from pipeline.spec import FleetSpec
 from pipeline.tables import BOOSTERS
 
@@ -21,7 +21,13 @@ _CHAINS = pa.schema(
 _BOOSTER_SCHEMA = pa.schema([field for field in BOOSTERS.schema if field.name not in ("run_id", "wave")])
 
 
-def model_spec(spec: FleetSpec, categories: Mapping[str, Sequence[str]], classes: Sequence[str] = (), prior: Sequence[float] = ()) -> dict[str, Any]:
+def model_spec(
+    spec: FleetSpec,
+    categories: Mapping[str, Sequence[str]],
+    classes: Sequence[str] = (),
+    prior: Sequence[float] = (),
+    own: str = INDEPENDENT,
+) -> dict[str, Any]:
     """The part of a spec.json that training, packing and scoring share.
 
     Args:
@@ -29,6 +35,7 @@ def model_spec(spec: FleetSpec, categories: Mapping[str, Sequence[str]], classes
         categories: values per categorical feature, in order.
         classes: of the target, in order; empty for regression.
         prior: each class's share of the fit rows; empty for regression.
+        own: `independent`, or `correction` where a group's trees add to its parent's prediction.
     """
     target = spec.target
     needed = [*spec.finest, *spec.feature_columns, *(name for name in (target.offset, target.scale) if name)]
@@ -40,6 +47,7 @@ def model_spec(spec: FleetSpec, categories: Mapping[str, Sequence[str]], classes
         "categories": {name: list(values) for name, values in categories.items()},
         "required": list(dict.fromkeys(needed)),
         "task": spec.task,
+        "own": own,
         "classes": list(classes),
         "prior": list(prior),
         "target": {"column": target.column, "transform": target.transform, "offset": target.offset, "scale": target.scale},

@@ -1,7 +1,7 @@
 """Judging a run on its holdout: sums for the blend, then every group's error against its baselines."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ import pandas as pd
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as sf
 
-from pipeline.grouping.splits import TUNE, Cutoffs
+from pipeline.grouping.splits import REPORT, TUNE, Cutoffs
 from pipeline.spark.keys import finite, inverse_link_column, link_column, moment_column
 from pipeline.spark.measures import baseline_measures, row_errors, row_means, row_measures, shown_measures
 from pipeline.spec import QUANTILE, WAYS, FleetSpec
@@ -18,7 +18,13 @@ from pipeline.training.blend import N_BLOCKS, Constants, GroupSkill, Moments
 MIN_INTERVAL_ROWS = 30
 
 
-def judged_rows(holdout: DataFrame, spec: FleetSpec, cutoffs: Cutoffs, constants: Constants) -> DataFrame:
+def nearest_predictions(holdout: DataFrame) -> DataFrame:
+    """What the finest model that has a prediction says of each row: row_key and `_base`."""
+    grain = sf.when(sf.col("prediction").isNotNull(), sf.col("grain"))
+    return holdout.groupBy("row_key").agg(sf.max_by("prediction", grain).alias("_base"))
+
+
+def judged_rows(holdout: DataFrame, spec: FleetSpec, cutoffs: Cutoffs, constants: Constants, has_model: Sequence[Collection[str]] = ()) -> DataFrame:
     """One row per held-out row, for multiclass per row and class, with the own prediction of each grain side by side.
 
     Args:
@@ -26,19 +32,30 @@ def judged_rows(holdout: DataFrame, spec: FleetSpec, cutoffs: Cutoffs, constants
         spec: the fleet.
         cutoffs: the run's dates.
         constants: what answers without a model.
+        has_model: per grain the groups that have a model; a row that one of its groups with a model has not predicted is left out
+            (it is not in a coarse group's sample, or only an earlier run had it).
 
     Returns:
         Beside the columns of the holdout: p0, p1, ... (the grains' predictions), residual (the target as models see it), block
         (stretch of the tune split), blend_weight (the row's weight where the blend is learnt).
     """
-    shared = ("time", "actual", "offset", "scale", "weight", "group_ids", "baselines")
+    shared = ("time", "actual", "offset", "scale", "group_ids", "baselines")
     predictions = [sf.max(sf.when(sf.col("grain") == grain, sf.col("prediction"))).alias(f"p{grain}") for grain in range(len(spec.grains))]
-    wide = holdout.groupBy("row_key", "split", "class_name").agg(*(sf.first(name).alias(name) for name in shared), *predictions)
+    # In a coarse group's sample a row weighs more, as it stands for others.
+    weight = sf.max("weight").alias("weight")
+    # Out-of-fold predictions of fit rows are for children to correct.
+    held_out = holdout.where(sf.col("split").isin(TUNE, REPORT))
+    wide = held_out.groupBy("row_key", "split", "class_name").agg(*(sf.first(name).alias(name) for name in shared), weight, *predictions)
     linked = link_column(sf.col("actual"), spec.target.transform)
     start, end = (moment_column(moment).cast("double") for moment in (cutoffs.tune_start, cutoffs.report_start))
     block = sf.floor((sf.col("time").cast("double") - start) / (end - start) * N_BLOCKS).cast("int")
     block = sf.when(sf.col("split") == TUNE, block).otherwise(0)
     judged = wide.withColumn("residual", finite((linked - sf.col("offset")) / sf.col("scale"))).withColumn("block", block)
+    for grain, groups in enumerate(has_model):
+        named = holdout.sparkSession.createDataFrame([(group,) for group in sorted(groups)], f"_m{grain} string")
+        judged = judged.join(sf.broadcast(named), sf.col("group_ids")[grain] == sf.col(f"_m{grain}"), "left")
+        is_answered = sf.col(f"_m{grain}").isNull() | sf.col(f"p{grain}").isNotNull() | sf.col("residual").isNull()
+        judged = judged.where(is_answered).drop(f"_m{grain}")
     return judged.withColumn("blend_weight", _blend_weight(spec, constants))
 
 

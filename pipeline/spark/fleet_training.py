@@ -10,24 +10,43 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version as installed_version
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 from py4j.protocol import Py4JError
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as sf
 
 from pipeline.errors import DataError
 from pipeline.faults import crash_point
 from pipeline.features.encoding import choose_categories
-from pipeline.grouping.fingerprints import shared_digest
+from pipeline.grouping.fingerprints import fingerprint, shared_digest
 from pipeline.grouping.periods import Period
-from pipeline.grouping.plan import INHERIT, KEEP, REUSE, CostModel, GroupKey, Memory, Policy, Retrain, TrainingPlan, build_plan, pack_tasks
+from pipeline.grouping.plan import (
+    INHERIT,
+    KEEP,
+    REFRESH,
+    REUSE,
+    TRAIN,
+    CostModel,
+    GroupKey,
+    Memory,
+    Policy,
+    Retrain,
+    TrainingPlan,
+    build_plan,
+    of_grain,
+    pack_tasks,
+)
 from pipeline.grouping.sampling import sampling_exponents
-from pipeline.grouping.splits import Cutoffs, resolve_cutoffs
-from pipeline.models.meta_model import grain_name
+from pipeline.grouping.splits import TUNE, Cutoffs, resolve_cutoffs
+from pipeline.models.meta_model import CORRECTION, INDEPENDENT, grain_name
 from pipeline.models.pack import model_spec
-from pipeline.spark.evaluation import judged_rows, measure_groups, sum_moments
+from pipeline.spark.evaluation import judged_rows, measure_groups, nearest_predictions, sum_moments
 from pipeline.spark.features import newest_known, newest_time
+from pipeline.spark.files import read_files
+from pipeline.spark.keys import link_column
 from pipeline.spark.training import (
     Progress,
     Report,
@@ -55,6 +74,8 @@ from pipeline.training.worker import TrainGroup
 WAVES_AT_ONCE = 2
 # Trials per group of the first pass, where the fleet has a budget of seconds.
 FIRST_PASS_TRIALS = 1
+# Groups that `own: auto` tries both forms on.
+PILOT_GROUPS = 30
 # What a row of an earlier run's ledger gives to a group that is reused.
 _TAKEN_OVER = (
     "booster_id",
@@ -73,6 +94,7 @@ _TAKEN_OVER = (
     "tuned_as_of",
     "error_class",
     "error_message",
+    "weight",
 )
 
 
@@ -116,6 +138,7 @@ class PlannedRun:
         previous_run_id: the newest run finished before it.
         data_digest: hash of the rows.
         is_resumed: whether an interrupted run is taken up again.
+        must_choose: whether `own` is auto and nobody has chosen yet: the plan is that of independent models.
     """
 
     run_id: str
@@ -129,6 +152,7 @@ class PlannedRun:
     previous_run_id: str | None = None
     data_digest: str = ""
     is_resumed: bool = False
+    must_choose: bool = False
 
 
 @dataclass(frozen=True)
@@ -171,7 +195,9 @@ def _by_group(ledger: pd.DataFrame) -> dict[GroupKey, Mapping[str, Any]]:
     return {(int(row["grain"]), row["group_id"]): row for row in _records(ledger)}
 
 
-def plan_run(features: DataFrame, spec: FleetSpec, request: Request, history: History, *, slots: int, threads: int) -> PlannedRun:
+def plan_run(
+    features: DataFrame, spec: FleetSpec, request: Request, history: History, *, slots: int, threads: int, own: str | None = None
+) -> PlannedRun:
     """Count the groups, fix the dates, find what earlier runs left, and lay out the work; nothing is trained.
 
     Args:
@@ -181,6 +207,7 @@ def plan_run(features: DataFrame, spec: FleetSpec, request: Request, history: Hi
         history: earlier runs.
         slots: tasks that run at once.
         threads: LightGBM's, per task.
+        own: `independent` or `correction`, where the spec leaves it open (see `choose_own`); by default that of the run before.
 
     Raises:
         DataError: if no row is visible at the as-of, or a listed group does not exist, or the classes are not what the task needs.
@@ -200,9 +227,11 @@ def plan_run(features: DataFrame, spec: FleetSpec, request: Request, history: Hi
     data = count_groups(rows, spec, cutoffs, categories, classes)
     _refuse_unknown(request.listed, data.counts)
     tuning = spec.tuning
+    open_runs = history.unfinished(before)
+    chosen = spec.own if spec.own != "auto" else own or _own_of(spec, before, open_runs)
     settings = TrainingSettings(
         run_id=request.run_id,
-        model=model_spec(spec, categories, list(classes), data.constants.prior),
+        model=model_spec(spec, categories, list(classes), data.constants.prior, chosen or INDEPENDENT),
         goal=learning_goal(spec, len(classes)),
         target=spec.target.column,
         weight=spec.target.weight,
@@ -215,7 +244,6 @@ def plan_run(features: DataFrame, spec: FleetSpec, request: Request, history: Hi
     pooled_hash = str(data.counts.loc[data.counts["grain"] == 0, "rows_hash"].iloc[0])
     shared = shared_digest(settings.model, settings.goal, tuning, cutoffs, spec.target.weight)
     digest = hashlib.sha256(f"{pooled_hash}\n{shared}\n{moment}".encode()).hexdigest()
-    open_runs = history.unfinished(before)
     resumed = next((run for run in reversed(_records(open_runs)) if _is_same(run, request, spec, digest, previous_run_id)), None)
     ledger_before = LEDGER.schema.empty_table().to_pandas() if before is None else history.ledger(str(before["run_id"]))
     others = [history.ledger(str(run["run_id"])) for run in _records(open_runs) if resumed is None or run["run_id"] != resumed["run_id"]]
@@ -243,6 +271,7 @@ def plan_run(features: DataFrame, spec: FleetSpec, request: Request, history: Hi
             fit_rows=tuning.fit_rows,
             tune_rows=tuning.tune_rows,
             finest_only=spec.pooling == "none",
+            corrects=chosen == CORRECTION,
             max_trials=FIRST_PASS_TRIALS if tuning.budget_seconds else None,
         ),
         memory,
@@ -266,7 +295,15 @@ def plan_run(features: DataFrame, spec: FleetSpec, request: Request, history: Hi
         previous_run_id,
         digest,
         resumed is not None,
+        chosen is None,
     )
+
+
+def _own_of(spec: FleetSpec, before: "pd.Series[Any] | None", open_runs: pd.DataFrame) -> str | None:
+    """What an earlier run of the same spec chose where `own` is auto; None if there is none."""
+    known: list[Mapping[Any, Any]] = [*([] if before is None else [before.to_dict()]), *_records(open_runs)]
+    runs = [run for run in known if run["spec_digest"] == spec.training_digest]
+    return str(json.loads(runs[-1]["model_spec"])["own"]) if runs else None
 
 
 def _refuse_unknown(listed: Collection[str], counts: pd.DataFrame) -> None:
@@ -380,16 +417,94 @@ class Commits:
 def _train_all(cluster: Cluster, commits: Commits, run: PlannedRun, spec: FleetSpec) -> dict[GroupKey, dict[str, Any]]:
     """Train the plan's waves, and commit each; the ledger row so far of every group that was trained."""
     progress = Progress(cluster.spark, cluster.report)
+    found: dict[GroupKey, dict[str, Any]] = {}
     with without_adaptive_execution(cluster.spark), progress.told():
-        found = _train_waves(cluster, commits, run, spec, run.plan, progress)
+        for stage in _plans(run, spec):
+            bases = _bases(cluster.spark, commits, run, _ledger_rows(run, spec, found)) if stage.corrects else None
+            found |= _train_waves(cluster, commits, run, spec, stage.plan, progress, bases)
         for plan in _second_pass(run, spec, found):
-            again = _train_waves(cluster, commits, run, spec, plan, progress)
+            again = _train_waves(cluster, commits, run, spec, plan, progress, None)
             found |= {key: row for key, row in again.items() if row["status"] == "trained"}
     return found
 
 
+@dataclass(frozen=True)
+class _Stage:
+    """A part of the plan that is trained at once, and whether it corrects what is trained by then."""
+
+    plan: TrainingPlan
+    corrects: bool
+
+
+def _plans(run: PlannedRun, spec: FleetSpec) -> Iterator[_Stage]:
+    """The whole plan at once, or grain by grain where each corrects the one before."""
+    if run.settings.model["own"] != CORRECTION:
+        yield _Stage(run.plan, corrects=False)
+        return
+    for grain in range(len(spec.grains)):
+        plan = of_grain(run.plan, grain, spec.tuning.checkpoint_seconds)
+        if len(plan.groups):
+            yield _Stage(plan, corrects=grain > 0)
+
+
+def _bases(spark: SparkSession, commits: "Commits", run: PlannedRun, rows: Sequence[Mapping[str, Any]]) -> DataFrame:
+    """Per row what the finest model trained by now predicts of it, made without it: row_key and `_base`."""
+    named = [(str(row["wave"]), int(row["grain"]), str(row["group_id"])) for row in rows if row["status"] in WITH_BOOSTER]
+    if not named:
+        return run.rows.select("row_key", sf.lit(run.constants.with_offset).alias("_base"))
+    holdout = commits.tables.read_spark(spark, commits.roots[HOLDOUT.name], partitions={"wave": sorted({wave for wave, _, _ in named})})
+    return nearest_predictions(_named_rows(spark, holdout, pd.DataFrame(named)))
+
+
+def choose_own(cluster: Cluster, tables: Tables, namespace: str, run: PlannedRun, spec: FleetSpec) -> tuple[str, str]:
+    """Try both forms of `own` on some groups: which does better on their tune rows, and what was found, for people.
+
+    Trains the pooled group once, and up to `PILOT_GROUPS` of the finest grain, small and large, in both forms. Nothing is committed.
+
+    Args:
+        cluster: where it trains.
+        tables: where files are written.
+        namespace: of the tables.
+        run: as planned, with independent models.
+        spec: the fleet.
+    """
+    plan = run.plan.to_train
+    finest = plan[plan["grain"] == len(spec.grains) - 1].sort_values(["n_target", "group_id"])
+    pooled = plan[plan["grain"] == 0]
+    if finest.empty or pooled.empty:
+        return INDEPENDENT, "no group to try both forms on"
+    chosen = finest.iloc[sorted({round(place) for place in np.linspace(0, len(finest) - 1, PILOT_GROUPS)})]
+    roots = {contract.name: tables.location(namespace, contract.name) for contract in (BOOSTERS, HOLDOUT)}
+    progress = Progress(cluster.spark, lambda *_: None)
+    settings = {own: replace(run.settings, model={**run.settings.model, "own": own}) for own in (INDEPENDENT, CORRECTION)}
+
+    def tried(groups: pd.DataFrame, own: str, bases: DataFrame | None) -> DataFrame:
+        packed = groups.assign(task=pack_tasks(sorted(groups["cost_seconds"], reverse=True), slots=run.plan.slots))
+        placed = placed_rows(cluster.spark, run.rows, spec, packed, bases)
+        wave = Wave(f"pilot-{uuid.uuid4().hex[:8]}", packed)
+        options = dict(tables.storage_options)
+        with without_adaptive_execution(cluster.spark):
+            files = train_wave(placed, wave, settings[own], roots, options, progress, cluster.train, cluster.memory_bytes)
+        return read_files(cluster.spark, roots[HOLDOUT.name], [file.path for file in files.holdout], HOLDOUT.schema, options)
+
+    bases = nearest_predictions(tried(pooled.assign(started_from=Start(max_trials=1).to_json()), CORRECTION, None))
+    errors = {own: _tune_error(tried(chosen, own, bases if own == CORRECTION else None), spec) for own in settings}
+    best = CORRECTION if errors[CORRECTION] < errors[INDEPENDENT] else INDEPENDENT
+    told = ", ".join(f"{own} {error:.5g}" for own, error in errors.items())
+    return best, f"own: auto is {best}: error on the tune rows of {len(chosen)} groups: {told}"
+
+
+def _tune_error(holdout: DataFrame, spec: FleetSpec) -> float:
+    """Weighted RMSE of cross-selected predictions on tune rows, link space."""
+    rows = holdout.where((sf.col("split") == TUNE) & sf.col("prediction").isNotNull())
+    target = (link_column(sf.col("actual"), spec.target.transform) - sf.col("offset")) / sf.col("scale")
+    miss = sf.col("weight") * (target - sf.col("prediction")) ** 2
+    found = rows.agg(sf.sum(miss).alias("miss"), sf.sum("weight").alias("weight")).collect()[0]
+    return float(np.sqrt(found["miss"] / found["weight"])) if found["weight"] else float("inf")
+
+
 def _train_waves(
-    cluster: Cluster, commits: Commits, run: PlannedRun, spec: FleetSpec, plan: TrainingPlan, progress: Progress
+    cluster: Cluster, commits: Commits, run: PlannedRun, spec: FleetSpec, plan: TrainingPlan, progress: Progress, bases: DataFrame | None
 ) -> dict[GroupKey, dict[str, Any]]:
     token = uuid.uuid4().hex[:8]
     groups = plan.to_train
@@ -397,7 +512,7 @@ def _train_waves(
     found: dict[GroupKey, dict[str, Any]] = {}
 
     def train(wave: Wave) -> TrainedFiles:
-        return _train_wave(cluster, commits, run, spec, wave, progress)
+        return _train_wave(cluster, commits, run, spec, wave, progress, bases)
 
     for wave, trained in _overlapping(cluster.spark, waves, train):
         outcomes = {(int(outcome["grain"]), str(outcome["group_id"])): outcome for outcome in trained.outcomes}
@@ -423,9 +538,11 @@ def _overlapping(spark: SparkSession, waves: Sequence[Wave], train: Callable[[Wa
         pool.shutdown()
 
 
-def _train_wave(cluster: Cluster, commits: Commits, run: PlannedRun, spec: FleetSpec, wave: Wave, progress: Progress) -> TrainedFiles:
+def _train_wave(
+    cluster: Cluster, commits: Commits, run: PlannedRun, spec: FleetSpec, wave: Wave, progress: Progress, bases: DataFrame | None = None
+) -> TrainedFiles:
     """One Spark job; if it dies, its halves, down to the group that kills it, which is `crashed`."""
-    placed = placed_rows(cluster.spark, run.rows, spec, wave.groups)
+    placed = placed_rows(cluster.spark, run.rows, spec, wave.groups, bases)
     try:
         return train_wave(
             placed, wave, run.settings, commits.roots, dict(commits.tables.storage_options), progress, cluster.train, cluster.memory_bytes
@@ -442,7 +559,7 @@ def _train_wave(cluster: Cluster, commits: Commits, run: PlannedRun, spec: Fleet
     middle = len(groups) // 2
     # Longest first: every other group to each half.
     halves = [groups.iloc[start::2] for start in (0, 1)] if middle else []
-    parts = [_train_wave(cluster, commits, run, spec, Wave(wave.name, _renumbered(half)), progress) for half in halves]
+    parts = [_train_wave(cluster, commits, run, spec, Wave(wave.name, _renumbered(half)), progress, bases) for half in halves]
     return parts[0] + parts[1]
 
 
@@ -477,6 +594,7 @@ def _trained_row(
         "wave": wave.name,
         "tuned_as_of": tuned.tz_localize("UTC"),
         **outcome,
+        "reason": planned["reason"] or outcome["reason"],
     }
 
 
@@ -493,10 +611,12 @@ def _planned_row(planned: Mapping[str, Any], run: PlannedRun, spec: FleetSpec) -
 
 
 def _ledger_rows(run: PlannedRun, spec: FleetSpec, trained: Mapping[GroupKey, dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per group, weights and errors still missing."""
+    """One row per group that is trained by now or need not be, weights and errors still missing."""
     rows = []
     for planned in _records(run.plan.groups):
         key = int(planned["grain"]), str(planned["group_id"])
+        if planned["action"] in (TRAIN, REFRESH) and key not in trained:
+            continue
         row = _planned_row(planned, run, spec)
         if planned["action"] == KEEP:
             row = dict(run.memory.kept[key])
@@ -534,7 +654,7 @@ def _judged(
     if waves and tables.exists(location):
         holdout = tables.read_spark(spark, location, partitions={"wave": waves})
         named = pd.DataFrame([(row["wave"], int(row["grain"]), row["group_id"]) for row in rows if isinstance(row["wave"], str)])
-        judged = judged_rows(_named_rows(spark, holdout, named), spec, run.cutoffs, run.constants).persist()
+        judged = judged_rows(_named_rows(spark, holdout, named), spec, run.cutoffs, run.constants, has_model).persist()
         try:
             skills = learn_blend(sum_moments(judged, len(spec.grains), run.constants, classes), has_model, run.constants[0], spec.pooling)
             measures = measure_groups(spark, judged, spec, skills, run.constants, has_model, classes)
@@ -545,8 +665,6 @@ def _judged(
 
 def _named_rows(spark: SparkSession, holdout: DataFrame, named: pd.DataFrame) -> DataFrame:
     """The held-out rows of groups whose ledger row names their wave; what an interrupted wave left is not among them."""
-    from pyspark.sql import functions as sf
-
     keys = spark.createDataFrame(named, "wave string, grain int, group_id string")
     return holdout.join(sf.broadcast(keys), ["wave", "grain", "group_id"], "left_semi")
 
@@ -561,7 +679,8 @@ def build_ledger(rows: Sequence[Mapping[str, Any]], spec: FleetSpec, skills: Map
         if row["status"] not in WITH_BOOSTER:
             full["weight"] = 0.0
         elif key not in skills:
-            full["weight"] = 1.0 if spec.pooling == "none" else 0.0
+            # No row judges it: a group that is not in the data any more keeps its weight.
+            full["weight"] = 1.0 if spec.pooling == "none" else float(row["weight"] or 0.0)
         complete.append(full)
     ledger = pd.DataFrame(complete).reindex(columns=LEDGER.schema.names)
     return ledger.sort_values(["grain", "group_id"], ignore_index=True)
@@ -611,6 +730,7 @@ def _second_pass(run: PlannedRun, spec: FleetSpec, found: dict[GroupKey, dict[st
     budget = spec.tuning.budget_seconds
     if budget is None:
         return
+    shared = shared_digest(run.settings.model, run.settings.goal, spec.tuning, run.cutoffs, spec.target.weight)
     slots, wave_seconds = run.plan.slots, spec.tuning.checkpoint_seconds
     plans = {(int(row["grain"]), str(row["group_id"])): row for row in _records(run.plan.to_train)}
     left = {key for key, row in found.items() if row["status"] == "trained" and spec.tuning.max_trials > FIRST_PASS_TRIALS}
@@ -627,7 +747,8 @@ def _second_pass(run: PlannedRun, spec: FleetSpec, found: dict[GroupKey, dict[st
             if cost + seconds > min(budget - spent, max(wave_seconds * slots, seconds)):
                 continue
             start = Start(trials=(json.loads(found[key]["parameters"]),)).to_json()
-            chosen.append({**plans[key], "started_from": start, "cost_seconds": seconds})
+            again = fingerprint(str(plans[key]["rows_hash"]), shared, start)
+            chosen.append({**plans[key], "started_from": start, "fingerprint": again, "cost_seconds": seconds})
             cost += seconds
         if not chosen:
             return

@@ -133,7 +133,7 @@ def count_groups(
     residual = finite((linked - offset) / sf.when(scale > 0, scale))
     # As the trainer counts: rows of no weight teach nothing.
     weighs = finite(sf.col(f"`{target.weight}`")) > 0 if target.weight else sf.lit(True)
-    known = sf.col(f"`{target.column}`").isNotNull()
+    known = _has_target(spec)
     narrow = _with_category_numbers(rows, categories).select(
         _grain_column(spec).alias("_level"),
         weighs.alias("_weighs"),
@@ -212,12 +212,26 @@ def _row_hash(spec: FleetSpec) -> Column:
     ]
     # A baseline of a class task is text.
     texts = set(spec.all_baselines.values()) if spec.is_class_task else set()
+    # In double precision even where they are features, too.
+    used = (spec.target.offset, spec.target.scale, spec.target.weight, *spec.all_baselines.values())
     exact = [
-        sf.coalesce(sf.col(f"`{name}`").cast("string"), sf.lit("")) if name in texts else number(name, "double") for name in spec.carried_columns
+        sf.coalesce(sf.col(f"`{name}`").cast("string"), sf.lit("")) if name in texts else number(name, "double")
+        for name in dict.fromkeys(used)
+        if name is not None
     ]
     # An infinite target counts as such: it is not null.
     target = sf.col(f"`{spec.target.column}`")
-    return sf.xxhash64(sf.lit(len(features)), "row_key", "time", "known_at", target, *features, *exact)
+    # Which groups a row is judged in is part of every held-out row.
+    return sf.xxhash64(sf.lit(len(features)), "row_key", "time", "known_at", group_id_column(spec.finest), target, *features, *exact)
+
+
+def _has_target(spec: FleetSpec) -> Column:
+    """As the trainer sees it: neither null nor NaN."""
+    target = sf.col(f"`{spec.target.column}`")
+    if spec.is_class_task:
+        return target.isNotNull()
+    number = target.try_cast("double")
+    return number.isNotNull() & ~sf.isnan(number)
 
 
 def count_categories(rows: DataFrame, spec: FleetSpec, cutoffs: Cutoffs) -> dict[str, dict[str, int]]:
@@ -226,7 +240,7 @@ def count_categories(rows: DataFrame, spec: FleetSpec, cutoffs: Cutoffs) -> dict
     if not names:
         return {}
     pairs = sf.explode(sf.array(*(sf.struct(sf.lit(name).alias("name"), sf.col(f"`{name}`").cast("string").alias("value")) for name in names)))
-    fit = rows.where((_split_column(cutoffs) == FIT) & sf.col(f"`{spec.target.column}`").isNotNull())
+    fit = rows.where((_split_column(cutoffs) == FIT) & _has_target(spec))
     counted = fit.select(pairs.alias("_pair")).where("_pair.value IS NOT NULL").groupBy("_pair.name", "_pair.value").count()
     rank = sf.expr("row_number() OVER (PARTITION BY name ORDER BY count DESC, value)")
     kept = counted.withColumn("_rank", rank).where(sf.col("_rank") <= spec.features.max_categories).collect()
@@ -247,7 +261,7 @@ def without_adaptive_execution(spark: SparkSession) -> Iterator[None]:
         spark.conf.set("spark.sql.adaptive.enabled", str(before))
 
 
-def placed_rows(spark: SparkSession, rows: DataFrame, spec: FleetSpec, groups: pd.DataFrame) -> DataFrame:
+def placed_rows(spark: SparkSession, rows: DataFrame, spec: FleetSpec, groups: pd.DataFrame, bases: DataFrame | None = None) -> DataFrame:
     """Every row once per grain whose group is trained, in the Spark partition that is its group's task; one exchange.
 
     Args:
@@ -255,6 +269,7 @@ def placed_rows(spark: SparkSession, rows: DataFrame, spec: FleetSpec, groups: p
         rows: the visible rows.
         spec: the fleet.
         groups: what is trained: grain, group_id, task (from 0, without gaps) and, for a sampled group, exponent (see `pipeline.grouping.sampling`).
+        bases: what the groups' trees correct: row_key and the parent's prediction, `_base`; None where they correct nothing.
 
     Returns:
         The columns that training reads, grain, group_id, task and, where a group is sampled, the row's sampling rate.
@@ -267,7 +282,7 @@ def placed_rows(spark: SparkSession, rows: DataFrame, spec: FleetSpec, groups: p
     schema = "grain int, group_id string, task int, exponent int"
     where = spark.createDataFrame(groups[list(columns)].astype(columns), schema)
     needed = list(dict.fromkeys([*spec.finest, *spec.feature_columns, *spec.carried_columns, spec.target.column, "time", "known_at", "row_key"]))
-    known = rows.where(sf.col(f"`{spec.target.column}`").isNotNull())
+    known = rows.where(_has_target(spec))
     extra: list[str] = []
     if groups["exponent"].any():
         known, extra = _with_rates(known, spec), ["_finest_rows"]
@@ -282,6 +297,8 @@ def placed_rows(spark: SparkSession, rows: DataFrame, spec: FleetSpec, groups: p
         # By the row's own hash, so that a row that is in a sample stays in it from run to run.
         share = sf.pmod(sf.xxhash64("row_key"), sf.lit(1 << 30)) / float(1 << 30)
         placed = placed.where(share < sf.col(RATE)).drop("_finest_rows")
+    if bases is not None:
+        placed = placed.join(bases, "row_key", "left")
     return placed.drop("exponent").repartitionById(n_tasks, "task")
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 
 from pipeline.grouping.splits import FIT, GAP, REPORT, TUNE, Cutoffs
 from pipeline.models.boosters import encode_booster
-from pipeline.models.meta_model import Floats, design_matrix, group_ids, key_text, link, offset_and_scale
+from pipeline.models.meta_model import CORRECTION, Floats, design_matrix, group_ids, key_text, link, offset_and_scale
 from pipeline.spec import COUNTED, MULTICLASS, TuningSpec
 from pipeline.training.outcome import CONSTANT_TARGET, INFINITE_TARGET, NO_TARGET, NOT_POOLED, TOO_FEW_ROWS, UNKNOWN_CLASS, Outcome
 from pipeline.training.start import Start
@@ -21,6 +21,9 @@ from pipeline.training.tuner import Clock, Learnable, Study, fit_booster
 POOLED = 0
 NO_START = Start()
 RATE = "_rate"
+BASE = "_base"
+# Parts of the fit rows, by time, that are predicted by models which were not fitted on them.
+FOLDS = 5
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ def train_group(frame: pd.DataFrame, grain: int, settings: TrainingSettings, sta
 
     Args:
         frame: the group's visible rows: time, known_at (UTC), row_key, keys, features, target; in any order. A column `_rate`,
-            where there is one, is the share of rows like this one that were sampled.
+            where there is one, is the share of rows like this one that were sampled; a column `_base` what the parent's model
+            predicts, link space less offset over scale, which the group's trees then correct.
         grain: index of the group's grain; 0 is the pooled model.
         settings: the run's.
         start: what is known from earlier runs.
@@ -109,8 +113,17 @@ def train_group(frame: pd.DataFrame, grain: int, settings: TrainingSettings, sta
         parameters, n_rounds = tuned.parameters, tuned.n_rounds
         predictions[is_tune] = tuned.cross_predictions
         found = {"n_trials": tuned.n_trials, "n_pruned": tuned.n_pruned, "stopped_by": tuned.stopped_by, "tune_loss": tuned.tune_loss}
-    if is_report.any():
-        predictions[is_report] = predicted(fitted_on(is_fit | is_tune, parameters, n_rounds), is_report)
+    # Finer groups that correct this one's predictions need one for every row, made without that row.
+    is_corrected = is_coarse and settings.model["own"] == CORRECTION
+    is_later = is_report | (usable & (split == GAP)) if is_corrected else is_report
+    if is_later.any():
+        predictions[is_later] = predicted(fitted_on(is_fit | is_tune, parameters, n_rounds), is_later)
+    for fold in np.array_split(np.flatnonzero(is_fit), FOLDS) if is_corrected else ():
+        left_out = np.isin(np.arange(len(rows)), fold)
+        if len(fold):
+            predictions[left_out] = predicted(fitted_on(is_fit & ~left_out, parameters, n_rounds), left_out)
+    if BASE in rows:
+        predictions += rows[BASE].to_numpy(dtype=np.float64)
     booster = encode_booster(fitted_on(usable, parameters, n_rounds).model_to_string())
     ledger |= {
         **found,
@@ -119,7 +132,7 @@ def train_group(frame: pd.DataFrame, grain: int, settings: TrainingSettings, sta
         "parameters": json.dumps(parameters, sort_keys=True),
         "lightgbm_seconds": clock.seconds,
     }
-    holdout = _holdout(rows, predictions, settings)
+    holdout = _holdout(rows, predictions, settings, every_split=is_corrected)
     return Outcome("trained" if start.refit is None else "refreshed", None, {**ledger, "seconds": time.perf_counter() - started}, booster, holdout)
 
 
@@ -148,6 +161,8 @@ def _prepare(frame: pd.DataFrame, settings: TrainingSettings) -> pd.DataFrame:
     offset, scale = offset_and_scale(rows, settings.model["target"])
     with np.errstate(invalid="ignore"):
         residual = (linked - offset) / scale
+    if BASE in rows:
+        residual = residual - rows[BASE].to_numpy(dtype=np.float64)
     return rows.assign(
         split=settings.cutoffs.assign(rows["time"].to_numpy(), rows["known_at"].to_numpy()),
         _actual=values,
@@ -192,9 +207,9 @@ def _weights(rows: pd.DataFrame, settings: TrainingSettings) -> Floats | None:
     return finite if rate is None else finite / rate
 
 
-def _holdout(rows: pd.DataFrame, predictions: Floats, settings: TrainingSettings) -> pd.DataFrame:
-    """The judged rows: those of the tune and report splits whose target is valid; for multiclass one per class."""
-    judged = (rows["_valid"] & ~rows["split"].isin([FIT, GAP])).to_numpy()
+def _holdout(rows: pd.DataFrame, predictions: Floats, settings: TrainingSettings, *, every_split: bool = False) -> pd.DataFrame:
+    """The judged rows: those of the tune and report splits (or of all) whose target is valid; for multiclass one per class."""
+    judged = rows["_valid"].to_numpy() & (every_split | ~rows["split"].isin([FIT, GAP]).to_numpy())
     kept, predicted = rows[judged], predictions[judged]
     ids = np.stack([group_ids(kept, keys) for keys in settings.model["grains"]], axis=1) if len(kept) else np.empty((0, 1), dtype=object)
     weight = _weights(kept, settings)

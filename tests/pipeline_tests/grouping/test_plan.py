@@ -321,6 +321,15 @@ def test_listed_trains_the_listed_and_keeps_the_others_as_they_are(rows_hash: st
     assert (fresh["action"], fresh["reason"]) == ("inherit", "not_listed")
 
 
+def test_the_pooled_group_judges_all_rows_even_where_only_others_are_listed() -> None:
+    listed = {"retrain": "listed", "listed": ('["1"]',)}
+    fresh = plan_of(counted([FIT, FIT]), **listed).groups.set_index("group_id").loc['["0"]']
+    assert (fresh["action"], fresh["reason"], Start.from_json(fresh["started_from"]).judge) == ("train", "not_listed", True)
+    memory = Memory(before={(0, '["0"]'): ledger_row("0", "other", 0, status="inherited", reason="constant_target")})
+    later = plan_of(counted([FIT, FIT]), memory, **listed).groups.set_index("group_id").loc['["0"]']
+    assert (later["action"], later["fingerprint"]) == ("reuse", memory.before[0, '["0"]']["fingerprint"])
+
+
 @pytest.mark.parametrize("status", ["trained", "refreshed", "reused"])
 def test_a_vanished_group_keeps_its_booster(status: str) -> None:
     memory = Memory(before={(1, '["gone"]'): ledger_row("gone", "x", status=status)})

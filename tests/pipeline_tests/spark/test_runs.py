@@ -1,0 +1,485 @@
+"""Runs that follow each other: what is reused, refitted, resumed, sampled, and what harm a group may do."""
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+from pyspark.sql import DataFrame, SparkSession
+
+from pipeline.errors import DataError, StoreError
+from pipeline.grouping.fingerprints import fingerprint, shared_digest
+from pipeline.models.meta_model import group_id, group_ids
+from pipeline.spark import fleet_training, training
+from pipeline.spark.fleet_training import Cluster, History, PlannedRun, Request, plan_run, train_run
+from pipeline.spark.training import placed_rows, without_adaptive_execution
+from pipeline.spec import FleetSpec
+from pipeline.testing.data import feature_rows, small_spec
+from pipeline.testing.doubles import FailingTrainer
+from pipeline.training.outcome import Outcome
+from pipeline.training.start import Start
+from pipeline.training.trainer import RATE, train_group
+from resources.delta_tables import DeltaTables
+
+pytestmark = [pytest.mark.spark, pytest.mark.slow]
+
+OSLO, NAPOLI = group_id(["north", "oslo"]), group_id(["south", "napoli"])
+# Small waves, so that there are several.
+SPEC = small_spec(tuning={"checkpoint_seconds": 0.05})
+SPEC_OF_ONE_WAVE = small_spec(tuning={"checkpoint_seconds": 600})
+# What may differ between an interrupted and an uninterrupted run.
+OF_THE_RUN = ["run_id", "source_run_id", "wave", "seconds", "lightgbm_seconds", "task", "planned_seconds"]
+
+
+@dataclass
+class Fleet:
+    """Tables of one fleet, and runs of it."""
+
+    spark: SparkSession
+    root: Path
+    spec: FleetSpec = SPEC
+    tables: DeltaTables = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tables = DeltaTables(root=str(self.root))
+
+    def plan(self, rows: pd.DataFrame, run_id: str, **asked: Any) -> PlannedRun:
+        history = History.read(self.tables, "small")
+        return plan_run(self.frame(rows), self.spec, Request(run_id, **asked), history, slots=2, threads=1)
+
+    def train(self, run: PlannedRun, check: Callable[[], None] = lambda: None, **cluster: Any) -> pd.DataFrame:
+        return train_run(Cluster(self.spark, lambda *_: None, **cluster), self.tables, "small", run, self.spec, features_version=0, check=check)
+
+    def launch(self, rows: pd.DataFrame, run_id: str, **asked: Any) -> pd.DataFrame:
+        return self.train(self.plan(rows, run_id, **asked))
+
+    def table(self, name: str) -> pd.DataFrame:
+        return self.tables.read_pandas(self.tables.location("small", name))
+
+    def frame(self, rows: pd.DataFrame) -> DataFrame:
+        zoned = rows.assign(**{name: rows[name].dt.tz_localize("UTC") for name in ("time", "known_at")})
+        return self.spark.createDataFrame(pa.Table.from_pandas(zoned, preserve_index=False).replace_schema_metadata())
+
+
+@pytest.fixture(scope="module")
+def rows() -> pd.DataFrame:
+    return feature_rows()
+
+
+@pytest.fixture(scope="module")
+def first(spark: SparkSession, rows: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> tuple[Fleet, pd.DataFrame]:
+    """A fleet that was trained once; do not train it again."""
+    fleet = Fleet(spark, tmp_path_factory.mktemp("first"))
+    return fleet, fleet.launch(rows, "run-1")
+
+
+@pytest.fixture
+def fleet(first: tuple[Fleet, pd.DataFrame], tmp_path: Path) -> Fleet:
+    """The fleet that was trained once, to train again."""
+    shutil.copytree(first[0].root, tmp_path / "tables")
+    return Fleet(first[0].spark, tmp_path / "tables")
+
+
+@pytest.fixture
+def empty(spark: SparkSession, tmp_path: Path) -> Fleet:
+    return Fleet(spark, tmp_path / "tables")
+
+
+def by_group(ledger: pd.DataFrame, column: str) -> dict[str, Any]:
+    return dict(zip(ledger["group_id"], ledger[column], strict=True))
+
+
+def changed(rows: pd.DataFrame, city: str) -> pd.DataFrame:
+    """The rows, with one early sale of a city corrected."""
+    at = rows.index[(rows["city"] == city)][10]
+    return rows.assign(sales=rows["sales"].where(rows.index != at, rows["sales"] + 1))
+
+
+# Nothing changed, something changed
+
+
+def test_an_unchanged_fleet_is_reused_as_a_whole(fleet: Fleet, first: tuple[Fleet, pd.DataFrame], rows: pd.DataFrame) -> None:
+    before, after = first[1], fleet.launch(rows.sample(frac=1.0, random_state=1), "run-2")
+    assert set(before["status"]) == {"trained"}
+    assert set(after["status"]) == {"reused"}
+    kept = ["grain", "group_id", "booster_id", "fingerprint", "source_run_id", "wave", "weight", "parameters", "report_blend", "rmse", "interval"]
+    pd.testing.assert_frame_equal(after[kept], before[kept])
+    assert after["seconds"].isna().all()
+    assert len(fleet.table("boosters")) == len(first[0].table("boosters"))
+    runs = fleet.table("runs").set_index("run_id")
+    assert runs.loc["run-2", "previous_run_id"] == "run-1"
+    assert set(json.loads(runs.loc["run-2", "waves"])) == set(before["wave"])
+
+
+def test_late_rows_of_one_group_train_it_and_what_contains_it(fleet: Fleet, first: tuple[Fleet, pd.DataFrame], rows: pd.DataFrame) -> None:
+    before, after = first[1], fleet.launch(changed(rows, "oslo"), "run-2")
+    statuses = by_group(after, "status")
+    anew = {"[]", '["north"]', OSLO}
+    assert {group for group, status in statuses.items() if status == "refreshed"} == anew
+    assert {group for group, status in statuses.items() if status == "reused"} == set(statuses) - anew
+    for column in ("booster_id", "source_run_id", "tuned_as_of", "parameters"):
+        same = {group for group in statuses if by_group(after, column)[group] == by_group(before, column)[group]}
+        assert same >= set(statuses) - anew
+        assert (same & anew == set()) == (column in ("booster_id", "source_run_id"))
+    # Weights are learnt from the rows that all of a group's models have predicted, old and new.
+    assert after["report_blend"].notna().all()
+    assert (after["report_rows"] == before["report_rows"]).all()
+    assert (by_group(after, "report_parent")[NAPOLI] == by_group(before, "report_parent")[NAPOLI]) is False
+    pooled = after[after["grain"] == 0].iloc[0]
+    assert pooled["rmse"] == pytest.approx(before[before["grain"] == 0]["rmse"].iloc[0], rel=0.1)
+
+
+def test_a_group_that_is_gone_keeps_its_model_and_its_weight_and_spoils_no_ones(
+    fleet: Fleet, first: tuple[Fleet, pd.DataFrame], rows: pd.DataFrame
+) -> None:
+    left = rows[rows["city"] != "napoli"]
+    before, after = first[1].set_index("group_id"), fleet.launch(left, "run-2").set_index("group_id")
+    gone = after.loc[NAPOLI]
+    assert (gone["status"], gone["reason"], gone["n_rows"]) == ("reused", "vanished", 0)
+    assert (gone["booster_id"], gone["weight"]) == (before.loc[NAPOLI, "booster_id"], before.loc[NAPOLI, "weight"])
+    assert after.loc["[]", "report_rows"] == before.loc["[]", "report_rows"] * 3 / 4
+    alone = Fleet(fleet.spark, fleet.root.parent / "alone").launch(left, "run-1").set_index("group_id")
+    assert after.loc['["north"]', "report_constant"] == pytest.approx(alone.loc['["north"]', "report_constant"])
+    again = fleet.plan(left, "run-3").plan.groups.set_index("group_id")
+    assert (again.loc[NAPOLI, "action"], set(again["action"])) == ("reuse", {"reuse"})
+
+
+def test_only_listed_groups_are_trained_and_the_others_stay(fleet: Fleet, rows: pd.DataFrame) -> None:
+    run = fleet.plan(changed(rows, "oslo"), "run-2", retrain="listed", listed=(NAPOLI,))
+    assert by_group(run.plan.groups, "action") == {group: "train" if group == NAPOLI else "reuse" for group in run.plan.groups["group_id"]}
+    assert set(run.plan.groups.loc[run.plan.groups["action"] == "reuse", "reason"]) == {"not_listed"}
+    with pytest.raises(DataError, match="did you mean"):
+        fleet.plan(rows, "run-2", retrain="listed", listed=(group_id(["south", "napol"]),))
+
+
+def test_a_first_run_of_listed_groups_judges_their_rows(empty: Fleet, rows: pd.DataFrame) -> None:
+    ledger = empty.launch(rows, "run-1", retrain="listed", listed=(OSLO,)).set_index("group_id")
+    assert by_group(ledger.reset_index(), "status") == {group: "trained" if group == OSLO else "inherited" for group in ledger.index}
+    assert set(ledger["reason"].dropna()) == {"not_listed"}
+    assert ledger.loc[OSLO, "weight"] > 0.5
+    assert ledger.loc[OSLO, "report_own"] < ledger.loc[OSLO, "report_parent"]
+
+
+def test_a_run_of_an_earlier_as_of_does_not_build_on_what_saw_more(fleet: Fleet, rows: pd.DataFrame) -> None:
+    earlier = fleet.plan(rows, "run-2", as_of=rows["known_at"].max() - pd.Timedelta(days=1))
+    assert (earlier.previous_run_id, earlier.memory.before) == (None, {})
+    assert {Start.from_json(text) for text in earlier.plan.to_train["started_from"]} == {Start()}
+    same = fleet.plan(rows, "run-2", as_of=rows["known_at"].max())
+    assert (same.previous_run_id, set(same.plan.groups["action"])) == ("run-1", {"reuse"})
+
+
+def test_another_spec_begins_with_what_was_found_under_the_last(fleet: Fleet, rows: pd.DataFrame) -> None:
+    fleet.spec = small_spec(tuning={"seed": 9})
+    run = fleet.plan(rows, "run-2")
+    assert set(run.plan.groups["action"]) == {"train"}
+    starts = {group: Start.from_json(text) for group, text in by_group(run.plan.groups, "started_from").items()}
+    assert all(start.refit is None for start in starts.values())
+    assert {group: len(start.trials) for group, start in starts.items() if group in ("[]", OSLO)} == {"[]": 1, OSLO: 2}
+
+
+def test_new_categories_leave_groups_alone_that_do_not_have_them(fleet: Fleet, rows: pd.DataFrame) -> None:
+    at = rows.index[rows["city"] == "oslo"][:40]
+    run = fleet.plan(rows.assign(kind=rows["kind"].where(~rows.index.isin(at), "a new kind")), "run-2")
+    assert run.settings.model["categories"]["kind"] == ["large", "small", "a new kind"]
+    assert {group for group, action in by_group(run.plan.groups, "action").items() if action != "reuse"} == {"[]", '["north"]', OSLO}
+
+
+# Interruptions
+
+
+def failing_at(turn: int) -> Callable[[], None]:
+    """A check that no longer lets the run commit at its nth turn."""
+    turns = iter(range(1, 10**6))
+
+    def check() -> None:
+        if next(turns) == turn:
+            raise StoreError("the fleet was taken over")
+
+    return check
+
+
+def n_waves(ledger: pd.DataFrame) -> int:
+    return int(ledger["wave"].nunique())
+
+
+@pytest.fixture(params=["before the second wave", "between its boosters and its ledger rows", "before the complete ledger", "before the end"])
+def interrupted(request: pytest.FixtureRequest, empty: Fleet, first: tuple[Fleet, pd.DataFrame], rows: pd.DataFrame) -> tuple[Fleet, int]:
+    """A fleet whose first run ended there, and the waves that were committed."""
+    waves = n_waves(first[1])
+    # The manifest first, then each wave twice: before its boosters and before its ledger rows.
+    turns = {"before the second wave": (4, 1), "between its boosters and its ledger rows": (5, 1)}
+    turn, done = turns.get(request.param, (2 + 2 * waves + (request.param == "before the end"), waves))
+    with pytest.raises(StoreError, match="taken over"):
+        empty.train(empty.plan(rows, "run-a"), failing_at(turn))
+    return empty, done
+
+
+def test_an_interrupted_run_is_finished_as_if_nothing_had_happened(
+    interrupted: tuple[Fleet, int], first: tuple[Fleet, pd.DataFrame], rows: pd.DataFrame
+) -> None:
+    fleet, done = interrupted
+    left = fleet.table("ledger") if fleet.tables.exists(fleet.tables.location("small", "ledger")) else pd.DataFrame()
+    assert left["wave"].nunique() == done > 0
+    assert fleet.table("runs")["finished_at"].isna().all()
+    run = fleet.plan(rows, "run-b")
+    assert (run.is_resumed, run.run_id, run.settings.run_id) == (True, "run-a", "run-a")
+    actions = run.plan.groups.set_index("group_id")["action"]
+    assert set(actions.index[actions == "keep"]) == set(left["group_id"])
+    assert set(actions) <= {"keep", "train"}
+    ledger, expected = fleet.train(run), first[1]
+    pd.testing.assert_frame_equal(ledger.drop(columns=OF_THE_RUN), expected.drop(columns=OF_THE_RUN))
+    assert set(ledger["run_id"]) == set(ledger["source_run_id"]) == {"run-a"}
+    kept = ledger[ledger["group_id"].isin(left["group_id"])]
+    assert by_group(kept, "wave") == by_group(left, "wave")
+    # What a wave left that never came to its ledger rows is there, and does not count.
+    runs = fleet.table("runs")
+    assert runs["run_id"].tolist() == ["run-a"]
+    assert set(json.loads(runs["waves"].iloc[0])) == set(ledger["wave"])
+    assert len(fleet.table("ledger")) == len(expected)
+    assert set(fleet.plan(rows, "run-c").plan.groups["action"]) == {"reuse"}
+
+
+def test_orphans_of_a_wave_are_there_and_do_not_count(empty: Fleet, first: tuple[Fleet, pd.DataFrame], rows: pd.DataFrame) -> None:
+    with pytest.raises(StoreError):
+        empty.train(empty.plan(rows, "run-a"), failing_at(3))
+    orphans = set(empty.table("holdout")["wave"])
+    assert len(orphans) == 1
+    assert not empty.tables.exists(empty.tables.location("small", "ledger"))
+    ledger = empty.launch(rows, "run-b")
+    assert orphans <= set(empty.table("holdout")["wave"])
+    assert orphans.isdisjoint(ledger["wave"])
+    assert (ledger["report_rows"] == first[1]["report_rows"]).all()
+
+
+def test_another_request_does_not_resume_but_reuses_what_was_done(empty: Fleet, rows: pd.DataFrame) -> None:
+    with pytest.raises(StoreError):
+        empty.train(empty.plan(rows, "run-a"), failing_at(4))
+    done = set(empty.table("ledger")["group_id"])
+    other = empty.plan(rows, "run-b", retrain="stale")
+    assert (other.is_resumed, other.run_id) == (False, "run-b")
+    assert {group for group, action in by_group(other.plan.groups, "action").items() if action == "reuse"} == done
+    everything = empty.plan(rows, "run-b", retrain="all")
+    assert (everything.is_resumed, set(everything.plan.groups["action"])) == (False, {"train"})
+    later = empty.plan(changed(rows, "oslo"), "run-b")
+    assert later.is_resumed is False
+
+
+# Samples
+
+
+def test_a_coarse_groups_sample_is_thin_nested_and_leaves_small_groups_whole(
+    spark: SparkSession, empty: Fleet, rows: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "SAMPLED_WHOLE", 100)
+    small = (rows["city"] == "roma") & (rows["time"] >= "2024-03-31")  # 90 rows stay
+    seen = rows[~small]
+    run = empty.plan(seen, "run-1")
+    groups = run.plan.to_train.copy()
+    exponents = {0: 2, 1: 1, 2: 0}
+    groups["exponent"] = groups["grain"].map(exponents)
+    with without_adaptive_execution(spark):
+        placed = placed_rows(spark, run.rows, empty.spec, groups).select("grain", "group_id", "city", "row_key", RATE).toPandas()
+    kept = {grain: set(of["row_key"]) for grain, of in placed.groupby("grain")}
+    assert kept[0] < kept[1] < kept[2] == set(seen["row_key"])
+    rates = placed.groupby(["grain", "city"])[RATE].agg(["min", "max"])
+    assert (rates["min"] == rates["max"]).all()
+    assert rates["min"].to_dict() == {
+        (g, c): 1.0 if c == "roma" else max(0.5**e, 0.5) for g, e in exponents.items() for c in ("oslo", "bergen", "roma", "napoli")
+    } | {(2, c): 1.0 for c in ("oslo", "bergen", "roma", "napoli")}
+    roma = set(seen.loc[seen["city"] == "roma", "row_key"])
+    assert roma <= kept[0]
+
+
+def test_a_sampled_fleet_is_judged_on_the_rows_that_all_its_models_have_predicted(
+    empty: Fleet, first: tuple[Fleet, pd.DataFrame], rows: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "SAMPLED_WHOLE", 10)
+    tuning = SPEC_OF_ONE_WAVE.tuning.model_copy(update={"max_rows": 400})
+    empty.spec = SPEC_OF_ONE_WAVE.model_copy(update={"tuning": tuning})
+    run = empty.plan(rows, "run-1")
+    groups = run.plan.groups.set_index("group_id")
+    assert groups["exponent"].to_dict() == {"[]": 2, '["north"]': 1, '["south"]': 1} | {group: 0 for group in groups.index if "," in group}
+    assert groups.loc["[]", "rows_hash"].endswith("/2")
+    ledger, whole = empty.train(run).set_index("group_id"), first[1].set_index("group_id")
+    assert set(ledger["status"]) == {"trained"}
+    assert 0.1 * 1200 < ledger.loc["[]", ["n_fit", "n_tune", "n_report"]].sum() < 0.45 * 1200
+    assert 0.1 < ledger.loc["[]", "report_rows"] / whole.loc["[]", "report_rows"] < 0.45
+    assert ledger.loc["[]", "report_constant"] == pytest.approx(whole.loc["[]", "report_constant"], rel=0.25)
+    assert ledger.loc["[]", "rmse"] == pytest.approx(whole.loc["[]", "rmse"], rel=0.5)
+    assert ledger.loc[OSLO, "booster_id"] == whole.loc[OSLO, "booster_id"]
+
+
+# Budgets
+
+
+def test_a_spent_budget_leaves_every_group_its_first_model(empty: Fleet, rows: pd.DataFrame) -> None:
+    empty.spec = small_spec(tuning={"checkpoint_seconds": 600, "budget_seconds": 1e-6, "max_trials": 4})
+    ledger = empty.launch(rows, "run-1")
+    assert set(ledger["status"]) == {"trained"}
+    assert set(ledger["n_trials"]) == {1}
+    assert set(ledger["stopped_by"]) == {"budget"}
+    assert set(empty.plan(rows, "run-2").plan.groups["action"]) == {"reuse"}
+
+
+def test_what_is_left_of_a_budget_improves_groups(empty: Fleet, rows: pd.DataFrame) -> None:
+    empty.spec = small_spec(tuning={"checkpoint_seconds": 600, "budget_seconds": 1e6, "max_trials": 3, "patience": 3})
+    ledger = empty.launch(rows, "run-1")
+    assert len(ledger) == 7
+    assert set(ledger["n_trials"]) == {3}
+    assert "budget" not in set(ledger["stopped_by"])
+    firsts = [Start.from_json(text).trials for text in ledger["started_from"]]
+    assert all(len(trials) == 1 for trials in firsts)
+    assert ledger["wave"].nunique() == 1
+    assert len(empty.table("boosters")["wave"].unique()) == 2
+    assert set(empty.plan(rows, "run-2").plan.groups["action"]) == {"reuse"}
+
+
+def passes(run: PlannedRun, spec: FleetSpec, *, seconds: float = 1.0) -> Iterator[tuple[Sequence[str], dict[tuple[int, str], dict[str, Any]]]]:
+    """The groups of each second pass, and the rows so far; every group has taken those seconds."""
+    to_train = run.plan.to_train
+    found = {
+        (int(grain), str(group)): {
+            "status": "trained", "seconds": seconds, "n_tune": 10, "tune_loss": float(number), "parameters": "{}", "stopped_by": "max_trials"
+        }
+        for number, (grain, group) in enumerate(zip(to_train["grain"], to_train["group_id"], strict=True))
+    }  # fmt: skip
+    for plan in fleet_training._second_pass(run, spec, found):
+        for key in zip(plan.groups["grain"], plan.groups["group_id"], strict=True):
+            found[int(key[0]), str(key[1])]["stopped_by"] = "patience"
+        yield plan.groups["group_id"].tolist(), found
+
+
+def test_a_budget_goes_to_the_largest_errors_first_and_is_kept(first: tuple[Fleet, pd.DataFrame], rows: pd.DataFrame, empty: Fleet) -> None:
+    spec = small_spec(tuning={"max_trials": 4, "patience": 3, "budget_seconds": 11.0})
+    empty.spec = spec
+    run = empty.plan(rows, "run-1")
+    order = run.plan.to_train["group_id"].tolist()[::-1]  # the last has the largest error
+    # Seven seconds are spent; four are left, and a group takes two.
+    [(chosen, found)] = passes(run, spec)
+    assert sorted(chosen) == sorted(order[:2])
+    assert {key[1] for key, row in found.items() if row["stopped_by"] == "budget"} == set(order[2:])
+    plenty = spec.model_copy(update={"tuning": spec.tuning.model_copy(update={"budget_seconds": 1e6})})
+    assert sorted(group for chosen, _ in passes(run, plenty) for group in chosen) == sorted(order)
+    waves = spec.model_copy(update={"tuning": plenty.tuning.model_copy(update={"checkpoint_seconds": 1.0})})
+    assert [len(chosen) for chosen, _ in passes(run, waves)] == [1] * 7
+    assert list(passes(run, spec.model_copy(update={"tuning": spec.tuning.model_copy(update={"budget_seconds": None})}))) == []
+
+
+# Harm
+
+
+def test_a_group_that_kills_spark_workers_is_crashed_and_the_others_are_trained(empty: Fleet, rows: pd.DataFrame) -> None:
+    empty.spec = SPEC_OF_ONE_WAVE
+
+    def train(frame: pd.DataFrame, grain: int, settings: Any, start: Start) -> Outcome:
+        if grain == 2 and frame["city"].iloc[0] == "oslo":
+            os.kill(os.getppid(), signal.SIGKILL)
+        return train_group(frame, grain, settings, start)
+
+    ledger = empty.train(empty.plan(rows, "run-1"), train=train).set_index("group_id")
+    assert (ledger.loc[OSLO, "status"], ledger.loc[OSLO, "reason"], ledger.loc[OSLO, "error_class"]) == ("crashed", "native_crash", "ExecutorLost")
+    assert set(ledger.drop(OSLO)["status"]) == {"trained"}
+    assert ledger["report_rows"].notna().all()
+    assert ledger.loc[OSLO, "weight"] == 0.0
+
+
+def test_what_is_wrong_with_the_data_is_not_a_groups_fault(empty: Fleet, rows: pd.DataFrame) -> None:
+    run = empty.plan(rows, "run-1")
+    broken = replace(
+        run, rows=run.rows.selectExpr("*", "1 AS _one").withColumn("price", run.rows["price"] / 0).where("raise_error('unreadable') IS NULL")
+    )
+    with pytest.raises(Exception, match="unreadable"):
+        empty.train(broken)
+    assert not empty.tables.exists(empty.tables.location("small", "ledger"))
+
+
+POISONS = {
+    "raise": ("failed", "error", "ZeroDivisionError"),
+    "few": ("inherited", "too_few_rows", None),
+    "constant": ("inherited", "constant_target", None),
+    "all null": ("inherited", "no_target", None),
+    "infinite": ("inherited", "infinite_target", None),
+    "hang": ("failed", "timeout", "TimeoutError"),
+    "memory": ("failed", "error", "MemoryError"),
+    "KILL": ("crashed", "native_crash", "SIGKILL"),
+    "../x": ("trained", None, None),
+    "fine": ("trained", None, None),
+}
+
+
+@pytest.fixture(scope="module")
+def poisoned() -> pd.DataFrame:
+    rows = feature_rows(160, cities={"north": tuple(POISONS)})
+    city = rows["city"]
+    rows["sales"] = rows["sales"].mask(city == "constant", 3.0).mask(city == "all null", np.nan).mask(city == "infinite", np.inf)
+    return rows[(city != "few") | (rows["time"] < "2024-01-20")]
+
+
+def test_poisons_are_rows_of_the_ledger_and_every_other_group_is_trained(empty: Fleet, poisoned: pd.DataFrame) -> None:
+    empty.spec = small_spec(
+        splits={"report": "20 days", "tune": "30 days"}, tuning={"checkpoint_seconds": 600, "kill_after_seconds": 15, "max_rounds": 10}
+    )
+    harm = {group_id(["north", city]): city for city in ("raise", "hang", "memory", "KILL")}
+    ledger = empty.train(empty.plan(poisoned, "run-1"), train=FailingTrainer(harm), memory_bytes=2 << 30)
+    found = ledger.set_index("group_id")
+    for city, (status, reason, error_class) in POISONS.items():
+        row = found.loc[group_id(["north", city])]
+        told = (row["status"], row["reason"], row["error_class"] if isinstance(row["error_class"], str) else None)
+        assert told == (status, reason, error_class), city
+        assert (row["booster_id"] is None or pd.isna(row["booster_id"])) == (status != "trained")
+        assert (row["weight"] == 0.0) >= (status != "trained")
+    assert set(found.loc[["[]", '["north"]'], "status"]) == {"trained"}
+    assert len(ledger) == len(POISONS) + 2
+    assert set(empty.table("runs")["finished_at"].notna()) == {True}
+    # Whoever failed is tried again; whoever crashed is not, until it changes.
+    again = by_group(empty.plan(poisoned, "run-2").plan.groups, "action")
+    expected = {"failed": "train", "crashed": "reuse", "trained": "reuse", "inherited": "inherit"}
+    constant = {"constant": "reuse", "infinite": "inherit"}  # the trainer finds the constant, the plan the others
+    assert {city: again[group_id(["north", city])] for city in POISONS} == {
+        city: constant.get(city, expected[status]) for city, (status, *_) in POISONS.items()
+    }
+
+
+def test_a_pooled_group_that_crashes_costs_the_others_nothing(fleet: Fleet, first: tuple[Fleet, pd.DataFrame], rows: pd.DataFrame) -> None:
+    run = fleet.plan(changed(rows, "oslo"), "run-2")
+    ledger = fleet.train(run, train=FailingTrainer({"[]": "KILL"})).set_index("group_id")
+    assert ledger["status"].value_counts().to_dict() == {"reused": 4, "refreshed": 2, "crashed": 1}
+    assert ledger.loc["[]", "report_rows"] == first[1].set_index("group_id").loc["[]", "report_rows"]
+    assert (ledger["weight"] > 0).any()
+
+
+# Without pooling
+
+
+def test_without_pooling_the_finest_groups_are_trained_alone_and_all_rows_judged(empty: Fleet, rows: pd.DataFrame) -> None:
+    empty.spec = small_spec(pooling="none")
+    ledger = empty.launch(rows, "run-1").set_index("group_id")
+    finest = ledger["grain"] == 2
+    assert set(ledger[finest]["status"]) == {"trained"}
+    assert set(ledger[~finest]["status"]) == {"inherited"}
+    assert set(ledger[~finest]["reason"]) == {"pooling_none"}
+    assert set(ledger[finest]["weight"]) == {1.0}
+    assert ledger["rmse"].notna().all()
+    again = empty.launch(rows, "run-2").set_index("group_id")
+    assert set(again[finest]["status"]) == {"reused"}
+    pd.testing.assert_series_equal(again["rmse"], ledger["rmse"])
+    assert SimpleNamespace(**again.loc["[]"]).reason == "pooling_none"
+
+
+def test_digests_of_a_run_are_those_of_its_ledger(first: tuple[Fleet, pd.DataFrame], rows: pd.DataFrame) -> None:
+    fleet, ledger = first
+    run = fleet.plan(rows, "run-2")
+    shared = shared_digest(run.settings.model, run.settings.goal, run.settings.tuning, run.cutoffs, None)
+    hashes = by_group(run.plan.groups, "rows_hash")
+    for row in ledger.to_dict("records"):
+        assert row["fingerprint"] == fingerprint(hashes[row["group_id"]], shared, row["started_from"])
+    assert set(hashes) == {str(name) for keys in SPEC.grains for name in group_ids(rows, keys)}
