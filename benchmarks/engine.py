@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -123,34 +124,30 @@ class Engine:
         return Training(seconds, training, run, ledger, tables)
 
 
-def report_rmse(training: Training, grains: int, rows: pd.DataFrame | None = None) -> float:
-    """RMSE of the fleet's answers over all report rows, put together from the holdout table and the ledger's weights.
-
-    Args:
-        training: the run.
-        grains: of the fleet.
-        rows: report rows to judge on, by a column row_key; by default all that were held out.
+def report_rmse(training: Training, grains: int) -> float:
+    """RMSE of the fleet's answers over all report rows.
 
     Raises:
         NotMeasured: if it differs from the error that the ledger states for the pooled group.
     """
-    found = _report_answers(training, grains)
-    ledger = training.ledger
-    stated = ledger.loc[ledger["grain"] == 0, "rmse"].iloc[0]
-    ours = _rmse(found["actual"] - found["answer"])
+    found = report_answers(training, grains)
+    ours, stated = rmse(found["actual"] - found["answer"]), training.ledger.loc[training.ledger["grain"] == 0, "rmse"].iloc[0]
     if not np.isclose(ours, stated, rtol=1e-6):
         raise NotMeasured(f"the ledger states an error of {stated}, the holdout gives {ours}")
-    if rows is None:
-        return ours
-    chosen = found[found["row_key"].isin(rows["row_key"])]
-    return _rmse(chosen["actual"] - chosen["answer"])
+    return ours
 
 
-def _rmse(errors: "pd.Series[Any]") -> float:
+def rmse(errors: "pd.Series[Any]") -> float:
+    """Root mean squared error."""
     return float(np.sqrt((errors.to_numpy(dtype=float) ** 2).mean()))
 
 
-def _report_answers(training: Training, grains: int) -> pd.DataFrame:
+def report_answers(training: Training, grains: int) -> pd.DataFrame:
+    """The fleet's answers to its report rows, put together from the holdout table and the ledger's weights.
+
+    Returns:
+        One row per report row: row_key, finest (its group of the finest grain), actual, answer, target units.
+    """
     ledger, runs = training.ledger, DeltaTable(training.tables / "runs").to_pandas()
     constant = float(runs.loc[runs["run_id"] == training.run.run_id, "constant"].iloc[0])
     holdout = DeltaTable(training.tables / "holdout").to_pandas(filters=[("split", "=", "report")])
@@ -163,7 +160,8 @@ def _report_answers(training: Training, grains: int) -> pd.DataFrame:
         prediction, weight = level["prediction"].reindex(rows.index), level["_weight"].reindex(rows.index)
         answer = (weight * prediction + (1 - weight) * answer).where(prediction.notna(), answer)
     linked = rows["offset"] + rows["scale"] * answer
-    return pd.DataFrame({"row_key": rows.index, "actual": rows["actual"].to_numpy(), "answer": linked.to_numpy()})
+    found = {"row_key": rows.index, "finest": rows["group_ids"].map(itemgetter(-1)).to_numpy(), "actual": rows["actual"].to_numpy()}
+    return pd.DataFrame({**found, "answer": linked.to_numpy()})
 
 
 def grain_errors(training: Training, grains: int) -> Mapping[str, float]:
@@ -174,12 +172,12 @@ def grain_errors(training: Training, grains: int) -> Mapping[str, float]:
     ledger = training.ledger
     holdout = DeltaTable(training.tables / "holdout").to_pandas(filters=[("split", "=", "report")])
     own = holdout.merge(ledger[["wave", "grain", "group_id"]], on=["wave", "grain", "group_id"])
-    found = _report_answers(training, grains).set_index("row_key")
+    found = report_answers(training, grains).set_index("row_key")
     rows = own.drop_duplicates("row_key").set_index("row_key")
     runs = DeltaTable(training.tables / "runs").to_pandas()
     constant = float(runs.loc[runs["run_id"] == training.run.run_id, "constant"].iloc[0])
-    errors = {"fleet": _rmse(found["actual"] - found["answer"])}
+    errors = {"fleet": rmse(found["actual"] - found["answer"])}
     for name, grain in (("pooled", 0), ("per_group", grains - 1)):
         level = own[own["grain"] == grain].set_index("row_key")["prediction"].reindex(rows.index).fillna(constant)
-        errors[name] = _rmse(rows["actual"] - (rows["offset"] + rows["scale"] * level))
+        errors[name] = rmse(rows["actual"] - (rows["offset"] + rows["scale"] * level))
     return errors

@@ -6,10 +6,21 @@ from dataclasses import dataclass
 
 from benchmarks.judging import FLIGHTS, HOUSING, Conservation, group_errors, judge, ledger_conservation, predictions_conservation
 from benchmarks.runs import Runs
+from benchmarks.training import (
+    AFTER_DECEMBER,
+    against_pool,
+    against_recipe_flights,
+    against_recipe_thousand,
+    blend_gain,
+    busy_fraction,
+    driver_memory,
+    incremental,
+    makespan_skew,
+    overhead_growth,
+    tracking_requests,
+)
 
 HOLDS: Mapping[str, Callable[[float, float], bool]] = {"<=": operator.le, "<": operator.lt, "==": operator.eq, ">=": operator.ge}
-# The month of December is the report split of a run that pretends it is January.
-AFTER_DECEMBER = "2014-01-02"
 
 
 @dataclass(frozen=True)
@@ -200,5 +211,116 @@ FIGURES = {
         ),
         Figure("ledger-conserved", "ledger rows over groups known at the as-of, counted apart", 4, _CONSERVED, _ledger_conserved),
         Figure("predictions-conserved", "finite predictions over rows to score, counted apart", 4, _CONSERVED, _predictions_conserved),
+        Figure(
+            "train-vs-recipe-flights",
+            "flights by route, features ready: training wall of the usual recipe over ours with all grains, errors on the same flights",
+            12,
+            (
+                Value("", "times", ">=", 3),
+                Value("error-ratio", "ratio", "<=", 0.995),
+                Value("our-seconds", "s"),
+                Value("recipe-seconds", "s"),
+                Value("our-error", "minutes"),
+                Value("recipe-error", "minutes"),
+            ),
+            against_recipe_flights,
+        ),
+        Figure(
+            "train-vs-recipe-1000",
+            "1,000 generated groups of 500 rows in which tuning pays: training wall of the usual recipe over ours",
+            25,
+            (
+                Value("gain", "ratio", ">=", 1.05),
+                Value("grains", "times", ">=", 3.5),
+                Value("grains-error-ratio", "ratio", "<=", 1.002),
+                Value("independent", "times", ">=", 4.5),
+                Value("independent-error-ratio", "ratio", "<=", 1.002),
+                Value("grains-seconds", "s"),
+                Value("independent-seconds", "s"),
+                Value("recipe-seconds", "s"),
+                Value("pooled-seconds", "s"),
+                Value("grains-error", "rmse"),
+                Value("independent-error", "rmse"),
+                Value("recipe-error", "rmse"),
+                Value("pooled-error", "rmse"),
+            ),
+            against_recipe_thousand,
+        ),
+        Figure(
+            "busy-fraction",
+            "the 1,000 groups: share of the slots' seconds inside train_group, and inside LightGBM",
+            25,
+            (
+                Value("train-group", "ratio", ">=", 0.9),
+                Value("lightgbm", "ratio", ">=", 0.7),
+                Value("train-group-of-whole-run", "ratio"),
+            ),
+            busy_fraction,
+        ),
+        Figure(
+            "train-vs-pool",
+            "the 1,000 groups: our throughput over that of a joblib process pool with the same function",
+            27,
+            (Value("", "ratio", ">=", 0.9), Value("our-seconds", "s"), Value("pool-seconds", "s"), Value("our-whole-run-seconds", "s")),
+            against_pool,
+        ),
+        Figure(
+            "makespan-skew",
+            "500 groups of Zipf sizes: wall of the waves over what no plan can beat",
+            3,
+            (Value("", "ratio", "<=", 1.15), Value("seconds", "s"), Value("longest-group", "s"), Value("total-over-slots", "s")),
+            makespan_skew,
+        ),
+        Figure(
+            "overhead-growth",
+            "what one more tiny group costs, 1,000 to 10,000 groups",
+            6,
+            (
+                Value("", "ms", "<=", 15),
+                Value("ratio", "ratio", "<=", 1.3),
+                Value("early", "ms"),
+                *(Value(f"seconds-{size}", "s") for size in (100, 1000, 10_000)),
+            ),
+            overhead_growth,
+        ),
+        Figure(
+            "driver-memory-10000",
+            "peak resident memory of the driver at 10,000 groups",
+            6,
+            (Value("", "GB", "<=", 2), Value("python", "GB"), Value("jvm", "GB")),
+            driver_memory,
+        ),
+        Figure(
+            "tracking-requests",
+            "requests to a real MLflow server per training run, at 10, 100 and 1,000 groups",
+            3,
+            (Value("spread", "requests", "==", 0), *(Value(f"groups-{size}", "requests") for size in (10, 100, 1000))),
+            tracking_requests,
+        ),
+        Figure(
+            "incremental-1pct",
+            "late rows in 1 % of the 1,000 groups: seconds of training over the first run's",
+            25,
+            (
+                Value("finest", "ratio", "<=", 0.03),
+                Value("whole", "ratio", "<=", 0.15),
+                Value("unchanged-identical", "ratio", "==", 1),
+                Value("wall", "ratio"),
+                Value("trained-again", "groups"),
+            ),
+            incremental,
+        ),
+        Figure(
+            "blend-gain",
+            "held-out RMSE of the blend over plain per-group models (rows that have one), and over the pooled model",
+            4,
+            (
+                Value("housing-over-per-group", "ratio", "<=", 0.97),
+                Value("housing-over-pooled", "ratio", "<=", 1),
+                Value("flights-over-per-group", "ratio", "<=", 0.97),
+                Value("flights-over-pooled", "ratio", "<=", 1),
+            ),
+            blend_gain,
+        ),
     )
 }

@@ -193,15 +193,16 @@ def _mean_rmse(groups: pd.DataFrame) -> float:
     return float(((groups["squared_error"] / groups["n_report"]) ** 0.5).mean())
 
 
-def write_features(fleet: GeneratedFleet, location: str | Path, *, n_files: int = 8) -> None:
+def write_features(fleet: GeneratedFleet, location: str | Path, *, n_files: int = 8, late: pd.DataFrame | None = None) -> None:
     """Write the fleet's feature table as a Delta table; what was there is replaced.
 
     Args:
         fleet: the fleet.
         location: folder or address of the table.
         n_files: Parquet files at most, each with whole groups and about as many rows as the others; one commit each.
+        late: further rows, in a file of their own.
     """
-    for number, frame in enumerate(_frames(fleet, n_files)):
+    for number, frame in enumerate([*_frames(fleet, n_files), *([] if late is None else [late])]):
         write_deltalake(location, _table(frame), mode="append" if number else "overwrite", schema_mode=None if number else "overwrite")
 
 

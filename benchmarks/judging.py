@@ -84,8 +84,8 @@ def judge(run: Run, facts: FleetFacts) -> pd.DataFrame:
     """The run's answers beside the truth.
 
     Returns:
-        One row per row of the truth that was held out for the report: actual, fleet, pooled, one column per rival, target
-        units; and group_ids, a list.
+        One row per row of the truth that was held out for the report: actual, fleet, pooled, per group (the finest model
+        alone, null without one), one column per rival, target units; and group_ids, a list.
 
     Raises:
         NotMeasured: if a row was reported on that is not in the truth, or an error differs from what the ledger says.
@@ -99,7 +99,7 @@ def judge(run: Run, facts: FleetFacts) -> pd.DataFrame:
         raise NotMeasured(f"{facts.name}: {len(strange)} report rows are not in the truth, e.g. {strange[0]}")
     # One prediction per row and grain: a second one raises here.
     own = report.set_index(["row_key", "grain"], verify_integrity=True)["prediction"]
-    weights = ledger[ledger["status"] == "trained"].set_index(["group_id", "grain"])["weight"]
+    weights = ledger[ledger["booster_id"].notna()].set_index(["group_id", "grain"])["weight"]
     constant, constant_without_offset = manifest["constant"].iloc[0], manifest["constant_without_offset"].iloc[0]
     pooled = _of_grain(own, 0, rows.index)
     answer = pd.Series(constant, index=rows.index)
@@ -111,7 +111,13 @@ def judge(run: Run, facts: FleetFacts) -> pd.DataFrame:
     def in_target_units(residual: pd.Series) -> pd.Series:
         return facts.from_link((rows["offset"] + rows["scale"] * residual).fillna(constant_without_offset))
 
-    answers = {"fleet": in_target_units(answer), "pooled": in_target_units(pooled.fillna(constant)), "group_ids": rows["group_ids"]}
+    finest = _of_grain(own, len(facts.grains) - 1, rows.index)
+    answers = {
+        "fleet": in_target_units(answer),
+        "pooled": in_target_units(pooled.fillna(constant)),
+        "per group": in_target_units(finest).where(finest.notna()),
+        "group_ids": rows["group_ids"],
+    }
     judged = truth.join(pd.DataFrame(answers), how="inner")
     _reconcile(judged, ledger, facts)
     return judged
@@ -125,7 +131,7 @@ def _of_grain(values: pd.Series, grain: int, index: pd.Index | None = None) -> p
 
 def rivals(judged: pd.DataFrame) -> list[str]:
     """The columns with rivals' answers."""
-    return [str(name) for name in judged if name not in {"actual", "fleet", "pooled", "group_ids"}]
+    return [str(name) for name in judged if name not in {"actual", "fleet", "pooled", "per group", "group_ids"}]
 
 
 def group_errors(judged: pd.DataFrame, grain: int) -> pd.DataFrame:

@@ -7,12 +7,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, TypeVar
 
+T = TypeVar("T")
 PROJECT = Path(__file__).parent.parent
 SHOWN_LINES = 40
 # `make bench` hands its own variables on; a measured command starts without them, and without the user's launch settings.
@@ -43,6 +45,7 @@ class Runs:
         self._temporary = tempfile.TemporaryDirectory(prefix="many-models-bench-", ignore_cleanup_errors=True)
         self._folder = Path(self._temporary.name)
         self._finished: dict[tuple[str, str | None], Run] = {}
+        self._measured: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -70,6 +73,17 @@ class Runs:
         seconds = self._timed(command, PROJECT, {"MANY_MODELS_DATA": str(data)})
         self._finished[name, as_of] = Run(seconds, data / "tables" / name)
         return self._finished[name, as_of]
+
+    def new_folder(self) -> Path:
+        """An empty folder that goes with the rest."""
+        return Path(tempfile.mkdtemp(dir=self._folder))
+
+    def once(self, name: str, measure: Callable[[], T]) -> T:
+        """What a measurement gave, made once per invocation."""
+        if name not in self._measured:
+            self._measured[name] = measure()
+        found: T = self._measured[name]
+        return found
 
     def set_up(self) -> float:
         """Set up a copy of the repository, with empty download caches; returns wall seconds.

@@ -6,13 +6,15 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import pandas as pd
 import yaml
+from pyspark.sql import SparkSession
 
 from assets.champion import champion_asset
 from assets.meta_model import meta_model_asset
@@ -20,13 +22,14 @@ from assets.models import models_asset
 from benchmarks.counting_proxy import tracking_server
 from benchmarks.engine import SLOTS, Engine, Training, report_answers, report_rmse, rmse
 from benchmarks.generated import GeneratedFleet, tuning_gain, write_features
-from benchmarks.judging import HOUSING, FleetFacts, judge
-from benchmarks.rivals import Problem, fleet_categories, overall_rmse, process_pool, usual_recipe
+from benchmarks.judging import FLIGHTS, HOUSING, FleetFacts, judge
+from benchmarks.rivals import Problem, fleet_categories, overall_rmse, pooled_model, process_pool, usual_recipe
 from benchmarks.runs import PROJECT, Runs
 from pipeline.spec import FleetSpec, parse_spec
 from pipeline.training.trainer import train_group
 from resources.launch_settings import LaunchSettings
 from resources.mlflow_registry import MlflowRegistry
+from resources.spark_session import SparkSessionResource
 
 # The month of December is the report split of a run that pretends it is January.
 AFTER_DECEMBER = "2014-01-02"
@@ -37,6 +40,8 @@ TINY_SIZES = (100, 1000, 10_000)
 TRACKED_SIZES = (10, 100, 1000)
 LATE_ROWS = 5
 GAIN_GROUPS = 16
+# A trial over all rows takes minutes.
+POOLED_TRIALS = 1
 
 
 def _spec_of(fleet: str) -> FleetSpec:
@@ -113,6 +118,10 @@ def _run_thousand(runs: Runs) -> dict[str, Any]:
         found["second"] = engine.train("thousand", _with_late_rows(engine), blend, "second")
         rows = engine.tables.read_spark(engine.spark.session, location)
         found["recipe-seconds"], found["recipe"] = _recipe(engine, rows, THOUSAND.problem(), engine.folder)
+    started = time.monotonic()
+    pooled = pooled_model(THOUSAND.rows(), THOUSAND.problem(), n_trials=POOLED_TRIALS, n_jobs=SLOTS)
+    found["pooled-seconds"], found["pooled"] = time.monotonic() - started, overall_rmse(pooled)
+    print(f"  one pooled model: {found['pooled-seconds']:.1f} s ({POOLED_TRIALS} trials), RMSE {found['pooled']:.5g}", flush=True)
     return found
 
 
@@ -136,6 +145,7 @@ def against_recipe_thousand(runs: Runs) -> Mapping[str, float]:
     found = _thousand(runs)
     theirs = overall_rmse(found["recipe"])
     measured = {"gain": 1 + found["gain"], "recipe-seconds": found["recipe-seconds"], "recipe-error": theirs}
+    measured |= {"pooled-seconds": found["pooled-seconds"], "pooled-error": found["pooled"]}
     for form in ("grains", "independent"):
         training: Training = found[form]
         error = report_rmse(training, 2)
@@ -238,21 +248,30 @@ def tracking_requests(runs: Runs) -> Mapping[str, float]:
     return {"spread": max(counts.values()) - min(counts.values())} | {f"groups-{size}": count for size, count in counts.items()}
 
 
+class OpenSession(SparkSessionResource):
+    """The resource of a run, but with the session that is open already and stays so."""
+
+    @contextmanager
+    def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator["OpenSession"]:  # noqa: ARG002
+        """Neither start nor stop anything."""
+        yield self
+
+    @property
+    def session(self) -> SparkSession:
+        """The open session."""
+        return SparkSession.builder.getOrCreate()
+
+
 def _materialise(engine: Engine, spec: FleetSpec, uri: str) -> None:
     links = [models_asset(spec), meta_model_asset(spec), champion_asset(spec)]
     resources = {
         "tables": engine.tables,
-        "spark": _Kept(master="local", scratch=engine.spark.scratch),
+        "spark": OpenSession(master="local", scratch=engine.spark.scratch),
         "registry": MlflowRegistry(tracking_uri=uri, scratch=engine.spark.scratch),
         "launch": LaunchSettings(),
     }
-    _Kept.engine = engine
     with dg.DagsterInstance.ephemeral() as instance:
         dg.materialize(links, resources=resources, instance=instance)
-
-
-class _Kept(type(Engine.__new__(Engine)) if False else dg.ConfigurableResource):  # type: ignore[misc]
-    """Placeholder."""
 
 
 def incremental(runs: Runs) -> Mapping[str, float]:
@@ -278,8 +297,6 @@ def incremental(runs: Runs) -> Mapping[str, float]:
 
 def blend_gain(runs: Runs) -> Mapping[str, float]:
     """Held-out error of the blend over that of plain per-group models and of the pooled model alone, where there is a model per group."""
-    from benchmarks.judging import FLIGHTS
-
     measured: dict[str, float] = {}
     cases: tuple[tuple[str, FleetFacts, str | None], ...] = (("housing", HOUSING, None), ("flights", FLIGHTS, AFTER_DECEMBER))
     for name, facts, as_of in cases:

@@ -43,11 +43,15 @@ def judged_rows(holdout: DataFrame, spec: FleetSpec, cutoffs: Cutoffs, constants
     predictions = [sf.max(sf.when(sf.col("grain") == grain, sf.col("prediction"))).alias(f"p{grain}") for grain in range(len(spec.grains))]
     # In a coarse group's sample a row weighs more, as it stands for others.
     weight = sf.max("weight").alias("weight")
-    # Out-of-fold predictions of fit rows are for children to correct.
-    held_out = holdout.where(sf.col("split").isin(TUNE, REPORT))
+    tune_start, report_start = (moment_column(moment) for moment in (cutoffs.tune_start, cutoffs.report_start))
+    now = sf.when(sf.col("time") >= report_start, REPORT).when(sf.col("time") >= tune_start, TUNE)
+    # Out-of-fold predictions of fit rows are for children to correct. A group that kept an older model was held out at older dates:
+    # what chose its parameters then may not report on it now.
+    is_honest = sf.col("split").isin(TUNE, REPORT) & ~((sf.col("split") == TUNE) & (now == REPORT))
+    held_out = holdout.where(is_honest & now.isNotNull()).withColumn("split", now)
     wide = held_out.groupBy("row_key", "split", "class_name").agg(*(sf.first(name).alias(name) for name in shared), weight, *predictions)
     linked = link_column(sf.col("actual"), spec.target.transform)
-    start, end = (moment_column(moment).cast("double") for moment in (cutoffs.tune_start, cutoffs.report_start))
+    start, end = tune_start.cast("double"), report_start.cast("double")
     block = sf.floor((sf.col("time").cast("double") - start) / (end - start) * N_BLOCKS).cast("int")
     block = sf.when(sf.col("split") == TUNE, block).otherwise(0)
     judged = wide.withColumn("residual", finite((linked - sf.col("offset")) / sf.col("scale"))).withColumn("block", block)

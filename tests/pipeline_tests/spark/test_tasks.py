@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import DataFrame, SparkSession
 
@@ -21,14 +20,14 @@ from pipeline.models.promotion import judge_challenger
 from pipeline.reporting.plots import prediction_plot, training_plot
 from pipeline.reporting.summary import fleet_errors, summarise
 from pipeline.spark.evaluation import judged_rows
-from pipeline.spark.files import read_files
-from pipeline.spark.fleet_training import FinishedRun, PlannedRun, manifest, plan_run, train_run
+from pipeline.spark.fleet_training import Cluster, History, PlannedRun, Request, plan_run, train_run
 from pipeline.spark.scoring import count_answers, rows_to_score, score_rows
 from pipeline.spark.training import count_classes
 from pipeline.spec import FleetSpec
-from pipeline.tables import HOLDOUT, RUNS
 from pipeline.testing.data import feature_rows, small_spec, with_classes
+from pipeline.testing.doubles import MemoryTables
 from pipeline.training.blend import Moments, learn_blend
+from resources.delta_tables import DeltaTables
 
 pytestmark = pytest.mark.spark
 
@@ -51,14 +50,11 @@ class Trained:
     spec: FleetSpec
     features: DataFrame
     run: PlannedRun
-    finished: FinishedRun
+    ledger: pd.DataFrame
+    manifest: Mapping[str, Any]
     holdout: pd.DataFrame
-    files: DataFrame
+    held_out: DataFrame
     pack: Path
-
-    @property
-    def ledger(self) -> pd.DataFrame:
-        return self.finished.ledger
 
 
 def rows_of(task: str) -> pd.DataFrame:
@@ -90,7 +86,7 @@ def frame_of(spark: SparkSession, rows: pd.DataFrame) -> DataFrame:
 
 
 def planned(features: DataFrame, spec: FleetSpec) -> PlannedRun:
-    return plan_run(features, spec, run_id="run-1", as_of=None, limit_groups=None, slots=2, threads=1)
+    return plan_run(features, spec, Request("run-1"), History.read(MemoryTables(), spec.name), slots=2, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -101,19 +97,18 @@ def trained(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Ca
     def train(task: str) -> Trained:
         if task not in runs:
             folder, spec = tmp_path_factory.mktemp(task), spec_of(task)
+            tables = DeltaTables(root=str(folder))
             features = frame_of(spark, rows_of(task))
             run = planned(features, spec)
-            roots = {"boosters": f"{folder}/boosters", "holdout": f"{folder}/holdout"}
-            finished = train_run(spark, run, spec, roots=roots, options={}, report=lambda *_: None)
-            stored = {
-                name: pa.concat_tables([pq.read_table(Path(roots[name]) / file.path) for file in getattr(finished.files, name)]) for name in roots
-            }
-            pinned = manifest(run, spec, started_at=pd.Timestamp("2024-11-01", tz="UTC"), features_version=0)
-            constants = {name: pinned[name] for name in ("constant", "constant_without_offset")}
-            pack_spec = {**json.loads(pinned["model_spec"]), "fleet_version": "run-1", **constants}
-            write_pack(folder / f"pack-{task}", pack_spec, finished.ledger, stored["boosters"].to_pylist())
-            files = read_files(spark, roots["holdout"], [file.path for file in finished.files.holdout], HOLDOUT.schema, {})
-            runs[task] = Trained(task, spec, features, run, finished, stored["holdout"].to_pandas(), files, folder / f"pack-{task}")
+            ledger = train_run(Cluster(spark, lambda *_: None), tables, spec.name, run, spec, features_version=0, check=lambda: None)
+            at = {name: tables.location(spec.name, name) for name in ("runs", "boosters", "holdout")}
+            (manifest,) = tables.read_arrow(at["runs"]).to_pylist()
+            constants = {name: manifest[name] for name in ("constant", "constant_without_offset")}
+            pack_spec = {**json.loads(manifest["model_spec"]), "fleet_version": "run-1", **constants}
+            write_pack(folder / "pack", pack_spec, ledger, tables.read_arrow(at["boosters"]).to_pylist())
+            held_out = tables.read_spark(spark, at["holdout"])
+            holdout = tables.read_pandas(at["holdout"])
+            runs[task] = Trained(task, spec, features, run, ledger, manifest, holdout, held_out, folder / "pack")
         return runs[task]
 
     return train
@@ -241,10 +236,7 @@ def test_the_prior_is_each_classes_share_of_fit_rows(trained: Callable[[str], Tr
     expected = fit["label"].value_counts(normalize=True)
     assert found.run.constants.prior == pytest.approx([expected[name] for name in THREE])
     assert found.run.settings.model["prior"] == list(found.run.constants.prior)
-    written = pa.Table.from_pylist(
-        [manifest(found.run, found.spec, started_at=pd.Timestamp("2024-11-01", tz="UTC"), features_version=1)], schema=RUNS.schema
-    ).to_pylist()[0]
-    assert written["constant"] is written["constant_without_offset"] is None
+    assert found.manifest["constant"] is found.manifest["constant_without_offset"] is None
 
 
 def test_the_constant_of_a_quantile_is_that_quantile_of_fit_rows(trained: Callable[[str], Trained]) -> None:
@@ -262,7 +254,7 @@ def test_the_constant_of_two_classes_is_the_share_of_the_last(trained: Callable[
 
 def test_blend_weights_of_a_quantile_lean_to_its_side_on_tune_rows_only(trained: Callable[[str], Trained]) -> None:
     found = trained("quantile")
-    judged = judged_rows(found.files, found.spec, found.run.cutoffs, found.run.constants).toPandas()
+    judged = judged_rows(found.held_out, found.spec, found.run.cutoffs, found.run.constants).toPandas()
     above = judged["residual"] > judged["p0"].fillna(found.run.constants.with_offset)
     expected = np.where(judged["split"] == TUNE, np.where(above, 0.9, 0.1), 1.0)
     assert judged["blend_weight"].to_numpy() == pytest.approx(expected)
@@ -273,7 +265,7 @@ def test_blend_weights_of_a_quantile_lean_to_its_side_on_tune_rows_only(trained:
 @pytest.mark.parametrize("task", ["binary", "multiclass", "quantile"])
 def test_weights_are_those_learnt_from_the_rows_themselves(trained: Callable[[str], Trained], task: str) -> None:
     found = trained(task)
-    rows = judged_rows(found.files, found.spec, found.run.cutoffs, found.run.constants).toPandas()
+    rows = judged_rows(found.held_out, found.spec, found.run.cutoffs, found.run.constants).toPandas()
     classes, constants = found.run.settings.model["classes"], found.run.constants
     prior = rows["class_name"].map(dict(zip(classes, constants.prior, strict=True))).to_numpy(float) if constants.prior else np.zeros(len(rows))
     own = rows[["p0", "p1", "p2"]].to_numpy(float) - prior[:, None]

@@ -423,5 +423,5 @@ def test_one_row_tells_nothing_of_noise(gains: list[float], expected: bool) -> N
 
 def test_the_clock_counts_what_is_inside_lightgbm() -> None:
     clock = Clock()
-    Study(FIT_ROWS, TUNE_ROWS, BLOCKS, [], TuningSpec(max_trials=1, max_rounds=20), 1, Start(), clock).run()
+    Study(FIT_ROWS, TUNE_ROWS, BLOCKS, [], TuningSpec(max_trials=1, max_rounds=20), 1, goal_of("l2"), Start(), clock).run()
     assert clock.seconds > 0
