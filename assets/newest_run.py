@@ -20,6 +20,8 @@ def newest_run(tables: DeltaTables, namespace: str) -> "pd.Series[Any]":
     if not tables.exists(location):
         raise StoreError(f"{namespace!r} has no finished training run; materialise {namespace}/models first")
     runs = tables.read_pandas(location)
+    if "finished_at" not in runs:
+        raise StoreError(f"{location} was written by an earlier version (format 1, expected {RUNS.format}): move it away, or use a new data root")
     finished = runs[runs["finished_at"].notna()]
     if finished.empty:
         raise StoreError(f"{namespace!r} has no finished training run, only interrupted ones; materialise {namespace}/models again: it resumes")

@@ -18,7 +18,7 @@ from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as sf
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, StoreError
 from pipeline.faults import crash_point
 from pipeline.features.encoding import choose_categories
 from pipeline.grouping.fingerprints import fingerprint, shared_digest
@@ -169,9 +169,15 @@ class History:
 
     @classmethod
     def read(cls, tables: Tables, namespace: str) -> "History":
-        """From the tables of a fleet; empty where there are none yet."""
+        """From the tables of a fleet; empty where there are none yet.
+
+        Raises:
+            StoreError: if they are of another format.
+        """
         runs, ledger = (tables.location(namespace, contract.name) for contract in (RUNS, LEDGER))
         found = tables.read_pandas(runs) if tables.exists(runs) else RUNS.schema.empty_table().to_pandas()
+        if "finished_at" not in found:
+            raise StoreError(f"{runs} was written by an earlier version (format 1, expected {RUNS.format}): move it away, or use a new data root")
 
         def rows_of(run_id: str) -> pd.DataFrame:
             there: bool = tables.exists(ledger)
@@ -523,12 +529,16 @@ def _train_waves(
 
 
 def _overlapping(spark: SparkSession, waves: Sequence[Wave], train: Callable[[Wave], TrainedFiles]) -> Iterator[tuple[Wave, TrainedFiles]]:
-    """Each wave with what it left, in order; the next one already starts while one drains, as Spark hands free slots to the oldest job."""
+    """Each wave with what it left, in order; the next one already starts while one drains, as Spark hands free slots to the oldest job.
+
+    A further one starts only when the caller, having committed a wave, asks for the next: more would be lost with a killed run.
+    """
     pool = ThreadPoolExecutor(WAVES_AT_ONCE, thread_name_prefix="wave")
-    futures: list[Future[TrainedFiles]] = [pool.submit(train, wave) for wave in waves]
+    futures: list[Future[TrainedFiles]] = [pool.submit(train, wave) for wave in waves[:WAVES_AT_ONCE]]
     try:
-        for wave, future in zip(waves, futures, strict=True):
-            yield wave, future.result()
+        for number, wave in enumerate(waves):
+            yield wave, futures[number].result()
+            futures += [pool.submit(train, later) for later in waves[len(futures) : len(futures) + 1]]
     except BaseException:
         for future in futures:
             future.cancel()

@@ -2,15 +2,20 @@
 
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
+from pyspark.sql import SparkSession
 
 from benchmarks.generated import GeneratedFleet
-from benchmarks.kills import Reference, Trial, kill_trials, random_trials, straight_run, survive
+from benchmarks.kills import WAVES_REPEATED, Reference, Trial, kill_trials, random_trials, straight_run, survive
 from benchmarks.poison import POISONS, TRAINED, train_poisoned
 from pipeline.faults import POINTS
+from pipeline.spark.fleet_training import _overlapping
+from pipeline.spark.training import TrainedFiles, Wave
 
 pytestmark = [pytest.mark.integration, pytest.mark.spark, pytest.mark.slow]
 
@@ -29,6 +34,21 @@ def test_three_random_kills_are_survived(tmp_path: Path) -> None:
 @pytest.mark.parametrize("crash_at", ["boosters_committed#2:KILL", "ledger_committed:KILL"])
 def test_a_run_killed_at_a_named_point_is_resumed(crash_at: str, reference: Reference, tmp_path: Path) -> None:
     assert survive(Trial("driver", crash_at=crash_at), reference, tmp_path) == []
+
+
+def test_however_slow_commits_are_two_waves_at_most_are_not_committed(spark: SparkSession) -> None:
+    trained: list[str] = []
+
+    def train(wave: Wave) -> TrainedFiles:
+        trained.append(wave.name)
+        return TrainedFiles([], [], [])
+
+    waves = [Wave(str(number), pd.DataFrame()) for number in range(6)]
+    for n_committed, (wave, _) in enumerate(_overlapping(spark, waves, train)):
+        assert wave.name == str(n_committed)
+        time.sleep(0.1)
+        assert len(trained) <= n_committed + WAVES_REPEATED
+    assert trained == [wave.name for wave in waves]
 
 
 def test_trials_are_repeatable_and_kill_each_kind_of_process() -> None:
