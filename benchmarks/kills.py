@@ -41,6 +41,8 @@ TASK_SECONDS = WAVE_SECONDS = 0.3
 SLOTS = 2
 WAVES_REPEATED = 2
 MARK = "MANY_MODELS_KILLED_TRIAL"
+# A Java machine that lives for seconds: no time is spent on compiling well.
+SHORT_LIVED = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
 PATIENCE_SECONDS = 300.0
 GONE_SECONDS = 30.0
 POLL_SECONDS = 0.01
@@ -119,7 +121,13 @@ class Child:
     def __enter__(self) -> Self:
         self._told = len(_events(self.folder))
         self._log = (self.folder / "log").open("a")
-        environment = {**os.environ, MARK: self.mark, faults.VARIABLE: self.crash_at, "TMPDIR": str(self.folder / "tmp")}
+        environment = {
+            "JAVA_TOOL_OPTIONS": SHORT_LIVED,
+            **os.environ,
+            MARK: self.mark,
+            faults.VARIABLE: self.crash_at,
+            "TMPDIR": str(self.folder / "tmp"),
+        }
         (self.folder / "tmp").mkdir(exist_ok=True)
         command = [sys.executable, "-m", "benchmarks.kills", "--train", str(self.folder)]
         self.process = subprocess.Popen(command, cwd=PROJECT, env=environment, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log)

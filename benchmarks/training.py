@@ -39,6 +39,7 @@ THOUSAND = GeneratedFleet(1000)
 TINY_SIZES = (100, 1000, 10_000)
 TRACKED_SIZES = (10, 100, 1000)
 LATE_ROWS = 5
+QUIET = {"loggers": {"console": {"config": {"log_level": "ERROR"}}}}
 GAIN_GROUPS = 16
 # A trial over all rows takes minutes.
 POOLED_TRIALS = 1
@@ -211,9 +212,7 @@ def _run_tiny(runs: Runs) -> dict[int, dict[str, float]]:
     folder = runs.new_folder()
     for size in TINY_SIZES:
         write_features(GeneratedFleet(size, rows_per_group=70, signal="tiny"), folder / "tables" / f"tiny{size}" / "features")
-    command = [sys.executable, "-m", "benchmarks.training", str(folder), *map(str, TINY_SIZES)]
-    ended = subprocess.run(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True, check=True)
-    *told, last = ended.stdout.splitlines()
+    *told, last = _child("tiny", folder, *TINY_SIZES)
     print("\n".join(told), flush=True)
     return {int(size): measured for size, measured in json.loads(last).items()}
 
@@ -233,19 +232,29 @@ def driver_memory(runs: Runs) -> Mapping[str, float]:
 
 
 def tracking_requests(runs: Runs) -> Mapping[str, float]:
-    """Requests that a training run sends to a real MLflow server, from `models` to `champion`."""
+    """Requests that a training run, in a process of its own, sends to a real MLflow server, from `models` to `champion`."""
     counts: dict[int, int] = {}
-    folder = runs.new_folder()
-    with Engine(folder) as engine, tracking_server(runs.new_folder()) as server:
+    with tracking_server(runs.new_folder()) as server:
         for size in TRACKED_SIZES:
-            fleet = GeneratedFleet(size, rows_per_group=70, signal="tiny")
-            spec = fleet.spec(name=f"tracked{size}")
-            engine.write(spec.name, fleet)
             server.counter.reset()
-            _materialise(engine, spec, server.uri)
+            _child("tracked", runs.new_folder(), str(size), server.uri)
             counts[size] = server.counter.total
-            print(f"  {size:,} groups: {server.counter.by_prefix()}", flush=True)
+            print(f"  {size:,} groups: {dict(server.counter.by_prefix())}", flush=True)
     return {"spread": max(counts.values()) - min(counts.values())} | {f"groups-{size}": count for size, count in counts.items()}
+
+
+def _train_tracked(folder: Path, size: int, uri: str) -> None:
+    fleet = GeneratedFleet(size, rows_per_group=70, signal="tiny")
+    with Engine(folder) as engine:
+        spec = fleet.spec(name=f"tracked{size}")
+        engine.write(spec.name, fleet)
+        _materialise(engine, spec, uri)
+
+
+def _child(*arguments: object) -> list[str]:
+    """Do one of the commands below in a process of its own; the lines that it prints."""
+    command = [sys.executable, "-m", "benchmarks.training", *map(str, arguments)]
+    return subprocess.run(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
 
 
 class OpenSession(SparkSessionResource):
@@ -271,7 +280,7 @@ def _materialise(engine: Engine, spec: FleetSpec, uri: str) -> None:
         "launch": LaunchSettings(),
     }
     with dg.DagsterInstance.ephemeral() as instance:
-        dg.materialize(links, resources=resources, instance=instance)
+        dg.materialize(links, resources=resources, instance=instance, run_config=QUIET)
 
 
 def incremental(runs: Runs) -> Mapping[str, float]:
@@ -309,7 +318,7 @@ def blend_gain(runs: Runs) -> Mapping[str, float]:
     return measured
 
 
-def _main(folder: Path, sizes: list[int]) -> None:
+def _train_tiny(folder: Path, sizes: list[int]) -> None:
     measured: dict[int, dict[str, float]] = {}
     with Engine(folder) as engine:
         engine.warm_up()
@@ -335,4 +344,7 @@ def _peak_gb(pid: int) -> float:
 
 
 if __name__ == "__main__":
-    _main(Path(sys.argv[1]), [int(size) for size in sys.argv[2:]])
+    if sys.argv[1] == "tiny":
+        _train_tiny(Path(sys.argv[2]), [int(size) for size in sys.argv[3:]])
+    else:
+        _train_tracked(Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

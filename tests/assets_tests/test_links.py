@@ -36,7 +36,8 @@ def as_challenger(fleet: Any, ledger: pd.DataFrame) -> None:
     run_id = str(ledger["run_id"].iloc[0])
     location = tables.location("shop", "ledger")
     if run_id not in set(fleet.table("ledger")["run_id"]):
-        tables.write_arrow([pa.Table.from_pandas(ledger, schema=LEDGER.schema, preserve_index=False)], LEDGER.schema, location, mode="append")
+        file = tables.write_file(pa.Table.from_pandas(ledger, schema=LEDGER.schema, preserve_index=False), LEDGER.schema, location)
+        tables.commit(location, [file], LEDGER.schema, mode="append", partition={"run_id": run_id})
     first = registry.get("shop", "champion")
     version = type(first)("shop", "2", run_id)
     pack = registry.folder / f"shop-2-{run_id}"

@@ -8,6 +8,7 @@ from pipeline.grouping.fingerprints import fingerprint, shared_digest
 from pipeline.grouping.splits import Cutoffs
 from pipeline.models.pack import model_spec
 from pipeline.testing.data import small_spec
+from pipeline.training.objective import learning_goal
 
 CUTOFFS = Cutoffs(*(pd.Timestamp(day) for day in ("2024-10-26", "2024-07-26", "2024-09-26")))
 CATEGORIES = {"kind": ["large", "small"]}
@@ -15,7 +16,7 @@ CATEGORIES = {"kind": ["large", "small"]}
 
 def digest(cutoffs: Cutoffs = CUTOFFS, categories: dict[str, list[str]] = CATEGORIES, **changes: Any) -> str:
     spec = small_spec(**changes)
-    return shared_digest(model_spec(spec, categories), spec.tuning, cutoffs, spec.target.weight)
+    return shared_digest(model_spec(spec, categories), learning_goal(spec, 0), spec.tuning, cutoffs, spec.target.weight)
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ class Groups:
         one["kind"] = np.array(["a", "b", "c", "a", "unseen", "b"], dtype=object)
         one["row_key"] = np.array([f"key {slot}" for slot in range(SLOTS)], dtype=object)
         self.n = n_groups
-        self.values = {name: np.tile(values, n_groups) for name, values in one.items()}
+        self.cells = {name: np.tile(values, n_groups) for name, values in one.items()}
         self.is_null = {name: np.zeros(n_groups * SLOTS, dtype=bool) for name in one}
         self.is_null["w"][2::SLOTS] = self.is_null["kind"][3::SLOTS] = True
         self.is_there = np.tile(np.arange(SLOTS) < N_ROWS, n_groups)
@@ -61,14 +61,14 @@ class Groups:
 
     def seen_by_training(self) -> npt.NDArray[np.int64]:
         """Per group the sorted numbers of its rows' canonical forms: equal rows have equal numbers."""
-        frame = pd.DataFrame({name: pd.Series(values).mask(self.is_null[name]) for name, values in self.values.items()})
+        frame = pd.DataFrame({name: pd.Series(values).mask(self.is_null[name]) for name, values in self.cells.items()})
         matrix = design_matrix(frame, model_spec(SPEC, CATEGORIES)).astype(np.float64)
         exact = frame[EXACT].to_numpy(dtype=np.float64)
         exact[~np.isfinite(exact)] = np.nan
         target = frame["y"].to_numpy(dtype=np.float64)
         numbers = np.column_stack([matrix, exact, target]) + 0.0  # no negative zeros
         numbers[np.isnan(numbers)] = np.nan  # one kind of NaN
-        others = [self.values["time"], self.values["known_at"], pd.factorize(self.values["row_key"])[0]]
+        others = [self.cells["time"], self.cells["known_at"], pd.factorize(self.cells["row_key"])[0]]
         rows = np.ascontiguousarray(np.column_stack([numbers.view(np.int64), *others]))
         codes = pd.factorize(np.array([row.tobytes() for row in rows], dtype=object))[0]
         counts = self.is_there & ~np.isnan(target)
@@ -78,20 +78,20 @@ class Groups:
         """All rows in any order, over several partitions."""
         kept = np.flatnonzero(self.is_there)
         np.random.default_rng(seed).shuffle(kept)
-        columns = {name: pa.array(values[kept], mask=self.is_null[name][kept], from_pandas=False) for name, values in self.values.items()}
+        columns = {name: pa.array(values[kept], mask=self.is_null[name][kept], from_pandas=False) for name, values in self.cells.items()}
         for name in ("time", "known_at"):
             columns[name] = columns[name].cast(pa.timestamp("us", tz="UTC"))
-        columns["n"] = pa.array(self.values["n"][kept], mask=self.is_null["n"][kept] | ~np.isfinite(self.values["n"][kept])).cast(
+        columns["n"] = pa.array(self.cells["n"][kept], mask=self.is_null["n"][kept] | ~np.isfinite(self.cells["n"][kept])).cast(
             pa.int64(), safe=False
         )
         columns["group"] = pa.array(self.group[kept]).cast(pa.string())
         return spark.createDataFrame(pa.table(columns)).repartition(5)
 
 
-def edited(groups: Groups, seed: int) -> npt.NDArray[np.object_]:
+def edited(groups: Groups, seed: int) -> npt.NDArray[np.object_]:  # noqa: C901 - one edit after the other
     """Give every group but the first one random edit; its name."""
     random = np.random.default_rng(seed)
-    values, is_null = groups.values, groups.is_null
+    values, is_null = groups.cells, groups.is_null
     at = np.arange(groups.n) * SLOTS + random.integers(0, N_ROWS, groups.n)
     other = np.arange(groups.n) * SLOTS + random.integers(0, N_ROWS, groups.n)
     spare = np.arange(groups.n) * SLOTS + N_ROWS

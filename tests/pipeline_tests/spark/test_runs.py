@@ -7,7 +7,6 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from pipeline.spark import fleet_training, training
 from pipeline.spark.fleet_training import Cluster, History, PlannedRun, Request, plan_run, train_run
 from pipeline.spark.training import placed_rows, without_adaptive_execution
 from pipeline.spec import FleetSpec
+from pipeline.tables import LEDGER
 from pipeline.testing.data import feature_rows, small_spec
 from pipeline.testing.doubles import FailingTrainer
 from pipeline.training.outcome import Outcome
@@ -133,7 +133,7 @@ def test_late_rows_of_one_group_train_it_and_what_contains_it(fleet: Fleet, firs
     # Weights are learnt from the rows that all of a group's models have predicted, old and new.
     assert after["report_blend"].notna().all()
     assert (after["report_rows"] == before["report_rows"]).all()
-    assert (by_group(after, "report_parent")[NAPOLI] == by_group(before, "report_parent")[NAPOLI]) is False
+    assert by_group(after, "report_parent")[NAPOLI] != by_group(before, "report_parent")[NAPOLI]
     pooled = after[after["grain"] == 0].iloc[0]
     assert pooled["rmse"] == pytest.approx(before[before["grain"] == 0]["rmse"].iloc[0], rel=0.1)
 
@@ -207,6 +207,13 @@ def failing_at(turn: int) -> Callable[[], None]:
     return check
 
 
+def without_run(ledger: pd.DataFrame) -> list[dict[str, Any]]:
+    """The ledger as it is stored, less what may differ between two runs of the same."""
+    stored = pa.Table.from_pandas(ledger, schema=LEDGER.schema, preserve_index=False)
+    found: list[dict[str, Any]] = stored.drop_columns(OF_THE_RUN).to_pylist()
+    return found
+
+
 def n_waves(ledger: pd.DataFrame) -> int:
     return int(ledger["wave"].nunique())
 
@@ -236,7 +243,7 @@ def test_an_interrupted_run_is_finished_as_if_nothing_had_happened(
     assert set(actions.index[actions == "keep"]) == set(left["group_id"])
     assert set(actions) <= {"keep", "train"}
     ledger, expected = fleet.train(run), first[1]
-    pd.testing.assert_frame_equal(ledger.drop(columns=OF_THE_RUN), expected.drop(columns=OF_THE_RUN))
+    assert without_run(ledger) == without_run(expected)
     assert set(ledger["run_id"]) == set(ledger["source_run_id"]) == {"run-a"}
     kept = ledger[ledger["group_id"].isin(left["group_id"])]
     assert by_group(kept, "wave") == by_group(left, "wave")
@@ -279,7 +286,7 @@ def test_another_request_does_not_resume_but_reuses_what_was_done(empty: Fleet, 
 def test_a_coarse_groups_sample_is_thin_nested_and_leaves_small_groups_whole(
     spark: SparkSession, empty: Fleet, rows: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "SAMPLED_WHOLE", 100)
+    monkeypatch.setattr(training, "SAMPLED_WHOLE", 70)
     small = (rows["city"] == "roma") & (rows["time"] >= "2024-03-31")  # 90 rows stay
     seen = rows[~small]
     run = empty.plan(seen, "run-1")
@@ -293,8 +300,10 @@ def test_a_coarse_groups_sample_is_thin_nested_and_leaves_small_groups_whole(
     rates = placed.groupby(["grain", "city"])[RATE].agg(["min", "max"])
     assert (rates["min"] == rates["max"]).all()
     assert rates["min"].to_dict() == {
-        (g, c): 1.0 if c == "roma" else max(0.5**e, 0.5) for g, e in exponents.items() for c in ("oslo", "bergen", "roma", "napoli")
-    } | {(2, c): 1.0 for c in ("oslo", "bergen", "roma", "napoli")}
+        (grain, city): 1.0 if city == "roma" else 0.5**exponent
+        for grain, exponent in exponents.items()
+        for city in ("oslo", "bergen", "roma", "napoli")
+    }
     roma = set(seen.loc[seen["city"] == "roma", "row_key"])
     assert roma <= kept[0]
 
@@ -338,7 +347,7 @@ def test_what_is_left_of_a_budget_improves_groups(empty: Fleet, rows: pd.DataFra
     assert "budget" not in set(ledger["stopped_by"])
     firsts = [Start.from_json(text).trials for text in ledger["started_from"]]
     assert all(len(trials) == 1 for trials in firsts)
-    assert ledger["wave"].nunique() == 1
+    assert len(set(ledger["wave"])) == 1
     assert len(empty.table("boosters")["wave"].unique()) == 2
     assert set(empty.plan(rows, "run-2").plan.groups["action"]) == {"reuse"}
 
@@ -354,7 +363,7 @@ def passes(run: PlannedRun, spec: FleetSpec, *, seconds: float = 1.0) -> Iterato
     }  # fmt: skip
     for plan in fleet_training._second_pass(run, spec, found):
         for key in zip(plan.groups["grain"], plan.groups["group_id"], strict=True):
-            found[int(key[0]), str(key[1])]["stopped_by"] = "patience"
+            found[int(key[0]), str(key[1])] |= {"stopped_by": "patience", "seconds": 2 * seconds}
         yield plan.groups["group_id"].tolist(), found
 
 
@@ -385,7 +394,8 @@ def test_a_group_that_kills_spark_workers_is_crashed_and_the_others_are_trained(
             os.kill(os.getppid(), signal.SIGKILL)
         return train_group(frame, grain, settings, start)
 
-    ledger = empty.train(empty.plan(rows, "run-1"), train=train).set_index("group_id")
+    ledger = empty.train(empty.plan(rows[rows["region"] == "north"], "run-1"), train=train).set_index("group_id")
+    assert len(ledger) == 4
     assert (ledger.loc[OSLO, "status"], ledger.loc[OSLO, "reason"], ledger.loc[OSLO, "error_class"]) == ("crashed", "native_crash", "ExecutorLost")
     assert set(ledger.drop(OSLO)["status"]) == {"trained"}
     assert ledger["report_rows"].notna().all()
@@ -394,9 +404,7 @@ def test_a_group_that_kills_spark_workers_is_crashed_and_the_others_are_trained(
 
 def test_what_is_wrong_with_the_data_is_not_a_groups_fault(empty: Fleet, rows: pd.DataFrame) -> None:
     run = empty.plan(rows, "run-1")
-    broken = replace(
-        run, rows=run.rows.selectExpr("*", "1 AS _one").withColumn("price", run.rows["price"] / 0).where("raise_error('unreadable') IS NULL")
-    )
+    broken = replace(run, rows=run.rows.where("raise_error('unreadable') IS NULL"))
     with pytest.raises(Exception, match="unreadable"):
         empty.train(broken)
     assert not empty.tables.exists(empty.tables.location("small", "ledger"))
@@ -420,7 +428,9 @@ POISONS = {
 def poisoned() -> pd.DataFrame:
     rows = feature_rows(160, cities={"north": tuple(POISONS)})
     city = rows["city"]
-    rows["sales"] = rows["sales"].mask(city == "constant", 3.0).mask(city == "all null", np.nan).mask(city == "infinite", np.inf)
+    rows["sales"] = (
+        rows["sales"].mask(city == "constant", 3.0).mask(city == "all null", np.nan).mask((city == "infinite") & (rows.index % 5 == 0), np.inf)
+    )
     return rows[(city != "few") | (rows["time"] < "2024-01-20")]
 
 
@@ -443,9 +453,9 @@ def test_poisons_are_rows_of_the_ledger_and_every_other_group_is_trained(empty: 
     # Whoever failed is tried again; whoever crashed is not, until it changes.
     again = by_group(empty.plan(poisoned, "run-2").plan.groups, "action")
     expected = {"failed": "train", "crashed": "reuse", "trained": "reuse", "inherited": "inherit"}
-    constant = {"constant": "reuse", "infinite": "inherit"}  # the trainer finds the constant, the plan the others
+    by_trainer = {"constant": "reuse", "infinite": "reuse"}  # the others are seen when the run is planned
     assert {city: again[group_id(["north", city])] for city in POISONS} == {
-        city: constant.get(city, expected[status]) for city, (status, *_) in POISONS.items()
+        city: by_trainer.get(city, expected[status]) for city, (status, *_) in POISONS.items()
     }
 
 
@@ -472,7 +482,7 @@ def test_without_pooling_the_finest_groups_are_trained_alone_and_all_rows_judged
     again = empty.launch(rows, "run-2").set_index("group_id")
     assert set(again[finest]["status"]) == {"reused"}
     pd.testing.assert_series_equal(again["rmse"], ledger["rmse"])
-    assert SimpleNamespace(**again.loc["[]"]).reason == "pooling_none"
+    assert again.loc["[]", "reason"] == "pooling_none"
 
 
 def test_digests_of_a_run_are_those_of_its_ledger(first: tuple[Fleet, pd.DataFrame], rows: pd.DataFrame) -> None:

@@ -105,10 +105,10 @@ def trained(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Ca
             (manifest,) = tables.read_arrow(at["runs"]).to_pylist()
             constants = {name: manifest[name] for name in ("constant", "constant_without_offset")}
             pack_spec = {**json.loads(manifest["model_spec"]), "fleet_version": "run-1", **constants}
-            write_pack(folder / "pack", pack_spec, ledger, tables.read_arrow(at["boosters"]).to_pylist())
+            write_pack(folder / f"pack-{task}", pack_spec, ledger, tables.read_arrow(at["boosters"]).to_pylist())
             held_out = tables.read_spark(spark, at["holdout"])
             holdout = tables.read_pandas(at["holdout"])
-            runs[task] = Trained(task, spec, features, run, ledger, manifest, holdout, held_out, folder / "pack")
+            runs[task] = Trained(task, spec, features, run, ledger, manifest, holdout, held_out, folder / f"pack-{task}")
         return runs[task]
 
     return train
