@@ -41,8 +41,6 @@ TASK_SECONDS = WAVE_SECONDS = 0.3
 SLOTS = 2
 WAVES_REPEATED = 2
 MARK = "MANY_MODELS_KILLED_TRIAL"
-# A Java machine that lives for seconds: no time is spent on compiling well.
-SHORT_LIVED = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
 PATIENCE_SECONDS = 300.0
 GONE_SECONDS = 30.0
 POLL_SECONDS = 0.01
@@ -121,13 +119,7 @@ class Child:
     def __enter__(self) -> Self:
         self._told = len(_events(self.folder))
         self._log = (self.folder / "log").open("a")
-        environment = {
-            "JAVA_TOOL_OPTIONS": SHORT_LIVED,
-            **os.environ,
-            MARK: self.mark,
-            faults.VARIABLE: self.crash_at,
-            "TMPDIR": str(self.folder / "tmp"),
-        }
+        environment = {**os.environ, MARK: self.mark, faults.VARIABLE: self.crash_at, "TMPDIR": str(self.folder / "tmp")}
         (self.folder / "tmp").mkdir(exist_ok=True)
         command = [sys.executable, "-m", "benchmarks.kills", "--train", str(self.folder)]
         self.process = subprocess.Popen(command, cwd=PROJECT, env=environment, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log)
@@ -484,9 +476,12 @@ def _kill_below(trial: Trial, reference: Reference, child: Child) -> bool:
 
 
 def _sleep_until(moment: float, child: Child) -> bool:
-    """Whether the child had not finished training by then."""
-    time.sleep(max(0.0, moment - time.monotonic()))
-    return child.process.poll() is None and child.event("trained") is None
+    """Whether the child has not finished training by then; if it has, that is told at once."""
+    while child.process.poll() is None and child.event("trained") is None:
+        if time.monotonic() >= moment:
+            return True
+        time.sleep(POLL_SECONDS)
+    return False
 
 
 # --- tables

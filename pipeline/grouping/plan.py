@@ -179,7 +179,7 @@ def build_plan(
     """Decide per group whether it is trained, from what, and where.
 
     Args:
-        counts: one row per group: grain, group_id, parent_id, n_rows, n_target, n_fit, n_tune, n_report, rows_hash.
+        counts: one row per group: grain, group_id, parent_id, n_rows, n_target, n_invalid, n_fit, n_tune, n_report, rows_hash.
         policy: which groups are trained again.
         memory: what earlier runs left.
         shared: as from `shared_digest`.
@@ -280,7 +280,9 @@ def _without_training(grain: int, before: Mapping[str, Any] | None, reason: str,
 def _reason_to_inherit(group: Mapping[Any, Any], policy: Policy, finest: int) -> str | None:
     if policy.finest_only and group["grain"] != finest:
         return NOT_POOLED
-    if group["n_fit"] >= policy.fit_rows and group["n_tune"] >= policy.tune_rows:
+    # A group with invalid targets is sent to a worker, which says what is wrong with it.
+    is_spoilt = group["grain"] == finest and group.get("n_invalid", 0) > 0
+    if is_spoilt or (group["n_fit"] >= policy.fit_rows and group["n_tune"] >= policy.tune_rows):
         return None
     return NO_TARGET if group["n_target"] == 0 else TOO_FEW_ROWS
 

@@ -157,6 +157,7 @@ def count_groups(
         sf.first("_level.parent_id").alias("parent_id"),
         sf.count("*").alias("n_rows"),
         rows_where(sf.col("_known"), "n_target"),
+        rows_where(sf.col("_known") & sf.col("_linked").isNull(), "n_invalid"),
         *(rows_where(usable & (sf.col("_split") == split), f"n_{split}") for split in (FIT, TUNE, REPORT)),
         # A sum of 64-bit hashes, whatever the order of the rows, in two halves that cannot overflow.
         sf.sum(sf.col("_hash").bitwiseAND(0xFFFFFFFF)).alias("_low"),

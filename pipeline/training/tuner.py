@@ -205,7 +205,7 @@ class Study:
             )
             if self._best is None or boosting.best_loss < self._best[2]:
                 misses = self._misses(booster, boosting.best_round + 1)
-                if self._best_misses is None or _is_beyond_noise(self._best_misses - misses):
+                if self._best_misses is None or _is_beyond_noise(self._best_misses - misses, self._tune.weight):
                     self._since_best = 0
                 self._best = parameters, boosting.best_round + 1, boosting.best_loss
                 self._best_misses = misses
@@ -237,10 +237,13 @@ class Study:
             study.stop()
 
 
-def _is_beyond_noise(gains: Floats) -> bool:
+def _is_beyond_noise(gains: Floats, weight: Floats | None) -> bool:
     """Whether a gain, given per tune row, is larger than its own standard error; one row tells nothing."""
-    n_rows = len(gains)
-    return n_rows > 1 and float(gains.mean()) > float(gains.std(ddof=1)) / np.sqrt(n_rows)
+    shares = np.full(len(gains), 1 / len(gains)) if weight is None else weight / max(float(weight.sum()), 1e-300)
+    mean, n_counting = float(shares @ gains), int((shares > 0).sum())
+    if n_counting < 2:  # noqa: PLR2004
+        return False
+    return bool(mean > np.sqrt(n_counting / (n_counting - 1) * float((shares**2) @ (gains - mean) ** 2)))
 
 
 def fit_booster(

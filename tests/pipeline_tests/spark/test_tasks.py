@@ -200,16 +200,6 @@ def test_columns_of_regression_are_null_for_classes(trained: Callable[[str], Tra
     assert trained(task).ledger[["rmse", "mae", "mape", "pooled_rmse", "pooled_mape", "interval"]].isna().all(axis=None)
 
 
-def test_a_group_that_lacks_a_class_is_trained_and_one_of_a_single_class_is_not(trained: Callable[[str], Trained]) -> None:
-    found = trained("multiclass")
-    assert row_of(found, 2, '["north","lopsided"]')["status"] == "trained"
-    alone = row_of(found, 2, '["south","alone"]')
-    assert (alone["status"], alone["reason"]) == ("inherited", "constant_target")
-    held = found.holdout[found.holdout["group_id"] == '["north","lopsided"]']
-    assert set(held["class_name"]) == set(THREE)
-    assert held.loc[held["class_name"] == "top", "prediction"].max() < 1e-3
-
-
 @pytest.mark.parametrize(("task", "group"), [("multiclass", '["north","oslo"]'), ("poisson", '["north","oslo"]')])
 def test_what_the_task_does_not_take_is_left_out_and_counted(trained: Callable[[str], Trained], task: str, group: str) -> None:
     found = trained(task)
@@ -250,16 +240,6 @@ def test_the_constant_of_two_classes_is_the_share_of_the_last(trained: Callable[
     fit = rows.loc[rows["time"] < found.run.cutoffs.tune_start, "label"]
     assert found.run.settings.model["classes"] == ["no", "yes"]
     assert found.run.constants.with_offset == pytest.approx((fit == "yes").mean())
-
-
-def test_blend_weights_of_a_quantile_lean_to_its_side_on_tune_rows_only(trained: Callable[[str], Trained]) -> None:
-    found = trained("quantile")
-    judged = judged_rows(found.held_out, found.spec, found.run.cutoffs, found.run.constants).toPandas()
-    above = judged["residual"] > judged["p0"].fillna(found.run.constants.with_offset)
-    expected = np.where(judged["split"] == TUNE, np.where(above, 0.9, 0.1), 1.0)
-    assert judged["blend_weight"].to_numpy() == pytest.approx(expected)
-    assert set(expected) == {0.9, 0.1, 1.0}
-    assert (judged["weight"] == 1).all()
 
 
 @pytest.mark.parametrize("task", ["binary", "multiclass", "quantile"])

@@ -151,27 +151,7 @@ def test_a_study_ends_at_max_trials() -> None:
     assert (found.n_trials, found.stopped_by) == (3, "max_trials")
 
 
-def losing(losses: Sequence[float], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the trials have these losses, in this order."""
-    left = list(losses)
-
-    def run_trial(study: Study, trial: optuna.Trial) -> float:
-        loss = left.pop(0)
-        study._since_best += 1
-        if study._best is None or loss < study._best[2]:
-            study._best, study._since_best = ({"n": len(losses) - len(left)}, 1, loss), 0
-        return loss
-
-    monkeypatch.setattr(Study, "_run_trial", run_trial)
-
-
-def test_a_study_ends_after_trials_without_improvement(monkeypatch: pytest.MonkeyPatch) -> None:
-    losing([3.0, 2.0, 2.0, 1.0, 1.5, 1.0, 0.1], monkeypatch)
-    found = studied(max_trials=7, patience=2)
-    assert (found.n_trials, found.stopped_by, found.tune_loss, found.parameters) == (6, "patience", 1.0, {"n": 4})
-
-
-def test_trials_without_improvement_end_the_study_in_earnest() -> None:
+def test_a_study_ends_after_trials_without_improvement() -> None:
     found = studied(max_trials=40, patience=2, max_rounds=30)
     assert found.n_trials < 40
     assert found.stopped_by == "patience"
@@ -416,9 +396,15 @@ def test_a_gain_within_the_noise_is_taken_all_the_same(monkeypatch: pytest.Monke
     assert studied(max_trials=3, patience=9).tune_loss == pytest.approx(0.997)
 
 
-@pytest.mark.parametrize(("gains", "expected"), [([1.0], False), ([], False), ([1.0, 1.0], True), ([0.0, 0.0], False), ([3.0, -1.0], False)])
+@pytest.mark.parametrize(("gains", "expected"), [([1.0], False), ([1.0, 1.0], True), ([0.0, 0.0], False), ([3.0, -1.0], False)])
 def test_one_row_tells_nothing_of_noise(gains: list[float], expected: bool) -> None:
-    assert bool(module._is_beyond_noise(np.array(gains))) is expected
+    values, ones, zeros = np.array(gains), np.ones(len(gains)), np.zeros(len(gains))
+    assert bool(module._is_beyond_noise(values, None)) is expected
+    assert bool(module._is_beyond_noise(values, 3.0 * ones)) is expected
+    # Rows of no weight are as if they were not there.
+    beside = np.concatenate([values, 9.0 * ones]), np.concatenate([ones, zeros])
+    assert bool(module._is_beyond_noise(*beside)) is expected
+    assert not module._is_beyond_noise(values, zeros)
 
 
 def test_the_clock_counts_what_is_inside_lightgbm() -> None:
