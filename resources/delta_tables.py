@@ -124,7 +124,7 @@ class DeltaTables(dg.ConfigurableResource):
                 _refuse_other_types(table, delta_schema, location)
                 if list(table.metadata().partition_columns) != partition_by:
                     raise StoreError(
-                        f"{location} is partitioned by {table.metadata().partition_columns}, and the new rows by {partition_by}; nothing was committed"
+                        f"{location} is partitioned by {table.metadata().partition_columns}, the new rows by {partition_by}; nothing was committed"
                     )
             if mode == "overwrite" and not partition:
                 # A new shape of the table comes in with the rows that have it.

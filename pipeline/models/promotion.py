@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from pipeline.errors import StoreError
+
 
 @dataclass(frozen=True)
 class Gate:
@@ -32,10 +34,18 @@ def judge_challenger(ledger: pd.DataFrame, groups_in_pack: Sequence[tuple[int, s
     Args:
         ledger: the rows of its training run.
         groups_in_pack: grain index and id of every group that has an answer chain in it.
+
+    Raises:
+        StoreError: if the ledger has no such run.
     """
     chains = set(groups_in_pack)
     lacking = [key for key in zip(ledger["grain"], ledger["group_id"], strict=True) if (int(key[0]), key[1]) not in chains]
-    blend, constant, measure = _errors(ledger[ledger["grain"] == 0].iloc[0])
+    pooled = ledger[ledger["grain"] == 0]
+    if pooled.empty:
+        raise StoreError(
+            "the ledger does not know the challenger's run: registry and data root do not belong together; materialise models again"
+        )
+    blend, constant, measure = _errors(pooled.iloc[0])
     # Without report rows there is nothing to compare, and a first model beats none.
     unmeasured = pd.isna(blend) or pd.isna(constant)
     n_failed = int((ledger["status"] == "failed").sum())

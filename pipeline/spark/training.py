@@ -141,8 +141,13 @@ def count_groups(
         known.alias("_known"),
         linked.alias("_linked"),
         residual.alias("_residual"),
-        sf.when(known, _row_hash(spec)).alias("_hash"),
+        sf.when(known, _row_hash(spec)).alias("_row_hash"),
+        group_id_column(spec.finest).alias("_finest"),
     )
+
+    # Which finer groups a row is judged in is part of what a coarse group holds out.
+    is_finest = sf.col("_level.grain") == len(spec.grains) - 1
+    hashed = sf.when(is_finest, sf.col("_row_hash")).otherwise(sf.when(sf.col("_known"), sf.xxhash64("_row_hash", "_finest")))
 
     def rows_where(condition: Column, name: str) -> Column:
         return sf.sum(condition.cast("long")).alias(name)
@@ -160,8 +165,8 @@ def count_groups(
         rows_where(sf.col("_known") & sf.col("_linked").isNull(), "n_invalid"),
         *(rows_where(usable & (sf.col("_split") == split), f"n_{split}") for split in (FIT, TUNE, REPORT)),
         # A sum of 64-bit hashes, whatever the order of the rows, in two halves that cannot overflow.
-        sf.sum(sf.col("_hash").bitwiseAND(0xFFFFFFFF)).alias("_low"),
-        sf.sum(sf.shiftrightunsigned("_hash", 32)).alias("_high"),
+        sf.sum(hashed.bitwiseAND(0xFFFFFFFF)).alias("_low"),
+        sf.sum(sf.shiftrightunsigned(hashed, 32)).alias("_high"),
         middle(sf.when(fit & is_pooled, sf.col("_residual"))).alias("_constant"),
         middle(sf.when(fit & is_pooled, sf.col("_linked"))).alias("_plain_constant"),
     )
@@ -222,8 +227,7 @@ def _row_hash(spec: FleetSpec) -> Column:
     ]
     # An infinite target counts as such: it is not null.
     target = sf.col(f"`{spec.target.column}`")
-    # Which groups a row is judged in is part of every held-out row.
-    return sf.xxhash64(sf.lit(len(features)), "row_key", "time", "known_at", group_id_column(spec.finest), target, *features, *exact)
+    return sf.xxhash64(sf.lit(len(features)), "row_key", "time", "known_at", target, *features, *exact)
 
 
 def _has_target(spec: FleetSpec) -> Column:
