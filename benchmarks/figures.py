@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from benchmarks.judging import FLIGHTS, HOUSING, Conservation, group_errors, judge, ledger_conservation, predictions_conservation
+from benchmarks.kills import kills
+from benchmarks.poison import poison
 from benchmarks.runs import Runs
 from benchmarks.training import (
     AFTER_DECEMBER,
@@ -19,6 +21,7 @@ from benchmarks.training import (
     overhead_growth,
     tracking_requests,
 )
+from pipeline.faults import POINTS
 
 HOLDS: Mapping[str, Callable[[float, float], bool]] = {"<=": operator.le, "<": operator.lt, "==": operator.eq, ">=": operator.ge}
 
@@ -321,6 +324,28 @@ FIGURES = {
                 Value("flights-over-pooled", "ratio", "<=", 1),
             ),
             blend_gain,
+        ),
+        Figure(
+            "kills-survived",
+            "driver and workers killed at random moments, and the driver at every crash point: finished by the same command, results identical",
+            25,
+            (Value("survived", "kills", "==", 25), Value("points", "points", "==", len(POINTS)), Value("seconds-per-trial", "s")),
+            lambda runs: kills(runs.new_folder()),
+        ),
+        Figure(
+            "poison",
+            "nine bad groups in a fleet of 200: every other one trained, each bad one with its own status and reason",
+            2,
+            (
+                Value("trained", "groups", "==", 192),
+                Value("right-status", "groups", "==", 8),
+                Value("odd-key-trained", "groups", "==", 1),
+                Value("pooled-trained", "groups", "==", 1),
+                Value("violations", "invariants", "==", 0),
+                Value("groups", "groups"),
+                Value("seconds", "s"),
+            ),
+            lambda runs: poison(runs.new_folder()),
         ),
     )
 }

@@ -72,16 +72,12 @@ def _with_target(value: float) -> Callable[[Rows], Rows]:
     return lambda rows: rows.assign(y=value)
 
 
-def _sometimes_infinite(rows: Rows) -> Rows:
-    return rows.assign(y=rows["y"].where(np.arange(len(rows)) % 10 != 0, np.inf))
-
-
 POISONS = (
     Poison("exception", "g00010", ("failed", "error"), harm="raise", error_class="ZeroDivisionError"),
     Poison("too few rows", "g00030", ("inherited", "too_few_rows"), rows=lambda rows: rows.tail(FEW_ROWS)),
     Poison("constant target", "g00050", ("inherited", "constant_target"), rows=_with_target(7.0)),
     Poison("all-null target", "g00070", ("inherited", "no_target"), rows=_with_target(np.nan)),
-    Poison("infinite target", "g00090", ("inherited", "infinite_target"), rows=_sometimes_infinite),
+    Poison("infinite target", "g00090", ("inherited", "infinite_target"), rows=_with_target(np.inf)),
     Poison("time-out", "g00110", ("failed", "timeout"), harm="hang", error_class="TimeoutError"),
     Poison("out of memory", "g00130", ("failed", "error"), harm="memory", error_class="MemoryError"),
     Poison("native crash", "g00150", ("crashed", "native_crash"), harm="SEGV", error_class="SIGSEGV"),

@@ -256,7 +256,7 @@ class TuningSpec(Part):
         default=None, gt=1, lt=2, description="tweedie: the variance is the mean to this power, e.g. and by default `1.5`."
     )
     max_trials: int = Field(default=12, ge=1, description="Trials per group at most; 1 takes the defaults.")
-    patience: int = Field(default=4, ge=1, description="A group's study stops after this many trials without improvement.")
+    patience: int = Field(default=6, ge=1, description="A group's study stops after this many trials without a gain beyond noise.")
     timeout_seconds: float | None = Field(
         default=None, gt=0, description="A group's study stops after this long; makes results depend on the machine."
     )

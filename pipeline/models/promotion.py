@@ -42,9 +42,7 @@ def judge_challenger(ledger: pd.DataFrame, groups_in_pack: Sequence[tuple[int, s
     lacking = [key for key in zip(ledger["grain"], ledger["group_id"], strict=True) if (int(key[0]), key[1]) not in chains]
     pooled = ledger[ledger["grain"] == 0]
     if pooled.empty:
-        raise StoreError(
-            "the ledger does not know the challenger's run: registry and data root do not belong together; materialise models again"
-        )
+        raise StoreError("the ledger does not know the challenger's run: registry and data root do not belong together; materialise models again")
     blend, constant, measure = _errors(pooled.iloc[0])
     # Without report rows there is nothing to compare, and a first model beats none.
     unmeasured = pd.isna(blend) or pd.isna(constant)
