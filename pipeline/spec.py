@@ -557,6 +557,8 @@ class FleetSpec(Part):
             yield f"own: {self.own!r} does not go with {self.objective}: trees correct a number, on the scale that they learn it; use independent"
         if self.pooling == "none":
             yield f"own: {self.own!r} corrects a parent's model, and pooling is none: use pooling: blend, or own: independent"
+        if self.tuning.budget_seconds is not None:
+            yield f"own: {self.own!r} trains grain by grain, which a budget of seconds cannot cut: leave out tuning.budget_seconds"
         if len(self.grains) == 1:
             yield f"own: {self.own!r} corrects a parent's model, and there is only the grain []; add a grain, or use independent"
 

@@ -426,7 +426,7 @@ def _train_all(cluster: Cluster, commits: Commits, run: PlannedRun, spec: FleetS
     found: dict[GroupKey, dict[str, Any]] = {}
     with without_adaptive_execution(cluster.spark), progress.told():
         for stage in _plans(run, spec):
-            bases = _bases(cluster.spark, commits, run, _ledger_rows(run, spec, found)) if stage.corrects else None
+            bases = _bases(cluster.spark, commits, run, _ledger_rows(run, spec, found), stage.grain) if stage.grain else None
             found |= _train_waves(cluster, commits, run, spec, stage.plan, progress, bases)
         for plan in _second_pass(run, spec, found):
             again = _train_waves(cluster, commits, run, spec, plan, progress, None)
@@ -436,26 +436,27 @@ def _train_all(cluster: Cluster, commits: Commits, run: PlannedRun, spec: FleetS
 
 @dataclass(frozen=True)
 class _Stage:
-    """A part of the plan that is trained at once, and whether it corrects what is trained by then."""
+    """A part of the plan that is trained at once; above 0 the grain whose groups correct coarser ones."""
 
     plan: TrainingPlan
-    corrects: bool
+    grain: int = 0
 
 
 def _plans(run: PlannedRun, spec: FleetSpec) -> Iterator[_Stage]:
     """The whole plan at once, or grain by grain where each corrects the one before."""
     if run.settings.model["own"] != CORRECTION:
-        yield _Stage(run.plan, corrects=False)
+        yield _Stage(run.plan)
         return
     for grain in range(len(spec.grains)):
         plan = of_grain(run.plan, grain, spec.tuning.checkpoint_seconds)
         if len(plan.groups):
-            yield _Stage(plan, corrects=grain > 0)
+            yield _Stage(plan, grain)
 
 
-def _bases(spark: SparkSession, commits: "Commits", run: PlannedRun, rows: Sequence[Mapping[str, Any]]) -> DataFrame:
-    """Per row what the finest model trained by now predicts of it, made without it: row_key and `_base`."""
-    named = [(str(row["wave"]), int(row["grain"]), str(row["group_id"])) for row in rows if row["status"] in WITH_BOOSTER]
+def _bases(spark: SparkSession, commits: "Commits", run: PlannedRun, rows: Sequence[Mapping[str, Any]], grain: int) -> DataFrame:
+    """Per row what the finest model coarser than a grain predicts of it, made without it: row_key and `_base`."""
+    coarser = [row for row in rows if row["status"] in WITH_BOOSTER and row["grain"] < grain]
+    named = [(str(row["wave"]), int(row["grain"]), str(row["group_id"])) for row in coarser]
     if not named:
         return run.rows.select("row_key", sf.lit(run.constants.with_offset).alias("_base"))
     holdout = commits.tables.read_spark(spark, commits.roots[HOLDOUT.name], partitions={"wave": sorted({wave for wave, _, _ in named})})
@@ -485,7 +486,8 @@ def choose_own(cluster: Cluster, tables: Tables, namespace: str, run: PlannedRun
     settings = {own: replace(run.settings, model={**run.settings.model, "own": own}) for own in (INDEPENDENT, CORRECTION)}
 
     def tried(groups: pd.DataFrame, own: str, bases: DataFrame | None) -> DataFrame:
-        packed = groups.assign(task=pack_tasks(sorted(groups["cost_seconds"], reverse=True), slots=run.plan.slots))
+        packed = groups.sort_values("cost_seconds", ascending=False)
+        packed = packed.assign(task=pack_tasks(packed["cost_seconds"].tolist(), slots=run.plan.slots))
         placed = placed_rows(cluster.spark, run.rows, spec, packed, bases)
         wave = Wave(f"pilot-{uuid.uuid4().hex[:8]}", packed)
         options = dict(tables.storage_options)

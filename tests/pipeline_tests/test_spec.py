@@ -479,3 +479,23 @@ def test_there_is_no_last_season_without_a_series_of_numbers_or_beside_a_declare
     assert spec.seasonal_lag is None
     assert spec.all_baselines == spec.baselines
     assert spec.all_lags == ()
+
+
+# Corrections
+
+
+@pytest.mark.parametrize("own", ["correction", "auto"])
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"task": "binary", "baselines": None}, "does not go with binary"),
+        ({"tuning": {"objective": "poisson"}}, "does not go with poisson"),
+        ({"pooling": "none"}, "pooling is none"),
+        ({"grains": [[]]}, "there is only the grain []"),
+        ({"tuning": {"budget_seconds": 10}}, "leave out tuning.budget_seconds"),
+    ],
+)
+def test_a_correction_needs_a_parent_and_a_number(own: str, changes: dict[str, Any], expected: str) -> None:
+    message = refusal(own=own, **changes)
+    assert f"own: {own!r}" in message
+    assert expected in message
