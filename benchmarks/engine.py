@@ -59,7 +59,7 @@ class Engine:
         slots: tasks at once.
     """
 
-    def __init__(self, folder: Path, *, memory: str = "2g", slots: int = SLOTS) -> None:
+    def __init__(self, folder: Path, *, memory: str = "1g", slots: int = SLOTS) -> None:
         self.folder = folder
         self.slots = slots
         self.spark = SparkSessionResource(master=f"local[{slots},4]", memory=memory, scratch=str(folder / "scratch"))

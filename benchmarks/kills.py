@@ -51,7 +51,7 @@ AT_A_POINT = 4
 
 def small_fleet() -> GeneratedFleet:
     """The fleet that is trained."""
-    return GeneratedFleet(60, rows_per_group=200, seed=17)
+    return GeneratedFleet(32, rows_per_group=200, seed=17)
 
 
 # --- the process that is killed

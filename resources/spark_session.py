@@ -28,7 +28,9 @@ class SparkSessionResource(dg.ConfigurableResource):
 
     master: str = Field(description="Master URL, e.g. local[4,4], or spark://host:7077.")
     task_cpus: int = Field(default=1, ge=1, description="CPUs per Spark task (spark.task.cpus), and LightGBM's threads within it.")
-    memory: str = Field(default="2g", description="Memory of the driver's JVM, which on a laptop is Spark's only one, e.g. 4g.")
+    memory: str = Field(
+        default="1g", description="Memory of the driver's JVM, which on a laptop is Spark's only one, e.g. 4g for tens of millions of rows."
+    )
     group_memory: str | None = Field(
         default=None, description="Memory that training one group may take, e.g. 8g; one that needs more is `failed`. By default unlimited."
     )
