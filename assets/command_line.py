@@ -234,7 +234,14 @@ def _json_lines(title: str, written: object) -> str:
     if not isinstance(found, dict) or not found:
         return f"{title:<13} {NONE if found is None else found}"
     width = max(len(name) for name in found)
-    return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in found.items())])
+    return "\n".join([title, *(f"  {name:<{width}}  {_entry(value)}" for name, value in found.items())])
+
+
+def _entry(value: object) -> str:
+    """One value; the measures of one way to answer side by side."""
+    if not isinstance(value, dict):
+        return str(value)
+    return ", ".join(f"{name} {NONE if number is None else format(number, '.6g')}" for name, number in value.items())
 
 
 def _ancestors_text(row: Record, run: Sequence[Record]) -> str:

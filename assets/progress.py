@@ -23,7 +23,7 @@ def progress_lines(log: DagsterLogManager, n_groups: int, planned_seconds: float
 
     def report(done: int, failed: int, worked_seconds: float) -> None:
         lines_left = last[1] < MOST_LINES
-        if done == last[0] or (done < n_groups and (done - last[0] < step or not lines_left)):
+        if not n_groups or done == last[0] or (done < n_groups and (done - last[0] < step or not lines_left)):
             return
         last[0], last[1] = done, last[1] + 1
         elapsed = time.monotonic() - started

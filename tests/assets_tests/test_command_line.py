@@ -178,12 +178,11 @@ def test_columns_that_a_table_lacks_or_has_beyond_ours_do_not_matter(tmp_path: P
     assert "stopped by    -" in lines
     assert "parameters    -" in lines
     assert not any(line.startswith("error") for line in lines)
-    schema = pa.schema([*LEDGER.schema, ("metrics", pa.string())])
-    row = outcome(FIRST, [], metrics='{"pinball": 1.5}', fingerprint="f00", status="reused")
-    known = pa.Table.from_pylist([row], schema=schema) if "fingerprint" in LEDGER.schema.names else pa.Table.from_pylist([row])
+    row = outcome(FIRST, [], metrics='{"fleet": {"pinball": 1.5, "rmse": null}}', fingerprint="f00", status="reused", beyond="ours")
+    known = pa.Table.from_pylist([row], schema=pa.schema([*LEDGER.schema, ("beyond", pa.string())]))
     tables.write_arrow([known], known.schema, tables.location("retail", "ledger"), mode="append")
     text = history_text(tables, "retail", "[]")
-    assert "metrics\n  pinball  1.5" in text
+    assert "metrics\n  fleet  pinball 1.5, rmse -" in text
     assert "fingerprint   f00" in text
 
 
