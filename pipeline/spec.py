@@ -327,7 +327,7 @@ class FleetSpec(Part):
     own: Literal["independent", "correction", "auto"] = Field(
         default="independent",
         description="`independent`: a group's trees learn the target; `correction`: they learn what the parent's model leaves "
-        "(on predictions it made without those rows); `auto`: whichever does better on the tune rows of some groups.",
+        "(on predictions it made without those rows); `auto`: a correction where that is clearly better on the tune rows of some groups.",
     )
     baselines: Mapping[str, Identifier] = Field(
         default_factory=dict,

@@ -64,7 +64,7 @@ from pipeline.spark.training import (
 from pipeline.spec import FleetSpec
 from pipeline.store import Tables
 from pipeline.tables import BOOSTERS, HOLDOUT, LEDGER, RUNS
-from pipeline.training.blend import Constants, GroupSkill, learn_blend
+from pipeline.training.blend import STANDARD_ERRORS, Constants, GroupSkill, learn_blend
 from pipeline.training.objective import learning_goal
 from pipeline.training.outcome import NATIVE_CRASH, WITH_BOOSTER
 from pipeline.training.start import Start
@@ -496,19 +496,22 @@ def choose_own(cluster: Cluster, tables: Tables, namespace: str, run: PlannedRun
         return read_files(cluster.spark, roots[HOLDOUT.name], [file.path for file in files.holdout], HOLDOUT.schema, options)
 
     bases = nearest_predictions(tried(pooled.assign(started_from=Start(max_trials=1).to_json()), CORRECTION, None))
-    errors = {own: _tune_error(tried(chosen, own, bases if own == CORRECTION else None), spec) for own in settings}
-    best = CORRECTION if errors[CORRECTION] < errors[INDEPENDENT] else INDEPENDENT
-    told = ", ".join(f"{own} {error:.5g}" for own, error in errors.items())
-    return best, f"own: auto is {best}: error on the tune rows of {len(chosen)} groups: {told}"
+    misses = pd.DataFrame({own: _tune_misses(tried(chosen, own, bases if own == CORRECTION else None), spec) for own in settings}).dropna()
+    gain = misses[INDEPENDENT] - misses[CORRECTION]
+    # Only what is clearly better is worth its fits and its barrier between grains.
+    best = CORRECTION if gain.sum() > STANDARD_ERRORS * np.sqrt(len(gain) * gain.var()) else INDEPENDENT
+    told = ", ".join(f"{own} {misses[own].mean():.5g}" for own in misses)
+    return best, f"own: auto is {best}: mean squared error on the tune rows of {len(misses)} groups: {told}"
 
 
-def _tune_error(holdout: DataFrame, spec: FleetSpec) -> float:
-    """Weighted RMSE of cross-selected predictions on tune rows, link space."""
+def _tune_misses(holdout: DataFrame, spec: FleetSpec) -> "pd.Series[Any]":
+    """Weighted mean squared error of each group's cross-selected predictions of its tune rows, link space."""
     rows = holdout.where((sf.col("split") == TUNE) & sf.col("prediction").isNotNull())
     target = (link_column(sf.col("actual"), spec.target.transform) - sf.col("offset")) / sf.col("scale")
     miss = sf.col("weight") * (target - sf.col("prediction")) ** 2
-    found = rows.agg(sf.sum(miss).alias("miss"), sf.sum("weight").alias("weight")).collect()[0]
-    return float(np.sqrt(found["miss"] / found["weight"])) if found["weight"] else float("inf")
+    found = rows.groupBy("group_id").agg((sf.sum(miss) / sf.nullif(sf.sum("weight"), sf.lit(0.0))).alias("miss")).toPandas()
+    misses: pd.Series[Any] = found.set_index("group_id")["miss"].sort_index()
+    return misses
 
 
 def _train_waves(
