@@ -87,6 +87,8 @@ class SparkSessionResource(dg.ConfigurableResource):
 
     def _start(self) -> None:
         try:
+            # Few arenas: with one per thread, buffers between the JVM and Python workers take hundreds of megabytes.
+            set_for_children(MALLOC_ARENA_MAX="2")
             set_for_children(PYSPARK_PYTHON=sys.executable, PYSPARK_DRIVER_PYTHON=sys.executable, JAVA_HOME=find_java(Path(self.scratch)))
             self._session = LazyPySparkResource(spark_config=self._settings()).spark_session
             self._session.sparkContext.setLogLevel("ERROR")
@@ -94,7 +96,9 @@ class SparkSessionResource(dg.ConfigurableResource):
             self._failure = error
 
     def _settings(self) -> dict[str, Any]:
-        java_options = f'-Dlog4j2.configurationFile="{LOG_SETTINGS.as_uri()}" -XX:+IgnoreUnrecognizedVMOptions'
+        # A laptop's JVM has a small heap and few cores, where the serial collector takes the least memory.
+        collector = " -XX:+UseSerialGC" if self.master.startswith("local") else ""
+        java_options = f'-Dlog4j2.configurationFile="{LOG_SETTINGS.as_uri()}" -XX:+IgnoreUnrecognizedVMOptions{collector}'
         return {
             "spark.master": self.master,
             "spark.app.name": "many-models",

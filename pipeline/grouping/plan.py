@@ -17,7 +17,7 @@ from pipeline.training.start import Start
 Retrain = Literal["changed", "stale", "listed", "all"]
 GroupKey = tuple[int, str]
 
-TASK_SECONDS = 3.0
+TASK_SECONDS = 2.0
 # Fits of a group besides its trials: on fit rows (a refit only), on fit and tune rows, on all rows.
 _REFITS, _REFRESH_FITS = 2, 3
 # A cost model is learnt from at least so many groups.
@@ -28,21 +28,21 @@ TRAIN, REFRESH, REUSE, KEEP, INHERIT = "train", "refresh", "reuse", "keep", "inh
 
 @dataclass(frozen=True)
 class CostModel:
-    """Seconds to train a group: some per group, and some per thousand rows, feature and fit.
+    """Seconds to train a group: some per fit, and some per thousand rows, feature and fit.
 
     Args:
-        group_seconds: per group. The prior was measured on the example fleets with one thread.
+        fit_seconds: per fit. The prior was measured on the example fleets and generated ones with one thread.
         work_seconds: per thousand rows, feature and fit.
         learnt_from: groups of an earlier run that it was learnt from; 0 is the prior.
     """
 
-    group_seconds: float = 0.05
-    work_seconds: float = 4e-4
+    fit_seconds: float = 0.01
+    work_seconds: float = 5e-4
     learnt_from: int = 0
 
     def predict(self, n_rows: Any, n_features: int, n_fits: Any) -> Any:
         """Seconds, of one thread."""
-        return self.group_seconds + self.work_seconds * n_rows / 1000 * n_features * n_fits
+        return n_fits * (self.fit_seconds + self.work_seconds * n_rows / 1000 * n_features)
 
     @classmethod
     def learnt(cls, ledger: pd.DataFrame, n_features: int, n_fits: int) -> "CostModel":
@@ -55,12 +55,12 @@ class CostModel:
         trained = ledger[ledger["status"].isin(["trained", "refreshed"]) & ledger["seconds"].gt(0) & ledger["n_target"].gt(0)]
         if len(trained) < _LEARNT_FROM:
             return prior
-        fits = np.where(trained["status"] == "refreshed", _REFRESH_FITS, n_fits)
+        fits = np.where(trained["status"] == "refreshed", _REFRESH_FITS, n_fits + _REFITS)
         work = trained["n_target"].to_numpy(dtype=float) / 1000 * n_features * fits
         seconds = trained["seconds"].to_numpy(dtype=float)
-        design = np.column_stack([np.ones(len(work)), work]) / seconds[:, None]
-        (group_seconds, work_seconds), *_ = np.linalg.lstsq(design, np.ones(len(work)), rcond=None)
-        return cls(max(float(group_seconds), prior.group_seconds / 100), max(float(work_seconds), prior.work_seconds / 100), len(trained))
+        design = np.column_stack([fits, work]) / seconds[:, None]
+        (fit_seconds, work_seconds), *_ = np.linalg.lstsq(design, np.ones(len(work)), rcond=None)
+        return cls(max(float(fit_seconds), prior.fit_seconds / 100), max(float(work_seconds), prior.work_seconds / 100), len(trained))
 
 
 @dataclass(frozen=True)

@@ -406,32 +406,32 @@ def ledger_of(model: CostModel, n: int, **changes: Any) -> pd.DataFrame:
 
 
 def test_costs_are_learnt_from_what_groups_took() -> None:
-    real = CostModel(group_seconds=0.4, work_seconds=0.003)
-    found = CostModel.learnt(ledger_of(real, 20), 10, 9)
-    assert (found.group_seconds, found.work_seconds, found.learnt_from) == (pytest.approx(0.4), pytest.approx(0.003), 20)
+    real = CostModel(fit_seconds=0.4, work_seconds=0.003)
+    found = CostModel.learnt(ledger_of(real, 20), 10, 7)
+    assert (found.fit_seconds, found.work_seconds, found.learnt_from) == (pytest.approx(0.4), pytest.approx(0.003), 20)
 
 
 def test_refreshed_groups_are_counted_with_their_few_fits() -> None:
-    real = CostModel(group_seconds=0.4, work_seconds=0.003)
+    real = CostModel(fit_seconds=0.4, work_seconds=0.003)
     ledger = ledger_of(real, 20, status="refreshed")
     ledger["seconds"] = real.predict(ledger["n_target"], 10, 3)
-    found = CostModel.learnt(pd.concat([ledger, ledger_of(real, 20)]), 10, 9)
-    assert (found.group_seconds, found.work_seconds) == (pytest.approx(0.4), pytest.approx(0.003))
+    found = CostModel.learnt(pd.concat([ledger, ledger_of(real, 20)]), 10, 7)
+    assert (found.fit_seconds, found.work_seconds) == (pytest.approx(0.4), pytest.approx(0.003))
 
 
 @pytest.mark.parametrize("changes", [{"status": "reused"}, {"status": "failed"}, {"seconds": None}, {"seconds": 0.0}, {"n_target": 0}])
 def test_groups_that_were_not_trained_teach_no_costs(changes: dict[str, Any]) -> None:
-    assert CostModel.learnt(ledger_of(CostModel(1, 1), 20).assign(**changes).astype({"seconds": float}), 10, 9) == CostModel()
+    assert CostModel.learnt(ledger_of(CostModel(1, 1), 20).assign(**changes).astype({"seconds": float}), 10, 7) == CostModel()
 
 
 def test_a_handful_of_groups_teach_no_costs() -> None:
-    assert CostModel.learnt(ledger_of(CostModel(1, 1), 7), 10, 9) == CostModel()
-    assert CostModel.learnt(ledger_of(CostModel(1, 1), 8), 10, 9).learnt_from == 8
+    assert CostModel.learnt(ledger_of(CostModel(1, 1), 7), 10, 7) == CostModel()
+    assert CostModel.learnt(ledger_of(CostModel(1, 1), 8), 10, 7).learnt_from == 8
 
 
 def test_learnt_costs_are_never_zero_or_below() -> None:
     falling = ledger_of(CostModel(), 20).assign(seconds=[20.0 - number for number in range(20)])
-    found = CostModel.learnt(falling, 10, 9)
+    found = CostModel.learnt(falling, 10, 7)
     assert found.work_seconds == CostModel().work_seconds / 100
-    assert found.group_seconds > 0
+    assert found.fit_seconds > 0
     assert found.predict(10**6, 10, 9) > 0
