@@ -25,8 +25,8 @@ DG := PATH="$(CURDIR)/$(BIN):$$PATH" VIRTUAL_ENV="$(CURDIR)/$(VENV)" MANY_MODELS
 
 export MLFLOW_DISABLE_TELEMETRY := true
 run ui check: export DAGSTER_HOME := $(STATE)/dagster
-# Beta notices of Dagster about its own code: listing what could be scaffolded, and selecting a group.
-run ui check: export PYTHONWARNINGS := ignore:Class `SparkDeclarativePipelineScaffolder` is,ignore:Parameter `include_sources` of
+# Beta notices of Dagster about its own code: listing what could be scaffolded, selecting a group, merging definitions.
+run ui check: export PYTHONWARNINGS := ignore:Class `SparkDeclarativePipelineScaffolder` is,ignore:Parameter `include_sources` of,ignore:Parameter `execution_type` of
 run show known-fleet: export FLEET := $(FLEET)
 run: export MANY_MODELS_GROUPS := $(GROUPS)
 show: export MANY_MODELS_DATA := $(DATA)

@@ -147,7 +147,7 @@ def _say_nothing(*_: float) -> None:
 def _told(ledger: pd.DataFrame) -> str:
     """What became of the groups, in a line."""
     counted = ledger["status"].value_counts()
-    return f"models: {', '.join(f'{count:,} {status}' for status, count in counted.items())}"
+    return f"{len(ledger):,} groups: {', '.join(f'{count:,} {status}' for status, count in counted.items())}"
 
 
 def _every_group_has_an_outcome(n_groups: int, ledger: pd.DataFrame) -> dg.AssetCheckResult:
