@@ -24,7 +24,7 @@ from pipeline.errors import FleetError, ModelNotFound, SpecError, StoreError
 from pipeline.models.meta_model import group_id
 from pipeline.reporting.summary import text_table
 from pipeline.spark.files import filesystem_of
-from pipeline.tables import BOOSTERS, HOLDOUT, LEDGER, RUNS
+from pipeline.tables import BOOSTERS, HOLDOUT, LEDGER, RUNS, records
 from resources.delta_tables import DeltaTables
 from resources.lease import hold_lease
 from resources.profiles import current_profile
@@ -134,16 +134,16 @@ def history_text(tables: DeltaTables, namespace: str, wanted: str) -> str:
         raise ModelNotFound(_unknown_group(tables.read_pandas(location, columns=["run_id", "grain", "grain_name", "group_id"]), namespace, wanted))
     runs = _runs(tables, namespace)
     rows = rows.merge(runs.drop_duplicates("run_id", keep="last"), on="run_id", how="left").sort_values("started_at", kind="stable")
-    history = [_history_line(row) for row in _records(rows)]
-    newest = _records(rows)[-1]
+    history = [_history_line(row) for row in records(rows)]
+    newest = records(rows)[-1]
     run = tables.read_pandas(location, where={"run_id": newest["run_id"]})
-    unfinished = [str(row["run_id"])[:SHOWN_ID] for row in _records(rows) if "finished_at" in row and row["finished_at"] is None]
+    unfinished = [str(row["run_id"])[:SHOWN_ID] for row in records(rows) if "finished_at" in row and row["finished_at"] is None]
     parts = [
         f"fleet {namespace}, group {wanted}, grain {_text(newest, 'grain_name')}",
         text_table(list(_COLUMNS), history),
         f"not finished: {', '.join(unfinished)}" if unfinished else "",
         _newest_text(newest),
-        _ancestors_text(newest, _records(run)),
+        _ancestors_text(newest, records(run)),
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -156,13 +156,6 @@ def _runs(tables: DeltaTables, namespace: str) -> pd.DataFrame:
 
 
 Record = Mapping[str, Any]
-
-
-def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    return [
-        {str(name): None if pd.api.types.is_scalar(value) and pd.isna(value) else value for name, value in row.items()}
-        for row in frame.to_dict("records")
-    ]
 
 
 def _text(row: Record, name: str) -> str:

@@ -6,7 +6,8 @@ from typing import Any
 import pandas as pd
 
 from pipeline.errors import StoreError
-from pipeline.tables import LEDGER, RUNS
+from pipeline.spark.fleet_training import read_runs
+from pipeline.tables import LEDGER
 from resources.delta_tables import DeltaTables
 
 
@@ -16,12 +17,9 @@ def newest_run(tables: DeltaTables, namespace: str) -> "pd.Series[Any]":
     Raises:
         StoreError: if no run has finished.
     """
-    location = tables.location(namespace, RUNS.name)
-    if not tables.exists(location):
+    runs = read_runs(tables, namespace)
+    if runs.empty:
         raise StoreError(f"{namespace!r} has no finished training run; materialise {namespace}/models first")
-    runs = tables.read_pandas(location)
-    if "finished_at" not in runs:
-        raise StoreError(f"{location} was written by an earlier version (format 1, expected {RUNS.format}): move it away, or use a new data root")
     finished = runs[runs["finished_at"].notna()]
     if finished.empty:
         raise StoreError(f"{namespace!r} has no finished training run, only interrupted ones; materialise {namespace}/models again: it resumes")

@@ -2,7 +2,6 @@
 
 import os
 import time
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from operator import itemgetter
@@ -97,7 +96,6 @@ class Engine:
             request: further parts of the request: as_of, retrain, listed.
         """
         spark = self.spark.session
-        told: list[tuple[int, int, float]] = []
         started = time.monotonic()
         with hold_lease(self.tables, namespace, run_id) as lease:
             run = plan_run(
@@ -110,8 +108,8 @@ class Engine:
             )
             planned = time.monotonic()
             print(f"  {namespace}: {run.plan.describe()}", flush=True)
-            ends: list[float] = []
-            cluster = Cluster(spark, lambda *done: (told.append(done), ends.append(time.monotonic()))[0])
+            ends = [planned]
+            cluster = Cluster(spark, lambda *_: ends.append(time.monotonic()))
             train_run(cluster, self.tables, namespace, run, spec, features_version=self.tables.version(features), check=lease.check)
         seconds = time.monotonic() - started
         tables = Path(self.tables.location(namespace))
@@ -119,7 +117,7 @@ class Engine:
         if len(ledger) != len(run.plan.groups):
             raise NotMeasured(f"{namespace}: {len(ledger)} ledger rows for {len(run.plan.groups)} groups")
         # The last report comes when every wave is committed.
-        training = (ends[-1] if ends else planned) - planned
+        training = ends[-1] - planned
         print(f"    {seconds:.1f} s, of them {training:.1f} s in waves; {ledger['status'].value_counts().to_dict()}", flush=True)
         return Training(seconds, training, run, ledger, tables)
 
@@ -162,22 +160,3 @@ def report_answers(training: Training, grains: int) -> pd.DataFrame:
     linked = rows["offset"] + rows["scale"] * answer
     found = {"row_key": rows.index, "finest": rows["group_ids"].map(itemgetter(-1)).to_numpy(), "actual": rows["actual"].to_numpy()}
     return pd.DataFrame({**found, "answer": linked.to_numpy()})
-
-
-def grain_errors(training: Training, grains: int) -> Mapping[str, float]:
-    """RMSE over the same report rows of the fleet, the pooled model alone, and plain per-group models.
-
-    A group without a model of its own is answered by the constant in the last.
-    """
-    ledger = training.ledger
-    holdout = DeltaTable(training.tables / "holdout").to_pandas(filters=[("split", "=", "report")])
-    own = holdout.merge(ledger[["wave", "grain", "group_id"]], on=["wave", "grain", "group_id"])
-    found = report_answers(training, grains).set_index("row_key")
-    rows = own.drop_duplicates("row_key").set_index("row_key")
-    runs = DeltaTable(training.tables / "runs").to_pandas()
-    constant = float(runs.loc[runs["run_id"] == training.run.run_id, "constant"].iloc[0])
-    errors = {"fleet": rmse(found["actual"] - found["answer"])}
-    for name, grain in (("pooled", 0), ("per_group", grains - 1)):
-        level = own[own["grain"] == grain].set_index("row_key")["prediction"].reindex(rows.index).fillna(constant)
-        errors[name] = rmse(rows["actual"] - (rows["offset"] + rows["scale"] * level))
-    return errors

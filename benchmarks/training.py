@@ -7,15 +7,13 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import pandas as pd
 import yaml
-from pyspark.sql import SparkSession
 
 from assets.champion import champion_asset
 from assets.meta_model import meta_model_asset
@@ -30,7 +28,7 @@ from pipeline.spec import FleetSpec, parse_spec
 from pipeline.training.trainer import train_group
 from resources.launch_settings import LaunchSettings
 from resources.mlflow_registry import MlflowRegistry
-from resources.spark_session import SparkSessionResource
+from resources.spark_session import OpenSparkSession
 
 # The month of December is the report split of a run that pretends it is January.
 AFTER_DECEMBER = "2014-01-02"
@@ -267,25 +265,11 @@ def _child(*arguments: object) -> list[str]:
     return subprocess.run(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
 
 
-class OpenSession(SparkSessionResource):
-    """The resource of a run, but with the session that is open already and stays so."""
-
-    @contextmanager
-    def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator["OpenSession"]:  # noqa: ARG002
-        """Neither start nor stop anything."""
-        yield self
-
-    @property
-    def session(self) -> SparkSession:
-        """The open session."""
-        return SparkSession.builder.getOrCreate()
-
-
 def _materialise(engine: Engine, spec: FleetSpec, uri: str) -> None:
     links = [models_asset(spec), meta_model_asset(spec), champion_asset(spec)]
     resources = {
         "tables": engine.tables,
-        "spark": OpenSession(master="local", scratch=engine.spark.scratch),
+        "spark": OpenSparkSession(master="local", scratch=engine.spark.scratch),
         "registry": MlflowRegistry(tracking_uri=uri, scratch=engine.spark.scratch),
         "launch": LaunchSettings(),
     }

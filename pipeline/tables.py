@@ -4,8 +4,11 @@ The `format` of a table goes up when its columns change meaning. Columns of raw 
 to the fleet; the columns listed here are there in every fleet.
 """
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 
 TIMESTAMP = pa.timestamp("us", tz="UTC")
@@ -241,4 +244,33 @@ PREDICTIONS = TableContract(
     partition_by=("as_of",),
 )
 
-ALL = (RAW, FEATURES, RUNS, LEDGER, BOOSTERS, HOLDOUT, PREDICTIONS)
+LEASES = TableContract(
+    name="leases",
+    row="who may train the fleet now; there is one row at most",
+    key=(),
+    columns=(
+        Column("run_id", pa.string(), "the training run"),
+        Column("owner", pa.string(), "host:pid of its process"),
+        Column("host", pa.string(), "name of the machine"),
+        Column("boot_id", pa.string(), "the machine's boot and the namespace that the pid counts in; empty where unknown"),
+        Column("pid", pa.int64(), "process"),
+        Column("process_started", pa.int64(), "when the process started, clock ticks since boot; 0 where unknown"),
+        Column("taken_at", TIMESTAMP, "when the run took the lease"),
+        Column("heartbeat_at", TIMESTAMP, "when it was last renewed"),
+        Column("expires_at", TIMESTAMP, "from then on anybody may take it"),
+        Column("released", pa.bool_(), "whether the run gave it back"),
+    ),
+)
+
+ALL = (RAW, FEATURES, LEASES, RUNS, LEDGER, BOOSTERS, HOLDOUT, PREDICTIONS)
+
+
+def records(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows of a table as dicts by column name; what is missing is None."""
+    return [
+        {
+            str(name): None if value is pd.NaT or value is pd.NA or (isinstance(value, float) and math.isnan(value)) else value
+            for name, value in row.items()
+        }
+        for row in rows.to_dict("records")
+    ]

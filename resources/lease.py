@@ -26,26 +26,8 @@ from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, create_table_with_add_actions
 
 from pipeline.errors import StoreError
-from pipeline.tables import TIMESTAMP, Column, TableContract
+from pipeline.tables import LEASES
 from resources.delta_tables import DeltaTables
-
-LEASES = TableContract(
-    name="leases",
-    row="who may train the fleet now; there is one row at most",
-    key=(),
-    columns=(
-        Column("run_id", pa.string(), "the training run"),
-        Column("owner", pa.string(), "host:pid of its process"),
-        Column("host", pa.string(), "name of the machine"),
-        Column("boot_id", pa.string(), "the machine's boot and the namespace that the pid counts in; empty where unknown"),
-        Column("pid", pa.int64(), "process"),
-        Column("process_started", pa.int64(), "when the process started, clock ticks since boot; 0 where unknown"),
-        Column("taken_at", TIMESTAMP, "when the run took the lease"),
-        Column("heartbeat_at", TIMESTAMP, "when it was last renewed"),
-        Column("expires_at", TIMESTAMP, "from then on anybody may take it"),
-        Column("released", pa.bool_(), "whether the run gave it back"),
-    ),
-)
 
 ATTEMPTS = 5
 RENEWALS = 4  # within one expiry

@@ -116,3 +116,17 @@ class SparkSessionResource(dg.ConfigurableResource):
             "spark.ui.showConsoleProgress": "false",
             **self.conf,
         }
+
+
+class OpenSparkSession(SparkSessionResource):
+    """The resource of a run, but with the session that this process has open already: it is neither started nor stopped."""
+
+    @contextmanager
+    def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator["OpenSparkSession"]:  # noqa: ARG002
+        """Leave the session as it is."""
+        yield self
+
+    @property
+    def session(self) -> SparkSession:
+        """The open session."""
+        return SparkSession.builder.getOrCreate()

@@ -1,5 +1,6 @@
 """One training run of a fleet: plan it, train it in waves, blend it, account for every group, and finish what was interrupted."""
 
+import difflib
 import hashlib
 import json
 import platform
@@ -63,10 +64,10 @@ from pipeline.spark.training import (
 )
 from pipeline.spec import FleetSpec
 from pipeline.store import Tables
-from pipeline.tables import BOOSTERS, HOLDOUT, LEDGER, RUNS
+from pipeline.tables import BOOSTERS, HOLDOUT, LEDGER, RUNS, records
 from pipeline.training.blend import STANDARD_ERRORS, Constants, GroupSkill, learn_blend
 from pipeline.training.objective import learning_goal
-from pipeline.training.outcome import NATIVE_CRASH, WITH_BOOSTER
+from pipeline.training.outcome import ERROR, NATIVE_CRASH, WITH_BOOSTER
 from pipeline.training.start import Start
 from pipeline.training.trainer import TrainingSettings
 from pipeline.training.worker import TrainGroup
@@ -155,6 +156,19 @@ class PlannedRun:
     must_choose: bool = False
 
 
+def read_runs(tables: Tables, namespace: str) -> pd.DataFrame:
+    """The rows of `tables.RUNS`, finished or not; none where there is no table yet.
+
+    Raises:
+        StoreError: if the table is of another format.
+    """
+    location = tables.location(namespace, RUNS.name)
+    found: pd.DataFrame = tables.read_pandas(location) if tables.exists(location) else RUNS.schema.empty_table().to_pandas()
+    if "finished_at" not in found:
+        raise StoreError(f"{location} was written by an earlier version (format 1, expected {RUNS.format}): move it away, or use a new data root")
+    return found
+
+
 @dataclass(frozen=True)
 class History:
     """The runs before this one, from the fleet's tables.
@@ -174,17 +188,14 @@ class History:
         Raises:
             StoreError: if they are of another format.
         """
-        runs, ledger = (tables.location(namespace, contract.name) for contract in (RUNS, LEDGER))
-        found = tables.read_pandas(runs) if tables.exists(runs) else RUNS.schema.empty_table().to_pandas()
-        if "finished_at" not in found:
-            raise StoreError(f"{runs} was written by an earlier version (format 1, expected {RUNS.format}): move it away, or use a new data root")
+        ledger = tables.location(namespace, LEDGER.name)
 
         def rows_of(run_id: str) -> pd.DataFrame:
             there: bool = tables.exists(ledger)
             rows: pd.DataFrame = tables.read_pandas(ledger, where={"run_id": run_id}) if there else LEDGER.schema.empty_table().to_pandas()
             return rows
 
-        return cls(found.sort_values("started_at", ignore_index=True), rows_of)
+        return cls(read_runs(tables, namespace).sort_values("started_at", ignore_index=True), rows_of)
 
     def finished(self, as_of: pd.Timestamp) -> "pd.Series[Any] | None":
         """The newest finished run that saw nothing that a run of this as-of must not see."""
@@ -198,7 +209,7 @@ class History:
 
 
 def _by_group(ledger: pd.DataFrame) -> dict[GroupKey, Mapping[str, Any]]:
-    return {(int(row["grain"]), row["group_id"]): row for row in _records(ledger)}
+    return {(int(row["grain"]), row["group_id"]): row for row in records(ledger)}
 
 
 def plan_run(
@@ -250,9 +261,9 @@ def plan_run(
     pooled_hash = str(data.counts.loc[data.counts["grain"] == 0, "rows_hash"].iloc[0])
     shared = shared_digest(settings.model, settings.goal, tuning, cutoffs, spec.target.weight)
     digest = hashlib.sha256(f"{pooled_hash}\n{shared}\n{moment}".encode()).hexdigest()
-    resumed = next((run for run in reversed(_records(open_runs)) if _is_same(run, request, spec, digest, previous_run_id)), None)
+    resumed = next((run for run in reversed(records(open_runs)) if _is_same(run, request, spec, digest, previous_run_id)), None)
     ledger_before = LEDGER.schema.empty_table().to_pandas() if before is None else history.ledger(str(before["run_id"]))
-    others = [history.ledger(str(run["run_id"])) for run in _records(open_runs) if resumed is None or run["run_id"] != resumed["run_id"]]
+    others = [history.ledger(str(run["run_id"])) for run in records(open_runs) if resumed is None or run["run_id"] != resumed["run_id"]]
     memory = Memory(
         kept={} if resumed is None else _by_group(history.ledger(str(resumed["run_id"]))),
         before=_by_group(ledger_before),
@@ -307,7 +318,7 @@ def plan_run(
 
 def _own_of(spec: FleetSpec, before: "pd.Series[Any] | None", open_runs: pd.DataFrame) -> str | None:
     """What an earlier run of the same spec chose where `own` is auto; None if there is none."""
-    known: list[Mapping[Any, Any]] = [*([] if before is None else [before.to_dict()]), *_records(open_runs)]
+    known: list[Mapping[Any, Any]] = [*([] if before is None else [before.to_dict()]), *records(open_runs)]
     runs = [run for run in known if run["spec_digest"] == spec.training_digest]
     return str(json.loads(runs[-1]["model_spec"])["own"]) if runs else None
 
@@ -315,8 +326,6 @@ def _own_of(spec: FleetSpec, before: "pd.Series[Any] | None", open_runs: pd.Data
 def _refuse_unknown(listed: Collection[str], counts: pd.DataFrame) -> None:
     unknown = sorted(set(listed) - set(counts["group_id"]))
     if unknown:
-        import difflib
-
         near = difflib.get_close_matches(unknown[0], [str(group) for group in counts["group_id"]], n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {len(counts):,}, e.g. {counts['group_id'].iloc[-1]}"
         raise DataError(f"there is no group {unknown[0]!r}; {hint} A group is named by the JSON array of its keys")
@@ -527,7 +536,7 @@ def _train_waves(
 
     for wave, trained in _overlapping(cluster.spark, waves, train):
         outcomes = {(int(outcome["grain"]), str(outcome["group_id"])): outcome for outcome in trained.outcomes}
-        rows = [_trained_row(planned, outcomes, wave, run, spec) for planned in _records(wave.groups)]
+        rows = [_trained_row(planned, outcomes, wave, run, spec) for planned in records(wave.groups)]
         commits.wave(wave, trained, pd.DataFrame(rows).reindex(columns=LEDGER.schema.names))
         found |= {(int(row["grain"]), str(row["group_id"])): row for row in rows}
     return found
@@ -571,11 +580,10 @@ def _train_wave(
         message = "every Spark worker that trained it was lost; see the executors' logs, and give it more memory or fewer rows (tuning.max_rows)"
         told = {"status": "crashed", "reason": NATIVE_CRASH, "error_class": "ExecutorLost", "error_message": message}
         return TrainedFiles([{**key, **told}], [], [])
-    middle = len(groups) // 2
     # Longest first: every other group to each half.
-    halves = [groups.iloc[start::2] for start in (0, 1)] if middle else []
-    parts = [_train_wave(cluster, commits, run, spec, Wave(wave.name, _renumbered(half)), progress, bases) for half in halves]
-    return parts[0] + parts[1]
+    halves = (Wave(wave.name, _renumbered(groups.iloc[start::2])) for start in (0, 1))
+    first, second = (_train_wave(cluster, commits, run, spec, half, progress, bases) for half in halves)
+    return first + second
 
 
 def _renumbered(groups: pd.DataFrame) -> pd.DataFrame:
@@ -598,7 +606,7 @@ def _trained_row(
     planned: Mapping[str, Any], outcomes: Mapping[GroupKey, Mapping[str, Any]], wave: Wave, run: PlannedRun, spec: FleetSpec
 ) -> dict[str, Any]:
     """The ledger row of a group that was sent to a worker; `failed` if nothing came back."""
-    lost = {"status": "failed", "reason": "error", "error_class": "LostOutcome", "error_message": "the worker gave no outcome for this group"}
+    lost = {"status": "failed", "reason": ERROR, "error_class": "LostOutcome", "error_message": "the worker gave no outcome for this group"}
     outcome = outcomes.get((int(planned["grain"]), str(planned["group_id"])), lost)
     tuned = run.cutoffs.as_of
     if outcome["status"] == "refreshed":
@@ -628,7 +636,7 @@ def _planned_row(planned: Mapping[str, Any], run: PlannedRun, spec: FleetSpec) -
 def _ledger_rows(run: PlannedRun, spec: FleetSpec, trained: Mapping[GroupKey, dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per group that is trained by now or need not be, weights and errors still missing."""
     rows = []
-    for planned in _records(run.plan.groups):
+    for planned in records(run.plan.groups):
         key = int(planned["grain"]), str(planned["group_id"])
         if planned["action"] in (TRAIN, REFRESH) and key not in trained:
             continue
@@ -701,14 +709,6 @@ def build_ledger(rows: Sequence[Mapping[str, Any]], spec: FleetSpec, skills: Map
     return ledger.sort_values(["grain", "group_id"], ignore_index=True)
 
 
-def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """The rows as dicts by column name; what is missing is None."""
-    return [
-        {str(name): None if value is pd.NaT or (isinstance(value, float) and value != value) else value for name, value in row.items()}  # noqa: PLR0124 - NaN
-        for row in frame.to_dict("records")
-    ]
-
-
 def manifest(run: PlannedRun, spec: FleetSpec, *, started_at: pd.Timestamp, features_version: int) -> dict[str, Any]:
     """The row of `tables.RUNS` that says what the run pinned; not finished."""
     packages = ("many-models", "pyspark", "lightgbm", "optuna", "pandas", "pyarrow", "numpy")
@@ -747,7 +747,7 @@ def _second_pass(run: PlannedRun, spec: FleetSpec, found: dict[GroupKey, dict[st
         return
     shared = shared_digest(run.settings.model, run.settings.goal, spec.tuning, run.cutoffs, spec.target.weight)
     slots, wave_seconds = run.plan.slots, spec.tuning.checkpoint_seconds
-    plans = {(int(row["grain"]), str(row["group_id"])): row for row in _records(run.plan.to_train)}
+    plans = {(int(row["grain"]), str(row["group_id"])): row for row in records(run.plan.to_train)}
     left = {key for key, row in found.items() if row["status"] == "trained" and spec.tuning.max_trials > FIRST_PASS_TRIALS}
     longer = (min(spec.tuning.max_trials, spec.tuning.patience + 1) + 2) / (FIRST_PASS_TRIALS + 2)
     for key in left:

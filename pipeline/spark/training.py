@@ -172,7 +172,7 @@ def count_groups(
     )
     counts = counted.toPandas()
     counts["rows_hash"] = [
-        f"{n}-{low or 0:x}-{high or 0:x}" for n, low, high in zip(counts["n_target"], _whole(counts["_low"]), _whole(counts["_high"]), strict=True)
+        f"{n}-{low:x}-{high:x}" for n, low, high in zip(counts["n_target"], _whole(counts["_low"]), _whole(counts["_high"]), strict=True)
     ]
     pooled = counts[counts["grain"] == 0].iloc[0]
     with_offset, without_offset = (0.0 if pd.isna(pooled[name]) else _rounded(pooled[name]) for name in ("_constant", "_plain_constant"))

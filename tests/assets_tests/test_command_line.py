@@ -2,11 +2,7 @@
 
 import json
 import os
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,7 +20,6 @@ from resources.lease import hold_lease
 
 FIRST, SECOND = "aaaaaaaa-1111-2222", "bbbbbbbb-1111-2222"
 ROUTES = [["EWR", "IAH"], ["EWR", "ORD"], ["JFK", None], ["LGA", "a b"]]
-BUCKET = "cleaned"
 
 
 def written(values: list[str | None]) -> str:
@@ -288,37 +283,8 @@ def test_a_folder_that_lost_its_log_is_left_alone(tables: DeltaTables) -> None:
     assert "part-left.parquet" in left(tables, "boosters")
 
 
-@pytest.fixture(scope="module")
-def object_store() -> Iterator[dict[str, str]]:
-    """An S3 endpoint on this machine, in a process of its own: the store's client holds on to this one's lock."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    for _ in range(300):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                break
-        time.sleep(0.1)
-    secret = "test"  # noqa: S105 - of a store on this machine
-    store = pf.S3FileSystem(
-        access_key="test", secret_key=secret, region="us-east-1", scheme="http", endpoint_override=f"127.0.0.1:{port}", allow_bucket_creation=True
-    )
-    store.create_dir(BUCKET)
-    yield {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": secret,
-        "AWS_REGION": "us-east-1",
-        "AWS_ALLOW_HTTP": "true",
-    }
-    server.terminate()
-    server.wait()
-
-
 def test_an_object_store_is_read_and_cleaned(object_store: dict[str, str]) -> None:
-    tables = DeltaTables(root=f"s3://{BUCKET}/tables", storage_options=object_store)
+    tables = DeltaTables(root="s3://fleets/cleaned", storage_options=object_store)
     append(tables, "flights", LEDGER, [outcome(FIRST, [])])
     interrupted(tables)
     assert "aaaaaaaa" in history_text(tables, "flights", "[]")

@@ -2,16 +2,11 @@
 
 import json
 import os
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.fs as pf
 import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable, write_deltalake
@@ -26,45 +21,6 @@ from resources.delta_tables import DeltaTables, contract_metadata
 SCHEMA = pa.schema([("x", pa.int64()), ("name", pa.string())])
 LOCAL = ["plain", "a space", "glob[x]*?{y}", "Ümläut 🐟"]
 BUCKET = "fleets"
-
-
-@pytest.fixture(scope="session")
-def object_store() -> Iterator[dict[str, str]]:
-    """An S3 endpoint on this machine, in a process of its own: the store's client holds on to this one's lock."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for(port)
-    options = {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_REGION": "us-east-1",
-        "AWS_ALLOW_HTTP": "true",
-        "AWS_CONDITIONAL_PUT": "etag",
-    }
-    pf.S3FileSystem(
-        access_key="test",
-        secret_key=options["AWS_SECRET_ACCESS_KEY"],
-        region="us-east-1",
-        scheme="http",
-        endpoint_override=f"127.0.0.1:{port}",
-        allow_bucket_creation=True,
-    ).create_dir(BUCKET)
-    yield options
-    server.terminate()
-    server.wait()
-
-
-def wait_for(port: int) -> None:
-    for _ in range(300):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.1)
-    raise TimeoutError(f"nothing answers at port {port}")
 
 
 @pytest.fixture(params=[*LOCAL, "s3"])

@@ -16,7 +16,6 @@ from typing import Any
 
 import dagster as dg
 import pandas as pd
-import pyarrow.fs as pf
 import pytest
 from dagster._core.errors import DagsterExecutionInterruptedError
 from deltalake import DeltaTable
@@ -27,7 +26,7 @@ from resources import lease as lease_module
 from resources.delta_tables import DeltaTables
 from resources.lease import LEASES, Lease, LeaseRow, _LeaseTable, current_lease, hold_lease
 
-BUCKET = "leases"
+BUCKET = "fleets"
 START = datetime(2026, 11, 21, 9, tzinfo=UTC)
 # Reads one JSON line per command and answers each with one line: take a lease (and give back the one before), or check it.
 CHILD = """
@@ -93,41 +92,6 @@ def children(n: int) -> Iterator[list[Child]]:
         for child in started:
             child.process.kill()
             child.process.communicate()
-
-
-@pytest.fixture(scope="module")
-def object_store() -> Iterator[dict[str, str]]:
-    """An S3 endpoint on this machine, in a process of its own: the store's client holds on to this one's lock."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    for _ in range(300):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                break
-        time.sleep(0.1)
-    options = {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_REGION": "us-east-1",
-        "AWS_ALLOW_HTTP": "true",
-        "AWS_CONDITIONAL_PUT": "etag",
-    }
-    store = pf.S3FileSystem(
-        access_key="test",
-        secret_key=options["AWS_SECRET_ACCESS_KEY"],
-        region="us-east-1",
-        scheme="http",
-        endpoint_override=f"127.0.0.1:{port}",
-        allow_bucket_creation=True,
-    )
-    store.create_dir(BUCKET)
-    yield options
-    server.terminate()
-    server.wait()
 
 
 @pytest.fixture(params=["a folder [x]", "s3"])
