@@ -28,7 +28,7 @@ from pipeline.spec import FleetSpec, parse_spec
 from pipeline.training.trainer import train_group
 from resources.launch_settings import LaunchSettings
 from resources.mlflow_registry import MlflowRegistry
-from resources.spark_session import OpenSparkSession
+from resources.spark_session import SparkSessionResource
 
 # The month of December is the report split of a run that pretends it is January.
 AFTER_DECEMBER = "2014-01-02"
@@ -269,7 +269,7 @@ def _materialise(engine: Engine, spec: FleetSpec, uri: str) -> None:
     links = [models_asset(spec), meta_model_asset(spec), champion_asset(spec)]
     resources = {
         "tables": engine.tables,
-        "spark": OpenSparkSession(master="local", scratch=engine.spark.scratch),
+        "spark": SparkSessionResource(master="local", scratch=engine.spark.scratch),
         "registry": MlflowRegistry(tracking_uri=uri, scratch=engine.spark.scratch),
         "launch": LaunchSettings(),
     }

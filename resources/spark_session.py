@@ -11,6 +11,7 @@ from typing import Any
 import dagster as dg
 from dagster_pyspark import LazyPySparkResource
 from pydantic import Field, PrivateAttr
+from pyspark import SparkContext
 from pyspark.sql import SparkSession
 
 from pipeline.errors import SpecError
@@ -23,7 +24,8 @@ LOG_SETTINGS = Path(__file__).parent / "log4j2.properties"
 class SparkSessionResource(dg.ConfigurableResource):
     """The Spark session of a run, started in the background when the run starts and stopped with it.
 
-    Built on `dagster_pyspark.LazyPySparkResource`, which makes the session from its configuration but never stops it.
+    A session that the process has open already is used as it is, and left open: whoever opened it closes it. Built on
+    `dagster_pyspark.LazyPySparkResource`, which makes the session from its configuration but never stops it.
     """
 
     master: str = Field(description="Master URL, e.g. local[4,4], or spark://host:7077.")
@@ -37,6 +39,7 @@ class SparkSessionResource(dg.ConfigurableResource):
     conf: dict[str, str] = Field(default_factory=dict, description="Further Spark settings; they win over ours.")
     scratch: str = Field(description="Local folder for spilled data and a java wrapper.")
     _session: SparkSession | None = PrivateAttr(default=None)
+    _is_ours: bool = PrivateAttr(default=True)
     _failure: BaseException | None = PrivateAttr(default=None)
     _starter: threading.Thread | None = PrivateAttr(default=None)
 
@@ -49,10 +52,10 @@ class SparkSessionResource(dg.ConfigurableResource):
             yield self
         finally:
             self._starter.join()
-            if self._session is not None:
+            if self._session is not None and self._is_ours:
                 self._session.sparkContext.cancelAllJobs()
                 self._session.stop()
-                self._session = None
+            self._session = None
 
     @property
     def session(self) -> SparkSession:
@@ -87,6 +90,9 @@ class SparkSessionResource(dg.ConfigurableResource):
 
     def _start(self) -> None:
         try:
+            if SparkContext._active_spark_context is not None:  # noqa: SLF001 - nothing public tells without starting one
+                self._session, self._is_ours = SparkSession.builder.getOrCreate(), False
+                return
             # Few arenas: with one per thread, buffers between the JVM and Python workers take hundreds of megabytes.
             set_for_children(MALLOC_ARENA_MAX="2")
             set_for_children(PYSPARK_PYTHON=sys.executable, PYSPARK_DRIVER_PYTHON=sys.executable, JAVA_HOME=find_java(Path(self.scratch)))
@@ -116,17 +122,3 @@ class SparkSessionResource(dg.ConfigurableResource):
             "spark.ui.showConsoleProgress": "false",
             **self.conf,
         }
-
-
-class OpenSparkSession(SparkSessionResource):
-    """The resource of a run, but with the session that this process has open already: it is neither started nor stopped."""
-
-    @contextmanager
-    def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator["OpenSparkSession"]:  # noqa: ARG002
-        """Leave the session as it is."""
-        yield self
-
-    @property
-    def session(self) -> SparkSession:
-        """The open session."""
-        return SparkSession.builder.getOrCreate()

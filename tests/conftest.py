@@ -4,7 +4,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow.fs as pf
@@ -12,7 +12,7 @@ import pytest
 from pyspark.sql import SparkSession
 
 from pipeline.spec import FleetSpec, parse_spec
-from resources.spark_session import OpenSparkSession, SparkSessionResource
+from resources.spark_session import SparkSessionResource
 
 
 @pytest.fixture(scope="session")
@@ -24,14 +24,9 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
 
 
 @pytest.fixture(scope="session")
-def kept_spark(spark: SparkSession) -> Callable[[Any], SparkSessionResource]:
-    """Makes the resource of a run on the one session, given its scratch folder."""
-    return lambda scratch: OpenSparkSession(master="local[2]", scratch=str(scratch))
-
-
-@pytest.fixture
-def spark_resource(spark: SparkSession, tmp_path: Any) -> SparkSessionResource:
-    return OpenSparkSession(master="local[2]", scratch=str(tmp_path))
+def spark_resource(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> SparkSessionResource:
+    """The resource of a run, on the one session."""
+    return SparkSessionResource(master="local[2]", scratch=str(tmp_path_factory.mktemp("scratch")))
 
 
 @pytest.fixture(scope="session")

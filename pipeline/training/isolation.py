@@ -73,6 +73,9 @@ class GroupProcess:
             try:
                 ours.close()
                 os.close(lifeline)
+                # Not the handlers of the process that it was forked from; Ctrl-C is for the parent, whose end is the child's.
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
                 threading.Thread(target=_die_with_parent, args=(end,), daemon=True).start()
                 if self._memory_bytes is not None:
                     _limit_memory(self._memory_bytes)

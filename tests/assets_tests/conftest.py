@@ -106,12 +106,12 @@ def failure() -> Callable[[dg.ExecuteInProcessResult], str]:
 
 @pytest.fixture(scope="session")
 def finished(
-    shop: FleetSpec, kept_spark: Callable[[Path], SparkSessionResource], tmp_path_factory: pytest.TempPathFactory
+    shop: FleetSpec, spark_resource: SparkSessionResource, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Shop, dg.ExecuteInProcessResult]:
     root = tmp_path_factory.mktemp("shop")
     sales().to_csv(root / "sales.csv", index=False)
     resources = {
-        "spark": kept_spark(root / "scratch"),
+        "spark": spark_resource,
         "tables": DeltaTables(root=str(root / "tables")),
         "registry": MemoryRegistry(root / "packs"),
         "launch": LaunchSettings(as_of=AS_OF),
@@ -136,7 +136,7 @@ def first_run(finished: tuple[Shop, dg.ExecuteInProcessResult]) -> dg.ExecuteInP
 
 @pytest.fixture(scope="session")
 def launched(
-    kept_spark: Callable[[Path], SparkSessionResource], tmp_path_factory: pytest.TempPathFactory
+    spark_resource: SparkSessionResource, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[FleetSpec, str], tuple[Shop, dg.ExecuteInProcessResult]]:
     """Materialises all links of another fleet over the same sales, with a real registry."""
 
@@ -144,7 +144,7 @@ def launched(
         root = tmp_path_factory.mktemp("other shop")
         sales().to_csv(root / "sales.csv", index=False)
         resources = {
-            "spark": kept_spark(root / "scratch"),
+            "spark": spark_resource,
             "tables": DeltaTables(root=str(root / "tables")),
             "registry": MlflowRegistry(
                 tracking_uri=f"sqlite:///{root}/mlflow/mlflow.db", artifact_root=f"{root}/mlflow/artifacts", scratch=str(root / "scratch")

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ def run_chain(definitions: dg.Definitions, resources: Mapping[str, Any]) -> dg.E
 
 
 @pytest.fixture(scope="module")
-def chain(kept_spark: Callable[[Path], SparkSessionResource], tmp_path_factory: pytest.TempPathFactory) -> Chain:
+def chain(spark_resource: SparkSessionResource, tmp_path_factory: pytest.TempPathFactory) -> Chain:
     root = tmp_path_factory.mktemp("a fleet [x]")
     folder = root / "housing"
     folder.mkdir()
@@ -72,7 +72,7 @@ def chain(kept_spark: Callable[[Path], SparkSessionResource], tmp_path_factory: 
     context = ComponentTree.for_test().load_context
     component = Fleet.load(Fleet.get_model_cls().model_validate(attributes), _at(context, folder))
     resources: dict[str, Any] = {
-        "spark": kept_spark(root / "scratch"),
+        "spark": spark_resource,
         "tables": DeltaTables(root=str(root / "tables")),
         "registry": MlflowRegistry(
             tracking_uri=f"sqlite:///{root}/mlflow/mlflow.db", artifact_root=f"{root}/mlflow/artifacts", scratch=str(root / "scratch")

@@ -2,6 +2,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import dagster as dg
 import pytest
 from pyspark.sql import SparkSession
 
@@ -48,6 +49,15 @@ def test_a_run_that_fails_stops_its_session(tmp_path: Path) -> None:
     assert told.stdout.splitlines()[-1] == "stopped"
 
 
+def test_a_session_that_is_open_is_used_and_left_open(spark: SparkSession, tmp_path: Path) -> None:
+    resource = SparkSessionResource(master="local[1]", scratch=str(tmp_path), conf={"spark.sql.shuffle.partitions": "9"})
+    before = spark.conf.get("spark.sql.shuffle.partitions")
+    with resource.yield_for_execution(dg.build_init_resource_context()) as held:
+        assert held.session.sparkContext is spark.sparkContext
+    assert spark.range(3).count() == 3
+    assert spark.conf.get("spark.sql.shuffle.partitions") == before
+
+
 def test_settings_that_results_depend_on(spark: SparkSession) -> None:
     assert spark.conf.get("spark.sql.session.timeZone") == "UTC"
     assert spark.conf.get("spark.sql.runSQLOnFiles") == "false"
@@ -80,6 +90,7 @@ def test_a_session_that_cannot_start_says_so_where_it_is_asked_for(tmp_path: Pat
         raise OSError("no java today")
 
     monkeypatch.setattr("resources.spark_session.find_java", broken)
+    monkeypatch.setattr("pyspark.SparkContext._active_spark_context", None)
     resource = SparkSessionResource(master="local[1]", scratch=str(tmp_path))
     for _ in range(2):
         with pytest.raises(OSError, match="no java today"):
