@@ -18,6 +18,8 @@ Retrain = Literal["changed", "stale", "listed", "all"]
 GroupKey = tuple[int, str]
 
 TASK_SECONDS = 2.0
+# The last task of a slot in parts: as one, it would leave the other slots idle where the guesses were wrong.
+LAST_SHARES, MIN_TASKS_BEFORE_LAST = [0.5, 0.25, 0.25], 3
 # Fits of a group besides its trials: on fit rows (a refit only), on fit and tune rows, on all rows.
 _REFITS, _REFRESH_FITS = 2, 3
 # A cost model is learnt from at least so many groups.
@@ -340,12 +342,14 @@ def pack_tasks(costs: Sequence[float], *, slots: int, task_seconds: float = TASK
     giants = sum(cost >= task_seconds for cost in costs)
     rest = sum(costs[giants:])
     # As many small tasks for every slot: one more would leave the other slots idle while it runs.
-    n_small = min(len(costs) - giants, slots * max(1, round(rest / (slots * task_seconds))))
-    heap = [(0.0, giants + number) for number in range(n_small)]
+    per_slot = max(1, round(rest / (slots * task_seconds)))
+    shares = [1.0] * (slots * (per_slot - 1)) + (LAST_SHARES if per_slot >= MIN_TASKS_BEFORE_LAST else [1.0]) * slots
+    # The load of each task over its share.
+    heap = [(0.0, -share, giants + number) for number, share in enumerate(shares[: len(costs) - giants])]
     chosen = list(range(giants))
     for cost in costs[giants:]:
-        load, task = heap[0]
-        heapq.heapreplace(heap, (load + cost, task))
+        filled, share, task = heap[0]
+        heapq.heapreplace(heap, (filled - cost / share, share, task))
         chosen.append(task)
     loads = np.bincount(chosen, weights=np.asarray(costs))
     rank = np.empty(len(loads), dtype=int)

@@ -1,5 +1,6 @@
 """Grouped training on Spark: counts for the plan, one job that trains and writes, sums for the blend."""
 
+import gc
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -412,6 +413,7 @@ def train_wave(
         return outcome
 
     def write(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        keep_imports()
         boosters = FileWriter(roots["boosters"], options, BOOSTERS.schema)
         holdout = FileWriter(roots["holdout"], options, HOLDOUT.schema)
         for batch in batches:
@@ -447,6 +449,15 @@ def _marked(rows: pa.Table, wave: str, run_id: str) -> pa.Table:
     return rows
 
 
+def keep_imports() -> None:
+    """Let Python's collector pass over what a worker holds by now, that is, its imports.
+
+    Spark collects garbage after every task, which takes a worker a tenth of a second with all that training imports.
+    """
+    if not gc.get_freeze_count():
+        gc.freeze()
+
+
 # One per Python worker of Spark, which runs many tasks.
 _workers: dict[str, TaskWorker] = {}
 
@@ -455,6 +466,7 @@ def _worker_of(
     wave: str, settings: TrainingSettings, starts: Mapping[tuple[int, str], str], train: TrainGroup | None, memory_bytes: int | None
 ) -> TaskWorker:
     if wave not in _workers:
+        keep_imports()
         for other in list(_workers):
             _workers.pop(other).close()
         _workers[wave] = TaskWorker(settings, starts, train or train_group, memory_bytes)
