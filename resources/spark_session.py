@@ -19,6 +19,7 @@ from resources.java import find_java
 from resources.process_environment import set_for_children
 
 LOG_SETTINGS = Path(__file__).parent / "log4j2.properties"
+_STARTING = threading.Lock()
 
 
 class SparkSessionResource(dg.ConfigurableResource):
@@ -90,13 +91,15 @@ class SparkSessionResource(dg.ConfigurableResource):
 
     def _start(self) -> None:
         try:
-            if SparkContext._active_spark_context is not None:  # noqa: SLF001 - nothing public tells without starting one
-                self._session, self._is_ours = SparkSession.builder.getOrCreate(), False
-                return
-            # Few arenas: with one per thread, buffers between the JVM and Python workers take hundreds of megabytes.
-            set_for_children(MALLOC_ARENA_MAX="2")
-            set_for_children(PYSPARK_PYTHON=sys.executable, PYSPARK_DRIVER_PYTHON=sys.executable, JAVA_HOME=find_java(Path(self.scratch)))
-            self._session = LazyPySparkResource(spark_config=self._settings()).spark_session
+            # One at a time: of two that start together, the second finds the session of the first.
+            with _STARTING:
+                if SparkContext._active_spark_context is not None:  # noqa: SLF001 - nothing public tells without starting one
+                    self._session, self._is_ours = SparkSession.builder.getOrCreate(), False
+                    return
+                # Few arenas: with one per thread, buffers between the JVM and Python workers take hundreds of megabytes.
+                set_for_children(MALLOC_ARENA_MAX="2")
+                set_for_children(PYSPARK_PYTHON=sys.executable, PYSPARK_DRIVER_PYTHON=sys.executable, JAVA_HOME=find_java(Path(self.scratch)))
+                self._session = LazyPySparkResource(spark_config=self._settings()).spark_session
             self._session.sparkContext.setLogLevel("ERROR")
         except BaseException as error:  # noqa: BLE001 - raised again where the session is asked for
             self._failure = error

@@ -49,6 +49,32 @@ def test_a_run_that_fails_stops_its_session(tmp_path: Path) -> None:
     assert told.stdout.splitlines()[-1] == "stopped"
 
 
+TWO_THAT_START_TOGETHER = """
+import sys
+from contextlib import ExitStack
+from pyspark import SparkContext
+from resources.spark_session import SparkSessionResource
+
+with ExitStack() as held:
+    both = [SparkSessionResource(master="local[1]", scratch=sys.argv[1]) for _ in range(2)]
+    for one in both:
+        held.enter_context(one.yield_for_execution(None))
+    assert both[0].session.sparkContext is both[1].session.sparkContext
+    assert sorted(one._is_ours for one in both) == [False, True]
+assert SparkContext._active_spark_context is None
+print("stopped")
+"""
+
+
+@pytest.mark.integration
+@pytest.mark.slow
+def test_of_two_that_start_together_one_opens_and_stops_the_session(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", TWO_THAT_START_TOGETHER, str(tmp_path)]
+    told = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, cwd=tmp_path)
+    assert told.returncode == 0, told.stderr[-3000:]
+    assert told.stdout.splitlines()[-1] == "stopped"
+
+
 def test_a_session_that_is_open_is_used_and_left_open(spark: SparkSession, tmp_path: Path) -> None:
     resource = SparkSessionResource(master="local[1]", scratch=str(tmp_path), conf={"spark.sql.shuffle.partitions": "9"})
     before = spark.conf.get("spark.sql.shuffle.partitions")
