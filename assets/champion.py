@@ -5,7 +5,6 @@ import pandas as pd
 
 from assets.link import link_key, link_settings, prefixed, readable_failures
 from assets.newest_run import ledger_of
-from pipeline.models.meta_model import FleetModel
 from pipeline.models.promotion import Gate, judge_challenger
 from pipeline.reporting.summary import markdown_table
 from pipeline.spec import FleetSpec
@@ -36,7 +35,7 @@ def champion_asset(spec: FleetSpec) -> dg.AssetsDefinition:
         with readable_failures():
             challenger = registry.get(namespace, CHALLENGER)
             ledger = ledger_of(tables, namespace, challenger.fleet_version)
-            gates = judge_challenger(ledger, FleetModel(registry.fetch_pack(challenger)).groups())
+            gates = judge_challenger(ledger, registry.open_pack(challenger).groups())
             passed = all(gate.passed for gate in gates)
             before = registry.find(namespace, CHAMPION)
             if passed:

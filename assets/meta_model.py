@@ -12,7 +12,7 @@ import pandas as pd
 from assets.link import link_key, link_settings, png, prefixed, readable_failures
 from assets.newest_run import ledger_of, newest_run, waves_of
 from pipeline.models.meta_model import FleetModel, answer_columns
-from pipeline.models.pack import write_pack
+from pipeline.models.pack import Generation, write_pack
 from pipeline.reporting.plots import training_plot
 from pipeline.reporting.summary import fleet_errors, markdown_table, shown_measures
 from pipeline.spec import FleetSpec
@@ -59,16 +59,16 @@ def meta_model_asset(spec: FleetSpec) -> dg.AssetsDefinition:
             wanted = sorted(set(ledger["booster_id"].dropna()))
             found = {"wave": waves_of(run), "booster_id": wanted}
             boosters = tables.read_arrow(boosters_location, where=found).to_pylist() if wanted else []
-            write_pack(pack, pack_spec(run), ledger, boosters)
+            digest = write_pack(pack, [Generation(pack_spec(run), ledger)], boosters)
             features = tables.read_spark(spark.session, tables.location(spec.name, "features"), int(str(run["features_version"])))
             dtypes = {field.name: field.dataType.simpleString() for field in features.schema}
-            answering = FleetModel(pack)
+            answering = FleetModel(pack, digest=digest)
             sample = features.limit(50).toPandas()
             version = registry.register(
                 namespace,
                 run_id,
                 pack=pack,
-                inputs=input_types(answering.spec["required"], dtypes),
+                inputs=input_types(answering.required, dtypes),
                 outputs=answer_columns(answering.task),
                 parameters=run_parameters(run, spec),
                 metrics=run_metrics(ledger, spec),
@@ -130,7 +130,7 @@ def run_metrics(ledger: pd.DataFrame, spec: FleetSpec) -> dict[str, float]:
 
 
 def _registered_model_answers(registry: MlflowRegistry, version: Version, answering: FleetModel, sample: pd.DataFrame) -> dg.AssetCheckResult:
-    expected, found = (_numbers_of(model, sample) for model in (answering, FleetModel(registry.fetch_pack(version))))
+    expected, found = (_numbers_of(model, sample) for model in (answering, registry.open_pack(version)))
     same = bool(np.array_equal(expected, found, equal_nan=True))
     return dg.AssetCheckResult(
         check_name="registered_model_answers", passed=same and bool(np.isfinite(found).all()), metadata={"rows": len(sample), "equal": same}

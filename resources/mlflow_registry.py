@@ -19,10 +19,11 @@ from pydantic import Field, PrivateAttr
 
 from pipeline.errors import ModelNotFound, StoreError
 from pipeline.models import meta_model
+from pipeline.models.meta_model import FleetModel, PackError
 from resources.process_environment import set_for_children
 
 CHAMPION, CHALLENGER = "champion", "challenger"
-FLEET_VERSION = "fleet_version"
+FLEET_VERSION, PACK_DIGEST = "fleet_version", "pack_sha256"
 # What a registered version needs beside MLflow: see meta_model.py.
 REQUIREMENTS = ("mlflow", "numpy", "pandas", "pyarrow", "lightgbm")
 
@@ -35,11 +36,13 @@ class Version:
         name: of the registered model.
         number: the registry's version.
         fleet_version: the training run it comes from.
+        pack_digest: of its pack's index; empty for a version of an earlier release.
     """
 
     name: str
     number: str
     fleet_version: str
+    pack_digest: str
 
 
 class MlflowRegistry(dg.ConfigurableResource):
@@ -116,7 +119,9 @@ class MlflowRegistry(dg.ConfigurableResource):
 
         Raises:
             StoreError: if the registry refuses.
+            PackError: if the pack has no readable index.
         """
+        digest = meta_model.index_digest(meta_model.read_index(pack))
         client = self._connected()
         import mlflow
         from mlflow.exceptions import MlflowException
@@ -150,22 +155,23 @@ class MlflowRegistry(dg.ConfigurableResource):
                     name="model",
                     python_model=meta_model.__file__,
                     artifacts={"pack": str(pack)},
+                    model_config={"pack_sha256": digest},
                     signature=signature,
                     pip_requirements=requirements,
                 )
-            number = self._new_version(client, name, logged, fleet_version)
+            number = self._new_version(client, name, logged, {FLEET_VERSION: fleet_version, PACK_DIGEST: digest})
             client.set_registered_model_alias(name, CHALLENGER, number)
         except (MlflowException, OSError) as error:
             raise StoreError(
                 f"{self.tracking_uri}: registering {name!r} failed ({error}); the training is kept: materialise meta_model again"
             ) from error
-        return Version(name, number, fleet_version)
+        return Version(name, number, fleet_version, digest)
 
-    def _new_version(self, client: Any, name: str, logged: Any, fleet_version: str) -> str:
+    def _new_version(self, client: Any, name: str, logged: Any, tags: Mapping[str, str]) -> str:
         """Register a logged model; the registry's number."""
         if not client.search_registered_models(filter_string=f"name = '{name}'", max_results=1):
             client.create_registered_model(name)
-        found = client.create_model_version(name, logged.model_uri, logged.run_id, tags={FLEET_VERSION: fleet_version}, model_id=logged.model_id)
+        found = client.create_model_version(name, logged.model_uri, logged.run_id, tags=dict(tags), model_id=logged.model_id)
         return str(found.version)
 
     def _experiment(self, client: Any, name: str) -> str:
@@ -186,7 +192,7 @@ class MlflowRegistry(dg.ConfigurableResource):
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 return None
             raise StoreError(f"{self.tracking_uri}: {error}") from error
-        return Version(name, str(found.version), str(found.tags.get(FLEET_VERSION, "")))
+        return Version(name, str(found.version), str(found.tags.get(FLEET_VERSION, "")), str(found.tags.get(PACK_DIGEST, "")))
 
     def get(self, name: str, alias: str) -> Version:
         """The version under an alias.
@@ -205,16 +211,24 @@ class MlflowRegistry(dg.ConfigurableResource):
         """Let a version serve."""
         self._connected().set_registered_model_alias(version.name, CHAMPION, version.number)
 
-    def fetch_pack(self, version: Version) -> Path:
-        """A local copy of a version's pack, under a name of its own."""
+    def open_pack(self, version: Version) -> FleetModel:
+        """A version's model, opened from a local copy of its pack that is under a name of its own.
+
+        Raises:
+            PackError: if the pack is damaged or not the one that was registered.
+        """
+        target = Path(self.scratch) / "packs" / f"{version.name}-{version.number}-{version.fleet_version}"
+        if target.exists():
+            try:
+                return FleetModel(target, digest=version.pack_digest or None)
+            except PackError:
+                shutil.rmtree(target)  # an interrupted download, or the local copy was damaged: fetched again
         self._connected()
         import mlflow
 
-        target = Path(self.scratch) / "packs" / f"{version.name}-{version.number}-{version.fleet_version}"
-        if not (target / "boosters.parquet").exists():
-            found = mlflow.artifacts.download_artifacts(artifact_uri=f"models:/{version.name}/{version.number}")
-            shutil.copytree(Path(found) / "artifacts" / "pack", target, dirs_exist_ok=True)
-        return target
+        found = mlflow.artifacts.download_artifacts(artifact_uri=f"models:/{version.name}/{version.number}")
+        shutil.copytree(Path(found) / "artifacts" / "pack", target)
+        return FleetModel(target, digest=version.pack_digest or None)
 
 
 def input_types(required: Sequence[str], dtypes: Mapping[str, str]) -> dict[str, str]:

@@ -6,17 +6,25 @@ that a group's id, its design matrix and its blended answer have one implementat
 
 A pack is a folder:
 
-- ``spec.json``: format, fleet, fleet version, grains, features, categories, target, task, classes, constants;
-- ``chains.parquet``: one row per group: grain (index), group_id, booster_id or null, weight, interval (link units) or null;
-- ``boosters.parquet``: one row per booster and one row group per row: booster_id, sha256 and size of the text, zstd text.
+- ``index.json``: what the others must be, byte for byte or footer for footer, and its own digest; a version is known by that digest;
+- ``spec.json``: one entry per generation, that is per training run whose boosters serve: grains, features, categories, target,
+  task, classes, constants;
+- ``chains.parquet``: one row per generation and group, sorted by grain, group and generation: weight, interval (link units), and where
+  its booster is: file, offset, stored size, size and SHA-256 of the text;
+- ``boosters.parquet``: one row per booster: booster_id and the text, zstd-compressed, each as one run of bytes that is read alone.
+
+A group is answered by the generation that serves it, with the ancestors, categories and constants of that generation. So a
+version may put together groups of several training runs, and changing one group's generation changes no other group's answers.
 """
 
 import hashlib
 import json
 import re
 import threading
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +32,30 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
+import pyarrow.fs as pf
 import pyarrow.parquet as pq
 
-PACK_FORMAT = 1
+PACK_FORMAT = 2
 CONSTANT = "constant"
 INDEPENDENT, CORRECTION = "independent", "correction"
 REGRESSION, MULTICLASS = "regression", "multiclass"
 MAX_BOOSTER_BYTES = 1 << 30
-_CHAIN_COLUMNS = ("grain", "group_id", "booster_id", "weight", "interval")
+CHAINS = pa.schema(
+    [
+        pa.field("grain", pa.int32(), nullable=False),
+        pa.field("group_id", pa.string(), nullable=False),
+        pa.field("generation", pa.int32(), nullable=False),
+        pa.field("serves", pa.bool_(), nullable=False),
+        pa.field("weight", pa.float64(), nullable=False),
+        pa.field("interval", pa.float64()),
+        pa.field("booster_id", pa.string()),
+        pa.field("file", pa.int32()),
+        pa.field("offset", pa.int64()),
+        pa.field("stored_bytes", pa.int64()),
+        pa.field("n_bytes", pa.int64()),
+        pa.field("sha256", pa.string()),
+    ]
+)
 CACHE_BYTES = 256 << 20
 
 Floats = npt.NDArray[np.float64]
@@ -45,6 +69,9 @@ _ESCAPES = {code: f"\\u{code:04X}" for code in range(32)} | {
     ord('"'): '\\"',
     ord("\\"): "\\\\",
 }
+
+
+_AGAIN = "fetch the version again, or materialise meta_model and champion again"
 
 
 class PackError(Exception):
@@ -174,10 +201,31 @@ def _numbers(frame: pd.DataFrame, name: str) -> Floats:
     return numbers
 
 
-def decode_booster(row: Mapping[str, Any], where: str) -> str:
-    """Native LightGBM text from its stored row, checked by size and digest before LightGBM may see it.
+def load_booster(row: Mapping[str, Any], where: str) -> Any:
+    """A LightGBM booster from its stored row, once size, digest and structure of its text are right: damaged text would end the process.
 
-    A damaged text would end the process instead of raising.
+    Args:
+        row: as for `decode_booster`.
+        where: the file, for messages.
+
+    Raises:
+        PackError: naming the booster and what differs.
+    """
+    import lightgbm
+
+    text = decode_booster(row, where)
+    fault = structure_fault(text)
+    if fault is not None:
+        raise PackError(f"{where}: booster {row['booster_id']} is not a LightGBM model that can be loaded: {fault}; train again")
+    return lightgbm.Booster(model_str=text)
+
+
+def decode_booster(row: Mapping[str, Any], where: str) -> str:
+    """Native LightGBM text from its stored row, checked by size and digest.
+
+    Args:
+        row: booster_id, text (compressed), n_bytes and sha256 of the text.
+        where: the file, for messages.
 
     Raises:
         PackError: naming the booster and what differs.
@@ -186,61 +234,198 @@ def decode_booster(row: Mapping[str, Any], where: str) -> str:
     if not isinstance(size, int) or not 0 < size <= MAX_BOOSTER_BYTES:
         raise PackError(f"{where}: booster {name} claims {size} bytes, expected 1 to {MAX_BOOSTER_BYTES}")
     try:
-        text: bytes = pa.Codec("zstd").decompress(row["text"], decompressed_size=size).to_pybytes()
+        raw: bytes = pa.Codec("zstd").decompress(row["text"], decompressed_size=size).to_pybytes()
     except (OSError, ValueError, TypeError, KeyError, pa.ArrowException) as error:
         raise PackError(f"{where}: booster {name} cannot be decompressed ({error}); restore the file or train again") from error
-    digest = hashlib.sha256(text).hexdigest()
+    digest = hashlib.sha256(raw).hexdigest()
     if digest != row.get("sha256"):
         raise PackError(f"{where}: booster {name} is damaged: its digest is {digest}, expected {row.get('sha256')}; restore the file or train again")
-    return text.decode()
+    return raw.decode()
+
+
+_HEADER = re.compile(r"tree\nversion=v4\n(?:\w+(?:=[^\n]*)?\n)+\n", re.ASCII)
+_TREE = re.compile(
+    r"Tree=(?P<number>\d+)\nnum_leaves=(?P<n_leaves>\d+)\nnum_cat=(?P<n_cat>\d+)\nsplit_feature=(?P<split_feature>[\d ]*)\n"
+    r"split_gain=[^\n]*\nthreshold=(?P<threshold>[^\n]*)\ndecision_type=(?P<decision_type>[\d ]*)\nleft_child=(?P<left_child>[-\d ]*)\n"
+    r"right_child=(?P<right_child>[-\d ]*)\nleaf_value=(?P<leaf_value>[^\n]*)\nleaf_weight=[^\n]*\nleaf_count=[^\n]*\ninternal_value=[^\n]*\n"
+    r"internal_weight=[^\n]*\ninternal_count=[^\n]*\n(?:cat_boundaries=(?P<cat_boundaries>[\d ]*)\ncat_threshold=(?P<cat_threshold>[\d ]*)\n)?"
+    r"is_linear=0\nshrinkage=[^\n]*\n\n\n",
+    re.ASCII,
+)
+_MAX_DECISION = 11  # one bit for categories, one for the default side, two for what is missing
+
+
+def structure_fault(text: str) -> str | None:
+    """What is wrong with a LightGBM text that could end the process, hang it, or let it read what is not there; None if nothing is.
+
+    Every tree has the size that the header says and as many nodes and leaves as it says, splits by features and categories that
+    there are, and each of its nodes and leaves has exactly one parent, which comes before it.
+    """
+    try:
+        trees, n_features = _trees_of(text)
+        _check_trees(trees, n_features)
+    except (ValueError, OverflowError, KeyError, DeprecationWarning) as error:  # the last is how numpy says that a text is no number
+        return str(error)
+    return None
+
+
+def _demand(holds: object, otherwise: str) -> None:
+    if not holds:
+        raise ValueError(otherwise)
+
+
+def _trees_of(text: str) -> tuple[list[re.Match[str]], int]:
+    """The trees of a model, and how many features it has."""
+    header = _HEADER.match(text)
+    if header is None:
+        raise ValueError("its header is not that of a model of version v4")
+    settings = dict(line.partition("=")[::2] for line in header[0].splitlines())
+    n_features, per_iteration = int(settings["max_feature_idx"]) + 1, int(settings["num_tree_per_iteration"])
+    described = [len(settings[name].split(" ")) for name in ("feature_names", "feature_infos")]
+    _demand(described == [n_features] * 2, f"its header describes other than {n_features} features")
+    sizes = [int(size) for size in settings["tree_sizes"].split()]
+    _demand(per_iteration > 0 and len(sizes) % per_iteration == 0, f"{len(sizes)} trees cannot be {per_iteration} per iteration")
+    trees, start = [], header.end()
+    for number, size in enumerate(sizes):
+        tree = _TREE.match(text, start)
+        if tree is None or tree.end() - start != size or tree["number"] != str(number):
+            raise ValueError(f"tree {number} is not a tree of the size that the header says")
+        trees.append(tree)
+        start = tree.end()
+    _demand(text.startswith("end of trees\n", start), "it has more trees than the header says")
+    return trees, n_features
+
+
+def _check_trees(trees: Sequence[re.Match[str]], n_features: int) -> None:
+    """Look at all trees at once: arrays hold the numbers of one tree after those of another."""
+    n_leaves, n_cat = (np.array([int(tree[name]) for tree in trees], dtype=np.int64) for name in ("n_leaves", "n_cat"))
+    _demand((n_leaves >= 1).all(), "a tree has no leaf")
+    n_nodes = n_leaves - 1
+    _numbers_of(trees, "leaf_value", n_leaves, np.float64)
+    feature, decision = (_numbers_of(trees, name, n_nodes) for name in ("split_feature", "decision_type"))
+    _demand((feature < n_features).all() and (decision <= _MAX_DECISION).all(), "a node splits by a feature or in a way that there is not")
+    tree = np.repeat(np.arange(len(trees)), n_nodes)
+    first_node, first_leaf = np.cumsum(n_nodes) - n_nodes, np.cumsum(n_leaves) - n_leaves
+    parent = np.tile(np.arange(len(tree)) - first_node[tree], 2)
+    child = np.concatenate([_numbers_of(trees, name, n_nodes) for name in ("left_child", "right_child")])
+    both, is_leaf = np.tile(tree, 2), child < 0
+    there = np.where(is_leaf, ~child < n_leaves[both], (child < n_nodes[both]) & (child > parent))
+    _demand(there.all(), "a node has a child that there is not, or that comes before it")
+    place = np.where(is_leaf, first_leaf[both] + ~child, n_leaves.sum() + first_node[both] + child)
+    _demand(len(np.unique(place)) == len(place), "a node or leaf has two parents")
+    chosen = decision % 2 == 1
+    _check_categories(trees, n_cat, tree[chosen], _numbers_of(trees, "threshold", n_nodes, np.float64)[chosen])
+
+
+def _check_categories(trees: Sequence[re.Match[str]], n_cat: npt.NDArray[np.int64], tree: npt.NDArray[np.int64], wanted: Floats) -> None:
+    """Each set of categories begins where the one before it ends, and each node that asks for one asks for one of its tree's."""
+    has = n_cat > 0
+    boundaries = _numbers_of(trees, "cat_boundaries", np.where(has, n_cat + 1, 0))
+    last = np.cumsum((n_cat + 1)[has]) - 1
+    grows = np.diff(boundaries) >= 0
+    grows[last[:-1]] = True  # from the last of one tree to the first of the next
+    _demand(grows.all() and not boundaries[last - n_cat[has]].any(), "the categories of a tree are not as many as it says")
+    n_words = np.zeros(len(trees), dtype=np.int64)
+    n_words[has] = boundaries[last]
+    _numbers_of(trees, "cat_threshold", n_words)
+    _demand(
+        (wanted == np.floor(wanted)).all() and (wanted >= 0).all() and (wanted < n_cat[tree]).all(),
+        "a node decides by categories that there are not",
+    )
+
+
+def _numbers_of(trees: Sequence[re.Match[str]], name: str, counts: npt.NDArray[np.int64], kind: type = np.int64) -> npt.NDArray[Any]:
+    """A line of every tree as numbers, which must be so many in each."""
+    texts = [tree[name] or "" for tree in trees]
+    _demand([len(text.split(" ")) if text else 0 for text in texts] == counts.tolist(), f"{name} of a tree has too few or too many numbers")
+    numbers: npt.NDArray[Any] = np.fromstring(" ".join(text for text in texts if text), dtype=kind, sep=" ")
+    _demand(len(numbers) == counts.sum(), f"{name} of a tree is not made of numbers")
+    return numbers
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """One group of one generation, as its row in ``chains.parquet``.
+
+    Args:
+        weight: of its own booster against its parent's answer.
+        interval: half width in link units over scale; None leaves it to the parent.
+        booster_id: None without a model of its own.
+        place: number of the file, offset and stored size of the booster.
+        n_bytes: size of its text.
+        sha256: digest of its text.
+    """
+
+    weight: float
+    interval: float | None
+    booster_id: str | None
+    place: tuple[int, int, int]
+    n_bytes: int
+    sha256: str
 
 
 class FleetModel:
     """Answers for every group of one fleet version, from a pack.
 
-    Boosters are read alone, at first use, into a cache bounded in bytes of text. One instance may be used by several threads.
+    Opening reads the index and the specs. Chains are read by row group, and boosters alone, at first use; boosters stay in a cache
+    that is bounded in bytes of text. One instance may be used by several threads.
 
     Args:
         folder: the pack.
         cache_bytes: bound of the booster cache.
+        digest: of the index, where it is known which pack this must be.
 
     Raises:
-        PackError: if a file of the pack is missing, unreadable or of another format.
+        PackError: if a file of the pack is missing, unreadable, of another format, or not the one that the index names.
     """
 
-    def __init__(self, folder: str | Path, cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(self, folder: str | Path, cache_bytes: int = CACHE_BYTES, digest: str | None = None) -> None:
         self.folder = Path(folder)
+        index = read_index(self.folder, digest)
         try:
-            self.spec: dict[str, Any] = json.loads((self.folder / "spec.json").read_text(encoding="utf-8"))
-            chains = pq.read_table(self.folder / "chains.parquet", columns=list(_CHAIN_COLUMNS), page_checksum_verification=True)
-            self._boosters = pq.ParquetFile(self.folder / "boosters.parquet", page_checksum_verification=True)
-            names = self._boosters.read(columns=["booster_id"]).column("booster_id").to_pylist()
-            columns = [chains.column(name).to_pylist() for name in _CHAIN_COLUMNS]
-        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+            content = (self.folder / "spec.json").read_bytes()
+            same = hashlib.sha256(content).hexdigest() == index["spec.json"]["sha256"]
+            _require(same, self.folder / "spec.json", f"not the file of this pack; {_AGAIN}")
+            written = json.loads(content)
+            self.generations: list[dict[str, Any]] = written["generations"]
+            self._first_keys = [(int(grain), str(group)) for grain, group in index["chains.parquet"]["first"]]
+            check_footer(self.folder / "chains.parquet", index["chains.parquet"])
+            self._chains_file = pq.ParquetFile(self.folder / "chains.parquet", page_checksum_verification=True)
+            _require(self._chains_file.schema_arrow.equals(CHAINS), self.folder / "chains.parquet", "not a table of chains")
+            self._root, self._listed = index["boosters"]["root"], index["boosters"]["files"]
+            if self._root is None:
+                for file in self._listed:
+                    check_footer(self.folder / file["path"], file)
+        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
             raise PackError(f"{self.folder}: not a readable pack ({error})") from error
-        form = self.spec.get("format") if isinstance(self.spec, dict) else None
-        if form != PACK_FORMAT:
-            raise PackError(f"{self.folder}/spec.json: format {form!r}, expected {PACK_FORMAT}")
-        self._row_groups = {name: number for number, name in enumerate(names)}
-        self._chains = {(grain, group): link_ for grain, group, *link_ in zip(*columns, strict=True)}
+        self.fleet: str = index["fleet"]
+        self.fleet_version: str = index["fleet_version"]
+        self.n_chains = int(index["n_chains"])
+        self.required = list(dict.fromkeys(name for spec in self.generations for name in spec["required"]))
+        self._serving: dict[tuple[int, str], int] = {}
+        self._chains: dict[tuple[int, str, int], Chain] = {}
+        self._read: set[int] = set()
+        self._files: dict[int, pa.NativeFile] = {}
         self._cache: OrderedDict[str, tuple[Any, int]] = OrderedDict()
         self._cached_bytes = 0
         self._cache_limit = cache_bytes
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The spec of the version's own training run."""
+        return self.generations[0]
 
     @property
     def task(self) -> str:
-        """Regression, binary or multiclass; a pack that does not say is of the time when there was only the first."""
-        return str(self.spec.get("task", REGRESSION))
-
-    @property
-    def fleet_version(self) -> str:
-        """The training run that this pack comes from."""
-        return str(self.spec["fleet_version"])
+        """Regression, binary or multiclass."""
+        return str(self.spec["task"])
 
     def groups(self) -> list[tuple[int, str]]:
-        """Grain index and id of every group that has an answer chain."""
-        return list(self._chains)
+        """Grain index and id of every group that is served by a chain of its own."""
+        for number in range(len(self._first_keys)):
+            self._read_chains(number)
+        return sorted(self._serving)
 
     def predict(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Answer every row.
@@ -258,102 +443,239 @@ class FleetModel:
             InputError: if a required column is missing.
             PackError: if a booster that is needed is damaged.
         """
-        missing = [name for name in self.spec["required"] if name not in frame.columns]
+        missing = [name for name in self.required if name not in frame.columns]
         if missing:
             raise InputError(
                 f"missing columns: {', '.join(missing)}; the batch has: {', '.join(map(str, frame.columns))}; "
-                f"fleet {self.spec['fleet']!r} needs: {', '.join(self.spec['required'])}"
+                f"fleet {self.fleet!r} needs: {', '.join(self.required)}"
             )
-        target = self.spec["target"]
-        offset, scale = offset_and_scale(frame, target)
+        # Grains are the same in all generations.
+        levels = [pd.factorize(group_ids(frame, keys)) for keys in self.spec["grains"]]
+        generation = self._generations_of(levels, len(frame))
+        parts = []
+        for number in np.unique(generation):
+            rows = np.flatnonzero(generation == number)
+            whole = len(rows) == len(frame)
+            parts.append(self._answer(frame if whole else frame.iloc[rows], levels if whole else _levels_of(levels, rows), int(number), rows))
+        if not parts:
+            parts.append(self._answer(frame, levels, 0, np.arange(0)))
+        answers = parts[0] if len(parts) == 1 else pd.concat(parts).sort_index()
+        answers.index = frame.index
+        return answers
+
+    def _generations_of(self, levels: Sequence[tuple[Any, Any]], n_rows: int) -> npt.NDArray[np.int64]:
+        """Per row the generation that serves its finest known group."""
+        generation = np.zeros(n_rows, dtype=np.int64)
+        if len(self.generations) == 1:
+            return generation
+        for grain, (codes, ids) in enumerate(levels):
+            serving = np.array([-1 if (found := self._serving_of(grain, group)) is None else found for group in ids] or [-1])[codes]
+            generation = np.where(serving >= 0, serving, generation)
+        return generation
+
+    def _answer(self, frame: pd.DataFrame, levels: Sequence[tuple[Any, Any]], generation: int, rows_of_batch: Any) -> pd.DataFrame:
+        """The answers of one generation, indexed by the rows' places in the batch."""
+        spec = self.generations[generation]
+        offset, scale = offset_and_scale(frame, spec["target"])
         anchored = np.isfinite(offset) & np.isfinite(scale)
-        answer = self._first_answer(len(frame))
+        answer = first_answer(spec, len(frame))
         # What the nearest ancestor's own model says, to which a correction adds.
         base = answer.copy()
-        corrects = self.spec.get("own") == CORRECTION
+        corrects = spec["own"] == CORRECTION
         interval = np.full(len(frame), np.nan)
         answered_by = np.full(len(frame), CONSTANT, dtype=object)
         booster_id = np.full(len(frame), None, dtype=object)
-        matrix = design_matrix(frame, self.spec)
-        for grain, keys in enumerate(self.spec["grains"]):
-            codes, ids = pd.factorize(group_ids(frame, keys))
+        matrix = design_matrix(frame, spec)
+        for grain, (codes, ids) in enumerate(levels):
             order = np.argsort(codes, kind="stable")
             bounds = np.searchsorted(codes[order], np.arange(len(ids) + 1))
             for number, group in enumerate(ids):
-                chain = self._chains.get((grain, group))
+                chain = self._chain_of(grain, group, generation)
                 if chain is None:
                     continue
-                name, weight, width = chain
                 rows = order[bounds[number] : bounds[number + 1]]
-                if width is not None:
-                    interval[rows] = width
+                if chain.interval is not None:
+                    interval[rows] = chain.interval
                 rows = rows[anchored[rows]]
-                if name is None or not len(rows) or (weight == 0.0 and not corrects):
+                weight = chain.weight
+                if chain.booster_id is None or not len(rows) or (weight == 0.0 and not corrects):
                     continue
-                own = self._booster(name).predict(matrix[rows], num_threads=1)
+                own = self._booster(chain).predict(matrix[rows], num_threads=1)
                 if corrects:
                     own = own + base[rows] if grain else own
                     base[rows] = own
                 answer[rows] = weight * own + (1.0 - weight) * answer[rows]
                 if weight == 0.0:
                     continue
-                answered_by[rows] = grain_name(keys)
-                booster_id[rows] = name
-        values = self._numbers_of(answer, anchored, offset, scale, interval) if self.task == REGRESSION else self._classes_of(answer)
-        answered = {**values, "answered_by": answered_by, "booster_id": booster_id, "fleet_version": self.fleet_version}
-        return pd.DataFrame({name: answered[name] for name in answer_columns(self.task)}, index=frame.index)
+                answered_by[rows] = grain_name(spec["grains"][grain])
+                booster_id[rows] = chain.booster_id
+        values = numbers_of(spec, answer, anchored, offset, scale, interval) if spec["task"] == REGRESSION else classes_of(spec, answer)
+        answered = {**values, "answered_by": answered_by, "booster_id": booster_id, "fleet_version": spec["fleet_version"]}
+        return pd.DataFrame({name: answered[name] for name in answer_columns(spec["task"])}, index=rows_of_batch)
 
-    def _first_answer(self, n_rows: int) -> Floats:
-        """The constant of every row; for multiclass one probability per class."""
-        if self.task == MULTICLASS:
-            return np.tile(np.asarray(self.spec["prior"], dtype=np.float64), (n_rows, 1))
-        return np.full(n_rows, float(self.spec["constant"]))
+    def _serving_of(self, grain: int, group: str) -> int | None:
+        self._read_chains_of(grain, group)
+        return self._serving.get((grain, group))
 
-    def _numbers_of(self, answer: Floats, anchored: npt.NDArray[np.bool_], offset: Floats, scale: Floats, interval: Floats) -> dict[str, Any]:
-        linked = np.where(anchored, offset + scale * answer, self.spec["constant_without_offset"])
-        width = np.where(anchored, scale * interval, np.nan)
-        transform = self.spec["target"]["transform"]
-        return {
-            "prediction": inverse_link(linked, transform),
-            "lower": inverse_link(linked - width, transform),
-            "upper": inverse_link(linked + width, transform),
-        }
+    def _chain_of(self, grain: int, group: str, generation: int) -> Chain | None:
+        self._read_chains_of(grain, group)
+        return self._chains.get((grain, group, generation))
 
-    def _classes_of(self, answer: Floats) -> dict[str, Any]:
-        probabilities = answer if self.task == MULTICLASS else np.column_stack([1.0 - answer, answer])
-        likeliest = np.array(self.spec["classes"], dtype=object)[probabilities.argmax(axis=1)]
-        return {
-            "prediction": likeliest if self.task == MULTICLASS else answer,
-            "lower": np.nan,
-            "upper": np.nan,
-            "probabilities": list(probabilities),
-        }
+    def _read_chains_of(self, grain: int, group: str) -> None:
+        number = bisect_right(self._first_keys, (grain, group)) - 1
+        if number >= 0 and number not in self._read:
+            self._read_chains(number)
 
-    def _booster(self, name: str) -> Any:
+    def _read_chains(self, number: int) -> None:
+        """Keep the chains of one row group."""
+        with self._lock:
+            if number in self._read:
+                return
+            where = f"{self.folder}/chains.parquet"
+            try:
+                columns = self._chains_file.read_row_group(number).to_pydict()
+            except (OSError, IndexError, ValueError, pa.ArrowException) as error:
+                raise PackError(f"{where}: row group {number} cannot be read ({error}); restore the file or train again") from error
+            for grain, group, generation, serves, weight, interval, name, file, offset, stored, size, digest in zip(*columns.values(), strict=True):
+                place = (file, offset, stored)
+                self._chains[grain, group, generation] = Chain(weight, interval, name, place, size, digest)
+                if serves:
+                    self._serving[grain, group] = generation
+            self._read.add(number)
+
+    def _booster(self, chain: Chain) -> Any:
+        name = str(chain.booster_id)
         with self._lock:
             if name in self._cache:
                 self._cache.move_to_end(name)
                 return self._cache[name][0]
-            booster, size = self._load(name)
-            self._cache[name] = booster, size
-            self._cached_bytes += size
+            booster = self._load(chain)
+            self._cache[name] = booster, chain.n_bytes
+            self._cached_bytes += chain.n_bytes
             while self._cached_bytes > self._cache_limit and len(self._cache) > 1:
                 _, (_, dropped) = self._cache.popitem(last=False)
                 self._cached_bytes -= dropped
             return booster
 
-    def _load(self, name: str) -> tuple[Any, int]:
-        import lightgbm
-
-        where = f"{self.folder}/boosters.parquet"
-        if name not in self._row_groups:
-            raise PackError(f"{where}: booster {name} is named by a chain but is not there; restore the file or train again")
+    def _load(self, chain: Chain) -> Any:
+        number, offset, stored = chain.place
         try:
-            row = self._boosters.read_row_group(self._row_groups[name]).to_pylist()[0]
-        except (OSError, pa.ArrowException) as error:
-            raise PackError(f"{where}: booster {name} cannot be read ({error}); restore the file or train again") from error
-        text = decode_booster(row, where)
-        return lightgbm.Booster(model_str=text), len(text)
+            if number not in self._files:
+                self._files[number] = open_boosters(self.folder, self._root, self._listed[number])
+            if not (stored > 0 and 0 <= offset <= self._listed[number]["n_bytes"] - stored):
+                raise ValueError(f"{stored} bytes at {offset} are not within {self._listed[number]['path']}")
+            text = self._files[number].read_at(stored, offset)
+        except (OSError, IndexError, TypeError, ValueError, pa.ArrowException) as error:
+            raise PackError(f"{self.folder}: booster {chain.booster_id} cannot be read ({error}); restore the pack or train again") from error
+        row = {"booster_id": chain.booster_id, "text": text, "n_bytes": chain.n_bytes, "sha256": chain.sha256}
+        return load_booster(row, f"{self.folder}/{self._listed[number]['path']}")
+
+
+def _levels_of(levels: Sequence[tuple[Any, Any]], rows: npt.NDArray[np.int64]) -> list[tuple[Any, Any]]:
+    """The groups of some rows only."""
+    found = []
+    for codes, ids in levels:
+        part, there = pd.factorize(codes[rows])
+        found.append((part, ids[there]))
+    return found
+
+
+def read_index(folder: Path, digest: str | None = None) -> dict[str, Any]:
+    """A pack's index, checked against its own digest.
+
+    Args:
+        folder: the pack.
+        digest: that it must have, where that is known.
+
+    Raises:
+        PackError: if it is missing, damaged, of another format, or another pack's.
+    """
+    path = folder / "index.json"
+    try:
+        written = json.loads(path.read_bytes())
+        said, index = written["sha256"], written["index"]
+        form, found = index["format"], index_digest(index)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        told = f"{path}: not the index of a readable pack ({type(error).__name__}: {error}); {_AGAIN}"
+        raise PackError(told) from error
+    _require(form == PACK_FORMAT, path, f"format {form!r}, expected {PACK_FORMAT}: of another release of this package; {_AGAIN}")
+    _require(found == said, path, f"damaged: its digest is {found}, expected {said}; {_AGAIN}")
+    other = f"of fleet {index.get('fleet')!r}, version {index.get('fleet_version')!r}, not the pack that was registered"
+    _require(digest in (None, said), path, f"{other}; {_AGAIN}")
+    return dict(index)
+
+
+def index_digest(index: Mapping[str, Any]) -> str:
+    """SHA-256 of an index, as JSON without spaces, keys sorted."""
+    return hashlib.sha256(json.dumps(index, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()).hexdigest()
+
+
+def footer_of(path: Path) -> dict[str, Any]:
+    """What identifies a Parquet file whose pages have checksums: its size, and the digest of its footer.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is not a Parquet file.
+    """
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        if size < 12:  # noqa: PLR2004 - two magic words and a length
+            raise ValueError(f"{path}: {size} bytes are no Parquet file")
+        file.seek(size - 8)
+        length = int.from_bytes(file.read(4), "little")
+        if file.read(4) != b"PAR1" or not 0 < length <= size - 12:
+            raise ValueError(f"{path}: not the end of a Parquet file")
+        file.seek(size - 8 - length)
+        return {"n_bytes": size, "footer_sha256": hashlib.sha256(file.read(length + 8)).hexdigest()}
+
+
+def check_footer(path: Path, expected: Mapping[str, Any]) -> None:
+    """Refuse a file that is not the one that the index names."""
+    found = footer_of(path)
+    differs = [f"{name} {found[name]}, expected {expected[name]}" for name in found if found[name] != expected[name]]
+    _require(not differs, path, f"not the file of this pack ({'; '.join(differs)}); {_AGAIN}")
+
+
+def open_boosters(folder: Path, root: str | None, file: Mapping[str, Any]) -> pa.NativeFile:
+    """A file of boosters, open for reading at any place: one of the pack, or of the store that a shared pack names."""
+    if root is None:
+        return pa.OSFile(str(folder / file["path"]))
+    filesystem, base = (pf.LocalFileSystem(), root) if "://" not in root else pf.FileSystem.from_uri(root)
+    return filesystem.open_input_file(f"{base}/{file['path']}")
+
+
+def _require(holds: object, path: Path, otherwise: str) -> None:
+    if not holds:
+        raise PackError(f"{path}: {otherwise}")
+
+
+def first_answer(spec: Mapping[str, Any], n_rows: int) -> Floats:
+    """The constant of every row; for multiclass one probability per class."""
+    if spec["task"] == MULTICLASS:
+        return np.tile(np.asarray(spec["prior"], dtype=np.float64), (n_rows, 1))
+    return np.full(n_rows, float(spec["constant"]))
+
+
+def numbers_of(
+    spec: Mapping[str, Any], answer: Floats, anchored: npt.NDArray[np.bool_], offset: Floats, scale: Floats, interval: Floats
+) -> dict[str, Any]:
+    """Blended answers in link space as prediction, lower and upper in target units."""
+    linked = np.where(anchored, offset + scale * answer, spec["constant_without_offset"])
+    width = np.where(anchored, scale * interval, np.nan)
+    transform = spec["target"]["transform"]
+    return {
+        "prediction": inverse_link(linked, transform),
+        "lower": inverse_link(linked - width, transform),
+        "upper": inverse_link(linked + width, transform),
+    }
+
+
+def classes_of(spec: Mapping[str, Any], answer: Floats) -> dict[str, Any]:
+    """Blended probabilities as prediction and probabilities."""
+    is_multiclass = spec["task"] == MULTICLASS
+    probabilities = answer if is_multiclass else np.column_stack([1.0 - answer, answer])
+    likeliest = np.array(spec["classes"], dtype=object)[probabilities.argmax(axis=1)]
+    return {"prediction": likeliest if is_multiclass else answer, "lower": np.nan, "upper": np.nan, "probabilities": list(probabilities)}
 
 
 def grain_name(keys: Sequence[str]) -> str:
@@ -374,7 +696,7 @@ def _register() -> None:
         """The registered model: opens the pack that travels with it."""
 
         def load_context(self, context: Any) -> None:
-            self.model = FleetModel(context.artifacts["pack"])
+            self.model = FleetModel(context.artifacts["pack"], digest=(context.model_config or {}).get("pack_sha256"))
 
         def predict(self, context: Any, model_input: pd.DataFrame, params: Any = None) -> pd.DataFrame:  # noqa: ARG002
             return self.model.predict(model_input)

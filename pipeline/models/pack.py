@@ -1,7 +1,9 @@
 """Writing the pack of one version; `meta_model.FleetModel` reads it."""
 
+import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +12,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import StoreError
-from pipeline.models.meta_model import INDEPENDENT, PACK_FORMAT
+from pipeline.models.meta_model import CHAINS, INDEPENDENT, PACK_FORMAT, footer_of, index_digest
 from pipeline.spec import FleetSpec
-from pipeline.tables import BOOSTERS
 
-_CHAINS = pa.schema(
-    [("grain", pa.int32()), ("group_id", pa.string()), ("booster_id", pa.string()), ("weight", pa.float64()), ("interval", pa.float64())]
-)
-# Which run and which wave wrote a booster is no part of what it answers.
-_BOOSTER_SCHEMA = pa.schema([field for field in BOOSTERS.schema if field.name not in ("run_id", "wave")])
+CHAINS_PER_ROW_GROUP = 4096
+ROW_GROUP_BYTES = 16 << 20
+_BOOSTERS = pa.schema([pa.field("booster_id", pa.string(), nullable=False), pa.field("text", pa.binary(), nullable=False)])
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one training run gives to a version.
+
+    Args:
+        spec: as from `model_spec`, with fleet_version, constant and constant_without_offset (None for multiclass).
+        ledger: rows of the run's ledger: grain, group_id, booster_id, weight, interval. Where a column `serves` is there and false, the
+            row is there for its finer groups alone.
+    """
+
+    spec: Mapping[str, Any]
+    ledger: pd.DataFrame
 
 
 def model_spec(
@@ -40,7 +53,6 @@ def model_spec(
     target = spec.target
     needed = [*spec.finest, *spec.feature_columns, *(name for name in (target.offset, target.scale) if name)]
     return {
-        "format": PACK_FORMAT,
         "fleet": spec.name,
         "grains": [list(grain) for grain in spec.grains],
         "features": list(spec.feature_columns),
@@ -54,30 +66,132 @@ def model_spec(
     }
 
 
-def write_pack(folder: Path, spec: Mapping[str, Any], ledger: pd.DataFrame, boosters: Iterable[Mapping[str, Any]]) -> None:
+def write_pack(folder: Path, generations: Sequence[Generation], boosters: Iterable[Mapping[str, Any]]) -> str:
     """Write a self-contained pack.
 
     Args:
         folder: empty or absent.
-        spec: as from `model_spec`, with fleet_version, constant and constant_without_offset (None for multiclass).
-        ledger: the version's ledger rows.
-        boosters: rows of the booster store; more than the ledger names do no harm, and are left out.
+        generations: the version's own training run first.
+        boosters: rows of the booster store; more than the ledgers name do no harm, and are left out.
+
+    Returns:
+        The digest of its index, by which the version is known.
 
     Raises:
-        StoreError: if a booster that the ledger names is not among them.
+        StoreError: if a booster that a ledger names is not among them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "spec.json").write_text(json.dumps(spec, ensure_ascii=False, indent=1), encoding="utf-8")
-    chains = ledger.sort_values(["grain", "group_id"])[_CHAINS.names]
-    table = pa.Table.from_pandas(chains, schema=_CHAINS, preserve_index=False)
-    pq.write_table(table, folder / "chains.parquet", compression="zstd", write_page_checksum=True)
-    wanted = set(ledger["booster_id"].dropna())
-    # One row group per booster, so that one is read without the others; the text is compressed already.
-    settings = {"compression": "none", "use_dictionary": False, "write_page_checksum": True}
-    with pq.ParquetWriter(folder / "boosters.parquet", _BOOSTER_SCHEMA, **settings) as writer:
-        for row in boosters:
-            if row["booster_id"] in wanted:
-                wanted.remove(row["booster_id"])
-                writer.write_table(pa.Table.from_pylist([{name: row[name] for name in _BOOSTER_SCHEMA.names}], schema=_BOOSTER_SCHEMA))
-    if wanted:
-        raise StoreError(f"booster store lacks {len(wanted)} boosters that the ledger names, e.g. {min(wanted)}; train again")
+    chains = _chains_of(generations)
+    wanted = list(dict.fromkeys(chains["booster_id"].dropna()))
+    found = {row["booster_id"]: row for row in boosters if row["booster_id"] in set(wanted)} if wanted else {}
+    lacking = [name for name in wanted if name not in found]
+    if lacking:
+        raise StoreError(f"booster store lacks {len(lacking)} boosters that the ledger names, e.g. {min(lacking)}; train again")
+    path = folder / "boosters.parquet"
+    places = write_boosters(path, [found[name] for name in wanted])
+    files = [{"path": path.name, **footer_of(path)}]
+    return _write_tables(folder, generations, chains, {name: (0, *place) for name, place in places.items()}, found, root=None, files=files)
+
+
+def write_boosters(path: Path, boosters: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, int]]:
+    """Write boosters to a Parquet file in which each text is one run of bytes.
+
+    Texts are compressed already: their column is neither compressed nor encoded, so that a reader needs the offset alone.
+
+    Args:
+        path: of the file.
+        boosters: booster_id and text.
+
+    Returns:
+        Offset and size of each text in the file.
+    """
+    places: dict[str, tuple[int, int]] = {}
+    settings = {"compression": {"booster_id": "zstd", "text": "none"}, "use_dictionary": False, "write_page_checksum": True}
+    with pa.OSFile(str(path), "wb") as sink, pq.ParquetWriter(sink, _BOOSTERS, **settings) as writer:
+        for part in _row_groups(boosters):
+            start = sink.tell()
+            writer.write_table(pa.Table.from_pylist([{name: row[name] for name in _BOOSTERS.names} for row in part], schema=_BOOSTERS))
+            sink.flush()
+            with path.open("rb") as written:
+                written.seek(start)
+                content = written.read()
+            at = 0
+            for row in part:
+                at = content.index(row["text"], at)
+                places[row["booster_id"]] = start + at, len(row["text"])
+                at += len(row["text"])
+    return places
+
+
+def _row_groups(boosters: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
+    part: list[Mapping[str, Any]] = []
+    n_bytes = 0
+    for row in boosters:
+        part.append(row)
+        n_bytes += len(row["text"])
+        if n_bytes >= ROW_GROUP_BYTES:
+            yield part
+            part, n_bytes = [], 0
+    if part:
+        yield part
+
+
+def _chains_of(generations: Sequence[Generation]) -> pd.DataFrame:
+    """One row per generation and group, sorted as in the pack, without the places of the boosters."""
+    parts = []
+    for number, generation in enumerate(generations):
+        rows = generation.ledger[["grain", "group_id", "booster_id", "weight", "interval"]].assign(generation=number)
+        parts.append(rows.assign(serves=generation.ledger.get("serves", True), weight=rows["weight"].fillna(0.0)))
+    return pd.concat(parts).sort_values(["grain", "group_id", "generation"], ignore_index=True)
+
+
+def _write_tables(
+    folder: Path,
+    generations: Sequence[Generation],
+    chains: pd.DataFrame,
+    places: Mapping[str, tuple[int, int, int]],
+    boosters: Mapping[str, Mapping[str, Any]],
+    *,
+    root: str | None,
+    files: Sequence[Mapping[str, Any]],
+) -> str:
+    """Write chains, spec and index; the index's digest."""
+    rows = [
+        {**row, **_place(places[row["booster_id"]], boosters[row["booster_id"]])} if row["booster_id"] is not None else row
+        for row in chains.astype(object).where(chains.notna(), None).to_dict("records")
+    ]
+    table = pa.Table.from_pylist([{field.name: row.get(field.name) for field in CHAINS} for row in rows], schema=CHAINS)
+    bounds = _bounds([(row["grain"], row["group_id"]) for row in rows])
+    with pq.ParquetWriter(folder / "chains.parquet", CHAINS, compression="zstd", write_page_checksum=True) as writer:
+        for start, end in bounds:
+            writer.write_table(table.slice(start, end - start), row_group_size=max(1, end - start))
+    own = generations[0].spec
+    spec = json.dumps({"generations": [dict(generation.spec) for generation in generations]}, ensure_ascii=False, indent=1).encode()
+    (folder / "spec.json").write_bytes(spec)
+    index = {
+        "format": PACK_FORMAT,
+        "fleet": own["fleet"],
+        "fleet_version": own["fleet_version"],
+        "n_chains": len(rows),
+        "n_boosters": len(places),
+        "spec.json": {"n_bytes": len(spec), "sha256": hashlib.sha256(spec).hexdigest()},
+        "chains.parquet": {**footer_of(folder / "chains.parquet"), "first": [[rows[start]["grain"], rows[start]["group_id"]] for start, _ in bounds]},
+        "boosters": {"root": root, "files": [dict(file) for file in files]},
+    }
+    digest = index_digest(index)
+    (folder / "index.json").write_text(json.dumps({"sha256": digest, "index": index}, ensure_ascii=False), encoding="utf-8")
+    return digest
+
+
+def _place(place: tuple[int, int, int], booster: Mapping[str, Any]) -> dict[str, Any]:
+    return {**dict(zip(("file", "offset", "stored_bytes"), place, strict=True)), "n_bytes": booster["n_bytes"], "sha256": booster["sha256"]}
+
+
+def _bounds(keys: Sequence[tuple[int, str]]) -> list[tuple[int, int]]:
+    """Where row groups start and end: about as many rows in each, all rows of a group in one."""
+    starts = [0, *range(CHAINS_PER_ROW_GROUP, len(keys), CHAINS_PER_ROW_GROUP)] if keys else []
+    for number in range(1, len(starts)):
+        while starts[number] < len(keys) and keys[starts[number]] == keys[starts[number] - 1]:
+            starts[number] += 1
+    ends = [*starts[1:], len(keys)]
+    return [(start, end) for start, end in zip(starts, ends, strict=True) if end > start]

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import ModelNotFound, StoreError
-from pipeline.models.meta_model import group_ids
+from pipeline.models.meta_model import FleetModel, group_ids
 from pipeline.training.outcome import Outcome
 from pipeline.training.start import Start
 from pipeline.training.trainer import NO_START, TrainingSettings, train_group
@@ -254,9 +254,9 @@ class MemoryRegistry:
         """Let a version serve."""
         self.aliases[version.name, "champion"] = version.number
 
-    def fetch_pack(self, version: MemoryVersion) -> Path:
-        """A local copy of a version's pack."""
-        return self._pack(version)
+    def open_pack(self, version: MemoryVersion) -> FleetModel:
+        """A version's model."""
+        return FleetModel(self._pack(version))
 
     def _pack(self, version: MemoryVersion) -> Path:
         return self.folder / f"{version.name}-{version.number}-{version.fleet_version}"

@@ -42,7 +42,7 @@ def as_challenger(fleet: Any, ledger: pd.DataFrame) -> None:
     version = type(first)("shop", "2", run_id)
     pack = registry.folder / f"shop-2-{run_id}"
     if not pack.exists():
-        pack.symlink_to(registry.fetch_pack(first))
+        pack.symlink_to(registry.open_pack(first).folder)
     registry.versions["shop"].append(version)
     registry.aliases["shop", "challenger"] = "2"
 

@@ -10,18 +10,19 @@ import pytest
 
 from pipeline.errors import ModelNotFound, StoreError
 from pipeline.models.boosters import encode_booster
-from pipeline.models.meta_model import FleetModel, answer_columns, group_id
-from pipeline.models.pack import write_pack
+from pipeline.models.meta_model import answer_columns, group_id
+from pipeline.models.pack import Generation, write_pack
 from pipeline.testing.doubles import MemoryRegistry
 from resources.mlflow_registry import CHALLENGER, CHAMPION, MlflowRegistry, input_types
 
 SPEC = {
-    "format": 1,
     "fleet": "shop",
     "grains": [[], ["store"]],
     "features": ["x"],
     "categories": {},
     "required": ["store", "x"],
+    "task": "regression",
+    "own": "independent",
     "target": {"column": "y", "transform": "none", "offset": None, "scale": None},
     "constant": 2.0,
     "constant_without_offset": 2.0,
@@ -48,7 +49,7 @@ def pack_of(folder: Path, booster_text: str, n_groups: int, fleet_version: str) 
             "interval": [None] * (n_groups + 1),
         }
     )
-    write_pack(folder, {**SPEC, "fleet_version": fleet_version}, ledger, [vars(booster)])
+    write_pack(folder, [Generation({**SPEC, "fleet_version": fleet_version}, ledger)], [vars(booster)])
     return folder
 
 
@@ -95,7 +96,7 @@ def test_a_version_goes_from_challenger_to_champion(registry: Any, tmp_path: Pat
     registry.promote(first)  # back
     assert registry.get(name, CHAMPION) == first
     for version, n_groups in ((first, 3), (second, 4)):
-        fetched = FleetModel(registry.fetch_pack(version))
+        fetched = registry.open_pack(version)
         assert fetched.fleet_version == version.fleet_version
         assert len(fetched.groups()) == n_groups
         assert fetched.predict(pd.DataFrame({"store": ["0", "new"], "x": [0.1, 0.9]}))["answered_by"].tolist() == ["[store]", "[]"]
@@ -116,7 +117,7 @@ def test_the_number_of_artifacts_does_not_grow_with_the_groups(mlflow_registry: 
         found.append(artifacts_of(mlflow_registry, str(number), "counted"))
     assert found[0] == found[1]
     assert [path for path in found[0] if path.startswith("artifacts/pack/")] == [
-        f"artifacts/pack/{file}" for file in ("boosters.parquet", "chains.parquet", "spec.json")
+        f"artifacts/pack/{file}" for file in ("boosters.parquet", "chains.parquet", "index.json", "spec.json")
     ]
 
 
@@ -154,11 +155,11 @@ def test_the_signature_of_classes_holds_their_probabilities(mlflow_registry: Mlf
 
 def test_a_pack_is_fetched_once(mlflow_registry: MlflowRegistry, tmp_path: Path, booster_text: str) -> None:
     version = register(mlflow_registry, "fetched", "run-1", pack_of(tmp_path / "pack", booster_text, 1, "run-1"))
-    first = mlflow_registry.fetch_pack(version)
+    first = mlflow_registry.open_pack(version).folder
     stamp = (first / "boosters.parquet").stat().st_mtime_ns
-    assert mlflow_registry.fetch_pack(version) == first
+    assert mlflow_registry.open_pack(version).folder == first
     assert (first / "boosters.parquet").stat().st_mtime_ns == stamp
-    assert json.loads((first / "spec.json").read_text(encoding="utf-8"))["fleet"] == "shop"
+    assert json.loads((first / "spec.json").read_text(encoding="utf-8"))["generations"][0]["fleet"] == "shop"
 
 
 def test_a_registry_that_refuses_is_told_with_the_next_step(tmp_path: Path, booster_text: str, mlflow_registry: MlflowRegistry) -> None:

@@ -1,7 +1,8 @@
 import json
+import re
 import shutil
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,25 @@ from hypothesis import strategies as st
 
 from pipeline.models.boosters import EncodedBooster, encode_booster
 from pipeline.models.meta_model import (
+    CHAINS,
     CONSTANT,
     FleetModel,
     InputError,
     PackError,
     answer_columns,
     design_matrix,
+    footer_of,
     group_id,
     group_ids,
+    index_digest,
     inverse_link,
     key_text,
     link,
+    load_booster,
     offset_and_scale,
+    structure_fault,
 )
-from pipeline.models.pack import model_spec, write_pack
+from pipeline.models.pack import Generation, model_spec, write_pack
 from pipeline.testing.data import small_spec
 
 NASTY = ["../x", "a/b", "a\\b", "🦊", "", None, "\x00", "\x1f", "\n", '"', "null", '","', "[]", " ", "é", "e\u0301", "\u2028", "'", "%2F"]
@@ -201,7 +207,7 @@ def booster(slope: float, level: float = 0.0) -> EncodedBooster:
 
 
 BOOSTERS = {"pooled": booster(1.0, 10.0), "north": booster(2.0, 20.0), "oslo": booster(3.0, 40.0)}
-CHAINS = [  # grain, group, booster, weight, interval
+CHAINS_OF = [  # grain, group, booster, weight, interval
     (0, "[]", "pooled", 1.0, 4.0),
     (1, '["north"]', "north", 0.5, None),
     (1, '["south"]', None, 0.0, None),
@@ -212,12 +218,18 @@ CHAINS = [  # grain, group, booster, weight, interval
 ]
 
 
-def make_pack(folder: Path, target: Mapping[str, Any] | None = None) -> Path:
+def ledger_of(chains: Sequence[tuple[Any, ...]]) -> pd.DataFrame:
+    ledger = pd.DataFrame(chains, columns=["grain", "group_id", "booster", "weight", "interval"])
+    return ledger.assign(booster_id=[None if name is None else BOOSTERS[name].booster_id for name in ledger["booster"]])
+
+
+def make_pack(
+    folder: Path, target: Mapping[str, Any] | None = None, chains: Sequence[tuple[Any, ...]] = CHAINS_OF, fleet_version: str = "run-1"
+) -> Path:
     spec = model_spec(small_spec(target=target or {}), {"kind": ["large", "small"]})
-    ledger = pd.DataFrame(CHAINS, columns=["grain", "group_id", "booster", "weight", "interval"])
-    ledger["booster_id"] = [None if name is None else BOOSTERS[name].booster_id for name in ledger["booster"]]
     rows = [vars(encoded) for encoded in BOOSTERS.values()]
-    write_pack(folder, {**spec, "fleet_version": "run-1", "constant": 100.0, "constant_without_offset": 7.0}, ledger, rows)
+    constants = {"constant": 100.0, "constant_without_offset": 7.0}
+    write_pack(folder, [Generation({**spec, "fleet_version": fleet_version, **constants}, ledger_of(chains))], rows)
     return folder
 
 
@@ -267,7 +279,7 @@ def test_an_interval_comes_from_the_nearest_group_that_has_one(pack: Path) -> No
 def test_a_fleet_without_any_model_answers_with_its_constant(tmp_path: Path) -> None:
     spec = model_spec(small_spec(), {"kind": []})
     ledger = pd.DataFrame({"grain": [0], "group_id": ["[]"], "booster_id": [None], "weight": [0.0], "interval": [None]})
-    write_pack(tmp_path / "pack", {**spec, "fleet_version": "run-1", "constant": 100.0, "constant_without_offset": 7.0}, ledger, [])
+    write_pack(tmp_path / "pack", [Generation({**spec, "fleet_version": "run-1", "constant": 100.0, "constant_without_offset": 7.0}, ledger)], [])
     found = FleetModel(tmp_path / "pack").predict(batch(("north", "oslo")))
     assert found["prediction"].tolist() == [100.0]
     assert found["answered_by"].tolist() == [CONSTANT]
@@ -341,7 +353,7 @@ def test_a_cache_that_is_large_enough_loads_each_booster_once(pack: Path) -> Non
 
 
 def test_all_answer_chains_are_listed(pack: Path) -> None:
-    assert set(FleetModel(pack).groups()) == {(grain, group) for grain, group, *_ in CHAINS}
+    assert set(FleetModel(pack).groups()) == {(grain, group) for grain, group, *_ in CHAINS_OF}
 
 
 # Damaged packs
@@ -365,102 +377,265 @@ def never_lightgbm(monkeypatch: pytest.MonkeyPatch) -> None:
 ROWS_OF_ALL = batch(("north", "oslo"), ("east", "x"), ("north", None), ("north", "bergen"))
 
 
-def rewrite_boosters(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    table = pq.read_table(folder / "boosters.parquet")
-    rows = [change(dict(row)) for row in table.to_pylist()]
-    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), folder / "boosters.parquet", row_group_size=1)
+def reseal(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]] = dict, **index_changes: Any) -> None:
+    """Change every chain, and let the index agree: only what is checked of each booster can find it."""
+    path = folder / "chains.parquet"
+    rows = [change(row) for row in pq.read_table(path).to_pylist()]
+    pq.write_table(pa.Table.from_pylist(rows, schema=CHAINS), path, write_page_checksum=True)
+    index = json.loads((folder / "index.json").read_text())["index"]
+    index["chains.parquet"] |= footer_of(path)
+    if (folder / "boosters.parquet").exists():
+        index["boosters"]["files"][0] |= footer_of(folder / "boosters.parquet")
+    index |= index_changes
+    (folder / "index.json").write_text(json.dumps({"sha256": index_digest(index), "index": index}))
 
 
 def flipped(data: bytes, position: int) -> bytes:
     return data[:position] + bytes([data[position] ^ 0x10]) + data[position + 1 :]
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.99])
+def flip_booster(folder: Path, name: str, share: float) -> None:
+    """Flip a bit of a booster's stored text."""
+    (chain,) = [row for row in pq.read_table(folder / "chains.parquet").to_pylist() if row["booster_id"] == name][:1]
+    path = folder / "boosters.parquet"
+    path.write_bytes(flipped(path.read_bytes(), chain["offset"] + int(share * (chain["stored_bytes"] - 1))))
+
+
+POOLED, OSLO = BOOSTERS["pooled"].booster_id, BOOSTERS["oslo"].booster_id
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 1.0])
 @pytest.mark.usefixtures("never_lightgbm")
 def test_a_flipped_byte_of_a_booster_is_found_before_lightgbm_sees_it(copied: Path, share: float) -> None:
-    rewrite_boosters(copied, lambda row: row | {"text": flipped(row["text"], int(share * len(row["text"])))})
-    with pytest.raises(PackError, match=r"boosters\.parquet: booster [0-9a-f]{64} (is damaged|cannot be decompressed)"):
+    flip_booster(copied, POOLED, share)
+    with pytest.raises(PackError, match=rf"boosters\.parquet: booster {POOLED} (is damaged|cannot be decompressed)"):
         FleetModel(copied).predict(ROWS_OF_ALL)
 
 
-@pytest.mark.parametrize("size", [0, -1, 10, 1 << 31, None])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"n_bytes": size} for size in (0, -1, 10, 1 << 31, None)),
+        *({"sha256": digest} for digest in ("0" * 64, None)),
+        *({"offset": offset} for offset in (0, 5, -1, 1 << 40, None)),
+        *({"stored_bytes": size} for size in (0, -1, 1, 1 << 40, None)),
+        {"file": 1},
+    ],
+    ids=str,
+)
 @pytest.mark.usefixtures("never_lightgbm")
-def test_a_wrong_size_is_refused(copied: Path, size: int | None) -> None:
-    rewrite_boosters(copied, lambda row: row | {"n_bytes": size})
-    with pytest.raises(PackError, match=r"boosters\.parquet: booster [0-9a-f]{64}"):
-        FleetModel(copied).predict(ROWS_OF_ALL)
-
-
-@pytest.mark.parametrize("change", [{"sha256": "0" * 64}, {"sha256": None}, {"text": None}, {"text": b""}, {"text": b"tree\nversion=v4\n"}])
-@pytest.mark.usefixtures("never_lightgbm")
-def test_a_booster_that_is_not_the_promised_one_is_refused(copied: Path, change: dict[str, Any]) -> None:
-    rewrite_boosters(copied, lambda row: row | change)
-    with pytest.raises(PackError, match=r"boosters\.parquet: booster [0-9a-f]{64}"):
-        FleetModel(copied).predict(ROWS_OF_ALL)
-
-
-@pytest.mark.usefixtures("never_lightgbm")
-def test_a_booster_that_is_not_there_is_named(copied: Path) -> None:
-    rewrite_boosters(copied, lambda row: row | {"booster_id": "x" + row["booster_id"]})
-    with pytest.raises(PackError, match=r"booster [0-9a-f]{64} is named by a chain but is not there"):
+def test_a_chain_that_names_another_place_size_or_digest_is_refused(copied: Path, change: dict[str, Any]) -> None:
+    reseal(copied, lambda row: row | (change if row["booster_id"] else {}))
+    with pytest.raises(PackError, match=r"booster [0-9a-f]{64}"):
         FleetModel(copied).predict(ROWS_OF_ALL)
 
 
 def test_a_damaged_booster_does_not_stop_groups_that_do_not_need_it(copied: Path) -> None:
-    bad = BOOSTERS["oslo"].booster_id
-    rewrite_boosters(copied, lambda row: row | ({"sha256": "0"} if row["booster_id"] == bad else {}))
+    flip_booster(copied, OSLO, 0.5)
     model = FleetModel(copied)
     assert model.predict(batch(("north", "bergen")))["prediction"].notna().all()
-    with pytest.raises(PackError, match=bad):
+    with pytest.raises(PackError, match=OSLO):
         model.predict(batch(("north", "oslo")))
 
 
-@pytest.mark.parametrize("file", ["spec.json", "chains.parquet", "boosters.parquet"])
-@pytest.mark.parametrize("damage", ["missing", "empty", "half"])
+FILES = ["index.json", "spec.json", "chains.parquet", "boosters.parquet"]
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", ["missing", "empty", "half", "a byte short", "a byte more"])
 @pytest.mark.usefixtures("never_lightgbm")
-def test_a_missing_or_truncated_file_is_refused(copied: Path, file: str, damage: str) -> None:
+def test_a_missing_or_truncated_file_is_refused_at_once(copied: Path, file: str, damage: str) -> None:
     path = copied / file
     data = path.read_bytes()
     path.unlink()
+    damaged = {"empty": b"", "half": data[: len(data) // 2], "a byte short": data[:-1], "a byte more": data + b"x"}
     if damage != "missing":
-        path.write_bytes(data[: len(data) // 2] if damage == "half" else b"")
+        path.write_bytes(damaged[damage])
     with pytest.raises(PackError) as caught:
-        FleetModel(copied).predict(ROWS_OF_ALL)
-    assert str(copied) in str(caught.value)
+        FleetModel(copied)
+    assert file in str(caught.value)
 
 
-@pytest.mark.parametrize("content", ['{"format": 2}', "{}", "[]", "null", '{"format": "1"}'])
-def test_another_format_is_refused(copied: Path, content: str) -> None:
-    (copied / "spec.json").write_text(content)
-    with pytest.raises(PackError, match=r"spec\.json: format .*, expected 1"):
+@pytest.mark.parametrize("file", FILES[1:])
+@pytest.mark.usefixtures("never_lightgbm")
+def test_a_file_of_another_pack_of_the_same_fleet_is_refused(copied: Path, tmp_path: Path, file: str) -> None:
+    other = make_pack(tmp_path / "other" / "pack", chains=CHAINS_OF[:3], fleet_version="run-2")
+    shutil.copy(other / file, copied / file)
+    with pytest.raises(PackError, match=file.replace(".", r"\.")):
+        FleetModel(copied)
+
+
+def test_another_pack_than_the_registered_one_is_refused(pack: Path, tmp_path: Path) -> None:
+    registered = json.loads((pack / "index.json").read_text())["sha256"]
+    assert FleetModel(pack, digest=registered).fleet_version == "run-1"
+    other = make_pack(tmp_path / "other" / "pack", fleet_version="run-2")
+    with pytest.raises(PackError, match=r"index\.json: of fleet .*, version 'run-2', not the pack that was registered"):
+        FleetModel(other, digest=registered)
+
+
+@pytest.mark.parametrize("form", [1, 3, "2", None])
+def test_another_format_is_refused(copied: Path, form: Any) -> None:
+    reseal(copied, format=form)
+    with pytest.raises(PackError, match=rf"index\.json: format {form!r}, expected 2"):
+        FleetModel(copied)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "null", '{"index": {}}', '{"sha256": "0", "index": {"format": 2}}', "not JSON"])
+def test_an_index_that_is_none_is_refused(copied: Path, content: str) -> None:
+    (copied / "index.json").write_text(content)
+    with pytest.raises(PackError, match=r"index\.json"):
         FleetModel(copied)
 
 
 def test_a_file_of_other_columns_is_refused(copied: Path) -> None:
-    for file in ("chains.parquet", "boosters.parquet"):
-        kept = (copied / file).read_bytes()
-        pq.write_table(pa.table({"x": [1]}), copied / file)
-        with pytest.raises(PackError, match="not a readable pack"):
-            FleetModel(copied)
-        (copied / file).write_bytes(kept)
+    pq.write_table(pa.table({"x": [1]}), copied / "chains.parquet")
+    index = json.loads((copied / "index.json").read_text())["index"]
+    index["chains.parquet"] |= footer_of(copied / "chains.parquet")
+    (copied / "index.json").write_text(json.dumps({"sha256": index_digest(index), "index": index}))
+    with pytest.raises(PackError, match=r"chains\.parquet: not a table of chains"):
+        FleetModel(copied)
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(PackError, match="not a readable pack"):
+    with pytest.raises(PackError, match="not the index of a readable pack"):
         FleetModel(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("file", ["chains.parquet", "boosters.parquet"])
-def test_any_flipped_byte_of_the_tables_is_found_or_harmless(pack: Path, copied: Path, file: str) -> None:
+@pytest.mark.parametrize("file", FILES)
+def test_any_flipped_byte_is_found_or_harmless(pack: Path, copied: Path, file: str) -> None:
     expected = FleetModel(pack).predict(ROWS_OF_ALL)
     data = (pack / file).read_bytes()
-    for position in np.linspace(0, len(data) - 1, 150).astype(int):
+    for position in np.linspace(0, len(data) - 1, 400).astype(int):
         (copied / file).write_bytes(flipped(data, int(position)))
         try:
             found = FleetModel(copied).predict(ROWS_OF_ALL)
         except PackError:
             continue
         pd.testing.assert_frame_equal(found, expected)
+
+
+# Structure of a booster
+
+
+@pytest.fixture(scope="module")
+def model_text() -> str:
+    """A model of several trees, one of them split by categories."""
+    random = np.random.default_rng(5)
+    inputs = np.column_stack([random.normal(size=400), random.integers(0, 40, 400)])
+    target = inputs[:, 0] + inputs[:, 1] % 3
+    settings = {"verbosity": -1, "num_threads": 1, "num_leaves": 5, "min_data_per_group": 1, "cat_smooth": 1, "max_cat_to_onehot": 1}
+    data = lgb.Dataset(inputs, target, categorical_feature=[1], params={"verbosity": -1})
+    return str(lgb.train(settings, data, num_boost_round=4).model_to_string())
+
+
+def test_what_lightgbm_writes_has_a_sound_structure(model_text: str) -> None:
+    assert "cat_threshold" in model_text
+    assert structure_fault(model_text) is None
+    constant = lgb.train({"verbosity": -1}, lgb.Dataset(np.ones((50, 1)), np.ones(50), params={"verbosity": -1}), num_boost_round=1)
+    assert structure_fault(constant.model_to_string()) is None
+
+
+def first_number(text: str, name: str, value: object) -> str:
+    """The text with the first number of the first such line replaced, and the tree's size in the header put right."""
+    found = re.search(rf"^{name}=(\S+)", text, re.MULTILINE)
+    assert found is not None
+    size = re.search(r"^tree_sizes=(\d+)", text, re.MULTILINE)
+    assert size is not None
+    changed = text[: found.start(1)] + str(value) + text[found.end(1) :]
+    return changed.replace(size[0], f"tree_sizes={int(size[1]) + len(str(value)) - len(found[1])}", 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("left_child", 0),
+        ("left_child", 99),
+        ("left_child", -99),
+        ("right_child", 1),
+        ("right_child", -1),
+        ("split_feature", 7),
+        ("num_leaves", 1 << 40),
+        ("num_leaves", 4),
+        ("num_leaves", 0),
+        ("num_cat", 7),
+        ("decision_type", 99),
+        ("leaf_value", "x"),
+        ("leaf_value", "1 1"),
+        ("threshold", "1e999x"),
+        ("cat_boundaries", 1),
+        ("cat_threshold", "1 1"),
+        ("is_linear", 1),
+    ],
+)
+def test_a_tree_that_is_none_is_refused(model_text: str, name: str, value: object) -> None:
+    text = first_number(model_text, name, value)
+    assert text != model_text
+    assert structure_fault(text) is not None
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("version=v4", "version=v3"),
+        ("max_feature_idx=1", "max_feature_idx=0"),
+        ("max_feature_idx=1", "max_feature_idx=x"),
+        ("num_tree_per_iteration=1", "num_tree_per_iteration=3"),
+        ("num_tree_per_iteration=1", "num_tree_per_iteration=0"),
+        ("Tree=1", "Tree=2"),
+        ("tree_sizes=", "tree_sizes=1 "),
+        ("tree_sizes=", "sizes="),
+        ("end of trees", "end of tree"),
+    ],
+)
+def test_a_header_that_does_not_fit_its_trees_is_refused(model_text: str, old: str, new: str) -> None:
+    assert old in model_text
+    assert structure_fault(model_text.replace(old, new, 1)) is not None
+
+
+def test_a_booster_of_unsound_structure_never_reaches_lightgbm(model_text: str, never_lightgbm: None) -> None:
+    encoded = encode_booster(first_number(model_text, "left_child", 99))
+    with pytest.raises(PackError, match=f"here: booster {encoded.booster_id} is not a LightGBM model that can be loaded: a node has a child"):
+        load_booster(vars(encoded), "here")
+
+
+# Several generations in one version
+
+
+def generations(chains: Sequence[tuple[Any, ...]], version: str, constant: float, **columns: Any) -> Generation:
+    spec = model_spec(small_spec(), {"kind": ["large", "small"]})
+    return Generation({**spec, "fleet_version": version, "constant": constant, "constant_without_offset": 7.0}, ledger_of(chains).assign(**columns))
+
+
+def test_a_group_is_answered_by_its_generation_with_that_ones_ancestors(tmp_path: Path) -> None:
+    """Bergen and oslo stay with the old run; the pooled model and north are of the new one."""
+    old_chains = [(0, "[]", "pooled", 1.0, 4.0), (1, '["north"]', "north", 0.5, None), (2, '["north","oslo"]', "oslo", 0.25, 8.0)]
+    new_chains = [(0, "[]", "north", 1.0, 5.0), (1, '["north"]', None, 0.0, None), (2, '["north","bergen"]', None, 0.0, None)]
+    old = generations(old_chains, "run-1", 100.0)
+    boosters = [vars(encoded) for encoded in BOOSTERS.values()]
+    question = batch(("north", "oslo"), ("north", "bergen"), ("north", "new"), ("east", "x"), index=[3, 1, 2, 0])
+    write_pack(tmp_path / "old", [old], boosters)
+    before = FleetModel(tmp_path / "old").predict(question)
+    new = generations(new_chains, "run-2", 50.0)
+    write_pack(tmp_path / "new", [new], boosters)
+    after = FleetModel(tmp_path / "new").predict(question)
+    kept = generations(old_chains, "run-1", 100.0, serves=[False, False, True])
+    write_pack(tmp_path / "both", [new, kept], boosters)
+    both = FleetModel(tmp_path / "both")
+    found = both.predict(question)
+    pd.testing.assert_frame_equal(found.loc[[3]], before.loc[[3]])
+    pd.testing.assert_frame_equal(found.loc[[1, 2, 0]], after.loc[[1, 2, 0]])
+    assert found["fleet_version"].tolist() == ["run-1", "run-2", "run-2", "run-2"]
+    assert (both.fleet_version, both.groups()) == ("run-2", [(0, "[]"), (1, '["north"]'), (2, '["north","bergen"]'), (2, '["north","oslo"]')])
+
+
+def test_chains_are_read_by_row_group_when_they_are_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.models.pack.CHAINS_PER_ROW_GROUP", 2)
+    model = FleetModel(make_pack(tmp_path / "pack"))
+    assert model._read == set()
+    expected = FleetModel(make_pack(tmp_path / "one" / "pack")).predict(ROWS_OF_ALL)
+    model.predict(batch(("north", "oslo")))
+    assert 0 < len(model._read) < len(model._first_keys)
+    pd.testing.assert_frame_equal(model.predict(ROWS_OF_ALL), expected)
 
 
 # Classes
@@ -484,12 +659,8 @@ def class_pack(folder: Path, task: str, weights: tuple[float, float] = (1.0, 0.5
     booster = class_booster(len(names))
     ledger = pd.DataFrame({"grain": [0, 1], "group_id": ["[]", '["north"]'], "weight": weights, "interval": [None, None]})
     constant = {"constant": PRIORS[task][1] if task == "binary" else None}
-    write_pack(
-        folder,
-        {**spec, **constant, "constant_without_offset": None, "fleet_version": "run-1"},
-        ledger.assign(booster_id=booster.booster_id),
-        [vars(booster)],
-    )
+    whole = {**spec, **constant, "constant_without_offset": None, "fleet_version": "run-1"}
+    write_pack(folder, [Generation(whole, ledger.assign(booster_id=booster.booster_id))], [vars(booster)])
     return folder
 
 
@@ -534,14 +705,3 @@ def test_without_a_model_the_likeliest_class_is_that_of_the_prior(tmp_path: Path
 def test_an_empty_batch_of_classes_has_the_columns_of_an_answer(tmp_path: Path, task: str) -> None:
     found = FleetModel(class_pack(tmp_path / "pack", task)).predict(batch(("north", "x")).head(0))
     assert (len(found), list(found.columns)) == (0, list(answer_columns(task)))
-
-
-def test_a_pack_that_names_no_task_is_of_regression(tmp_path: Path) -> None:
-    folder = make_pack(tmp_path / "pack")
-    text = json.loads((folder / "spec.json").read_text())
-    for name in ("task", "classes", "prior"):
-        text.pop(name)
-    (folder / "spec.json").write_text(json.dumps(text))
-    found = FleetModel(folder).predict(batch(("north", "oslo")))
-    assert list(found.columns) == ["prediction", "lower", "upper", "answered_by", "booster_id", "fleet_version"]
-    assert found["prediction"].notna().all()

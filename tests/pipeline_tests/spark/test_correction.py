@@ -11,7 +11,7 @@ import pytest
 from pyspark.sql import DataFrame, SparkSession
 
 from pipeline.models.meta_model import CORRECTION, INDEPENDENT, FleetModel
-from pipeline.models.pack import write_pack
+from pipeline.models.pack import Generation, write_pack
 from pipeline.spark.fleet_training import Cluster, History, PlannedRun, Request, choose_own, plan_run, train_run
 from pipeline.spec import FleetSpec
 from pipeline.testing.data import feature_rows, small_spec
@@ -65,7 +65,7 @@ def boosters(tables: DeltaTables, spec: FleetSpec) -> list[dict[str, Any]]:
 def packed(folder: Path, tables: DeltaTables, spec: FleetSpec, ledger: pd.DataFrame, **changes: Any) -> FleetModel:
     run = tables.read_pandas(tables.location(spec.name, "runs")).iloc[0]
     constants = {"constant": run["constant"], "constant_without_offset": run["constant_without_offset"], "fleet_version": run["run_id"]}
-    write_pack(folder, {**json.loads(run["model_spec"]), **constants, **changes}, ledger, boosters(tables, spec))
+    write_pack(folder, [Generation({**json.loads(run["model_spec"]), **constants, **changes}, ledger)], boosters(tables, spec))
     return FleetModel(folder)
 
 

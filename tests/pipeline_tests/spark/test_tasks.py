@@ -15,7 +15,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pipeline.errors import DataError
 from pipeline.grouping.splits import REPORT, TUNE
 from pipeline.models.meta_model import FleetModel, answer_columns
-from pipeline.models.pack import write_pack
+from pipeline.models.pack import Generation, write_pack
 from pipeline.models.promotion import judge_challenger
 from pipeline.reporting.plots import prediction_plot, training_plot
 from pipeline.reporting.summary import fleet_errors, summarise
@@ -105,7 +105,7 @@ def trained(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Ca
             (manifest,) = tables.read_arrow(at["runs"]).to_pylist()
             constants = {name: manifest[name] for name in ("constant", "constant_without_offset")}
             pack_spec = {**json.loads(manifest["model_spec"]), "fleet_version": "run-1", **constants}
-            write_pack(folder / f"pack-{task}", pack_spec, ledger, tables.read_arrow(at["boosters"]).to_pylist())
+            write_pack(folder / f"pack-{task}", [Generation(pack_spec, ledger)], tables.read_arrow(at["boosters"]).to_pylist())
             held_out = tables.read_spark(spark, at["holdout"])
             holdout = tables.read_pandas(at["holdout"])
             runs[task] = Trained(task, spec, features, run, ledger, manifest, holdout, held_out, folder / f"pack-{task}")
