@@ -215,9 +215,12 @@ def load_booster(row: Mapping[str, Any], where: str) -> Any:
 
     text = decode_booster(row, where)
     fault = structure_fault(text)
-    if fault is not None:
-        raise PackError(f"{where}: booster {row['booster_id']} is not a LightGBM model that can be loaded: {fault}; train again")
-    return lightgbm.Booster(model_str=text)
+    if fault is None:
+        try:
+            return lightgbm.Booster(model_str=text)
+        except (lightgbm.basic.LightGBMError, ValueError) as error:
+            fault = str(error)
+    raise PackError(f"{where}: booster {row['booster_id']} is not a LightGBM model that can be loaded: {fault}; train again")
 
 
 def decode_booster(row: Mapping[str, Any], where: str) -> str:
@@ -240,17 +243,36 @@ def decode_booster(row: Mapping[str, Any], where: str) -> str:
     digest = hashlib.sha256(raw).hexdigest()
     if digest != row.get("sha256"):
         raise PackError(f"{where}: booster {name} is damaged: its digest is {digest}, expected {row.get('sha256')}; restore the file or train again")
-    return raw.decode()
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise PackError(f"{where}: booster {name} is no text ({error}); train again") from error
 
 
 _HEADER = re.compile(r"tree\nversion=v4\n(?:\w+(?:=[^\n]*)?\n)+\n", re.ASCII)
+# Lines of a tree with so many numbers as it has leaves, or inner nodes; those of a tree of one leaf may be empty.
+_OF_LEAVES = {"leaf_value": np.float64, "leaf_weight": np.float64, "leaf_count": np.int64}
+_OF_NODES = {
+    "split_feature": np.int64,
+    "split_gain": np.float64,
+    "threshold": np.float64,
+    "decision_type": np.int64,
+    "left_child": np.int64,
+    "right_child": np.int64,
+    "internal_value": np.float64,
+    "internal_weight": np.float64,
+    "internal_count": np.int64,
+}
+_LINES = ("split_feature", "split_gain", "threshold", "decision_type", "left_child", "right_child", *_OF_LEAVES, *list(_OF_NODES)[-3:])
 _TREE = re.compile(
-    r"Tree=(?P<number>\d+)\nnum_leaves=(?P<n_leaves>\d+)\nnum_cat=(?P<n_cat>\d+)\nsplit_feature=(?P<split_feature>[\d ]*)\n"
-    r"split_gain=[^\n]*\nthreshold=(?P<threshold>[^\n]*)\ndecision_type=(?P<decision_type>[\d ]*)\nleft_child=(?P<left_child>[-\d ]*)\n"
-    r"right_child=(?P<right_child>[-\d ]*)\nleaf_value=(?P<leaf_value>[^\n]*)\nleaf_weight=[^\n]*\nleaf_count=[^\n]*\ninternal_value=[^\n]*\n"
-    r"internal_weight=[^\n]*\ninternal_count=[^\n]*\n(?:cat_boundaries=(?P<cat_boundaries>[\d ]*)\ncat_threshold=(?P<cat_threshold>[\d ]*)\n)?"
-    r"is_linear=0\nshrinkage=[^\n]*\n\n\n",
+    r"Tree=(?P<number>\d+)\nnum_leaves=(?P<n_leaves>\d{1,9})\nnum_cat=(?P<n_cat>\d{1,9})\n"
+    + "".join(rf"{name}=(?P<{name}>[-+.\deinfa ]*)\n" for name in _LINES)
+    + r"(?:cat_boundaries=(?P<cat_boundaries>[\d ]*)\ncat_threshold=(?P<cat_threshold>[\d ]*)\n)?is_linear=0\nshrinkage=[-+.\de]+\n\n\n",
     re.ASCII,
+)
+_TAIL = re.compile(
+    r"end of trees\n\nfeature_importances:\n(?:[^\n]+=\d+\n)*\nparameters:\n(?:\[\w+: [^\n]*\]\n)*\nend of parameters\n"
+    r"(?:\npandas_categorical:[^\n]*\n)?"
 )
 _MAX_DECISION = 11  # one bit for categories, one for the default side, two for what is missing
 
@@ -292,7 +314,7 @@ def _trees_of(text: str) -> tuple[list[re.Match[str]], int]:
             raise ValueError(f"tree {number} is not a tree of the size that the header says")
         trees.append(tree)
         start = tree.end()
-    _demand(text.startswith("end of trees\n", start), "it has more trees than the header says")
+    _demand(_TAIL.fullmatch(text, start), "what follows its trees is not their end, importances and parameters")
     return trees, n_features
 
 
@@ -301,20 +323,25 @@ def _check_trees(trees: Sequence[re.Match[str]], n_features: int) -> None:
     n_leaves, n_cat = (np.array([int(tree[name]) for tree in trees], dtype=np.int64) for name in ("n_leaves", "n_cat"))
     _demand((n_leaves >= 1).all(), "a tree has no leaf")
     n_nodes = n_leaves - 1
-    _numbers_of(trees, "leaf_value", n_leaves, np.float64)
-    feature, decision = (_numbers_of(trees, name, n_nodes) for name in ("split_feature", "decision_type"))
-    _demand((feature < n_features).all() and (decision <= _MAX_DECISION).all(), "a node splits by a feature or in a way that there is not")
+    stumps = n_leaves == 1
+    for name, kind in _OF_LEAVES.items():
+        empty = stumps & np.array([not tree[name] for tree in trees]) & (name != "leaf_value")
+        _numbers_of(trees, name, np.where(empty, 0, n_leaves), kind)
+    nodes = {name: _numbers_of(trees, name, n_nodes, kind) for name, kind in _OF_NODES.items()}
+    feature, decision = nodes["split_feature"], nodes["decision_type"]
+    known = (feature >= 0) & (feature < n_features) & (decision >= 0) & (decision <= _MAX_DECISION)
+    _demand(known.all(), "a node splits by a feature or in a way that there is not")
     tree = np.repeat(np.arange(len(trees)), n_nodes)
     first_node, first_leaf = np.cumsum(n_nodes) - n_nodes, np.cumsum(n_leaves) - n_leaves
     parent = np.tile(np.arange(len(tree)) - first_node[tree], 2)
-    child = np.concatenate([_numbers_of(trees, name, n_nodes) for name in ("left_child", "right_child")])
+    child = np.concatenate([nodes["left_child"], nodes["right_child"]])
     both, is_leaf = np.tile(tree, 2), child < 0
     there = np.where(is_leaf, ~child < n_leaves[both], (child < n_nodes[both]) & (child > parent))
     _demand(there.all(), "a node has a child that there is not, or that comes before it")
     place = np.where(is_leaf, first_leaf[both] + ~child, n_leaves.sum() + first_node[both] + child)
     _demand(len(np.unique(place)) == len(place), "a node or leaf has two parents")
     chosen = decision % 2 == 1
-    _check_categories(trees, n_cat, tree[chosen], _numbers_of(trees, "threshold", n_nodes, np.float64)[chosen])
+    _check_categories(trees, n_cat, tree[chosen], nodes["threshold"][chosen])
 
 
 def _check_categories(trees: Sequence[re.Match[str]], n_cat: npt.NDArray[np.int64], tree: npt.NDArray[np.int64], wanted: Floats) -> None:
@@ -420,6 +447,11 @@ class FleetModel:
     def task(self) -> str:
         """Regression, binary or multiclass."""
         return str(self.spec["task"])
+
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes of text of the boosters that are in the cache."""
+        return self._cached_bytes
 
     def groups(self) -> list[tuple[int, str]]:
         """Grain index and id of every group that is served by a chain of its own."""
@@ -562,8 +594,8 @@ class FleetModel:
         try:
             if number not in self._files:
                 self._files[number] = open_boosters(self.folder, self._root, self._listed[number])
-            if not (stored > 0 and 0 <= offset <= self._listed[number]["n_bytes"] - stored):
-                raise ValueError(f"{stored} bytes at {offset} are not within {self._listed[number]['path']}")
+            within = stored > 0 and 0 <= offset <= self._listed[number]["n_bytes"] - stored
+            _demand(within, f"{stored} bytes at {offset} are not within {self._listed[number]['path']}")
             text = self._files[number].read_at(stored, offset)
         except (OSError, IndexError, TypeError, ValueError, pa.ArrowException) as error:
             raise PackError(f"{self.folder}: booster {chain.booster_id} cannot be read ({error}); restore the pack or train again") from error

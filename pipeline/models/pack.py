@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import StoreError
 from pipeline.models.meta_model import CHAINS, INDEPENDENT, PACK_FORMAT, footer_of, index_digest
 from pipeline.spec import FleetSpec
+from pipeline.tables import records
 
 CHAINS_PER_ROW_GROUP = 4096
 ROW_GROUP_BYTES = 16 << 20
@@ -157,8 +158,7 @@ def _write_tables(
 ) -> str:
     """Write chains, spec and index; the index's digest."""
     rows = [
-        {**row, **_place(places[row["booster_id"]], boosters[row["booster_id"]])} if row["booster_id"] is not None else row
-        for row in chains.astype(object).where(chains.notna(), None).to_dict("records")
+        {**row, **_place(places[row["booster_id"]], boosters[row["booster_id"]])} if row["booster_id"] is not None else row for row in records(chains)
     ]
     table = pa.Table.from_pylist([{field.name: row.get(field.name) for field in CHAINS} for row in rows], schema=CHAINS)
     bounds = _bounds([(row["grain"], row["group_id"]) for row in rows])

@@ -531,6 +531,10 @@ def model_text() -> str:
 def test_what_lightgbm_writes_has_a_sound_structure(model_text: str) -> None:
     assert "cat_threshold" in model_text
     assert structure_fault(model_text) is None
+    missing = np.where(np.arange(200) % 2 == 0, np.nan, np.random.default_rng(1).normal(size=200)).reshape(-1, 1)
+    by_what_is_missing = lgb.train({"verbosity": -1}, lgb.Dataset(missing, np.isnan(missing[:, 0]), params={"verbosity": -1}), num_boost_round=1)
+    assert "threshold=inf" in by_what_is_missing.model_to_string()
+    assert structure_fault(by_what_is_missing.model_to_string()) is None
     constant = lgb.train({"verbosity": -1}, lgb.Dataset(np.ones((50, 1)), np.ones(50), params={"verbosity": -1}), num_boost_round=1)
     assert structure_fault(constant.model_to_string()) is None
 
@@ -565,6 +569,11 @@ def first_number(text: str, name: str, value: object) -> str:
         ("cat_boundaries", 1),
         ("cat_threshold", "1 1"),
         ("is_linear", 1),
+        ("split_gain", "1.2.3"),
+        ("split_gain", "1 1"),
+        ("internal_value", "x"),
+        ("internal_count", "1e3e"),
+        ("leaf_weight", ""),
     ],
 )
 def test_a_tree_that_is_none_is_refused(model_text: str, name: str, value: object) -> None:
@@ -585,6 +594,8 @@ def test_a_tree_that_is_none_is_refused(model_text: str, name: str, value: objec
         ("tree_sizes=", "tree_sizes=1 "),
         ("tree_sizes=", "sizes="),
         ("end of trees", "end of tree"),
+        ("\nend of parameters\n", "\n"),
+        ("[boosting: gbdt]", "[boosting"),
     ],
 )
 def test_a_header_that_does_not_fit_its_trees_is_refused(model_text: str, old: str, new: str) -> None:

@@ -1,0 +1,142 @@
+"""The registered model: how fast it opens and answers, how much it holds, and what becomes of damaged packs."""
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightgbm as lgb
+import numpy as np
+import pandas as pd
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from benchmarks.generated import SPLITS, GeneratedFleet
+from benchmarks.runs import PROJECT, Runs
+from pipeline.models.boosters import encode_booster
+from pipeline.models.meta_model import FleetModel, group_id
+from pipeline.models.pack import Generation, model_spec, write_pack
+from pipeline.spec import parse_spec
+
+SIZES = (10, 1_000, 10_000)
+ROUNDS = 100
+GROUPS_PER_REGION = 100
+CACHE_BYTES = 256 << 20
+# Models that are really trained; where more are needed, each further one differs from one of them in a leaf.
+TRAINED = 200
+_TRAINED_ON = GeneratedFleet(TRAINED)
+
+
+def generated_pack(folder: Path, n_groups: int) -> Path:
+    """A pack of three grains, all of them blended, with a model of its own for every group: 100 rounds on 500 rows."""
+    spec = parse_spec(
+        {
+            "name": "packed",
+            "sources": [{"name": "rows", "uri": "rows.csv"}],
+            "features": {"columns": list(_TRAINED_ON.features)},
+            "grains": [[], ["region"], ["region", "group"]],
+            "entity": ["region", "group"],
+            "time": "time",
+            "period": "1 day",
+            "target": {"column": "y"},
+            "splits": dict(SPLITS),
+        },
+        file="packed.yaml",
+    )
+    constants = {"fleet_version": "run", "constant": 0.0, "constant_without_offset": 0.0}
+    regions = sorted({region_of(number) for number in range(n_groups)})
+    keys = [(0, ()), *((1, (region,)) for region in regions), *((2, (region_of(number), f"g{number:05d}")) for number in range(n_groups))]
+    encoded = [encode_booster(text) for text in booster_texts(len(keys))]
+    ledger = pd.DataFrame(
+        {
+            "grain": [grain for grain, _ in keys],
+            "group_id": [group_id(values) for _, values in keys],
+            "booster_id": [booster.booster_id for booster in encoded],
+            "weight": 0.5,
+            "interval": 1.0,
+        }
+    )
+    write_pack(folder, [Generation({**model_spec(spec, {}), **constants}, ledger)], map(vars, encoded))
+    return folder
+
+
+def region_of(number: int) -> str:
+    """The region of a group."""
+    return f"r{number // GROUPS_PER_REGION:04d}"
+
+
+def booster_texts(n_models: int) -> list[str]:
+    """Texts of so many different models."""
+    trained = [_trained(number) for number in range(min(TRAINED, n_models))]
+    texts = []
+    for number in range(n_models):
+        booster = trained[number % TRAINED]
+        if number >= TRAINED:
+            booster.set_leaf_output(0, 0, number * 1e-9)
+        texts.append(booster.model_to_string())
+    return texts
+
+
+def _trained(number: int) -> lgb.Booster:
+    rows = _TRAINED_ON.rows(number, number + 1)
+    data = lgb.Dataset(rows[list(_TRAINED_ON.features)].to_numpy(np.float32), rows["y"].to_numpy(), params={"verbosity": -1})
+    return lgb.train({"verbosity": -1, "num_threads": 1, "learning_rate": 0.05, "num_leaves": 15}, data, num_boost_round=ROUNDS)
+
+
+def questions(numbers: np.ndarray[Any, Any]) -> pd.DataFrame:
+    """One row per number of a group, features at random."""
+    random = np.random.default_rng(1)
+    features = pd.DataFrame(random.normal(size=(len(numbers), _TRAINED_ON.n_features)), columns=list(_TRAINED_ON.features))
+    return features.assign(region=[region_of(number) for number in numbers], group=[f"g{number:05d}" for number in numbers])
+
+
+def _pack(runs: Runs, n_groups: int) -> Path:
+    return runs.once(f"pack-{n_groups}", lambda: generated_pack(runs.new_folder() / "pack", n_groups))
+
+
+def _child(*arguments: object) -> Any:
+    command = [sys.executable, "-m", "benchmarks.serving", *map(str, arguments)]
+    return json.loads(subprocess.run(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
+
+
+def open_cold(runs: Runs) -> Mapping[str, float]:
+    """Seconds to open a pack and answer one row, in a process that has imported what it needs and nothing else."""
+    seconds = {n_groups: statistics.median(_child("open", _pack(runs, n_groups), n_groups) for _ in range(5)) for n_groups in SIZES}
+    return {f"groups-{n_groups}": value for n_groups, value in seconds.items()} | {"ratio": seconds[SIZES[-1]] / seconds[SIZES[0]]}
+
+
+def _open(folder: str, n_groups: str) -> float:
+    question = questions(np.array([int(n_groups) // 2]))
+    started = time.perf_counter()
+    FleetModel(folder).predict(question)
+    return time.perf_counter() - started
+
+
+def cache_memory(runs: Runs) -> Mapping[str, float]:
+    """Peak resident memory of a process that has answered for each of 10,000 groups, twice."""
+    return _child("memory", _pack(runs, SIZES[-1]), SIZES[-1])
+
+
+def _memory(folder: str, n_groups: str) -> Mapping[str, float]:
+    model = FleetModel(folder, cache_bytes=CACHE_BYTES)
+    for _ in range(2):
+        for part in np.array_split(np.arange(int(n_groups)), 20):
+            model.predict(questions(part))
+    return {"": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6, "cached-text": model.cached_bytes / 1e6}
+
+
+def pack_bytes(runs: Runs) -> Mapping[str, float]:
+    """Bytes of the whole pack over those of the native texts in it."""
+    pack = _pack(runs, TRAINED)
+    native = pc.sum(pq.read_table(pack / "chains.parquet", columns=["n_bytes"])["n_bytes"]).as_py()
+    stored = sum(path.stat().st_size for path in pack.iterdir())
+    return {"": stored / native, "native-per-group": native / TRAINED, "stored-per-group": stored / TRAINED}
+
+
+if __name__ == "__main__":
+    print(json.dumps({"open": _open, "memory": _memory}[sys.argv[1]](*sys.argv[2:])))
