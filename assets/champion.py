@@ -35,7 +35,7 @@ def champion_asset(spec: FleetSpec) -> dg.AssetsDefinition:
         with readable_failures():
             challenger = registry.get(namespace, CHALLENGER)
             ledger = ledger_of(tables, namespace, challenger.fleet_version)
-            gates = judge_challenger(ledger, registry.open_pack(challenger).groups())
+            gates = judge_challenger(ledger, registry.open_pack(challenger, tables.storage_options).groups())
             passed = all(gate.passed for gate in gates)
             before = registry.find(namespace, CHAMPION)
             if passed:

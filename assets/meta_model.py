@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,20 @@ import pandas as pd
 
 from assets.link import link_key, link_settings, png, prefixed, readable_failures
 from assets.newest_run import ledger_of, newest_run, waves_of
-from pipeline.models.meta_model import FleetModel, answer_columns
-from pipeline.models.pack import Generation, write_pack
+from pipeline.models.meta_model import FleetModel, PackError, answer_columns
+from pipeline.models.pack import Generation, PackStore, write_pack
 from pipeline.reporting.plots import training_plot
 from pipeline.reporting.summary import fleet_errors, markdown_table, shown_measures
+from pipeline.models.meta_model import filesystem_of
 from pipeline.spec import FleetSpec
 from pipeline.tables import BOOSTERS
 from resources.delta_tables import DeltaTables
 from resources.launch_settings import LaunchSettings
-from resources.mlflow_registry import MlflowRegistry, Version, input_types
+from resources.mlflow_registry import CHALLENGER, CHAMPION, MlflowRegistry, input_types
 from resources.spark_session import SparkSessionResource
 
 LEDGER_ROWS_LOGGED = 10_000
+SHARED = "shared"
 
 
 def meta_model_asset(spec: FleetSpec) -> dg.AssetsDefinition:
@@ -42,7 +45,12 @@ def meta_model_asset(spec: FleetSpec) -> dg.AssetsDefinition:
                 asset=link_key(spec, "meta_model"),
                 blocking=True,
                 description="Loaded from the registry it gives the pack's answers.",
-            )
+            ),
+            dg.AssetCheckSpec(
+                "registered_versions_are_whole",
+                asset=link_key(spec, "meta_model"),
+                description="Every file that the champion and the challenger answer from is there, of the right size and with the right footer.",
+            ),
         ],
     )
     def meta_model(
@@ -55,14 +63,17 @@ def meta_model_asset(spec: FleetSpec) -> dg.AssetsDefinition:
             ledger = ledger_of(tables, namespace, run_id)
             plot = training_plot(ledger, spec)
             pack = Path(folder) / "pack"
-            boosters_location = tables.location(namespace, BOOSTERS.name)
-            wanted = sorted(set(ledger["booster_id"].dropna()))
-            found = {"wave": waves_of(run), "booster_id": wanted}
-            boosters = tables.read_arrow(boosters_location, where=found).to_pylist() if wanted else []
-            digest = write_pack(pack, [Generation(pack_spec(run), ledger)], boosters)
+            before = registry.find(namespace, CHALLENGER) if spec.pack == SHARED else None
+            digest = write_pack(
+                pack,
+                [Generation(pack_spec(run), ledger)],
+                lambda names: _boosters(tables, namespace, run, names),
+                store=_store(tables, namespace) if spec.pack == SHARED else None,
+                before=None if before is None else registry.open_pack(before, tables.storage_options),
+            )
             features = tables.read_spark(spark.session, tables.location(spec.name, "features"), int(str(run["features_version"])))
             dtypes = {field.name: field.dataType.simpleString() for field in features.schema}
-            answering = FleetModel(pack, digest=digest)
+            answering = FleetModel(pack, digest=digest, options=tables.storage_options)
             sample = features.limit(50).toPandas()
             version = registry.register(
                 namespace,
@@ -75,7 +86,8 @@ def meta_model_asset(spec: FleetSpec) -> dg.AssetsDefinition:
                 tables={"ledger.json": ledger.head(LEDGER_ROWS_LOGGED)},
                 plots={"training.png": plot},
             )
-            check = _registered_model_answers(registry, version, answering, sample)
+            options = tables.storage_options
+            checks = [_registered_model_answers(registry.open_pack(version, options), answering, sample), _registered_versions_are_whole(registry, namespace, options)]
             pack_bytes = sum(path.stat().st_size for path in pack.iterdir())
         context.log.info(f"registered {namespace} version {version.number} (run {run_id}) as challenger, {pack_bytes / 1e6:.1f} MB")
         return dg.MaterializeResult(
@@ -92,7 +104,7 @@ def meta_model_asset(spec: FleetSpec) -> dg.AssetsDefinition:
                 "fleet/errors": dg.MetadataValue.md(markdown_table(pd.DataFrame([vars(error) for error in fleet_errors(ledger, spec)]))),
                 "fleet/plot": png(plot),
             },
-            check_results=[check],
+            check_results=checks,
         )
 
     return meta_model
@@ -129,8 +141,38 @@ def run_metrics(ledger: pd.DataFrame, spec: FleetSpec) -> dict[str, float]:
     return metrics
 
 
-def _registered_model_answers(registry: MlflowRegistry, version: Version, answering: FleetModel, sample: pd.DataFrame) -> dg.AssetCheckResult:
-    expected, found = (_numbers_of(model, sample) for model in (answering, registry.open_pack(version)))
+def _boosters(tables: DeltaTables, namespace: str, run: "pd.Series[Any]", names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    where = {"wave": waves_of(run), "booster_id": list(names)}
+    yield from tables.read_arrow(tables.location(namespace, BOOSTERS.name), where=where).to_pylist()
+
+
+def _store(tables: DeltaTables, namespace: str) -> PackStore:
+    root = tables.location(namespace, "packs")
+    return PackStore(root, *filesystem_of(root, tables.storage_options))
+
+
+def _registered_versions_are_whole(registry: MlflowRegistry, namespace: str, options: Mapping[str, str]) -> dg.AssetCheckResult:
+    found = {}
+    for alias in (CHAMPION, CHALLENGER):
+        version = registry.find(namespace, alias)
+        if version is None:
+            continue
+        try:
+            registry.open_pack(version, options).check_files()
+            found[alias] = f"version {version.number} is whole"
+        except PackError as error:
+            found[alias] = str(error)
+    is_whole = all(told.endswith("is whole") for told in found.values())
+    return dg.AssetCheckResult(
+        check_name="registered_versions_are_whole",
+        passed=is_whole,
+        metadata=found,
+        description="; ".join(f"{a}: {told}" for a, told in found.items()),
+    )
+
+
+def _registered_model_answers(registered: FleetModel, answering: FleetModel, sample: pd.DataFrame) -> dg.AssetCheckResult:
+    expected, found = (_numbers_of(model, sample) for model in (answering, registered))
     same = bool(np.array_equal(expected, found, equal_nan=True))
     return dg.AssetCheckResult(
         check_name="registered_model_answers", passed=same and bool(np.isfinite(found).all()), metadata={"rows": len(sample), "equal": same}

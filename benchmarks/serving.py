@@ -61,7 +61,7 @@ def generated_pack(folder: Path, n_groups: int) -> Path:
             "interval": 1.0,
         }
     )
-    write_pack(folder, [Generation({**model_spec(spec, {}), **constants}, ledger)], map(vars, encoded))
+    write_pack(folder, [Generation({**model_spec(spec, {}), **constants}, ledger)], lambda _: map(vars, encoded))
     return folder
 
 

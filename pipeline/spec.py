@@ -320,6 +320,11 @@ class FleetSpec(Part):
     )
     splits: SplitsSpec = Field(description="What is kept from fitting.")
     tuning: TuningSpec = Field(default_factory=TuningSpec, description="Budget per group.")
+    pack: Literal["self-contained", "shared"] = Field(
+        default="self-contained",
+        description="Where a registered version's boosters are: in the version itself, or `shared`: in files beside the fleet's tables, to which "
+        "each version adds its new ones; for fleets of a gigabyte and more.",
+    )
     pooling: Literal["blend", "select", "none"] = Field(
         default="blend",
         description="`blend`: weigh own and parent's answers; `select`: the better of the two; `none`: only the finest grain is trained, alone.",
@@ -471,7 +476,7 @@ class FleetSpec(Part):
     @property
     def training_digest(self) -> str:
         """Hash of all that changes what training gives; names and descriptions for people are left out."""
-        left_out: Any = {"description": True, "owners": True, "scoring": True, "sources": True, "tuning": set(BUDGETS)}
+        left_out: Any = {"description": True, "owners": True, "scoring": True, "sources": True, "pack": True, "tuning": set(BUDGETS)}
         parts = self.model_dump(mode="json", exclude=left_out)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

@@ -15,7 +15,8 @@ from pydantic import Field
 from pyspark.sql import DataFrame, SparkSession
 
 from pipeline.errors import StoreError
-from pipeline.spark.files import FileWriter, WrittenFile, filesystem_of, read_files, write_files
+from pipeline.models.meta_model import filesystem_of
+from pipeline.spark.files import FileWriter, WrittenFile, read_files, write_files
 from pipeline.tables import TableContract
 
 Mode = Literal["append", "overwrite"]

@@ -211,8 +211,12 @@ class MlflowRegistry(dg.ConfigurableResource):
         """Let a version serve."""
         self._connected().set_registered_model_alias(version.name, CHAMPION, version.number)
 
-    def open_pack(self, version: Version) -> FleetModel:
+    def open_pack(self, version: Version, options: Mapping[str, str] | None = None) -> FleetModel:
         """A version's model, opened from a local copy of its pack that is under a name of its own.
+
+        Args:
+            version: as found.
+            options: of the object store that a shared pack is in.
 
         Raises:
             PackError: if the pack is damaged or not the one that was registered.
@@ -220,7 +224,7 @@ class MlflowRegistry(dg.ConfigurableResource):
         target = Path(self.scratch) / "packs" / f"{version.name}-{version.number}-{version.fleet_version}"
         if target.exists():
             try:
-                return FleetModel(target, digest=version.pack_digest or None)
+                return FleetModel(target, digest=version.pack_digest or None, options=options)
             except PackError:
                 shutil.rmtree(target)  # an interrupted download, or the local copy was damaged: fetched again
         self._connected()
@@ -228,7 +232,7 @@ class MlflowRegistry(dg.ConfigurableResource):
 
         found = mlflow.artifacts.download_artifacts(artifact_uri=f"models:/{version.name}/{version.number}")
         shutil.copytree(Path(found) / "artifacts" / "pack", target)
-        return FleetModel(target, digest=version.pack_digest or None)
+        return FleetModel(target, digest=version.pack_digest or None, options=options)
 
 
 def input_types(required: Sequence[str], dtypes: Mapping[str, str]) -> dict[str, str]:

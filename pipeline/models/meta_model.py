@@ -19,6 +19,7 @@ version may put together groups of several training runs, and changing one group
 
 import hashlib
 import json
+import os
 import re
 import threading
 from bisect import bisect_right
@@ -401,12 +402,14 @@ class FleetModel:
         folder: the pack.
         cache_bytes: bound of the booster cache.
         digest: of the index, where it is known which pack this must be.
+        options: of the object store that a shared pack is in, as deltalake takes them; what is not there is taken from the environment.
 
     Raises:
         PackError: if a file of the pack is missing, unreadable, of another format, or not the one that the index names.
     """
 
-    def __init__(self, folder: str | Path, cache_bytes: int = CACHE_BYTES, digest: str | None = None) -> None:
+    def __init__(self, folder: str | Path, cache_bytes: int = CACHE_BYTES, digest: str | None = None, options: Mapping[str, str] | None = None) -> None:
+        self._options = {**os.environ, **(options or {})}
         self.folder = Path(folder)
         index = read_index(self.folder, digest)
         try:
@@ -419,9 +422,9 @@ class FleetModel:
             check_footer(self.folder / "chains.parquet", index["chains.parquet"])
             self._chains_file = pq.ParquetFile(self.folder / "chains.parquet", page_checksum_verification=True)
             _require(self._chains_file.schema_arrow.equals(CHAINS), self.folder / "chains.parquet", "not a table of chains")
-            self._root, self._listed = index["boosters"]["root"], index["boosters"]["files"]
-            if self._root is None:
-                for file in self._listed:
+            self.root, self.files = index["boosters"]["root"], index["boosters"]["files"]
+            if self.root is None:
+                for file in self.files:
                     check_footer(self.folder / file["path"], file)
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
             raise PackError(f"{self.folder}: not a readable pack ({error})") from error
@@ -432,7 +435,7 @@ class FleetModel:
         self._serving: dict[tuple[int, str], int] = {}
         self._chains: dict[tuple[int, str, int], Chain] = {}
         self._read: set[int] = set()
-        self._files: dict[int, pa.NativeFile] = {}
+        self._open_files: dict[int, pa.NativeFile] = {}
         self._cache: OrderedDict[str, tuple[Any, int]] = OrderedDict()
         self._cached_bytes = 0
         self._cache_limit = cache_bytes
@@ -452,6 +455,11 @@ class FleetModel:
     def cached_bytes(self) -> int:
         """Bytes of text of the boosters that are in the cache."""
         return self._cached_bytes
+
+    def chains(self) -> list[Chain]:
+        """All chains of all generations."""
+        self.groups()
+        return list(self._chains.values())
 
     def groups(self) -> list[tuple[int, str]]:
         """Grain index and id of every group that is served by a chain of its own."""
@@ -545,6 +553,23 @@ class FleetModel:
         answered = {**values, "answered_by": answered_by, "booster_id": booster_id, "fleet_version": spec["fleet_version"]}
         return pd.DataFrame({name: answered[name] for name in answer_columns(spec["task"])}, index=rows_of_batch)
 
+    def check_files(self) -> None:
+        """Look at every file of boosters: there, of the right size and with the right footer.
+
+        Opening looks only at those in the pack's own folder; those in a store are otherwise opened when a booster in them is needed.
+
+        Raises:
+            PackError: naming the file.
+        """
+        for file in self.files:
+            name = f"{self.root or self.folder}/{file['path']}"
+            try:
+                with open_boosters(self.folder, self.root, file, self._options) as opened:
+                    found = _footer(opened, name)
+            except (OSError, ValueError) as error:
+                raise PackError(f"{name}: cannot be read ({error}); restore the file, or materialise meta_model again") from error
+            _compare(found, file, name)
+
     def _serving_of(self, grain: int, group: str) -> int | None:
         self._read_chains_of(grain, group)
         return self._serving.get((grain, group))
@@ -592,15 +617,15 @@ class FleetModel:
     def _load(self, chain: Chain) -> Any:
         number, offset, stored = chain.place
         try:
-            if number not in self._files:
-                self._files[number] = open_boosters(self.folder, self._root, self._listed[number])
-            within = stored > 0 and 0 <= offset <= self._listed[number]["n_bytes"] - stored
-            _demand(within, f"{stored} bytes at {offset} are not within {self._listed[number]['path']}")
-            text = self._files[number].read_at(stored, offset)
+            if number not in self._open_files:
+                self._open_files[number] = open_boosters(self.folder, self.root, self.files[number], self._options)
+            within = stored > 0 and 0 <= offset <= self.files[number]["n_bytes"] - stored
+            _demand(within, f"{stored} bytes at {offset} are not within {self.files[number]['path']}")
+            text = self._open_files[number].read_at(stored, offset)
         except (OSError, IndexError, TypeError, ValueError, pa.ArrowException) as error:
             raise PackError(f"{self.folder}: booster {chain.booster_id} cannot be read ({error}); restore the pack or train again") from error
         row = {"booster_id": chain.booster_id, "text": text, "n_bytes": chain.n_bytes, "sha256": chain.sha256}
-        return load_booster(row, f"{self.folder}/{self._listed[number]['path']}")
+        return load_booster(row, f"{self.folder}/{self.files[number]['path']}")
 
 
 def _levels_of(levels: Sequence[tuple[Any, Any]], rows: npt.NDArray[np.int64]) -> list[tuple[Any, Any]]:
@@ -643,40 +668,67 @@ def index_digest(index: Mapping[str, Any]) -> str:
 
 
 def footer_of(path: Path) -> dict[str, Any]:
-    """What identifies a Parquet file whose pages have checksums: its size, and the digest of its footer.
+    """What identifies a Parquet file whose pages have checksums: n_bytes, its size, and footer_sha256, the digest of its footer.
 
     Raises:
         OSError: if it cannot be read.
         ValueError: if it is not a Parquet file.
     """
-    with path.open("rb") as file:
-        size = file.seek(0, 2)
-        if size < 12:  # noqa: PLR2004 - two magic words and a length
-            raise ValueError(f"{path}: {size} bytes are no Parquet file")
-        file.seek(size - 8)
-        length = int.from_bytes(file.read(4), "little")
-        if file.read(4) != b"PAR1" or not 0 < length <= size - 12:
-            raise ValueError(f"{path}: not the end of a Parquet file")
-        file.seek(size - 8 - length)
-        return {"n_bytes": size, "footer_sha256": hashlib.sha256(file.read(length + 8)).hexdigest()}
+    with pa.OSFile(str(path)) as file:
+        return _footer(file, str(path))
+
+
+def _footer(file: pa.NativeFile, name: str) -> dict[str, Any]:
+    size = file.size()
+    end = file.read_at(8, size - 8) if size >= 12 else b""  # noqa: PLR2004 - two magic words and a length
+    length = int.from_bytes(end[:4], "little")
+    _demand(end[4:] == b"PAR1" and 0 < length <= size - 12, f"{name}: {size} bytes that do not end as a Parquet file does")
+    return {"n_bytes": size, "footer_sha256": hashlib.sha256(file.read_at(length + 8, size - 8 - length)).hexdigest()}
 
 
 def check_footer(path: Path, expected: Mapping[str, Any]) -> None:
     """Refuse a file that is not the one that the index names."""
-    found = footer_of(path)
-    differs = [f"{name} {found[name]}, expected {expected[name]}" for name in found if found[name] != expected[name]]
-    _require(not differs, path, f"not the file of this pack ({'; '.join(differs)}); {_AGAIN}")
+    _compare(footer_of(path), expected, str(path))
 
 
-def open_boosters(folder: Path, root: str | None, file: Mapping[str, Any]) -> pa.NativeFile:
+def _compare(found: Mapping[str, Any], expected: Mapping[str, Any], name: str) -> None:
+    differs = [f"{what} {found[what]}, expected {expected[what]}" for what in found if found[what] != expected[what]]
+    _require(not differs, name, f"not the file of this pack ({'; '.join(differs)}); {_AGAIN}")
+
+
+def open_boosters(folder: Path, root: str | None, file: Mapping[str, Any], options: Mapping[str, str] = os.environ) -> pa.NativeFile:
     """A file of boosters, open for reading at any place: one of the pack, or of the store that a shared pack names."""
     if root is None:
         return pa.OSFile(str(folder / file["path"]))
-    filesystem, base = (pf.LocalFileSystem(), root) if "://" not in root else pf.FileSystem.from_uri(root)
-    return filesystem.open_input_file(f"{base}/{file['path']}")
+    filesystem, path = filesystem_of(root, options)
+    return filesystem.open_input_file(f"{path}/{file['path']}")
 
 
-def _require(holds: object, path: Path, otherwise: str) -> None:
+def filesystem_of(root: str, options: Mapping[str, str]) -> tuple[pf.FileSystem, str]:
+    """The file system of a root and the root's path in it.
+
+    Args:
+        root: an absolute path, or an object-store URL such as ``s3://bucket/prefix``.
+        options: storage options as deltalake takes them; those of S3 are understood.
+    """
+    if "://" not in root:
+        return pf.LocalFileSystem(), root
+    if root.startswith(("s3://", "s3a://")):
+        endpoint = options.get("AWS_ENDPOINT_URL", "")
+        filesystem = pf.S3FileSystem(
+            access_key=options.get("AWS_ACCESS_KEY_ID"),
+            secret_key=options.get("AWS_SECRET_ACCESS_KEY"),
+            session_token=options.get("AWS_SESSION_TOKEN"),
+            region=options.get("AWS_REGION"),
+            scheme="http" if endpoint.startswith("http://") else "https",
+            endpoint_override=endpoint.split("://", 1)[-1] or None,
+        )
+        return filesystem, root.split("://", 1)[1]
+    filesystem, path = pf.FileSystem.from_uri(root)
+    return filesystem, path
+
+
+def _require(holds: object, path: Path | str, otherwise: str) -> None:
     if not holds:
         raise PackError(f"{path}: {otherwise}")
 

@@ -2,17 +2,18 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.fs as pf
 import pyarrow.parquet as pq
 
 from pipeline.errors import StoreError
-from pipeline.models.meta_model import CHAINS, INDEPENDENT, PACK_FORMAT, footer_of, index_digest
+from pipeline.models.meta_model import CHAINS, INDEPENDENT, PACK_FORMAT, FleetModel, footer_of, index_digest
 from pipeline.spec import FleetSpec
 from pipeline.tables import records
 
@@ -67,13 +68,47 @@ def model_spec(
     }
 
 
-def write_pack(folder: Path, generations: Sequence[Generation], boosters: Iterable[Mapping[str, Any]]) -> str:
-    """Write a self-contained pack.
+@dataclass(frozen=True)
+class PackStore:
+    """Where shared packs keep their boosters: files that are written once and never changed.
+
+    It is no Delta table, so that nothing that tidies tables up (vacuum, optimize, deleting old runs) can take a registered version's boosters.
+
+    Args:
+        root: its address.
+        filesystem: that holds it.
+        path: its path there.
+    """
+
+    root: str
+    filesystem: pf.FileSystem
+    path: str
+
+    def add(self, file: Path) -> dict[str, Any]:
+        """Keep a local file under a name made from its content; its entry in an index."""
+        listed = {**footer_of(file), "path": f"boosters-{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}.parquet"}
+        self.filesystem.create_dir(self.path, recursive=True)
+        # Another file of this name is the same one, whole or half written.
+        pf.copy_files(str(file), f"{self.path}/{listed['path']}", source_filesystem=pf.LocalFileSystem(), destination_filesystem=self.filesystem)
+        return listed
+
+
+def write_pack(
+    folder: Path,
+    generations: Sequence[Generation],
+    boosters: Callable[[Sequence[str]], Iterable[Mapping[str, Any]]],
+    *,
+    store: PackStore | None = None,
+    before: FleetModel | None = None,
+) -> str:
+    """Write a pack.
 
     Args:
         folder: empty or absent.
         generations: the version's own training run first.
-        boosters: rows of the booster store; more than the ledgers name do no harm, and are left out.
+        boosters: rows of the booster store for ids; more than asked for do no harm, and are left out.
+        store: where a shared pack keeps its boosters; None puts them into the folder.
+        before: a version whose boosters need not be stored again, if they are in the same store.
 
     Returns:
         The digest of its index, by which the version is known.
@@ -84,14 +119,42 @@ def write_pack(folder: Path, generations: Sequence[Generation], boosters: Iterab
     folder.mkdir(parents=True, exist_ok=True)
     chains = _chains_of(generations)
     wanted = list(dict.fromkeys(chains["booster_id"].dropna()))
-    found = {row["booster_id"]: row for row in boosters if row["booster_id"] in set(wanted)} if wanted else {}
-    lacking = [name for name in wanted if name not in found]
+    files, known = _stored(before, store, wanted)
+    new = [name for name in wanted if name not in known]
+    found = {row["booster_id"]: row for row in boosters(new) if row["booster_id"] in set(new)} if new else {}
+    lacking = [name for name in new if name not in found]
     if lacking:
         raise StoreError(f"booster store lacks {len(lacking)} boosters that the ledger names, e.g. {min(lacking)}; train again")
-    path = folder / "boosters.parquet"
-    places = write_boosters(path, [found[name] for name in wanted])
-    files = [{"path": path.name, **footer_of(path)}]
-    return _write_tables(folder, generations, chains, {name: (0, *place) for name, place in places.items()}, found, root=None, files=files)
+    if new or store is None:
+        path = folder / "boosters.parquet"
+        places = write_boosters(path, [found[name] for name in new])
+        known |= {name: {**_place(len(files), *places[name]), "n_bytes": found[name]["n_bytes"], "sha256": found[name]["sha256"]} for name in new}
+        files.append({"path": path.name, **footer_of(path)} if store is None else store.add(path))
+        if store is not None:
+            path.unlink()
+    return _write_tables(folder, generations, chains, known, root=None if store is None else store.root, files=files)
+
+
+def _place(file: int, offset: int, stored_bytes: int) -> dict[str, Any]:
+    return {"file": file, "offset": offset, "stored_bytes": stored_bytes}
+
+
+def _stored(before: FleetModel | None, store: PackStore | None, wanted: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Files of the store, and where in them an earlier version has boosters that are wanted again."""
+    if before is None or store is None or before.root != store.root:
+        return [], {}
+    asked, files, numbers = set(wanted), [], {}
+    places: dict[str, dict[str, Any]] = {}
+    for chain in before.chains():
+        name = chain.booster_id
+        if name is None or name not in asked or name in places:
+            continue
+        file, offset, stored_bytes = chain.place
+        if file not in numbers:
+            numbers[file] = len(files)
+            files.append(dict(before.files[file]))
+        places[name] = {**_place(numbers[file], offset, stored_bytes), "n_bytes": chain.n_bytes, "sha256": chain.sha256}
+    return files, places
 
 
 def write_boosters(path: Path, boosters: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, int]]:
@@ -150,16 +213,13 @@ def _write_tables(
     folder: Path,
     generations: Sequence[Generation],
     chains: pd.DataFrame,
-    places: Mapping[str, tuple[int, int, int]],
-    boosters: Mapping[str, Mapping[str, Any]],
+    places: Mapping[str, Mapping[str, Any]],
     *,
     root: str | None,
     files: Sequence[Mapping[str, Any]],
 ) -> str:
     """Write chains, spec and index; the index's digest."""
-    rows = [
-        {**row, **_place(places[row["booster_id"]], boosters[row["booster_id"]])} if row["booster_id"] is not None else row for row in records(chains)
-    ]
+    rows = [{**row, **places.get(row["booster_id"], {})} for row in records(chains)]
     table = pa.Table.from_pylist([{field.name: row.get(field.name) for field in CHAINS} for row in rows], schema=CHAINS)
     bounds = _bounds([(row["grain"], row["group_id"]) for row in rows])
     with pq.ParquetWriter(folder / "chains.parquet", CHAINS, compression="zstd", write_page_checksum=True) as writer:
@@ -181,10 +241,6 @@ def _write_tables(
     digest = index_digest(index)
     (folder / "index.json").write_text(json.dumps({"sha256": digest, "index": index}, ensure_ascii=False), encoding="utf-8")
     return digest
-
-
-def _place(place: tuple[int, int, int], booster: Mapping[str, Any]) -> dict[str, Any]:
-    return {**dict(zip(("file", "offset", "stored_bytes"), place, strict=True)), "n_bytes": booster["n_bytes"], "sha256": booster["sha256"]}
 
 
 def _bounds(keys: Sequence[tuple[int, str]]) -> list[tuple[int, int]]:

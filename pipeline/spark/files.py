@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.fs as pf
 import pyarrow.parquet as pq
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.pandas.types import from_arrow_schema, to_arrow_schema
+
+from pipeline.models.meta_model import filesystem_of
 
 FILE_COLUMNS = "path string, size long, n_rows long"
 
@@ -28,30 +29,6 @@ class WrittenFile:
     path: str
     size: int
     n_rows: int
-
-
-def filesystem_of(root: str, options: Mapping[str, str]) -> tuple[pf.FileSystem, str]:
-    """The file system of a root and the root's path in it.
-
-    Args:
-        root: an absolute path, or an object-store URL such as ``s3://bucket/prefix``.
-        options: storage options as deltalake takes them; those of S3 are understood.
-    """
-    if "://" not in root:
-        return pf.LocalFileSystem(), root
-    if root.startswith(("s3://", "s3a://")):
-        endpoint = options.get("AWS_ENDPOINT_URL", "")
-        filesystem = pf.S3FileSystem(
-            access_key=options.get("AWS_ACCESS_KEY_ID"),
-            secret_key=options.get("AWS_SECRET_ACCESS_KEY"),
-            session_token=options.get("AWS_SESSION_TOKEN"),
-            region=options.get("AWS_REGION"),
-            scheme="http" if endpoint.startswith("http://") else "https",
-            endpoint_override=endpoint.split("://", 1)[-1] or None,
-        )
-        return filesystem, root.split("://", 1)[1]
-    filesystem, path = pf.FileSystem.from_uri(root)
-    return filesystem, path
 
 
 # Rows are gathered into row groups of about so many bytes: many small ones cost more than the rows.

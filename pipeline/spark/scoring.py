@@ -1,6 +1,6 @@
 """Batch scoring on Spark: the pack travels to every worker, which opens it once."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,18 +33,26 @@ def rows_to_score(features: DataFrame, spec: FleetSpec, as_of: pd.Timestamp) -> 
     return features.where((sf.col("time") > moment_column(newest)) & (sf.col("time") <= moment_column(end)))
 
 
-def score_rows(spark: SparkSession, rows: DataFrame, spec: FleetSpec, pack: Path, as_of: pd.Timestamp) -> DataFrame:
+def score_rows(spark: SparkSession, rows: DataFrame, spec: FleetSpec, pack: Path, as_of: pd.Timestamp, options: Mapping[str, str]) -> DataFrame:
     """Answer every row; no shuffle.
+
+    Args:
+        spark: the session.
+        rows: as from `rows_to_score`.
+        spec: the fleet.
+        pack: local folder of the champion's pack, under a name of its own.
+        as_of: the launch's.
+        options: of the object store that a shared pack is in.
 
     Returns:
         One row per row: the columns of `tables.PREDICTIONS` and the fleet's keys.
     """
     spark.sparkContext.addFile(str(pack), recursive=True)
-    name = pack.name
+    name, stored = pack.name, dict(options)
 
     def answer(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
         if name not in _opened:
-            _opened[name] = FleetModel(SparkFiles.get(name))
+            _opened[name] = FleetModel(SparkFiles.get(name), options=stored)
         for batch in batches:
             yield pd.concat([batch[kept], _opened[name].predict(batch)], axis=1)
 

@@ -254,9 +254,9 @@ class MemoryRegistry:
         """Let a version serve."""
         self.aliases[version.name, "champion"] = version.number
 
-    def open_pack(self, version: MemoryVersion) -> FleetModel:
+    def open_pack(self, version: MemoryVersion, options: Mapping[str, str] | None = None) -> FleetModel:
         """A version's model."""
-        return FleetModel(self._pack(version))
+        return FleetModel(self._pack(version), options=options)
 
     def _pack(self, version: MemoryVersion) -> Path:
         return self.folder / f"{version.name}-{version.number}-{version.fleet_version}"

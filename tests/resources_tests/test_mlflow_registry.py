@@ -49,7 +49,7 @@ def pack_of(folder: Path, booster_text: str, n_groups: int, fleet_version: str) 
             "interval": [None] * (n_groups + 1),
         }
     )
-    write_pack(folder, [Generation({**SPEC, "fleet_version": fleet_version}, ledger)], [vars(booster)])
+    write_pack(folder, [Generation({**SPEC, "fleet_version": fleet_version}, ledger)], lambda _: [vars(booster)])
     return folder
 
 

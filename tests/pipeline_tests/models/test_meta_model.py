@@ -229,7 +229,7 @@ def make_pack(
     spec = model_spec(small_spec(target=target or {}), {"kind": ["large", "small"]})
     rows = [vars(encoded) for encoded in BOOSTERS.values()]
     constants = {"constant": 100.0, "constant_without_offset": 7.0}
-    write_pack(folder, [Generation({**spec, "fleet_version": fleet_version, **constants}, ledger_of(chains))], rows)
+    write_pack(folder, [Generation({**spec, "fleet_version": fleet_version, **constants}, ledger_of(chains))], lambda _: rows)
     return folder
 
 
@@ -279,7 +279,9 @@ def test_an_interval_comes_from_the_nearest_group_that_has_one(pack: Path) -> No
 def test_a_fleet_without_any_model_answers_with_its_constant(tmp_path: Path) -> None:
     spec = model_spec(small_spec(), {"kind": []})
     ledger = pd.DataFrame({"grain": [0], "group_id": ["[]"], "booster_id": [None], "weight": [0.0], "interval": [None]})
-    write_pack(tmp_path / "pack", [Generation({**spec, "fleet_version": "run-1", "constant": 100.0, "constant_without_offset": 7.0}, ledger)], [])
+    write_pack(
+        tmp_path / "pack", [Generation({**spec, "fleet_version": "run-1", "constant": 100.0, "constant_without_offset": 7.0}, ledger)], lambda _: []
+    )
     found = FleetModel(tmp_path / "pack").predict(batch(("north", "oslo")))
     assert found["prediction"].tolist() == [100.0]
     assert found["answered_by"].tolist() == [CONSTANT]
@@ -624,13 +626,13 @@ def test_a_group_is_answered_by_its_generation_with_that_ones_ancestors(tmp_path
     old = generations(old_chains, "run-1", 100.0)
     boosters = [vars(encoded) for encoded in BOOSTERS.values()]
     question = batch(("north", "oslo"), ("north", "bergen"), ("north", "new"), ("east", "x"), index=[3, 1, 2, 0])
-    write_pack(tmp_path / "old", [old], boosters)
+    write_pack(tmp_path / "old", [old], lambda _: boosters)
     before = FleetModel(tmp_path / "old").predict(question)
     new = generations(new_chains, "run-2", 50.0)
-    write_pack(tmp_path / "new", [new], boosters)
+    write_pack(tmp_path / "new", [new], lambda _: boosters)
     after = FleetModel(tmp_path / "new").predict(question)
     kept = generations(old_chains, "run-1", 100.0, serves=[False, False, True])
-    write_pack(tmp_path / "both", [new, kept], boosters)
+    write_pack(tmp_path / "both", [new, kept], lambda _: boosters)
     both = FleetModel(tmp_path / "both")
     found = both.predict(question)
     pd.testing.assert_frame_equal(found.loc[[3]], before.loc[[3]])
@@ -671,7 +673,7 @@ def class_pack(folder: Path, task: str, weights: tuple[float, float] = (1.0, 0.5
     ledger = pd.DataFrame({"grain": [0, 1], "group_id": ["[]", '["north"]'], "weight": weights, "interval": [None, None]})
     constant = {"constant": PRIORS[task][1] if task == "binary" else None}
     whole = {**spec, **constant, "constant_without_offset": None, "fleet_version": "run-1"}
-    write_pack(folder, [Generation(whole, ledger.assign(booster_id=booster.booster_id))], [vars(booster)])
+    write_pack(folder, [Generation(whole, ledger.assign(booster_id=booster.booster_id))], lambda _: [vars(booster)])
     return folder
 
 

@@ -4,12 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow.fs as pf
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import StoreError
-from pipeline.models.boosters import encode_booster
-from pipeline.models.pack import Generation, model_spec, write_boosters, write_pack
+from pipeline.models.boosters import EncodedBooster, encode_booster
+from pipeline.models.meta_model import FleetModel, PackError, open_boosters
+from pipeline.models.pack import Generation, PackStore, model_spec, write_boosters, write_pack
+from pipeline.models.meta_model import filesystem_of
 from pipeline.testing.data import small_spec
 
 SPEC = {**model_spec(small_spec(), {"kind": ["a"]}), "fleet_version": "run-1", "constant": 0.0, "constant_without_offset": 0.0}
@@ -22,7 +25,7 @@ def ledger(*boosters: str | None) -> pd.DataFrame:
 
 
 def write(folder: Path, names: Sequence[str | None], boosters: Iterable[Mapping[str, Any]]) -> Path:
-    write_pack(folder, [Generation(SPEC, ledger(*names))], boosters)
+    write_pack(folder, [Generation(SPEC, ledger(*names))], lambda _: boosters)
     return folder
 
 
@@ -54,6 +57,73 @@ def test_a_pack_is_the_same_whichever_wave_wrote_its_boosters(tmp_path: Path) ->
         assert (tmp_path / "run-1-0" / name).read_bytes() == (tmp_path / "run-2-7" / name).read_bytes()
 
 
+# Shared packs
+
+
+def shared(folder: Path, root: Path, boosters: Sequence[EncodedBooster], before: FleetModel | None = None) -> FleetModel:
+    names = [one.booster_id for one in boosters]
+    store = PackStore(str(root), pf.LocalFileSystem(), str(root))
+
+    def only_what_is_asked_for(asked: Sequence[str]) -> list[dict[str, Any]]:
+        return [vars(one) for one in boosters if one.booster_id in asked]
+
+    write_pack(folder, [Generation(SPEC, ledger(*names))], only_what_is_asked_for, store=store, before=before)
+    return FleetModel(folder)
+
+
+def texts_of(model: FleetModel) -> dict[str, bytes]:
+    """The stored text of every booster, as it is read."""
+    found = {}
+    for chain in model.chains():
+        number, offset, size = chain.place
+        with open_boosters(model.folder, model.root, model.files[number]) as file:
+            found[str(chain.booster_id)] = file.read_at(size, offset)
+    return found
+
+
+def test_a_shared_pack_adds_only_its_new_boosters_to_the_store(tmp_path: Path) -> None:
+    root = tmp_path / "a store [x]"
+    first = shared(tmp_path / "1", root, [ONE, TWO])
+    assert sorted(path.name for path in (tmp_path / "1").iterdir()) == ["chains.parquet", "index.json", "spec.json"]
+    second = shared(tmp_path / "2", root, [TWO, OTHER], first)
+    third = shared(tmp_path / "3", root, [OTHER, TWO], second)
+    assert len(list(root.iterdir())) == 2
+    assert [len(model.files) for model in (first, second, third)] == [1, 2, 2]
+    for model, boosters in ((first, [ONE, TWO]), (second, [TWO, OTHER]), (third, [OTHER, TWO])):
+        assert texts_of(model) == {one.booster_id: one.text for one in boosters}
+        model.check_files()
+
+
+def test_a_pack_of_another_store_is_written_whole(tmp_path: Path) -> None:
+    first = shared(tmp_path / "1", tmp_path / "one", [ONE, TWO])
+    moved = shared(tmp_path / "2", tmp_path / "two", [ONE, TWO], first)
+    assert texts_of(moved) == texts_of(first)
+    assert {path.name for path in (tmp_path / "one").iterdir()} == {path.name for path in (tmp_path / "two").iterdir()}
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "other"])
+def test_a_file_that_the_store_has_lost_is_named(tmp_path: Path, damage: str) -> None:
+    model = shared(tmp_path / "1", tmp_path / "store", [ONE, TWO])
+    (path,) = (tmp_path / "store").iterdir()
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes(content[:-1] if damage == "truncated" else content[:4] + content[4:-20] + b"x" * 12 + content[-8:])
+    with pytest.raises(PackError, match=path.name.replace(".", r"\.")):
+        model.check_files()
+
+
+def test_a_shared_pack_may_be_in_an_object_store(tmp_path: Path, object_store: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in object_store.items():
+        monkeypatch.setenv(name, value)
+    root = "s3://fleets/shared/packs"
+    store = PackStore(root, *filesystem_of(root, object_store))
+    write_pack(tmp_path / "pack", [Generation(SPEC, ledger(ONE.booster_id))], lambda _: [vars(ONE)], store=store)
+    model = FleetModel(tmp_path / "pack")
+    model.check_files()
+    assert texts_of(model) == {ONE.booster_id: ONE.text}
+
+
 def test_groups_without_a_booster_have_a_chain_all_the_same(tmp_path: Path) -> None:
     chain = pq.read_table(write(tmp_path / "pack", [ONE.booster_id, None], [vars(ONE)]) / "chains.parquet").to_pylist()[1]
     assert {name: value for name, value in chain.items() if value is not None} == {
@@ -68,7 +138,7 @@ def test_groups_without_a_booster_have_a_chain_all_the_same(tmp_path: Path) -> N
 @pytest.mark.parametrize("per_row_group", [1, 2, 3, 5, 100])
 def test_all_generations_of_a_group_are_in_one_row_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, per_row_group: int) -> None:
     monkeypatch.setattr("pipeline.models.pack.CHAINS_PER_ROW_GROUP", per_row_group)
-    write_pack(tmp_path / "pack", [Generation(SPEC, ledger(None, None, None))] * 3, [])
+    write_pack(tmp_path / "pack", [Generation(SPEC, ledger(None, None, None))] * 3, lambda _: [])
     file = pq.ParquetFile(tmp_path / "pack" / "chains.parquet")
     groups = [file.read_row_group(number).column("group_id").to_pylist() for number in range(file.num_row_groups)]
     assert sum(len(set(part)) for part in groups) == len(set().union(*groups)) == 3

@@ -65,7 +65,7 @@ def boosters(tables: DeltaTables, spec: FleetSpec) -> list[dict[str, Any]]:
 def packed(folder: Path, tables: DeltaTables, spec: FleetSpec, ledger: pd.DataFrame, **changes: Any) -> FleetModel:
     run = tables.read_pandas(tables.location(spec.name, "runs")).iloc[0]
     constants = {"constant": run["constant"], "constant_without_offset": run["constant_without_offset"], "fleet_version": run["run_id"]}
-    write_pack(folder, [Generation({**json.loads(run["model_spec"]), **constants, **changes}, ledger)], boosters(tables, spec))
+    write_pack(folder, [Generation({**json.loads(run["model_spec"]), **constants, **changes}, ledger)], lambda _: boosters(tables, spec))
     return FleetModel(folder)
 
 

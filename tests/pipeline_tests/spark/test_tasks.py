@@ -105,7 +105,7 @@ def trained(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Ca
             (manifest,) = tables.read_arrow(at["runs"]).to_pylist()
             constants = {name: manifest[name] for name in ("constant", "constant_without_offset")}
             pack_spec = {**json.loads(manifest["model_spec"]), "fleet_version": "run-1", **constants}
-            write_pack(folder / f"pack-{task}", [Generation(pack_spec, ledger)], tables.read_arrow(at["boosters"]).to_pylist())
+            write_pack(folder / f"pack-{task}", [Generation(pack_spec, ledger)], lambda _: tables.read_arrow(at["boosters"]).to_pylist())
             held_out = tables.read_spark(spark, at["holdout"])
             holdout = tables.read_pandas(at["holdout"])
             runs[task] = Trained(task, spec, features, run, ledger, manifest, holdout, held_out, folder / f"pack-{task}")
@@ -291,7 +291,7 @@ def test_spark_answers_as_the_meta_model_does(spark: SparkSession, trained: Call
     found = trained(task)
     moment = pd.Timestamp("2024-10-20")
     rows = rows_to_score(found.features, found.spec, moment)
-    answers = score_rows(spark, rows, found.spec, found.pack, moment).persist()
+    answers = score_rows(spark, rows, found.spec, found.pack, moment, {}).persist()
     assert dict(answers.dtypes)["prediction"] == answer_columns(found.spec.task)["prediction"]
     counts = count_answers(answers, moment)
     assert (counts.n_rows, counts.n_missing, counts.n_doubled) == (rows.count(), 0, 0)
