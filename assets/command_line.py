@@ -21,9 +21,8 @@ from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 
 from pipeline.errors import FleetError, ModelNotFound, SpecError, StoreError
-from pipeline.models.meta_model import group_id
+from pipeline.models.meta_model import filesystem_of, group_id
 from pipeline.reporting.summary import text_table
-from pipeline.models.meta_model import filesystem_of
 from pipeline.tables import BOOSTERS, HOLDOUT, LEDGER, RUNS, records
 from resources.delta_tables import DeltaTables
 from resources.lease import hold_lease

@@ -12,11 +12,10 @@ import pandas as pd
 
 from assets.link import link_key, link_settings, png, prefixed, readable_failures
 from assets.newest_run import ledger_of, newest_run, waves_of
-from pipeline.models.meta_model import FleetModel, PackError, answer_columns
+from pipeline.models.meta_model import FleetModel, PackError, answer_columns, filesystem_of
 from pipeline.models.pack import Generation, PackStore, write_pack
 from pipeline.reporting.plots import training_plot
 from pipeline.reporting.summary import fleet_errors, markdown_table, shown_measures
-from pipeline.models.meta_model import filesystem_of
 from pipeline.spec import FleetSpec
 from pipeline.tables import BOOSTERS
 from resources.delta_tables import DeltaTables
@@ -87,7 +86,10 @@ def meta_model_asset(spec: FleetSpec) -> dg.AssetsDefinition:
                 plots={"training.png": plot},
             )
             options = tables.storage_options
-            checks = [_registered_model_answers(registry.open_pack(version, options), answering, sample), _registered_versions_are_whole(registry, namespace, options)]
+            checks = [
+                _registered_model_answers(registry.open_pack(version, options), answering, sample),
+                _registered_versions_are_whole(registry, namespace, options),
+            ]
             pack_bytes = sum(path.stat().st_size for path in pack.iterdir())
         context.log.info(f"registered {namespace} version {version.number} (run {run_id}) as challenger, {pack_bytes / 1e6:.1f} MB")
         return dg.MaterializeResult(

@@ -126,7 +126,7 @@ class MlflowRegistry(dg.ConfigurableResource):
         import mlflow
         from mlflow.exceptions import MlflowException
         from mlflow.models import ModelSignature
-        from mlflow.types import ColSpec, DataType, Schema
+        from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
         from mlflow.types.schema import Array
 
         signature = ModelSignature(
@@ -134,6 +134,7 @@ class MlflowRegistry(dg.ConfigurableResource):
             Schema(
                 [ColSpec(Array(DataType.double) if kind == "array<double>" else kind, column, required=False) for column, kind in outputs.items()]
             ),
+            ParamSchema([ParamSpec("explain", DataType.boolean, default=False)]),
         )
         requirements = [f"{package}=={installed_version(package)}" for package in REQUIREMENTS]
         try:

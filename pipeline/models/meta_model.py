@@ -58,6 +58,7 @@ CHAINS = pa.schema(
     ]
 )
 CACHE_BYTES = 256 << 20
+TOP_FEATURES = 5
 
 Floats = npt.NDArray[np.float64]
 
@@ -408,7 +409,9 @@ class FleetModel:
         PackError: if a file of the pack is missing, unreadable, of another format, or not the one that the index names.
     """
 
-    def __init__(self, folder: str | Path, cache_bytes: int = CACHE_BYTES, digest: str | None = None, options: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, folder: str | Path, cache_bytes: int = CACHE_BYTES, digest: str | None = None, options: Mapping[str, str] | None = None
+    ) -> None:
         self._options = {**os.environ, **(options or {})}
         self.folder = Path(folder)
         index = read_index(self.folder, digest)
@@ -467,17 +470,20 @@ class FleetModel:
             self._read_chains(number)
         return sorted(self._serving)
 
-    def predict(self, frame: pd.DataFrame) -> pd.DataFrame:
+    def predict(self, frame: pd.DataFrame, *, explain: bool = False) -> pd.DataFrame:
         """Answer every row.
 
         Args:
             frame: one row per question, with the spec's required columns in any order; a batch may mix groups and unseen ones.
+            explain: say what made each answer, too; takes several times as long.
 
         Returns:
             One row per row and in its order: prediction, lower, upper (target units), answered_by (grain, or "constant"),
             booster_id (null for the constant), fleet_version. For binary the prediction is the probability of the last class; for
             multiclass it is the likeliest class (of equal ones the first). Both have a column more: probabilities, a list in the
             order of the spec's classes; lower and upper are null.
+            With `explain` a last column, contributions: a list of {feature, contribution}, as from `told_contributions`, whose sum is the
+            prediction in link space; for classes it is the probability of the answer (for binary, of the last class).
 
         Raises:
             InputError: if a required column is missing.
@@ -496,9 +502,10 @@ class FleetModel:
         for number in np.unique(generation):
             rows = np.flatnonzero(generation == number)
             whole = len(rows) == len(frame)
-            parts.append(self._answer(frame if whole else frame.iloc[rows], levels if whole else _levels_of(levels, rows), int(number), rows))
+            part, levels_of_part = (frame, levels) if whole else (frame.iloc[rows], _levels_of(levels, rows))
+            parts.append(self._answer(part, levels_of_part, int(number), rows, explain=explain))
         if not parts:
-            parts.append(self._answer(frame, levels, 0, np.arange(0)))
+            parts.append(self._answer(frame, levels, 0, np.arange(0), explain=explain))
         answers = parts[0] if len(parts) == 1 else pd.concat(parts).sort_index()
         answers.index = frame.index
         return answers
@@ -513,7 +520,9 @@ class FleetModel:
             generation = np.where(serving >= 0, serving, generation)
         return generation
 
-    def _answer(self, frame: pd.DataFrame, levels: Sequence[tuple[Any, Any]], generation: int, rows_of_batch: Any) -> pd.DataFrame:
+    def _answer(
+        self, frame: pd.DataFrame, levels: Sequence[tuple[Any, Any]], generation: int, rows_of_batch: npt.NDArray[np.int64], *, explain: bool
+    ) -> pd.DataFrame:
         """The answers of one generation, indexed by the rows' places in the batch."""
         spec = self.generations[generation]
         offset, scale = offset_and_scale(frame, spec["target"])
@@ -526,6 +535,7 @@ class FleetModel:
         answered_by = np.full(len(frame), CONSTANT, dtype=object)
         booster_id = np.full(len(frame), None, dtype=object)
         matrix = design_matrix(frame, spec)
+        made_of = Contributions(spec, answer) if explain else None
         for grain, (codes, ids) in enumerate(levels):
             order = np.argsort(codes, kind="stable")
             bounds = np.searchsorted(codes[order], np.arange(len(ids) + 1))
@@ -540,7 +550,10 @@ class FleetModel:
                 weight = chain.weight
                 if chain.booster_id is None or not len(rows) or (weight == 0.0 and not corrects):
                     continue
-                own = self._booster(chain).predict(matrix[rows], num_threads=1)
+                booster = self._booster(chain)
+                own = booster.predict(matrix[rows], num_threads=1)
+                if made_of is not None:
+                    made_of.add(rows, booster.predict(matrix[rows], pred_contrib=True, num_threads=1), own, weight, corrects=corrects and grain > 0)
                 if corrects:
                     own = own + base[rows] if grain else own
                     base[rows] = own
@@ -551,7 +564,10 @@ class FleetModel:
                 booster_id[rows] = chain.booster_id
         values = numbers_of(spec, answer, anchored, offset, scale, interval) if spec["task"] == REGRESSION else classes_of(spec, answer)
         answered = {**values, "answered_by": answered_by, "booster_id": booster_id, "fleet_version": spec["fleet_version"]}
-        return pd.DataFrame({name: answered[name] for name in answer_columns(spec["task"])}, index=rows_of_batch)
+        answers = pd.DataFrame({name: answered[name] for name in answer_columns(spec["task"])}, index=rows_of_batch)
+        if made_of is not None:
+            answers["contributions"] = made_of.told(answers["prediction"], anchored, offset, scale)
+        return answers
 
     def check_files(self) -> None:
         """Look at every file of boosters: there, of the right size and with the right footer.
@@ -626,6 +642,92 @@ class FleetModel:
             raise PackError(f"{self.folder}: booster {chain.booster_id} cannot be read ({error}); restore the pack or train again") from error
         row = {"booster_id": chain.booster_id, "text": text, "n_bytes": chain.n_bytes, "sha256": chain.sha256}
         return load_booster(row, f"{self.folder}/{self.files[number]['path']}")
+
+
+class Contributions:
+    """What each feature adds to blended answers.
+
+    A booster's contributions are SHAP values (Lundberg, Erion and Lee 2018, as LightGBM computes them), which add up to its raw score. Where
+    its output is another function of that score, a probability or a count, they are stretched to add up to the output. Those of a blend are
+    blended as the outputs are.
+
+    Args:
+        spec: of the generation.
+        answer: what answers before any model: per row, for multiclass per row and class.
+    """
+
+    def __init__(self, spec: Mapping[str, Any], answer: Floats) -> None:
+        self._spec = spec
+        self._n_features = len(spec["features"])
+        # Per row and class: one number per feature, and last what is there without any.
+        self._parts = np.zeros((len(answer), answer.shape[1] if answer.ndim > 1 else 1, self._n_features + 1))
+        self._parts[:, :, -1] = answer.reshape(len(answer), -1)
+        self._base = self._parts.copy()
+
+    def add(self, rows: npt.NDArray[np.int64], shap: Floats, output: Floats, weight: float, *, corrects: bool) -> None:
+        """Blend a booster in.
+
+        Args:
+            rows: that it answers.
+            shap: as from `predict(pred_contrib=True)`.
+            output: of the booster alone.
+            weight: of the group.
+            corrects: whether it adds to what its nearest ancestor with a model says.
+        """
+        own = shap.reshape(len(rows), -1, self._n_features + 1).copy()
+        output = output.reshape(len(rows), -1)
+        start = self._output_of(own[:, :, -1])
+        moved = own[:, :, :-1].sum(axis=2)
+        stretch = np.divide(output - start, moved, out=np.ones_like(output), where=moved != 0)
+        own[:, :, :-1] *= stretch[:, :, None]
+        own[:, :, -1] = output - own[:, :, :-1].sum(axis=2)
+        if corrects:
+            own += self._base[rows]
+        self._base[rows] = own
+        self._parts[rows] = weight * own + (1.0 - weight) * self._parts[rows]
+
+    def _output_of(self, score: Floats) -> Floats:
+        """What a booster gives for a raw score."""
+        if self._spec["task"] == MULTICLASS:
+            odds = np.exp(score - score.max(axis=1, keepdims=True))
+            return np.asarray(odds / odds.sum(axis=1, keepdims=True))
+        if self._spec["task"] != REGRESSION:
+            return np.asarray(1.0 / (1.0 + np.exp(-score)))
+        return np.exp(score) if self._spec.get("is_count") else score
+
+    def told(self, prediction: "pd.Series[Any]", anchored: npt.NDArray[np.bool_], offset: Floats, scale: Floats) -> list[list[dict[str, Any]]]:
+        """The contributions of every row, for people."""
+        spec, parts = self._spec, self._parts[:, 0, :]
+        offsets = np.zeros(len(parts))
+        if spec["task"] == MULTICLASS:
+            place = {name: number for number, name in enumerate(spec["classes"])}
+            parts = self._parts[np.arange(len(parts)), [place[name] for name in prediction]]
+        elif spec["task"] == REGRESSION:
+            parts = np.where(anchored[:, None], np.where(anchored, scale, 0.0)[:, None] * parts, 0.0)
+            parts[:, -1] = np.where(anchored, parts[:, -1], spec["constant_without_offset"])
+            offsets = np.where(anchored, offset, 0.0)
+        return [told_contributions(spec, row, float(at)) for row, at in zip(parts, offsets, strict=True)]
+
+
+def told_contributions(spec: Mapping[str, Any], parts: Floats, offset: float) -> list[dict[str, Any]]:
+    """The features that contribute most, by size, then `(other features)`, `(offset)` where the target has one, and `(base)`.
+
+    Args:
+        spec: of the generation.
+        parts: one number per feature, and last the base.
+        offset: of the row, link space.
+
+    Returns:
+        One {feature, contribution} each; their sum is the sum of what came in.
+    """
+    order = np.argsort(-np.abs(parts[:-1]), kind="stable")
+    told = [{"feature": spec["features"][place], "contribution": float(parts[place])} for place in order[:TOP_FEATURES]]
+    rest = order[TOP_FEATURES:]
+    if len(rest):
+        told.append({"feature": "(other features)", "contribution": float(parts[rest].sum())})
+    if spec["target"]["offset"]:
+        told.append({"feature": "(offset)", "contribution": offset})
+    return [*told, {"feature": "(base)", "contribution": float(parts[-1])}]
 
 
 def _levels_of(levels: Sequence[tuple[Any, Any]], rows: npt.NDArray[np.int64]) -> list[tuple[Any, Any]]:
@@ -782,8 +884,8 @@ def _register() -> None:
         def load_context(self, context: Any) -> None:
             self.model = FleetModel(context.artifacts["pack"], digest=(context.model_config or {}).get("pack_sha256"))
 
-        def predict(self, context: Any, model_input: pd.DataFrame, params: Any = None) -> pd.DataFrame:  # noqa: ARG002
-            return self.model.predict(model_input)
+        def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:  # noqa: ARG002
+            return self.model.predict(model_input, **(params or {}))
 
     mlflow.models.set_model(MetaModel())
 

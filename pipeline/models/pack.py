@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import StoreError
 from pipeline.models.meta_model import CHAINS, INDEPENDENT, PACK_FORMAT, FleetModel, footer_of, index_digest
-from pipeline.spec import FleetSpec
+from pipeline.spec import COUNTED, FleetSpec
 from pipeline.tables import records
 
 CHAINS_PER_ROW_GROUP = 4096
@@ -62,6 +62,7 @@ def model_spec(
         "required": list(dict.fromkeys(needed)),
         "task": spec.task,
         "own": own,
+        "is_count": spec.objective in COUNTED,
         "classes": list(classes),
         "prior": list(prior),
         "target": {"column": target.column, "transform": target.transform, "offset": target.offset, "scale": target.scale},

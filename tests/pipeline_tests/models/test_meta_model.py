@@ -19,6 +19,7 @@ from pipeline.models.boosters import EncodedBooster, encode_booster
 from pipeline.models.meta_model import (
     CHAINS,
     CONSTANT,
+    Contributions,
     FleetModel,
     InputError,
     PackError,
@@ -34,6 +35,7 @@ from pipeline.models.meta_model import (
     load_booster,
     offset_and_scale,
     structure_fault,
+    told_contributions,
 )
 from pipeline.models.pack import Generation, model_spec, write_pack
 from pipeline.testing.data import small_spec
@@ -718,3 +720,60 @@ def test_without_a_model_the_likeliest_class_is_that_of_the_prior(tmp_path: Path
 def test_an_empty_batch_of_classes_has_the_columns_of_an_answer(tmp_path: Path, task: str) -> None:
     found = FleetModel(class_pack(tmp_path / "pack", task)).predict(batch(("north", "x")).head(0))
     assert (len(found), list(found.columns)) == (0, list(answer_columns(task)))
+
+
+# Explanations
+
+
+def summed(found: pd.DataFrame) -> Any:
+    return np.array([sum(part["contribution"] for part in parts) for parts in found["contributions"]])
+
+
+@pytest.mark.parametrize("target", [{}, {"offset": "level"}, {"transform": "log", "scale": "size"}, {"transform": "log1p", "offset": "level"}])
+def test_contributions_add_up_to_the_prediction_in_link_space(tmp_path: Path, target: dict[str, Any]) -> None:
+    model = FleetModel(make_pack(tmp_path / "pack", target))
+    rows = batch(
+        ("north", "oslo"), ("north", "bergen"), ("east", "x"), ("north", "oslo"), level=0.01, size=[0.1, 0.2, 0.3, np.nan], index=[4, 2, 0, 1]
+    )
+    found = model.predict(rows, explain=True)
+    pd.testing.assert_frame_equal(found.drop(columns="contributions"), model.predict(rows))
+    assert summed(found) == pytest.approx(link(found["prediction"].to_numpy(), target.get("transform", "none")), rel=1e-12)
+    features = [[part["feature"] for part in parts] for parts in found["contributions"]]
+    assert all(parts[-1] == "(base)" for parts in features)
+    assert all(("(offset)" in parts) == ("offset" in target) for parts in features)
+
+
+def test_the_feature_that_decides_contributes(pack: Path) -> None:
+    (parts,) = FleetModel(pack).predict(batch(("north", "oslo")), explain=True)["contributions"]
+    told = {part["feature"]: part["contribution"] for part in parts}
+    # Half of the rows that each was trained on are on either side of price 10: its mean is the base.
+    assert told["price"] == pytest.approx(0.25 * 3.0 + 0.75 * (0.5 * 2.0 + 0.5 * 1.0))
+    assert told["(base)"] == pytest.approx(0.25 * 40.0 + 0.75 * (0.5 * 20.0 + 0.5 * 10.0))
+    assert told["promotion"] == told["kind"] == 0.0
+
+
+def test_contributions_of_classes_add_up_to_the_probability(tmp_path: Path, task: str) -> None:
+    model = FleetModel(class_pack(tmp_path / "pack", task))
+    found = model.predict(batch(("north", "x"), ("south", "y")), explain=True)
+    answered = probabilities_of(found)[:, 1] if task == "binary" else probabilities_of(found).max(axis=1)
+    assert summed(found) == pytest.approx(answered, rel=1e-12)
+    assert all(parts[0]["feature"] == "price" and parts[0]["contribution"] > 0 for parts in found["contributions"])
+
+
+@pytest.mark.parametrize("is_count", [True, False])
+def test_contributions_of_an_output_that_is_no_sum_are_stretched(is_count: bool) -> None:
+    spec = {"task": "regression", "features": ["a", "b"], "is_count": is_count, "target": {"offset": None}, "constant_without_offset": 0.0}
+    made_of = Contributions(spec, np.array([1.0, 1.0]))
+    shap = np.array([[0.5, -0.2, 0.1], [0.0, 0.0, 0.1]])
+    output = np.exp(shap.sum(axis=1)) if is_count else shap.sum(axis=1)
+    made_of.add(np.arange(2), shap, output, 0.5, corrects=False)
+    told = made_of.told(pd.Series([0.0, 0.0]), np.array([True, True]), np.zeros(2), np.ones(2))
+    assert [sum(part["contribution"] for part in parts) for parts in told] == pytest.approx(0.5 * output + 0.5)
+    assert told[0][0]["contribution"] / told[0][1]["contribution"] == pytest.approx(0.5 / -0.2)
+
+
+def test_few_features_are_told_and_the_others_summed_up() -> None:
+    spec = {"features": list("abcdefg"), "target": {"offset": "o"}}
+    told = told_contributions(spec, np.array([1.0, -7.0, 3.0, 0.5, 6.0, 5.0, 0.25, 10.0]), 2.0)
+    assert [part["feature"] for part in told] == ["b", "e", "f", "c", "a", "(other features)", "(offset)", "(base)"]
+    assert sum(part["contribution"] for part in told) == 1.0 - 7.0 + 3.0 + 0.5 + 6.0 + 5.0 + 0.25 + 10.0 + 2.0

@@ -10,9 +10,8 @@ import pytest
 
 from pipeline.errors import StoreError
 from pipeline.models.boosters import EncodedBooster, encode_booster
-from pipeline.models.meta_model import FleetModel, PackError, open_boosters
+from pipeline.models.meta_model import FleetModel, PackError, filesystem_of, open_boosters
 from pipeline.models.pack import Generation, PackStore, model_spec, write_boosters, write_pack
-from pipeline.models.meta_model import filesystem_of
 from pipeline.testing.data import small_spec
 
 SPEC = {**model_spec(small_spec(), {"kind": ["a"]}), "fleet_version": "run-1", "constant": 0.0, "constant_without_offset": 0.0}
