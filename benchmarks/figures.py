@@ -8,6 +8,8 @@ from benchmarks.judging import FLIGHTS, HOUSING, Conservation, group_errors, jud
 from benchmarks.kills import kills
 from benchmarks.poison import poison
 from benchmarks.runs import Runs
+from benchmarks.serving import cache_memory, open_cold, pack_bytes, rest_latency, row_warm
+from benchmarks.tampering import tampered
 from benchmarks.training import (
     AFTER_DECEMBER,
     against_pool,
@@ -330,6 +332,60 @@ FIGURES = {
                 Value("flights-over-pooled", "ratio", "<=", 1),
             ),
             blend_gain,
+        ),
+        Figure(
+            "open-cold",
+            "opening a local version and answering one row, libraries imported, nothing read yet: 10, 1,000, 10,000 groups",
+            4,
+            (*(Value(f"groups-{size}", "s", "<=", 0.5) for size in (10, 1000, 10_000)), Value("ratio", "ratio")),
+            open_cold,
+        ),
+        Figure(
+            "row-warm",
+            "one row through pyfunc.predict, warm, three grains blended, median",
+            2,
+            (Value("", "ms", "<=", 4), Value("without-mlflow", "ms")),
+            row_warm,
+        ),
+        Figure(
+            "rest-latency",
+            "one row over REST from `mlflow models serve`, and requests per second at 8 connections; the same of a model that does nothing",
+            3,
+            tuple(
+                Value(f"{whose}{part}", unit)
+                for whose in ("", "floor-")
+                for part, unit in (("median", "ms"), ("p99", "ms"), ("requests-per-second", "per-second"))
+            ),
+            rest_latency,
+        ),
+        Figure(
+            "cache-memory",
+            "peak resident memory of a process that has answered for 10,000 groups, cache of 256 MB",
+            4,
+            (Value("", "MB", "<=", 700), Value("cached-text", "MB")),
+            cache_memory,
+        ),
+        Figure(
+            "pack-bytes",
+            "bytes of a whole pack of 200 groups over those of the native texts",
+            1,
+            (Value("", "ratio", "<=", 0.33), Value("native-per-group", "bytes"), Value("stored-per-group", "bytes")),
+            pack_bytes,
+        ),
+        Figure(
+            "tampered-boosters",
+            "2,500 damaged packs, and 2,500 damaged texts whose digests fit, each loaded in a child process",
+            8,
+            (
+                Value("died", "processes", "==", 0),
+                Value("hung", "processes", "==", 0),
+                Value("other-answers", "packs", "==", 0),
+                Value("refused", "packs"),
+                Value("unharmed", "packs"),
+                Value("texts-refused", "texts"),
+                Value("texts-with-other-answers", "texts"),
+            ),
+            tampered,
         ),
         Figure(
             "kills-survived",

@@ -1,12 +1,18 @@
 """The registered model: how fast it opens and answers, how much it holds, and what becomes of damaged packs."""
 
+import http.client
 import json
+import os
 import resource
+import signal
+import socket
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +23,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from benchmarks.generated import SPLITS, GeneratedFleet
-from benchmarks.runs import PROJECT, Runs
+from benchmarks.runs import PROJECT, NotMeasured, Runs
 from pipeline.models.boosters import encode_booster
-from pipeline.models.meta_model import FleetModel, group_id
+from pipeline.models.meta_model import FleetModel, answer_columns, group_id
 from pipeline.models.pack import Generation, model_spec, write_pack
 from pipeline.spec import parse_spec
+from resources.mlflow_registry import MlflowRegistry
 
 SIZES = (10, 1_000, 10_000)
 ROUNDS = 100
@@ -138,5 +145,150 @@ def pack_bytes(runs: Runs) -> Mapping[str, float]:
     return {"": stored / native, "native-per-group": native / TRAINED, "stored-per-group": stored / TRAINED}
 
 
+def row_warm(runs: Runs) -> Mapping[str, float]:
+    """Milliseconds for one row of three blended grains through the registered model, loaded and warm."""
+    return _child("warm", _pack(runs, SIZES[1]), SIZES[1], runs.new_folder())
+
+
+def _warm(folder: str, n_groups: str, scratch: str) -> Mapping[str, float]:
+    import mlflow
+
+    uri, model_uri = _registered(Path(folder), Path(scratch))
+    mlflow.set_tracking_uri(uri)
+    model, direct = mlflow.pyfunc.load_model(model_uri), FleetModel(folder)
+    question = questions(np.array([int(n_groups) // 2]))
+    return {"": _milliseconds(lambda: model.predict(question)), "without-mlflow": _milliseconds(lambda: direct.predict(question))}
+
+
+def _milliseconds(call: Callable[[], Any], n: int = 500) -> float:
+    """Median of one call, after as many to warm up."""
+    found = []
+    for _ in range(2 * n):
+        started = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - started)
+    return 1000 * statistics.median(found[n:])
+
+
+def _registered(pack: Path, scratch: Path) -> tuple[str, str]:
+    """Tracking URI and model URI of a pack, registered as a fleet's is."""
+    registry = MlflowRegistry(tracking_uri=f"sqlite:///{scratch}/mlflow.db", artifact_root=f"{scratch}/artifacts", scratch=str(scratch))
+    model = FleetModel(pack)
+    inputs = {name: "string" if name in model.spec["grains"][-1] else "double" for name in model.required}
+    nothing: dict[str, Any] = {"parameters": {}, "metrics": {}, "tables": {}, "plots": {}}
+    version = registry.register(model.fleet, model.fleet_version, pack=pack, inputs=inputs, outputs=answer_columns(model.task), **nothing)
+    return registry.tracking_uri, f"models:/{version.name}/{version.number}"
+
+
+EMPTY_MODEL = """
+import mlflow
+import pandas as pd
+
+
+class Nothing(mlflow.pyfunc.PythonModel):
+    def predict(self, context, model_input: pd.DataFrame, params=None):
+        return [0.0] * len(model_input)
+
+
+mlflow.models.set_model(Nothing())
+"""
+
+
+def rest_latency(runs: Runs) -> Mapping[str, float]:
+    """One row over HTTP, warm, from `mlflow models serve`; beside the same server with a model that does nothing."""
+    import mlflow
+
+    scratch = runs.new_folder()
+    scratch.mkdir(parents=True, exist_ok=True)
+    uri, ours = _registered(_pack(runs, SIZES[1]), scratch)
+    (scratch / "nothing.py").write_text(EMPTY_MODEL)
+    mlflow.set_tracking_uri(uri)
+    mlflow.pyfunc.save_model(scratch / "nothing", python_model=str(scratch / "nothing.py"), pip_requirements=["mlflow"])
+    body = json.dumps({"dataframe_split": questions(np.array([SIZES[1] // 2])).to_dict("split", index=False)})
+    found: dict[str, float] = {}
+    for name, model_uri in (("", ours), ("floor-", str(scratch / "nothing"))):
+        with _served(uri, model_uri, scratch / f"{name}log.txt") as address:
+            found |= {f"{name}{part}": value for part, value in _load(address, body).items()}
+    return found
+
+
+def _load(address: str, body: str, n: int = 400, connections: int = 8) -> Mapping[str, float]:
+    """Median and 99th percentile of one connection in milliseconds, and requests per second of several."""
+    warm = _requests(address, body, n)
+    seconds = sorted(_requests(address, body, n))
+    started = time.perf_counter()
+    with ThreadPoolExecutor(connections) as pool:
+        answered = sum(len(part) for part in pool.map(lambda _: _requests(address, body, n // 2), range(connections)))
+    rate = answered / (time.perf_counter() - started)
+    print(f"  {address}: {len(warm)} requests to warm up, {len(seconds)} one by one, {answered} over {connections} connections", flush=True)
+    return {"median": 1000 * statistics.median(seconds), "p99": 1000 * seconds[int(0.99 * len(seconds))], "requests-per-second": rate}
+
+
+def _requests(address: str, body: str, n: int) -> list[float]:
+    """Seconds of each request, over one connection that is kept."""
+    connection = http.client.HTTPConnection(address, timeout=60)
+    seconds = []
+    for _ in range(n):
+        started = time.perf_counter()
+        connection.request("POST", "/invocations", body, {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        content = answer.read()
+        if answer.status != http.HTTPStatus.OK:
+            raise NotMeasured(f"{address} answered {answer.status}: {content[:500]!r}")
+        seconds.append(time.perf_counter() - started)
+    connection.close()
+    return seconds
+
+
+@contextmanager
+def _served(uri: str, model_uri: str, log: Path) -> Iterator[str]:
+    """`mlflow models serve` of a model, with one worker, while the block lasts."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"127.0.0.1:{port}"
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "models",
+        "serve",
+        "-m",
+        model_uri,
+        "--env-manager",
+        "local",
+        "-h",
+        "127.0.0.1",
+        "-p",
+        str(port),
+        "-w",
+        "1",
+    ]
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": uri, "MLFLOW_REGISTRY_URI": uri, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    # mlflow starts uvicorn by name.
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
+    with log.open("w") as told:
+        server = subprocess.Popen(command, env=environment, stdout=told, stderr=told, start_new_session=True)
+        try:
+            _wait_for(server, address, log)
+            yield address
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
+            server.wait(timeout=30)
+
+
+def _wait_for(server: subprocess.Popen[bytes], address: str, log: Path) -> None:
+    for _ in range(600):
+        if server.poll() is not None:
+            break
+        with suppress(OSError):
+            connection = http.client.HTTPConnection(address, timeout=5)
+            connection.request("GET", "/ping")
+            if connection.getresponse().status == http.HTTPStatus.OK:
+                return
+        time.sleep(0.1)
+    raise NotMeasured(f"the server at {address} does not answer; its log ends: {log.read_text()[-2000:]}")
+
+
 if __name__ == "__main__":
-    print(json.dumps({"open": _open, "memory": _memory}[sys.argv[1]](*sys.argv[2:])))
+    print(json.dumps({"open": _open, "memory": _memory, "warm": _warm}[sys.argv[1]](*sys.argv[2:])))
