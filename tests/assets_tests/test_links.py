@@ -59,6 +59,7 @@ def test_the_whole_chain_is_materialised(first_run: dg.ExecuteInProcessResult, c
             "boosters_match_the_ledger",
             "no_group_failed",
             "registered_model_answers",
+            "registered_versions_are_whole",
             "challenger_passed_its_gates",
             "every_row_is_answered",
         ],
