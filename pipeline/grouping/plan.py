@@ -17,7 +17,7 @@ from pipeline.training.start import Start
 Retrain = Literal["changed", "stale", "listed", "all"]
 GroupKey = tuple[int, str]
 
-TASK_SECONDS = 2.0
+TASK_SECONDS = 3.0
 # The last task of a slot in parts: as one, it would leave the other slots idle where the guesses were wrong.
 LAST_SHARES, MIN_TASKS_BEFORE_LAST = [0.5, 0.25, 0.25], 3
 # Fits of a group besides its trials: on fit rows (a refit only), on fit and tune rows, on all rows.

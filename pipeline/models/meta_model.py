@@ -566,7 +566,8 @@ class FleetModel:
         answered = {**values, "answered_by": answered_by, "booster_id": booster_id, "fleet_version": spec["fleet_version"]}
         answers = pd.DataFrame({name: answered[name] for name in answer_columns(spec["task"])}, index=rows_of_batch)
         if made_of is not None:
-            answers["contributions"] = made_of.told(answers["prediction"], anchored, offset, scale)
+            told = made_of.told(answers["prediction"], anchored, offset, scale)
+            answers["contributions"] = pd.Series(told, index=answers.index, dtype=object)
         return answers
 
     def check_files(self) -> None:

@@ -144,7 +144,8 @@ def _stored(before: FleetModel | None, store: PackStore | None, wanted: Sequence
     """Files of the store, and where in them an earlier version has boosters that are wanted again."""
     if before is None or store is None or before.root != store.root:
         return [], {}
-    asked, files, numbers = set(wanted), [], {}
+    asked, numbers = set(wanted), dict[int, int]()
+    files: list[dict[str, Any]] = []
     places: dict[str, dict[str, Any]] = {}
     for chain in before.chains():
         name = chain.booster_id

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.errors import StoreError
+from pipeline.models.meta_model import FleetModel
 from pipeline.tables import BOOSTERS, LEDGER, RUNS
 from resources.delta_tables import DeltaTables
 from resources.launch_settings import LaunchSettings
@@ -271,14 +272,13 @@ def test_meta_model_without_a_training_run_says_what_to_do(fleet: Any, failure: 
 
 
 def test_a_registered_model_that_answers_otherwise_fails_its_check(fleet: Any, monkeypatch: pytest.MonkeyPatch, checks: Checks) -> None:
-    import assets.meta_model as module
+    class Other(FleetModel):
+        def predict(self, frame: pd.DataFrame, **options: Any) -> pd.DataFrame:
+            found = super().predict(frame, **options)
+            return found.assign(prediction=found["prediction"] + 1)
 
-    class Other(module.FleetModel):
-        def predict(self, frame: pd.DataFrame) -> pd.DataFrame:
-            found = super().predict(frame)
-            return found.assign(prediction=found["prediction"] + ("packs" in str(self.folder)))
-
-    monkeypatch.setattr(module, "FleetModel", Other)
+    # What the registry opens, not what was packed.
+    monkeypatch.setattr("pipeline.testing.doubles.FleetModel", Other)
     check = checks(fleet.launch("meta_model"))["registered_model_answers"]
     assert (check.passed, check.blocking) == (False, True)
 

@@ -174,7 +174,7 @@ def test_tasks_of_many_small_groups_last_a_few_seconds() -> None:
     loads = pd.Series(costs).groupby(pack_tasks(costs, slots=4)).sum()
     last = 4 * len(LAST_SHARES)
     assert loads[:-last].between(2, 5).all()
-    assert loads[-last:].tolist() == pytest.approx([1.0] * 4 + [0.5] * 8)
+    assert loads[-last:].tolist() == pytest.approx([TASK_SECONDS / 2] * 4 + [TASK_SECONDS / 4] * 8, abs=0.1)
 
 
 def test_every_slot_has_work_where_groups_are_enough() -> None:
