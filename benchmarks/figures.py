@@ -254,7 +254,7 @@ FIGURES = {
         Figure(
             "busy-fraction",
             "the 1,000 groups: share of the slots' seconds inside train_group, and inside LightGBM",
-            25,
+            5,
             (
                 Value("train-group", "ratio", ">=", 0.9),
                 Value("lightgbm", "ratio", ">=", 0.7),
@@ -265,7 +265,7 @@ FIGURES = {
         Figure(
             "train-vs-pool",
             "the 1,000 groups: our throughput over that of a joblib process pool with the same function",
-            27,
+            7,
             (Value("", "ratio", ">=", 0.9), Value("our-seconds", "s"), Value("pool-seconds", "s"), Value("our-whole-run-seconds", "s")),
             against_pool,
         ),
@@ -311,7 +311,7 @@ FIGURES = {
         Figure(
             "incremental-1pct",
             "late rows in 1 % of the 1,000 groups: seconds of training over the first run's",
-            25,
+            5,
             (
                 Value("finest", "ratio", "<=", 0.03),
                 Value("whole", "ratio", "<=", 0.15),
