@@ -156,7 +156,8 @@ class MlflowRegistry(dg.ConfigurableResource):
                     name="model",
                     python_model=meta_model.__file__,
                     artifacts={"pack": str(pack)},
-                    model_config={"pack_sha256": digest},
+                    # Whoever loads a shared pack from a store of their own gives its options: load_model(uri, model_config={"storage_options": ...}).
+                    model_config={"pack_sha256": digest, "storage_options": {}},
                     signature=signature,
                     pip_requirements=requirements,
                 )

@@ -19,7 +19,6 @@ version may put together groups of several training runs, and changing one group
 
 import hashlib
 import json
-import os
 import re
 import threading
 from bisect import bisect_right
@@ -403,7 +402,7 @@ class FleetModel:
         folder: the pack.
         cache_bytes: bound of the booster cache.
         digest: of the index, where it is known which pack this must be.
-        options: of the object store that a shared pack is in, as deltalake takes them; what is not there is taken from the environment.
+        options: of the object store that a shared pack is in, as deltalake takes them; what is not there Arrow finds as AWS tools do.
 
     Raises:
         PackError: if a file of the pack is missing, unreadable, of another format, or not the one that the index names.
@@ -412,7 +411,7 @@ class FleetModel:
     def __init__(
         self, folder: str | Path, cache_bytes: int = CACHE_BYTES, digest: str | None = None, options: Mapping[str, str] | None = None
     ) -> None:
-        self._options = {**os.environ, **(options or {})}
+        self._options = dict(options or {})
         self.folder = Path(folder)
         index = read_index(self.folder, digest)
         try:
@@ -799,7 +798,7 @@ def _compare(found: Mapping[str, Any], expected: Mapping[str, Any], name: str) -
     _require(not differs, name, f"not the file of this pack ({'; '.join(differs)}); {_AGAIN}")
 
 
-def open_boosters(folder: Path, root: str | None, file: Mapping[str, Any], options: Mapping[str, str] = os.environ) -> pa.NativeFile:
+def open_boosters(folder: Path, root: str | None, file: Mapping[str, Any], options: Mapping[str, str]) -> pa.NativeFile:
     """A file of boosters, open for reading at any place: one of the pack, or of the store that a shared pack names."""
     if root is None:
         return pa.OSFile(str(folder / file["path"]))
@@ -883,7 +882,8 @@ def _register() -> None:
         """The registered model: opens the pack that travels with it."""
 
         def load_context(self, context: Any) -> None:
-            self.model = FleetModel(context.artifacts["pack"], digest=(context.model_config or {}).get("pack_sha256"))
+            settings = context.model_config or {}
+            self.model = FleetModel(context.artifacts["pack"], digest=settings.get("pack_sha256"), options=settings.get("storage_options"))
 
         def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:  # noqa: ARG002
             return self.model.predict(model_input, **(params or {}))

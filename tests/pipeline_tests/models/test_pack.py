@@ -75,7 +75,7 @@ def texts_of(model: FleetModel) -> dict[str, bytes]:
     found = {}
     for chain in model.chains():
         number, offset, size = chain.place
-        with open_boosters(model.folder, model.root, model.files[number]) as file:
+        with open_boosters(model.folder, model.root, model.files[number], model._options) as file:
             found[str(chain.booster_id)] = file.read_at(size, offset)
     return found
 
@@ -112,13 +112,11 @@ def test_a_file_that_the_store_has_lost_is_named(tmp_path: Path, damage: str) ->
         model.check_files()
 
 
-def test_a_shared_pack_may_be_in_an_object_store(tmp_path: Path, object_store: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in object_store.items():
-        monkeypatch.setenv(name, value)
+def test_a_shared_pack_may_be_in_an_object_store(tmp_path: Path, object_store: dict[str, str]) -> None:
     root = "s3://fleets/shared/packs"
     store = PackStore(root, *filesystem_of(root, object_store))
     write_pack(tmp_path / "pack", [Generation(SPEC, ledger(ONE.booster_id))], lambda _: [vars(ONE)], store=store)
-    model = FleetModel(tmp_path / "pack")
+    model = FleetModel(tmp_path / "pack", options=object_store)
     model.check_files()
     assert texts_of(model) == {ONE.booster_id: ONE.text}
 
