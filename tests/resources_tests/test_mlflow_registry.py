@@ -179,3 +179,27 @@ def test_inputs_that_may_be_null_or_integers_are_doubles() -> None:
         "f": "string",
         "g": "double",
     }
+
+
+def test_a_registered_version_explains_itself_when_asked(mlflow_registry: MlflowRegistry, tmp_path: Path, booster_text: str) -> None:
+    version = register(mlflow_registry, "explained", "run-1", pack_of(tmp_path / "pack", booster_text, 1, "run-1"))
+    import mlflow
+
+    served = mlflow.pyfunc.load_model(f"models:/explained/{version.number}")
+    question = pd.DataFrame({"store": ["0", "new"], "x": [0.1, 0.9]})
+    plain, explained = served.predict(question), served.predict(question, params={"explain": True})
+    pd.testing.assert_frame_equal(explained.drop(columns="contributions"), plain)
+    sums = [sum(part["contribution"] for part in parts) for parts in explained["contributions"]]
+    assert sums == pytest.approx(plain["prediction"].tolist(), rel=1e-12)
+
+
+def test_a_registered_pack_that_was_exchanged_is_refused(mlflow_registry: MlflowRegistry, tmp_path: Path, booster_text: str) -> None:
+    version = register(mlflow_registry, "exchanged", "run-1", pack_of(tmp_path / "pack", booster_text, 1, "run-1"))
+    import mlflow
+
+    local = Path(mlflow.artifacts.download_artifacts(f"models:/exchanged/{version.number}", dst_path=str(tmp_path / "local")))
+    pack_of(tmp_path / "other", booster_text, 2, "run-2")
+    for file in (tmp_path / "other").iterdir():
+        (local / "artifacts" / "pack" / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(Exception, match="version 'run-2', not the pack that was registered"):
+        mlflow.pyfunc.load_model(str(local))
