@@ -379,6 +379,7 @@ FIGURES = {
             (
                 Value("died", "processes", "==", 0),
                 Value("hung", "processes", "==", 0),
+                Value("raised-something-else", "processes", "==", 0),
                 Value("other-answers", "packs", "==", 0),
                 Value("refused", "packs"),
                 Value("unharmed", "packs"),

@@ -7,8 +7,9 @@ import random
 import re
 import shutil
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,8 +24,8 @@ from pipeline.models.meta_model import FleetModel, PackError, decode_booster, in
 N_PACKS, N_TEXTS = 2_500, 2_500
 N_GROUPS = 12
 HUNG_SECONDS = 20
-UNHARMED, REFUSED, OTHER_ANSWERS, DIED, HUNG = "unharmed", "refused", "other answers", "died", "hung"
-_EXITS = {0: UNHARMED, 1: REFUSED, 2: OTHER_ANSWERS}
+UNHARMED, REFUSED, OTHER_ANSWERS, RAISED, DIED, HUNG = "unharmed", "refused", "other answers", "raised something else", "died", "hung"
+_EXITS = {0: UNHARMED, 1: REFUSED, 2: OTHER_ANSWERS, 3: RAISED}
 
 Damage = Callable[[random.Random, Path, Path], None]
 
@@ -33,14 +34,17 @@ def tampered(runs: Runs) -> Mapping[str, float]:
     """What became of damaged packs that are opened as the registered one, and of damaged texts whose digests were made to fit."""
     folder = runs.new_folder()
     pack, other = generated_pack(folder / "pack", N_GROUPS), generated_pack(folder / "other", 2 * N_GROUPS)
-    packs = _tally(lambda seed: _try_pack(seed, pack, other, folder / "copy"), N_PACKS)
+    expected = FleetModel(pack).predict(_QUESTION)
+    packs = _tally(lambda seed: _try_pack(seed, pack, other, folder / "copy", expected), N_PACKS)
     texts = [_text_of(pack, number) for number in range(N_GROUPS)]
-    resealed = _tally(lambda seed: _try_text(seed, texts), N_TEXTS)
+    answers = [load_booster(vars(encode_booster(text)), "text").predict(_INPUTS, num_threads=1) for text in texts]
+    resealed = _tally(lambda seed: _try_text(seed, texts, answers), N_TEXTS)
     print(f"  packs: {dict(packs)}; texts with digests that fit: {dict(resealed)}", flush=True)
     both = packs + resealed
     return {
         "died": both[DIED],
         "hung": both[HUNG],
+        "raised-something-else": both[RAISED],
         "other-answers": packs[OTHER_ANSWERS],
         "refused": packs[REFUSED],
         "unharmed": packs[UNHARMED],
@@ -53,24 +57,21 @@ def _tally(attempt: Callable[[int], str], n: int) -> "collections.Counter[str]":
     return collections.Counter(attempt(seed) for seed in range(n))
 
 
-def _try_pack(seed: int, pack: Path, other: Path, copy: Path) -> str:
+def _try_pack(seed: int, pack: Path, other: Path, copy: Path, expected: pd.DataFrame) -> str:
     dice = random.Random(seed)  # noqa: S311 - to be repeatable
     digest = index_digest(read_index(pack))
-    expected = FleetModel(pack, digest=digest).predict(_QUESTION)
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(pack, copy)
     _DAMAGES[seed % len(_DAMAGES)](dice, copy, other)
     return in_child(lambda: FleetModel(copy, digest=digest).predict(_QUESTION).equals(expected))
 
 
-def _try_text(seed: int, texts: list[str]) -> str:
+def _try_text(seed: int, texts: Sequence[str], answers: Sequence[Any]) -> str:
     dice = random.Random(seed)  # noqa: S311 - to be repeatable
-    text = dice.choice(texts)
-    changed = _TEXT_DAMAGES[seed % len(_TEXT_DAMAGES)](dice, text)
-    inputs = _QUESTION[[name for name in _QUESTION if name.startswith("x")]].to_numpy(np.float32)
-    expected = load_booster(vars(encode_booster(text)), "text").predict(inputs, num_threads=1)
+    number = dice.randrange(len(texts))
+    changed = _TEXT_DAMAGES[seed % len(_TEXT_DAMAGES)](dice, texts[number])
 
-    def answers() -> bool:
+    def answers_as_before() -> bool:
         raw = changed.encode("utf-8", "surrogateescape")
         row = {
             "booster_id": "x",
@@ -78,9 +79,9 @@ def _try_text(seed: int, texts: list[str]) -> str:
             "n_bytes": len(raw),
             "text": pa.Codec("zstd").compress(raw, asbytes=True),
         }
-        return bool(np.array_equal(load_booster(row, "text").predict(inputs, num_threads=1), expected))
+        return bool(np.array_equal(load_booster(row, "text").predict(_INPUTS, num_threads=1), answers[number]))
 
-    return in_child(answers)
+    return in_child(answers_as_before)
 
 
 def in_child(answers_as_before: Callable[[], bool]) -> str:
@@ -100,7 +101,7 @@ def in_child(answers_as_before: Callable[[], bool]) -> str:
     _, status = os.waitpid(pid, 0)
     if os.WIFSIGNALED(status):
         return HUNG if os.WTERMSIG(status) == signal.SIGALRM else DIED
-    return _EXITS.get(os.WEXITSTATUS(status), f"raised something else ({os.WEXITSTATUS(status)})")
+    return _EXITS[os.WEXITSTATUS(status)]
 
 
 def _text_of(pack: Path, number: int) -> str:
@@ -186,4 +187,5 @@ def _line(dice: random.Random, text: str) -> str:
 
 
 _TEXT_DAMAGES: tuple[Callable[[random.Random, str], str], ...] = (_text_flip, _text_cut, _digit, _index, _line)
-_QUESTION: pd.DataFrame = questions(np.arange(N_GROUPS))
+_QUESTION = questions(np.arange(N_GROUPS))
+_INPUTS = _QUESTION[[name for name in _QUESTION if name.startswith("x")]].to_numpy(np.float32)
