@@ -361,7 +361,7 @@ FIGURES = {
         Figure(
             "cache-memory",
             "peak resident memory of a process that has answered for 10,000 groups, cache of 256 MB",
-            4,
+            6,
             (Value("", "MB", "<=", 700), Value("cached-text", "MB")),
             cache_memory,
         ),
@@ -375,7 +375,7 @@ FIGURES = {
         Figure(
             "tampered-boosters",
             "2,500 damaged packs, and 2,500 damaged texts whose digests fit, each loaded in a child process",
-            8,
+            4,
             (
                 Value("died", "processes", "==", 0),
                 Value("hung", "processes", "==", 0),
