@@ -133,10 +133,10 @@ def history_text(tables: DeltaTables, namespace: str, wanted: str) -> str:
         raise ModelNotFound(_unknown_group(tables.read_pandas(location, columns=["run_id", "grain", "grain_name", "group_id"]), namespace, wanted))
     runs = _runs(tables, namespace)
     rows = rows.merge(runs.drop_duplicates("run_id", keep="last"), on="run_id", how="left").sort_values("started_at", kind="stable")
-    history = [_history_line(row) for row in records(rows)]
-    newest = records(rows)[-1]
+    past = records(rows)
+    history, newest = [_history_line(row) for row in past], past[-1]
     run = tables.read_pandas(location, where={"run_id": newest["run_id"]})
-    unfinished = [str(row["run_id"])[:SHOWN_ID] for row in records(rows) if "finished_at" in row and row["finished_at"] is None]
+    unfinished = [str(row["run_id"])[:SHOWN_ID] for row in past if "finished_at" in row and row["finished_at"] is None]
     parts = [
         f"fleet {namespace}, group {wanted}, grain {_text(newest, 'grain_name')}",
         text_table(list(_COLUMNS), history),

@@ -208,7 +208,7 @@ def tracking_server(folder: Path) -> Iterator[TrackingServer]:
         RuntimeError: if the server does not answer in time; says what it printed last.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    direct_uri = f"http://{LOOPBACK}:{_free_port()}"
+    direct_uri = f"http://{LOOPBACK}:{free_port()}"
     with (folder / "log.txt").open("w", encoding="utf-8") as log:
         server = _started(folder, direct_uri, log.fileno())
         try:
@@ -262,7 +262,8 @@ def _stop(server: subprocess.Popen[bytes]) -> None:
     server.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         return int(probe.getsockname()[1])

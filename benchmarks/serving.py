@@ -4,7 +4,6 @@ import http.client
 import json
 import os
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import pandas as pd
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from benchmarks.counting_proxy import free_port
 from benchmarks.generated import SPLITS, GeneratedFleet
 from benchmarks.runs import PROJECT, NotMeasured, Runs
 from pipeline.models.boosters import encode_booster
@@ -248,9 +248,7 @@ def _requests(address: str, body: str, n: int) -> list[float]:
 @contextmanager
 def _served(uri: str, model_uri: str, log: Path) -> Iterator[str]:
     """`mlflow models serve` of a model, with one worker, while the block lasts."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     address = f"127.0.0.1:{port}"
     command = [
         sys.executable,

@@ -264,7 +264,7 @@ _OF_NODES = {
     "internal_weight": np.float64,
     "internal_count": np.int64,
 }
-_LINES = ("split_feature", "split_gain", "threshold", "decision_type", "left_child", "right_child", *_OF_LEAVES, *list(_OF_NODES)[-3:])
+_LINES = (*list(_OF_NODES)[:6], *_OF_LEAVES, *list(_OF_NODES)[6:])
 _TREE = re.compile(
     r"Tree=(?P<number>\d+)\nnum_leaves=(?P<n_leaves>\d{1,9})\nnum_cat=(?P<n_cat>\d{1,9})\n"
     + "".join(rf"{name}=(?P<{name}>[-+.\deinfa ]*)\n" for name in _LINES)
@@ -426,13 +426,11 @@ class FleetModel:
             _require(self._chains_file.schema_arrow.equals(CHAINS), self.folder / "chains.parquet", "not a table of chains")
             self.root, self.files = index["boosters"]["root"], index["boosters"]["files"]
             if self.root is None:
-                for file in self.files:
-                    check_footer(self.folder / file["path"], file)
+                self.check_files()
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
             raise PackError(f"{self.folder}: not a readable pack ({error})") from error
         self.fleet: str = index["fleet"]
         self.fleet_version: str = index["fleet_version"]
-        self.n_chains = int(index["n_chains"])
         self.required = list(dict.fromkeys(name for spec in self.generations for name in spec["required"]))
         self._serving: dict[tuple[int, str], int] = {}
         self._chains: dict[tuple[int, str, int], Chain] = {}

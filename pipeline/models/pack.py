@@ -122,7 +122,8 @@ def write_pack(
     wanted = list(dict.fromkeys(chains["booster_id"].dropna()))
     files, known = _stored(before, store, wanted)
     new = [name for name in wanted if name not in known]
-    found = {row["booster_id"]: row for row in boosters(new) if row["booster_id"] in set(new)} if new else {}
+    asked = set(new)
+    found = {row["booster_id"]: row for row in boosters(new) if row["booster_id"] in asked} if new else {}
     lacking = [name for name in new if name not in found]
     if lacking:
         raise StoreError(f"booster store lacks {len(lacking)} boosters that the ledger names, e.g. {min(lacking)}; train again")

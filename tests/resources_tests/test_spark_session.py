@@ -40,13 +40,17 @@ print("stopped")
 """
 
 
+def says_stopped(script: str, folder: Path) -> None:
+    command = [sys.executable, "-c", script, str(folder)]
+    told = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, cwd=folder)
+    assert told.returncode == 0, told.stderr[-3000:]
+    assert told.stdout.splitlines()[-1] == "stopped"
+
+
 @pytest.mark.integration
 @pytest.mark.slow
 def test_a_run_that_fails_stops_its_session(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", A_RUN_THAT_FAILS, str(tmp_path)]
-    told = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, cwd=tmp_path)
-    assert told.returncode == 0, told.stderr[-3000:]
-    assert told.stdout.splitlines()[-1] == "stopped"
+    says_stopped(A_RUN_THAT_FAILS, tmp_path)
 
 
 TWO_THAT_START_TOGETHER = """
@@ -69,10 +73,7 @@ print("stopped")
 @pytest.mark.integration
 @pytest.mark.slow
 def test_of_two_that_start_together_one_opens_and_stops_the_session(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", TWO_THAT_START_TOGETHER, str(tmp_path)]
-    told = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, cwd=tmp_path)
-    assert told.returncode == 0, told.stderr[-3000:]
-    assert told.stdout.splitlines()[-1] == "stopped"
+    says_stopped(TWO_THAT_START_TOGETHER, tmp_path)
 
 
 def test_a_session_that_is_open_is_used_and_left_open(spark: SparkSession, tmp_path: Path) -> None:
