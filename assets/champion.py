@@ -1,16 +1,70 @@
-"""`<fleet>/champion`: the version that serves; moved only when the challenger passes its gates."""
+"""`<fleet>/champion`: the version that serves; each group moves to the challenger only if the paired tests, or a person, say so."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import dagster as dg
 import pandas as pd
+import pyarrow as pa
 
-from assets.link import link_key, link_settings, prefixed, readable_failures
+from assets.link import link_key, link_settings, png, prefixed, readable_failures
+from assets.meta_model import pack_spec
+from assets.mosaic import register_mosaic
 from assets.newest_run import ledger_of
-from pipeline.models.promotion import Gate, judge_challenger
+from pipeline.errors import ModelNotFound, SpecError, StoreError
+from pipeline.grouping.plan import refuse_unknown
+from pipeline.models.promotion import Gate, Judgement, Side, judge_challenger, overridden, rolled_back, taken_back
+from pipeline.reporting.plots import decision_plot
 from pipeline.reporting.summary import markdown_table
+from pipeline.spark.comparison import Contest, judge
+from pipeline.spark.fleet_training import Cluster, read_runs
 from pipeline.spec import FleetSpec
-from resources.delta_tables import DeltaTables
+from pipeline.tables import DECISIONS
+from resources.delta_tables import DeltaTables, contract_metadata
 from resources.launch_settings import LaunchSettings
-from resources.mlflow_registry import CHALLENGER, CHAMPION, MlflowRegistry
+from resources.mlflow_registry import CHALLENGER, CHAMPION, MlflowRegistry, Version
+from resources.spark_session import SparkSessionResource
+
+SHOWN = 20
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What deciding takes."""
+
+    spec: FleetSpec
+    namespace: str
+    tables: DeltaTables
+    registry: MlflowRegistry
+    spark: SparkSessionResource
+    launch: LaunchSettings
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a launch did.
+
+    Args:
+        decisions: one row per group, columns of `tables.DECISIONS` that differ from group to group.
+        gates: of the challenger; none for a rollback.
+        before: the version that served; None for none.
+        after: the version that serves; None for none.
+        challenger: the version that was judged; None for a rollback.
+    """
+
+    decisions: pd.DataFrame
+    gates: Sequence[Gate]
+    before: Version | None
+    after: Version | None
+    challenger: Version | None
+
+    @property
+    def moved(self) -> "pd.Series[Any]":
+        """Per decision whether another fleet version answers since."""
+        is_new = self.decisions["from_version"].fillna("") != self.decisions["to_version"].fillna("")
+        changed = _number(self.before) != _number(self.after)
+        return is_new & changed
 
 
 def champion_asset(spec: FleetSpec) -> dg.AssetsDefinition:
@@ -20,46 +74,52 @@ def champion_asset(spec: FleetSpec) -> dg.AssetsDefinition:
         **link_settings(
             spec,
             "champion",
-            description="The version under the alias `champion`. A challenger that fails a gate leaves it where it is.",
-            kinds={"mlflow"},
+            description="The version under the alias `champion`: each group is answered by the newest chain that is not worse than the one before. "
+            "A challenger that fails a gate leaves it where it is. Launch it alone with `decision` to override or to roll back.",
+            kinds={"mlflow", "spark"},
             deps=["meta_model"],
         ),
         check_specs=[
             dg.AssetCheckSpec(
-                "challenger_passed_its_gates", asset=link_key(spec, "champion"), description="The newest version is fit to serve, and does."
+                "challenger_passed_its_gates", asset=link_key(spec, "champion"), description="The newest version is fit to serve, group by group."
             )
         ],
     )
-    def champion(context: dg.AssetExecutionContext, tables: DeltaTables, registry: MlflowRegistry, launch: LaunchSettings) -> dg.MaterializeResult:
-        namespace = launch.namespace(spec)
+    def champion(
+        context: dg.AssetExecutionContext, tables: DeltaTables, registry: MlflowRegistry, spark: SparkSessionResource, launch: LaunchSettings
+    ) -> dg.MaterializeResult:
+        parts = _Parts(spec, launch.namespace(spec), tables, registry, spark, launch)
         with readable_failures():
-            challenger = registry.get(namespace, CHALLENGER)
-            ledger = ledger_of(tables, namespace, challenger.fleet_version)
-            gates = judge_challenger(ledger, registry.open_pack(challenger, tables.storage_options).groups())
-            passed = all(gate.passed for gate in gates)
-            before = registry.find(namespace, CHAMPION)
-            if passed:
-                registry.promote(challenger)
-            serving = registry.find(namespace, CHAMPION)
-        context.log.info(_text(gates, challenger.number, serving.number if serving else None))
+            done = _roll_back(parts) if launch.decision == "rollback" else _decide(parts)
+            location = tables.location(parts.namespace, DECISIONS.name)
+            _record(parts, done, location, context.run.run_id)
+        context.log.info(_text(done))
+        failed = [f"{gate.name}: {gate.found}" for gate in done.gates if not gate.passed]
+        shown = done.decisions.assign(moved=done.moved)
         return dg.MaterializeResult(
             metadata={
+                **contract_metadata(DECISIONS, location),
                 **prefixed(
                     {
-                        "champion": serving.number if serving else "none",
-                        "before": before.number if before else "none",
-                        "challenger": challenger.number,
-                        "fleet_version": serving.fleet_version if serving else "none",
+                        "champion": _number(done.after),
+                        "before": _number(done.before),
+                        "challenger": _number(done.challenger),
+                        "fleet_version": done.after.fleet_version if done.after else "none",
+                        "decision": launch.decision,
+                        "groups_moved": int(done.moved.sum()),
                     }
                 ),
-                "fleet/gates": dg.MetadataValue.md(markdown_table(pd.DataFrame([vars(gate) for gate in gates]))),
+                "fleet/gates": dg.MetadataValue.md(markdown_table(pd.DataFrame([vars(gate) for gate in done.gates]))),
+                "fleet/reasons": dg.MetadataValue.md(markdown_table(_reasons(shown))),
+                "fleet/tested_groups": dg.MetadataValue.md(markdown_table(_tested(shown))),
+                "fleet/plot": png(decision_plot(shown, spec)),
             },
             check_results=[
                 dg.AssetCheckResult(
                     check_name="challenger_passed_its_gates",
-                    passed=passed,
+                    passed=not failed,
                     severity=dg.AssetCheckSeverity.ERROR,
-                    description="; ".join(f"{gate.name}: {gate.found}" for gate in gates if not gate.passed) or "all gates passed",
+                    description="; ".join(failed) or "all gates passed",
                 )
             ],
         )
@@ -67,8 +127,184 @@ def champion_asset(spec: FleetSpec) -> dg.AssetsDefinition:
     return champion
 
 
-def _text(gates: list[Gate], challenger: str, serving: str | None) -> str:
-    failed = [f"{gate.name} ({gate.found}, expected {gate.expected})" for gate in gates if not gate.passed]
+def _decide(parts: _Parts) -> _Outcome:
+    """Judge the challenger, group by group, and move the alias where the gates let it."""
+    registry, launch, options = parts.registry, parts.launch, parts.tables.storage_options
+    challenger, before = registry.get(parts.namespace, CHALLENGER), registry.find(parts.namespace, CHAMPION)
+    if launch.decision == "keep" and before is None:
+        raise SpecError("decision is keep, and no version is champion yet; expected judge or promote")
+    model = registry.open_pack(challenger, options)
+    serving_model = None if before is None else registry.open_pack(before, options)
+    ledger = ledger_of(parts.tables, parts.namespace, challenger.fleet_version)
+    gates = judge_challenger(ledger, model.groups())
+    refuse_unknown(launch.decision_groups, ledger["group_id"].tolist())
+    run = _run_of(parts, challenger)
+    serving = {} if serving_model is None else serving_model.serving()
+    specs = {} if serving_model is None else {str(spec["fleet_version"]): spec for spec in serving_model.generations}
+    contest = Contest(
+        run=run,
+        challenger=Side.of_ledger(pack_spec(pd.Series(run)), ledger),
+        champions={version: Side.of_ledger(specs[version], ledger_of(parts.tables, parts.namespace, version)) for version in set(serving.values())},
+        serving=serving,
+        rolled_back=_taken_back(parts, challenger.fleet_version),
+    )
+    features = parts.tables.read_spark(parts.spark.session, parts.tables.location(parts.spec.name, "features"), int(run["features_version"]))
+    cluster = Cluster(parts.spark.session, _say_nothing, parts.spark.group_memory_bytes)
+    judged = judge(cluster, parts.tables, parts.namespace, features, parts.spec, contest, parts.spark.slots, parts.spark.task_cpus)
+    judgement = overridden(judged, launch.decision, launch.decision_groups, challenger.fleet_version)
+    fit_to_serve = all(gate.passed for gate in gates)
+    # A person may promote what the tests would not, but not what cannot answer.
+    goes = fit_to_serve and (judgement.passed or launch.decision == "promote")
+    gates = [*gates, *judgement.gates]
+    if not goes:
+        return _Outcome(_stopped(judgement), gates, before, before, challenger)
+    after = before
+    if judgement.is_whole:
+        registry.promote(challenger)
+        after = challenger
+    elif judgement.changes_answers:
+        models = [model, *([] if serving_model is None else [serving_model])]
+        after = register_mosaic(
+            parts.tables, registry, parts.spark, parts.spec, parts.namespace, judgement.serving, models, _columns(judgement.decisions)
+        )
+        registry.promote(after)
+    return _Outcome(_columns(judgement.decisions), gates, before, after, challenger)
+
+
+def _roll_back(parts: _Parts) -> _Outcome:
+    """Let what served before serve again, for the whole fleet or for some groups; nothing is trained."""
+    registry, options = parts.registry, parts.tables.storage_options
+    before = registry.get(parts.namespace, CHAMPION)
+    target = registry.numbered(parts.namespace, parts.launch.rollback_to or _number_before(parts, before))
+    current, earlier = registry.open_pack(before, options), registry.open_pack(target, options)
+    listed = parts.launch.decision_groups
+    refuse_unknown(listed, sorted({group for _, group in [*current.groups(), *earlier.groups()]}))
+    decisions = rolled_back(current.serving(), earlier.serving(), listed)
+    after = target
+    if listed:
+        moved = {(int(row["grain"]), str(row["group_id"])): str(row["to_version"]) for row in decisions.to_dict("records")}
+        serving = {**current.serving(), **moved}
+        after = register_mosaic(parts.tables, registry, parts.spark, parts.spec, parts.namespace, serving, [current, earlier], decisions)
+    registry.promote(after)
+    return _Outcome(decisions, [], before, after, None)
+
+
+def _number_before(parts: _Parts, champion: Version) -> str:
+    """The registered version that served before the champion."""
+    location = parts.tables.location(parts.namespace, DECISIONS.name)
+    rows = pd.DataFrame()
+    if parts.tables.exists(location):
+        rows = parts.tables.read_pandas(
+            location, where={"champion_after": champion.number, "group_id": "[]"}, columns=["decided_at", "champion_before", "champion_after"]
+        )
+        rows = rows[rows["champion_before"].notna() & (rows["champion_before"] != champion.number)].sort_values("decided_at")
+    if rows.empty:
+        raise ModelNotFound(f"no version served before version {champion.number}, as far as {location} tells; name one in rollback_to")
+    return str(rows["champion_before"].iloc[-1])
+
+
+def _run_of(parts: _Parts, challenger: Version) -> Mapping[str, Any]:
+    runs = read_runs(parts.tables, parts.namespace)
+    found = runs[runs["run_id"] == challenger.fleet_version]
+    if found.empty:
+        raise StoreError(
+            f"the tables at {parts.tables.location(parts.namespace)} do not know run {challenger.fleet_version} of version {challenger.number}: "
+            "registry and data root do not belong together; materialise models again"
+        )
+    run = {str(name): value for name, value in found.iloc[-1].items()}
+    if run["spec_digest"] != parts.spec.training_digest:
+        raise SpecError(
+            f"fleet {parts.spec.name!r} is described otherwise than when version {challenger.number} (run {challenger.fleet_version}) was trained; "
+            "materialise models and meta_model first, or roll back"
+        )
+    return run
+
+
+def _taken_back(parts: _Parts, challenger: str) -> Any:
+    location = parts.tables.location(parts.namespace, DECISIONS.name)
+    if not parts.tables.exists(location):
+        return frozenset()
+    columns = ["decision", "moved", "from_version", "grain", "group_id"]
+    return taken_back(parts.tables.read_pandas(location, where={"decision": "rollback"}, columns=columns), challenger)
+
+
+def _columns(decisions: pd.DataFrame) -> pd.DataFrame:
+    return decisions.reindex(columns=[name for name in DECISIONS.schema.names if name in decisions])
+
+
+def _stopped(judgement: Judgement) -> pd.DataFrame:
+    """Decisions that the gates did not let happen."""
+    rows = judgement.decisions
+    would = rows["from_version"].fillna("") != rows["to_version"]
+    return _columns(rows.assign(reason=rows["reason"].mask(would, "gates"), to_version=rows["from_version"]))
+
+
+def _record(parts: _Parts, done: _Outcome, location: str, decision_id: str) -> None:
+    """One commit; a launch that is repeated replaces its own."""
+    launch = parts.launch
+    rows = done.decisions.assign(
+        decision_id=decision_id,
+        decided_at=pd.Timestamp.now(tz="UTC"),
+        decided_by=launch.decided_by,
+        decision=launch.decision,
+        why=launch.why,
+        champion_before=done.before.number if done.before else None,
+        champion_after=done.after.number if done.after else None,
+        challenger=done.challenger.number if done.challenger else None,
+        moved=done.moved,
+    )
+    file = parts.tables.write_file(_arrow(rows), DECISIONS.schema, location)
+    parts.tables.commit(location, [file] if file else [], DECISIONS.schema, mode="overwrite", partition={"decision_id": decision_id})
+
+
+def _arrow(rows: pd.DataFrame) -> pa.Table:
+    whole = rows.reindex(columns=DECISIONS.schema.names)
+    for name in ("n_rows", "n_blocks"):
+        whole[name] = pd.to_numeric(whole[name]).astype("Int64")
+    for name in ("loss_champion", "loss_challenger", "p_value"):
+        whole[name] = pd.to_numeric(whole[name]).astype(float)
+    for field in DECISIONS.schema:
+        if pa.types.is_string(field.type):
+            whole[field.name] = pd.Series([None if pd.isna(text) else str(text) for text in whole[field.name]], index=whole.index, dtype=object)
+    return pa.Table.from_pandas(whole, schema=DECISIONS.schema, preserve_index=False)
+
+
+def _reasons(rows: pd.DataFrame) -> pd.DataFrame:
+    """Groups by what became of them, and why."""
+    counted = rows.groupby(["moved", "reason", "to_version"], dropna=False).size().reset_index(name="groups")
+    return counted.sort_values("groups", ascending=False, ignore_index=True)
+
+
+def _tested(rows: pd.DataFrame) -> pd.DataFrame:
+    """The clearest of the tested groups."""
+    if "p_value" not in rows:
+        return pd.DataFrame()
+    tested = rows[rows["p_value"].notna()].sort_values(["p_value", "group_id"]).head(SHOWN)
+    return tested[["group_id", "moved", "reason", "n_rows", "loss_champion", "loss_challenger", "p_value"]]
+
+
+def _say_nothing(*_: float) -> None:
+    """A report to nobody."""
+
+
+def _number(version: Version | None) -> str:
+    return version.number if version else "none"
+
+
+def _text(done: _Outcome) -> str:
+    failed = [f"{gate.name} ({gate.found}, expected {gate.expected})" for gate in done.gates if not gate.passed]
+    if done.challenger is None:
+        return f"rolled back: {int(done.moved.sum()):,} groups; champion is version {_number(done.after)}, before {_number(done.before)}"
+    version = done.challenger.number
     if failed:
-        return f"version {challenger} stays challenger: {'; '.join(failed)}; champion is {serving or 'none'}"
-    return f"version {challenger} passed {len(gates)} gates and is champion"
+        served = f"; champion is {_number(done.after)}"
+        return f"version {version} {'is promoted all the same' if done.moved.any() else 'stays challenger'}: {'; '.join(failed)}{served}"
+    if done.after is not None and done.after.number == version:
+        return f"version {version} passed {len(done.gates)} gates and is champion"
+    stayed = int((done.decisions["from_version"] == done.decisions["to_version"]).sum())
+    if not done.moved.any():
+        return f"version {version} passed {len(done.gates)} gates, and no group is better off with it; champion is {_number(done.after)}"
+    return (
+        f"version {version} passed {len(done.gates)} gates: it answers {int(done.moved.sum()):,} more groups, {stayed:,} stay as they are; "
+        f"champion is version {_number(done.after)}, put together of both"
+    )

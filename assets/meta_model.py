@@ -67,8 +67,8 @@ def meta_model_asset(spec: FleetSpec) -> dg.AssetsDefinition:
                 pack,
                 [Generation(pack_spec(run), ledger)],
                 lambda names: _boosters(tables, namespace, run, names),
-                store=_store(tables, namespace) if spec.pack == SHARED else None,
-                before=None if before is None else registry.open_pack(before, tables.storage_options),
+                store=pack_store(tables, namespace, spec),
+                before=[] if before is None else [registry.open_pack(before, tables.storage_options)],
             )
             features = tables.read_spark(spark.session, tables.location(spec.name, "features"), int(str(run["features_version"])))
             dtypes = {field.name: field.dataType.simpleString() for field in features.schema}
@@ -148,7 +148,10 @@ def _boosters(tables: DeltaTables, namespace: str, run: "pd.Series[Any]", names:
     yield from tables.read_arrow(tables.location(namespace, BOOSTERS.name), where=where).to_pylist()
 
 
-def _store(tables: DeltaTables, namespace: str) -> PackStore:
+def pack_store(tables: DeltaTables, namespace: str, spec: FleetSpec) -> PackStore | None:
+    """Where the fleet's packs keep their boosters; None for in themselves."""
+    if spec.pack != SHARED:
+        return None
     root = tables.location(namespace, "packs")
     return PackStore(root, *filesystem_of(root, tables.storage_options))
 

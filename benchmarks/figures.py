@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from benchmarks.judging import FLIGHTS, HOUSING, Conservation, group_errors, judge, ledger_conservation, predictions_conservation
 from benchmarks.kills import kills
 from benchmarks.poison import poison
+from benchmarks.promotion import false_promotions, true_promotions
 from benchmarks.runs import Runs
 from benchmarks.serving import cache_memory, open_cold, pack_bytes, rest_latency, row_warm
 from benchmarks.tampering import tampered
@@ -371,6 +372,20 @@ FIGURES = {
             1,
             (Value("", "ratio", "<=", 0.33), Value("native-per-group", "bytes"), Value("stored-per-group", "bytes")),
             pack_bytes,
+        ),
+        Figure(
+            "false-promotions",
+            "share of 200 groups that are moved to a recipe that differs and is no better, 20 fleets",
+            9,
+            (Value("", "share", "<=", 0.05), Value("groups", "groups"), Value("loss-ratio", "ratio")),
+            false_promotions,
+        ),
+        Figure(
+            "true-promotions",
+            "share of groups with 1,000 report rows that are moved to a recipe whose error is a tenth lower",
+            2,
+            (Value("", "share", ">=", 0.9), Value("groups", "groups"), Value("error-cut", "ratio"), Value("report-rows", "rows")),
+            true_promotions,
         ),
         Figure(
             "tampered-boosters",

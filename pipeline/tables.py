@@ -244,6 +244,40 @@ PREDICTIONS = TableContract(
     partition_by=("as_of",),
 )
 
+DECISIONS = TableContract(
+    name="decisions",
+    row="what one launch of `champion` decided about one group, whether or not another version answers it since",
+    key=("decision_id", "grain", "group_id"),
+    partition_by=("decision_id",),
+    columns=(
+        Column("decision_id", pa.string(), "the Dagster run that decided"),
+        Column("decided_at", TIMESTAMP, "when"),
+        Column("decided_by", pa.string(), "who launched it"),
+        Column("decision", pa.string(), "what was asked for: judge, promote, keep, rollback"),
+        Column("why", pa.string(), "what the launch says of it; null for nothing"),
+        Column("champion_before", pa.string(), "registered version that served before; null for none"),
+        Column("champion_after", pa.string(), "registered version that serves since; null for none"),
+        Column("challenger", pa.string(), "registered version that was judged; null for a rollback"),
+        Column("grain", pa.int32(), "index of the grain"),
+        Column("group_id", pa.string(), "the group"),
+        Column("from_version", pa.string(), "fleet version (training run) that answered it; null for none"),
+        Column("to_version", pa.string(), "fleet version that answers it since"),
+        Column("moved", pa.bool_(), "whether these differ and the gates let it happen"),
+        Column("kind", pa.string(), "what it is in the challenger: unchanged, refresh, new_recipe, new_group, not_comparable; null for a rollback"),
+        Column(
+            "reason",
+            pa.string(),
+            "not_worse, worse, better, not_better (by the paired test), follows_parent (few report rows), unmeasured, unchanged, new_group, "
+            "not_comparable, rolled_back (from this challenger, earlier), override, gates",
+        ),
+        Column("n_rows", pa.int64(), "report rows compared; null where nothing was"),
+        Column("n_blocks", pa.int64(), "stretches of the report split that they lie in"),
+        Column("loss_champion", pa.float64(), "mean loss of the champion's twin on them, in the loss that the fleet learns by, link space"),
+        Column("loss_challenger", pa.float64(), "mean loss of the challenger's"),
+        Column("p_value", pa.float64(), "of the one-sided paired test; null where none was made"),
+    ),
+)
+
 LEASES = TableContract(
     name="leases",
     row="who may train the fleet now; there is one row at most",
@@ -262,7 +296,7 @@ LEASES = TableContract(
     ),
 )
 
-ALL = (RAW, FEATURES, LEASES, RUNS, LEDGER, BOOSTERS, HOLDOUT, PREDICTIONS)
+ALL = (RAW, FEATURES, LEASES, RUNS, LEDGER, BOOSTERS, HOLDOUT, DECISIONS, PREDICTIONS)
 
 
 def records(rows: pd.DataFrame) -> list[dict[str, Any]]:

@@ -1,5 +1,7 @@
 """What a launch may say about a run, in one place for every asset of the chain."""
 
+import getpass
+import os
 from typing import Literal
 
 import dagster as dg
@@ -29,6 +31,16 @@ class LaunchSettings(dg.ConfigurableResource):
     )
     groups: list[str] = Field(default_factory=list, description='Group ids for `retrain: listed`, e.g. `["EWR","IAH"]`; setting them means `listed`.')
     dry_run: bool = Field(default=False, description="Plan, print the plan, and train nothing.")
+    decision: Literal["judge", "promote", "keep", "rollback"] = Field(
+        default="judge",
+        description="What `champion` does. `judge`: the challenger is promoted group by group, as the paired tests say. `promote`, `keep`: "
+        "overrides them for `decision_groups`, or for all. `rollback`: what served before serves again, for `decision_groups` or for all. "
+        "Nothing is trained.",
+    )
+    decision_groups: list[str] = Field(default_factory=list, description='Group ids that `decision` is about, e.g. `["EWR","IAH"]`; empty: all.')
+    rollback_to: str | None = Field(default=None, description="Registered version to roll back to, e.g. 3; by default the one that served before.")
+    why: str | None = Field(default=None, description="Kept with every decision of the launch, for people.")
+    who: str | None = Field(default=None, description="Who decides; by default the user whose process it is.")
 
     def request(self, spec: FleetSpec, run_id: str) -> Request:
         """What the launch asks of a training run.
@@ -47,6 +59,16 @@ class LaunchSettings(dg.ConfigurableResource):
             retrain="listed" if self.groups else self.retrain,
             listed=tuple(self.groups),
         )
+
+    @property
+    def decided_by(self) -> str:
+        """Who launched it."""
+        if self.who:
+            return self.who
+        try:
+            return getpass.getuser()
+        except (OSError, KeyError):  # a container may run as a user without a name
+            return f"uid {os.getuid()}"
 
     def namespace(self, spec: FleetSpec) -> str:
         """Where the run's tables and registered model live: the fleet's name, or its trial's."""

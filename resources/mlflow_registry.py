@@ -103,8 +103,9 @@ class MlflowRegistry(dg.ConfigurableResource):
         metrics: Mapping[str, float],
         tables: Mapping[str, pd.DataFrame],
         plots: Mapping[str, bytes],
+        alias: str | None = CHALLENGER,
     ) -> Version:
-        """Log one run and register its model as the challenger.
+        """Log one run and register its model, by default as the challenger.
 
         Args:
             name: of the experiment and the registered model.
@@ -116,6 +117,7 @@ class MlflowRegistry(dg.ConfigurableResource):
             metrics: the run's aggregate metrics.
             tables: table artifacts by file name (.json).
             plots: PNG artifacts by file name.
+            alias: that the version gets; None for none.
 
         Raises:
             StoreError: if the registry refuses.
@@ -162,7 +164,8 @@ class MlflowRegistry(dg.ConfigurableResource):
                     pip_requirements=requirements,
                 )
             number = self._new_version(client, name, logged, {FLEET_VERSION: fleet_version, PACK_DIGEST: digest})
-            client.set_registered_model_alias(name, CHALLENGER, number)
+            if alias is not None:
+                client.set_registered_model_alias(name, alias, number)
         except (MlflowException, OSError) as error:
             raise StoreError(
                 f"{self.tracking_uri}: registering {name!r} failed ({error}); the training is kept: materialise meta_model again"
@@ -193,6 +196,25 @@ class MlflowRegistry(dg.ConfigurableResource):
         except MlflowException as error:
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 return None
+            raise StoreError(f"{self.tracking_uri}: {error}") from error
+        return Version(name, str(found.version), str(found.tags.get(FLEET_VERSION, "")), str(found.tags.get(PACK_DIGEST, "")))
+
+    def numbered(self, name: str, number: str) -> Version:
+        """The version of that number.
+
+        Raises:
+            ModelNotFound: if there is none.
+            StoreError: if the registry does not answer.
+        """
+        client = self._connected()
+        from mlflow.exceptions import MlflowException
+
+        try:
+            found = client.get_model_version(name, number)
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                known = ", ".join(sorted((str(one.version) for one in client.search_model_versions(f"name = '{name}'")), key=int)) or "none"
+                raise ModelNotFound(f"registered model {name!r} has no version {number!r} at {self.tracking_uri}; there is: {known}") from error
             raise StoreError(f"{self.tracking_uri}: {error}") from error
         return Version(name, str(found.version), str(found.tags.get(FLEET_VERSION, "")), str(found.tags.get(PACK_DIGEST, "")))
 

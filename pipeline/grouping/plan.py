@@ -1,5 +1,6 @@
 """Which group trains in which Spark task and in which wave, told before any work is done."""
 
+import difflib
 import heapq
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -9,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from pipeline.errors import DataError
 from pipeline.grouping.fingerprints import fingerprint
 from pipeline.grouping.periods import Period
 from pipeline.training.outcome import NO_TARGET, NOT_LISTED, NOT_POOLED, TOO_FEW_ROWS, VANISHED, WITH_BOOSTER
@@ -378,3 +380,20 @@ def assign_waves(tasks: Sequence[int], costs: Sequence[float], *, slots: int, ch
     _, first, wave_of_task = np.unique(wave_of_task, return_index=True, return_inverse=True)
     chosen = np.asarray(tasks)
     return wave_of_task[chosen].tolist(), (chosen - first[wave_of_task[chosen]]).tolist()
+
+
+def refuse_unknown(listed: Collection[str], known: Sequence[str]) -> None:
+    """Check the group ids that a launch names.
+
+    Args:
+        listed: by the launch.
+        known: of the fleet.
+
+    Raises:
+        DataError: naming the first that is unknown, and near ones.
+    """
+    unknown = sorted(set(listed) - set(known))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {len(known):,}, e.g. {known[-1]}"
+        raise DataError(f"there is no group {unknown[0]!r}; {hint} A group is named by the JSON array of its keys")

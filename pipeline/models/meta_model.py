@@ -23,7 +23,7 @@ import re
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -628,7 +628,33 @@ class FleetModel:
                 self._cached_bytes -= dropped
             return booster
 
+    def chain_rows(self) -> pd.DataFrame:
+        """The rows of ``chains.parquet``, less where the boosters are."""
+        names = [name for name in CHAINS.names if name not in ("file", "offset", "stored_bytes", "n_bytes", "sha256")]
+        rows: pd.DataFrame = pq.read_table(self.folder / "chains.parquet", columns=names, page_checksum_verification=True).to_pandas()
+        return rows
+
+    def serving(self) -> dict[tuple[int, str], str]:
+        """The fleet version that answers each group: by grain index and group id."""
+        self.groups()
+        return {key: str(self.generations[number]["fleet_version"]) for key, number in self._serving.items()}
+
+    def stored_boosters(self, names: Collection[str]) -> Iterator[dict[str, Any]]:
+        """Boosters as they are stored, for another pack: rows as `decode_booster` takes them; of those that are not here, none.
+
+        Raises:
+            PackError: if one cannot be read.
+        """
+        wanted = set(names)
+        for chain in self.chains():
+            if chain.booster_id in wanted:
+                wanted.discard(chain.booster_id)
+                yield self._stored(chain)
+
     def _load(self, chain: Chain) -> Any:
+        return load_booster(self._stored(chain), f"{self.folder}/{self.files[chain.place[0]]['path']}")
+
+    def _stored(self, chain: Chain) -> dict[str, Any]:
         number, offset, stored = chain.place
         try:
             if number not in self._open_files:
@@ -638,8 +664,7 @@ class FleetModel:
             text = self._open_files[number].read_at(stored, offset)
         except (OSError, IndexError, TypeError, ValueError, pa.ArrowException) as error:
             raise PackError(f"{self.folder}: booster {chain.booster_id} cannot be read ({error}); restore the pack or train again") from error
-        row = {"booster_id": chain.booster_id, "text": text, "n_bytes": chain.n_bytes, "sha256": chain.sha256}
-        return load_booster(row, f"{self.folder}/{self.files[number]['path']}")
+        return {"booster_id": chain.booster_id, "text": text, "n_bytes": chain.n_bytes, "sha256": chain.sha256}
 
 
 class Contributions:

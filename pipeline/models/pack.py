@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.fs as pf
 import pyarrow.parquet as pq
 
-from pipeline.errors import StoreError
-from pipeline.models.meta_model import CHAINS, INDEPENDENT, PACK_FORMAT, FleetModel, footer_of, index_digest
+from pipeline.errors import ModelNotFound, StoreError
+from pipeline.models.meta_model import CHAINS, INDEPENDENT, PACK_FORMAT, FleetModel, footer_of, group_id, index_digest
 from pipeline.spec import COUNTED, FleetSpec
 from pipeline.tables import records
 
@@ -100,7 +100,7 @@ def write_pack(
     boosters: Callable[[Sequence[str]], Iterable[Mapping[str, Any]]],
     *,
     store: PackStore | None = None,
-    before: FleetModel | None = None,
+    before: Sequence[FleetModel] = (),
 ) -> str:
     """Write a pack.
 
@@ -109,7 +109,7 @@ def write_pack(
         generations: the version's own training run first.
         boosters: rows of the booster store for ids; more than asked for do no harm, and are left out.
         store: where a shared pack keeps its boosters; None puts them into the folder.
-        before: a version whose boosters need not be stored again, if they are in the same store.
+        before: versions whose boosters need not be stored again, where they are in the same store.
 
     Returns:
         The digest of its index, by which the version is known.
@@ -141,23 +141,72 @@ def _place(file: int, offset: int, stored_bytes: int) -> dict[str, Any]:
     return {"file": file, "offset": offset, "stored_bytes": stored_bytes}
 
 
-def _stored(before: FleetModel | None, store: PackStore | None, wanted: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
-    """Files of the store, and where in them an earlier version has boosters that are wanted again."""
-    if before is None or store is None or before.root != store.root:
-        return [], {}
-    asked, numbers = set(wanted), dict[int, int]()
+def _stored(before: Sequence[FleetModel], store: PackStore | None, wanted: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Files of the store, and where in them earlier versions have boosters that are wanted again."""
+    asked, numbers = set(wanted), dict[str, int]()
     files: list[dict[str, Any]] = []
     places: dict[str, dict[str, Any]] = {}
-    for chain in before.chains():
+    same_store = [model for model in before if store is not None and model.root == store.root]
+    for model, chain in ((one, chain) for one in same_store for chain in one.chains()):
         name = chain.booster_id
         if name is None or name not in asked or name in places:
             continue
-        file, offset, stored_bytes = chain.place
-        if file not in numbers:
-            numbers[file] = len(files)
-            files.append(dict(before.files[file]))
-        places[name] = {**_place(numbers[file], offset, stored_bytes), "n_bytes": chain.n_bytes, "sha256": chain.sha256}
+        number, offset, stored_bytes = chain.place
+        path = model.files[number]["path"]
+        if path not in numbers:
+            numbers[path] = len(files)
+            files.append(dict(model.files[number]))
+        places[name] = {**_place(numbers[path], offset, stored_bytes), "n_bytes": chain.n_bytes, "sha256": chain.sha256}
     return files, places
+
+
+def mosaic(serving: Mapping[tuple[int, str], str], models: Sequence[FleetModel]) -> list[Generation]:
+    """The generations of a version in which each group is answered by the training run that is named for it.
+
+    Args:
+        serving: fleet version by grain index and group id.
+        models: packs that together have the chains of these groups, and of their ancestors; of two that have the same the first is taken.
+
+    Returns:
+        One generation per fleet version, in the order in which the packs have them.
+
+    Raises:
+        ModelNotFound: if no pack has a group's chain of the version that is named for it.
+    """
+    parts: dict[str, tuple[Mapping[str, Any], list[pd.DataFrame]]] = {}
+    for model in models:
+        rows = model.chain_rows()
+        for number, spec in enumerate(model.generations):
+            parts.setdefault(str(spec["fleet_version"]), (spec, []))[1].append(rows[rows["generation"] == number])
+    served: dict[str, set[tuple[int, str]]] = {}
+    for key, version in serving.items():
+        served.setdefault(version, set()).add(key)
+    found: list[Generation] = []
+    for version, (described, tables) in parts.items():
+        if version not in served:
+            continue
+        rows = pd.concat(tables).drop_duplicates(["grain", "group_id"])
+        keys = pd.Series(list(zip(rows["grain"].astype(int), rows["group_id"], strict=True)), index=rows.index, dtype=object)
+        needed = {above for key in served[version] for above in ancestry(key, described["grains"])}
+        rows = rows.assign(serves=keys.isin(served[version]))[keys.isin(needed)]
+        found.append(Generation(described, rows.drop(columns="generation")))
+        if lacking := served[version] - set(keys):
+            raise ModelNotFound(f"no pack has the chain that version {version} has for group {min(lacking)[1]}; {len(lacking)} groups lack theirs")
+    if lacking_versions := set(served) - set(parts):
+        raise ModelNotFound(f"no pack holds version {min(lacking_versions)}; there is: {', '.join(parts)}")
+    return found
+
+
+def ancestry(key: tuple[int, str], grains: Sequence[Sequence[str]]) -> list[tuple[int, str]]:
+    """A group and the groups above it, coarsest first.
+
+    Args:
+        key: grain index and group id.
+        grains: key columns of each grain.
+    """
+    grain, group = key
+    values = json.loads(group)
+    return [*((level, group_id(values[: len(grains[level])])) for level in range(grain)), key]
 
 
 def write_boosters(path: Path, boosters: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, int]]:

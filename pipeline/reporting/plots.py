@@ -27,6 +27,41 @@ def training_plot(ledger: pd.DataFrame, spec: FleetSpec) -> bytes:
     return _png(figure)
 
 
+def decision_plot(decisions: pd.DataFrame, spec: FleetSpec) -> bytes:
+    """Two panels: groups by reason, moved or not, and the tested groups' losses under champion and challenger.
+
+    Args:
+        decisions: rows of `tables.DECISIONS`; those of a rollback have no losses.
+        spec: the fleet.
+    """
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    by_reason, losses = figure.subplots(1, 2)
+    counts = decisions.groupby(["moved", "reason"]).size().sort_values()
+    bars = by_reason.barh(
+        [f"{'moved' if moved else 'stays'}: {reason}" for moved, reason in counts.index],
+        counts.to_numpy(),
+        color=[BLUE if moved else GREY for moved, _ in counts.index],
+    )
+    by_reason.bar_label(bars, padding=3)
+    by_reason.margins(x=0.15)
+    by_reason.set_xlabel("groups")
+    if "p_value" in decisions:
+        tested = decisions[decisions["p_value"].notna()]
+        for moved, colour, title in ((False, GREY, "stays"), (True, BLUE, "moved")):
+            part = tested[tested["moved"] == moved]
+            losses.scatter(
+                part["loss_champion"].to_numpy(dtype=float), part["loss_challenger"].to_numpy(dtype=float), s=14, color=colour, label=title
+            )
+        if len(tested):
+            both = tested[["loss_champion", "loss_challenger"]].to_numpy(dtype=float)
+            losses.axline((both.min(), both.min()), slope=1, color=ORANGE, linewidth=1)
+            losses.legend()
+    losses.set_xlabel("loss of the champion's twin on report rows")
+    losses.set_ylabel("loss of the challenger's")
+    figure.suptitle(f"{spec.name}: {len(decisions):,} decisions")
+    return _png(figure)
+
+
 def _draw_statuses(axes: "mpl.axes.Axes", ledger: pd.DataFrame) -> None:
     counts = status_counts(ledger)
     titles = [f"{grain} {status}" + (f" ({reason})" if reason else "") for grain, status, reason, _ in counts.to_numpy(dtype=object)]

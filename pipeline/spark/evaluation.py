@@ -76,7 +76,7 @@ def _blend_weight(spec: FleetSpec, constants: Constants) -> Column:
     return sf.when(sf.col("split") == TUNE, sf.col("weight") * side).otherwise(sf.col("weight"))
 
 
-def _constant(constants: Constants, classes: Sequence[str]) -> Column:
+def constant_column(constants: Constants, classes: Sequence[str]) -> Column:
     """What answers a row, for multiclass a row's class, without any model; in link space less the offset, over the scale."""
     if not constants.prior:
         return sf.lit(constants.with_offset)
@@ -89,7 +89,7 @@ def sum_moments(judged: DataFrame, n_grains: int, constants: Constants, classes:
 
     Each class has a constant of its own, and the sums know but one: for multiclass they are of differences from the prior.
     """
-    prior = _constant(constants, classes) if constants.prior else sf.lit(0.0)
+    prior = constant_column(constants, classes) if constants.prior else sf.lit(0.0)
     predictions = (sf.coalesce(sf.col(f"p{grain}") - prior, sf.lit(0.0)) for grain in range(n_grains))
     vector = [sf.lit(1.0), sf.col("residual") - prior, *predictions]
     pairs = [(i, j) for i in range(len(vector)) for j in range(i, len(vector))]
@@ -130,7 +130,7 @@ def measure_groups(
         One row per group with report rows: grain, group_id, report_rows, and the ledger's rmse, mae, mape, pooled_rmse, pooled_mape,
         interval (null for classes), baselines and metrics (JSON).
     """
-    constant, plain_constant = _constant(constants, classes), sf.lit(constants.without_offset)
+    constant, plain_constant = constant_column(constants, classes), sf.lit(constants.without_offset)
     report = judged.where("split = 'report'")
     residual_answer: Column = constant
     for grain in range(len(spec.grains)):

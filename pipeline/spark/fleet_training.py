@@ -1,6 +1,5 @@
 """One training run of a fleet: plan it, train it in waves, blend it, account for every group, and finish what was interrupted."""
 
-import difflib
 import hashlib
 import json
 import platform
@@ -39,6 +38,7 @@ from pipeline.grouping.plan import (
     build_plan,
     of_grain,
     pack_tasks,
+    refuse_unknown,
 )
 from pipeline.grouping.sampling import sampling_exponents
 from pipeline.grouping.splits import TUNE, Cutoffs, resolve_cutoffs
@@ -242,7 +242,7 @@ def plan_run(
     categories = choose_categories(count_categories(rows, spec, cutoffs), spec.features.max_categories, known)
     classes = count_classes(rows, spec, cutoffs)
     data = count_groups(rows, spec, cutoffs, categories, classes)
-    _refuse_unknown(request.listed, data.counts)
+    refuse_unknown(request.listed, data.counts["group_id"].tolist())
     tuning = spec.tuning
     open_runs = history.unfinished(before)
     chosen = spec.own if spec.own != "auto" else own or _own_of(spec, before, open_runs)
@@ -321,14 +321,6 @@ def _own_of(spec: FleetSpec, before: "pd.Series[Any] | None", open_runs: pd.Data
     known: list[Mapping[Any, Any]] = [*([] if before is None else [before.to_dict()]), *records(open_runs)]
     runs = [run for run in known if run["spec_digest"] == spec.training_digest]
     return str(json.loads(runs[-1]["model_spec"])["own"]) if runs else None
-
-
-def _refuse_unknown(listed: Collection[str], counts: pd.DataFrame) -> None:
-    unknown = sorted(set(listed) - set(counts["group_id"]))
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], [str(group) for group in counts["group_id"]], n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {len(counts):,}, e.g. {counts['group_id'].iloc[-1]}"
-        raise DataError(f"there is no group {unknown[0]!r}; {hint} A group is named by the JSON array of its keys")
 
 
 def _is_same(run: Mapping[str, Any], request: Request, spec: FleetSpec, data_digest: str, previous_run_id: str | None) -> bool:
@@ -469,7 +461,7 @@ def _bases(spark: SparkSession, commits: "Commits", run: PlannedRun, rows: Seque
     if not named:
         return run.rows.select("row_key", sf.lit(run.constants.with_offset).alias("_base"))
     holdout = commits.tables.read_spark(spark, commits.roots[HOLDOUT.name], partitions={"wave": sorted({wave for wave, _, _ in named})})
-    return nearest_predictions(_named_rows(spark, holdout, pd.DataFrame(named)))
+    return nearest_predictions(named_rows(spark, holdout, pd.DataFrame(named)))
 
 
 def choose_own(cluster: Cluster, tables: Tables, namespace: str, run: PlannedRun, spec: FleetSpec) -> tuple[str, str]:
@@ -677,7 +669,7 @@ def _judged(
     if waves and tables.exists(location):
         holdout = tables.read_spark(spark, location, partitions={"wave": waves})
         named = pd.DataFrame([(row["wave"], int(row["grain"]), row["group_id"]) for row in rows if isinstance(row["wave"], str)])
-        judged = judged_rows(_named_rows(spark, holdout, named), spec, run.cutoffs, run.constants, has_model).persist()
+        judged = judged_rows(named_rows(spark, holdout, named), spec, run.cutoffs, run.constants, has_model).persist()
         try:
             skills = learn_blend(sum_moments(judged, len(spec.grains), run.constants, classes), has_model, run.constants[0], spec.pooling)
             measures = measure_groups(spark, judged, spec, skills, run.constants, has_model, classes)
@@ -686,7 +678,7 @@ def _judged(
     return build_ledger(rows, spec, skills, measures)
 
 
-def _named_rows(spark: SparkSession, holdout: DataFrame, named: pd.DataFrame) -> DataFrame:
+def named_rows(spark: SparkSession, holdout: DataFrame, named: pd.DataFrame) -> DataFrame:
     """The held-out rows of groups whose ledger row names their wave; what an interrupted wave left is not among them."""
     keys = spark.createDataFrame(named, "wave string, grain int, group_id string")
     return holdout.join(sf.broadcast(keys), ["wave", "grain", "group_id"], "left_semi")

@@ -75,11 +75,11 @@ def _errors(way: str, spec: FleetSpec) -> dict[str, Column]:
         alpha = spec.alpha or 0.5
         errors["pinball"] = sf.when(error > 0, alpha * error).otherwise((alpha - 1) * error)
     if spec.variance_power is not None:
-        errors["deviance"] = sf.when(answer.isNotNull(), _deviance(actual, sf.greatest(answer, sf.lit(SMALLEST)), spec.variance_power))
+        errors["deviance"] = sf.when(answer.isNotNull(), deviance(actual, sf.greatest(answer, sf.lit(SMALLEST)), spec.variance_power))
     return errors
 
 
-def _deviance(actual: Column, mean: Column, power: float) -> Column:
+def deviance(actual: Column, mean: Column, power: float) -> Column:
     """Unit deviance of the Poisson (power 1) or Tweedie distribution.
 
     Source: Jorgensen, The Theory of Dispersion Models (1997).

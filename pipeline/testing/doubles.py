@@ -225,19 +225,33 @@ class MemoryRegistry:
         metrics: Mapping[str, float],  # noqa: ARG002
         tables: Mapping[str, pd.DataFrame],  # noqa: ARG002
         plots: Mapping[str, bytes],  # noqa: ARG002
+        alias: str | None = "challenger",
     ) -> MemoryVersion:
-        """Keep the pack, and let it be the challenger."""
+        """Keep the pack, and give the version an alias."""
         known = self.versions.setdefault(name, [])
         version = MemoryVersion(name, str(len(known) + 1), fleet_version)
         shutil.copytree(pack, self._pack(version), dirs_exist_ok=True)
         known.append(version)
-        self.aliases[name, "challenger"] = version.number
+        if alias is not None:
+            self.aliases[name, alias] = version.number
         return version
 
     def find(self, name: str, alias: str) -> MemoryVersion | None:
         """The version under an alias; None if there is none."""
         number = self.aliases.get((name, alias))
         return next((version for version in self.versions.get(name, []) if version.number == number), None)
+
+    def numbered(self, name: str, number: str) -> MemoryVersion:
+        """The version of that number.
+
+        Raises:
+            ModelNotFound: if there is none.
+        """
+        known = self.versions.get(name, [])
+        found = next((version for version in known if version.number == number), None)
+        if found is None:
+            raise ModelNotFound(f"registered model {name!r} has no version {number!r}; there is: {', '.join(one.number for one in known) or 'none'}")
+        return found
 
     def get(self, name: str, alias: str) -> MemoryVersion:
         """The version under an alias.

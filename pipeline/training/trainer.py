@@ -136,6 +136,33 @@ def train_group(frame: pd.DataFrame, grain: int, settings: TrainingSettings, sta
     return Outcome("trained" if start.refit is None else "refreshed", None, {**ledger, "seconds": time.perf_counter() - started}, booster, holdout)
 
 
+def fit_twin(frame: pd.DataFrame, grain: int, settings: TrainingSettings, start: Start = NO_START) -> Outcome:
+    """Judge a recipe as `train_group` judges its own: fit it on fit and tune rows, and predict the report rows; nothing is served.
+
+    Args:
+        frame: as for `train_group`.
+        grain: index of the group's grain.
+        settings: those of the run whose rows these are, with the model spec that the recipe belongs to.
+        start: parameters and rounds of the recipe, as `refit`.
+    """
+    if settings.model["own"] == CORRECTION:  # finer groups correct predictions of all its rows
+        return train_group(frame, grain, settings, start)
+    rows = _prepare(frame, settings)
+    usable, split = rows["_usable"].to_numpy(), rows["split"].to_numpy()
+    everything = Learnable(design_matrix(rows, settings.model), rows["_target"].to_numpy(), _weights(rows, settings))
+    categoricals = [position for position, name in enumerate(settings.model["features"]) if name in settings.model["categories"]]
+    learnt, is_report = usable & np.isin(split, [FIT, TUNE]), usable & (split == REPORT)
+    n_classes = settings.goal.get("num_class")
+    predictions = np.full((len(rows), n_classes) if n_classes else len(rows), np.nan)
+    if learnt.any() and is_report.any():
+        fitted = fit_booster(
+            everything.rows(learnt), categoricals, dict(start.refit or {}), start.n_rounds, settings.tuning, settings.threads, settings.goal
+        )
+        predictions[is_report] = fitted.predict(everything.matrix[is_report], num_threads=settings.threads)
+    holdout = _holdout(rows, predictions, settings)
+    return Outcome("refreshed", None, {}, None, holdout[holdout["split"] == REPORT])
+
+
 def judged_without_model(frame: pd.DataFrame, settings: TrainingSettings) -> pd.DataFrame:
     """Holdout rows of a pooled group that has no model, so that the fleet's answers are judged all the same."""
     rows = _prepare(frame, settings)

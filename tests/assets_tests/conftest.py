@@ -135,21 +135,19 @@ def first_run(finished: tuple[Shop, dg.ExecuteInProcessResult]) -> dg.ExecuteInP
 
 
 @pytest.fixture(scope="session")
-def launched(
-    spark_resource: SparkSessionResource, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[FleetSpec, str], tuple[Shop, dg.ExecuteInProcessResult]]:
-    """Materialises all links of another fleet over the same sales, with a real registry."""
+def launched(spark_resource: SparkSessionResource, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Shop, dg.ExecuteInProcessResult]]:
+    """Materialises all links of another fleet, by default over the same sales, with a real registry."""
 
-    def launch(spec: FleetSpec, sql: str) -> tuple[Shop, dg.ExecuteInProcessResult]:
+    def launch(spec: FleetSpec, sql: str, rows: pd.DataFrame | None = None, as_of: str = AS_OF) -> tuple[Shop, dg.ExecuteInProcessResult]:
         root = tmp_path_factory.mktemp("other shop")
-        sales().to_csv(root / "sales.csv", index=False)
+        (sales() if rows is None else rows).to_csv(root / "sales.csv", index=False)
         resources = {
             "spark": spark_resource,
             "tables": DeltaTables(root=str(root / "tables")),
             "registry": MlflowRegistry(
                 tracking_uri=f"sqlite:///{root}/mlflow/mlflow.db", artifact_root=f"{root}/mlflow/artifacts", scratch=str(root / "scratch")
             ),
-            "launch": LaunchSettings(as_of=AS_OF),
+            "launch": LaunchSettings(as_of=as_of),
         }
         fleet = Shop(spec, FleetFiles(root, sql), resources)
         return fleet, fleet.launch(*fleet.links)

@@ -39,6 +39,10 @@ def as_challenger(fleet: Any, ledger: pd.DataFrame) -> None:
     if run_id not in set(fleet.table("ledger")["run_id"]):
         file = tables.write_file(pa.Table.from_pandas(ledger, schema=LEDGER.schema, preserve_index=False), LEDGER.schema, location)
         tables.commit(location, [file], LEDGER.schema, mode="append", partition={"run_id": run_id})
+        run = fleet.table("runs").head(1).assign(run_id=run_id)
+        at = tables.location("shop", "runs")
+        file = tables.write_file(pa.Table.from_pandas(run, schema=RUNS.schema, preserve_index=False), RUNS.schema, at)
+        tables.commit(at, [file], RUNS.schema, mode="append", partition={"run_id": run_id})
     first = registry.get("shop", "champion")
     version = type(first)("shop", "2", run_id)
     pack = registry.folder / f"shop-2-{run_id}"

@@ -59,7 +59,7 @@ def test_a_pack_is_the_same_whichever_wave_wrote_its_boosters(tmp_path: Path) ->
 # Shared packs
 
 
-def shared(folder: Path, root: Path, boosters: Sequence[EncodedBooster], before: FleetModel | None = None) -> FleetModel:
+def shared(folder: Path, root: Path, boosters: Sequence[EncodedBooster], before: Sequence[FleetModel] = ()) -> FleetModel:
     names = [one.booster_id for one in boosters]
     store = PackStore(str(root), pf.LocalFileSystem(), str(root))
 
@@ -84,8 +84,8 @@ def test_a_shared_pack_adds_only_its_new_boosters_to_the_store(tmp_path: Path) -
     root = tmp_path / "a store [x]"
     first = shared(tmp_path / "1", root, [ONE, TWO])
     assert sorted(path.name for path in (tmp_path / "1").iterdir()) == ["chains.parquet", "index.json", "spec.json"]
-    second = shared(tmp_path / "2", root, [TWO, OTHER], first)
-    third = shared(tmp_path / "3", root, [OTHER, TWO], second)
+    second = shared(tmp_path / "2", root, [TWO, OTHER], [first])
+    third = shared(tmp_path / "3", root, [OTHER, TWO], [second])
     assert len(list(root.iterdir())) == 2
     assert [len(model.files) for model in (first, second, third)] == [1, 2, 2]
     for model, boosters in ((first, [ONE, TWO]), (second, [TWO, OTHER]), (third, [OTHER, TWO])):
@@ -95,7 +95,7 @@ def test_a_shared_pack_adds_only_its_new_boosters_to_the_store(tmp_path: Path) -
 
 def test_a_pack_of_another_store_is_written_whole(tmp_path: Path) -> None:
     first = shared(tmp_path / "1", tmp_path / "one", [ONE, TWO])
-    moved = shared(tmp_path / "2", tmp_path / "two", [ONE, TWO], first)
+    moved = shared(tmp_path / "2", tmp_path / "two", [ONE, TWO], [first])
     assert texts_of(moved) == texts_of(first)
     assert {path.name for path in (tmp_path / "one").iterdir()} == {path.name for path in (tmp_path / "two").iterdir()}
 

@@ -1,0 +1,433 @@
+"""Challenger against champion on the report rows: twins are fitted, and every group's losses are added up by Spark."""
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import functions as sf
+
+from pipeline.grouping.plan import pack_tasks
+from pipeline.grouping.sampling import sampling_exponents
+from pipeline.grouping.splits import REPORT, Cutoffs
+from pipeline.models.meta_model import CORRECTION
+from pipeline.models.promotion import (
+    NEW_GROUP,
+    NOT_COMPARABLE,
+    UNCHANGED,
+    Judgement,
+    Key,
+    Side,
+    decide,
+    judge_answers,
+    kind_of_change,
+)
+from pipeline.spark.evaluation import constant_column, judged_rows, nearest_predictions
+from pipeline.spark.files import read_files
+from pipeline.spark.fleet_training import Cluster, named_rows
+from pipeline.spark.keys import moment_column, moment_of
+from pipeline.spark.measures import SMALLEST, deviance
+from pipeline.spark.training import Progress, Wave, limited_rows, placed_rows, train_wave, visible_rows, without_adaptive_execution
+from pipeline.spec import MULTICLASS, QUANTILE, FleetSpec
+from pipeline.store import Tables
+from pipeline.tables import BOOSTERS, HOLDOUT
+from pipeline.training.blend import Constants
+from pipeline.training.objective import learning_goal
+from pipeline.training.outcome import WITH_BOOSTER
+from pipeline.training.start import Start
+from pipeline.training.trainer import TrainingSettings, fit_twin
+
+# Stretches of the report split whose sums are compared.
+N_STRETCHES = 24
+# Seconds of one fit where the ledger knows none.
+FIT_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Contest:
+    """A challenger, and who answers now.
+
+    Args:
+        run: the challenger's row of `tables.RUNS`.
+        challenger: its side.
+        champions: the sides of the runs that answer now, by fleet version.
+        serving: fleet version by group, as the champion answers now; empty where there is none.
+        rolled_back: groups that were taken back from this challenger.
+    """
+
+    run: Mapping[str, Any]
+    challenger: Side
+    champions: Mapping[str, Side]
+    serving: Mapping[Key, str]
+    rolled_back: frozenset[Key] = frozenset()
+
+    @property
+    def cutoffs(self) -> Cutoffs:
+        """The challenger's dates."""
+        return Cutoffs(*(_naive(self.run[name]) for name in ("as_of", "tune_start", "report_start")))
+
+    @property
+    def constants(self) -> Constants:
+        """What the challenger answers without any model."""
+        found = (
+            0.0 if self.run[name] is None or pd.isna(self.run[name]) else float(self.run[name]) for name in ("constant", "constant_without_offset")
+        )
+        with_offset, without_offset = found
+        return Constants(with_offset, without_offset, tuple(self.challenger.spec["prior"]))
+
+    def kinds(self) -> dict[Key, str]:
+        """What each group of the challenger is, compared with what answers it now."""
+        found = {}
+        for key in self.challenger.groups:
+            version = self.serving.get(key)
+            found[key] = kind_of_change(key, None if version is None else self.champions[version], self.challenger)
+        return found
+
+
+def judge(
+    cluster: Cluster, tables: Tables, namespace: str, features: DataFrame, spec: FleetSpec, contest: Contest, slots: int, threads: int
+) -> Judgement:
+    """Compare every group of a challenger with what answers it now, and decide.
+
+    Args:
+        cluster: where twins are fitted.
+        tables: where the fleet's tables are.
+        namespace: of the tables.
+        features: the version of the feature table that the challenger was trained on.
+        spec: the fleet.
+        contest: who is compared.
+        slots: tasks that run at once.
+        threads: LightGBM's, per task.
+    """
+    spark, kinds = cluster.spark, contest.kinds()
+    groups = contest.challenger.groups
+    frame = pd.DataFrame([(*key, groups[key]["parent_id"], kind) for key, kind in kinds.items()], columns=["grain", "group_id", "parent_id", "kind"])
+    frame["from_version"] = [contest.serving.get(key) for key in kinds]
+    named = [(row["wave"], *key) for key, row in groups.items() if isinstance(row["wave"], str)]
+    location = tables.location(namespace, HOLDOUT.name)
+    losses = pd.DataFrame(columns=["grain", "group_id", *_MEASURED])
+    if named and tables.exists(location):
+        holdout = tables.read_spark(spark, location, partitions={"wave": sorted({wave for wave, _, _ in named})})
+        held_out = named_rows(spark, holdout, pd.DataFrame(named))
+        has_model = [
+            {key[1] for key, row in groups.items() if key[0] == grain and row["status"] in WITH_BOOSTER} for grain in range(len(spec.grains))
+        ]
+        judged = judged_rows(held_out, spec, contest.cutoffs, contest.constants, has_model).where(
+            (sf.col("split") == REPORT) & sf.col("residual").isNotNull()
+        )
+        rows = limited_rows(visible_rows(features, contest.cutoffs.as_of), spec, json.loads(contest.run["request"])["limit_groups"])
+        twins = {
+            version: fit_twins(_Workshop(cluster, tables, namespace, rows, spec, contest, slots, threads), side, held_out)
+            for version, side in contest.champions.items()
+            if _is_compared(version, kinds, contest)
+        }
+        losses = add_losses_up(spark, judged, spec, contest, twins)
+    decided = decide(frame.merge(losses, on=["grain", "group_id"], how="left"), contest.rolled_back)
+    to_version = decided["from_version"].where(~decided["promoted"], contest.challenger.fleet_version)
+    return Judgement(decided.assign(to_version=to_version), judge_answers(decided))
+
+
+def _is_compared(version: str, kinds: Mapping[Key, str], contest: Contest) -> bool:
+    """Whether some group that the version answers now is compared with the challenger."""
+    return any(contest.serving.get(key) == version and kind not in (UNCHANGED, NEW_GROUP, NOT_COMPARABLE) for key, kind in kinds.items())
+
+
+@dataclass(frozen=True)
+class _Workshop:
+    """What fitting twins takes."""
+
+    cluster: Cluster
+    tables: Tables
+    namespace: str
+    rows: DataFrame
+    spec: FleetSpec
+    contest: Contest
+    slots: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Twins:
+    """Recipes of one run, fitted on the challenger's fit and tune rows.
+
+    Args:
+        keys: groups whose recipe is not the challenger's.
+        holdout: what they predict of the report rows, as in `tables.HOLDOUT`; None where there are none.
+    """
+
+    keys: frozenset[Key]
+    holdout: DataFrame | None
+
+
+def fit_twins(shop: _Workshop, side: Side, held_out: DataFrame) -> Twins:
+    """Fit what answers now on the rows that the challenger's own twins were fitted on; where recipes are the same there is nothing to fit."""
+    there = set(shop.contest.challenger.groups)
+    keys = {key for key in side.groups if key in there and side.recipe(key) not in (None, shop.contest.challenger.recipe(key))}
+    lacking = [name for name in side.spec["features"] if name not in shop.rows.columns]
+    if not keys or lacking:
+        return Twins(frozenset(keys), None)
+    corrects = side.spec["own"] == CORRECTION
+    found: DataFrame | None = None
+    for chosen in [{key for key in keys if key[0] == grain} for grain in range(len(shop.spec.grains))] if corrects else [keys]:
+        if not chosen:
+            continue
+        bases = None
+        if corrects and min(chosen)[0]:
+            others = held_out.where(sf.col("grain") < min(chosen)[0])
+            bases = nearest_predictions(others if found is None else _instead(shop.cluster.spark, others, keys, found))
+        fitted = _fitted(shop, side, chosen, bases)
+        found = fitted if found is None else found.unionByName(fitted)
+    return Twins(frozenset(keys), found)
+
+
+def _instead(spark: SparkSession, held_out: DataFrame, keys: Collection[Key], twins: DataFrame) -> DataFrame:
+    """Held-out rows in which twins have taken the place of their groups."""
+    replaced = sf.broadcast(spark.createDataFrame(sorted(keys), "grain int, group_id string"))
+    return held_out.join(replaced, ["grain", "group_id"], "left_anti").unionByName(twins)
+
+
+def _fitted(shop: _Workshop, side: Side, keys: Collection[Key], bases: DataFrame | None) -> DataFrame:
+    """The held-out rows of some twins; one Spark job."""
+    spec, contest = twin_spec(shop.spec, side.spec), shop.contest
+    groups = _planned(spec, contest.challenger, side, sorted(keys), shop.slots)
+    settings = TrainingSettings(
+        run_id=contest.challenger.fleet_version,
+        model=side.spec,
+        goal=learning_goal(spec, len(side.spec["classes"])),
+        target=spec.target.column,
+        weight=spec.target.weight,
+        baselines=(),
+        tuning=spec.tuning,
+        cutoffs=contest.cutoffs,
+        threads=shop.threads,
+    )
+    cluster, tables = shop.cluster, shop.tables
+    roots = {contract.name: tables.location(shop.namespace, contract.name) for contract in (BOOSTERS, HOLDOUT)}
+    options = dict(tables.storage_options)
+    placed = placed_rows(cluster.spark, shop.rows, spec, groups, bases)
+    wave = Wave(f"twins-{contest.challenger.fleet_version}-{side.fleet_version}-{min(keys)[0]}", groups)
+    with without_adaptive_execution(cluster.spark):
+        progress = Progress(cluster.spark, cluster.report)
+        files = train_wave(placed, wave, settings, roots, options, progress, cluster.train or fit_twin, cluster.memory_bytes)
+    # Not committed: these rows are looked at once, and go as other files that no commit names do.
+    return read_files(cluster.spark, roots[HOLDOUT.name], [file.path for file in files.holdout], HOLDOUT.schema, options)
+
+
+def twin_spec(spec: FleetSpec, model: Mapping[str, Any]) -> FleetSpec:
+    """The fleet as a run with that model spec saw it: its features, all of them columns of the feature table by now."""
+    names, categories = model["features"], list(model["categories"])
+    monotone = {name: sign for name, sign in spec.features.monotone.items() if name in names}
+    features = spec.features.model_copy(
+        update={
+            "columns": tuple(name for name in names if name not in categories),
+            "categoricals": tuple(categories),
+            "lags": (),
+            "rolling": (),
+            "derived": {},
+            "calendar": (),
+            "exclude": (),
+            "monotone": monotone,
+        }
+    )
+    return spec.model_copy(update={"features": features, "baselines": {}})
+
+
+def _planned(spec: FleetSpec, challenger: Side, side: Side, keys: Sequence[Key], slots: int) -> pd.DataFrame:
+    """The plan of some twins, as `placed_rows` and `train_wave` take it."""
+    rows = [challenger.groups[key] for key in keys]
+    groups = pd.DataFrame(keys, columns=["grain", "group_id"])
+    groups["started_from"] = [
+        Start(refit=json.loads(side.groups[key]["parameters"]), n_rounds=int(side.groups[key]["n_rounds"])).to_json() for key in keys
+    ]
+    groups["cost_seconds"] = [float(row["seconds"] or 0.0) / (float(row["n_trials"] or 0.0) + 2) or FIT_SECONDS for row in rows]
+    n_target = np.array([int(row["n_target"] or 0) for row in rows], dtype=np.int64)
+    groups["exponent"] = sampling_exponents(n_target, is_coarse=(groups["grain"] < len(spec.grains) - 1).to_numpy(), max_rows=spec.tuning.max_rows)
+    groups = groups.sort_values(["cost_seconds", "group_id"], ascending=[False, True], ignore_index=True)
+    return groups.assign(task=pack_tasks(groups["cost_seconds"].tolist(), slots=slots))
+
+
+_MEASURED = (
+    "n_rows",
+    "n_blocks",
+    "loss_sum_champion",
+    "loss_sum_challenger",
+    "loss_champion",
+    "loss_challenger",
+    "gain",
+    "gain_error",
+    "constant_gain",
+    "constant_error",
+)
+
+
+def add_losses_up(spark: SparkSession, judged: DataFrame, spec: FleetSpec, contest: Contest, twins: Mapping[str, Twins]) -> pd.DataFrame:
+    """Every group's losses on report rows, of the challenger, of what answers now, and of the constant; one Spark job.
+
+    Args:
+        spark: the session.
+        judged: report rows, as from `evaluation.judged_rows`.
+        spec: the fleet.
+        contest: who is compared.
+        twins: of the runs that are compared, by fleet version.
+
+    Returns:
+        One row per group with report rows: grain, group_id, n_rows, n_blocks (stretches of the report split with rows), loss_champion and
+        loss_challenger (weighted means, in the loss that the fleet learns by), loss_sum_champion and loss_sum_challenger, gain and constant_gain
+        (champion's and constant's mean loss less the challenger's) with their standard errors. Null where nothing answers now.
+    """
+    versions = list(twins)
+    n_grains = len(spec.grains)
+    rows = judged
+    for number, version in enumerate(versions):
+        rows = _with_twins(rows, twins[version].holdout, number, n_grains)
+    for grain in range(n_grains):
+        rows = rows.join(
+            sf.broadcast(_weights_of(spark, grain, contest, versions, twins)), sf.col("group_ids")[grain] == sf.col(f"_g{grain}"), "left"
+        )
+    constant = constant_column(contest.constants, contest.challenger.spec["classes"])
+    ours = _level_answers([sf.col(f"p{grain}") for grain in range(n_grains)], [sf.col(f"_c{grain}") for grain in range(n_grains)], constant)
+    theirs: list[Column] = [sf.lit(None).cast("double")] * n_grains
+    for number, version in enumerate(versions):
+        own = [sf.when(sf.col(f"_t{number}_{grain}"), sf.col(f"q{number}_{grain}")).otherwise(sf.col(f"p{grain}")) for grain in range(n_grains)]
+        answers = _level_answers(
+            own, [sf.col(f"_w{number}_{grain}") for grain in range(n_grains)], _constant_of(contest.champions[version], spec, constant)
+        )
+        theirs = [
+            sf.when(sf.col(f"_v{grain}") == number, answer).otherwise(before)
+            for grain, (answer, before) in enumerate(zip(answers, theirs, strict=True))
+        ]
+    bounds = judged.agg(sf.unix_micros(sf.max("time"))).collect()[0][0]
+    if bounds is None:
+        return pd.DataFrame(columns=["grain", "group_id", *_MEASURED])
+    start, end = moment_column(contest.cutoffs.report_start).cast("double"), moment_column(moment_of(bounds)).cast("double")
+    stretch = sf.least(sf.floor((sf.col("time").cast("double") - start) / (end - start + 1) * N_STRETCHES), sf.lit(N_STRETCHES - 1))
+    counted = sf.col("actual") if spec.task == MULTICLASS else sf.lit(1.0)
+    levels = [
+        sf.struct(
+            sf.lit(grain).alias("grain"),
+            sf.col("group_ids")[grain].alias("group_id"),
+            row_loss(spec, ours[grain]).alias("ours"),
+            row_loss(spec, theirs[grain]).alias("theirs"),
+            row_loss(spec, constant).alias("plain"),
+        )
+        for grain in range(n_grains)
+    ]
+    exploded = rows.select(stretch.alias("stretch"), sf.col("weight"), counted.alias("counted"), sf.explode(sf.array(*levels)).alias("level"))
+    sums = {name: sf.sum(sf.col("weight") * sf.col(f"level.{name}")).alias(name) for name in ("ours", "theirs", "plain")}
+    weight = sf.sum(sf.col("weight") * sf.col("counted")).alias("weight")
+    stretches = exploded.groupBy("level.grain", "level.group_id", "stretch").agg(
+        sf.sum("counted").cast("long").alias("n_rows"), weight, *sums.values()
+    )
+    return _as_measured(_summed_up(stretches).toPandas())
+
+
+def _with_twins(rows: DataFrame, holdout: DataFrame | None, number: int, n_grains: int) -> DataFrame:
+    """What twins of each grain predict, beside every judged row, as q<number>_<grain>."""
+    names = [f"q{number}_{grain}" for grain in range(n_grains)]
+    if holdout is None:
+        return rows.withColumns({name: sf.lit(None).cast("double") for name in names})
+    wide = holdout.where(sf.col("split") == REPORT).groupBy("row_key", sf.col("class_name").alias("_class"))
+    predicted = wide.agg(*(sf.max(sf.when(sf.col("grain") == grain, sf.col("prediction"))).alias(name) for grain, name in enumerate(names)))
+    same = (rows["row_key"] == predicted["row_key"]) & rows["class_name"].eqNullSafe(predicted["_class"])
+    return rows.join(predicted, same, "left").drop(predicted["row_key"]).drop("_class")
+
+
+def _weights_of(spark: SparkSession, grain: int, contest: Contest, versions: Sequence[str], twins: Mapping[str, Twins]) -> DataFrame:
+    """What is known of each group of a grain.
+
+    Its weight in the challenger (_c) and in each version (_w), null without a model; whether its recipe there is another (_t); and the
+    number of the version that answers it now (_v).
+    """
+    keys = sorted({key for side in (contest.challenger, *contest.champions.values()) for key in side.groups if key[0] == grain})
+    numbers = {version: number for number, version in enumerate(versions)}
+    table = []
+    for key in keys:
+        row: list[Any] = [key[1], _weight(contest.challenger, key), numbers.get(contest.serving.get(key, ""))]
+        for version in versions:
+            row += [_weight(contest.champions[version], key), key in twins[version].keys]
+        table.append(row)
+    columns = [f"_g{grain} string", f"_c{grain} double", f"_v{grain} int"]
+    columns += [text for number in range(len(versions)) for text in (f"_w{number}_{grain} double", f"_t{number}_{grain} boolean")]
+    return spark.createDataFrame(table, ", ".join(columns))
+
+
+def _weight(side: Side, key: Key) -> float | None:
+    row = side.groups.get(key)
+    return None if row is None or row["booster_id"] is None else float(row["weight"] or 0.0)
+
+
+def _level_answers(own: Sequence[Column], weights: Sequence[Column], constant: Column) -> list[Column]:
+    """Each level's blended answer, in link space less the offset, over the scale (for classes probabilities)."""
+    answers, answer = [], constant
+    for prediction, weight in zip(own, weights, strict=True):
+        answer = sf.when(prediction.isNull() | weight.isNull(), answer).otherwise(weight * prediction + (1 - weight) * answer)
+        answers.append(answer)
+    return answers
+
+
+def _constant_of(side: Side, spec: FleetSpec, challenger: Column) -> Column:
+    """What a run answers without any model; its classes' shares are those of its own rows."""
+    if spec.task == MULTICLASS:
+        return constant_column(Constants(0.0, 0.0, tuple(side.spec["prior"])), side.spec["classes"])
+    constant = side.spec.get("constant")
+    return challenger if constant is None else sf.lit(float(constant))
+
+
+def row_loss(spec: FleetSpec, answer: Column) -> Column:
+    """The loss of one row (for multiclass of one class of a row) that the fleet learns by; null without an answer."""
+    actual, residual = sf.col("actual"), sf.col("residual")
+    if spec.task == MULTICLASS:
+        return sf.when(answer.isNotNull(), sf.when(actual > 0, -sf.log(sf.greatest(answer, sf.lit(SMALLEST)))).otherwise(0.0))
+    if spec.is_class_task:
+        of_actual = sf.when(actual > 0, answer).otherwise(1 - answer)
+        return sf.when(answer.isNotNull(), -sf.log(sf.greatest(of_actual, sf.lit(SMALLEST))))
+    error = residual - answer
+    if spec.objective == QUANTILE:
+        alpha = spec.alpha or 0.5
+        return sf.when(error > 0, alpha * error).otherwise((alpha - 1) * error)
+    if spec.variance_power is not None:
+        return sf.when(answer.isNotNull(), deviance(residual, sf.greatest(answer, sf.lit(SMALLEST)), spec.variance_power))
+    return sf.abs(error) if spec.objective == "l1" else error * error
+
+
+def _summed_up(stretches: DataFrame) -> DataFrame:
+    """Sums over the stretches of each group, from which mean gains and their errors follow."""
+    weight, gain, plain = sf.col("weight"), sf.col("theirs") - sf.col("ours"), sf.col("plain") - sf.col("ours")
+    return stretches.groupBy("grain", "group_id").agg(
+        sf.sum("n_rows").alias("n_rows"),
+        sf.count("*").alias("n_blocks"),
+        *(sf.sum(name).alias(name) for name in ("weight", "ours", "theirs")),
+        sf.sum(weight * weight).alias("ww"),
+        *(sf.sum(column).alias(f"{name}_d") for name, column in (("gain", gain), ("plain", plain))),
+        *(sf.sum(column * column).alias(f"{name}_dd") for name, column in (("gain", gain), ("plain", plain))),
+        *(sf.sum(column * weight).alias(f"{name}_dw") for name, column in (("gain", gain), ("plain", plain))),
+    )
+
+
+def _as_measured(sums: pd.DataFrame) -> pd.DataFrame:
+    """Means with the standard errors of ratios."""
+    sums = sums.astype({name: float for name in sums.columns if name not in ("grain", "group_id")})
+    found = sums[["grain", "group_id", "n_rows", "n_blocks"]].copy()
+    for side, name in (("champion", "theirs"), ("challenger", "ours")):
+        found[f"loss_sum_{side}"] = sums[name]
+        found[f"loss_{side}"] = sums[name] / sums["weight"]
+    n = sums["n_blocks"]
+    for name, shown in (("gain", "gain"), ("plain", "constant")):
+        mean = sums[f"{name}_d"] / sums["weight"]
+        squares = (sums[f"{name}_dd"] - 2 * mean * sums[f"{name}_dw"] + mean**2 * sums["ww"]).clip(lower=0.0)
+        # Sums of squares of what is the same in all stretches leave rounding only.
+        squares = squares.where(squares > _ROUNDING * sums[f"{name}_dd"], 0.0)
+        found["gain" if shown == "gain" else "constant_gain"] = mean
+        found[f"{shown}_error"] = (n / (n - 1).clip(lower=1) * squares) ** 0.5 / sums["weight"]
+    return found
+
+
+_ROUNDING = 1e-12
+
+
+def _naive(moment: Any) -> pd.Timestamp:
+    found = pd.Timestamp(moment)
+    return found.tz_convert("UTC").tz_localize(None) if found.tzinfo else found
