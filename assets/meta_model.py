@@ -62,13 +62,12 @@ def meta_model_asset(spec: FleetSpec) -> dg.AssetsDefinition:
             ledger = ledger_of(tables, namespace, run_id)
             plot = training_plot(ledger, spec)
             pack = Path(folder) / "pack"
-            before = registry.find(namespace, CHALLENGER) if spec.pack == SHARED else None
             digest = write_pack(
                 pack,
                 [Generation(pack_spec(run), ledger)],
                 lambda names: _boosters(tables, namespace, run, names),
                 store=_store(tables, namespace) if spec.pack == SHARED else None,
-                before=None if before is None else registry.open_pack(before, tables.storage_options),
+                before=_challenger(registry, namespace, tables.storage_options) if spec.pack == SHARED else None,
             )
             features = tables.read_spark(spark.session, tables.location(spec.name, "features"), int(str(run["features_version"])))
             dtypes = {field.name: field.dataType.simpleString() for field in features.schema}
@@ -78,8 +77,10 @@ def meta_model_asset(spec: FleetSpec) -> dg.AssetsDefinition:
                 namespace,
                 run_id,
                 pack=pack,
-                inputs=input_types(answering.required, dtypes),
+                inputs=input_types([*answering.required, *answering.optional], dtypes),
+                optional=answering.optional,
                 outputs=answer_columns(answering.task),
+                interval=answering.interval,
                 parameters=run_parameters(run, spec),
                 metrics=run_metrics(ledger, spec),
                 tables={"ledger.json": ledger.head(LEDGER_ROWS_LOGGED)},
@@ -151,6 +152,15 @@ def _boosters(tables: DeltaTables, namespace: str, run: "pd.Series[Any]", names:
 def _store(tables: DeltaTables, namespace: str) -> PackStore:
     root = tables.location(namespace, "packs")
     return PackStore(root, *filesystem_of(root, tables.storage_options))
+
+
+def _challenger(registry: MlflowRegistry, namespace: str, options: Mapping[str, str]) -> FleetModel | None:
+    """The newest version, whose boosters need not be stored again; None where there is none that can be opened, as one of an earlier release."""
+    version = registry.find(namespace, CHALLENGER)
+    try:
+        return None if version is None else registry.open_pack(version, options)
+    except PackError:
+        return None
 
 
 def _registered_versions_are_whole(registry: MlflowRegistry, namespace: str, options: Mapping[str, str]) -> dg.AssetCheckResult:
