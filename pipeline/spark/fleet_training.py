@@ -249,7 +249,7 @@ def plan_run(
     chosen = spec.own if spec.own != "auto" else own or _own_of(spec, before, open_runs)
     settings = TrainingSettings(
         run_id=request.run_id,
-        model=model_spec(spec, categories, list(classes), data.constants.prior, chosen or INDEPENDENT),
+        model=model_spec(spec, categories, list(classes), data.constants.prior, chosen or INDEPENDENT, data.nullable),
         goal=learning_goal(spec, len(classes)),
         target=spec.target.column,
         weight=spec.target.weight,
