@@ -62,13 +62,12 @@ def meta_model_asset(spec: FleetSpec) -> dg.AssetsDefinition:
             ledger = ledger_of(tables, namespace, run_id)
             plot = training_plot(ledger, spec)
             pack = Path(folder) / "pack"
-            before = registry.find(namespace, CHALLENGER) if spec.pack == SHARED else None
             digest = write_pack(
                 pack,
                 [Generation(pack_spec(run), ledger)],
                 lambda names: _boosters(tables, namespace, run, names),
                 store=pack_store(tables, namespace, spec),
-                before=[] if before is None else [registry.open_pack(before, tables.storage_options)],
+                before=_challenger(registry, namespace, tables.storage_options) if spec.pack == SHARED else [],
             )
             features = tables.read_spark(spark.session, tables.location(spec.name, "features"), int(str(run["features_version"])))
             dtypes = {field.name: field.dataType.simpleString() for field in features.schema}
@@ -78,8 +77,10 @@ def meta_model_asset(spec: FleetSpec) -> dg.AssetsDefinition:
                 namespace,
                 run_id,
                 pack=pack,
-                inputs=input_types(answering.required, dtypes),
+                inputs=input_types([*answering.required, *answering.optional], dtypes),
+                optional=answering.optional,
                 outputs=answer_columns(answering.task),
+                interval=answering.interval,
                 parameters=run_parameters(run, spec),
                 metrics=run_metrics(ledger, spec),
                 tables={"ledger.json": ledger.head(LEDGER_ROWS_LOGGED)},
@@ -154,6 +155,15 @@ def pack_store(tables: DeltaTables, namespace: str, spec: FleetSpec) -> PackStor
         return None
     root = tables.location(namespace, "packs")
     return PackStore(root, *filesystem_of(root, tables.storage_options))
+
+
+def _challenger(registry: MlflowRegistry, namespace: str, options: Mapping[str, str]) -> list[FleetModel]:
+    """The newest version, whose boosters need not be stored again; none where there is none that can be opened, as one of an earlier release."""
+    version = registry.find(namespace, CHALLENGER)
+    try:
+        return [] if version is None else [registry.open_pack(version, options)]
+    except PackError:
+        return []
 
 
 def _registered_versions_are_whole(registry: MlflowRegistry, namespace: str, options: Mapping[str, str]) -> dg.AssetCheckResult:

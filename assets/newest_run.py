@@ -7,7 +7,7 @@ import pandas as pd
 
 from pipeline.errors import StoreError
 from pipeline.spark.fleet_training import read_runs
-from pipeline.tables import LEDGER
+from pipeline.tables import LEDGER, require_format
 from resources.delta_tables import DeltaTables
 
 
@@ -33,5 +33,12 @@ def waves_of(run: "pd.Series[Any]") -> list[str]:
 
 
 def ledger_of(tables: DeltaTables, namespace: str, run_id: str) -> pd.DataFrame:
-    """The ledger rows of one run."""
-    return tables.read_pandas(tables.location(namespace, LEDGER.name), where={"run_id": run_id})
+    """The ledger rows of one run.
+
+    Raises:
+        StoreError: if the table is of another format.
+    """
+    location = tables.location(namespace, LEDGER.name)
+    rows = tables.read_pandas(location, where={"run_id": run_id})
+    require_format(rows.columns, LEDGER, location)
+    return rows

@@ -4,6 +4,7 @@ import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from benchmarks.intervals import CASES, LEVELS, interval_coverage
 from benchmarks.judging import FLIGHTS, HOUSING, Conservation, group_errors, judge, ledger_conservation, predictions_conservation
 from benchmarks.kills import kills
 from benchmarks.poison import poison
@@ -402,6 +403,17 @@ FIGURES = {
                 Value("texts-with-other-answers", "texts"),
             ),
             tampered,
+        ),
+        Figure(
+            "interval-coverage",
+            "share of actual targets within intervals that were made before, in the year (housing) or month (flights) after: distance to the level",
+            4,
+            (
+                *(Value(f"{fleet}.{100 * level:g}", "ratio", "<=", 0.03) for fleet in CASES for level in LEVELS),
+                *(Value(f"{fleet}.{100 * level:g}-coverage", "ratio") for fleet in CASES for level in LEVELS),
+                *(Value(f"{fleet}.rows", "rows") for fleet in CASES),
+            ),
+            interval_coverage,
         ),
         Figure(
             "kills-survived",

@@ -26,7 +26,7 @@ STATUSES = (*WITH_MODEL, "inherited", "failed", "crashed")
 # What two runs over the same data may differ in: names, and what a clock says.
 OF_THE_RUN = ("run_id", "source_run_id", "wave", "seconds", "lightgbm_seconds", "planned_seconds", "task")
 # Put together from sums over rows, whose order may differ.
-SUMMED = re.compile(r"weight|tune_own|tune_parent|report_(own|parent|blend|constant)|(pooled_)?(rmse|mae|mape)|baselines|metrics|interval")
+SUMMED = re.compile(r"weight|tune_own|tune_parent|report_(own|parent|blend|constant)|(pooled_)?(rmse|mae|mape)|baselines|metrics|intervals")
 PINNED = ("as_of", "constant", "constant_without_offset", "data_digest", "n_groups", "report_start", "request", "spec_digest", "tune_start")
 TOLERANCE = 1e-9
 SHOWN = 3
@@ -215,7 +215,15 @@ def _rows(ledger: pd.DataFrame) -> list[str]:
             found.append(f"{told} has the weight {weight}, outside 0 to 1")
         elif weight != 0 and status not in WITH_MODEL:
             found.append(f"{told} is {status} and has the weight {weight}")
+        if row.get("intervals") is not None and not _rise(json.loads(row["intervals"])):
+            found.append(f"{told} has the intervals {row['intervals']}, which do not rise with their level")
     return found
+
+
+def _rise(intervals: Mapping[str, float | None]) -> bool:
+    """Whether half widths by level are such: from 0 on, and none smaller than that of a lower level."""
+    halves = [half for _, half in sorted((float(level), half) for level, half in intervals.items()) if half is not None]
+    return all(later >= earlier for earlier, later in zip([0.0, *halves], halves, strict=False))
 
 
 def _conserved(run: Mapping[str, Any], ledger: pd.DataFrame, features: Path | None, grains: Grains | None) -> list[str]:

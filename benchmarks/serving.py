@@ -64,7 +64,7 @@ def generated_pack(folder: Path, n_groups: int) -> Path:
             "group_id": [group_id(values) for _, values in keys],
             "booster_id": [booster.booster_id for booster in encoded],
             "weight": 0.5,
-            "interval": 1.0,
+            "intervals": '{"0.8": 1.0, "0.95": 2.0}',
         }
     )
     write_pack(folder, [Generation({**model_spec(spec, {}), **constants}, ledger)], lambda _: map(vars, encoded))
@@ -180,8 +180,9 @@ def _registered(pack: Path, scratch: Path) -> tuple[str, str]:
     registry = MlflowRegistry(tracking_uri=f"sqlite:///{scratch}/mlflow.db", artifact_root=f"{scratch}/artifacts", scratch=str(scratch))
     model = FleetModel(pack)
     inputs = {name: "string" if name in model.spec["grains"][-1] else "double" for name in model.required}
-    nothing: dict[str, Any] = {"parameters": {}, "metrics": {}, "tables": {}, "plots": {}}
-    version = registry.register(model.fleet, model.fleet_version, pack=pack, inputs=inputs, outputs=answer_columns(model.task), **nothing)
+    nothing: dict[str, Any] = {"optional": [], "parameters": {}, "metrics": {}, "tables": {}, "plots": {}}
+    told: dict[str, Any] = {"inputs": inputs, "outputs": answer_columns(model.task), "interval": model.interval, **nothing}
+    version = registry.register(model.fleet, model.fleet_version, pack=pack, **told)
     return registry.tracking_uri, f"models:/{version.name}/{version.number}"
 
 

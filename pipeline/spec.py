@@ -60,6 +60,7 @@ def _checked_length(text: str) -> str:
 Identifier = Annotated[str, AfterValidator(_checked_identifier)]
 PeriodText = Annotated[str, AfterValidator(_checked_period)]
 LengthText = Annotated[str, AfterValidator(_checked_length)]
+Level = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Part(BaseModel):
@@ -293,7 +294,16 @@ class ScoringSpec(Part):
     score: Literal["future", "new"] = Field(
         default="new", description="`future`: the next horizon periods of every entity, made up; `new`: rows of the data with a time after the as-of."
     )
-    interval: float = Field(default=0.8, gt=0, lt=1, description="Share of answers that lower and upper should contain.")
+    interval: Level = Field(default=0.8, description="Share of answers that lower and upper should contain.")
+    intervals: Sequence[Level] = Field(
+        default=(0.8, 0.95),
+        description="Shares that a registered version keeps intervals for, beside `interval`; whoever asks it names one.",
+    )
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """All shares that intervals are kept for, rising."""
+        return tuple(sorted({*self.intervals, self.interval}))
 
 
 class FleetSpec(Part):

@@ -5,11 +5,14 @@ to the fleet; the columns listed here are there in every fleet.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 import pyarrow as pa
+
+from pipeline.errors import StoreError
 
 TIMESTAMP = pa.timestamp("us", tz="UTC")
 
@@ -94,7 +97,12 @@ RUNS = TableContract(
         ),
         Column("constant_without_offset", pa.float64(), "the same without offset and scale; null for multiclass"),
         Column("n_groups", pa.int64(), "groups of all grains"),
-        Column("model_spec", pa.string(), "JSON: features, categories, grains, target, task, classes and prior, as a pack's spec.json has them"),
+        Column(
+            "model_spec",
+            pa.string(),
+            "JSON: features, required and optional columns, categories, grains, target, task, classes, prior and levels of intervals, as a pack's "
+            "spec.json has them",
+        ),
         Column("versions", pa.string(), "JSON: Python and library versions"),
         Column("waves", pa.string(), "JSON: names of the waves whose boosters and holdout rows the run's ledger refers to"),
     ),
@@ -105,7 +113,7 @@ LEDGER = TableContract(
     row="what became of one group of one grain in one training run",
     key=("run_id", "grain", "group_id"),
     partition_by=("run_id",),
-    format=2,
+    format=3,
     columns=(
         Column("run_id", pa.string(), "the training run"),
         Column("grain", pa.int32(), "index of the grain; 0 is the pooled model"),
@@ -171,7 +179,12 @@ LEDGER = TableContract(
             "JSON: errors on report rows of fleet, pooled, constant and each baseline, target units: rmse, mae, mape (percent), pinball (quantile), "
             "deviance (poisson, tweedie); for classes log_loss, brier, accuracy",
         ),
-        Column("interval", pa.float64(), "half width of the prediction interval, link space over scale; null leaves it to the parent"),
+        Column(
+            "intervals",
+            pa.string(),
+            'JSON: half width of the prediction interval per level, e.g. {"0.8": 1.5, "0.95": 2.4}, link space over scale; null leaves a level, or '
+            "all of them, to the parent",
+        ),
         Column("seconds", pa.float64(), "seconds inside train_group; null for a group that was not trained in this run"),
         Column("lightgbm_seconds", pa.float64(), "of those inside LightGBM"),
         Column("planned_seconds", pa.float64(), "seconds that the plan foresaw"),
@@ -297,6 +310,25 @@ LEASES = TableContract(
 )
 
 ALL = (RAW, FEATURES, LEASES, RUNS, LEDGER, BOOSTERS, HOLDOUT, DECISIONS, PREDICTIONS)
+
+
+def require_format(columns: Iterable[object], contract: TableContract, location: str) -> None:
+    """Refuse a table of an earlier format, by what it lacks.
+
+    Args:
+        columns: that it has.
+        contract: what it should be.
+        location: where it is.
+
+    Raises:
+        StoreError: naming the columns and the next step.
+    """
+    lacking = sorted({*contract.schema.names} - {*columns})
+    if lacking:
+        raise StoreError(
+            f"{location} was written by an earlier version: it has no column {', '.join(lacking)}, expected format {contract.format} of the table "
+            f"{contract.name!r}; move it away (every group is then trained again), or use a new data root"
+        )
 
 
 def records(rows: pd.DataFrame) -> list[dict[str, Any]]:

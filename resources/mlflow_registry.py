@@ -98,7 +98,9 @@ class MlflowRegistry(dg.ConfigurableResource):
         *,
         pack: Path,
         inputs: Mapping[str, str],
+        optional: Sequence[str],
         outputs: Mapping[str, str],
+        interval: float | None,
         parameters: Mapping[str, Any],
         metrics: Mapping[str, float],
         tables: Mapping[str, pd.DataFrame],
@@ -111,8 +113,10 @@ class MlflowRegistry(dg.ConfigurableResource):
             name: of the experiment and the registered model.
             fleet_version: the training run.
             pack: folder with the pack.
-            inputs: MLflow type (double or string) of each column that the model needs.
+            inputs: type (double or string) of each column that the model reads, as from `input_types`.
+            optional: those of them that a batch may lack.
             outputs: type of each column of its answers (double, string or array<double>), as from `meta_model.answer_columns`.
+            interval: level of its intervals where none is asked for; None for a model without.
             parameters: the run's.
             metrics: the run's aggregate metrics.
             tables: table artifacts by file name (.json).
@@ -129,15 +133,19 @@ class MlflowRegistry(dg.ConfigurableResource):
         from mlflow.exceptions import MlflowException
         from mlflow.models import ModelSignature
         from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
-        from mlflow.types.schema import Array
+        from mlflow.types.schema import AnyType, Array
 
+        asked = [ParamSpec("explain", DataType.boolean, default=False)]
         signature = ModelSignature(
-            Schema([ColSpec(kind, column, required=False) for column, kind in inputs.items()]),
+            # MLflow refuses a 64-bit integer for a double, null for a long and a number for a string, and tells of a missing column without
+            # those that are there, all before our code runs: what a column is, and whether it may be missing, stands in the metadata.
+            Schema([ColSpec(AnyType(), column, required=False) for column in inputs]),  # type: ignore[no-untyped-call]
             Schema(
                 [ColSpec(Array(DataType.double) if kind == "array<double>" else kind, column, required=False) for column, kind in outputs.items()]
             ),
-            ParamSchema([ParamSpec("explain", DataType.boolean, default=False)]),
+            ParamSchema(asked if interval is None else [*asked, ParamSpec("interval", DataType.double, default=interval)]),
         )
+        required = [column for column in inputs if column not in optional]
         requirements = [f"{package}=={installed_version(package)}" for package in REQUIREMENTS]
         try:
             with (
@@ -160,6 +168,7 @@ class MlflowRegistry(dg.ConfigurableResource):
                     artifacts={"pack": str(pack)},
                     # Whoever loads a shared pack from a store of their own gives its options: load_model(uri, model_config={"storage_options": ...}).
                     model_config={"pack_sha256": digest, "storage_options": {}},
+                    metadata={"inputs": dict(inputs), "required": required, "optional": list(optional)},
                     signature=signature,
                     pip_requirements=requirements,
                 )
@@ -254,19 +263,21 @@ class MlflowRegistry(dg.ConfigurableResource):
         self._connected()
         import mlflow
 
-        found = mlflow.artifacts.download_artifacts(artifact_uri=f"models:/{version.name}/{version.number}")
-        shutil.copytree(Path(found) / "artifacts" / "pack", target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # The pack alone, as MLflow writes into the folder of a whole model, even where that is the store itself; and first beside its place,
+        # so that it is there as a whole or not at all.
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            uri = f"models:/{version.name}/{version.number}/artifacts/pack"
+            Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder)).replace(target)
         return FleetModel(target, digest=version.pack_digest or None, options=options)
 
 
-def input_types(required: Sequence[str], dtypes: Mapping[str, str]) -> dict[str, str]:
-    """MLflow types of the columns a model needs: every number, integer keys too, as an optional double; the rest as string.
-
-    MLflow refuses null for a long and an integer for a string before our code runs; a double takes both.
+def input_types(names: Sequence[str], dtypes: Mapping[str, str]) -> dict[str, str]:
+    """What the columns that a model reads are to whoever asks it: every number, integer keys too, a double; the rest strings.
 
     Args:
-        required: columns.
+        names: of the columns.
         dtypes: Spark type of each, e.g. `bigint`.
     """
     numbers = ("double", "float", "tinyint", "smallint", "int", "bigint")
-    return {name: "double" if dtypes[name].startswith((*numbers, "decimal")) else "string" for name in required}
+    return {name: "double" if dtypes[name].startswith((*numbers, "decimal")) else "string" for name in names}

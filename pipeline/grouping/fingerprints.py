@@ -12,15 +12,18 @@ from pipeline.spec import BUDGETS, TuningSpec
 # Goes up whenever the training code gives other boosters from the same rows.
 TRAINING_VERSION = 1
 _LIBRARIES = ("lightgbm", "numpy", "optuna")
+# Parts of a model spec that change no booster, or are told by the rows themselves.
+_NOT_LEARNT_FROM = ("categories", "fleet", "interval", "intervals", "optional", "prior", "required")
 
 
 def shared_digest(model: Mapping[str, Any], goal: Mapping[str, Any], tuning: TuningSpec, cutoffs: Cutoffs, weight: str | None) -> str:
     """Hash of what all groups of a run have in common: model spec, objective, budget and search space, dates, code and libraries.
 
-    The lists of categories are left out: a group's rows are hashed with the numbers that its own values have in them.
+    The lists of categories are left out: a group's rows are hashed with the numbers that its own values have in them. So is what
+    changes no booster: which columns a batch may lack, and the levels of intervals.
     """
     parts = {
-        "model": {name: part for name, part in model.items() if name not in ("categories", "fleet", "prior", "required")},
+        "model": {name: part for name, part in model.items() if name not in _NOT_LEARNT_FROM},
         "goal": goal,
         "categoricals": sorted(model["categories"]),
         "weight": weight,

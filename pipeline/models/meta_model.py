@@ -8,9 +8,9 @@ A pack is a folder:
 
 - ``index.json``: what the others must be, byte for byte or footer for footer, and its own digest; a version is known by that digest;
 - ``spec.json``: one entry per generation, that is per training run whose boosters serve: grains, features, categories, target,
-  task, classes, constants;
-- ``chains.parquet``: one row per generation and group, sorted by grain, group and generation: weight, interval (link units), and where
-  its booster is: file, offset, stored size, size and SHA-256 of the text;
+  task, classes, constants, levels of intervals;
+- ``chains.parquet``: one row per generation and group, sorted by grain, group and generation: weight, half widths of intervals (link
+  units, one per level), and where its booster is: file, offset, stored size, size and SHA-256 of the text;
 - ``boosters.parquet``: one row per booster: booster_id and the text, zstd-compressed, each as one run of bytes that is read alone.
 
 A group is answered by the generation that serves it, with the ancestors, categories and constants of that generation. So a
@@ -35,7 +35,7 @@ import pyarrow as pa
 import pyarrow.fs as pf
 import pyarrow.parquet as pq
 
-PACK_FORMAT = 2
+PACK_FORMAT = 3
 CONSTANT = "constant"
 INDEPENDENT, CORRECTION = "independent", "correction"
 REGRESSION, MULTICLASS = "regression", "multiclass"
@@ -47,7 +47,7 @@ CHAINS = pa.schema(
         pa.field("generation", pa.int32(), nullable=False),
         pa.field("serves", pa.bool_(), nullable=False),
         pa.field("weight", pa.float64(), nullable=False),
-        pa.field("interval", pa.float64()),
+        pa.field("intervals", pa.list_(pa.field("element", pa.float64()))),
         pa.field("booster_id", pa.string()),
         pa.field("file", pa.int32()),
         pa.field("offset", pa.int64()),
@@ -80,7 +80,7 @@ class PackError(Exception):
 
 
 class InputError(ValueError):
-    """A batch to score lacks required columns; lists what is missing and what is there."""
+    """A batch to score lacks required columns, or asks for what the version does not have; lists what is missing and what is there."""
 
 
 def answer_columns(task: str) -> dict[str, str]:
@@ -377,7 +377,7 @@ class Chain:
 
     Args:
         weight: of its own booster against its parent's answer.
-        interval: half width in link units over scale; None leaves it to the parent.
+        intervals: half width per level of the generation, in link units over scale; None leaves a level, or all of them, to the parent.
         booster_id: None without a model of its own.
         place: number of the file, offset and stored size of the booster.
         n_bytes: size of its text.
@@ -385,11 +385,17 @@ class Chain:
     """
 
     weight: float
-    interval: float | None
+    intervals: Sequence[float | None] | None
     booster_id: str | None
     place: tuple[int, int, int]
     n_bytes: int
     sha256: str
+
+    def put_half_widths(self, halves: Floats, rows: npt.NDArray[np.int64]) -> None:
+        """Let its half widths replace its ancestors' in some rows of a table with a column per level."""
+        for level, half in enumerate((self.intervals or ())[: halves.shape[1]]):
+            if half is not None:
+                halves[rows, level] = half
 
 
 class FleetModel:
@@ -432,6 +438,8 @@ class FleetModel:
         self.fleet: str = index["fleet"]
         self.fleet_version: str = index["fleet_version"]
         self.required = list(dict.fromkeys(name for spec in self.generations for name in spec["required"]))
+        optional = dict.fromkeys(name for spec in self.generations for name in spec["optional"])
+        self.optional = [name for name in optional if name not in self.required]
         self._serving: dict[tuple[int, str], int] = {}
         self._chains: dict[tuple[int, str, int], Chain] = {}
         self._read: set[int] = set()
@@ -452,6 +460,17 @@ class FleetModel:
         return str(self.spec["task"])
 
     @property
+    def interval(self) -> float | None:
+        """Level of the intervals where none is asked for; None for classes."""
+        level: float | None = self.spec["interval"]
+        return level
+
+    @property
+    def intervals(self) -> list[float]:
+        """Levels of the intervals that may be asked for, rising; none for classes."""
+        return list(self.spec["intervals"])
+
+    @property
     def cached_bytes(self) -> int:
         """Bytes of text of the boosters that are in the cache."""
         return self._cached_bytes
@@ -467,12 +486,15 @@ class FleetModel:
             self._read_chains(number)
         return sorted(self._serving)
 
-    def predict(self, frame: pd.DataFrame, *, explain: bool = False) -> pd.DataFrame:
+    def predict(self, frame: pd.DataFrame, *, explain: bool = False, interval: float | None = None) -> pd.DataFrame:
         """Answer every row.
 
         Args:
-            frame: one row per question, with the spec's required columns in any order; a batch may mix groups and unseen ones.
+            frame: one row per question, with the required columns in any order; a batch may mix groups and unseen ones. An optional column
+                that is not there is null in every row.
             explain: say what made each answer, too; takes several times as long.
+            interval: share of answers that lower and upper should contain, one of the version's levels; by default the spec's. A row's
+                nearest ancestor that has a half width at that level gives it; it is never below one that the row has at a lower level.
 
         Returns:
             One row per row and in its order: prediction, lower, upper (target units), answered_by (grain, or "constant"),
@@ -483,15 +505,11 @@ class FleetModel:
             prediction in link space; for classes it is the probability of the answer (for binary, of the last class).
 
         Raises:
-            InputError: if a required column is missing.
+            InputError: if a required column is missing, or the version has no intervals of that level.
             PackError: if a booster that is needed is damaged.
         """
-        missing = [name for name in self.required if name not in frame.columns]
-        if missing:
-            raise InputError(
-                f"missing columns: {', '.join(missing)}; the batch has: {', '.join(map(str, frame.columns))}; "
-                f"fleet {self.fleet!r} needs: {', '.join(self.required)}"
-            )
+        self._refuse_without(frame)
+        level = self._asked_level(interval)
         # Grains are the same in all generations.
         levels = [pd.factorize(group_ids(frame, keys)) for keys in self.spec["grains"]]
         generation = self._generations_of(levels, len(frame))
@@ -500,12 +518,31 @@ class FleetModel:
             rows = np.flatnonzero(generation == number)
             whole = len(rows) == len(frame)
             part, levels_of_part = (frame, levels) if whole else (frame.iloc[rows], _levels_of(levels, rows))
-            parts.append(self._answer(part, levels_of_part, int(number), rows, explain=explain))
+            parts.append(self._answer(part, levels_of_part, int(number), rows, explain=explain, interval=level))
         if not parts:
-            parts.append(self._answer(frame, levels, 0, np.arange(0), explain=explain))
+            parts.append(self._answer(frame, levels, 0, np.arange(0), explain=explain, interval=level))
         answers = parts[0] if len(parts) == 1 else pd.concat(parts).sort_index()
         answers.index = frame.index
         return answers
+
+    def _refuse_without(self, frame: pd.DataFrame) -> None:
+        """Refuse a batch that lacks a required column."""
+        missing = [name for name in self.required if name not in frame.columns]
+        if missing:
+            optional = f", and may lack: {', '.join(self.optional)}" if self.optional else ""
+            raise InputError(
+                f"missing columns: {', '.join(missing)}; the batch has: {', '.join(map(str, frame.columns))}; "
+                f"fleet {self.fleet!r} needs: {', '.join(self.required)}{optional}"
+            )
+
+    def _asked_level(self, interval: float | None) -> float | None:
+        """The level that is asked for, or else the spec's."""
+        if interval is None:
+            return self.interval
+        if interval not in self.intervals:
+            there = f"has intervals of {', '.join(map(repr, self.intervals))}" if self.intervals else "answers with classes, which have no interval"
+            raise InputError(f"interval: {interval!r}; version {self.fleet_version!r} of fleet {self.fleet!r} {there}")
+        return float(interval)
 
     def _generations_of(self, levels: Sequence[tuple[Any, Any]], n_rows: int) -> npt.NDArray[np.int64]:
         """Per row the generation that serves its finest known group."""
@@ -518,7 +555,14 @@ class FleetModel:
         return generation
 
     def _answer(
-        self, frame: pd.DataFrame, levels: Sequence[tuple[Any, Any]], generation: int, rows_of_batch: npt.NDArray[np.int64], *, explain: bool
+        self,
+        frame: pd.DataFrame,
+        levels: Sequence[tuple[Any, Any]],
+        generation: int,
+        rows_of_batch: npt.NDArray[np.int64],
+        *,
+        explain: bool,
+        interval: float | None,
     ) -> pd.DataFrame:
         """The answers of one generation, indexed by the rows' places in the batch."""
         spec = self.generations[generation]
@@ -528,7 +572,8 @@ class FleetModel:
         # What the nearest ancestor's own model says, to which a correction adds.
         base = answer.copy()
         corrects = spec["own"] == CORRECTION
-        interval = np.full(len(frame), np.nan)
+        # Half widths at the levels up to the one that is asked for; none where this generation does not have that one.
+        halves = np.full((len(frame), spec["intervals"].index(interval) + 1 if interval in spec["intervals"] else 0), np.nan)
         answered_by = np.full(len(frame), CONSTANT, dtype=object)
         booster_id = np.full(len(frame), None, dtype=object)
         matrix = design_matrix(frame, spec)
@@ -541,8 +586,7 @@ class FleetModel:
                 if chain is None:
                     continue
                 rows = order[bounds[number] : bounds[number + 1]]
-                if chain.interval is not None:
-                    interval[rows] = chain.interval
+                chain.put_half_widths(halves, rows)
                 rows = rows[anchored[rows]]
                 weight = chain.weight
                 if chain.booster_id is None or not len(rows) or (weight == 0.0 and not corrects):
@@ -559,7 +603,7 @@ class FleetModel:
                     continue
                 answered_by[rows] = grain_name(spec["grains"][grain])
                 booster_id[rows] = chain.booster_id
-        values = numbers_of(spec, answer, anchored, offset, scale, interval) if spec["task"] == REGRESSION else classes_of(spec, answer)
+        values = numbers_of(spec, answer, anchored, offset, scale, widest(halves)) if spec["task"] == REGRESSION else classes_of(spec, answer)
         answered = {**values, "answered_by": answered_by, "booster_id": booster_id, "fleet_version": spec["fleet_version"]}
         answers = pd.DataFrame({name: answered[name] for name in answer_columns(spec["task"])}, index=rows_of_batch)
         if made_of is not None:
@@ -607,9 +651,9 @@ class FleetModel:
                 columns = self._chains_file.read_row_group(number).to_pydict()
             except (OSError, IndexError, ValueError, pa.ArrowException) as error:
                 raise PackError(f"{where}: row group {number} cannot be read ({error}); restore the file or train again") from error
-            for grain, group, generation, serves, weight, interval, name, file, offset, stored, size, digest in zip(*columns.values(), strict=True):
+            for grain, group, generation, serves, weight, halves, name, file, offset, stored, size, digest in zip(*columns.values(), strict=True):
                 place = (file, offset, stored)
-                self._chains[grain, group, generation] = Chain(weight, interval, name, place, size, digest)
+                self._chains[grain, group, generation] = Chain(weight, halves, name, place, size, digest)
                 if serves:
                     self._serving[grain, group] = generation
             self._read.add(number)
@@ -865,12 +909,26 @@ def first_answer(spec: Mapping[str, Any], n_rows: int) -> Floats:
     return np.full(n_rows, float(spec["constant"]))
 
 
+def widest(halves: Floats) -> Floats:
+    """Per row its half width at the last of the levels, and at least that at each lower level, which may be of another ancestor.
+
+    Args:
+        halves: one row per row and one column per level, rising; NaN where there is none.
+
+    Returns:
+        NaN where there is none at the last level.
+    """
+    if not halves.shape[1]:
+        return np.full(len(halves), np.nan)
+    return np.where(np.isnan(halves[:, -1]), np.nan, np.fmax.reduce(halves, axis=1))
+
+
 def numbers_of(
-    spec: Mapping[str, Any], answer: Floats, anchored: npt.NDArray[np.bool_], offset: Floats, scale: Floats, interval: Floats
+    spec: Mapping[str, Any], answer: Floats, anchored: npt.NDArray[np.bool_], offset: Floats, scale: Floats, half: Floats
 ) -> dict[str, Any]:
-    """Blended answers in link space as prediction, lower and upper in target units."""
+    """Blended answers in link space as prediction, lower and upper in target units; half widths are in link space over scale."""
     linked = np.where(anchored, offset + scale * answer, spec["constant_without_offset"])
-    width = np.where(anchored, scale * interval, np.nan)
+    width = np.where(anchored, scale * half, np.nan)
     transform = spec["target"]["transform"]
     return {
         "prediction": inverse_link(linked, transform),

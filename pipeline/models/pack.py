@@ -2,11 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.fs as pf
@@ -28,8 +29,8 @@ class Generation:
 
     Args:
         spec: as from `model_spec`, with fleet_version, constant and constant_without_offset (None for multiclass).
-        ledger: rows of the run's ledger: grain, group_id, booster_id, weight, interval. Where a column `serves` is there and false, the
-            row is there for its finer groups alone.
+        ledger: rows of the run's ledger: grain, group_id, booster_id, weight, intervals (JSON). Where a column `serves` is there and false,
+            the row is there for its finer groups alone.
     """
 
     spec: Mapping[str, Any]
@@ -42,6 +43,7 @@ def model_spec(
     classes: Sequence[str] = (),
     prior: Sequence[float] = (),
     own: str = INDEPENDENT,
+    nullable: Collection[str] = (),
 ) -> dict[str, Any]:
     """The part of a spec.json that training, packing and scoring share.
 
@@ -51,21 +53,27 @@ def model_spec(
         classes: of the target, in order; empty for regression.
         prior: each class's share of the fit rows; empty for regression.
         own: `independent`, or `correction` where a group's trees add to its parent's prediction.
+        nullable: features in which training saw a null: a batch may lack them, unless they are keys, offset or scale.
     """
-    target = spec.target
-    needed = [*spec.finest, *spec.feature_columns, *(name for name in (target.offset, target.scale) if name)]
+    target, scoring = spec.target, spec.scoring
+    told = [*spec.finest, *(name for name in (target.offset, target.scale) if name)]
+    optional = [name for name in spec.feature_columns if name in nullable and name not in told]
+    needed = [*spec.finest, *spec.feature_columns, *told]
     return {
         "fleet": spec.name,
         "grains": [list(grain) for grain in spec.grains],
         "features": list(spec.feature_columns),
         "categories": {name: list(values) for name, values in categories.items()},
-        "required": list(dict.fromkeys(needed)),
+        "required": [name for name in dict.fromkeys(needed) if name not in optional],
+        "optional": optional,
         "task": spec.task,
         "own": own,
         "is_count": spec.objective in COUNTED,
         "classes": list(classes),
         "prior": list(prior),
         "target": {"column": target.column, "transform": target.transform, "offset": target.offset, "scale": target.scale},
+        "interval": None if spec.is_class_task else scoring.interval,
+        "intervals": [] if spec.is_class_task else list(scoring.levels),
     }
 
 
@@ -256,9 +264,21 @@ def _chains_of(generations: Sequence[Generation]) -> pd.DataFrame:
     """One row per generation and group, sorted as in the pack, without the places of the boosters."""
     parts = []
     for number, generation in enumerate(generations):
-        rows = generation.ledger[["grain", "group_id", "booster_id", "weight", "interval"]].assign(generation=number)
-        parts.append(rows.assign(serves=generation.ledger.get("serves", True), weight=rows["weight"].fillna(0.0)))
+        rows = generation.ledger[["grain", "group_id", "booster_id", "weight"]].assign(generation=number)
+        halves = [_half_widths(written, generation.spec["intervals"]) for written in generation.ledger["intervals"]]
+        rows = rows.assign(serves=generation.ledger.get("serves", True), weight=rows["weight"].fillna(0.0))
+        parts.append(rows.assign(intervals=pd.Series(halves, index=rows.index, dtype=object)))
     return pd.concat(parts).sort_values(["grain", "group_id", "generation"], ignore_index=True)
+
+
+def _half_widths(written: object, levels: Sequence[float]) -> list[float | None] | None:
+    """One half width per level, from a ledger's JSON, or as a chain has them; None for a group that has none of its own."""
+    if isinstance(written, list | np.ndarray):  # from a pack's chain
+        return [None if half is None or np.isnan(half) else float(half) for half in written]
+    if not isinstance(written, str):
+        return None
+    found = {float(level): half for level, half in json.loads(written).items()}
+    return [found.get(level) for level in levels]
 
 
 def _write_tables(

@@ -18,7 +18,7 @@ from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as sf
 
-from pipeline.errors import DataError, StoreError
+from pipeline.errors import DataError
 from pipeline.faults import crash_point
 from pipeline.features.encoding import choose_categories
 from pipeline.grouping.fingerprints import fingerprint, shared_digest
@@ -64,7 +64,7 @@ from pipeline.spark.training import (
 )
 from pipeline.spec import FleetSpec
 from pipeline.store import Tables
-from pipeline.tables import BOOSTERS, HOLDOUT, LEDGER, RUNS, records
+from pipeline.tables import BOOSTERS, HOLDOUT, LEDGER, RUNS, records, require_format
 from pipeline.training.blend import STANDARD_ERRORS, Constants, GroupSkill, learn_blend
 from pipeline.training.objective import learning_goal
 from pipeline.training.outcome import ERROR, NATIVE_CRASH, WITH_BOOSTER
@@ -164,8 +164,7 @@ def read_runs(tables: Tables, namespace: str) -> pd.DataFrame:
     """
     location = tables.location(namespace, RUNS.name)
     found: pd.DataFrame = tables.read_pandas(location) if tables.exists(location) else RUNS.schema.empty_table().to_pandas()
-    if "finished_at" not in found:
-        raise StoreError(f"{location} was written by an earlier version (format 1, expected {RUNS.format}): move it away, or use a new data root")
+    require_format(found.columns, RUNS, location)
     return found
 
 
@@ -195,6 +194,8 @@ class History:
             rows: pd.DataFrame = tables.read_pandas(ledger, where={"run_id": run_id}) if there else LEDGER.schema.empty_table().to_pandas()
             return rows
 
+        # A table of another format is not added to, even where no run asks for its rows.
+        require_format(rows_of("").columns, LEDGER, ledger)
         return cls(read_runs(tables, namespace).sort_values("started_at", ignore_index=True), rows_of)
 
     def finished(self, as_of: pd.Timestamp) -> "pd.Series[Any] | None":
@@ -248,7 +249,7 @@ def plan_run(
     chosen = spec.own if spec.own != "auto" else own or _own_of(spec, before, open_runs)
     settings = TrainingSettings(
         run_id=request.run_id,
-        model=model_spec(spec, categories, list(classes), data.constants.prior, chosen or INDEPENDENT),
+        model=model_spec(spec, categories, list(classes), data.constants.prior, chosen or INDEPENDENT, data.nullable),
         goal=learning_goal(spec, len(classes)),
         target=spec.target.column,
         weight=spec.target.weight,

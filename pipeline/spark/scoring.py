@@ -9,6 +9,7 @@ from pyspark import SparkFiles
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as sf
 
+from pipeline.errors import SpecError
 from pipeline.models.meta_model import FleetModel, answer_columns
 from pipeline.spark.features import newest_time
 from pipeline.spark.keys import finite, moment_column
@@ -45,8 +46,12 @@ def score_rows(spark: SparkSession, rows: DataFrame, spec: FleetSpec, pack: Path
         options: of the object store that a shared pack is in.
 
     Returns:
-        One row per row: the columns of `tables.PREDICTIONS` and the fleet's keys.
+        One row per row: the columns of `tables.PREDICTIONS` and the fleet's keys; lower and upper at the spec's level.
+
+    Raises:
+        SpecError: if the version has no intervals of that level.
     """
+    level = _level_of(FleetModel(pack, options=options), spec)
     spark.sparkContext.addFile(str(pack), recursive=True)
     name, stored = pack.name, dict(options)
 
@@ -54,7 +59,7 @@ def score_rows(spark: SparkSession, rows: DataFrame, spec: FleetSpec, pack: Path
         if name not in _opened:
             _opened[name] = FleetModel(SparkFiles.get(name), options=stored)
         for batch in batches:
-            yield pd.concat([batch[kept], _opened[name].predict(batch)], axis=1)
+            yield pd.concat([batch[kept], _opened[name].predict(batch, interval=level)], axis=1)
 
     kept = list(dict.fromkeys(["row_key", "time", *spec.key_columns]))
     needed = dict.fromkeys([*kept, *spec.feature_columns, *(name_ for name_ in (spec.target.offset, spec.target.scale) if name_)])
@@ -65,6 +70,18 @@ def score_rows(spark: SparkSession, rows: DataFrame, spec: FleetSpec, pack: Path
     )
     answered = narrow.mapInPandas(answer, schema)
     return answered.withColumn("as_of", sf.lit(as_of.isoformat())).withColumn("scored_at", sf.current_timestamp())
+
+
+def _level_of(model: FleetModel, spec: FleetSpec) -> float | None:
+    """The level that the spec asks for now; the version may have been trained when it asked for another."""
+    if not model.intervals:
+        return None
+    if spec.scoring.interval not in model.intervals:
+        raise SpecError(
+            f"scoring.interval: {spec.scoring.interval!r} is no level of the version that serves ({model.fleet_version}), which has intervals of "
+            f"{', '.join(map(repr, model.intervals))}; choose one of them, or materialise models, meta_model and champion again"
+        )
+    return spec.scoring.interval
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ from pipeline.training.worker import OUTCOME_SCHEMA, TaskWorker, TrainGroup
 Report = Callable[[int, int, float], None]
 # Constants and weights keep so many significant digits: sums over files in another order differ in the last ones.
 DIGITS = 12
+# Features per whole number that tells which of them are null.
+MASK_BITS = 48
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,12 @@ class TrainingData:
         counts: one row per group of every grain, with its counts, its parent, and the hash of its training rows.
         constants: what answers without a model: mean of the fit rows (their quantile where one is learnt; classes' shares), 0 where
             there is none.
+        nullable: features in which a row that is learnt from has a null.
     """
 
     counts: pd.DataFrame
     constants: Constants
+    nullable: tuple[str, ...]
 
 
 def visible_rows(features: DataFrame, as_of: pd.Timestamp) -> DataFrame:
@@ -144,8 +148,10 @@ def count_groups(
         residual.alias("_residual"),
         sf.when(known, _row_hash(spec)).alias("_row_hash"),
         group_id_column(spec.finest).alias("_finest"),
+        *(mask.alias(f"_nulls{number}") for number, mask in enumerate(_null_masks(spec))),
     )
 
+    masks = [name for name in narrow.columns if name.startswith("_nulls")]
     # Which finer groups a row is judged in is part of what a coarse group holds out.
     is_finest = sf.col("_level.grain") == len(spec.grains) - 1
     hashed = sf.when(is_finest, sf.col("_row_hash")).otherwise(sf.when(sf.col("_known"), sf.xxhash64("_row_hash", "_finest")))
@@ -170,6 +176,7 @@ def count_groups(
         sf.sum(sf.shiftrightunsigned(hashed, 32)).alias("_high"),
         middle(sf.when(fit & is_pooled, sf.col("_residual"))).alias("_constant"),
         middle(sf.when(fit & is_pooled, sf.col("_linked"))).alias("_plain_constant"),
+        *(sf.bit_or(sf.when(is_pooled & usable, sf.col(name)).otherwise(sf.lit(0).cast("long"))).alias(name) for name in masks),
     )
     counts = counted.toPandas()
     counts["rows_hash"] = [
@@ -179,7 +186,19 @@ def count_groups(
     with_offset, without_offset = (0.0 if pd.isna(pooled[name]) else _rounded(pooled[name]) for name in ("_constant", "_plain_constant"))
     prior = _prior(classes or {}) if spec.task == MULTICLASS else ()
     constants = Constants(0.0, 0.0, prior) if prior else Constants(with_offset, without_offset)
-    return TrainingData(counts.drop(columns=["_constant", "_plain_constant", "_low", "_high"]), constants)
+    nullable = tuple(name for place, name in enumerate(spec.feature_columns) if int(pooled[masks[place // MASK_BITS]]) >> place % MASK_BITS & 1)
+    return TrainingData(counts.drop(columns=["_constant", "_plain_constant", "_low", "_high", *masks]), constants, nullable)
+
+
+def _null_masks(spec: FleetSpec) -> list[Column]:
+    """Which features of a row are null or NaN, one bit each: a few whole numbers, which travel more cheaply than a column each."""
+    masks = [sf.lit(0).cast("long") for _ in range(0, len(spec.feature_columns), MASK_BITS)]
+    for place, name in enumerate(spec.feature_columns):
+        value = sf.col(f"`{name}`")
+        is_null = value.isNull() if name in spec.features.categoricals else value.isNull() | sf.isnan(value.try_cast("double"))
+        bit = sf.when(is_null, sf.lit(1 << place % MASK_BITS)).otherwise(sf.lit(0)).cast("long")
+        masks[place // MASK_BITS] = masks[place // MASK_BITS].bitwiseOR(bit)
+    return masks
 
 
 def _rounded(value: float) -> float:

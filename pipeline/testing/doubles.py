@@ -220,7 +220,9 @@ class MemoryRegistry:
         *,
         pack: Path,
         inputs: Mapping[str, str],  # noqa: ARG002 - the real registry's signature
+        optional: Sequence[str],  # noqa: ARG002
         outputs: Mapping[str, str],  # noqa: ARG002
+        interval: float | None,  # noqa: ARG002
         parameters: Mapping[str, Any],  # noqa: ARG002
         metrics: Mapping[str, float],  # noqa: ARG002
         tables: Mapping[str, pd.DataFrame],  # noqa: ARG002

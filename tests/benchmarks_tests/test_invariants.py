@@ -17,7 +17,7 @@ from benchmarks.invariants import check_fleet, compare_runs, main
 GRAINS = ((), ("shop", "size"))
 MOMENT = pd.Timestamp("2024-03-01", tz="UTC").as_unit("us")
 GROUPS = ('["a/b \\"ü","1"]', '["b",null]', '["c","3"]')
-STRINGS = ("status", "reason", "booster_id", "fingerprint", "source_run_id", "wave", "baselines", "metrics")
+STRINGS = ("status", "reason", "booster_id", "fingerprint", "source_run_id", "wave", "baselines", "metrics", "intervals")
 
 
 def native(group: str) -> bytes:
@@ -31,7 +31,9 @@ def booster_id(group: str) -> str:
 def ledger_row(run_id: str, grain: int, group: str, **changes: Any) -> dict[str, Any]:
     trained = {"status": "trained", "reason": None, "booster_id": booster_id(group), "fingerprint": f"made of {group}", "weight": 0.4}
     told = {"n_report": 2, "rmse": 1.5, "mape": None, "baselines": '{"naive":{"rmse":2.5}}', "metrics": '{"fleet":{"rmse":1.5}}', "seconds": 0.1}
-    return {"run_id": run_id, "grain": grain, "group_id": group, "source_run_id": run_id, "wave": f"{run_id}-0", **trained, **told, **changes}
+    intervals = {"intervals": '{"0.8": 1.5, "0.95": 2.5}' if grain == 0 else None}
+    place = {"run_id": run_id, "grain": grain, "group_id": group, "source_run_id": run_id, "wave": f"{run_id}-0"}
+    return {**place, **trained, **told, **intervals, **changes}
 
 
 def without_model(status: str, **changes: Any) -> dict[str, Any]:
@@ -193,6 +195,8 @@ DAMAGES: dict[str, tuple[str, Callable[[pd.DataFrame], pd.DataFrame], str]] = {
     "inherited with booster": ("ledger", at("1", B, status="inherited"), "is inherited and has a booster id"),
     "a weight above 1": ("ledger", at("22", A, weight=1.0000001), "has the weight 1.0000001, outside 0 to 1"),
     "no weight": ("ledger", at("22", A, weight=None), "has the weight None, outside 0 to 1"),
+    "intervals that fall": ("ledger", at("22", A, intervals='{"0.95": 1.0, "0.8": 2.0}'), 'has the intervals {"0.95": 1.0, "0.8": 2.0}, which do not rise'),
+    "a negative interval": ("ledger", at("22", A, intervals='{"0.8": -1.0, "0.95": null}'), "which do not rise with their level"),
     "a weight without model": ("ledger", at("22", C, weight=0.5), "is crashed and has the weight 0.5"),
     "an unknown previous run": ("runs", in_column("previous_run_id", "0", "run_id", "22"), "run 22 builds on run '0', which is not there"),
     "a previous run that is not finished": ("runs", in_column("finished_at", pd.NaT, "run_id", "1"), "runs: built on, but without finished_at 1"),
@@ -261,6 +265,8 @@ def test_names_times_and_last_digits_do_not_matter(sound: Path, tables: Path) ->
     for name in ("runs", "ledger", "boosters", "holdout"):
         change(tables, name, renamed_run)
     change(tables, "ledger", lambda rows: rows.assign(rmse=1.5 * (1 + 1e-12), seconds=9.0, metrics='{"fleet":{"rmse":1.5000000000001}}'))
+    digits = '{"0.8": 1.5, "0.95": 2.5000000000001}'
+    change(tables, "ledger", lambda rows: rows.assign(intervals=rows["intervals"].where(rows["grain"] != 0, digits)))
     assert compare_runs(sound, tables) == []
 
 
@@ -276,6 +282,7 @@ DIFFERENCES: dict[str, tuple[str, Callable[[pd.DataFrame], pd.DataFrame], str]] 
     "a group less": ("ledger", lambda rows: rows[(rows["run_id"] != "22") | (rows["group_id"] != B)], "ledger: groups of only one side (1,"),
     "an error": ("ledger", at("22", "[]", rmse=1.5 * (1 + 1e-8)), "rmse is 1.5 and 1.500000015"),
     "an error of a baseline": ("ledger", at("22", "[]", baselines='{"naive":{"rmse":2.6}}'), "baselines is"),
+    "a half width": ("ledger", at("22", "[]", intervals='{"0.8": 1.5, "0.95": 2.6}'), "intervals is"),
     "a status": ("ledger", at("22", C, status="failed"), "status is 'crashed' and 'failed'"),
     "a fingerprint": ("ledger", at("22", A, fingerprint="other"), "fingerprint is"),
     "the data": ("runs", in_column("data_digest", "other", "run_id", "22"), "run: data_digest is 'rows' and 'other'"),

@@ -75,6 +75,27 @@ def test_all_mistakes_are_told_at_once() -> None:
     assert all(part in message for part in ("'9lives'", "grain: unknown field", "tuning.max_trials", "scoring.interval", "(got 1.5)"))
 
 
+@pytest.mark.parametrize(
+    ("scoring", "levels"),
+    [
+        ({}, (0.8, 0.95)),
+        ({"interval": 0.9}, (0.8, 0.9, 0.95)),
+        ({"interval": 0.9, "intervals": []}, (0.9,)),
+        ({"intervals": [0.99, 0.5, 0.5, 0.8]}, (0.5, 0.8, 0.99)),
+    ],
+)
+def test_intervals_are_kept_for_all_levels_and_always_for_that_of_lower_and_upper(scoring: dict[str, Any], levels: tuple[float, ...]) -> None:
+    assert small_spec(scoring=scoring).scoring.levels == levels
+
+
+@pytest.mark.parametrize("level", [0, 1, 80, -0.1])
+def test_a_level_that_is_no_share_is_refused_and_shown(level: float) -> None:
+    message = refusal(scoring={"intervals": [0.5, level]})
+    assert "scoring.intervals.1: " in message
+    assert f"(got {level!r})" in message
+    assert "scoring.intervals: " in refusal(scoring={"intervals": 0.9})
+
+
 def test_all_contradictions_are_told_at_once() -> None:
     message = refusal(grains=[["region"], ["city"]], features={"columns": ["sales"]}, period=None, scoring={"score": "future"})
     assert all(part in message for part in ("the first is ['region']", "['city'] does not extend", "'sales' is the answer", "period: needed"))
@@ -292,6 +313,7 @@ def test_columns_asked_of_the_sql_are_traced_to_their_field() -> None:
 
 def test_the_training_digest_ignores_what_is_said_to_people() -> None:
     digest = small_spec().training_digest
+    assert small_spec(scoring={"interval": 0.9, "intervals": [0.5]}).training_digest == digest
     assert small_spec(description="Sales.", owners=["team:shops"]).training_digest == digest
     assert small_spec(tuning={"seed": 2}).training_digest != digest
     assert small_spec(features={"derived": {"x": "price * 2"}}).training_digest != digest

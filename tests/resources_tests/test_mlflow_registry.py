@@ -21,6 +21,9 @@ SPEC = {
     "features": ["x"],
     "categories": {},
     "required": ["store", "x"],
+    "optional": [],
+    "interval": 0.8,
+    "intervals": [0.8, 0.95],
     "task": "regression",
     "own": "independent",
     "target": {"column": "y", "transform": "none", "offset": None, "scale": None},
@@ -38,7 +41,7 @@ def booster_text() -> str:
     return str(lgb.train(settings, lgb.Dataset(x, x[:, 0], params={"verbosity": -1}), num_boost_round=2).model_to_string())
 
 
-def pack_of(folder: Path, booster_text: str, n_groups: int, fleet_version: str) -> Path:
+def pack_of(folder: Path, booster_text: str, n_groups: int, fleet_version: str, **changes: Any) -> Path:
     booster = encode_booster(booster_text)
     ledger = pd.DataFrame(
         {
@@ -46,10 +49,10 @@ def pack_of(folder: Path, booster_text: str, n_groups: int, fleet_version: str) 
             "group_id": ["[]", *(group_id([str(number)]) for number in range(n_groups))],
             "booster_id": [booster.booster_id] * (n_groups + 1),
             "weight": [0.5] * (n_groups + 1),
-            "interval": [None] * (n_groups + 1),
+            "intervals": ['{"0.8": 1.0, "0.95": 3.0}'] + [None] * n_groups,
         }
     )
-    write_pack(folder, [Generation({**SPEC, "fleet_version": fleet_version}, ledger)], lambda _: [vars(booster)])
+    write_pack(folder, [Generation({**SPEC, "fleet_version": fleet_version, **changes}, ledger)], lambda _: [vars(booster)])
     return folder
 
 
@@ -67,7 +70,9 @@ def registry(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
 def register(registry: Any, name: str, fleet_version: str, pack: Path, **changes: Any) -> Any:
     given: dict[str, Any] = {
         "inputs": {"store": "string", "x": "double"},
+        "optional": [],
         "outputs": answer_columns("regression"),
+        "interval": 0.8,
         "parameters": {"pooling": "blend"},
         "metrics": {"fleet_rmse": 1.5},
         "tables": {"ledger.json": pd.DataFrame({"group_id": ["[]"]})},
@@ -136,21 +141,21 @@ def test_a_run_says_what_it_was(mlflow_registry: MlflowRegistry, tmp_path: Path,
     import mlflow
 
     info = mlflow.models.get_model_info("models:/described/1")
-    assert {column.name: (column.type.name, column.required) for column in info.signature.inputs.inputs} == {
-        "store": ("string", False),
-        "x": ("double", False),
-    }
+    assert info.signature.inputs.input_names() == ["store", "x"]
+    assert info.metadata == {"inputs": {"store": "string", "x": "double"}, "required": ["store", "x"], "optional": []}
+    assert {one.name: one.default for one in info.signature.params.params} == {"explain": False, "interval": 0.8}
     assert info.signature.outputs.input_names() == ["prediction", "lower", "upper", "answered_by", "booster_id", "fleet_version"]
 
 
 def test_the_signature_of_classes_holds_their_probabilities(mlflow_registry: MlflowRegistry, tmp_path: Path, booster_text: str) -> None:
     pack = pack_of(tmp_path / "pack", booster_text, 1, "run-1")
-    register(mlflow_registry, "classes", "run-1", pack, outputs=answer_columns("multiclass"))
+    register(mlflow_registry, "classes", "run-1", pack, outputs=answer_columns("multiclass"), interval=None)
     import mlflow
 
-    outputs = mlflow.models.get_model_info("models:/classes/1").signature.outputs.to_dict()
-    kinds = {column["name"]: column["type"] for column in outputs}
+    signature = mlflow.models.get_model_info("models:/classes/1").signature
+    kinds = {column["name"]: column["type"] for column in signature.outputs.to_dict()}
     assert (kinds["prediction"], kinds["probabilities"]) == ("string", "array")
+    assert [one.name for one in signature.params.params] == ["explain"]
 
 
 def test_a_pack_is_fetched_once(mlflow_registry: MlflowRegistry, tmp_path: Path, booster_text: str) -> None:
@@ -168,7 +173,7 @@ def test_a_registry_that_refuses_is_told_with_the_next_step(tmp_path: Path, boos
         register(mlflow_registry, "refused", "run-1", pack, parameters={"a bad name\n\u2028!?": 1})
 
 
-def test_inputs_that_may_be_null_or_integers_are_doubles() -> None:
+def test_numbers_are_doubles_and_all_else_is_text() -> None:
     types = {"a": "bigint", "b": "double", "c": "decimal(10,2)", "d": "string", "e": "boolean", "f": "date", "g": "int"}
     assert input_types(list(types), types) == {
         "a": "double",
@@ -191,6 +196,58 @@ def test_a_registered_version_explains_itself_when_asked(mlflow_registry: Mlflow
     pd.testing.assert_frame_equal(explained.drop(columns="contributions"), plain)
     sums = [sum(part["contribution"] for part in parts) for parts in explained["contributions"]]
     assert sums == pytest.approx(plain["prediction"].tolist(), rel=1e-12)
+
+
+def test_a_registered_version_gives_intervals_of_the_level_that_is_asked_for(
+    mlflow_registry: MlflowRegistry, tmp_path: Path, booster_text: str
+) -> None:
+    version = register(mlflow_registry, "levels", "run-1", pack_of(tmp_path / "pack", booster_text, 1, "run-1"))
+    import mlflow
+
+    served = mlflow.pyfunc.load_model(f"models:/levels/{version.number}")
+    question = pd.DataFrame({"store": ["0", "new"], "x": [0.1, 0.9]})
+    halves = {level: _half(served.predict(question, params={"interval": level})) for level in (0.8, 0.95)}
+    assert halves == {0.8: pytest.approx([1.0, 1.0]), 0.95: pytest.approx([3.0, 3.0])}
+    assert _half(served.predict(question)) == pytest.approx(halves[0.8])
+    with pytest.raises(ValueError, match=r"interval: 0.5; version 'run-1' of fleet 'shop' has intervals of 0.8, 0.95"):
+        served.predict(question, params={"interval": 0.5})
+
+
+def _half(answers: pd.DataFrame) -> list[float]:
+    return ((answers["upper"] - answers["lower"]) / 2).tolist()
+
+
+@pytest.mark.parametrize("kind", ["int8", "int16", "int32", "int64", "uint64", "float32", "float64", "Int64", "Float64", "object"])
+def test_a_registered_version_takes_numbers_of_any_width(mlflow_registry: MlflowRegistry, tmp_path: Path, booster_text: str, kind: str) -> None:
+    name = f"width_{kind}"
+    version = register(
+        mlflow_registry, name, "run-1", pack_of(tmp_path / "pack", booster_text, 3, "run-1"), inputs={"store": "double", "x": "double"}
+    )
+    import mlflow
+
+    served = mlflow.pyfunc.load_model(f"models:/{name}/{version.number}")
+    rows = pd.DataFrame({"x": [0, 1, 1], "store": [2, 0, 7]}, index=[5, 3, 3])
+    expected = served.predict(rows.astype({"store": "float64", "x": "float64"}))
+    assert expected["answered_by"].tolist() == ["[store]", "[store]", "[]"]
+    pd.testing.assert_frame_equal(served.predict(rows.astype(kind)), expected)
+
+
+def test_a_registered_version_names_the_columns_that_it_misses_and_those_that_are_there(
+    mlflow_registry: MlflowRegistry, tmp_path: Path, booster_text: str
+) -> None:
+    pack = pack_of(tmp_path / "pack", booster_text, 1, "run-1", required=["store"], optional=["x"])
+    version = register(mlflow_registry, "lacking", "run-1", pack, optional=["x"])
+    import mlflow
+
+    served = mlflow.pyfunc.load_model(f"models:/lacking/{version.number}")
+    assert served.metadata.metadata["required"] == ["store"]
+    assert served.metadata.metadata["optional"] == ["x"]
+    with pytest.raises(ValueError, match=r"missing columns: store; the batch has: x; fleet 'shop' needs: store, and may lack: x") as caught:
+        served.predict(pd.DataFrame({"x": [0.1], "unknown": [1]}))
+    assert type(caught.value).__name__ == "InputError"
+    without = served.predict(pd.DataFrame({"store": ["0", None]}))
+    pd.testing.assert_frame_equal(without, served.predict(pd.DataFrame({"x": [None, np.nan], "store": ["0", None]})))
+    assert without["answered_by"].tolist() == ["[store]", "[]"]
 
 
 def test_a_registered_pack_that_was_exchanged_is_refused(mlflow_registry: MlflowRegistry, tmp_path: Path, booster_text: str) -> None:

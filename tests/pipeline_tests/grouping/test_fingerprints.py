@@ -74,6 +74,16 @@ def test_the_as_of_and_new_categories_leave_groups_alone_that_do_not_have_them()
     assert digest(categories={"kind": ["large", "small", "new"]}) == digest()
 
 
+def test_columns_that_a_batch_may_lack_and_levels_of_intervals_change_no_booster() -> None:
+    spec = small_spec(scoring={"interval": 0.9, "intervals": [0.5]})
+    model = model_spec(spec, CATEGORIES, nullable=["price", "kind"])
+    assert model["optional"] == ["price", "kind"]
+    assert shared_digest(model, learning_goal(spec, 0), spec.tuning, CUTOFFS, spec.target.weight) == digest()
+    # As it was before a model spec said so.
+    old = {name: part for name, part in model.items() if name not in ("optional", "interval", "intervals")}
+    assert shared_digest(old, learning_goal(spec, 0), spec.tuning, CUTOFFS, spec.target.weight) == digest()
+
+
 def test_other_code_and_other_libraries_change_it(monkeypatch: pytest.MonkeyPatch) -> None:
     before = digest()
     with monkeypatch.context() as changed:

@@ -1,3 +1,4 @@
+import itertools
 import json
 import re
 import shutil
@@ -209,7 +210,7 @@ def booster(slope: float, level: float = 0.0) -> EncodedBooster:
 
 
 BOOSTERS = {"pooled": booster(1.0, 10.0), "north": booster(2.0, 20.0), "oslo": booster(3.0, 40.0)}
-CHAINS_OF = [  # grain, group, booster, weight, interval
+CHAINS_OF = [  # grain, group, booster, weight, half width at 80 %; at 95 % it is twice that
     (0, "[]", "pooled", 1.0, 4.0),
     (1, '["north"]', "north", 0.5, None),
     (1, '["south"]', None, 0.0, None),
@@ -221,8 +222,12 @@ CHAINS_OF = [  # grain, group, booster, weight, interval
 
 
 def ledger_of(chains: Sequence[tuple[Any, ...]]) -> pd.DataFrame:
-    ledger = pd.DataFrame(chains, columns=["grain", "group_id", "booster", "weight", "interval"])
-    return ledger.assign(booster_id=[None if name is None else BOOSTERS[name].booster_id for name in ledger["booster"]])
+    ledger = pd.DataFrame([chain[:4] for chain in chains], columns=["grain", "group_id", "booster", "weight"])
+    halves = [chain[4] if isinstance(chain[4], dict | None) else {"0.8": chain[4], "0.95": 2 * chain[4]} for chain in chains]
+    return ledger.assign(
+        booster_id=[None if name is None else BOOSTERS[name].booster_id for name in ledger["booster"]],
+        intervals=[None if half is None else json.dumps(half) for half in halves],
+    )
 
 
 def make_pack(
@@ -278,9 +283,72 @@ def test_an_interval_comes_from_the_nearest_group_that_has_one(pack: Path) -> No
     assert ((found["upper"] - found["lower"]) / 2).tolist() == pytest.approx([8.0, 4.0, 4.0])
 
 
+def half_widths(model: FleetModel, *groups: tuple[Any, Any], interval: float | None = None) -> list[float]:
+    found = model.predict(batch(*groups), interval=interval)
+    return [float(half) for half in (found["upper"] - found["lower"]) / 2]
+
+
+def test_an_interval_has_the_level_that_is_asked_for_or_else_the_specs(pack: Path) -> None:
+    model = FleetModel(pack)
+    groups = ("north", "oslo"), ("north", "bergen"), ("east", "x")
+    assert half_widths(model, *groups, interval=0.8) == half_widths(model, *groups) == pytest.approx([8.0, 4.0, 4.0])
+    assert half_widths(model, *groups, interval=0.95) == pytest.approx([16.0, 8.0, 8.0])
+    assert half_widths(model, *groups, interval=np.float64(0.95)) == pytest.approx([16.0, 8.0, 8.0])
+
+
+@pytest.mark.parametrize("level", [0.5, 0, 1.0, 95, "0.95", float("nan"), True])
+def test_a_level_that_a_version_does_not_have_is_refused_with_those_it_has(pack: Path, level: Any) -> None:
+    with pytest.raises(InputError, match=rf"interval: {level!r}; version 'run-1' of fleet 'small' has intervals of 0\.8, 0\.95"):
+        FleetModel(pack).predict(batch(("north", "oslo")), interval=level)
+
+
+def test_classes_have_no_level(tmp_path: Path, task: str) -> None:
+    model = FleetModel(class_pack(tmp_path / "pack", task))
+    assert (model.interval, model.intervals) == (None, [])
+    with pytest.raises(InputError, match=r"interval: 0\.8; .* answers with classes, which have no interval"):
+        model.predict(batch(("north", "x")), interval=0.8)
+
+
+def test_a_level_that_a_group_has_too_few_rows_for_is_its_parents_and_never_narrower_than_a_lower_one(tmp_path: Path) -> None:
+    chains = [
+        (0, "[]", "pooled", 1.0, {"0.8": 2.0, "0.95": 3.0}),
+        (1, '["north"]', None, 0.0, {"0.8": 1.0, "0.95": None}),
+        (1, '["south"]', None, 0.0, {"0.8": 5.0, "0.95": None}),
+    ]
+    model = FleetModel(make_pack(tmp_path / "pack", chains=chains))
+    groups = ("north", "x"), ("south", "x"), ("east", "x")
+    assert half_widths(model, *groups, interval=0.8) == pytest.approx([1.0, 5.0, 2.0])
+    assert half_widths(model, *groups, interval=0.95) == pytest.approx([3.0, 5.0, 3.0])
+
+
+def test_a_level_that_nobody_has_rows_for_gives_no_interval(tmp_path: Path) -> None:
+    model = FleetModel(make_pack(tmp_path / "pack", chains=[(0, "[]", "pooled", 1.0, {"0.8": 2.0, "0.95": None})]))
+    assert half_widths(model, ("north", "x")) == pytest.approx([2.0])
+    assert np.isnan(half_widths(model, ("north", "x"), interval=0.95)).all()
+
+
+def test_the_same_share_is_answered_by_wider_intervals_at_higher_levels(tmp_path: Path) -> None:
+    random = np.random.default_rng(7)
+    levels = [0.5, 0.8, 0.9, 0.99]
+    spec = model_spec(small_spec(scoring={"intervals": levels}), {"kind": ["large", "small"]})
+    ids = [(0, "[]"), *((1, group_id([f"r{n}"])) for n in range(9)), *((2, group_id([f"r{n}", f"c{m}"])) for n in range(9) for m in range(9))]
+    own = [dict(zip(map(repr, levels), np.sort(random.exponential(size=4)) + np.where(random.random(4) < 0.4, np.nan, 0), strict=True)) for _ in ids]
+    written = [json.dumps({level: None if np.isnan(half) else half for level, half in halves.items()}) for halves in own]
+    ledger = pd.DataFrame(ids, columns=["grain", "group_id"]).assign(booster_id=None, weight=0.0, intervals=written)
+    constants = {"fleet_version": "run-1", "constant": 1.0, "constant_without_offset": 1.0}
+    write_pack(tmp_path / "pack", [Generation({**spec, **constants}, ledger)], lambda _: [])
+    model = FleetModel(tmp_path / "pack")
+    groups = [(f"r{n}", f"c{m}") for n in range(10) for m in range(10)]
+    found = np.array([half_widths(model, *groups, interval=level) for level in levels])
+    for lower, upper in itertools.pairwise(found):
+        both = ~np.isnan(lower) & ~np.isnan(upper)
+        assert both.sum() > 40
+        assert (upper[both] >= lower[both]).all()
+
+
 def test_a_fleet_without_any_model_answers_with_its_constant(tmp_path: Path) -> None:
     spec = model_spec(small_spec(), {"kind": []})
-    ledger = pd.DataFrame({"grain": [0], "group_id": ["[]"], "booster_id": [None], "weight": [0.0], "interval": [None]})
+    ledger = pd.DataFrame({"grain": [0], "group_id": ["[]"], "booster_id": [None], "weight": [0.0], "intervals": [None]})
     write_pack(
         tmp_path / "pack", [Generation({**spec, "fleet_version": "run-1", "constant": 100.0, "constant_without_offset": 7.0}, ledger)], lambda _: []
     )
@@ -311,6 +379,24 @@ def test_missing_columns_are_listed_with_those_that_are_there(pack: Path) -> Non
     with pytest.raises(InputError) as caught:
         FleetModel(pack).predict(batch(("north", "oslo")).drop(columns=["price", "city"]))
     assert str(caught.value).startswith("missing columns: city, price; the batch has: region, promotion, day_of_week, kind;")
+
+
+def test_columns_that_may_be_missing_are_null_where_they_are(tmp_path: Path) -> None:
+    spec = model_spec(small_spec(), {"kind": ["large", "small"]}, nullable=["price", "kind"])
+    constants = {"fleet_version": "run-1", "constant": 1.0, "constant_without_offset": 1.0}
+    write_pack(tmp_path / "pack", [Generation({**spec, **constants}, ledger_of(CHAINS_OF))], lambda _: [vars(one) for one in BOOSTERS.values()])
+    model = FleetModel(tmp_path / "pack")
+    assert (model.required, model.optional) == (["region", "city", "promotion", "day_of_week"], ["price", "kind"])
+    rows = batch(("north", "oslo"), ("east", "x"), ("north", "bergen"))
+    nulls = model.predict(rows.assign(price=np.nan, kind=None))
+    pd.testing.assert_frame_equal(model.predict(rows.drop(columns=["price", "kind"])), nulls)
+    pd.testing.assert_frame_equal(model.predict(rows.assign(kind=None).drop(columns="price")), nulls)
+    with pytest.raises(InputError) as caught:
+        model.predict(rows.drop(columns=["price", "promotion"]))
+    assert str(caught.value) == (
+        "missing columns: promotion; the batch has: region, city, day_of_week, kind; "
+        "fleet 'small' needs: region, city, promotion, day_of_week, and may lack: price, kind"
+    )
 
 
 def test_an_empty_batch_has_no_answer_and_all_columns(pack: Path) -> None:
@@ -477,10 +563,10 @@ def test_another_pack_than_the_registered_one_is_refused(pack: Path, tmp_path: P
         FleetModel(other, digest=registered)
 
 
-@pytest.mark.parametrize("form", [1, 3, "2", None])
+@pytest.mark.parametrize("form", [2, 4, "3", None])
 def test_another_format_is_refused(copied: Path, form: Any) -> None:
     reseal(copied, format=form)
-    with pytest.raises(PackError, match=rf"index\.json: format {form!r}, expected 2"):
+    with pytest.raises(PackError, match=rf"index\.json: format {form!r}, expected 3: .* materialise meta_model and champion again"):
         FleetModel(copied)
 
 
@@ -672,7 +758,7 @@ def class_pack(folder: Path, task: str, weights: tuple[float, float] = (1.0, 0.5
     names = CLASS_NAMES[task]
     spec = model_spec(small_spec(task=task, baselines=None), {"kind": ["large", "small"]}, names, PRIORS[task])
     booster = class_booster(len(names))
-    ledger = pd.DataFrame({"grain": [0, 1], "group_id": ["[]", '["north"]'], "weight": weights, "interval": [None, None]})
+    ledger = pd.DataFrame({"grain": [0, 1], "group_id": ["[]", '["north"]'], "weight": weights, "intervals": [None, None]})
     constant = {"constant": PRIORS[task][1] if task == "binary" else None}
     whole = {**spec, **constant, "constant_without_offset": None, "fleet_version": "run-1"}
     write_pack(folder, [Generation(whole, ledger.assign(booster_id=booster.booster_id))], lambda _: [vars(booster)])

@@ -20,7 +20,7 @@ ONE, TWO, OTHER = (encode_booster(text) for text in ("one", "two", "other"))
 
 def ledger(*boosters: str | None) -> pd.DataFrame:
     groups = ["[]", '["north"]', '["south"]'][: len(boosters)]
-    return pd.DataFrame({"grain": [0, 1, 1][: len(boosters)], "group_id": groups, "booster_id": boosters, "weight": 0.5, "interval": None})
+    return pd.DataFrame({"grain": [0, 1, 1][: len(boosters)], "group_id": groups, "booster_id": boosters, "weight": 0.5, "intervals": None})
 
 
 def write(folder: Path, names: Sequence[str | None], boosters: Iterable[Mapping[str, Any]]) -> Path:
@@ -143,7 +143,26 @@ def test_all_generations_of_a_group_are_in_one_row_group(tmp_path: Path, monkeyp
     assert [group for _, group in first] == [part[0] for part in groups]
 
 
+NEEDS_MUCH = small_spec(target={"offset": "level", "scale": "price"}, features={"categoricals": ["kind", "region"]})
+
+
 def test_a_model_needs_keys_features_offset_and_scale_each_once() -> None:
-    spec = model_spec(small_spec(target={"offset": "level", "scale": "price"}, features={"categoricals": ["kind", "region"]}), {})
+    spec = model_spec(NEEDS_MUCH, {})
     assert spec["required"] == ["region", "city", "price", "promotion", "day_of_week", "kind", "level"]
+    assert spec["optional"] == []
     assert "sales" not in spec["required"]
+
+
+def test_what_training_saw_nulls_in_is_optional_but_for_keys_offset_and_scale() -> None:
+    spec = model_spec(NEEDS_MUCH, {}, nullable=("kind", "level", "price", "promotion", "region"))
+    assert spec["required"] == ["region", "city", "price", "day_of_week", "level"]
+    assert spec["optional"] == ["promotion", "kind"]
+
+
+def test_half_widths_are_kept_in_the_order_of_the_levels(tmp_path: Path) -> None:
+    spec = {**SPEC, **model_spec(small_spec(scoring={"interval": 0.9, "intervals": [0.5, 0.99]}), {"kind": ["a"]})}
+    written = ['{"0.5": 1.0, "0.9": 2.0, "0.99": null}', '{"0.99": 9.0}', None]
+    write_pack(tmp_path / "pack", [Generation(spec, ledger(None, None, None).assign(intervals=written))], lambda _: [])
+    model = FleetModel(tmp_path / "pack")
+    assert (model.interval, model.intervals) == (0.9, [0.5, 0.9, 0.99])
+    assert [chain.intervals for chain in model.chains()] == [[1.0, 2.0, None], [None, None, 9.0], None]

@@ -1,7 +1,9 @@
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -209,7 +211,7 @@ def test_what_was_not_measured_is_null(finished: Finished) -> None:
     row = ledger_row(finished, 2, "north", "no report")
     assert row["status"] == "trained"
     assert row["tune_own"] > 0
-    assert row[["report_own", "rmse", "mape", "mae", "report_rows", "interval"]].isna().all()
+    assert row[["report_own", "rmse", "mape", "mae", "report_rows", "intervals"]].isna().all()
 
 
 def test_tables_hold_what_the_run_left(finished: Finished, run: PlannedRun) -> None:
@@ -367,7 +369,13 @@ def test_errors_are_those_of_the_answers(finished: Finished, judged: pd.DataFram
         assert row["mae"] == pytest.approx((of["actual"] - of["answer"]).abs().mean())
         assert (row["pooled_rmse"], row["pooled_mape"]) == (pytest.approx(rmse(of, "pooled")), pytest.approx(mape(of, "pooled")))
         misses = of["miss"].dropna()
-        assert pd.isna(row["interval"]) if len(misses) < MIN_INTERVAL_ROWS else row["interval"] == pytest.approx(misses.quantile(0.8))
+        if len(misses) < MIN_INTERVAL_ROWS:
+            assert pd.isna(row["intervals"])
+        else:
+            ranks = {"0.8": math.ceil((len(misses) + 1) * Fraction(8, 10)), "0.95": math.ceil((len(misses) + 1) * Fraction(95, 100))}
+            sorted_misses = np.sort(misses)
+            expected = {level: pytest.approx(sorted_misses[k - 1]) if k <= len(misses) else None for level, k in ranks.items()}
+            assert json.loads(row["intervals"]) == expected
         with_flat = of[of["flat"].notna()]
         expected = [len(with_flat), rmse(with_flat, "flat"), mape(with_flat, "flat"), rmse(with_flat, "answer"), mape(with_flat, "answer")]
         assert list(json.loads(row["baselines"])["flat"].values()) == pytest.approx(expected)
@@ -378,8 +386,8 @@ def test_errors_are_those_of_the_answers(finished: Finished, judged: pd.DataFram
         assert metrics["flat"]["rmse"] == pytest.approx(rmse(with_flat, "flat"))
         assert json.loads(row["baselines"])["never"] == {"n": 0, "rmse": None, "mape": None, "fleet_rmse": None, "fleet_mape": None}
     assert ledger["report_rows"].notna().sum() == 18
-    assert ledger["interval"].notna().sum() >= 3
-    assert ledger["interval"].isna().sum() >= 3
+    assert ledger["intervals"].notna().sum() >= 3
+    assert ledger["intervals"].isna().sum() >= 3
 
 
 def rmse(rows: pd.DataFrame, answer: str) -> float:

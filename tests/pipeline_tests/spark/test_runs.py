@@ -98,6 +98,11 @@ def by_group(ledger: pd.DataFrame, column: str) -> dict[str, Any]:
     return dict(zip(ledger["group_id"], ledger[column], strict=True))
 
 
+def half_widths(ledger: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """Of the groups that have some."""
+    return {group: json.loads(text) for group, text in by_group(ledger, "intervals").items() if isinstance(text, str)}
+
+
 def changed(rows: pd.DataFrame, city: str) -> pd.DataFrame:
     """The rows, with one early sale of a city corrected."""
     at = rows.index[(rows["city"] == city)][10]
@@ -111,8 +116,9 @@ def test_an_unchanged_fleet_is_reused_as_a_whole(fleet: Fleet, first: tuple[Flee
     before, after = first[1], fleet.launch(rows.sample(frac=1.0, random_state=1), "run-2")
     assert set(before["status"]) == {"trained"}
     assert set(after["status"]) == {"reused"}
-    kept = ["grain", "group_id", "booster_id", "fingerprint", "source_run_id", "wave", "weight", "parameters", "report_blend", "rmse", "interval"]
+    kept = ["grain", "group_id", "booster_id", "fingerprint", "source_run_id", "wave", "weight", "parameters", "report_blend", "rmse"]
     pd.testing.assert_frame_equal(after[kept], before[kept])
+    assert half_widths(after) == {group: pytest.approx(halves) for group, halves in half_widths(before).items()}
     assert after["seconds"].isna().all()
     assert len(fleet.table("boosters")) == len(first[0].table("boosters"))
     runs = fleet.table("runs").set_index("run_id")
@@ -466,6 +472,26 @@ def test_a_pooled_group_that_crashes_costs_the_others_nothing(fleet: Fleet, firs
     assert ledger["status"].value_counts().to_dict() == {"reused": 4, "refreshed": 2, "crashed": 1}
     assert ledger.loc["[]", "report_rows"] == first[1].set_index("group_id").loc["[]", "report_rows"]
     assert (ledger["weight"] > 0).any()
+
+
+# Tables of an earlier release
+
+
+def test_a_ledger_of_an_earlier_format_is_refused_and_nothing_is_added_to_it(fleet: Fleet, rows: pd.DataFrame) -> None:
+    location = fleet.tables.location("small", "ledger")
+    before = fleet.table("ledger").drop(columns="intervals").assign(interval=1.0)
+    shutil.rmtree(location)
+    fleet.tables.write_arrow([pa.Table.from_pandas(before, preserve_index=False)], pa.Schema.from_pandas(before), location, mode="overwrite")
+    told = r"ledger was written by an earlier version: it has no column intervals, expected format 3 .*; move it away .*, or use a new data root"
+    with pytest.raises(StoreError, match=told):
+        fleet.launch(rows, "run-2")
+    # Where it is all that is left, too.
+    shutil.rmtree(fleet.tables.location("small", "runs"))
+    with pytest.raises(StoreError, match=told):
+        fleet.launch(rows, "run-2")
+    assert set(fleet.table("ledger")["run_id"]) == {"run-1"}
+    shutil.rmtree(location)
+    assert set(fleet.launch(rows, "run-2")["status"]) == {"trained"}
 
 
 # Without pooling

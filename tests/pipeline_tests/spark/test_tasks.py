@@ -197,7 +197,7 @@ def test_the_fleet_learns_and_is_promoted(trained: Callable[[str], Trained], tas
 
 @pytest.mark.parametrize("task", ["binary", "multiclass"])
 def test_columns_of_regression_are_null_for_classes(trained: Callable[[str], Trained], task: str) -> None:
-    assert trained(task).ledger[["rmse", "mae", "mape", "pooled_rmse", "pooled_mape", "interval"]].isna().all(axis=None)
+    assert trained(task).ledger[["rmse", "mae", "mape", "pooled_rmse", "pooled_mape", "intervals"]].isna().all(axis=None)
 
 
 @pytest.mark.parametrize(("task", "group"), [("multiclass", '["north","oslo"]'), ("poisson", '["north","oslo"]')])
