@@ -23,7 +23,7 @@ from deltalake.exceptions import DeltaError
 from pipeline.errors import FleetError, ModelNotFound, SpecError, StoreError
 from pipeline.models.meta_model import filesystem_of, group_id
 from pipeline.reporting.summary import text_table
-from pipeline.tables import BOOSTERS, HOLDOUT, LEDGER, RUNS, records
+from pipeline.tables import BOOSTERS, HOLDOUT, IMPORTANCE, LEDGER, RUNS, records
 from resources.delta_tables import DeltaTables
 from resources.lease import hold_lease
 from resources.profiles import current_profile
@@ -41,6 +41,7 @@ EXAMPLES = """examples:
 NONE = "-"
 SHOWN_ID = 8
 NEAR = 5
+SHOWN_FEATURES = 10
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -142,6 +143,7 @@ def history_text(tables: DeltaTables, namespace: str, wanted: str) -> str:
         text_table(list(_COLUMNS), history),
         f"not finished: {', '.join(unfinished)}" if unfinished else "",
         _newest_text(newest),
+        _importance_text(tables, namespace, newest),
         _ancestors_text(newest, records(run)),
     ]
     return "\n\n".join(part for part in parts if part)
@@ -234,6 +236,20 @@ def _entry(value: object) -> str:
     if not isinstance(value, dict):
         return str(value)
     return ", ".join(f"{name} {NONE if number is None else format(number, '.6g')}" for name, number in value.items())
+
+
+def _importance_text(tables: DeltaTables, namespace: str, row: Record) -> str:
+    """The features that the newest row's model gains most by; nothing where nobody looked."""
+    location = tables.location(namespace, IMPORTANCE.name)
+    if not tables.exists(location):
+        return ""
+    found = tables.read_pandas(location, where={"run_id": str(row["run_id"]), "group_id": str(row["group_id"])})
+    top = records(found[found["rank"] <= SHOWN_FEATURES].sort_values("rank"))
+    return text_table(["top features", "gain %", "splits", "shap"], [_importance_line(one) for one in top])
+
+
+def _importance_line(row: Record) -> list[str]:
+    return [_text(row, "feature"), f"{100 * row['gain_share']:.1f}", _count(row, "n_splits"), _number(row, "shap")]
 
 
 def _ancestors_text(row: Record, run: Sequence[Record]) -> str:

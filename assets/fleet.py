@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from assets.champion import champion_asset
 from assets.features import features_asset
+from assets.importance import importance_asset
 from assets.link import FleetFiles
 from assets.meta_model import meta_model_asset
 from assets.models import models_asset, models_checks
@@ -97,6 +98,7 @@ class Fleet(dg.Component):
             *(raw_asset(self.spec, source, self.files) for source in self.spec.sources),
             features_asset(self.spec, self.files),
             models_asset(self.spec),
+            importance_asset(self.spec),
             meta_model_asset(self.spec),
             champion_asset(self.spec),
             predictions_asset(self.spec),

@@ -650,7 +650,7 @@ class FleetSpec(Part):
 _SEASONS = {"month": 12, "quarter": 4, "week": 52, "day": 7, "hour": 24}
 # Any first of a month: the moment from which a lag and the horizon are compared.
 _ANCHOR = np.datetime64("2001-03-01", "us")
-CHAIN = ("features", "models", "meta_model", "champion", "predictions", "monitoring", "report", "backtest")
+CHAIN = ("features", "models", "importance", "meta_model", "champion", "predictions", "monitoring", "report", "backtest")
 
 
 def _doubled(names: Sequence[str]) -> list[str]:

@@ -237,6 +237,36 @@ HOLDOUT = TableContract(
     ),
 )
 
+IMPORTANCE = TableContract(
+    name="importance",
+    row="what one feature does in one group's own model; where groups correct their parents (own: correction), in the correction, not in the answer",
+    key=("run_id", "grain", "group_id", "feature"),
+    partition_by=("run_id",),
+    columns=(
+        Column("run_id", pa.string(), "the training run"),
+        Column("grain", pa.int32(), "index of the grain"),
+        Column("grain_name", pa.string(), "the grain as written"),
+        Column("group_id", pa.string(), "JSON array of the group's key values"),
+        Column("booster_id", pa.string(), "hash of the group's booster"),
+        Column("feature", pa.string(), "name of the feature"),
+        Column("gain", pa.float64(), "what its splits take off the training loss, summed over all trees (for multiclass of all classes)"),
+        Column("gain_share", pa.float64(), "share of that in the gain of all features, 0 to 1; null for a booster without splits"),
+        Column("n_splits", pa.int64(), "splits by it"),
+        Column(
+            "shap",
+            pa.float64(),
+            "mean absolute SHAP value over n_rows rows, raw score: link space, less offset, over scale; counts: logarithm; binary: log odds; "
+            "multiclass: mean over the classes' scores, too. Null without rows",
+        ),
+        Column(
+            "n_rows",
+            pa.int64(),
+            "rows behind shap: the group's newest visible ones when the booster was first looked at; rows that came later do not change it",
+        ),
+        Column("rank", pa.int32(), "place by gain, from 1; of equal ones the first in the spec; null for a feature that no split uses"),
+    ),
+)
+
 PREDICTIONS = TableContract(
     name="predictions",
     row="one answered row",
@@ -309,7 +339,7 @@ LEASES = TableContract(
     ),
 )
 
-ALL = (RAW, FEATURES, LEASES, RUNS, LEDGER, BOOSTERS, HOLDOUT, DECISIONS, PREDICTIONS)
+ALL = (RAW, FEATURES, LEASES, RUNS, LEDGER, BOOSTERS, HOLDOUT, IMPORTANCE, DECISIONS, PREDICTIONS)
 
 
 def require_format(columns: Iterable[object], contract: TableContract, location: str) -> None:

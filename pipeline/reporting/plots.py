@@ -148,6 +148,29 @@ def prediction_plot(predictions: Sequence[float] | Sequence[str], answered_by: M
     return _png(figure)
 
 
+def importance_plot(top: pd.DataFrame, spec: FleetSpec) -> bytes:
+    """Features by their mean share of the gain, and by the number of groups in which they come first.
+
+    Args:
+        top: as from `summary.top_features`.
+        spec: the fleet.
+    """
+    figure = Figure(figsize=(10, 1.4 + 0.28 * len(top)), layout="constrained")
+    shares, firsts = figure.subplots(1, 2, sharey=True)
+    places = np.arange(len(top))
+    shares.barh(places - 0.2, top["mean_share_percent"].to_numpy(dtype=float), height=0.4, color=BLUE, label="own models, mean")
+    shares.barh(places + 0.2, top["pooled_share_percent"].to_numpy(dtype=float), height=0.4, color=GREY, label="pooled model")
+    shares.set_yticks(places, list(top["feature"]))
+    shares.set_xlabel("share of the gain, %")
+    shares.legend(loc="lower right")
+    firsts.bar_label(firsts.barh(places, top["first_in"].to_numpy(dtype=float), color=BLUE), padding=3)
+    firsts.margins(x=0.15)
+    firsts.set_xlabel("groups in which it comes first")
+    shares.invert_yaxis()
+    figure.suptitle(f"{spec.name}: what the models split by")
+    return _png(figure)
+
+
 def _png(figure: Figure) -> bytes:
     sink = io.BytesIO()
     figure.savefig(sink, format="png", dpi=90)

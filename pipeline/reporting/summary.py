@@ -176,6 +176,34 @@ def slowest_groups(ledger: pd.DataFrame, n: int = WORST) -> pd.DataFrame:
     return trained.head(n)[["group_id", "status", "n_rows", "n_trials", "n_rounds", "seconds"]]
 
 
+def top_features(importance: pd.DataFrame, n: int = 20) -> pd.DataFrame:
+    """The fleet's features by their mean share of the gain over the groups of the finest grain that has models.
+
+    Args:
+        importance: one run's rows of `tables.IMPORTANCE`: grain, feature, gain_share, rank.
+        n: features wanted.
+
+    Returns:
+        Columns feature, mean_share_percent, first_in (groups in which no feature gains more), groups (that have a model), and
+        pooled_share_percent (null without a pooled model). Of equal shares the pooled model's decide, then the name.
+    """
+    finest = importance[importance["grain"] == importance["grain"].max()]
+    by_feature = finest.groupby("feature", observed=True)
+    pooled = importance[importance["grain"] == 0].astype({"feature": object}).set_index("feature")["gain_share"]
+    found = pd.DataFrame(
+        {
+            "mean_share_percent": 100 * by_feature["gain_share"].mean(),
+            "first_in": (finest["rank"] == 1).groupby(finest["feature"], observed=True).sum().astype("int64"),
+            "groups": by_feature.size(),
+        }
+    )
+    found = found.rename_axis("feature").reset_index().astype({"feature": object})
+    found["pooled_share_percent"] = 100 * found["feature"].map(pooled)
+    shares = ["mean_share_percent", "pooled_share_percent"]
+    top: pd.DataFrame = found.sort_values([*shares, "feature"], ascending=[False, False, True], ignore_index=True).head(n)
+    return top
+
+
 def summarise(ledger: pd.DataFrame, spec: FleetSpec, facts: Mapping[str, str]) -> str:
     """What a person sees at the end of a run, as plain text.
 

@@ -72,7 +72,7 @@ def _split_column(cutoffs: Cutoffs) -> Column:
     )
 
 
-def _grain_column(spec: FleetSpec, grains: Sequence[int] | None = None) -> Column:
+def grain_column(spec: FleetSpec, grains: Sequence[int] | None = None) -> Column:
     """Each row once per grain (of the named ones): its index, group and parent."""
     ids = [group_id_column(grain) for grain in spec.grains]
     parents = [sf.lit(None).cast("string"), *ids[:-1]]
@@ -140,7 +140,7 @@ def count_groups(
     weighs = finite(sf.col(f"`{target.weight}`")) > 0 if target.weight else sf.lit(True)
     known = _has_target(spec)
     narrow = _with_category_numbers(rows, categories).select(
-        _grain_column(spec).alias("_level"),
+        grain_column(spec).alias("_level"),
         weighs.alias("_weighs"),
         _split_column(cutoffs).alias("_split"),
         known.alias("_known"),
@@ -312,7 +312,7 @@ def placed_rows(spark: SparkSession, rows: DataFrame, spec: FleetSpec, groups: p
     if groups["exponent"].any():
         known, extra = _with_rates(known, spec), ["_finest_rows"]
     levels = sf.col("_level")
-    exploded = known.select(_grain_column(spec, sorted(set(groups["grain"]))).alias("_level"), *(f"`{name}`" for name in [*needed, *extra]))
+    exploded = known.select(grain_column(spec, sorted(set(groups["grain"]))).alias("_level"), *(f"`{name}`" for name in [*needed, *extra]))
     flat = exploded.select(levels["grain"].alias("grain"), levels["group_id"].alias("group_id"), *(f"`{name}`" for name in [*needed, *extra]))
     placed = flat.join(sf.broadcast(where), ["grain", "group_id"])
     if extra:

@@ -12,6 +12,7 @@ import pytest
 
 from assets.champion import champion_asset
 from assets.features import features_asset
+from assets.importance import importance_asset
 from assets.link import FleetFiles
 from assets.meta_model import meta_model_asset
 from assets.models import models_asset, models_checks
@@ -42,6 +43,7 @@ class Shop:
             "sales": [raw_asset(self.spec, self.spec.sources[0], self.files)],
             "features": [features_asset(self.spec, self.files)],
             "models": [models_asset(self.spec), models_checks(self.spec)],
+            "importance": [importance_asset(self.spec)],
             "meta_model": [meta_model_asset(self.spec)],
             "champion": [champion_asset(self.spec)],
             "predictions": [predictions_asset(self.spec)],

@@ -14,7 +14,7 @@ import pytest
 
 from assets.command_line import clean, history_text, main
 from pipeline.errors import ModelNotFound, StoreError
-from pipeline.tables import BOOSTERS, HOLDOUT, LEDGER, RUNS
+from pipeline.tables import BOOSTERS, HOLDOUT, IMPORTANCE, LEDGER, RUNS
 from resources.delta_tables import DeltaTables
 from resources.lease import hold_lease
 
@@ -105,6 +105,28 @@ def test_the_newest_row_is_explained(tables: DeltaTables, capsys: pytest.Capture
         ['["EWR"]', "trained", "0.5", "17.12", "10123456"],
         ["[]", "trained", "0.5", "17.12", "00123456"],
     ]
+
+
+def test_the_newest_models_features_are_shown_by_gain(tables: DeltaTables, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "top features" not in "\n".join(shown(capsys, "flights", "JFK"))
+    of_jfk = {"grain": 1, "grain_name": "[origin]", "group_id": '["JFK"]', "booster_id": "10123456789", "n_rows": 200}
+    rows = [
+        {"feature": "temp", "gain": 0.0, "gain_share": 0.0, "n_splits": 0, "shap": 0.0, "rank": None},
+        {"feature": "wind", "gain": 1.0, "gain_share": 0.25, "n_splits": 1200, "shap": 0.5, "rank": 2},
+        {"feature": "hour", "gain": 3.0, "gain_share": 0.75, "n_splits": 30, "shap": 1.25, "rank": 1},
+    ]
+    append(tables, "flights", IMPORTANCE, [{**row, **of_jfk, "run_id": SECOND} for row in rows])
+    append(tables, "flights", IMPORTANCE, [{**rows[1], **of_jfk, "run_id": FIRST, "n_splits": 7}])
+    lines = shown(capsys, "flights", "JFK")
+    start = next(number for number, line in enumerate(lines) if line.startswith("top features"))
+    assert [line.split() for line in lines[start : start + 4]] == [
+        ["top", "features", "gain", "%", "splits", "shap"],
+        ["hour", "75.0", "30", "1.25"],
+        ["wind", "25.0", "1,200", "0.5"],
+        [],
+    ]
+    # A group that nobody looked at.
+    assert "top features" not in "\n".join(shown(capsys, "flights", "EWR", "IAH"))
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,7 @@ def test_housing_is_this_chain() -> None:
         "housing/txhousing": set(),
         "housing/features": {"housing/txhousing"},
         "housing/models": {"housing/features"},
+        "housing/importance": {"housing/models"},
         "housing/meta_model": {"housing/models"},
         "housing/champion": {"housing/meta_model"},
         "housing/predictions": {"housing/features", "housing/champion"},
@@ -57,7 +58,7 @@ def test_flights_has_five_sources_and_the_same_chain() -> None:
     chain = keys_and_dependencies(shipped("flights"))
     sources = {"flights/flights", "flights/weather", "flights/planes", "flights/airports", "flights/airlines"}
     assert chain["flights/features"] == sources
-    assert set(chain) == sources | {f"flights/{link}" for link in ("features", "models", "meta_model", "champion", "predictions")}
+    assert set(chain) == sources | {f"flights/{link}" for link in ("features", "models", "importance", "meta_model", "champion", "predictions")}
 
 
 def test_every_link_belongs_to_the_fleets_group_and_has_a_description_and_checks() -> None:

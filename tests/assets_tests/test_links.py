@@ -54,7 +54,7 @@ def as_challenger(fleet: Any, ledger: pd.DataFrame) -> None:
 
 def test_the_whole_chain_is_materialised(first_run: dg.ExecuteInProcessResult, checks: Checks, metadata: Metadata) -> None:
     assert first_run.success
-    assert list(metadata(first_run)) == ["sales", "features", "models", "meta_model", "champion", "predictions"]
+    assert list(metadata(first_run)) == ["sales", "features", "models", "importance", "meta_model", "champion", "predictions"]
     assert {name: found.passed for name, found in checks(first_run).items()} == dict.fromkeys(
         [
             "has_rows",
@@ -63,6 +63,7 @@ def test_the_whole_chain_is_materialised(first_run: dg.ExecuteInProcessResult, c
             "every_group_has_an_outcome",
             "boosters_match_the_ledger",
             "no_group_failed",
+            "every_model_has_importance",
             "registered_model_answers",
             "registered_versions_are_whole",
             "challenger_passed_its_gates",
@@ -101,7 +102,7 @@ def test_predictions_are_those_of_the_rows_after_the_as_of(fleet: Any, first_run
 
 def test_a_dry_run_trains_nothing_and_skips_what_follows(fleet: Any, metadata: Metadata, checks: Checks) -> None:
     before = fleet.table("runs")
-    result = fleet.launch("models", "meta_model", "champion", "predictions", launch=LaunchSettings(as_of=AS_OF, dry_run=True))
+    result = fleet.launch("models", "importance", "meta_model", "champion", "predictions", launch=LaunchSettings(as_of=AS_OF, dry_run=True))
     assert result.success
     assert metadata(result) == {}
     assert checks(result) == {}

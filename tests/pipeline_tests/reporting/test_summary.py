@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from pipeline.reporting.plots import importance_plot
 from pipeline.reporting.summary import (
     ClassError,
     Error,
@@ -14,6 +15,7 @@ from pipeline.reporting.summary import (
     status_counts,
     summarise,
     text_table,
+    top_features,
     worst_groups,
 )
 from pipeline.spec import FleetSpec
@@ -202,3 +204,35 @@ def test_numbers_are_short_and_nothing_is_empty() -> None:
 
 def test_an_infinite_number_is_not_measured() -> None:
     assert markdown_table(pd.DataFrame({"a": [np.inf]})).splitlines()[2] == "| - |"
+
+
+def test_top_features_are_those_of_the_finest_grain_with_models() -> None:
+    shares = {
+        (0, "[]"): {"price": 0.9, "kind": 0.1, "day": 0.0},
+        (2, "a"): {"price": 0.5, "kind": 0.5, "day": 0.0},
+        (2, "b"): {"price": 0.1, "kind": 0.9, "day": 0.0},
+        (2, "no splits"): {"price": np.nan, "kind": np.nan, "day": np.nan},
+    }
+    rows = pd.DataFrame(
+        [(grain, group, name, share) for (grain, group), found in shares.items() for name, share in found.items()],
+        columns=["grain", "group_id", "feature", "gain_share"],
+    )
+    rows["rank"] = rows["gain_share"].where(rows["gain_share"] > 0).groupby([rows["grain"], rows["group_id"]]).rank(method="first", ascending=False)
+    for frame in (rows, rows.astype({"feature": "category", "group_id": "category"})):
+        found = top_features(frame).set_index("feature")
+        assert list(found.index) == ["kind", "price", "day"]
+        assert found["mean_share_percent"].to_list() == pytest.approx([70.0, 30.0, 0.0])
+        assert found["first_in"].to_list() == [1, 1, 0]
+        assert found["groups"].to_list() == [3, 3, 3]
+        assert found["pooled_share_percent"].to_list() == pytest.approx([10.0, 90.0, 0.0])
+    assert list(top_features(rows, 1)["feature"]) == ["kind"]
+    without_pooled = top_features(rows[rows["grain"] == 2])
+    assert without_pooled["pooled_share_percent"].isna().all()
+
+
+def test_without_any_model_there_are_no_top_features_and_an_empty_plot(spec: FleetSpec) -> None:
+    nothing = pd.DataFrame({"grain": pd.array([], dtype="int32"), "group_id": [], "feature": [], "gain_share": [], "rank": []})
+    top = top_features(nothing)
+    assert top.empty
+    assert markdown_table(top).startswith("| feature | mean_share_percent |")
+    assert importance_plot(top, spec).startswith(b"\x89PNG")
