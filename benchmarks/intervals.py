@@ -73,6 +73,7 @@ def answers_after(run: Run, fleet: str, case: Case) -> dict[float, pd.DataFrame]
         raise NotMeasured(f"{fleet}: {len(known)} rows were known as of {case.as_of}, e.g. {known[0]}")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     mlflow.set_tracking_uri(_tracking_uri(run.tables))
+    mlflow.set_registry_uri(_tracking_uri(run.tables))
     model = mlflow.pyfunc.load_model(f"models:/{fleet}@champion")
     questions = rows[[name for name in model.metadata.metadata["inputs"] if name in rows]]
     return {
