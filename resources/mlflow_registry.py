@@ -184,12 +184,12 @@ class MlflowRegistry(dg.ConfigurableResource):
         return str(client.create_experiment(name, artifact_location=location))
 
     def find(self, name: str, alias: str) -> Version | None:
-        """The version under an alias; None if there is no such model or alias."""
+        """The version under an alias, or of that number; None if there is no such model, alias or version."""
         client = self._connected()
         from mlflow.exceptions import MlflowException
 
         try:
-            found = client.get_model_version_by_alias(name, alias)
+            found = client.get_model_version(name, alias) if alias.isdecimal() else client.get_model_version_by_alias(name, alias)
         except MlflowException as error:
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 return None
@@ -197,17 +197,34 @@ class MlflowRegistry(dg.ConfigurableResource):
         return Version(name, str(found.version), str(found.tags.get(FLEET_VERSION, "")), str(found.tags.get(PACK_DIGEST, "")))
 
     def get(self, name: str, alias: str) -> Version:
-        """The version under an alias.
+        """The version under an alias, or of that number.
 
         Raises:
             ModelNotFound: if there is none.
         """
         found = self.find(name, alias)
         if found is None:
+            wanted = f"version {alias}" if alias.isdecimal() else alias
             raise ModelNotFound(
-                f"registered model {name!r} has no {alias} at {self.tracking_uri}; materialise {name}/models, meta_model and champion first"
+                f"registered model {name!r} has no {wanted} at {self.tracking_uri}; materialise {name}/models, meta_model and champion first"
             )
         return found
+
+    def inputs(self, version: Version) -> dict[str, str]:
+        """MLflow type (double or string) of each column that a version needs, as from `input_types`.
+
+        Raises:
+            StoreError: if the registry refuses.
+        """
+        self._connected()
+        import mlflow
+        from mlflow.exceptions import MlflowException
+
+        try:
+            signature = mlflow.models.get_model_info(f"models:/{version.name}/{version.number}").signature
+        except (MlflowException, OSError) as error:
+            raise StoreError(f"{self.tracking_uri}: version {version.number} of {version.name!r} cannot be read ({error})") from error
+        return {column.name: column.type.name for column in signature.inputs.inputs}
 
     def promote(self, version: Version) -> None:
         """Let a version serve."""

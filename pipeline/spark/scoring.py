@@ -1,22 +1,21 @@
-"""Batch scoring on Spark: the pack travels to every worker, which opens it once."""
+"""The rows that a launch answers, and what became of them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from pyspark import SparkFiles
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as sf
 
-from pipeline.models.meta_model import FleetModel, answer_columns
+from pipeline.models.meta_model import FleetModel
+from pipeline.spark.answers import answer_rows
 from pipeline.spark.features import newest_time
 from pipeline.spark.keys import finite, moment_column
 from pipeline.spark.training import visible_rows
 from pipeline.spec import FleetSpec
 
 PLOTTED_ROWS = 20_000
-_opened: dict[str, FleetModel] = {}
 
 
 def rows_to_score(features: DataFrame, spec: FleetSpec, as_of: pd.Timestamp) -> DataFrame:
@@ -47,23 +46,10 @@ def score_rows(spark: SparkSession, rows: DataFrame, spec: FleetSpec, pack: Path
     Returns:
         One row per row: the columns of `tables.PREDICTIONS` and the fleet's keys.
     """
-    spark.sparkContext.addFile(str(pack), recursive=True)
-    name, stored = pack.name, dict(options)
-
-    def answer(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
-        if name not in _opened:
-            _opened[name] = FleetModel(SparkFiles.get(name), options=stored)
-        for batch in batches:
-            yield pd.concat([batch[kept], _opened[name].predict(batch)], axis=1)
-
+    model = FleetModel(pack, options=options)
     kept = list(dict.fromkeys(["row_key", "time", *spec.key_columns]))
-    needed = dict.fromkeys([*kept, *spec.feature_columns, *(name_ for name_ in (spec.target.offset, spec.target.scale) if name_)])
-    narrow = rows.select(*(f"`{column}`" for column in needed))
-    types = {field.name: field.dataType.simpleString() for field in narrow.schema}
-    schema = ", ".join(
-        [*(f"`{column}` {types[column]}" for column in kept), *(f"{column} {kind}" for column, kind in answer_columns(spec.task).items())]
-    )
-    answered = narrow.mapInPandas(answer, schema)
+    needed = dict.fromkeys([*kept, *model.required])
+    answered = answer_rows(spark, rows.select(*(f"`{column}`" for column in needed)), model, options, kept=kept)
     return answered.withColumn("as_of", sf.lit(as_of.isoformat())).withColumn("scored_at", sf.current_timestamp())
 
 

@@ -122,6 +122,18 @@ class MemoryTables:
             self._transactions.add((location, *app))
         return len(versions) - 1
 
+    def create(self, location: str, schema: pa.Schema, *, partition_by: Sequence[str] = ()) -> None:  # noqa: ARG002 - the real store's signature
+        """Make a table without rows, unless there is one."""
+        self._versions.setdefault(location, [(schema, {})])
+
+    def transaction(self, location: str, app_id: str) -> int | None:
+        """The last number that an application committed; None for none."""
+        return max((seen[2] for seen in self._transactions if seen[:2] == (location, app_id)), default=None)
+
+    def layout(self, location: str) -> tuple[pa.Schema, list[str]]:
+        """A table's columns; in memory there are no partitions."""
+        return self._files(location, None)[0], []
+
     def exists(self, location: str) -> bool:
         """Whether there is a table."""
         return location in self._versions
