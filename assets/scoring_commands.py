@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from pipeline.errors import DataError
 from pipeline.models.meta_model import FleetModel
 from pipeline.row_source import (
     SCORED_AT,
@@ -158,6 +159,8 @@ class Scorer:
         else:
             reading = reading_for(model, self.registry.inputs(self.registry.get(model_name, CHAMPION)))
             found = find_source(source, reading, self.tables.storage_options)
+            if Path(source).is_file():
+                raise DataError(f"{source} is one file, which `many-models score` answers; a stream takes a folder, a glob or a Delta table")
             check_source(found, model, [SCORED_AT])
             self._prepare(source, target, target_schema(found.schema, model.task, [SCORED_AT]), [])
             stream = Stream.begin(folder, model_name, found, reading, target)

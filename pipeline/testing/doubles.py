@@ -247,19 +247,20 @@ class MemoryRegistry:
         return version
 
     def find(self, name: str, alias: str) -> MemoryVersion | None:
-        """The version under an alias; None if there is none."""
-        number = self.aliases.get((name, alias))
+        """The version under an alias, or of that number; None if there is none."""
+        number = alias if alias.isdecimal() else self.aliases.get((name, alias))
         return next((version for version in self.versions.get(name, []) if version.number == number), None)
 
     def get(self, name: str, alias: str) -> MemoryVersion:
-        """The version under an alias.
+        """The version under an alias, or of that number.
 
         Raises:
             ModelNotFound: if there is none.
         """
         found = self.find(name, alias)
         if found is None:
-            raise ModelNotFound(f"registered model {name!r} has no {alias}; materialise {name}/models, meta_model and champion first")
+            wanted = f"version {alias}" if alias.isdecimal() else alias
+            raise ModelNotFound(f"registered model {name!r} has no {wanted}; materialise {name}/models, meta_model and champion first")
         return found
 
     def promote(self, version: MemoryVersion) -> None:

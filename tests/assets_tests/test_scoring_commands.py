@@ -218,6 +218,23 @@ def test_versions_and_sources_that_do_not_exist_are_named(idle: Fleet) -> None:
         idle.score(idle.folder / "in", version="77")
     with pytest.raises(DataError, match=r"no rows are at .*/gone"):
         idle.score(idle.folder / "gone")
+    with pytest.raises(DataError, match=r"a\.parquet is one file, which `many-models score` answers"):
+        idle.stream(idle.folder / "in" / "a.parquet")
+
+
+def test_tables_in_an_object_store_are_answered_in_batch_and_as_a_stream(fleet: Fleet, object_store: dict[str, str]) -> None:
+    address, rows = f"s3://fleets/{fleet.folder.parent.name}", asked_rows(60)
+    fleet.scorer = Scorer(DeltaTables(root=address, storage_options=object_store), fleet.registry, fleet.scorer.spark, fleet.scorer.streams)
+    write_deltalake(f"{address}/rows", rows.iloc[:40], storage_options=object_store, partition_by=["region"])
+    said, stopping = fleet.said.append, threading.Event()
+    fleet.scorer.stream(ASKED, f"{address}/rows", f"{address}/live", stopping=stopping, report=said)
+    write_deltalake(f"{address}/rows", rows.iloc[40:], mode="append", storage_options=object_store)
+    fleet.scorer.stream(ASKED, f"{address}/rows", f"{address}/live", stopping=stopping, report=said)
+    fleet.scorer.score(ASKED, f"{address}/rows", f"{address}/scored")
+    for target in ("live", "scored"):
+        same_answers(DeltaTable(f"{address}/{target}", storage_options=object_store).to_pandas(), fleet.expected(rows))
+    with pytest.raises(DataError, match=r"no Delta table is at s3://.*; files are read from local or mounted folders only"):
+        fleet.scorer.score(ASKED, f"{address}/gone", f"{address}/scored")
 
 
 # Streams
