@@ -155,6 +155,7 @@ class Scorer:
         if stream is not None:
             stream.check_same(model_name, source, target)
             check_columns(stream.schema, source, model)
+            stream.check_source()
             stream.check_target(self.tables)
         else:
             reading = reading_for(model, self.registry.inputs(self.registry.get(model_name, CHAMPION)))

@@ -24,7 +24,7 @@ from pyspark.sql.pandas.types import from_arrow_schema, to_arrow_schema
 from pyspark.sql.types import StructType
 
 from pipeline import errors
-from pipeline.errors import FleetError, SpecError, StoreError
+from pipeline.errors import DataError, FleetError, SpecError, StoreError
 from pipeline.faults import crash_point
 from pipeline.models.meta_model import FleetModel, InputError, PackError
 from pipeline.row_files import SUFFIXES, Reading, root_of, row_file
@@ -126,6 +126,16 @@ class Stream:
         if other:
             raise SpecError(f"{self.folder} is the checkpoint of another stream: {'; '.join(other)}; give each stream a --checkpoint of its own")
 
+    def check_source(self) -> None:
+        """Refuse to go on where a folder is gone; one without files is only quiet.
+
+        Raises:
+            DataError: naming it.
+        """
+        folder = root_of(self.source) if set(self.source) & set("*?[") else self.source
+        if self.kind != "delta" and not Path(folder).is_dir():
+            raise DataError(f"{self.source} is gone: there is no folder {folder}; put it back, or start another stream")
+
     def check_target(self, tables: Tables) -> None:
         """Refuse to go on where answers that the checkpoint knows are gone.
 
@@ -162,14 +172,14 @@ def stream_rows(
         spark.dataSource.register(DeltaVersions)
         settings = {"max_files": str(max_files), "skip_changes": str(skip_changes).lower(), "secret_storage_options": json.dumps(dict(options))}
         return spark.readStream.format(DeltaVersions.name()).schema(stream.shape).options(**settings).load(stream.source)
-    endings = ",".join(suffix.removeprefix(".") for suffix, kind in SUFFIXES.items() if kind == stream.kind)
+    endings = ",".join(_either_case(suffix) for suffix, kind in SUFFIXES.items() if kind == stream.kind)
     address = escaped(stream.source) if Path(stream.source).is_dir() else stream.source
     # Spark keeps book of the files; their rows are read as everywhere here, by name, whatever the order of columns.
     settings = {
         "recursiveFileLookup": "true",
         "maxFileAge": NEVER_TOO_OLD,
         "maxFilesPerTrigger": str(max_files),
-        "pathGlobFilter": f"*.{{{endings}}}",
+        "pathGlobFilter": f"*{{{endings}}}",
     }
     listed = spark.readStream.format("binaryFile").schema(_FILES).options(**settings).load(address).select("path")
     rows, root = rows_reader(stream.shape, stream.source, options, stream.reading, required), root_of(stream.source)
@@ -180,6 +190,11 @@ def stream_rows(
                 yield from rows(row_file(local_path(path), root))
 
     return listed.mapInArrow(read, stream.shape)
+
+
+def _either_case(suffix: str) -> str:
+    """A glob of Hadoop's for a suffix in letters of either case."""
+    return "".join(f"[{letter}{letter.upper()}]" if letter.isalpha() else letter for letter in suffix)
 
 
 def local_path(address: str) -> str:

@@ -93,7 +93,7 @@ def put(folder: Path, name: str, rows: pd.DataFrame) -> None:
     """Write a file as is right for a stream: under a hidden name, then renamed."""
     folder.mkdir(exist_ok=True)
     hidden = folder / f".{name}"
-    if name.endswith(".csv"):
+    if name.lower().endswith(".csv"):
         rows.to_csv(hidden, index=False)
     elif name.endswith(".parquet"):
         rows.to_parquet(hidden, index=False)
@@ -259,14 +259,25 @@ def test_files_of_a_folder_are_answered_once_each(fleet: Fleet, ending: str) -> 
     assert fleet.batches[0].endswith("answered by version 1 (run run-1)")
 
 
+def test_a_folder_may_be_emptied_between_starts_but_not_be_gone(fleet: Fleet) -> None:
+    put(fleet.folder / "in", "a.parquet", asked_rows(10))
+    fleet.stream(fleet.folder / "in")
+    (fleet.folder / "in" / "a.parquet").unlink()
+    assert len(fleet.stream(fleet.folder / "in")) == 10
+    (fleet.folder / "in").rmdir()
+    with pytest.raises(DataError, match=r"in is gone: there is no folder"):
+        fleet.stream(fleet.folder / "in")
+
+
 def test_an_old_file_that_comes_late_is_answered(fleet: Fleet) -> None:
     import os
 
     rows = asked_rows(20)
     put(fleet.folder / "in", "a.parquet", rows.iloc[:10])
     fleet.stream(fleet.folder / "in")
-    put(fleet.folder / "in", "b.parquet", rows.iloc[10:])
-    os.utime(fleet.folder / "in" / "b.parquet", (0, 0))
+    put(fleet.folder / "in", "b.PARQUET.parquet", rows.iloc[10:])
+    os.utime(fleet.folder / "in" / "b.PARQUET.parquet", (0, 0))
+    (fleet.folder / "in" / "b.PARQUET.parquet").rename(fleet.folder / "in" / "b.PARQUET")
     same_answers(fleet.stream(fleet.folder / "in"), fleet.expected(rows))
 
 
