@@ -175,7 +175,7 @@ def _roll_back(parts: _Parts) -> _Outcome:
     """Let what served before serve again, for the whole fleet or for some groups; nothing is trained."""
     registry, options = parts.registry, parts.tables.storage_options
     before = registry.get(parts.namespace, CHAMPION)
-    target = registry.numbered(parts.namespace, parts.launch.rollback_to or _number_before(parts, before))
+    target = registry.get(parts.namespace, parts.launch.rollback_to or _number_before(parts, before))
     current, earlier = registry.open_pack(before, options), registry.open_pack(target, options)
     listed = parts.launch.decision_groups
     refuse_unknown(listed, sorted({group for _, group in [*current.groups(), *earlier.groups()]}))

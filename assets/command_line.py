@@ -1,4 +1,4 @@
-"""The terminal command `many-models`: what became of one group, and files that interrupted runs left behind."""
+"""The terminal command `many-models`: what became of one group, rows to be answered, and files that interrupted runs left behind."""
 
 import argparse
 import difflib
@@ -21,12 +21,14 @@ from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 
 from pipeline.errors import FleetError, ModelNotFound, SpecError, StoreError
-from pipeline.models.meta_model import filesystem_of, group_id
+from pipeline.faults import arm
+from pipeline.models.meta_model import InputError, PackError, filesystem_of, group_id
 from pipeline.reporting.summary import text_table
 from pipeline.tables import BOOSTERS, HOLDOUT, IMPORTANCE, LEDGER, RUNS, records
 from resources.delta_tables import DeltaTables
 from resources.lease import hold_lease
-from resources.profiles import current_profile
+from resources.mlflow_registry import CHALLENGER, CHAMPION
+from resources.profiles import Profile, current_profile
 
 PROJECT = Path(__file__).parent.parent
 EXAMPLES = """examples:
@@ -35,9 +37,23 @@ EXAMPLES = """examples:
   many-models show flights EWR null                    the group whose second key is null
   many-models show flights --group-id '["EWR","IAH"]'  the same, as the tables write it
   many-models show flights EWR --trial                 from the tables of a trial (limit_groups)
+  many-models score housing --from new.csv --to answers --period 2015-08
+                                                       every row of a file, folder or Delta table, in one commit
+  many-models stream housing --from incoming/ --to answers-live
+                                                       the rows that are new since the last call
+  many-models stream housing --from .data/tables/housing/features --to answers-live --every 30
+                                                       rows as they come, until Ctrl-C
   many-models clean flights --dry-run                  which files no commit names
   many-models clean flights --keep-hours 72            remove them once they are three days old
 """
+SCORE = """Answer every row of a Delta table or of files with a registered version, in one commit.
+
+The columns of the source are kept, the answers stand beside them. The rows of a period (--period) are replaced as a whole: the same command
+again gives the same table. Columns that the model needs are found by name, in any order; what is missing is said before any work is spent."""
+STREAM = """Answer the rows of a folder or of a Delta table as they come, with the version that is champion at that moment.
+
+Each micro batch is one commit, and each row is answered exactly once, whatever is killed when: the same command goes on where it was. Without
+--every it answers all there is and ends, as a schedule wants it. Put files into the folder by renaming: one that is seen is not read again."""
 NONE = "-"
 SHOWN_ID = 8
 NEAR = 5
@@ -51,34 +67,67 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: its words; by default those of the process.
 
     Returns:
-        0; 1 where the tables cannot be read or the settings are wrong; 2 for an unknown fleet or group.
+        0; 1 where rows or tables cannot be read or the settings are wrong; 2 for an unknown fleet, group or version.
     """
     told = _parser().parse_args(argv)
     try:
-        tables = DeltaTables(root=f"{current_profile(PROJECT).data_root}/tables")
+        profile = current_profile(PROJECT)
+        tables = DeltaTables(root=f"{profile.data_root}/tables")
         namespace = f"{told.fleet}-trial" if told.trial else str(told.fleet)
         if told.command == "show":
-            text = history_text(tables, namespace, _asked_id(told.keys, told.group_id))
+            _say(history_text(tables, namespace, _asked_id(told.keys, told.group_id)))
+        elif told.command == "clean":
+            _say(clean(tables, namespace, keep=timedelta(hours=told.keep_hours), dry_run=told.dry_run).text)
         else:
-            text = clean(tables, namespace, keep=timedelta(hours=told.keep_hours), dry_run=told.dry_run).text
-    except FleetError as error:
+            _answer(profile, namespace, told)
+    except (FleetError, InputError, PackError) as error:
         sys.stderr.write(f"many-models: {_printable(str(error))}\n")
         return 2 if isinstance(error, ModelNotFound) else 1
-    sys.stdout.write(f"{_printable(text)}\n")
     return 0
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{_printable(text)}\n")
+    sys.stdout.flush()
+
+
+def _answer(profile: Profile, namespace: str, told: argparse.Namespace) -> None:
+    """Score, or stream."""
+    # Spark, its Python side and MLflow take a second to import, which the other commands do without.
+    from assets.scoring_commands import Scorer, stop_signals
+
+    arm(profile.crash_at)
+    scorer = Scorer.of(profile)
+    if told.command == "score":
+        _say(scorer.score(namespace, told.source, told.target, period=told.period, version=told.version))
+        return
+    with stop_signals() as stopping:
+        scorer.stream(
+            namespace,
+            told.source,
+            told.target,
+            checkpoint=told.checkpoint,
+            every=told.every,
+            max_files=told.max_files,
+            skip_changes=told.skip_changes,
+            stopping=stopping,
+            report=lambda line: _say(f"{datetime.now().astimezone():%H:%M:%S} {line}"),
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog="many-models", description="Look into the tables of a fleet, and keep them tidy.", epilog=EXAMPLES, formatter_class=raw
+        prog="many-models", description="Look into the tables of a fleet, answer rows, and tidy up.", epilog=EXAMPLES, formatter_class=raw
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="show|clean")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="show|score|stream|clean")
     show = commands.add_parser("show", help="print the history of one group", description="Print the history of one group.", epilog=EXAMPLES)
     clean_ = commands.add_parser(
         "clean", help="remove files that interrupted runs left", description="Remove files that interrupted runs left.", epilog=EXAMPLES
     )
-    for command in (show, clean_):
+    score = commands.add_parser("score", help="answer every row of a table or of files", description=SCORE, epilog=EXAMPLES)
+    stream = commands.add_parser("stream", help="answer rows as they come", description=STREAM, epilog=EXAMPLES)
+    for command in (show, score, stream, clean_):
         command.formatter_class = raw
         command.add_argument("fleet", metavar="FLEET", help="name of the fleet")
         command.add_argument("--trial", action="store_true", help="the tables of the fleet's trial, <fleet>-trial")
@@ -86,6 +135,19 @@ def _parser() -> argparse.ArgumentParser:
         "keys", metavar="KEY", nargs="*", help="the group's keys in the grain's order; null for null, none for the pooled group; -- before a -KEY"
     )
     show.add_argument("--group-id", metavar="JSON", help="the group as a JSON array of its keys, instead of KEYs")
+    for command in (score, stream):
+        command.add_argument(
+            "--from", dest="source", required=True, metavar="SOURCE", help="a Delta table, or a folder or glob of Parquet, CSV or JSON files"
+        )
+        command.add_argument("--to", dest="target", required=True, metavar="TABLE", help="Delta table of the answers; made if it is not there")
+    score.add_argument("--period", default="all", metavar="NAME", help="what the rows are called in the table; replaced as a whole (default: all)")
+    score.add_argument(
+        "--version", type=_version, default=CHAMPION, metavar="VERSION", help=f"{CHAMPION}, {CHALLENGER} or a number (default: {CHAMPION})"
+    )
+    stream.add_argument("--checkpoint", metavar="DIR", help="remembers what was answered (default: one per fleet, source and table in the data root)")
+    stream.add_argument("--every", type=_seconds, metavar="SECONDS", help="go on until interrupted, looking so often (default: answer what is there)")
+    stream.add_argument("--max-files", type=_files, default=1000, metavar="N", help="files of a micro batch (default: 1000)")
+    stream.add_argument("--skip-changes", action="store_true", help="pass over versions of a Delta table that remove or rewrite rows")
     clean_.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     clean_.add_argument("--keep-hours", type=_hours, default=24.0, metavar="HOURS", help="keep files younger than that (default: 24)")
     return parser
@@ -99,6 +161,28 @@ def _hours(text: str) -> float:
     if not 0 <= hours < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of hours; expected 0 or more")
     return hours
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0.001 <= seconds < math.inf:  # noqa: PLR2004 - Spark counts milliseconds
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds; expected more than 0")
+    return seconds
+
+
+def _files(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of files; expected 1 or more")
+    return int(text)
+
+
+def _version(text: str) -> str:
+    if text not in (CHAMPION, CHALLENGER) and not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is no version; expected {CHAMPION}, {CHALLENGER} or a number")
+    return text
 
 
 def _asked_id(keys: Sequence[str], written: str | None) -> str:

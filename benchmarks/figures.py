@@ -12,6 +12,7 @@ from benchmarks.promotion import false_promotions, true_promotions
 from benchmarks.runs import Runs
 from benchmarks.scoring import score_vs_raw, score_vs_recipe, score_vs_spark_udf
 from benchmarks.serving import cache_memory, open_cold, pack_bytes, rest_latency, row_warm
+from benchmarks.stream_kills import stream_kills
 from benchmarks.tampering import tampered
 from benchmarks.training import (
     AFTER_DECEMBER,
@@ -457,6 +458,22 @@ FIGURES = {
             25,
             (Value("survived", "kills", "==", 25), Value("points", "points", "==", len(POINTS)), Value("seconds-per-trial", "s")),
             lambda runs: kills(runs.new_folder()),
+        ),
+        Figure(
+            "stream-kills",
+            "300 random actions (add, start, stop, kill -9, champion change, check) against streams that score: every row answered exactly once",
+            10,
+            (
+                Value("lost", "rows", "==", 0),
+                Value("doubled", "rows", "==", 0),
+                Value("wrong", "rows", "==", 0),
+                Value("actions", "actions"),
+                Value("kills", "kills"),
+                Value("restarts", "starts"),
+                Value("champion-changes", "changes"),
+                Value("rows", "rows"),
+            ),
+            lambda runs: stream_kills(runs.new_folder()),
         ),
         Figure(
             "poison",

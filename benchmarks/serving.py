@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +235,7 @@ def rest_latency(runs: Runs) -> Mapping[str, float]:
     body = json.dumps({"dataframe_split": questions(np.array([SIZES[1] // 2])).to_dict("split", index=False)})
     found: dict[str, float] = {}
     for name, model_uri in (("", ours), ("floor-", str(scratch / "nothing"))):
-        with _served(uri, model_uri, scratch / f"{name}log.txt") as address:
+        with served(uri, model_uri, scratch / f"{name}log.txt") as address:
             found |= {f"{name}{part}": value for part, value in _load(address, body).items()}
     return found
 
@@ -269,7 +269,7 @@ def _requests(address: str, body: str, n: int) -> list[float]:
 
 
 @contextmanager
-def _served(uri: str, model_uri: str, log: Path) -> Iterator[str]:
+def served(uri: str, model_uri: str, log: Path) -> Iterator[str]:
     """`mlflow models serve` of a model, with one worker, while the block lasts."""
     port = free_port()
     address = f"127.0.0.1:{port}"
@@ -307,8 +307,7 @@ def _wait_for(server: subprocess.Popen[bytes], address: str, log: Path) -> None:
     for _ in range(600):
         if server.poll() is not None:
             break
-        with suppress(OSError):
-            connection = http.client.HTTPConnection(address, timeout=5)
+        with suppress(OSError), closing(http.client.HTTPConnection(address, timeout=5)) as connection:
             connection.request("GET", "/ping")
             if connection.getresponse().status == http.HTTPStatus.OK:
                 return

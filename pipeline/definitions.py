@@ -25,12 +25,7 @@ def defs() -> dg.Definitions:
         resources={
             "spark": SparkSessionResource(master=profile.spark_master, scratch=scratch),
             "tables": DeltaTables(root=f"{profile.data_root}/tables"),
-            "registry": MlflowRegistry(
-                tracking_uri=profile.tracking_uri or f"sqlite:///{profile.data_root}/mlflow/mlflow.db",
-                # A server decides itself where artifacts are kept.
-                artifact_root=None if profile.tracking_uri else f"{profile.data_root}/mlflow/artifacts",
-                scratch=scratch,
-            ),
+            "registry": MlflowRegistry(tracking_uri=profile.mlflow_uri, artifact_root=profile.mlflow_artifacts, scratch=scratch),
             "launch": LaunchSettings(
                 as_of=profile.as_of,
                 limit_groups=profile.limit_groups,

@@ -1,7 +1,8 @@
 """Named crash points: places where a run can be told to die, so that recovery is tested exactly and repeatably.
 
 ``FLEET_CRASH_AT=<point>:<signal>`` ends the process with that signal when it comes to the point, e.g. ``boosters_committed:KILL``;
-``<point>#3:TERM`` the third time. `POINTS` lists them in the order of a run. Nothing is armed unless the variable is set.
+``<point>#3:TERM`` the third time. `POINTS` lists those of a training run in their order, `STREAM_POINTS` those of a stream that scores.
+Nothing is armed unless the variable is set.
 """
 
 import os
@@ -24,6 +25,12 @@ POINTS = {
     "blend_learnt": "weights are known",
     "ledger_committed": "the ledger has one complete row per group",
     "run_committed": "the run is marked as finished",
+}
+# All of them come once per micro batch.
+STREAM_POINTS = {
+    "stream_batch_begun": "* the rows of a micro batch are known",
+    "stream_files_written": "* its answers are written, and not committed",
+    "stream_committed": "* its answers are committed, and the checkpoint does not know it yet",
 }
 VARIABLE = "FLEET_CRASH_AT"
 _WRITTEN = re.compile(r"(?P<point>\w+)(#(?P<turn>[1-9]\d*))?:(?P<signal>[A-Z0-9]+)")
@@ -52,8 +59,9 @@ def arm(text: str) -> None:
         return
     found = _WRITTEN.fullmatch(text)
     number = getattr(signal, f"SIG{found['signal'].removeprefix('SIG')}", None) if found else None
-    if found is None or number is None or found["point"] not in POINTS:
-        raise SpecError(f"{VARIABLE} is {text!r}; expected <point>:<signal> such as boosters_committed:KILL; points: {', '.join(POINTS)}")
+    if found is None or number is None or found["point"] not in {**POINTS, **STREAM_POINTS}:
+        known = ", ".join({**POINTS, **STREAM_POINTS})
+        raise SpecError(f"{VARIABLE} is {text!r}; expected <point>:<signal> such as boosters_committed:KILL; points: {known}")
     _armed = _Armed(found["point"], int(found["turn"] or 1), int(number))
 
 

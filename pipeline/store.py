@@ -35,6 +35,15 @@ class Tables(Protocol):
     ) -> int:
         """Make one commit of written files; overwriting with a partition replaces only it."""
 
+    def create(self, location: str, schema: pa.Schema, *, partition_by: Sequence[str] = ()) -> None:
+        """Make a table without rows, unless there is one."""
+
+    def transaction(self, location: str, app_id: str) -> int | None:
+        """The last number that an application committed; None for none."""
+
+    def layout(self, location: str) -> tuple[pa.Schema, list[str]]:
+        """A table's columns, and those of them that it is partitioned by."""
+
     def read_pandas(self, location: str, *, where: Mapping[str, Any] | None = None, columns: Sequence[str] | None = None) -> pd.DataFrame:
         """Rows whose columns equal, or are among, the values of `where`."""
 

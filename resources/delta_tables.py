@@ -9,11 +9,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake import CommitProperties, DeltaTable, Schema, Transaction
-from deltalake.exceptions import DeltaError
+from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, create_table_with_add_actions
 from pydantic import Field
 from pyspark.sql import DataFrame, SparkSession
 
+from pipeline.delta_log import strange_features
 from pipeline.errors import StoreError
 from pipeline.models.meta_model import filesystem_of
 from pipeline.spark.files import FileWriter, WrittenFile, read_files, write_files
@@ -21,7 +22,7 @@ from pipeline.tables import TableContract
 
 Mode = Literal["append", "overwrite"]
 Where = Mapping[str, str | Sequence[str]]
-_READABLE_FEATURES = {"appendOnly", "invariants", "timestampNtz", "checkConstraints", "generatedColumns", "v2Checkpoint"}
+ATTEMPTS = 20
 
 
 class DeltaTables(dg.ConfigurableResource):
@@ -103,41 +104,76 @@ class DeltaTables(dg.ConfigurableResource):
             StoreError: if a file is missing or of another size, or the store refuses.
         """
         self._check_files(location, files)
-        actions: list[Any] = [_add_action(file, partition or {}) for file in files]
-        properties = CommitProperties(custom_metadata=dict(metadata or {}) or None, app_transactions=[Transaction(app[0], app[1])] if app else None)
-        partition_by, delta_schema, options = list(partition or {}), Schema.from_arrow(schema), self.storage_options or None
         with _store_errors(location):
-            if not DeltaTable.is_deltatable(location, self.storage_options):
-                create_table_with_add_actions(
-                    location,
-                    delta_schema,
-                    actions,
-                    mode="overwrite",
-                    partition_by=partition_by,
-                    commit_properties=properties,
-                    storage_options=options,
-                )
-                return int(DeltaTable(location, storage_options=self.storage_options).version())
-            table = DeltaTable(location, storage_options=self.storage_options)
-            if app is not None and (seen := table.transaction_version(app[0])) is not None and seen >= app[1]:
-                return int(table.version())
-            if mode == "append" or partition:
-                _refuse_other_types(table, delta_schema, location)
-                if list(table.metadata().partition_columns) != partition_by:
-                    raise StoreError(
-                        f"{location} is partitioned by {table.metadata().partition_columns}, the new rows by {partition_by}; nothing was committed"
-                    )
-            if mode == "overwrite" and not partition:
-                # A new shape of the table comes in with the rows that have it.
-                create_table_with_add_actions(
-                    location, delta_schema, actions, mode="overwrite", commit_properties=properties, storage_options=options
-                )
-            else:
-                filters = [(name, "=", value) for name, value in (partition or {}).items()] if mode == "overwrite" else None
-                table.create_write_transaction(
-                    actions, mode, delta_schema, partition_by=partition_by, partition_filters=filters, commit_properties=properties
-                )
+            if app is None:
+                return self._commit(location, files, Schema.from_arrow(schema), mode, partition or {}, metadata or {})
+            for _ in range(ATTEMPTS - 1):
+                try:
+                    return self._commit(location, files, Schema.from_arrow(schema), mode, partition or {}, metadata or {}, app)
+                except CommitFailedError:
+                    # Somebody else's version came between looking and committing, or our own did and its answer was lost: look again.
+                    continue
+            return self._commit(location, files, Schema.from_arrow(schema), mode, partition or {}, metadata or {}, app)
+
+    def _commit(
+        self,
+        location: str,
+        files: Sequence[WrittenFile],
+        schema: Schema,
+        mode: Mode,
+        partition: Mapping[str, str],
+        metadata: Mapping[str, str],
+        app: tuple[str, int] | None = None,
+    ) -> int:
+        """One attempt; with an application transaction only onto the version that was looked at, for the format would let both of two land."""
+        actions: list[Any] = [_add_action(file, partition) for file in files]
+        properties = CommitProperties(
+            custom_metadata=dict(metadata) or None,
+            app_transactions=[Transaction(app[0], app[1])] if app else None,
+            max_commit_retries=0 if app else None,
+        )
+        partition_by, options = list(partition), self.storage_options or None
+        if not DeltaTable.is_deltatable(location, self.storage_options):
+            create_table_with_add_actions(
+                location, schema, actions, mode="overwrite", partition_by=partition_by, commit_properties=properties, storage_options=options
+            )
             return int(DeltaTable(location, storage_options=self.storage_options).version())
+        table = DeltaTable(location, storage_options=self.storage_options)
+        if app is not None and (seen := table.transaction_version(app[0])) is not None and seen >= app[1]:
+            return int(table.version())
+        if mode == "append" or partition:
+            _refuse_other_types(table, schema, location)
+            if list(table.metadata().partition_columns) != partition_by:
+                raise StoreError(
+                    f"{location} is partitioned by {table.metadata().partition_columns}, the new rows by {partition_by}; nothing was committed"
+                )
+        if mode == "overwrite" and not partition:
+            # A new shape of the table comes in with the rows that have it.
+            create_table_with_add_actions(location, schema, actions, mode="overwrite", commit_properties=properties, storage_options=options)
+        else:
+            filters = [(name, "=", value) for name, value in partition.items()] if mode == "overwrite" else None
+            table.create_write_transaction(actions, mode, schema, partition_by=partition_by, partition_filters=filters, commit_properties=properties)
+        return int(DeltaTable(location, storage_options=self.storage_options).version())
+
+    def create(self, location: str, schema: pa.Schema, *, partition_by: Sequence[str] = ()) -> None:
+        """Make a table without rows, unless there is one."""
+        with _store_errors(location):
+            DeltaTable.create(
+                location, Schema.from_arrow(schema), mode="ignore", partition_by=list(partition_by), storage_options=self.storage_options or None
+            )
+
+    def transaction(self, location: str, app_id: str) -> int | None:
+        """The last number that an application committed; None for none, or where there is no table."""
+        with _store_errors(location):
+            if not self.exists(location):
+                return None
+            seen = DeltaTable(location, storage_options=self.storage_options).transaction_version(app_id)
+        return None if seen is None else int(seen)
+
+    def layout(self, location: str) -> tuple[pa.Schema, list[str]]:
+        """A table's columns, and those of them that it is partitioned by."""
+        table = self._open(location, None)
+        return _arrow_schema(table), list(table.metadata().partition_columns)
 
     def _check_files(self, location: str, files: Sequence[WrittenFile]) -> None:
         """A commit that names a missing file would be accepted by the format; not by us."""
@@ -177,11 +213,9 @@ class DeltaTables(dg.ConfigurableResource):
             if not self.exists(location):
                 raise StoreError(f"there is no Delta table at {location}; materialise the asset that writes it first")
             table = DeltaTable(location, version=version, storage_options=self.storage_options)
-        strange = set(table.protocol().reader_features or ()) - _READABLE_FEATURES
-        if table.metadata().configuration.get("delta.columnMapping.mode", "none") != "none":  # older tables name no features
-            strange.add("columnMapping")
+        strange = strange_features(table)
         if strange:
-            raise StoreError(f"{location} uses Delta features that are not read here: {', '.join(sorted(strange))}; rewrite the table without them")
+            raise StoreError(f"{location} uses Delta features that are not read here: {', '.join(strange)}; rewrite the table without them")
         return table
 
 

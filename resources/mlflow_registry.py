@@ -196,49 +196,51 @@ class MlflowRegistry(dg.ConfigurableResource):
         return str(client.create_experiment(name, artifact_location=location))
 
     def find(self, name: str, alias: str) -> Version | None:
-        """The version under an alias; None if there is no such model or alias."""
+        """The version under an alias, or of that number; None if there is no such model, alias or version."""
         client = self._connected()
         from mlflow.exceptions import MlflowException
 
         try:
-            found = client.get_model_version_by_alias(name, alias)
+            found = client.get_model_version(name, alias) if alias.isdecimal() else client.get_model_version_by_alias(name, alias)
         except MlflowException as error:
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 return None
             raise StoreError(f"{self.tracking_uri}: {error}") from error
         return Version(name, str(found.version), str(found.tags.get(FLEET_VERSION, "")), str(found.tags.get(PACK_DIGEST, "")))
 
-    def numbered(self, name: str, number: str) -> Version:
-        """The version of that number.
-
-        Raises:
-            ModelNotFound: if there is none.
-            StoreError: if the registry does not answer.
-        """
-        client = self._connected()
-        from mlflow.exceptions import MlflowException
-
-        try:
-            found = client.get_model_version(name, number)
-        except MlflowException as error:
-            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                known = ", ".join(sorted((str(one.version) for one in client.search_model_versions(f"name = '{name}'")), key=int)) or "none"
-                raise ModelNotFound(f"registered model {name!r} has no version {number!r} at {self.tracking_uri}; there is: {known}") from error
-            raise StoreError(f"{self.tracking_uri}: {error}") from error
-        return Version(name, str(found.version), str(found.tags.get(FLEET_VERSION, "")), str(found.tags.get(PACK_DIGEST, "")))
-
     def get(self, name: str, alias: str) -> Version:
-        """The version under an alias.
+        """The version under an alias, or of that number.
 
         Raises:
             ModelNotFound: if there is none.
         """
         found = self.find(name, alias)
         if found is None:
+            if alias.isdecimal():
+                known = sorted((str(one.version) for one in self._connected().search_model_versions(f"name = '{name}'")), key=int)
+                raise ModelNotFound(
+                    f"registered model {name!r} has no version {alias} at {self.tracking_uri}; there is: {', '.join(known) or 'none'}"
+                )
             raise ModelNotFound(
                 f"registered model {name!r} has no {alias} at {self.tracking_uri}; materialise {name}/models, meta_model and champion first"
             )
         return found
+
+    def inputs(self, version: Version) -> dict[str, str]:
+        """Type (double or string) of each column that a version reads, as from `input_types`.
+
+        Raises:
+            StoreError: if the registry refuses.
+        """
+        self._connected()
+        import mlflow
+        from mlflow.exceptions import MlflowException
+
+        try:
+            told = mlflow.models.get_model_info(f"models:/{version.name}/{version.number}").metadata
+        except (MlflowException, OSError) as error:
+            raise StoreError(f"{self.tracking_uri}: version {version.number} of {version.name!r} cannot be read ({error})") from error
+        return dict((told or {})["inputs"])
 
     def promote(self, version: Version) -> None:
         """Let a version serve."""

@@ -48,6 +48,16 @@ class Profile:
     groups: tuple[str, ...]
     crash_at: str
 
+    @property
+    def mlflow_uri(self) -> str:
+        """Address of the tracking and registry server, or of the file below the data root."""
+        return self.tracking_uri or f"sqlite:///{self.data_root}/mlflow/mlflow.db"
+
+    @property
+    def mlflow_artifacts(self) -> str | None:
+        """Where a new experiment keeps its artifacts; a server decides that itself."""
+        return None if self.tracking_uri else f"{self.data_root}/mlflow/artifacts"
+
 
 def current_profile(project: Path) -> Profile:
     """Read the environment.

@@ -45,8 +45,8 @@ class SparkSessionResource(dg.ConfigurableResource):
     _starter: threading.Thread | None = PrivateAttr(default=None)
 
     @contextmanager
-    def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator["SparkSessionResource"]:  # noqa: ARG002
-        """Start the session beside the run's first steps; stop it whatever ends the run."""
+    def yield_for_execution(self, context: dg.InitResourceContext | None) -> Iterator["SparkSessionResource"]:  # noqa: ARG002
+        """Start the session beside the run's first steps; stop it whatever ends the run. Outside of Dagster there is no context."""
         self._starter = threading.Thread(target=self._start, name="spark-start", daemon=True)
         self._starter.start()
         try:

@@ -2,7 +2,7 @@
 
 import json
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.pandas.types import from_arrow_schema, to_arrow_schema
+from pyspark.sql.types import StructType
 
 from pipeline.models.meta_model import filesystem_of
+from pipeline.row_files import Reading, RowFile, read_rows
 
+Batches = Iterator[pa.RecordBatch]
 FILE_COLUMNS = "path string, size long, n_rows long"
 
 
@@ -110,7 +113,7 @@ def read_files(spark: SparkSession, root: str, paths: Sequence[str], schema: pa.
     if not paths:
         return spark.createDataFrame([], spark_schema)
     if "://" not in root:
-        return spark.read.schema(spark_schema).parquet(*(_escaped(f"{root}/{path}") for path in paths))
+        return spark.read.schema(spark_schema).parquet(*(escaped(f"{root}/{path}") for path in paths))
     names = schema.names
 
     def read(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -133,7 +136,7 @@ def _completed(rows: pa.Table, schema: pa.Schema, names: Sequence[str]) -> pa.Re
     return rows.select(names).cast(schema).combine_chunks().to_batches()[0]
 
 
-def _escaped(path: str) -> str:
+def escaped(path: str) -> str:
     """A local path whose glob characters mean themselves."""
     return "".join(f"\\{character}" if character in "*?[]{}\\" else character for character in path)
 
@@ -146,3 +149,24 @@ def file_json(table: str, file: WrittenFile) -> str:
 def file_of_json(line: Mapping[str, Any]) -> WrittenFile:
     """The inverse of `file_json`."""
     return WrittenFile(line["path"], line["size"], line["n_rows"])
+
+
+def rows_reader(
+    shape: StructType, location: str, options: Mapping[str, str], reading: Reading, required: Sequence[str] = ()
+) -> Callable[[RowFile], Batches]:
+    """What reads a file's rows in a task, in the types that Spark wants.
+
+    Args:
+        shape: of the rows.
+        location: address that tells the file system.
+        options: of the object store.
+        reading: of columns without types.
+        required: columns that every file must have.
+    """
+    schema = to_arrow_schema(shape, timezone="UTC")
+
+    def rows(file: RowFile) -> Batches:
+        filesystem, _ = filesystem_of(location, options)
+        return read_rows(file, schema, filesystem, required=required, reading=reading)
+
+    return rows

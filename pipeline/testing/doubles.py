@@ -122,6 +122,18 @@ class MemoryTables:
             self._transactions.add((location, *app))
         return len(versions) - 1
 
+    def create(self, location: str, schema: pa.Schema, *, partition_by: Sequence[str] = ()) -> None:  # noqa: ARG002 - the real store's signature
+        """Make a table without rows, unless there is one."""
+        self._versions.setdefault(location, [(schema, {})])
+
+    def transaction(self, location: str, app_id: str) -> int | None:
+        """The last number that an application committed; None for none."""
+        return max((seen[2] for seen in self._transactions if seen[:2] == (location, app_id)), default=None)
+
+    def layout(self, location: str) -> tuple[pa.Schema, list[str]]:
+        """A table's columns; in memory there are no partitions."""
+        return self._files(location, None)[0], []
+
     def exists(self, location: str) -> bool:
         """Whether there is a table."""
         return location in self._versions
@@ -239,31 +251,20 @@ class MemoryRegistry:
         return version
 
     def find(self, name: str, alias: str) -> MemoryVersion | None:
-        """The version under an alias; None if there is none."""
-        number = self.aliases.get((name, alias))
+        """The version under an alias, or of that number; None if there is none."""
+        number = alias if alias.isdecimal() else self.aliases.get((name, alias))
         return next((version for version in self.versions.get(name, []) if version.number == number), None)
 
-    def numbered(self, name: str, number: str) -> MemoryVersion:
-        """The version of that number.
-
-        Raises:
-            ModelNotFound: if there is none.
-        """
-        known = self.versions.get(name, [])
-        found = next((version for version in known if version.number == number), None)
-        if found is None:
-            raise ModelNotFound(f"registered model {name!r} has no version {number!r}; there is: {', '.join(one.number for one in known) or 'none'}")
-        return found
-
     def get(self, name: str, alias: str) -> MemoryVersion:
-        """The version under an alias.
+        """The version under an alias, or of that number.
 
         Raises:
             ModelNotFound: if there is none.
         """
         found = self.find(name, alias)
         if found is None:
-            raise ModelNotFound(f"registered model {name!r} has no {alias}; materialise {name}/models, meta_model and champion first")
+            wanted = f"version {alias}" if alias.isdecimal() else alias
+            raise ModelNotFound(f"registered model {name!r} has no {wanted}; materialise {name}/models, meta_model and champion first")
         return found
 
     def promote(self, version: MemoryVersion) -> None:

@@ -74,7 +74,7 @@ def answers(fleet: Any, number: str) -> pd.DataFrame:
     registry = fleet.resources["registry"]
     features = fleet.table("features").sort_values("row_key", ignore_index=True)
     asked = pd.concat([features, features.head(3).assign(store="unheard of")], ignore_index=True)
-    return registry.open_pack(registry.numbered("shop", number)).predict(asked).assign(store=asked["store"])
+    return registry.open_pack(registry.get("shop", number)).predict(asked).assign(store=asked["store"])
 
 
 def by_store(frame: pd.DataFrame, *stores: str) -> pd.DataFrame:
@@ -190,7 +190,7 @@ def test_one_group_and_then_the_whole_fleet_are_rolled_back_and_forth(fleets: tu
     [
         ({"decision": "promote", "decision_groups": ['["j9"]']}, "there is no group '[\"j9\"]'; did you mean"),
         ({"decision": "rollback", "decision_groups": ['["j9"]']}, "there is no group '[\"j9\"]'; did you mean"),
-        ({"decision": "rollback", "rollback_to": "99"}, "registered model 'shop' has no version '99'"),
+        ({"decision": "rollback", "rollback_to": "99"}, "registered model 'shop' has no version 99"),
     ],
 )
 def test_what_cannot_be_decided_is_told(

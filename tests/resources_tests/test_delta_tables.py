@@ -2,7 +2,9 @@
 
 import json
 import os
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,50 @@ def test_a_commit_of_one_transaction_happens_once(any_tables: Any) -> None:
     file = any_tables.write_file(rows(9), SCHEMA, location)
     any_tables.commit(location, [file], SCHEMA, mode="append", app=("run-2/ledger", 0))
     assert values(any_tables, location) == [0, 1, 2, 9]
+
+
+def test_what_an_application_committed_last_is_known(any_tables: Any) -> None:
+    location = any_tables.location("shop", "t")
+    assert any_tables.transaction(location, "stream") is None
+    any_tables.create(location, SCHEMA)
+    any_tables.create(location, SCHEMA)
+    assert any_tables.transaction(location, "stream") is None
+    assert (any_tables.version(location), values(any_tables, location), any_tables.layout(location)[0].names) == (0, [], ["x", "name"])
+    for number in (0, 3):
+        any_tables.commit(location, [any_tables.write_file(rows(number), SCHEMA, location)], SCHEMA, mode="append", app=("stream", number))
+        assert any_tables.transaction(location, "stream") == number
+    any_tables.create(location, SCHEMA)
+    assert values(any_tables, location) == [0, 3]
+    assert any_tables.transaction(location, "another") is None
+
+
+def test_of_two_commits_of_one_transaction_that_race_one_lands(local: DeltaTables) -> None:
+    location = local.location("shop", "t")
+    local.create(location, SCHEMA)
+    for number in range(6):
+        files = [local.write_file(rows(number), SCHEMA, location) for _ in range(3)]
+        start = threading.Barrier(3)
+
+        def commit(file: Any, number: int = number, start: threading.Barrier = start) -> int:
+            start.wait()
+            return local.commit(location, [file], SCHEMA, mode="append", app=("stream", number))
+
+        with ThreadPoolExecutor(3) as pool:
+            assert len(list(pool.map(commit, files))) == 3
+    assert values(local, location) == list(range(6))
+
+
+def test_transactions_of_two_applications_that_race_both_land(local: DeltaTables) -> None:
+    location = local.location("shop", "t")
+    local.create(location, SCHEMA)
+
+    def commit(name: str) -> None:
+        for number in range(5):
+            local.commit(location, [local.write_file(rows(number), SCHEMA, location)], SCHEMA, mode="append", app=(name, number))
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(commit, ["one", "two", "three"]))
+    assert values(local, location) == sorted([*range(5)] * 3)
 
 
 def test_overwriting_one_partition_leaves_the_others(any_tables: Any) -> None:

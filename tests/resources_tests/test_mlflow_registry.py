@@ -100,11 +100,19 @@ def test_a_version_goes_from_challenger_to_champion(registry: Any, tmp_path: Pat
     assert registry.get(name, CHAMPION) == second
     registry.promote(first)  # back
     assert registry.get(name, CHAMPION) == first
+    assert [registry.get(name, number) for number in ("1", "2")] == [first, second]
+    with pytest.raises(ModelNotFound, match="'contract' has no version 3"):
+        registry.get(name, "3")
     for version, n_groups in ((first, 3), (second, 4)):
         fetched = registry.open_pack(version)
         assert fetched.fleet_version == version.fleet_version
         assert len(fetched.groups()) == n_groups
         assert fetched.predict(pd.DataFrame({"store": ["0", "new"], "x": [0.1, 0.9]}))["answered_by"].tolist() == ["[store]", "[]"]
+
+
+def test_a_version_tells_the_types_of_its_inputs(mlflow_registry: MlflowRegistry, tmp_path: Path, booster_text: str) -> None:
+    version = register(mlflow_registry, "typed", "run-1", pack_of(tmp_path / "pack", booster_text, 2, "run-1"))
+    assert mlflow_registry.inputs(version) == {"store": "string", "x": "double"}
 
 
 def artifacts_of(registry: MlflowRegistry, number: str, name: str) -> list[str]:

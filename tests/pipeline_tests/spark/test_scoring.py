@@ -10,9 +10,10 @@ import pytest
 from pyspark.sql import SparkSession
 
 from pipeline.models.boosters import encode_booster
-from pipeline.models.meta_model import FleetModel, group_id, index_digest, read_index
+from pipeline.models.meta_model import FleetModel, group_id
 from pipeline.models.pack import Generation, model_spec, write_pack
-from pipeline.spark.scoring import gathered, in_pandas, score_rows
+from pipeline.spark.answers import asked_rows, gathered
+from pipeline.spark.scoring import score_rows
 from pipeline.spec import parse_spec
 
 pytestmark = pytest.mark.spark
@@ -69,7 +70,7 @@ def test_batches_are_asked_for_only_as_far_as_they_are_needed() -> None:
     assert asked == [0, 1]
 
 
-def test_a_null_beside_it_does_not_change_a_whole_number() -> None:
+def test_a_null_beside_it_does_not_change_a_whole_number(pack: Path) -> None:
     rows = pa.table(
         {
             "store": pa.array([BIG, None], pa.int64()),
@@ -77,10 +78,9 @@ def test_a_null_beside_it_does_not_change_a_whole_number() -> None:
             "time": pa.array([pd.Timestamp("2024-01-02", tz="UTC")] * 2, pa.timestamp("us", tz="UTC")),
         }
     )
-    frame = in_pandas(rows, ["store"])
-    assert frame["store"].tolist() == [BIG, None]
+    frame = asked_rows(rows.append_column("kind", rows["store"]), FleetModel(pack))
+    assert frame["store"].tolist() == [str(BIG), None]
     assert frame["x"].dtype == np.float64
-    assert frame["time"].tolist() == [pd.Timestamp("2024-01-02")] * 2
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "group_id": ["[]", group_id([BIG]), group_id([None])],
             "booster_id": [booster.booster_id for booster in boosters],
             "weight": [1.0, 0.5, 0.5],
-            "interval": [1.0, 2.0, None],
+            "intervals": ['{"0.8": 1.0, "0.95": 2.0}', '{"0.8": 2.0, "0.95": 3.0}', None],
         }
     )
     spec = {**model_spec(SPEC, {"kind": [str(BIG), "7"]}), "fleet_version": "run", "constant": 0.0, "constant_without_offset": 0.0}
@@ -120,7 +120,7 @@ def test_every_batch_size_gives_the_packs_own_answers(spark: SparkSession, pack:
             "x": pa.array([None if number % 10 == 0 else number / 10 for number in range(n_rows)], pa.float64()),
         }
     )
-    alone = FleetModel(pack).predict(in_pandas(table, ["store", "kind"]))
+    alone = FleetModel(pack).predict(asked_rows(table, FleetModel(pack)))
     assert alone["answered_by"].value_counts().to_dict() == {"[store]": 60, "[]": 30}
     before = spark.conf.get("spark.sql.execution.arrow.maxRecordsPerBatch")
     try:
@@ -146,14 +146,14 @@ def test_a_worker_opens_a_pack_once_for_all_of_its_tasks(spark: SparkSession, pa
     rows = spark.createDataFrame([(str(n), None, n, n, 0.5) for n in range(8)], "row_key string, time timestamp, store long, kind long, x double")
     for _ in range(2):
         score_rows(spark, rows, SPEC, pack, AS_OF, {}).collect()
-    wanted = index_digest(read_index(pack))
+    fleet = FleetModel(pack).fleet
 
     def look(batches: Any) -> Any:
-        from pipeline.spark import scoring
+        from pipeline.spark import answers
 
         for batch in batches:
-            opened = scoring._opened.get(wanted)
-            yield pa.RecordBatch.from_pydict({"cached": [-1 if opened is None else opened.cached_bytes] * batch.num_rows})
+            opened = answers._opened.get(fleet)
+            yield pa.RecordBatch.from_pydict({"cached": [-1 if opened is None else opened[1].cached_bytes] * batch.num_rows})
 
     # Of the workers that answered, each still has the boosters that it was asked for.
     found = {row["cached"] for row in spark.range(0, 2, 1, 2).mapInArrow(look, "cached long").collect()}

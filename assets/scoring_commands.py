@@ -1,0 +1,196 @@
+"""`many-models score` and `many-models stream`: rows of any table or folder, answered by a registered version."""
+
+import hashlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from pipeline.errors import DataError
+from pipeline.models.meta_model import FleetModel
+from pipeline.row_source import (
+    SCORED_AT,
+    SCORED_PERIOD,
+    absolute,
+    check_apart,
+    check_columns,
+    check_source,
+    check_target,
+    find_source,
+    reading_for,
+    target_schema,
+)
+from pipeline.spark.answers import score_source
+from pipeline.spark.files import write_files
+from pipeline.spark.streaming import AnswerSink, Champion, Stream, run_stream, stream_rows
+from resources.delta_tables import DeltaTables
+from resources.mlflow_registry import CHAMPION, MlflowRegistry
+from resources.profiles import Profile
+from resources.spark_session import SparkSessionResource
+
+ALL_ROWS = "all"
+MAX_FILES = 1_000
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """What scoring needs.
+
+    Args:
+        tables: where tables are kept; only how they are reached is asked of it.
+        registry: of the models.
+        spark: not started yet.
+        streams: folder of checkpoints.
+    """
+
+    tables: DeltaTables
+    registry: MlflowRegistry
+    spark: SparkSessionResource
+    streams: Path
+
+    @classmethod
+    def of(cls, profile: Profile) -> "Scorer":
+        """As the profile in force has it."""
+        scratch = f"{profile.data_root}/scratch"
+        return cls(
+            DeltaTables(root=f"{profile.data_root}/tables"),
+            MlflowRegistry(tracking_uri=profile.mlflow_uri, artifact_root=profile.mlflow_artifacts, scratch=scratch),
+            SparkSessionResource(master=profile.spark_master, scratch=scratch),
+            Path(profile.data_root) / "streams",
+        )
+
+    def score(self, model_name: str, source: str, target: str, *, period: str = ALL_ROWS, version: str = CHAMPION) -> str:
+        """Answer all rows of a source in one commit, instead of those that the target has of the same period.
+
+        Args:
+            model_name: the fleet, or its trial.
+            source: a Delta table, or a file, folder or glob of Parquet, CSV or JSON files.
+            target: Delta table of the answers.
+            period: the rows' name in the target.
+            version: an alias, or a number.
+
+        Returns:
+            What was done, for people.
+
+        Raises:
+            FleetError: if there is no such version, source or target.
+            InputError: if the source lacks columns; then Spark has not been started.
+        """
+        started, options = time.monotonic(), self.tables.storage_options
+        source, target = absolute(source), absolute(target)
+        found, model, number = self._model(model_name, version)
+        reading = reading_for(model, self.registry.inputs(found))
+        rows_found = find_source(source, reading, options)
+        added = (SCORED_AT, SCORED_PERIOD)
+        check_source(rows_found, model, added)
+        self._prepare(source, target, target_schema(rows_found.schema, model.task, added), [SCORED_PERIOD])
+        with self.spark.yield_for_execution(None):
+            answers = score_source(self.spark.session, rows_found, model, reading, period, options)
+            files, schema = write_files(answers, target, options)
+            told = {"source": str(rows_found), "fleet_version": found.fleet_version}
+            committed = self.tables.commit(target, files, schema, mode="overwrite", partition={SCORED_PERIOD: period}, metadata=told)
+        n_rows = sum(file.n_rows for file in files)
+        return (
+            f"{n_rows:,} rows of {rows_found} answered by {number} (run {found.fleet_version}) in {time.monotonic() - started:.1f} s\n"
+            f"period {period!r} of {target} is replaced as a whole: version {committed} of the table"
+        )
+
+    def stream(
+        self,
+        model_name: str,
+        source: str,
+        target: str,
+        *,
+        checkpoint: str | None = None,
+        every: float | None = None,
+        max_files: int = MAX_FILES,
+        skip_changes: bool = False,
+        stopping: threading.Event,
+        report: Callable[[str], None],
+    ) -> None:
+        """Answer rows as they come, until all are answered (or, with `every`, until told to stop).
+
+        Args:
+            model_name: the fleet, or its trial.
+            source: a Delta table, or a folder or glob of Parquet, CSV or JSON files.
+            target: Delta table of the answers.
+            checkpoint: folder that remembers what was answered; by default one for each fleet, source and target.
+            every: seconds between micro batches; None answers what is there and ends.
+            max_files: files of a micro batch.
+            skip_changes: whether versions of a Delta table that remove or rewrite rows are passed over.
+            stopping: set to end it; a micro batch under way is given up, and repeated by the next start.
+            report: takes a line per micro batch.
+
+        Raises:
+            FleetError: if there is no such champion, source or target, or the stream cannot go on.
+            InputError: if rows lack columns.
+        """
+        source, target = absolute(source), absolute(target)
+        folder = Path(absolute(checkpoint)) if checkpoint else self.streams / f"{model_name}-{_digest(source, target)}"
+        options = self.tables.storage_options
+        _, model, number = self._model(model_name, CHAMPION)
+        stream = self._stream(folder, model_name, model, source, target)
+        with self.spark.yield_for_execution(None):
+            report(f"{number} answers {source} into {target}; checkpoint {folder}")
+            settings: dict[str, Any] = {"max_files": max_files, "skip_changes": skip_changes}
+            rows = stream_rows(self.spark.session, stream, options, model.required, **settings)
+            sink = AnswerSink(stream, self.tables, Champion(self.registry, model_name, options), report)
+            run_stream(rows, sink, folder, every=every, stopping=stopping)
+        report("stopped; the same command goes on" if stopping.is_set() else "all rows there were have been answered")
+
+    def _model(self, name: str, version: str) -> tuple[Any, FleetModel, str]:
+        """A version, its model, and what people call it."""
+        found = self.registry.get(name, version)
+        alias = "" if version.isdecimal() else f" ({version})"
+        return found, self.registry.open_pack(found, self.tables.storage_options), f"{name} version {found.number}{alias}"
+
+    def _stream(self, folder: Path, model_name: str, model: FleetModel, source: str, target: str) -> Stream:
+        """The stream of a checkpoint, begun if there is none."""
+        stream = Stream.begun(folder)
+        if stream is not None:
+            stream.check_same(model_name, source, target)
+            check_columns(stream.schema, source, model)
+            stream.check_source()
+            stream.check_target(self.tables)
+        else:
+            reading = reading_for(model, self.registry.inputs(self.registry.get(model_name, CHAMPION)))
+            found = find_source(source, reading, self.tables.storage_options)
+            if Path(source).is_file():
+                raise DataError(f"{source} is one file, which `many-models score` answers; a stream takes a folder, a glob or a Delta table")
+            check_source(found, model, [SCORED_AT])
+            self._prepare(source, target, target_schema(found.schema, model.task, [SCORED_AT]), [])
+            stream = Stream.begin(folder, model_name, found, reading, target)
+        self.tables.create(target, target_schema(stream.schema, model.task, [SCORED_AT]))
+        return stream
+
+    def _prepare(self, source: str, target: str, wanted: Any, partition_by: list[str]) -> None:
+        """Look at the target, and make it if it is not there."""
+        check_apart(source, target)
+        if self.tables.exists(target):
+            check_target(target, self.tables.layout(target), wanted, partition_by)
+        self.tables.create(target, wanted, partition_by=partition_by)
+
+
+def _digest(*texts: str) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
+
+
+@contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """Set by SIGINT and SIGTERM while the block lasts."""
+    stopping = threading.Event()
+
+    def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - as handlers are called
+        stopping.set()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopping
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,140 @@
+"""Answers on Spark: the pack travels to every worker, which opens it once; rows are answered in Arrow batches, without a shuffle."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import pandas as pd
+import pyarrow as pa
+from pyspark import SparkFiles
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as sf
+from pyspark.sql.pandas.types import from_arrow_schema
+from pyspark.sql.types import StructField, StructType
+
+from pipeline.models.meta_model import FleetModel
+from pipeline.row_files import Reading
+from pipeline.row_source import SCORED_AT, SCORED_PERIOD, RowSource, answer_schema, text_columns
+from pipeline.spark.files import Batches, rows_reader
+from pipeline.spark.training import keep_imports
+
+# Rows are answered so many at once, or those of so many bytes: a group's models are asked once for all of its rows among them.
+ROWS_AT_ONCE, BYTES_AT_ONCE = 50_000, 64 << 20
+# More tasks than that cost more than they share out.
+MAX_TASKS = 1_000
+# Of this Python worker: per fleet the pack it answers from.
+_opened: dict[str, tuple[str, FleetModel]] = {}
+
+
+def answer_rows(
+    spark: SparkSession,
+    rows: DataFrame,
+    model: FleetModel,
+    options: Mapping[str, str],
+    *,
+    kept: Sequence[str] | None = None,
+    interval: float | None = None,
+) -> DataFrame:
+    """Answer rows of any table that has the model's columns.
+
+    Args:
+        spark: the session.
+        rows: with the model's columns, in any order and of any widths.
+        model: opened from a local folder under a name of its own.
+        options: of the object store that a shared pack is in.
+        kept: columns of the rows that stay beside the answers, untouched; by default all.
+        interval: level of lower and upper; by default the version's.
+
+    Returns:
+        One row per row: the columns kept, then those of `meta_model.answer_columns`.
+    """
+    spark.sparkContext.addFile(str(model.folder), recursive=True)
+    fleet, name, stored = model.fleet, model.folder.name, dict(options)
+    answers = answer_schema(model.task)
+    staying = list(rows.columns if kept is None else kept)
+
+    def answer(batches: Batches) -> Batches:
+        keep_imports()
+        opened = opened_pack(fleet, name, stored)
+        for part in gathered(batches):
+            yield from _answered(part, opened, staying, answers, interval)
+
+    fields = [StructField(field.name, field.dataType) for field in rows.select(*(f"`{column}`" for column in staying)).schema]
+    return rows.mapInArrow(answer, StructType([*fields, *from_arrow_schema(answers).fields]))
+
+
+def opened_pack(fleet: str, name: str, options: Mapping[str, str]) -> FleetModel:
+    """The pack of that name in this worker: opened once, and instead of the one that the fleet had before.
+
+    Tasks must call it as a function of this module: what a task's own function refers to, Spark copies for each task.
+    """
+    if fleet not in _opened or _opened[fleet][0] != name:
+        _opened.pop(fleet, None)
+        _opened[fleet] = name, FleetModel(SparkFiles.get(name), options=options)
+    return _opened[fleet][1]
+
+
+def gathered(batches: Iterable[pa.RecordBatch], n_rows: int = ROWS_AT_ONCE, n_bytes: int = BYTES_AT_ONCE) -> Iterator[pa.Table]:
+    """Batches put together until they have so many rows or bytes; none is divided, and their order stays."""
+    waiting: list[pa.RecordBatch] = []
+    rows_waiting = bytes_waiting = 0
+    for batch in batches:
+        waiting.append(batch)
+        rows_waiting, bytes_waiting = rows_waiting + batch.num_rows, bytes_waiting + batch.nbytes
+        if rows_waiting >= n_rows or bytes_waiting >= n_bytes:
+            yield pa.Table.from_batches(waiting)
+            waiting, rows_waiting, bytes_waiting = [], 0, 0
+    if waiting:
+        yield pa.Table.from_batches(waiting)
+
+
+def _answered(rows: pa.Table, model: FleetModel, kept: Sequence[str], answers: pa.Schema, interval: float | None) -> list[pa.RecordBatch]:
+    found = pa.Table.from_pandas(model.predict(asked_rows(rows, model), interval=interval), schema=answers, preserve_index=False)
+    both = pa.Table.from_arrays([*rows.select(kept).columns, *found.columns], names=[*kept, *answers.names])
+    batches: list[pa.RecordBatch] = both.combine_chunks().to_batches()
+    return batches
+
+
+def asked_rows(rows: pa.Table, model: FleetModel) -> pd.DataFrame:
+    """Rows as the model takes them: integer keys as text, which pandas would round beside nulls, and decimals as floats."""
+    text = text_columns(model)
+    columns = {}
+    for name in (*model.required, *(column for column in model.optional if column in rows.column_names)):
+        column = rows.column(name)
+        if name in text and pa.types.is_integer(column.type):
+            column = column.cast(pa.string())
+        elif name not in text and pa.types.is_decimal(column.type):
+            column = column.cast(pa.float64())
+        columns[name] = column
+    asked: pd.DataFrame = pa.Table.from_pydict(columns).to_pandas()
+    return asked
+
+
+def score_source(spark: SparkSession, source: RowSource, model: FleetModel, reading: Reading, period: str, options: Mapping[str, str]) -> DataFrame:
+    """Answer all rows of a source, which tasks read one file at a time.
+
+    Args:
+        spark: the session.
+        source: as it was found.
+        model: that answers.
+        reading: as the source was found with.
+        period: what the rows are called.
+        options: of the object store.
+
+    Returns:
+        One row per row: the source's columns, the answers, when, and the period.
+    """
+    shape = from_arrow_schema(source.schema)
+    answers = answer_rows(spark, _rows_of(spark, source, shape, reading, options), model, options)
+    return answers.withColumn(SCORED_AT, sf.current_timestamp()).withColumn(SCORED_PERIOD, sf.lit(period))
+
+
+def _rows_of(spark: SparkSession, source: RowSource, shape: StructType, reading: Reading, options: Mapping[str, str]) -> DataFrame:
+    if not source.files:
+        return spark.createDataFrame([], shape)
+    files, rows = list(source.files), rows_reader(shape, source.address, options, reading)
+
+    def read(batches: Batches) -> Batches:
+        for batch in batches:
+            for number in batch.column(0).to_pylist():
+                yield from rows(files[number])
+
+    return spark.range(0, len(files), 1, min(len(files), MAX_TASKS)).mapInArrow(read, shape)

@@ -1,0 +1,322 @@
+"""Scoring as rows come: files of a folder, or versions of a Delta table, in micro batches that are each committed exactly once.
+
+Spark writes down which rows a micro batch has before it begins; a batch that was interrupted is repeated with the same rows. Its answers are one
+commit of the target with an application transaction, the stream's id and the batch's number, so that a repeated batch that had been committed is
+passed over. The checkpoint folder has Spark's part in `spark/`, and what the stream pinned at its first start in `stream.json`.
+"""
+
+import json
+import os
+import re
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import pyarrow as pa
+from pyspark.errors import StreamingQueryException
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as sf
+from pyspark.sql.pandas.types import from_arrow_schema, to_arrow_schema
+from pyspark.sql.types import StructType
+
+from pipeline import errors
+from pipeline.errors import DataError, FleetError, SpecError, StoreError
+from pipeline.faults import crash_point
+from pipeline.models.meta_model import FleetModel, InputError, PackError
+from pipeline.row_files import SUFFIXES, Reading, root_of, row_file
+from pipeline.row_source import SCORED_AT, RowSource, check_columns
+from pipeline.spark.answers import answer_rows
+from pipeline.spark.delta_stream import DeltaVersions
+from pipeline.spark.files import Batches, escaped, rows_reader, write_files
+from pipeline.store import Tables
+
+POLL_SECONDS = 0.2
+PINNED = "stream.json"
+# Spark forgets, and then leaves out, files that are older than this against the newest: copies keep the age of their originals.
+NEVER_TOO_OLD = "36500d"
+_FILES = "path string, modificationTime timestamp, length long, content binary"
+
+
+# --- what a stream is
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A stream as it was begun; what is pinned does not change when it is started again.
+
+    Args:
+        folder: the checkpoint.
+        id: made at the first start; the application id of its commits.
+        fleet: whose champion answers.
+        source: absolute address of the rows.
+        kind: their format.
+        shape: their columns, pinned.
+        reading: how columns without types are read, pinned.
+        target: absolute address of the answers' table.
+    """
+
+    folder: Path
+    id: str
+    fleet: str
+    source: str
+    kind: str
+    shape: StructType
+    reading: Reading
+    target: str
+
+    @property
+    def app(self) -> str:
+        """Id of its application transactions."""
+        return f"many-models-stream-{self.id}"
+
+    @property
+    def last_batch(self) -> int | None:
+        """The newest micro batch that the checkpoint knows to be committed."""
+        return max((int(path.name) for path in (self.folder / "spark" / "commits").glob("*") if path.name.isdecimal()), default=None)
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns, in Arrow's types."""
+        return to_arrow_schema(self.shape, timezone="UTC")
+
+    @classmethod
+    def begun(cls, folder: Path) -> Self | None:
+        """The stream of a checkpoint; None if none was begun there.
+
+        Raises:
+            StoreError: if what it pinned cannot be read.
+        """
+        path = folder / PINNED
+        if not path.exists():
+            if (folder / "spark").exists():
+                raise StoreError(f"{path} is missing beside a checkpoint of Spark's; give another --checkpoint, or restore the file")
+            return None
+        try:
+            told = json.loads(path.read_text(encoding="utf-8"))
+            reading = Reading(frozenset(told["numbers"]), frozenset(told["whole"]))
+            names = {name: str(told[name]) for name in ("id", "fleet", "source", "kind", "target")}
+            return cls(folder, shape=StructType.fromJson(told["columns"]), reading=reading, **names)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{path}: not what a stream pinned ({error}); give another --checkpoint, or restore the file") from error
+
+    @classmethod
+    def begin(cls, folder: Path, fleet: str, source: RowSource, reading: Reading, target: str) -> Self:
+        """Pin a new stream."""
+        stream = cls(folder, uuid.uuid4().hex, fleet, source.address, source.kind, _nullable(from_arrow_schema(source.schema)), reading, target)
+        told: dict[str, Any] = {"id": stream.id, "fleet": fleet, "source": stream.source, "kind": stream.kind, "target": target}
+        told |= {"numbers": sorted(reading.numbers), "whole": sorted(reading.whole)}
+        folder.mkdir(parents=True, exist_ok=True)
+        written = folder / f"{PINNED}.{os.getpid()}"
+        written.write_text(json.dumps({**told, "columns": stream.shape.jsonValue()}, indent=1), encoding="utf-8")
+        written.replace(folder / PINNED)
+        return stream
+
+    def check_same(self, fleet: str, source: str, target: str) -> None:
+        """Refuse to go on with another fleet, source or target.
+
+        Raises:
+            SpecError: naming what differs.
+        """
+        pairs = {"fleet": (self.fleet, fleet), "--from": (self.source, source), "--to": (self.target, target)}
+        other = [f"{name} was {before} and is {now}" for name, (before, now) in pairs.items() if before != now]
+        if other:
+            raise SpecError(f"{self.folder} is the checkpoint of another stream: {'; '.join(other)}; give each stream a --checkpoint of its own")
+
+    def check_source(self) -> None:
+        """Refuse to go on where a folder is gone; one without files is only quiet.
+
+        Raises:
+            DataError: naming it.
+        """
+        folder = root_of(self.source) if set(self.source) & set("*?[") else self.source
+        if self.kind != "delta" and not Path(folder).is_dir():
+            raise DataError(f"{self.source} is gone: there is no folder {folder}; put it back, or start another stream")
+
+    def check_target(self, tables: Tables) -> None:
+        """Refuse to go on where answers that the checkpoint knows are gone.
+
+        Raises:
+            StoreError: if the target is not there any more, or was taken back to an earlier version.
+        """
+        last, seen = self.last_batch, tables.transaction(self.target, self.app)
+        if last is not None and (seen is None or seen < last):
+            there = "no micro batch" if seen is None else f"micro batches up to {seen}"
+            raise StoreError(
+                f"{self.target} has the answers of {there}, the checkpoint {self.folder} says {last}: "
+                "the table was removed or restored; give another --checkpoint to answer all rows again"
+            )
+
+
+def _nullable(shape: StructType) -> StructType:
+    return StructType([type(field)(field.name, field.dataType) for field in shape])
+
+
+def stream_rows(
+    spark: SparkSession, stream: Stream, options: Mapping[str, str], required: Sequence[str], *, max_files: int, skip_changes: bool
+) -> DataFrame:
+    """The rows of a stream.
+
+    Args:
+        spark: the session.
+        stream: that is to run.
+        options: of the object store.
+        required: columns that every file of a folder must have.
+        max_files: files of a micro batch.
+        skip_changes: of a Delta table, see `DeltaVersions`.
+    """
+    if stream.kind == "delta":
+        spark.dataSource.register(DeltaVersions)
+        settings = {"max_files": str(max_files), "skip_changes": str(skip_changes).lower(), "secret_storage_options": json.dumps(dict(options))}
+        return spark.readStream.format(DeltaVersions.name()).schema(stream.shape).options(**settings).load(stream.source)
+    endings = ",".join(_either_case(suffix) for suffix, kind in SUFFIXES.items() if kind == stream.kind)
+    address = escaped(stream.source) if Path(stream.source).is_dir() else stream.source
+    # Spark keeps book of the files; their rows are read as everywhere here, by name, whatever the order of columns.
+    settings = {
+        "recursiveFileLookup": "true",
+        "maxFileAge": NEVER_TOO_OLD,
+        "maxFilesPerTrigger": str(max_files),
+        "pathGlobFilter": f"*{{{endings}}}",
+    }
+    listed = spark.readStream.format("binaryFile").schema(_FILES).options(**settings).load(address).select("path")
+    rows, root = rows_reader(stream.shape, stream.source, options, stream.reading, required), root_of(stream.source)
+
+    def read(batches: Batches) -> Batches:
+        for batch in batches:
+            for path in batch.column(0).to_pylist():
+                yield from rows(row_file(local_path(path), root))
+
+    return listed.mapInArrow(read, stream.shape)
+
+
+def _either_case(suffix: str) -> str:
+    """A glob of Hadoop's for a suffix in letters of either case."""
+    return "".join(f"[{letter}{letter.upper()}]" if letter.isalpha() else letter for letter in suffix)
+
+
+def local_path(address: str) -> str:
+    """The path of a file as Spark names it, e.g. file:/data/a.csv."""
+    return re.sub(r"^file:/*", "/", address)
+
+
+# --- where answers go
+
+
+class Registry(Protocol):
+    """What a stream asks of the model registry."""
+
+    def get(self, name: str, alias: str) -> Any:
+        """The version under an alias."""
+
+    def open_pack(self, version: Any, options: Mapping[str, str] | None = None) -> FleetModel:
+        """A version's model."""
+
+
+class Champion:
+    """The version that serves, asked for anew each time, its pack opened when it changes.
+
+    Args:
+        registry: that knows it.
+        name: of the registered model.
+        options: of the object store that a shared pack is in.
+    """
+
+    def __init__(self, registry: Registry, name: str, options: Mapping[str, str]) -> None:
+        self._registry = registry
+        self._name = name
+        self._options = options
+        self._opened: tuple[Any, FleetModel] | None = None
+
+    def __call__(self) -> tuple[Any, FleetModel]:
+        """Version and model."""
+        version = self._registry.get(self._name, "champion")
+        if self._opened is None or self._opened[0] != version:
+            self._opened = version, self._registry.open_pack(version, self._options)
+        return self._opened
+
+
+class AnswerSink:
+    """Answers each micro batch and commits it once.
+
+    Args:
+        stream: that it ends.
+        tables: that hold the target.
+        champion: the version that answers, and its model.
+        report: takes a line per micro batch.
+    """
+
+    def __init__(self, stream: Stream, tables: Tables, champion: Callable[[], tuple[Any, FleetModel]], report: Callable[[str], None]) -> None:
+        self._stream = stream
+        self._tables = tables
+        self._champion = champion
+        self._report = report
+        self.failure: Exception | None = None
+
+    def __call__(self, rows: DataFrame, batch: int) -> None:
+        """Called by Spark for each micro batch."""
+        try:
+            self._answer(rows, batch)
+        except Exception as error:
+            self.failure = error  # Spark would hand on its text only
+            raise
+
+    def _answer(self, rows: DataFrame, batch: int) -> None:
+        started = time.monotonic()
+        crash_point("stream_batch_begun")
+        stream, options = self._stream, self._tables.storage_options
+        seen = self._tables.transaction(stream.target, stream.app)
+        if seen is not None and seen >= batch:
+            self._report(f"batch {batch}: was committed before the restart, passed over")
+            return
+        version, model = self._champion()
+        check_columns(stream.schema, stream.source, model)
+        answers = answer_rows(rows.sparkSession, rows, model, options).withColumn(SCORED_AT, sf.current_timestamp())
+        files, schema = write_files(answers, stream.target, options)
+        crash_point("stream_files_written")
+        self._tables.commit(stream.target, files, schema, mode="append", app=(stream.app, batch))
+        crash_point("stream_committed")
+        n_rows, seconds = sum(file.n_rows for file in files), time.monotonic() - started
+        self._report(f"batch {batch}: {n_rows:,} rows in {seconds:.1f} s, answered by version {version.number} (run {version.fleet_version})")
+
+
+def run_stream(rows: DataFrame, sink: AnswerSink, folder: Path, *, every: float | None, stopping: threading.Event) -> None:
+    """Run a stream until all there is has been answered, or until it is told to stop.
+
+    Args:
+        rows: as from `stream_rows`.
+        sink: of the same stream.
+        folder: its checkpoint.
+        every: seconds between the starts of micro batches; None answers what is there and ends.
+        stopping: set to end it; a micro batch under way is given up, and repeated by the next start.
+
+    Raises:
+        FleetError: whatever ended it otherwise.
+    """
+    writer = rows.writeStream.foreachBatch(sink).option("checkpointLocation", str(folder / "spark"))
+    timing: dict[str, Any] = {"availableNow": True} if every is None else {"processingTime": f"{round(every * 1000)} milliseconds"}
+    try:
+        query = writer.trigger(**timing).start()
+        while not query.awaitTermination(POLL_SECONDS):  # type: ignore[arg-type] # a float does
+            if stopping.is_set():
+                query.stop()
+                return
+    except StreamingQueryException as error:
+        if stopping.is_set():
+            return
+        raise readable_failure(error, sink.failure) from error
+
+
+def readable_failure(error: StreamingQueryException, cause: Exception | None) -> Exception:
+    """What ended a stream, as it was raised: in the sink, or, as Spark tells it, in a Python process of its own."""
+    if isinstance(cause, FleetError | InputError | PackError):
+        return cause
+    known: dict[str, type[Exception]] = {"InputError": InputError, "PackError": PackError}
+    known |= {name: getattr(errors, name) for name in ("SpecError", "DataError", "StoreError", "ModelNotFound")}
+    text = f"{cause or ''}\n{error}"
+    found = re.search(rf"^(?:[\w.]+\.)?({'|'.join(known)}): (.+)$", text, re.MULTILINE)
+    if found:
+        return known[found[1]](found[2])
+    return StoreError(f"the stream ended: {next((line for line in str(cause or error).splitlines() if line.strip()), 'no reason was given')}")
