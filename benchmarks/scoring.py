@@ -45,7 +45,7 @@ N_GROUPS, ROWS_PER_GROUP = 1_000, 300
 MEMORY = "2g"
 AS_OF = pd.Timestamp("2023-01-01")
 # So many runs warm up, and of so many the median counts.
-WARM, TIMED = 2, 5
+WARM, TIMED = 2, 3
 SPEC = packed_spec()
 
 
