@@ -40,6 +40,7 @@ MAX_ROWS = 200
 MAX_FILES = 3
 EVERY_SECONDS = 0.2
 PATIENCE_SECONDS = 180.0
+GONE_SECONDS = 5.0
 # Longest wait before a kill: some come at once, some in the middle of a micro batch, some after it.
 KILL_WITHIN_SECONDS = 1.5
 VERSIONS = ("run-a", "run-b", "run-c")
@@ -107,12 +108,14 @@ class Child:
                 command, cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
             )
         self._lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self) -> None:
         assert self.process.stdout is not None  # noqa: S101 - asked for above
-        for line in self.process.stdout:
-            self._lines.put(line.rstrip("\n"))
+        with self.process.stdout as said:
+            for line in said:
+                self._lines.put(line.rstrip("\n"))
         self._lines.put(None)
 
     def send(self, **told: Any) -> None:
@@ -145,6 +148,11 @@ class Child:
         with contextlib.suppress(ProcessLookupError):
             (os.killpg if group else os.kill)(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        assert self.process.stdin is not None  # noqa: S101 - asked for above
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        # Its JVM has the same output, and ends a moment later.
+        self._reader.join(GONE_SECONDS)
 
     def __enter__(self) -> Self:
         return self
