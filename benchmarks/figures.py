@@ -8,6 +8,7 @@ from benchmarks.judging import FLIGHTS, HOUSING, Conservation, group_errors, jud
 from benchmarks.kills import kills
 from benchmarks.poison import poison
 from benchmarks.runs import Runs
+from benchmarks.scoring import score_vs_raw, score_vs_recipe, score_vs_spark_udf
 from benchmarks.serving import cache_memory, open_cold, pack_bytes, rest_latency, row_warm
 from benchmarks.tampering import tampered
 from benchmarks.training import (
@@ -335,9 +336,10 @@ FIGURES = {
         ),
         Figure(
             "open-cold",
-            "opening a local version and answering one row, libraries imported, nothing read yet: 10, 1,000, 10,000 groups",
-            4,
-            (*(Value(f"groups-{size}", "s", "<=", 0.5) for size in (10, 1000, 10_000)), Value("ratio", "ratio")),
+            "opening a local version and answering one row, libraries imported, nothing read yet: 10, 1,000, 10,000 groups; "
+            "and 1,000 whose boosters are in an object store on this machine",
+            5,
+            (*(Value(f"groups-{size}", "s", "<=", 0.5) for size in (10, 1000, 10_000)), Value("ratio", "ratio"), Value("remote-1000", "s")),
             open_cold,
         ),
         Figure(
@@ -357,6 +359,40 @@ FIGURES = {
                 for part, unit in (("median", "ms"), ("p99", "ms"), ("requests-per-second", "per-second"))
             ),
             rest_latency,
+        ),
+        Figure(
+            "score-vs-recipe",
+            "1,000 groups of 300 rows: our scoring throughput over that of the usual recipe, which loads each group's model from MLflow",
+            8,
+            (
+                Value("", "times", ">=", 20),
+                Value("cached", "times"),
+                Value("cold", "times"),
+                Value("our-rows-per-second", "per-second"),
+                Value("recipe-rows-per-second", "per-second"),
+                Value("cached-rows-per-second", "per-second"),
+            ),
+            score_vs_recipe,
+        ),
+        Figure(
+            "score-vs-spark-udf",
+            "the same rows: our scoring throughput over that of mlflow.pyfunc.spark_udf with our registered model",
+            3,
+            (Value("", "ratio", ">=", 1), Value("our-rows-per-second", "per-second"), Value("udf-rows-per-second", "per-second")),
+            score_vs_spark_udf,
+        ),
+        Figure(
+            "score-vs-raw",
+            "the same rows: our scoring throughput over that of plain LightGBM in memory, a process per core, models loaded",
+            3,
+            (
+                Value("", "ratio", ">=", 0.6),
+                Value("shuffled", "ratio"),
+                Value("our-rows-per-second", "per-second"),
+                Value("shuffled-rows-per-second", "per-second"),
+                Value("raw-rows-per-second", "per-second"),
+            ),
+            score_vs_raw,
         ),
         Figure(
             "cache-memory",

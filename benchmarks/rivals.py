@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import joblib
 import lightgbm as lgb
 import numpy as np
+import numpy.typing as npt
 import optuna
 import pandas as pd
 
@@ -389,7 +390,7 @@ def usual_recipe(
         times = {"seconds": trained_at - started, "log_seconds": time.perf_counter() - trained_at}
         return pd.DataFrame([{**dict(zip(problem.keys, values, strict=True)), **result, **times}])
 
-    with _notebook_settings(spark):
+    with notebook_settings(spark):
         grouped = features.select(*problem.columns).groupBy(*problem.keys)
         found = grouped.applyInPandas(train_one, schema).toPandas()
     _end_run(tracking_uri, run_id)
@@ -397,7 +398,8 @@ def usual_recipe(
 
 
 @contextmanager
-def _notebook_settings(spark: "SparkSession") -> Iterator[None]:
+def notebook_settings(spark: "SparkSession") -> Iterator[None]:
+    """Adaptive execution off and 200 shuffle partitions, while the block lasts."""
     settings = {"spark.sql.adaptive.enabled": "false", "spark.sql.shuffle.partitions": "200"}
     before = {name: str(spark.conf.get(name)) for name in settings}
     try:
@@ -447,3 +449,135 @@ def _log_artifacts(trained: Trained, values: Sequence[object], tracking_uri: str
             path = Path(folder) / name
             path.write_text(text, encoding="utf-8")
             client.log_artifact(run_id, str(path), artifact_path=artifact_folder(values))
+
+
+def log_group_models(models: Iterable[tuple[Sequence[object], lgb.Booster]], *, tracking_uri: str) -> str:
+    """Leave a run as the usual notebook does: one MLflow model per group among its artifacts.
+
+    Args:
+        models: a group's keys, and its model.
+        tracking_uri: of the MLflow server, or sqlite:///path.
+
+    Returns:
+        The run's id.
+    """
+    client, run_id = _client(tracking_uri), _new_run(tracking_uri)
+    import mlflow.lightgbm
+
+    for values, booster in models:
+        with tempfile.TemporaryDirectory() as folder:
+            # Named, so that MLflow does not look for what the model might need, which takes seconds.
+            mlflow.lightgbm.save_model(booster, f"{folder}/model", pip_requirements=["lightgbm"])
+            client.log_artifacts(run_id, f"{folder}/model", artifact_folder(values))
+    _end_run(tracking_uri, run_id)
+    return run_id
+
+
+@dataclass(frozen=True)
+class LoggedModels:
+    """Where a notebook's models are.
+
+    Args:
+        tracking_uri: of the MLflow server, or sqlite:///path.
+        run_id: as from `log_group_models`.
+    """
+
+    tracking_uri: str
+    run_id: str
+
+    def load(self, values: Sequence[object]) -> lgb.Booster:
+        """A group's model, as notebooks load it."""
+        _client(self.tracking_uri)
+        import mlflow.lightgbm
+
+        mlflow.set_tracking_uri(self.tracking_uri)
+        return mlflow.lightgbm.load_model(f"runs:/{self.run_id}/{artifact_folder(values)}")
+
+
+# Of this process, which on a worker is one of Spark's.
+_kept: dict[tuple[str, str], lgb.Booster] = {}
+
+
+def _keep(logged: LoggedModels, values: Sequence[object]) -> lgb.Booster:
+    name = logged.run_id, artifact_folder(values)
+    if name not in _kept:
+        _kept[name] = logged.load(values)
+    return _kept[name]
+
+
+def usual_scoring(rows: "DataFrame", keys: Sequence[str], features: Sequence[str], logged: LoggedModels, *, keeps: bool = False) -> "DataFrame":
+    """Answer rows with the usual notebook: a pandas function per group that loads the group's model and predicts.
+
+    Args:
+        rows: with row_key, keys and features.
+        keys: columns that name a group.
+        features: columns that a model sees, in order; numbers.
+        logged: the models.
+        keeps: whether a worker keeps each model that it has loaded; a notebook does not.
+
+    Returns:
+        row_key, keys and prediction; not computed yet.
+    """
+
+    def answer(values: tuple[Any, ...], frame: pd.DataFrame) -> pd.DataFrame:
+        model = _keep(logged, values) if keeps else logged.load(values)
+        return frame[["row_key", *keys]].assign(prediction=model.predict(frame[list(features)], num_threads=1))
+
+    types = {field.name: field.dataType.simpleString() for field in rows.schema}
+    schema = ", ".join([*(f"`{name}` {types[name]}" for name in ("row_key", *keys)), "prediction double"])
+    return rows.select("row_key", *keys, *features).groupBy(*keys).applyInPandas(answer, schema)
+
+
+def load_everywhere(spark: "SparkSession", groups: Sequence[Sequence[object]], logged: LoggedModels, slots: int) -> None:
+    """Let as many workers as there are slots load and keep every group's model."""
+
+    def load(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+        for batch in batches:
+            for values in groups:
+                _keep(logged, values)
+            yield batch
+
+    spark.range(0, slots, 1, slots).mapInPandas(load, "id long").collect()
+
+
+@dataclass(frozen=True)
+class PlainGroup:
+    """One group's rows and models, as plain LightGBM code holds them.
+
+    Args:
+        matrix: one row per row, float32, in the order of the models' features.
+        texts: names of its models in a dict of texts, coarse to fine.
+        weights: of each model against the coarser ones' answer.
+    """
+
+    matrix: npt.NDArray[np.float32]
+    texts: tuple[str, ...]
+    weights: tuple[float, ...]
+
+
+_plain: dict[str, Any] = {}
+
+
+def hold_plain(groups: Sequence[PlainGroup], texts: Mapping[str, str]) -> None:
+    """Let this process hold groups and models."""
+    _plain["groups"] = groups
+    _plain["boosters"] = {name: lgb.Booster(model_str=text) for name, text in texts.items()}
+
+
+def predict_plain(constant: float) -> list[npt.NDArray[np.float64]]:
+    """Blend the models of every group that this process holds: LightGBM and nothing else, one thread.
+
+    Args:
+        constant: the answer before any model.
+
+    Returns:
+        Answers per group.
+    """
+    boosters = _plain["boosters"]
+    answers = []
+    for group in _plain["groups"]:
+        answer = np.full(len(group.matrix), constant)
+        for name, weight in zip(group.texts, group.weights, strict=True):
+            answer = weight * boosters[name].predict(group.matrix, num_threads=1) + (1 - weight) * answer
+        answers.append(answer)
+    return answers

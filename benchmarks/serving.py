@@ -24,12 +24,14 @@ from benchmarks.counting_proxy import free_port
 from benchmarks.generated import SPLITS, GeneratedFleet
 from benchmarks.runs import PROJECT, NotMeasured, Runs
 from pipeline.models.boosters import encode_booster
-from pipeline.models.meta_model import FleetModel, answer_columns, group_id
-from pipeline.models.pack import Generation, model_spec, write_pack
-from pipeline.spec import parse_spec
+from pipeline.models.meta_model import FleetModel, answer_columns, filesystem_of, group_id
+from pipeline.models.pack import Generation, PackStore, model_spec, write_pack
+from pipeline.spec import FleetSpec, parse_spec
+from pipeline.testing.object_store import BUCKET, object_store
 from resources.mlflow_registry import MlflowRegistry
 
 SIZES = (10, 1_000, 10_000)
+REMOTE_SIZE = 1_000
 ROUNDS = 100
 GROUPS_PER_REGION = 100
 CACHE_BYTES = 256 << 20
@@ -38,9 +40,9 @@ TRAINED = 200
 _TRAINED_ON = GeneratedFleet(TRAINED)
 
 
-def generated_pack(folder: Path, n_groups: int) -> Path:
-    """A pack of three grains, all of them blended, with a model of its own for every group: 100 rounds on 500 rows."""
-    spec = parse_spec(
+def packed_spec() -> FleetSpec:
+    """The fleet of generated packs: groups in regions."""
+    return parse_spec(
         {
             "name": "packed",
             "sources": [{"name": "rows", "uri": "rows.csv"}],
@@ -54,6 +56,16 @@ def generated_pack(folder: Path, n_groups: int) -> Path:
         },
         file="packed.yaml",
     )
+
+
+def generated_pack(folder: Path, n_groups: int, store: PackStore | None = None) -> Path:
+    """A pack of three grains, all of them blended, with a model of its own for every group: 100 rounds on 500 rows.
+
+    Args:
+        folder: of the pack.
+        n_groups: groups of the finest grain.
+        store: where its boosters are kept; None is the folder.
+    """
     constants = {"fleet_version": "run", "constant": 0.0, "constant_without_offset": 0.0}
     regions = sorted({region_of(number) for number in range(n_groups)})
     keys = [(0, ()), *((1, (region,)) for region in regions), *((2, (region_of(number), f"g{number:05d}")) for number in range(n_groups))]
@@ -67,7 +79,7 @@ def generated_pack(folder: Path, n_groups: int) -> Path:
             "interval": 1.0,
         }
     )
-    write_pack(folder, [Generation({**model_spec(spec, {}), **constants}, ledger)], lambda _: map(vars, encoded))
+    write_pack(folder, [Generation({**model_spec(packed_spec(), {}), **constants}, ledger)], lambda _: map(vars, encoded), store=store)
     return folder
 
 
@@ -101,7 +113,8 @@ def questions(numbers: np.ndarray[Any, Any]) -> pd.DataFrame:
     return features.assign(region=[region_of(number) for number in numbers], group=[f"g{number:05d}" for number in numbers])
 
 
-def _pack(runs: Runs, n_groups: int) -> Path:
+def pack_of(runs: Runs, n_groups: int) -> Path:
+    """A generated pack, made once per invocation."""
     return runs.once(f"pack-{n_groups}", lambda: generated_pack(runs.new_folder() / "pack", n_groups))
 
 
@@ -112,20 +125,29 @@ def _child(*arguments: object) -> Any:
 
 def open_cold(runs: Runs) -> Mapping[str, float]:
     """Seconds to open a pack and answer one row, in a process that has imported what it needs and nothing else."""
-    seconds = {n_groups: statistics.median(_child("open", _pack(runs, n_groups), n_groups) for _ in range(5)) for n_groups in SIZES}
-    return {f"groups-{n_groups}": value for n_groups, value in seconds.items()} | {"ratio": seconds[SIZES[-1]] / seconds[SIZES[0]]}
+
+    def opened(pack: Path, n_groups: int, options: Mapping[str, str]) -> float:
+        return statistics.median(_child("open", pack, n_groups, json.dumps(options)) for _ in range(5))
+
+    seconds = {n_groups: opened(pack_of(runs, n_groups), n_groups, {}) for n_groups in SIZES}
+    with object_store() as options:
+        root = f"s3://{BUCKET}/packs"
+        shared = generated_pack(runs.new_folder() / "pack", REMOTE_SIZE, PackStore(root, *filesystem_of(root, options)))
+        remote = opened(shared, REMOTE_SIZE, options)
+    named = {f"groups-{n_groups}": value for n_groups, value in seconds.items()}
+    return named | {"ratio": seconds[SIZES[-1]] / seconds[SIZES[0]], f"remote-{REMOTE_SIZE}": remote}
 
 
-def _open(folder: str, n_groups: str) -> float:
+def _open(folder: str, n_groups: str, options: str) -> float:
     question = questions(np.array([int(n_groups) // 2]))
     started = time.perf_counter()
-    FleetModel(folder).predict(question)
+    FleetModel(folder, options=json.loads(options)).predict(question)
     return time.perf_counter() - started
 
 
 def cache_memory(runs: Runs) -> Mapping[str, float]:
     """Peak resident memory of a process that has answered for each of 10,000 groups, twice."""
-    return _child("memory", _pack(runs, SIZES[-1]), SIZES[-1])
+    return _child("memory", pack_of(runs, SIZES[-1]), SIZES[-1])
 
 
 def _memory(folder: str, n_groups: str) -> Mapping[str, float]:
@@ -144,7 +166,7 @@ def _peak_bytes() -> int:
 
 def pack_bytes(runs: Runs) -> Mapping[str, float]:
     """Bytes of the whole pack over those of the native texts in it."""
-    pack = _pack(runs, TRAINED)
+    pack = pack_of(runs, TRAINED)
     native = pc.sum(pq.read_table(pack / "chains.parquet", columns=["n_bytes"])["n_bytes"]).as_py()
     stored = sum(path.stat().st_size for path in pack.iterdir())
     return {"": stored / native, "native-per-group": native / TRAINED, "stored-per-group": stored / TRAINED}
@@ -152,13 +174,13 @@ def pack_bytes(runs: Runs) -> Mapping[str, float]:
 
 def row_warm(runs: Runs) -> Mapping[str, float]:
     """Milliseconds for one row of three blended grains through the registered model, loaded and warm."""
-    return _child("warm", _pack(runs, SIZES[1]), SIZES[1], runs.new_folder())
+    return _child("warm", pack_of(runs, SIZES[1]), SIZES[1], runs.new_folder())
 
 
 def _warm(folder: str, n_groups: str, scratch: str) -> Mapping[str, float]:
     import mlflow
 
-    uri, model_uri = _registered(Path(folder), Path(scratch))
+    uri, model_uri = registered(Path(folder), Path(scratch))
     mlflow.set_tracking_uri(uri)
     model, direct = mlflow.pyfunc.load_model(model_uri), FleetModel(folder)
     question = questions(np.array([int(n_groups) // 2]))
@@ -175,7 +197,7 @@ def _milliseconds(call: Callable[[], Any], n: int = 500) -> float:
     return 1000 * statistics.median(found[n:])
 
 
-def _registered(pack: Path, scratch: Path) -> tuple[str, str]:
+def registered(pack: Path, scratch: Path) -> tuple[str, str]:
     """Tracking URI and model URI of a pack, registered as a fleet's is."""
     registry = MlflowRegistry(tracking_uri=f"sqlite:///{scratch}/mlflow.db", artifact_root=f"{scratch}/artifacts", scratch=str(scratch))
     model = FleetModel(pack)
@@ -205,7 +227,7 @@ def rest_latency(runs: Runs) -> Mapping[str, float]:
 
     scratch = runs.new_folder()
     scratch.mkdir(parents=True, exist_ok=True)
-    uri, ours = _registered(_pack(runs, SIZES[1]), scratch)
+    uri, ours = registered(pack_of(runs, SIZES[1]), scratch)
     (scratch / "nothing.py").write_text(EMPTY_MODEL)
     mlflow.set_tracking_uri(uri)
     mlflow.pyfunc.save_model(scratch / "nothing", python_model=str(scratch / "nothing.py"), pip_requirements=["mlflow"])

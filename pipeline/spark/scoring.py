@@ -1,22 +1,43 @@
 """Batch scoring on Spark: the pack travels to every worker, which opens it once."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
 from pyspark import SparkFiles
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as sf
 
-from pipeline.models.meta_model import FleetModel, answer_columns
+from pipeline.models.meta_model import FleetModel, answer_columns, index_digest, read_index
 from pipeline.spark.features import newest_time
 from pipeline.spark.keys import finite, moment_column
-from pipeline.spark.training import visible_rows
+from pipeline.spark.training import keep_imports, visible_rows
 from pipeline.spec import FleetSpec
 
 PLOTTED_ROWS = 20_000
+# Rows are answered so many at once, or those of so many bytes: a group's models are asked once for all of its rows among them.
+ROWS_AT_ONCE, BYTES_AT_ONCE = 50_000, 64 << 20
+_ARROW_TYPES = {"double": pa.float64(), "string": pa.string(), "array<double>": pa.list_(pa.float64())}
+# Of this process, which on a worker is one of Spark's and runs many tasks; by digest, and one at most.
 _opened: dict[str, FleetModel] = {}
+
+
+def opened_model(name: str, digest: str, options: Mapping[str, str]) -> FleetModel:
+    """A pack that has been sent to this worker, opened once in this process; the one that was open before goes.
+
+    A function of the module: what a nested one refers to travels with every task, and a cache in it would always be empty.
+
+    Args:
+        name: of its folder.
+        digest: of its index.
+        options: of the object store that a shared pack is in.
+    """
+    if digest not in _opened:
+        _opened.clear()
+        _opened[digest] = FleetModel(SparkFiles.get(name), digest=digest, options=options)
+    return _opened[digest]
 
 
 def rows_to_score(features: DataFrame, spec: FleetSpec, as_of: pd.Timestamp) -> DataFrame:
@@ -48,13 +69,15 @@ def score_rows(spark: SparkSession, rows: DataFrame, spec: FleetSpec, pack: Path
         One row per row: the columns of `tables.PREDICTIONS` and the fleet's keys.
     """
     spark.sparkContext.addFile(str(pack), recursive=True)
-    name, stored = pack.name, dict(options)
+    name, digest, stored = pack.name, index_digest(read_index(pack)), dict(options)
 
-    def answer(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
-        if name not in _opened:
-            _opened[name] = FleetModel(SparkFiles.get(name), options=stored)
-        for batch in batches:
-            yield pd.concat([batch[kept], _opened[name].predict(batch)], axis=1)
+    def answer(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        keep_imports()
+        model = opened_model(name, digest, stored)
+        for part in gathered(batches):
+            answers = pa.Table.from_pandas(model.predict(in_pandas(part, texts)), schema=given, preserve_index=False)
+            both = pa.Table.from_arrays([*part.select(kept).columns, *answers.columns], names=[*kept, *given.names])
+            yield from both.combine_chunks().to_batches()
 
     kept = list(dict.fromkeys(["row_key", "time", *spec.key_columns]))
     needed = dict.fromkeys([*kept, *spec.feature_columns, *(name_ for name_ in (spec.target.offset, spec.target.scale) if name_)])
@@ -63,8 +86,41 @@ def score_rows(spark: SparkSession, rows: DataFrame, spec: FleetSpec, pack: Path
     schema = ", ".join(
         [*(f"`{column}` {types[column]}" for column in kept), *(f"{column} {kind}" for column, kind in answer_columns(spec.task).items())]
     )
-    answered = narrow.mapInPandas(answer, schema)
+    given = pa.schema([(column, _ARROW_TYPES[kind]) for column, kind in answer_columns(spec.task).items()])
+    texts = [*spec.finest, *spec.features.categoricals]
+    answered = narrow.mapInArrow(answer, schema)
     return answered.withColumn("as_of", sf.lit(as_of.isoformat())).withColumn("scored_at", sf.current_timestamp())
+
+
+def gathered(batches: Iterable[pa.RecordBatch], n_rows: int = ROWS_AT_ONCE, n_bytes: int = BYTES_AT_ONCE) -> Iterator[pa.Table]:
+    """Batches put together until they have so many rows or bytes; none is divided, and their order stays."""
+    waiting: list[pa.RecordBatch] = []
+    rows_waiting = bytes_waiting = 0
+    for batch in batches:
+        waiting.append(batch)
+        rows_waiting, bytes_waiting = rows_waiting + batch.num_rows, bytes_waiting + batch.nbytes
+        if rows_waiting >= n_rows or bytes_waiting >= n_bytes:
+            yield pa.Table.from_batches(waiting)
+            waiting, rows_waiting, bytes_waiting = [], 0, 0
+    if waiting:
+        yield pa.Table.from_batches(waiting)
+
+
+def in_pandas(rows: pa.Table, texts: Sequence[str]) -> pd.DataFrame:
+    """Rows as the meta model takes them: times in UTC without a zone; null makes no float of a whole number that is a key or a category.
+
+    Args:
+        rows: of Spark.
+        texts: columns that are read as text.
+    """
+    for position, field in enumerate(rows.schema):
+        if pa.types.is_timestamp(field.type) and field.type.tz:
+            rows = rows.set_column(position, field.name, rows.column(position).cast(pa.timestamp("us")))
+    frame: pd.DataFrame = rows.to_pandas()
+    for name in texts:
+        if pa.types.is_integer(rows.schema.field(name).type) and rows[name].null_count:
+            frame[name] = rows[name].to_pandas(integer_object_nulls=True)
+    return frame
 
 
 @dataclass(frozen=True)
