@@ -412,9 +412,10 @@ def notebook_settings(spark: "SparkSession") -> Iterator[None]:
 
 
 def _client(tracking_uri: str) -> Any:
-    # From workers too, nothing is sent to MLflow's makers, and no address is printed.
+    # From workers too, nothing is sent to MLflow's makers, and neither addresses nor bars are printed.
     for name in ("MLFLOW_DISABLE_TELEMETRY", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"):
         os.environ.setdefault(name, "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=tracking_uri)

@@ -104,7 +104,11 @@ def test_spark_gives_what_pandas_gives(
 
 def test_the_newest_rows_that_a_model_could_be_asked_about_are_looked_at(features: DataFrame, rows: pd.DataFrame, spec: FleetSpec) -> None:
     groups = pd.DataFrame({"grain": [0, 2], "group_id": ["[]", OSLO]})
-    found = newest_rows(features, groups, spec, 5).toPandas().sort_values(["group_id", "_place"])
+    newest = newest_rows(features, groups, spec, 5)
+    # Each task sends no more rows of a group than are wanted.
+    plan = newest._jdf.queryExecution().executedPlan().toString()
+    assert "WindowGroupLimit" in plan.partition("Exchange hashpartitioning")[2], plan
+    found = newest.toPandas().sort_values(["group_id", "_place"])
     assert found.groupby("group_id")["_place"].apply(list).to_dict() == {"[]": [1, 2, 3, 4, 5], OSLO: [1, 2, 3, 4, 5]}
     oslo = rows[(rows["city"] == "oslo") & rows["usual_sales"].notna()].sort_values("time", ascending=False)
     assert found.loc[found["group_id"] == OSLO, "price"].tolist() == oslo["price"].head(5).tolist()
