@@ -53,7 +53,7 @@ def asked_pack(folder: Path, fleet_version: str, seed: int = 0) -> Path:
             "group_id": [group_id(key) for key in keys],
             "booster_id": [booster.booster_id for booster in encoded],
             "weight": np.linspace(1.0, 0.3, len(keys)),
-            "interval": 0.25,
+            "intervals": '{"0.8": 0.25, "0.95": 0.5}',
         }
     )
     spec = {**model_spec(asked_spec(), {"kind": KINDS}), "fleet_version": fleet_version, "constant": 0.1, "constant_without_offset": 1.0}
@@ -92,7 +92,8 @@ def asked_rows(n: int, seed: int = 0, first: int = 0) -> pd.DataFrame:
 def register_asked(registry: Any, pack: Path, fleet_version: str, *, champion: bool = True) -> Any:
     """Register a pack as a fleet's is; the version."""
     nothing: dict[str, Any] = {"parameters": {}, "metrics": {}, "tables": {}, "plots": {}}
-    version = registry.register(ASKED, fleet_version, pack=pack, inputs=INPUTS, outputs=answer_columns("regression"), **nothing)
+    shape = {"inputs": INPUTS, "optional": [], "outputs": answer_columns("regression"), "interval": 0.8}
+    version = registry.register(ASKED, fleet_version, pack=pack, **shape, **nothing)
     if champion:
         registry.promote(version)
     return version

@@ -39,7 +39,7 @@ def as_challenger(fleet: Any, ledger: pd.DataFrame) -> None:
     if run_id not in set(fleet.table("ledger")["run_id"]):
         file = tables.write_file(pa.Table.from_pandas(ledger, schema=LEDGER.schema, preserve_index=False), LEDGER.schema, location)
         tables.commit(location, [file], LEDGER.schema, mode="append", partition={"run_id": run_id})
-        run = fleet.table("runs").head(1).assign(run_id=run_id)
+        run = fleet.table("runs").dropna(subset="finished_at").head(1).assign(run_id=run_id, finished_at=pd.NaT)
         at = tables.location("shop", "runs")
         file = tables.write_file(pa.Table.from_pandas(run, schema=RUNS.schema, preserve_index=False), RUNS.schema, at)
         tables.commit(at, [file], RUNS.schema, mode="append", partition={"run_id": run_id})
@@ -222,7 +222,7 @@ def broken_namespace(fleet: Any) -> Callable[..., dg.ExecuteInProcessResult]:
 
     def check(ledger: pd.DataFrame, boosters: pa.Table, n_groups: int | None = None) -> dg.ExecuteInProcessResult:
         tables = fleet.resources["tables"]
-        runs = fleet.table("runs").head(1)
+        runs = fleet.table("runs").dropna(subset="finished_at").head(1)
         runs["n_groups"] = n_groups if n_groups is not None else runs["n_groups"]
         for contract, rows in {RUNS: pa.Table.from_pandas(runs, schema=RUNS.schema, preserve_index=False), BOOSTERS: boosters}.items():
             tables.write_arrow([rows], contract.schema, tables.location("shop-trial", contract.name), mode="overwrite")
@@ -240,7 +240,7 @@ def broken_namespace(fleet: Any) -> Callable[..., dg.ExecuteInProcessResult]:
 
 def one_run(fleet: Any) -> tuple[pd.DataFrame, pa.Table]:
     ledger, tables = fleet.table("ledger"), fleet.resources["tables"]
-    run_id = fleet.table("runs")["run_id"].iloc[0]
+    run_id = fleet.table("runs").dropna(subset="finished_at")["run_id"].iloc[0]
     return ledger[ledger["run_id"] == run_id], tables.read_arrow(tables.location("shop", "boosters"), where={"run_id": run_id})
 
 
