@@ -1,6 +1,7 @@
 """Challenger against champion on the report rows: twins are fitted, and every group's losses are added up by Spark."""
 
 import json
+import uuid
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -208,7 +209,8 @@ def _fitted(shop: _Workshop, side: Side, keys: Collection[Key], bases: DataFrame
     roots = {contract.name: tables.location(shop.namespace, contract.name) for contract in (BOOSTERS, HOLDOUT)}
     options = dict(tables.storage_options)
     placed = placed_rows(cluster.spark, shop.rows, spec, groups, bases)
-    wave = Wave(f"twins-{contest.challenger.fleet_version}-{side.fleet_version}-{min(keys)[0]}", groups)
+    # A worker knows a wave's settings by its name, which is therefore never given twice.
+    wave = Wave(f"twins-{contest.challenger.fleet_version}-{uuid.uuid4().hex[:8]}", groups)
     with without_adaptive_execution(cluster.spark):
         progress = Progress(cluster.spark, cluster.report)
         files = train_wave(placed, wave, settings, roots, options, progress, cluster.train or fit_twin, cluster.memory_bytes)
