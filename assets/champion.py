@@ -14,6 +14,7 @@ from assets.mosaic import register_mosaic
 from assets.newest_run import ledger_of
 from pipeline.errors import ModelNotFound, SpecError, StoreError
 from pipeline.grouping.plan import refuse_unknown
+from pipeline.models.meta_model import FleetModel, PackError
 from pipeline.models.promotion import Gate, Judgement, Side, judge_challenger, overridden, rolled_back, taken_back
 from pipeline.reporting.plots import decision_plot
 from pipeline.reporting.summary import markdown_table
@@ -134,7 +135,7 @@ def _decide(parts: _Parts) -> _Outcome:
     if launch.decision == "keep" and before is None:
         raise SpecError("decision is keep, and no version is champion yet; expected judge or promote")
     model = registry.open_pack(challenger, options)
-    serving_model = None if before is None else registry.open_pack(before, options)
+    serving_model = None if before is None else _serving_model(registry, before, options)
     ledger = ledger_of(parts.tables, parts.namespace, challenger.fleet_version)
     gates = judge_challenger(ledger, model.groups())
     refuse_unknown(launch.decision_groups, ledger["group_id"].tolist())
@@ -169,6 +170,15 @@ def _decide(parts: _Parts) -> _Outcome:
         )
         registry.promote(after)
     return _Outcome(_columns(judgement.decisions), gates, before, after, challenger)
+
+
+def _serving_model(registry: MlflowRegistry, champion: Version, options: Mapping[str, str]) -> FleetModel | None:
+    """The champion's model; None where its pack cannot be opened, as one of an earlier release: it answers nobody, and is not compared."""
+    try:
+        return registry.open_pack(champion, options)
+    except PackError as error:
+        dg.get_dagster_logger().warning(f"version {champion.number} serves, and cannot be opened: {error}")
+        return None
 
 
 def _roll_back(parts: _Parts) -> _Outcome:

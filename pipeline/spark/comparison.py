@@ -125,7 +125,11 @@ def judge(
             for version, side in contest.champions.items()
             if _is_compared(version, kinds, contest)
         }
-        losses = add_losses_up(spark, judged, spec, contest, twins)
+        judged = judged.persist()
+        try:
+            losses = add_losses_up(spark, judged, spec, contest, twins)
+        finally:
+            judged.unpersist()
     decided = decide(frame.merge(losses, on=["grain", "group_id"], how="left"), contest.rolled_back)
     to_version = decided["from_version"].where(~decided["promoted"], contest.challenger.fleet_version)
     return Judgement(decided.assign(to_version=to_version), judge_answers(decided))
