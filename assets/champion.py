@@ -12,6 +12,7 @@ from assets.link import link_key, link_settings, png, prefixed, readable_failure
 from assets.meta_model import pack_spec
 from assets.mosaic import register_mosaic
 from assets.newest_run import ledger_of
+from assets.progress import no_progress
 from pipeline.errors import ModelNotFound, SpecError, StoreError
 from pipeline.grouping.plan import refuse_unknown
 from pipeline.models.meta_model import FleetModel, PackError
@@ -143,14 +144,14 @@ def _decide(parts: _Parts) -> _Outcome:
     serving = {} if serving_model is None else serving_model.serving()
     specs = {} if serving_model is None else {str(spec["fleet_version"]): spec for spec in serving_model.generations}
     contest = Contest(
-        run=run,
-        challenger=Side.of_ledger(pack_spec(pd.Series(run)), ledger),
+        run=run.to_dict(),
+        challenger=Side.of_ledger(pack_spec(run), ledger),
         champions={version: Side.of_ledger(specs[version], ledger_of(parts.tables, parts.namespace, version)) for version in set(serving.values())},
         serving=serving,
         rolled_back=_taken_back(parts, challenger.fleet_version),
     )
-    features = parts.tables.read_spark(parts.spark.session, parts.tables.location(parts.spec.name, "features"), int(run["features_version"]))
-    cluster = Cluster(parts.spark.session, _say_nothing, parts.spark.group_memory_bytes)
+    features = parts.tables.read_spark(parts.spark.session, parts.tables.location(parts.spec.name, "features"), int(str(run["features_version"])))
+    cluster = Cluster(parts.spark.session, no_progress, parts.spark.group_memory_bytes)
     judged = judge(cluster, parts.tables, parts.namespace, features, parts.spec, contest, parts.spark.slots, parts.spark.task_cpus)
     judgement = overridden(judged, launch.decision, launch.decision_groups, challenger.fleet_version)
     fit_to_serve = all(gate.passed for gate in gates)
@@ -213,7 +214,7 @@ def _number_before(parts: _Parts, champion: Version) -> str:
     return str(rows["champion_before"].iloc[-1])
 
 
-def _run_of(parts: _Parts, challenger: Version) -> Mapping[str, Any]:
+def _run_of(parts: _Parts, challenger: Version) -> "pd.Series[Any]":
     runs = read_runs(parts.tables, parts.namespace)
     found = runs[runs["run_id"] == challenger.fleet_version]
     if found.empty:
@@ -221,7 +222,7 @@ def _run_of(parts: _Parts, challenger: Version) -> Mapping[str, Any]:
             f"the tables at {parts.tables.location(parts.namespace)} do not know run {challenger.fleet_version} of version {challenger.number}: "
             "registry and data root do not belong together; materialise models again"
         )
-    run = {str(name): value for name, value in found.iloc[-1].items()}
+    run = found.iloc[-1]
     if run["spec_digest"] != parts.spec.training_digest:
         raise SpecError(
             f"fleet {parts.spec.name!r} is described otherwise than when version {challenger.number} (run {challenger.fleet_version}) was trained; "
@@ -291,10 +292,6 @@ def _tested(rows: pd.DataFrame) -> pd.DataFrame:
         return pd.DataFrame()
     tested = rows[rows["p_value"].notna()].sort_values(["p_value", "group_id"]).head(SHOWN)
     return tested[["group_id", "moved", "reason", "n_rows", "loss_champion", "loss_challenger", "p_value"]]
-
-
-def _say_nothing(*_: float) -> None:
-    """A report to nobody."""
 
 
 def _number(version: Version | None) -> str:

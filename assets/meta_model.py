@@ -12,7 +12,7 @@ import pandas as pd
 
 from assets.link import link_key, link_settings, png, prefixed, readable_failures
 from assets.newest_run import ledger_of, newest_run, waves_of
-from pipeline.models.meta_model import FleetModel, PackError, answer_columns, filesystem_of
+from pipeline.models.meta_model import FleetModel, PackError, filesystem_of
 from pipeline.models.pack import Generation, PackStore, write_pack
 from pipeline.reporting.plots import training_plot
 from pipeline.reporting.summary import fleet_errors, markdown_table, shown_measures
@@ -20,7 +20,7 @@ from pipeline.spec import FleetSpec
 from pipeline.tables import BOOSTERS
 from resources.delta_tables import DeltaTables
 from resources.launch_settings import LaunchSettings
-from resources.mlflow_registry import CHALLENGER, CHAMPION, MlflowRegistry, input_types
+from resources.mlflow_registry import CHALLENGER, CHAMPION, MlflowRegistry, interface
 from resources.spark_session import SparkSessionResource
 
 LEDGER_ROWS_LOGGED = 10_000
@@ -77,10 +77,7 @@ def meta_model_asset(spec: FleetSpec) -> dg.AssetsDefinition:
                 namespace,
                 run_id,
                 pack=pack,
-                inputs=input_types([*answering.required, *answering.optional], dtypes),
-                optional=answering.optional,
-                outputs=answer_columns(answering.task),
-                interval=answering.interval,
+                **interface(answering, dtypes),
                 parameters=run_parameters(run, spec),
                 metrics=run_metrics(ledger, spec),
                 tables={"ledger.json": ledger.head(LEDGER_ROWS_LOGGED)},

@@ -9,7 +9,7 @@ import pandas as pd
 
 from assets.link import link_key, link_settings, png, prefixed, readable_failures
 from assets.newest_run import ledger_of, newest_run, waves_of
-from assets.progress import progress_lines
+from assets.progress import no_progress, progress_lines
 from pipeline.faults import crash_point
 from pipeline.models.meta_model import PackError, decode_booster
 from pipeline.reporting.plots import plan_plot, training_plot
@@ -53,7 +53,7 @@ def models_asset(spec: FleetSpec) -> dg.AssetsDefinition:
             run = plan_run(features, spec, request, history, slots=spark.slots, threads=spark.task_cpus)
             if run.must_choose and lease is not None:
                 context.log.info("own: auto: trying both forms on some groups")
-                own, told = choose_own(Cluster(spark.session, _say_nothing, spark.group_memory_bytes), tables, namespace, run, spec)
+                own, told = choose_own(Cluster(spark.session, no_progress, spark.group_memory_bytes), tables, namespace, run, spec)
                 context.log.info(told)
                 run = plan_run(features, spec, request, history, slots=spark.slots, threads=spark.task_cpus, own=own)
             context.log.info(_plan_text(run, spec))
@@ -138,10 +138,6 @@ def _plan_text(run: PlannedRun, spec: FleetSpec) -> str:
 def _largest(run: PlannedRun) -> str:
     shown = run.plan.groups.head(10)[["group_id", "action", "reason", "n_rows", "n_fit", "n_tune", "n_report", "cost_seconds", "wave", "task"]]
     return str(shown.fillna("").to_string(index=False, float_format=lambda value: f"{value:.1f}"))
-
-
-def _say_nothing(*_: float) -> None:
-    """A report to nobody."""
 
 
 def _told(ledger: pd.DataFrame) -> str:

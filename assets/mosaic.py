@@ -9,12 +9,12 @@ from typing import Any
 import pandas as pd
 
 from assets.meta_model import pack_store
-from pipeline.models.meta_model import FleetModel, answer_columns
+from pipeline.models.meta_model import FleetModel
 from pipeline.models.pack import mosaic, write_pack
 from pipeline.models.promotion import Key
 from pipeline.spec import FleetSpec
 from resources.delta_tables import DeltaTables
-from resources.mlflow_registry import MlflowRegistry, Version, input_types
+from resources.mlflow_registry import MlflowRegistry, Version, interface
 from resources.spark_session import SparkSessionResource
 
 
@@ -61,10 +61,7 @@ def register_mosaic(
             namespace,
             answering.fleet_version,
             pack=pack,
-            inputs=input_types([*answering.required, *answering.optional], dtypes),
-            optional=answering.optional,
-            outputs=answer_columns(answering.task),
-            interval=answering.interval,
+            **interface(answering, dtypes),
             parameters={"put_together_of": ", ".join(f"{version} ({count} groups)" for version, count in counts.items())[:MOST_CHARACTERS]},
             metrics={"generations": float(len(generations)), "groups": float(len(serving))},
             tables={"decisions.json": decisions.head(DECISIONS_LOGGED)},

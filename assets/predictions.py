@@ -47,8 +47,8 @@ def predictions_asset(spec: FleetSpec) -> dg.AssetsDefinition:
             features = tables.read_spark(spark.session, tables.location(spec.name, "features"))
             as_of = launch.moment(spec) or newest_known(features)
             rows = rows_to_score(features, spec, as_of)
-            pack = registry.open_pack(version, tables.storage_options).folder
-            answers = score_rows(spark.session, rows, spec, pack, as_of, tables.storage_options)
+            model = registry.open_pack(version, tables.storage_options)
+            answers = score_rows(spark.session, rows, spec, model, as_of, tables.storage_options)
             partition = {"as_of": as_of.isoformat()}
             delta_version = tables.write_spark(answers, location, partition=partition)
             written = count_answers(tables.read_spark(spark.session, location), as_of)

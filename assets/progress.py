@@ -9,6 +9,10 @@ from pipeline.spark.training import Report
 MOST_LINES = 80
 
 
+def no_progress(*_: float) -> None:
+    """A reporter that says nothing."""
+
+
 def progress_lines(log: DagsterLogManager, n_groups: int, planned_seconds: float) -> Report:
     """A reporter that logs a line when something has changed, at most about a hundred times a run.
 

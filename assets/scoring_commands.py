@@ -133,8 +133,8 @@ class Scorer:
         source, target = absolute(source), absolute(target)
         folder = Path(absolute(checkpoint)) if checkpoint else self.streams / f"{model_name}-{_digest(source, target)}"
         options = self.tables.storage_options
-        _, model, number = self._model(model_name, CHAMPION)
-        stream = self._stream(folder, model_name, model, source, target)
+        found, model, number = self._model(model_name, CHAMPION)
+        stream = self._stream(folder, model_name, found, model, source, target)
         with self.spark.yield_for_execution(None):
             report(f"{number} answers {source} into {target}; checkpoint {folder}")
             settings: dict[str, Any] = {"max_files": max_files, "skip_changes": skip_changes}
@@ -149,7 +149,7 @@ class Scorer:
         alias = "" if version.isdecimal() else f" ({version})"
         return found, self.registry.open_pack(found, self.tables.storage_options), f"{name} version {found.number}{alias}"
 
-    def _stream(self, folder: Path, model_name: str, model: FleetModel, source: str, target: str) -> Stream:
+    def _stream(self, folder: Path, model_name: str, version: Any, model: FleetModel, source: str, target: str) -> Stream:
         """The stream of a checkpoint, begun if there is none."""
         stream = Stream.begun(folder)
         if stream is not None:
@@ -157,15 +157,15 @@ class Scorer:
             check_columns(stream.schema, source, model)
             stream.check_source()
             stream.check_target(self.tables)
+            self.tables.create(target, target_schema(stream.schema, model.task, [SCORED_AT]))
         else:
-            reading = reading_for(model, self.registry.inputs(self.registry.get(model_name, CHAMPION)))
+            reading = reading_for(model, self.registry.inputs(version))
             found = find_source(source, reading, self.tables.storage_options)
             if Path(source).is_file():
                 raise DataError(f"{source} is one file, which `many-models score` answers; a stream takes a folder, a glob or a Delta table")
             check_source(found, model, [SCORED_AT])
             self._prepare(source, target, target_schema(found.schema, model.task, [SCORED_AT]), [])
             stream = Stream.begin(folder, model_name, found, reading, target)
-        self.tables.create(target, target_schema(stream.schema, model.task, [SCORED_AT]))
         return stream
 
     def _prepare(self, source: str, target: str, wanted: Any, partition_by: list[str]) -> None:

@@ -34,7 +34,7 @@ from benchmarks.rivals import (
 )
 from benchmarks.runs import NotMeasured, Runs
 from benchmarks.serving import pack_of, packed_spec, questions, region_of, registered
-from pipeline.models.meta_model import answer_columns, decode_booster, group_id
+from pipeline.models.meta_model import FleetModel, answer_columns, decode_booster, group_id
 from pipeline.spark.scoring import score_rows
 from pipeline.tables import TIMESTAMP
 
@@ -102,7 +102,7 @@ def _case(runs: Runs) -> Case:
 
 def our_answers(rows: "DataFrame", pack: Path) -> "DataFrame":
     """What a fleet's predictions are made with."""
-    return score_rows(rows.sparkSession, rows, SPEC, pack, AS_OF, {})
+    return score_rows(rows.sparkSession, rows, SPEC, FleetModel(pack), AS_OF, {})
 
 
 def _write_nowhere(frame: "DataFrame") -> None:

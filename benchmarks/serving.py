@@ -24,11 +24,11 @@ from benchmarks.counting_proxy import free_port
 from benchmarks.generated import SPLITS, GeneratedFleet
 from benchmarks.runs import PROJECT, NotMeasured, Runs
 from pipeline.models.boosters import encode_booster
-from pipeline.models.meta_model import FleetModel, answer_columns, filesystem_of, group_id
+from pipeline.models.meta_model import FleetModel, filesystem_of, group_id
 from pipeline.models.pack import Generation, PackStore, model_spec, write_pack
 from pipeline.spec import FleetSpec, parse_spec
 from pipeline.testing.object_store import BUCKET, object_store
-from resources.mlflow_registry import MlflowRegistry
+from resources.mlflow_registry import MlflowRegistry, interface
 
 SIZES = (10, 1_000, 10_000)
 REMOTE_SIZE = 1_000
@@ -201,10 +201,9 @@ def registered(pack: Path, scratch: Path) -> tuple[str, str]:
     """Tracking URI and model URI of a pack, registered as a fleet's is."""
     registry = MlflowRegistry(tracking_uri=f"sqlite:///{scratch}/mlflow.db", artifact_root=f"{scratch}/artifacts", scratch=str(scratch))
     model = FleetModel(pack)
-    inputs = {name: "string" if name in model.spec["grains"][-1] else "double" for name in model.required}
-    nothing: dict[str, Any] = {"optional": [], "parameters": {}, "metrics": {}, "tables": {}, "plots": {}}
-    told: dict[str, Any] = {"inputs": inputs, "outputs": answer_columns(model.task), "interval": model.interval, **nothing}
-    version = registry.register(model.fleet, model.fleet_version, pack=pack, **told)
+    dtypes = {name: "string" if name in model.spec["grains"][-1] else "double" for name in model.required}
+    nothing: dict[str, Any] = {"parameters": {}, "metrics": {}, "tables": {}, "plots": {}}
+    version = registry.register(model.fleet, model.fleet_version, pack=pack, **interface(model, dtypes), **nothing)
     return registry.tracking_uri, f"models:/{version.name}/{version.number}"
 
 

@@ -19,12 +19,17 @@ from pipeline.row_files import RowFile, plain_type
 READABLE_FEATURES = frozenset({"appendOnly", "invariants", "timestampNtz", "checkConstraints", "generatedColumns", "v2Checkpoint"})
 
 
-def strange_features(table: DeltaTable) -> list[str]:
-    """Features of a table that are not read here, such as deletion vectors."""
+def refuse_strange_features(table: DeltaTable, location: str) -> None:
+    """Refuse a table that uses features that are not read here, such as deletion vectors.
+
+    Raises:
+        StoreError: naming them.
+    """
     strange = set(table.protocol().reader_features or ()) - READABLE_FEATURES
     if table.metadata().configuration.get("delta.columnMapping.mode", "none") != "none":  # older tables name no features
         strange.add("columnMapping")
-    return sorted(strange)
+    if strange:
+        raise StoreError(f"{location} uses Delta features that are not read here: {', '.join(sorted(strange))}; rewrite the table without them")
 
 
 def is_delta(location: str, options: Mapping[str, str]) -> bool:
@@ -45,9 +50,7 @@ def open_delta(location: str, options: Mapping[str, str], version: int | None = 
         table = DeltaTable(location, version=version, storage_options=dict(options) or None)
     except (DeltaError, OSError) as error:
         raise StoreError(f"{location}: {error}; check that the table is there and can be reached, then run again") from error
-    strange = strange_features(table)
-    if strange:
-        raise StoreError(f"{location} uses Delta features that are not read here: {', '.join(strange)}; rewrite the table without them")
+    refuse_strange_features(table, location)
     return table
 
 

@@ -14,7 +14,7 @@ from deltalake.transaction import AddAction, create_table_with_add_actions
 from pydantic import Field
 from pyspark.sql import DataFrame, SparkSession
 
-from pipeline.delta_log import strange_features
+from pipeline.delta_log import refuse_strange_features, within
 from pipeline.errors import StoreError
 from pipeline.models.meta_model import filesystem_of
 from pipeline.spark.files import FileWriter, WrittenFile, read_files, write_files
@@ -196,7 +196,7 @@ class DeltaTables(dg.ConfigurableResource):
         """A table as a data frame, of its newest or a given version; only the named partitions, where given."""
         with _store_errors(location):
             table = self._open(location, version)
-            return read_files(spark, location, _paths(table, partitions or {}), _arrow_schema(table), self.storage_options)
+            return read_files(spark, location, _paths(table, location, partitions or {}), _arrow_schema(table), self.storage_options)
 
     def read_pandas(self, location: str, *, where: Where | None = None, columns: Sequence[str] | None = None) -> pd.DataFrame:
         """A table, or its rows whose columns equal (or are among) the values of `where`, as pandas."""
@@ -213,9 +213,7 @@ class DeltaTables(dg.ConfigurableResource):
             if not self.exists(location):
                 raise StoreError(f"there is no Delta table at {location}; materialise the asset that writes it first")
             table = DeltaTable(location, version=version, storage_options=self.storage_options)
-        strange = strange_features(table)
-        if strange:
-            raise StoreError(f"{location} uses Delta features that are not read here: {', '.join(strange)}; rewrite the table without them")
+        refuse_strange_features(table, location)
         return table
 
 
@@ -231,15 +229,11 @@ def _refuse_other_types(table: DeltaTable, schema: Schema, location: str) -> Non
             )
 
 
-def _paths(table: DeltaTable, partitions: Mapping[str, Sequence[str]]) -> list[str]:
+def _paths(table: DeltaTable, location: str, partitions: Mapping[str, Sequence[str]]) -> list[str]:
     actions = pa.table(table.get_add_actions(flatten=True))
     for name, values in partitions.items():
         actions = actions.filter(pc.is_in(actions[f"partition.{name}"], value_set=pa.array(list(values), pa.string())))
-    paths = actions["path"].to_pylist()
-    escaping = [path for path in paths if "://" in path or path.startswith("/") or ".." in path.split("/")]
-    if escaping:
-        raise StoreError(f"a commit names a file outside the table: {escaping[0]}; the table's log is not to be trusted")
-    return sorted(paths)
+    return sorted(within(path, location) for path in actions["path"].to_pylist())
 
 
 def _arrow_schema(table: DeltaTable) -> pa.Schema:

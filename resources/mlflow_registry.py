@@ -274,6 +274,21 @@ class MlflowRegistry(dg.ConfigurableResource):
         return FleetModel(target, digest=version.pack_digest or None, options=options)
 
 
+def interface(model: FleetModel, dtypes: Mapping[str, str]) -> dict[str, Any]:
+    """What `MlflowRegistry.register` tells of a model: inputs, optional, outputs, interval.
+
+    Args:
+        model: as it will be registered.
+        dtypes: Spark type of each column of the feature table.
+    """
+    return {
+        "inputs": input_types([*model.required, *model.optional], dtypes),
+        "optional": model.optional,
+        "outputs": meta_model.answer_columns(model.task),
+        "interval": model.interval,
+    }
+
+
 def input_types(names: Sequence[str], dtypes: Mapping[str, str]) -> dict[str, str]:
     """What the columns that a model reads are to whoever asks it: every number, integer keys too, a double; the rest strings.
 

@@ -1,9 +1,8 @@
 """Challenger against champion on the report rows: twins are fitted, and every group's losses are added up by Spark."""
 
 import json
-import uuid
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,6 @@ import pandas as pd
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as sf
 
-from pipeline.grouping.plan import pack_tasks
 from pipeline.grouping.sampling import sampling_exponents
 from pipeline.grouping.splits import REPORT, Cutoffs
 from pipeline.models.meta_model import CORRECTION
@@ -27,17 +25,15 @@ from pipeline.models.promotion import (
     kind_of_change,
 )
 from pipeline.spark.evaluation import constant_column, judged_rows, nearest_predictions
-from pipeline.spark.files import read_files
-from pipeline.spark.fleet_training import Cluster, named_rows
+from pipeline.spark.fleet_training import Cluster, groups_with_model, held_out_rows, train_aside
 from pipeline.spark.keys import moment_column, moment_of
 from pipeline.spark.measures import SMALLEST, deviance
-from pipeline.spark.training import Progress, Wave, limited_rows, placed_rows, train_wave, visible_rows, without_adaptive_execution
+from pipeline.spark.training import limited_rows, visible_rows
 from pipeline.spec import MULTICLASS, QUANTILE, FleetSpec
 from pipeline.store import Tables
-from pipeline.tables import BOOSTERS, HOLDOUT
+from pipeline.tables import HOLDOUT
 from pipeline.training.blend import Constants
 from pipeline.training.objective import learning_goal
-from pipeline.training.outcome import WITH_BOOSTER
 from pipeline.training.start import Start
 from pipeline.training.trainer import TrainingSettings, fit_twin
 
@@ -52,14 +48,14 @@ class Contest:
     """A challenger, and who answers now.
 
     Args:
-        run: the challenger's row of `tables.RUNS`.
+        run: the challenger's row of `tables.RUNS`, by column.
         challenger: its side.
         champions: the sides of the runs that answer now, by fleet version.
         serving: fleet version by group, as the champion answers now; empty where there is none.
         rolled_back: groups that were taken back from this challenger.
     """
 
-    run: Mapping[str, Any]
+    run: Mapping[Any, Any]
     challenger: Side
     champions: Mapping[str, Side]
     serving: Mapping[Key, str]
@@ -107,15 +103,10 @@ def judge(
     groups = contest.challenger.groups
     frame = pd.DataFrame([(*key, groups[key]["parent_id"], kind) for key, kind in kinds.items()], columns=["grain", "group_id", "parent_id", "kind"])
     frame["from_version"] = [contest.serving.get(key) for key in kinds]
-    named = [(row["wave"], *key) for key, row in groups.items() if isinstance(row["wave"], str)]
-    location = tables.location(namespace, HOLDOUT.name)
+    held_out = held_out_rows(spark, tables, tables.location(namespace, HOLDOUT.name), groups.values())
     losses = pd.DataFrame(columns=["grain", "group_id", *_MEASURED])
-    if named and tables.exists(location):
-        holdout = tables.read_spark(spark, location, partitions={"wave": sorted({wave for wave, _, _ in named})})
-        held_out = named_rows(spark, holdout, pd.DataFrame(named))
-        has_model = [
-            {key[1] for key, row in groups.items() if key[0] == grain and row["status"] in WITH_BOOSTER} for grain in range(len(spec.grains))
-        ]
+    if held_out is not None:
+        has_model = groups_with_model(groups.values(), len(spec.grains))
         judged = judged_rows(held_out, spec, contest.cutoffs, contest.constants, has_model).where(
             (sf.col("split") == REPORT) & sf.col("residual").isNotNull()
         )
@@ -197,7 +188,7 @@ def _instead(spark: SparkSession, held_out: DataFrame, keys: Collection[Key], tw
 def _fitted(shop: _Workshop, side: Side, keys: Collection[Key], bases: DataFrame | None) -> DataFrame:
     """The held-out rows of some twins; one Spark job."""
     spec, contest = twin_spec(shop.spec, side.spec), shop.contest
-    groups = _planned(spec, contest.challenger, side, sorted(keys), shop.slots)
+    groups = _planned(spec, contest.challenger, side, sorted(keys))
     settings = TrainingSettings(
         run_id=contest.challenger.fleet_version,
         model=side.spec,
@@ -209,17 +200,8 @@ def _fitted(shop: _Workshop, side: Side, keys: Collection[Key], bases: DataFrame
         cutoffs=contest.cutoffs,
         threads=shop.threads,
     )
-    cluster, tables = shop.cluster, shop.tables
-    roots = {contract.name: tables.location(shop.namespace, contract.name) for contract in (BOOSTERS, HOLDOUT)}
-    options = dict(tables.storage_options)
-    placed = placed_rows(cluster.spark, shop.rows, spec, groups, bases)
-    # A worker knows a wave's settings by its name, which is therefore never given twice.
-    wave = Wave(f"twins-{contest.challenger.fleet_version}-{uuid.uuid4().hex[:8]}", groups)
-    with without_adaptive_execution(cluster.spark):
-        progress = Progress(cluster.spark, cluster.report)
-        files = train_wave(placed, wave, settings, roots, options, progress, cluster.train or fit_twin, cluster.memory_bytes)
-    # Not committed: these rows are looked at once, and go as other files that no commit names do.
-    return read_files(cluster.spark, roots[HOLDOUT.name], [file.path for file in files.holdout], HOLDOUT.schema, options)
+    cluster = replace(shop.cluster, train=shop.cluster.train or fit_twin)
+    return train_aside(cluster, shop.tables, shop.namespace, shop.rows, spec, groups, settings, slots=shop.slots, bases=bases)
 
 
 def twin_spec(spec: FleetSpec, model: Mapping[str, Any]) -> FleetSpec:
@@ -241,8 +223,8 @@ def twin_spec(spec: FleetSpec, model: Mapping[str, Any]) -> FleetSpec:
     return spec.model_copy(update={"features": features, "baselines": {}})
 
 
-def _planned(spec: FleetSpec, challenger: Side, side: Side, keys: Sequence[Key], slots: int) -> pd.DataFrame:
-    """The plan of some twins, as `placed_rows` and `train_wave` take it."""
+def _planned(spec: FleetSpec, challenger: Side, side: Side, keys: Sequence[Key]) -> pd.DataFrame:
+    """Some twins, as `train_aside` takes them."""
     rows = [challenger.groups[key] for key in keys]
     groups = pd.DataFrame(keys, columns=["grain", "group_id"])
     groups["started_from"] = [
@@ -251,8 +233,7 @@ def _planned(spec: FleetSpec, challenger: Side, side: Side, keys: Sequence[Key],
     groups["cost_seconds"] = [float(row["seconds"] or 0.0) / (float(row["n_trials"] or 0.0) + 2) or FIT_SECONDS for row in rows]
     n_target = np.array([int(row["n_target"] or 0) for row in rows], dtype=np.int64)
     groups["exponent"] = sampling_exponents(n_target, is_coarse=(groups["grain"] < len(spec.grains) - 1).to_numpy(), max_rows=spec.tuning.max_rows)
-    groups = groups.sort_values(["cost_seconds", "group_id"], ascending=[False, True], ignore_index=True)
-    return groups.assign(task=pack_tasks(groups["cost_seconds"].tolist(), slots=slots))
+    return groups
 
 
 _MEASURED = (

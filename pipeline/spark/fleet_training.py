@@ -4,7 +4,7 @@ import hashlib
 import json
 import platform
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version as installed_version
@@ -379,7 +379,7 @@ def train_run(
     crash_point("waves_finished")
     rows = _ledger_rows(run, spec, outcomes)
     waves = sorted({str(row["wave"]) for row in rows if isinstance(row["wave"], str)})
-    ledger = _judged(cluster.spark, tables, namespace, run, spec, rows, waves)
+    ledger = _judged(cluster.spark, tables, namespace, run, spec, rows)
     crash_point("blend_learnt")
     commits.replace_run(LEDGER, pa.Table.from_pandas(ledger, schema=LEDGER.schema, preserve_index=False))
     crash_point("ledger_committed")
@@ -458,11 +458,10 @@ def _plans(run: PlannedRun, spec: FleetSpec) -> Iterator[_Stage]:
 def _bases(spark: SparkSession, commits: "Commits", run: PlannedRun, rows: Sequence[Mapping[str, Any]], grain: int) -> DataFrame:
     """Per row what the finest model coarser than a grain predicts of it, made without it: row_key and `_base`."""
     coarser = [row for row in rows if row["status"] in WITH_BOOSTER and row["grain"] < grain]
-    named = [(str(row["wave"]), int(row["grain"]), str(row["group_id"])) for row in coarser]
-    if not named:
+    held_out = held_out_rows(spark, commits.tables, commits.roots[HOLDOUT.name], coarser)
+    if held_out is None:
         return run.rows.select("row_key", sf.lit(run.constants.with_offset).alias("_base"))
-    holdout = commits.tables.read_spark(spark, commits.roots[HOLDOUT.name], partitions={"wave": sorted({wave for wave, _, _ in named})})
-    return nearest_predictions(named_rows(spark, holdout, pd.DataFrame(named)))
+    return nearest_predictions(held_out)
 
 
 def choose_own(cluster: Cluster, tables: Tables, namespace: str, run: PlannedRun, spec: FleetSpec) -> tuple[str, str]:
@@ -483,19 +482,10 @@ def choose_own(cluster: Cluster, tables: Tables, namespace: str, run: PlannedRun
     if finest.empty or pooled.empty:
         return INDEPENDENT, "no group to try both forms on"
     chosen = finest.iloc[sorted({round(place) for place in np.linspace(0, len(finest) - 1, PILOT_GROUPS)})]
-    roots = {contract.name: tables.location(namespace, contract.name) for contract in (BOOSTERS, HOLDOUT)}
-    progress = Progress(cluster.spark, lambda *_: None)
     settings = {own: replace(run.settings, model={**run.settings.model, "own": own}) for own in (INDEPENDENT, CORRECTION)}
 
     def tried(groups: pd.DataFrame, own: str, bases: DataFrame | None) -> DataFrame:
-        packed = groups.sort_values("cost_seconds", ascending=False)
-        packed = packed.assign(task=pack_tasks(packed["cost_seconds"].tolist(), slots=run.plan.slots))
-        placed = placed_rows(cluster.spark, run.rows, spec, packed, bases)
-        wave = Wave(f"pilot-{uuid.uuid4().hex[:8]}", packed)
-        options = dict(tables.storage_options)
-        with without_adaptive_execution(cluster.spark):
-            files = train_wave(placed, wave, settings[own], roots, options, progress, cluster.train, cluster.memory_bytes)
-        return read_files(cluster.spark, roots[HOLDOUT.name], [file.path for file in files.holdout], HOLDOUT.schema, options)
+        return train_aside(cluster, tables, namespace, run.rows, spec, groups, settings[own], slots=run.plan.slots, bases=bases)
 
     bases = nearest_predictions(tried(pooled.assign(started_from=Start(max_trials=1).to_json()), CORRECTION, None))
     misses = pd.DataFrame({own: _tune_misses(tried(chosen, own, bases if own == CORRECTION else None), spec) for own in settings}).dropna()
@@ -504,6 +494,47 @@ def choose_own(cluster: Cluster, tables: Tables, namespace: str, run: PlannedRun
     best = CORRECTION if gain.sum() > STANDARD_ERRORS * np.sqrt(len(gain) * gain.var()) else INDEPENDENT
     told = ", ".join(f"{own} {misses[own].mean():.5g}" for own in misses)
     return best, f"own: auto is {best}: mean squared error on the tune rows of {len(misses)} groups: {told}"
+
+
+def train_aside(
+    cluster: Cluster,
+    tables: Tables,
+    namespace: str,
+    rows: DataFrame,
+    spec: FleetSpec,
+    groups: pd.DataFrame,
+    settings: TrainingSettings,
+    *,
+    slots: int,
+    bases: DataFrame | None = None,
+) -> DataFrame:
+    """Train groups to look at what they predict, and commit nothing; one Spark job.
+
+    Args:
+        cluster: where it trains, and what trains a group.
+        tables: where files are written; they go as others do that no commit names.
+        namespace: of the tables.
+        rows: the visible rows.
+        spec: the fleet.
+        groups: grain, group_id, started_from, cost_seconds, exponent.
+        settings: what they share.
+        slots: tasks that run at once.
+        bases: what their trees correct, as for `placed_rows`.
+
+    Returns:
+        Their held-out rows, as in `tables.HOLDOUT`.
+    """
+    packed = groups.sort_values(["cost_seconds", "group_id"], ascending=[False, True], ignore_index=True)
+    packed = packed.assign(task=pack_tasks(packed["cost_seconds"].tolist(), slots=slots))
+    roots = {contract.name: tables.location(namespace, contract.name) for contract in (BOOSTERS, HOLDOUT)}
+    options = dict(tables.storage_options)
+    placed = placed_rows(cluster.spark, rows, spec, packed, bases)
+    # A worker knows a wave's settings by its name, which is therefore never given twice.
+    wave = Wave(f"aside-{uuid.uuid4().hex[:8]}", packed)
+    with without_adaptive_execution(cluster.spark):
+        progress = Progress(cluster.spark, lambda *_: None)
+        files = train_wave(placed, wave, settings, roots, options, progress, cluster.train, cluster.memory_bytes)
+    return read_files(cluster.spark, roots[HOLDOUT.name], [file.path for file in files.holdout], HOLDOUT.schema, options)
 
 
 def _tune_misses(holdout: DataFrame, spec: FleetSpec) -> "pd.Series[Any]":
@@ -655,22 +686,15 @@ def _source(memory: Memory, key: GroupKey, wanted: str) -> Mapping[str, Any]:
     return before if before is not None and before["fingerprint"] == wanted else memory.unfinished[key]
 
 
-def _judged(
-    spark: SparkSession, tables: Tables, namespace: str, run: PlannedRun, spec: FleetSpec, rows: list[dict[str, Any]], waves: Sequence[str]
-) -> pd.DataFrame:
+def _judged(spark: SparkSession, tables: Tables, namespace: str, run: PlannedRun, spec: FleetSpec, rows: list[dict[str, Any]]) -> pd.DataFrame:
     """The ledger: the rows with their weights and errors, from the held-out predictions of whichever run trained each group."""
-    has_model: list[set[str]] = [set() for _ in spec.grains]
-    for row in rows:
-        if row["status"] in WITH_BOOSTER:
-            has_model[int(row["grain"])].add(str(row["group_id"]))
+    has_model = groups_with_model(rows, len(spec.grains))
     skills: Mapping[GroupKey, GroupSkill] = {}
     measures = pd.DataFrame(columns=["grain", "group_id"])
     classes = run.settings.model["classes"]
-    location = tables.location(namespace, HOLDOUT.name)
-    if waves and tables.exists(location):
-        holdout = tables.read_spark(spark, location, partitions={"wave": waves})
-        named = pd.DataFrame([(row["wave"], int(row["grain"]), row["group_id"]) for row in rows if isinstance(row["wave"], str)])
-        judged = judged_rows(named_rows(spark, holdout, named), spec, run.cutoffs, run.constants, has_model).persist()
+    held_out = held_out_rows(spark, tables, tables.location(namespace, HOLDOUT.name), rows)
+    if held_out is not None:
+        judged = judged_rows(held_out, spec, run.cutoffs, run.constants, has_model).persist()
         try:
             skills = learn_blend(sum_moments(judged, len(spec.grains), run.constants, classes), has_model, run.constants[0], spec.pooling)
             measures = measure_groups(spark, judged, spec, skills, run.constants, has_model, classes)
@@ -679,10 +703,34 @@ def _judged(
     return build_ledger(rows, spec, skills, measures)
 
 
-def named_rows(spark: SparkSession, holdout: DataFrame, named: pd.DataFrame) -> DataFrame:
-    """The held-out rows of groups whose ledger row names their wave; what an interrupted wave left is not among them."""
-    keys = spark.createDataFrame(named, "wave string, grain int, group_id string")
-    return holdout.join(sf.broadcast(keys), ["wave", "grain", "group_id"], "left_semi")
+def groups_with_model(rows: Iterable[Mapping[str, Any]], n_grains: int) -> list[set[str]]:
+    """Per grain the groups that have a model, as their ledger rows say."""
+    found: list[set[str]] = [set() for _ in range(n_grains)]
+    for row in rows:
+        if row["status"] in WITH_BOOSTER:
+            found[int(row["grain"])].add(str(row["group_id"]))
+    return found
+
+
+def held_out_rows(spark: SparkSession, tables: Tables, location: str, rows: Iterable[Mapping[str, Any]]) -> DataFrame | None:
+    """The held-out rows of groups whose ledger row names their wave; what an interrupted wave left is not among them.
+
+    Args:
+        spark: the session.
+        tables: where they are kept.
+        location: of the holdout table.
+        rows: of the ledger.
+
+    Returns:
+        Rows of `tables.HOLDOUT`; None where no group has any.
+    """
+    named = [(row["wave"], int(row["grain"]), str(row["group_id"])) for row in rows if isinstance(row["wave"], str)]
+    if not named or not tables.exists(location):
+        return None
+    holdout = tables.read_spark(spark, location, partitions={"wave": sorted({wave for wave, _, _ in named})})
+    keys = spark.createDataFrame(pd.DataFrame(named), "wave string, grain int, group_id string")
+    found: DataFrame = holdout.join(sf.broadcast(keys), ["wave", "grain", "group_id"], "left_semi")
+    return found
 
 
 def build_ledger(rows: Sequence[Mapping[str, Any]], spec: FleetSpec, skills: Mapping[GroupKey, GroupSkill], measures: pd.DataFrame) -> pd.DataFrame:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import pandas as pd
 from pyspark.sql import DataFrame, SparkSession
@@ -33,14 +32,16 @@ def rows_to_score(features: DataFrame, spec: FleetSpec, as_of: pd.Timestamp) -> 
     return features.where((sf.col("time") > moment_column(newest)) & (sf.col("time") <= moment_column(end)))
 
 
-def score_rows(spark: SparkSession, rows: DataFrame, spec: FleetSpec, pack: Path, as_of: pd.Timestamp, options: Mapping[str, str]) -> DataFrame:
+def score_rows(
+    spark: SparkSession, rows: DataFrame, spec: FleetSpec, model: FleetModel, as_of: pd.Timestamp, options: Mapping[str, str]
+) -> DataFrame:
     """Answer every row; no shuffle.
 
     Args:
         spark: the session.
         rows: as from `rows_to_score`.
         spec: the fleet.
-        pack: local folder of the champion's pack, under a name of its own.
+        model: the champion's, opened from a local folder under a name of its own.
         as_of: the launch's.
         options: of the object store that a shared pack is in.
 
@@ -50,7 +51,6 @@ def score_rows(spark: SparkSession, rows: DataFrame, spec: FleetSpec, pack: Path
     Raises:
         SpecError: if the version has no intervals of that level.
     """
-    model = FleetModel(pack, options=options)
     kept = list(dict.fromkeys(["row_key", "time", *spec.key_columns]))
     # What the version reads, which may have been trained when the fleet was described otherwise.
     needed = dict.fromkeys([*kept, *(column for column in (*model.required, *model.optional) if column in rows.columns)])

@@ -126,7 +126,7 @@ def test_every_batch_size_gives_the_packs_own_answers(spark: SparkSession, pack:
     try:
         for size in (7, 10_000):
             spark.conf.set("spark.sql.execution.arrow.maxRecordsPerBatch", size)
-            answers = score_rows(spark, spark.createDataFrame(table).repartition(2, "row_key"), SPEC, pack, AS_OF, {})
+            answers = score_rows(spark, spark.createDataFrame(table).repartition(2, "row_key"), SPEC, FleetModel(pack), AS_OF, {})
             found = answers.toPandas().sort_values("row_key", ignore_index=True)
             pd.testing.assert_frame_equal(found[list(alone.columns)], alone, check_exact=True)
             assert found["store"].isna().sum() == 30
@@ -137,7 +137,7 @@ def test_every_batch_size_gives_the_packs_own_answers(spark: SparkSession, pack:
 
 def test_scoring_needs_no_exchange(spark: SparkSession, pack: Path) -> None:
     rows = spark.createDataFrame([], "row_key string, time timestamp, store long, kind long, x double")
-    answers = score_rows(spark, rows, SPEC, pack, AS_OF, {})
+    answers = score_rows(spark, rows, SPEC, FleetModel(pack), AS_OF, {})
     assert "Exchange" not in answers._jdf.queryExecution().toString()
     assert answers.count() == 0
 
@@ -145,7 +145,7 @@ def test_scoring_needs_no_exchange(spark: SparkSession, pack: Path) -> None:
 def test_a_worker_opens_a_pack_once_for_all_of_its_tasks(spark: SparkSession, pack: Path) -> None:
     rows = spark.createDataFrame([(str(n), None, n, n, 0.5) for n in range(8)], "row_key string, time timestamp, store long, kind long, x double")
     for _ in range(2):
-        score_rows(spark, rows, SPEC, pack, AS_OF, {}).collect()
+        score_rows(spark, rows, SPEC, FleetModel(pack), AS_OF, {}).collect()
     fleet = FleetModel(pack).fleet
 
     def look(batches: Any) -> Any:
