@@ -424,7 +424,9 @@ def _client(tracking_uri: str) -> Any:
 def _new_run(tracking_uri: str) -> str:
     client = _client(tracking_uri)
     experiment = client.get_experiment_by_name(EXPERIMENT)
-    return str(client.create_run(experiment.experiment_id if experiment else client.create_experiment(EXPERIMENT)).info.run_id)
+    # Beside a database; a server knows where its artifacts go.
+    location = f"{tracking_uri.removeprefix('sqlite:///')}-artifacts" if tracking_uri.startswith("sqlite:///") else None
+    return str(client.create_run(experiment.experiment_id if experiment else client.create_experiment(EXPERIMENT, location)).info.run_id)
 
 
 def _end_run(tracking_uri: str, run_id: str) -> None:

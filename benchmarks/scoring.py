@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
 N_GROUPS, ROWS_PER_GROUP = 1_000, 300
+# The recipe pays per group, LightGBM per row; the flights example scores 119 rows for each of its routes, housing 12 for each town.
+RECIPE_ROWS_PER_GROUP = (120, 30, 300)
 MEMORY = "2g"
 AS_OF = pd.Timestamp("2023-01-01")
 # So many runs warm up, and of so many the median counts.
@@ -96,8 +98,8 @@ def write_case(folder: Path, pack: Path, n_groups: int, rows_per_group: int) -> 
     return Case(pack, folder / "rows", n_groups, len(frame))
 
 
-def _case(runs: Runs) -> Case:
-    return runs.once("scoring", lambda: write_case(runs.new_folder(), pack_of(runs, N_GROUPS), N_GROUPS, ROWS_PER_GROUP))
+def _case(runs: Runs, rows_per_group: int = ROWS_PER_GROUP) -> Case:
+    return runs.once(f"scoring-{rows_per_group}", lambda: write_case(runs.new_folder(), pack_of(runs, N_GROUPS), N_GROUPS, rows_per_group))
 
 
 def our_answers(rows: "DataFrame", pack: Path) -> "DataFrame":
@@ -149,7 +151,8 @@ def log_recipe(case: Case, folder: Path) -> LoggedModels:
 
 def score_vs_recipe(runs: Runs) -> Mapping[str, float]:
     """Rows per second of ours over the usual recipe's, whose workers load each group's model from MLflow; and where they keep them."""
-    case, folder = _case(runs), runs.new_folder()
+    case, *others = (_case(runs, rows_per_group) for rows_per_group in RECIPE_ROWS_PER_GROUP)
+    folder = runs.new_folder()
     logged = log_recipe(case, folder)
     unopened = folder / "unopened"
     shutil.copytree(case.pack, unopened)
@@ -161,19 +164,29 @@ def score_vs_recipe(runs: Runs) -> Mapping[str, float]:
         cold = rates({"ours, no model loaded yet": _ours(rows, unopened)}, case.n_rows, warm=0, timed=1)
         with notebook_settings(spark):
             _write_nowhere(_recipe(rows.where(f"region = '{region_of(0)}'"), logged))
-            recipe = rates({"usual recipe": lambda: _write_nowhere(_recipe(rows, logged))}, case.n_rows, warm=0, timed=1)
+            found = cold | _against_recipe(case, rows, logged)
+            by_rows = {f"rows-{other.n_rows // other.n_groups}": _ratio(_against_recipe(other, other.read(spark), logged)) for other in others}
             load_everywhere(spark, case.groups, logged, SLOTS)
-            kept = {"recipe, models kept": lambda: _write_nowhere(_recipe(rows, logged, keeps=True))}
-            found = cold | recipe | rates({"ours": _ours(rows, case.pack), **kept}, case.n_rows)
-    ours, theirs = found["ours"], found["usual recipe"]
+            kept = rates({"recipe, models kept": lambda: _write_nowhere(_recipe(rows, logged, keeps=True))}, case.n_rows)["recipe, models kept"]
     return {
-        "": ours / theirs,
-        "cached": ours / found["recipe, models kept"],
-        "cold": found["ours, no model loaded yet"] / theirs,
-        "our-rows-per-second": ours,
-        "recipe-rows-per-second": theirs,
-        "cached-rows-per-second": found["recipe, models kept"],
+        "": _ratio(found),
+        **by_rows,
+        "cached": found["ours"] / kept,
+        "cold": found["ours, no model loaded yet"] / found["usual recipe"],
+        "our-rows-per-second": found["ours"],
+        "recipe-rows-per-second": found["usual recipe"],
+        "cached-rows-per-second": kept,
     }
+
+
+def _against_recipe(case: Case, rows: "DataFrame", logged: LoggedModels) -> dict[str, float]:
+    print(f"  {case.n_rows // case.n_groups} rows per group:", flush=True)
+    recipe = rates({"usual recipe": lambda: _write_nowhere(_recipe(rows, logged))}, case.n_rows, warm=0, timed=1)
+    return recipe | rates({"ours": _ours(rows, case.pack)}, case.n_rows)
+
+
+def _ratio(found: Mapping[str, float]) -> float:
+    return found["ours"] / found["usual recipe"]
 
 
 def _look(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:

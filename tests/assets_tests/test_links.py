@@ -180,6 +180,22 @@ def test_a_challenger_that_passes_its_gates_becomes_champion(fleet: Any, second_
     assert checks(result)["challenger_passed_its_gates"].description == "all gates passed"
 
 
+def test_a_champion_that_cannot_be_opened_is_replaced(fleet: Any, second_run: pd.DataFrame, metadata: Metadata) -> None:
+    as_challenger(fleet, second_run)
+    registry = fleet.resources["registry"]
+    registry.versions["shop"].append(type(registry.get("shop", "1"))("shop", "7", "of another release"))
+    registry.aliases["shop", "champion"] = "7"
+    result = fleet.launch("champion")
+    assert result.success
+    told = metadata(result)["champion"]
+    assert (told["fleet/before"], told["fleet/champion"]) == ("7", "2")
+    decisions = fleet.table("decisions")
+    decided = decisions[decisions["champion_before"] == "7"]
+    assert decided["moved"].all()
+    assert len(decided) == told["fleet/groups_moved"] == 9
+    assert set(decided["kind"]) == {"new_group"}
+
+
 def test_without_a_champion_predictions_say_what_to_do(fleet: Any, failure: Failure) -> None:
     fleet.resources["registry"].aliases.clear()
     result = fleet.launch("predictions")
