@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar
 T = TypeVar("T")
 PROJECT = Path(__file__).parent.parent
 SHOWN_LINES = 40
-# `make bench` hands its own variables on; a measured command starts without them, and without the user's launch settings.
+# `make bench` hands its own variables on; a measured command starts without them, and without the user's launch settings and MLflow server.
 NOT_INHERITED = ("AS_OF", "DAGSTER_HOME", "DRY_RUN", "FLEET", "GNUMAKEFLAGS", "LIMIT_GROUPS", "MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS")
 
 
@@ -101,7 +101,9 @@ class Runs:
 
     def _timed(self, command: list[str], folder: Path, settings: dict[str, str]) -> float:
         print(f"  $ {' '.join([*(f'{name}={value}' for name, value in settings.items()), *command])}", flush=True)
-        inherited = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED and not name.startswith("MANY_MODELS_")}
+        inherited = {
+            name: value for name, value in os.environ.items() if name not in NOT_INHERITED and not name.startswith(("MANY_MODELS_", "MLFLOW_"))
+        }
         log = self._folder / "log"
         with log.open("w") as output:
             started = time.monotonic()
