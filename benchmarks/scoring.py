@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
 N_GROUPS, ROWS_PER_GROUP = 1_000, 300
-# The recipe pays per group, LightGBM per row; the flights example scores 119 rows for each of its routes, housing 12 for each town.
+# The recipe pays per group, LightGBM per row. The flights example scores a month: 27,020 rows of 224 routes; housing a year: 546 rows of 46 towns.
 RECIPE_ROWS_PER_GROUP = (120, 30, 300)
 MEMORY = "2g"
 AS_OF = pd.Timestamp("2023-01-01")
