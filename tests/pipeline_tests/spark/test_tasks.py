@@ -291,7 +291,7 @@ def test_spark_answers_as_the_meta_model_does(spark: SparkSession, trained: Call
     found = trained(task)
     moment = pd.Timestamp("2024-10-20")
     rows = rows_to_score(found.features, found.spec, moment)
-    answers = score_rows(spark, rows, found.spec, found.pack, moment, {}).persist()
+    answers = score_rows(spark, rows, found.spec, FleetModel(found.pack), moment, {}).persist()
     assert dict(answers.dtypes)["prediction"] == answer_columns(found.spec.task)["prediction"]
     counts = count_answers(answers, moment)
     assert (counts.n_rows, counts.n_missing, counts.n_doubled) == (rows.count(), 0, 0)
