@@ -11,7 +11,7 @@ import pyarrow as pa
 from assets.link import link_key, link_settings, png, prefixed, readable_failures
 from assets.meta_model import pack_spec
 from assets.mosaic import register_mosaic
-from assets.newest_run import ledger_of
+from assets.newest_run import features_of, ledger_of
 from assets.progress import no_progress
 from pipeline.errors import ModelNotFound, SpecError, StoreError
 from pipeline.grouping.plan import refuse_unknown
@@ -150,7 +150,7 @@ def _decide(parts: _Parts) -> _Outcome:
         serving=serving,
         rolled_back=_taken_back(parts, challenger.fleet_version),
     )
-    features = parts.tables.read_spark(parts.spark.session, parts.tables.location(parts.spec.name, "features"), int(str(run["features_version"])))
+    features = features_of(parts.spark.session, parts.tables, parts.spec.name, run)
     cluster = Cluster(parts.spark.session, no_progress, parts.spark.group_memory_bytes)
     judged = judge(cluster, parts.tables, parts.namespace, features, parts.spec, contest, parts.spark.slots, parts.spark.task_cpus)
     judgement = overridden(judged, launch.decision, launch.decision_groups, challenger.fleet_version)

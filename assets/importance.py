@@ -6,7 +6,7 @@ import dagster as dg
 import pandas as pd
 
 from assets.link import link_key, link_settings, png, prefixed, readable_failures
-from assets.newest_run import ledger_of, newest_run
+from assets.newest_run import features_of, ledger_of, newest_run
 from pipeline.models.importance import SAMPLED_ROWS
 from pipeline.models.meta_model import CORRECTION
 from pipeline.reporting.plots import importance_plot
@@ -50,7 +50,7 @@ def importance_asset(spec: FleetSpec) -> dg.AssetsDefinition:
             run = newest_run(tables, namespace)
             run_id = str(run["run_id"])
             ledger = ledger_of(tables, namespace, run_id)
-            features = tables.read_spark(spark.session, tables.location(spec.name, "features"), int(str(run["features_version"])))
+            features = features_of(spark.session, tables, spec.name, run)
             told = write_importance(spark.session, tables, namespace, features, spec, run.to_dict(), ledger)
             columns = ["grain", "group_id", "feature", "gain_share", "rank"]
             rows = tables.read_arrow(location, where={"run_id": run_id}, columns=columns).to_pandas(strings_to_categorical=True)

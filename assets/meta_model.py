@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from assets.link import link_key, link_settings, png, prefixed, readable_failures
-from assets.newest_run import ledger_of, newest_run, waves_of
+from assets.newest_run import features_of, ledger_of, newest_run, waves_of
 from pipeline.models.meta_model import FleetModel, PackError, filesystem_of
 from pipeline.models.pack import Generation, PackStore, write_pack
 from pipeline.reporting.plots import training_plot
@@ -69,7 +69,7 @@ def meta_model_asset(spec: FleetSpec) -> dg.AssetsDefinition:
                 store=pack_store(tables, namespace, spec),
                 before=_challenger(registry, namespace, tables.storage_options) if spec.pack == SHARED else [],
             )
-            features = tables.read_spark(spark.session, tables.location(spec.name, "features"), int(str(run["features_version"])))
+            features = features_of(spark.session, tables, spec.name, run)
             dtypes = {field.name: field.dataType.simpleString() for field in features.schema}
             answering = FleetModel(pack, digest=digest, options=tables.storage_options)
             sample = features.limit(50).toPandas()

@@ -1,7 +1,7 @@
 """The newest training run of a fleet, as its tables tell it."""
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -9,6 +9,9 @@ from pipeline.errors import StoreError
 from pipeline.spark.fleet_training import read_runs
 from pipeline.tables import LEDGER, require_format
 from resources.delta_tables import DeltaTables
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, SparkSession
 
 
 def newest_run(tables: DeltaTables, namespace: str) -> "pd.Series[Any]":
@@ -30,6 +33,11 @@ def waves_of(run: "pd.Series[Any]") -> list[str]:
     """The waves whose boosters and held-out predictions the run's ledger refers to."""
     found: list[str] = json.loads(str(run["waves"]))
     return found
+
+
+def features_of(spark: "SparkSession", tables: DeltaTables, fleet: str, run: "pd.Series[Any]") -> "DataFrame":
+    """The fleet's feature table at the version that a run was planned on."""
+    return tables.read_spark(spark, tables.location(fleet, "features"), int(run["features_version"]))
 
 
 def ledger_of(tables: DeltaTables, namespace: str, run_id: str) -> pd.DataFrame:
