@@ -7,7 +7,7 @@ import pandas as pd
 
 from pipeline.errors import StoreError
 from pipeline.spark.fleet_training import read_runs
-from pipeline.tables import LEDGER, require_format
+from pipeline.tables import LEDGER, in_format
 from resources.delta_tables import DeltaTables
 
 if TYPE_CHECKING:
@@ -47,6 +47,4 @@ def ledger_of(tables: DeltaTables, namespace: str, run_id: str) -> pd.DataFrame:
         StoreError: if the table is of another format.
     """
     location = tables.location(namespace, LEDGER.name)
-    rows = tables.read_pandas(location, where={"run_id": run_id})
-    require_format(rows.columns, LEDGER, location)
-    return rows
+    return in_format(tables.read_pandas(location, where={"run_id": run_id}), LEDGER, location)

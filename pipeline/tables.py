@@ -5,7 +5,6 @@ to the fleet; the columns listed here are there in every fleet.
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +18,20 @@ TIMESTAMP = pa.timestamp("us", tz="UTC")
 
 @dataclass(frozen=True)
 class Column:
-    """One column: its Arrow type and what it holds, with its unit."""
+    """One column: its Arrow type and what it holds, with its unit.
+
+    Args:
+        name: of the column.
+        type: in Arrow.
+        description: what it holds.
+        is_late: whether tables of an earlier release lack it. It reads as null there, and joins such a table with the
+            first commit that has it.
+    """
 
     name: str
     type: pa.DataType
     description: str
+    is_late: bool = False
 
 
 @dataclass(frozen=True)
@@ -342,23 +350,26 @@ LEASES = TableContract(
 ALL = (RAW, FEATURES, LEASES, RUNS, LEDGER, BOOSTERS, HOLDOUT, IMPORTANCE, DECISIONS, PREDICTIONS)
 
 
-def require_format(columns: Iterable[object], contract: TableContract, location: str) -> None:
-    """Refuse a table of an earlier format, by what it lacks.
+def in_format(rows: pd.DataFrame, contract: TableContract, location: str) -> pd.DataFrame:
+    """Rows of a table with all columns of its contract; those that came with a later release are null.
 
     Args:
-        columns: that it has.
+        rows: as read from the table.
         contract: what it should be.
-        location: where it is.
+        location: where it is, for the message.
 
     Raises:
-        StoreError: naming the columns and the next step.
+        StoreError: naming the columns that no table of this format may lack, and the next step.
     """
-    lacking = sorted({*contract.schema.names} - {*columns})
-    if lacking:
+    missing = [column for column in contract.columns if column.name not in rows.columns]
+    required = sorted(column.name for column in missing if not column.is_late)
+    if required:
         raise StoreError(
-            f"{location} was written by an earlier version: it has no column {', '.join(lacking)}, expected format {contract.format} of the table "
-            f"{contract.name!r}; move it away (every group is then trained again), or use a new data root"
+            f"{location} was written by an earlier version: it has no column {', '.join(required)}, "
+            f"expected format {contract.format} of the table {contract.name!r}; "
+            "move it away (every group is then trained again), or use a new data root"
         )
+    return rows.assign(**{column.name: None for column in missing})
 
 
 def records(rows: pd.DataFrame) -> list[dict[str, Any]]:

@@ -143,6 +143,7 @@ class DeltaTables(dg.ConfigurableResource):
             return int(table.version())
         if mode == "append" or partition:
             _refuse_other_types(table, schema, location)
+            table = self._with_columns(table, schema, location)
             if list(table.metadata().partition_columns) != partition_by:
                 raise StoreError(
                     f"{location} is partitioned by {table.metadata().partition_columns}, the new rows by {partition_by}; nothing was committed"
@@ -154,6 +155,15 @@ class DeltaTables(dg.ConfigurableResource):
             filters = [(name, "=", value) for name, value in partition.items()] if mode == "overwrite" else None
             table.create_write_transaction(actions, mode, schema, partition_by=partition_by, partition_filters=filters, commit_properties=properties)
         return int(DeltaTable(location, storage_options=self.storage_options).version())
+
+    def _with_columns(self, table: DeltaTable, schema: Schema, location: str) -> DeltaTable:
+        """The table with every column of the new rows, which a table of an earlier release may lack; null in its rows."""
+        known = {field.name for field in table.schema().fields}
+        missing = [field for field in schema.fields if field.name not in known]
+        if not missing:
+            return table
+        table.alter.add_columns(missing)
+        return DeltaTable(location, storage_options=self.storage_options)
 
     def create(self, location: str, schema: pa.Schema, *, partition_by: Sequence[str] = ()) -> None:
         """Make a table without rows, unless there is one."""

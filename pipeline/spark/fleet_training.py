@@ -64,7 +64,7 @@ from pipeline.spark.training import (
 )
 from pipeline.spec import FleetSpec
 from pipeline.store import Tables
-from pipeline.tables import BOOSTERS, HOLDOUT, LEDGER, RUNS, records, require_format
+from pipeline.tables import BOOSTERS, HOLDOUT, LEDGER, RUNS, in_format, records
 from pipeline.training.blend import STANDARD_ERRORS, Constants, GroupSkill, learn_blend
 from pipeline.training.objective import learning_goal
 from pipeline.training.outcome import ERROR, NATIVE_CRASH, WITH_BOOSTER
@@ -163,9 +163,9 @@ def read_runs(tables: Tables, namespace: str) -> pd.DataFrame:
         StoreError: if the table is of another format.
     """
     location = tables.location(namespace, RUNS.name)
-    found: pd.DataFrame = tables.read_pandas(location) if tables.exists(location) else RUNS.schema.empty_table().to_pandas()
-    require_format(found.columns, RUNS, location)
-    return found
+    if not tables.exists(location):
+        return RUNS.schema.empty_table().to_pandas()
+    return in_format(tables.read_pandas(location), RUNS, location)
 
 
 @dataclass(frozen=True)
@@ -190,12 +190,12 @@ class History:
         ledger = tables.location(namespace, LEDGER.name)
 
         def rows_of(run_id: str) -> pd.DataFrame:
-            there: bool = tables.exists(ledger)
-            rows: pd.DataFrame = tables.read_pandas(ledger, where={"run_id": run_id}) if there else LEDGER.schema.empty_table().to_pandas()
-            return rows
+            if not tables.exists(ledger):
+                return LEDGER.schema.empty_table().to_pandas()
+            return in_format(tables.read_pandas(ledger, where={"run_id": run_id}), LEDGER, ledger)
 
         # A table of another format is not added to, even where no run asks for its rows.
-        require_format(rows_of("").columns, LEDGER, ledger)
+        rows_of("")
         return cls(read_runs(tables, namespace).sort_values("started_at", ignore_index=True), rows_of)
 
     def finished(self, as_of: pd.Timestamp) -> "pd.Series[Any] | None":

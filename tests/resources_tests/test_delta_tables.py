@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,7 +17,7 @@ from pyspark.sql import DataFrame, SparkSession
 
 from pipeline.errors import StoreError
 from pipeline.spark.files import WrittenFile
-from pipeline.tables import ALL, TableContract
+from pipeline.tables import ALL, Column, TableContract, in_format
 from pipeline.testing.doubles import FailingTables, MemoryTables
 from resources.delta_tables import DeltaTables, contract_metadata
 
@@ -336,3 +337,23 @@ def test_a_contract_is_shown_whole(contract: TableContract) -> None:
     assert [column.name for column in shown("dagster/column_schema").columns] == contract.schema.names
     assert all(column.description for column in shown("dagster/column_schema").columns)
     assert (shown("dagster/uri"), shown("fleet/row"), shown("fleet/format")) == ("/data/t", contract.row, contract.format)
+
+
+def test_a_column_of_a_later_release_joins_a_table_and_is_null_in_its_older_rows(any_tables: Any) -> None:
+    location = any_tables.location("fleet", "ledger")
+    any_tables.write_arrow([rows(1)], SCHEMA, location, mode="append")
+    wider = SCHEMA.append(pa.field("since", pa.string()))
+    newer = rows(2).append_column("since", pa.array(["now"]))
+    any_tables.write_arrow([newer], wider, location, mode="append")
+    read = any_tables.read_arrow(location).sort_by("x")
+    assert read.column("since").to_pylist() == [None, "now"]
+    assert read.column("x").to_pylist() == [1, 2]
+
+
+def test_rows_of_an_earlier_release_have_late_columns_as_null_and_no_other_column_may_lack() -> None:
+    columns = (Column("x", pa.int64(), "a number"), Column("since", pa.string(), "came later", is_late=True))
+    contract = TableContract(name="things", row="a thing", key=("x",), columns=columns)
+    found = in_format(pd.DataFrame({"x": [1, 2]}), contract, "somewhere/things")
+    assert found["since"].tolist() == [None, None]
+    with pytest.raises(StoreError, match="somewhere/things was written by an earlier version: it has no column x"):
+        in_format(pd.DataFrame({"since": ["now"]}), contract, "somewhere/things")
