@@ -1,8 +1,9 @@
 """`<fleet>/models`: grouped training; boosters, holdout and one ledger row per group."""
 
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import get_args
+from typing import Any, get_args
 
 import dagster as dg
 import pandas as pd
@@ -11,19 +12,21 @@ from assets.link import link_key, link_settings, png, prefixed, readable_failure
 from assets.newest_run import ledger_of, newest_run, waves_of
 from assets.progress import no_progress, progress_lines
 from pipeline.faults import crash_point
+from pipeline.grouping.sampling import SAMPLED_WHOLE
 from pipeline.models.meta_model import PackError, decode_booster
 from pipeline.reporting.plots import plan_plot, training_plot
 from pipeline.reporting.summary import fleet_errors, markdown_table, slowest_groups, status_counts, worst_groups, worthwhile_groups
 from pipeline.spark.fleet_training import Cluster, History, PlannedRun, choose_own, plan_run, train_run
 from pipeline.spec import FleetSpec
 from pipeline.tables import BOOSTERS, LEDGER
-from pipeline.training.outcome import TOO_FEW_ROWS, Status
+from pipeline.training.outcome import NOT_LISTED, TOO_FEW_ROWS, VANISHED, Status
 from resources.delta_tables import DeltaTables, contract_metadata
 from resources.launch_settings import LaunchSettings
 from resources.lease import hold_lease
 from resources.spark_session import SparkSessionResource
 
 CHECKED_BOOSTERS = 200
+MAX_ROWS_SHOWN = 20
 
 
 def models_asset(spec: FleetSpec) -> dg.AssetsDefinition:
@@ -109,6 +112,11 @@ def models_checks(spec: FleetSpec) -> dg.AssetChecksDefinition:
                 "Boosters in the store have the digests and ids that the ledger names (all, or 200 of them).",
                 blocking=True,
             ),
+            check(
+                "every_judged_group_is_measured",
+                "Every held-out row belongs to a group of the ledger, and every group with report rows has its errors.",
+                blocking=True,
+            ),
             check("no_group_failed", "No group ended in an error or killed its process."),
         ],
     )
@@ -120,6 +128,7 @@ def models_checks(spec: FleetSpec) -> dg.AssetChecksDefinition:
             results = [
                 _every_group_has_an_outcome(int(run["n_groups"]), ledger),
                 _boosters_match(tables, tables.location(namespace, BOOSTERS.name), ledger, waves_of(run)),
+                _every_judged_group_is_measured(run, ledger),
                 _no_group_failed(ledger),
             ]
         yield from results
@@ -174,6 +183,34 @@ def _boosters_match(tables: DeltaTables, location: str, ledger: pd.DataFrame, wa
         passed=not absent and not damaged,
         metadata={"boosters": len(wanted), "absent": str(absent[:10]), "damaged": str(damaged[:10])},
     )
+
+
+def _every_judged_group_is_measured(run: "pd.Series[Any]", ledger: pd.DataFrame) -> dg.AssetCheckResult:
+    unknown = json.loads(run["unknown_groups"]) if isinstance(run["unknown_groups"], str) else []
+    unmeasured = _unmeasured_groups(ledger)
+    return dg.AssetCheckResult(
+        check_name="every_judged_group_is_measured",
+        passed=not unknown and not unmeasured,
+        metadata={
+            "unknown_groups": ", ".join(unknown[:MAX_ROWS_SHOWN]) or "none",
+            "unmeasured_groups": ", ".join(unmeasured[:MAX_ROWS_SHOWN]) or "none",
+        },
+    )
+
+
+def _unmeasured_groups(ledger: pd.DataFrame) -> list[str]:
+    """Groups with report rows and no errors on them.
+
+    Some may be without errors for a good reason: rows that an ancestor has not held out are not judged, be it that it kept an
+    older model, that it is so large that it learns from a sample, or that it took its worker down.
+    """
+    pooled = ledger[ledger["grain"] == 0]
+    if ledger["reason"].eq(NOT_LISTED).any() or pooled["status"].eq("crashed").any():
+        return []
+    is_whole = ledger["n_target"] < SAMPLED_WHOLE
+    has_report_rows = (ledger["n_report"].fillna(0) > 0) & ledger["reason"].ne(VANISHED)
+    unmeasured = ledger[is_whole & has_report_rows & ledger["report_rows"].isna()]
+    return [str(group) for group in unmeasured["group_id"]]
 
 
 def _no_group_failed(ledger: pd.DataFrame) -> dg.AssetCheckResult:

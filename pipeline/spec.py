@@ -486,8 +486,8 @@ class FleetSpec(Part):
     @property
     def training_digest(self) -> str:
         """Hash of all that changes what training gives; names and descriptions for people are left out."""
-        left_out: Any = {"description": True, "owners": True, "scoring": True, "sources": True, "pack": True, "tuning": set(BUDGETS)}
-        parts = self.model_dump(mode="json", exclude=left_out)
+        left_out: Any = dict.fromkeys(("baselines", "description", "owners", "pack", "scoring", "sources"), True)
+        parts = self.model_dump(mode="json", exclude={**left_out, "tuning": set(BUDGETS)})
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @model_validator(mode="wrap")

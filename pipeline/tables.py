@@ -94,7 +94,7 @@ RUNS = TableContract(
         Column("finished_at", TIMESTAMP, "when its last table was committed; null while it is not finished"),
         Column("previous_run_id", pa.string(), "newest run finished before it, which it builds on; null for none"),
         Column("request", pa.string(), "JSON: what the launch asked for: retrain, groups, limit_groups"),
-        Column("data_digest", pa.string(), "hash of the visible rows with a target"),
+        Column("data_digest", pa.string(), "hash of the visible rows that are learnt from"),
         Column("as_of", TIMESTAMP, "everything known later was hidden from it"),
         Column("tune_start", TIMESTAMP, "fit rows lie before"),
         Column("report_start", TIMESTAMP, "report rows lie at or after"),
@@ -113,6 +113,12 @@ RUNS = TableContract(
         ),
         Column("versions", pa.string(), "JSON: Python and library versions"),
         Column("waves", pa.string(), "JSON: names of the waves whose boosters and holdout rows the run's ledger refers to"),
+        Column(
+            "unknown_groups",
+            pa.string(),
+            "JSON: up to 20 groups of held-out rows that the ledger does not know; [] unless a key was read in two ways",
+            is_late=True,
+        ),
     ),
 )
 
@@ -136,14 +142,15 @@ LEDGER = TableContract(
         Column(
             "reason",
             pa.string(),
-            "why it has no model: too_few_rows, no_target, constant_target, infinite_target, unknown_class, pooling_none, error, timeout, "
+            "why it has no model: too_few_rows, no_target (or no weight), constant_target, infinite_target, unknown_class, "
+            "pooling_none, error, timeout, "
             "native_crash; or why it kept an old one: not_listed, vanished",
         ),
         Column("error_class", pa.string(), "class of the exception of a failed group; how the process of a crashed one ended"),
         Column("error_message", pa.string(), "its message"),
         Column("booster_id", pa.string(), "hash of the served booster; null without one"),
         Column("n_rows", pa.int64(), "visible rows"),
-        Column("n_target", pa.int64(), "visible rows with a target"),
+        Column("n_target", pa.int64(), "visible rows with a target; those of weight 0 count nowhere, here and below"),
         Column("n_fit", pa.int64(), "rows to fit on"),
         Column("n_tune", pa.int64(), "rows to tune on"),
         Column("n_report", pa.int64(), "rows to report on"),
@@ -152,6 +159,13 @@ LEDGER = TableContract(
         Column("n_pruned", pa.int64(), "of those given up early"),
         Column("n_rounds", pa.int64(), "boosting rounds of the served booster"),
         Column("parameters", pa.string(), "JSON: LightGBM parameters chosen"),
+        Column(
+            "cross_selection",
+            pa.string(),
+            "JSON: parameters and rounds that did best on the earlier and on the later half of the tune rows, and the time that cuts them; "
+            "a refit predicts the tune rows of one half with the winner of the other",
+            is_late=True,
+        ),
         Column("stopped_by", pa.string(), "what stopped the study: max_trials, patience, timeout"),
         Column("fingerprint", pa.string(), "hash of all that the booster was made from"),
         Column("started_from", pa.string(), "JSON: parameters tried first, or refitted"),
@@ -163,35 +177,38 @@ LEDGER = TableContract(
         Column(
             "tune_own",
             pa.float64(),
-            "RMSE of the own model on tune rows, cross-selected, link space (probabilities for classes; weighed as the blend is)",
+            "RMSE of the own model on tune rows, cross-selected, link space (probabilities for classes); weighted, as the five that follow",
         ),
         Column("tune_parent", pa.float64(), "RMSE of the parent's answer on tune rows, link space"),
         Column("report_own", pa.float64(), "RMSE of the own model on report rows, link space"),
         Column("report_parent", pa.float64(), "RMSE of the parent's answer on report rows, link space"),
         Column("report_blend", pa.float64(), "RMSE of the group's answer on report rows, link space"),
         Column("report_constant", pa.float64(), "RMSE of the fleet's constant on report rows, link space"),
-        Column("report_rows", pa.int64(), "report rows with a valid target"),
-        Column("rmse", pa.float64(), "RMSE of the fleet's answers on report rows, target units; null for classes"),
-        Column("mae", pa.float64(), "mean absolute error on report rows, target units"),
-        Column("mape", pa.float64(), "mean absolute percentage error on report rows with a target other than 0, percent"),
-        Column("pooled_rmse", pa.float64(), "RMSE of the pooled model alone, target units"),
-        Column("pooled_mape", pa.float64(), "MAPE of the pooled model alone, percent"),
+        Column("report_rows", pa.int64(), "report rows with a valid target and a weight above 0"),
+        Column(
+            "rmse", pa.float64(), "RMSE of the fleet's answers on report rows, target units, each row alike whatever its weight; null for classes"
+        ),
+        Column("mae", pa.float64(), "mean absolute error on report rows, target units, each row alike"),
+        Column("mape", pa.float64(), "mean absolute percentage error on report rows with a target other than 0, percent, each row alike"),
+        Column("pooled_rmse", pa.float64(), "RMSE of the pooled model alone, target units, each row alike"),
+        Column("pooled_mape", pa.float64(), "MAPE of the pooled model alone, percent, each row alike"),
         Column(
             "baselines",
             pa.string(),
-            "JSON: per baseline its rows (n), rmse and mape (for classes log_loss and accuracy), and the fleet's own on the same rows",
+            "JSON: per baseline its rows (n), rmse and mape (for classes log_loss and accuracy), and the fleet's own on the same rows; "
+            "each row alike",
         ),
         Column(
             "metrics",
             pa.string(),
             "JSON: errors on report rows of fleet, pooled, constant and each baseline, target units: rmse, mae, mape (percent), pinball (quantile), "
-            "deviance (poisson, tweedie); for classes log_loss, brier, accuracy",
+            "deviance (poisson, tweedie); for classes log_loss, brier, accuracy; each row alike",
         ),
         Column(
             "intervals",
             pa.string(),
             'JSON: half width of the prediction interval per level, e.g. {"0.8": 1.5, "0.95": 2.4}, link space over scale; null leaves a level, or '
-            "all of them, to the parent",
+            "all of them, to the parent; each row alike",
         ),
         Column("seconds", pa.float64(), "seconds inside train_group; null for a group that was not trained in this run"),
         Column("lightgbm_seconds", pa.float64(), "of those inside LightGBM"),
@@ -241,7 +258,6 @@ HOLDOUT = TableContract(
         Column("weight", pa.float64(), "row weight"),
         Column("prediction", pa.float64(), "link space, less offset, over scale; for classes a probability; null if the group has no model"),
         Column("group_ids", pa.list_(pa.string()), "the row's group in each grain"),
-        Column("baselines", pa.list_(pa.float64()), "the baselines' predictions, target units (for classes probabilities), in the spec's order"),
     ),
 )
 

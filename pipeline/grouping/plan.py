@@ -14,7 +14,7 @@ from pipeline.errors import DataError
 from pipeline.grouping.fingerprints import fingerprint
 from pipeline.grouping.periods import Period
 from pipeline.training.outcome import NO_TARGET, NOT_LISTED, NOT_POOLED, TOO_FEW_ROWS, VANISHED, WITH_BOOSTER
-from pipeline.training.start import Start
+from pipeline.training.start import CrossSelection, Start
 
 Retrain = Literal["changed", "stale", "listed", "all"]
 GroupKey = tuple[int, str]
@@ -22,8 +22,8 @@ GroupKey = tuple[int, str]
 TASK_SECONDS = 3.0
 # The last task of a slot in parts: as one, it would leave the other slots idle where the guesses were wrong.
 LAST_SHARES, MIN_TASKS_BEFORE_LAST = [0.5, 0.25, 0.25], 3
-# Fits of a group besides its trials: on fit rows (a refit only), on fit and tune rows, on all rows.
-_REFITS, _REFRESH_FITS = 2, 3
+# Fits of a group besides its trials: on fit rows (a refit only, for each half of the tune rows), on fit and tune rows, on all.
+_REFITS, _REFRESH_FITS = 2, 4
 # A cost model is learnt from at least so many groups.
 _LEARNT_FROM = 8
 
@@ -292,8 +292,14 @@ def _reason_to_inherit(group: Mapping[Any, Any], policy: Policy, finest: int) ->
 
 
 def _is_unchanged(row: Mapping[str, Any], rows_hash: str, shared: str) -> bool:
-    """Whether the group would be trained from just what it was trained from."""
-    return isinstance(row["started_from"], str) and row["fingerprint"] == fingerprint(rows_hash, shared, row["started_from"])
+    """Whether the group would be trained from just what it was trained from.
+
+    Refits of an earlier release predicted the tune rows that had chosen them: their weights are wrong, and they are made again.
+    """
+    started_from = row["started_from"]
+    if not isinstance(started_from, str) or Start.from_json(started_from).predicts_what_chose_it:
+        return False
+    return bool(row["fingerprint"] == fingerprint(rows_hash, shared, started_from))
 
 
 def _may_be_reused(row: Mapping[str, Any], rows_hash: str, shared: str, policy: Policy) -> bool:
@@ -313,8 +319,11 @@ def _start(group: Mapping[Any, Any], memory: Memory, policy: Policy, *, judge: b
         return Start(judge=True)
     keys = (int(group["grain"]), str(group["group_id"])), (int(group["grain"]) - 1, str(group["parent_id"]))
     own, parent = (row if row is not None and row["status"] in WITH_BOOSTER else None for row in map(memory.before.get, keys))
-    if own is not None and memory.same_spec and policy.retrain in ("changed", "stale") and _was_tuned_lately(own, policy):
-        return Start(refit=json.loads(own["parameters"]), n_rounds=int(own["n_rounds"]))
+    # Without the winners of both halves, as in a ledger of an earlier release, tune rows would be predicted by what they chose.
+    is_refittable = own is not None and memory.same_spec and own.get("cross_selection") is not None
+    if own is not None and is_refittable and policy.retrain in ("changed", "stale") and _was_tuned_lately(own, policy):
+        cross = CrossSelection.from_json(own["cross_selection"])
+        return Start(refit=json.loads(own["parameters"]), n_rounds=int(own["n_rounds"]), cross=cross)
     return Start(trials=tuple(json.loads(row["parameters"]) for row in (own, parent) if row is not None), max_trials=policy.max_trials)
 
 

@@ -195,7 +195,6 @@ def _fitted(shop: _Workshop, side: Side, keys: Collection[Key], bases: DataFrame
         goal=learning_goal(spec, len(side.spec["classes"])),
         target=spec.target.column,
         weight=spec.target.weight,
-        baselines=(),
         tuning=spec.tuning,
         cutoffs=contest.cutoffs,
         threads=shop.threads,

@@ -14,7 +14,7 @@ from pyspark.sql import functions as sf
 from pipeline.grouping.splits import REPORT, TUNE, Cutoffs
 from pipeline.spark.keys import finite, inverse_link_column, link_column, moment_column
 from pipeline.spark.measures import baseline_measures, row_errors, row_means, row_measures, shown_measures
-from pipeline.spec import QUANTILE, WAYS, FleetSpec
+from pipeline.spec import MULTICLASS, QUANTILE, WAYS, FleetSpec
 from pipeline.training.blend import N_BLOCKS, Constants, GroupSkill, Moments
 
 # An interval from n rows contains up to 1 / (n + 1) more answers than it should: from here on about 3 in 100 at most.
@@ -42,7 +42,7 @@ def judged_rows(holdout: DataFrame, spec: FleetSpec, cutoffs: Cutoffs, constants
         Beside the columns of the holdout: p0, p1, ... (the grains' predictions), residual (the target as models see it), block
         (stretch of the tune split), blend_weight (the row's weight where the blend is learnt).
     """
-    shared = ("time", "actual", "offset", "scale", "group_ids", "baselines")
+    shared = ("time", "actual", "offset", "scale", "group_ids")
     predictions = [sf.max(sf.when(sf.col("grain") == grain, sf.col("prediction"))).alias(f"p{grain}") for grain in range(len(spec.grains))]
     # In a coarse group's sample a row weighs more, as it stands for others.
     weight = sf.max("weight").alias("weight")
@@ -51,7 +51,8 @@ def judged_rows(holdout: DataFrame, spec: FleetSpec, cutoffs: Cutoffs, constants
     # Out-of-fold predictions of fit rows are for children to correct. A group that kept an older model was held out at older dates:
     # what chose its parameters then may not report on it now.
     is_honest = sf.col("split").isin(TUNE, REPORT) & ~((sf.col("split") == TUNE) & (now == REPORT))
-    held_out = holdout.where(is_honest & now.isNotNull()).withColumn("split", now)
+    counts = now.isNotNull() & (sf.col("weight") > 0)  # an earlier release held out rows of weight 0, too
+    held_out = holdout.where(is_honest & counts).withColumn("split", now)
     wide = held_out.groupBy("row_key", "split", "class_name").agg(*(sf.first(name).alias(name) for name in shared), weight, *predictions)
     linked = link_column(sf.col("actual"), spec.target.transform)
     start, end = tune_start.cast("double"), report_start.cast("double")
@@ -117,6 +118,7 @@ def measure_groups(
     constants: Constants,
     has_model: Sequence[set[str]],
     classes: Sequence[str],
+    rows: DataFrame,
 ) -> pd.DataFrame:
     """Every group's errors on report rows in target units, of the fleet, the pooled model, the constant and the baselines; one Spark job.
 
@@ -128,6 +130,7 @@ def measure_groups(
         constants: what answers without a model.
         has_model: per grain the groups that were trained.
         classes: of the target, in order; empty for regression.
+        rows: rows of the feature table, which the baselines are read from: they may be declared after a group was trained.
 
     Returns:
         One row per group with report rows: grain, group_id, report_rows, and the ledger's rmse, mae, mape, pooled_rmse, pooled_mape,
@@ -149,6 +152,7 @@ def measure_groups(
         return inverse_link_column(linked, spec.target.transform)
 
     titles = list(spec.all_baselines)
+    report = report.join(_baseline_answers(rows, spec), "row_key", "left") if titles else report
     ways = [*WAYS, *(f"b{number}" for number in range(len(titles)))]
     answered = report.select(
         "row_key",
@@ -158,16 +162,30 @@ def measure_groups(
         answer(residual_answer).alias("fleet"),
         answer(sf.coalesce(sf.col("p0"), constant)).alias("pooled"),
         answer(constant).alias("constant"),
-        *(finite(sf.col("baselines")[number]).alias(f"b{number}") for number in range(len(titles))),
+        *(_baseline_answer(spec, number).alias(f"b{number}") for number in range(len(titles))),
         sf.when(anchored, sf.abs(sf.col("residual") - residual_answer)).alias("miss"),
     )
-    rows = row_errors(answered, spec, ways, classes)
-    groups = rows.select("*", sf.posexplode("group_ids").alias("grain", "group_id")).groupBy("grain", "group_id")
+    errors = row_errors(answered, spec, ways, classes)
+    groups = errors.select("*", sf.posexplode("group_ids").alias("grain", "group_id")).groupBy("grain", "group_id")
     measured = groups.agg(sf.count("*").alias("report_rows"), *row_means(spec, ways), *baseline_measures(spec, len(titles)))
     if not spec.is_class_task:
-        misses = rows.select("miss", sf.posexplode("group_ids").alias("grain", "group_id"))
+        misses = errors.select("miss", sf.posexplode("group_ids").alias("grain", "group_id"))
         measured = measured.join(half_widths(misses, spec.scoring.levels), ["grain", "group_id"], "left")
     return _as_ledger(measured.toPandas(), spec, titles)
+
+
+def _baseline_answers(rows: DataFrame, spec: FleetSpec) -> DataFrame:
+    """What the fleet's baselines say of each row: row_key, and _b0, _b1, ... in the order in which they are declared."""
+    columns = [sf.col(f"`{name}`").alias(f"_b{number}") for number, name in enumerate(spec.all_baselines.values())]
+    return rows.select("row_key", *columns)
+
+
+def _baseline_answer(spec: FleetSpec, number: int) -> Column:
+    """A baseline's answer in target units; for classes the probability that it gives to the row's class, null without an answer."""
+    value = sf.col(f"_b{number}")
+    if spec.task == MULTICLASS:
+        return (value.cast("string") == sf.col("class_name")).cast("double")
+    return finite(value.try_cast("double"))
 
 
 def half_widths(misses: DataFrame, levels: Sequence[float]) -> DataFrame:

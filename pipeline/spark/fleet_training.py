@@ -47,7 +47,7 @@ from pipeline.models.pack import model_spec
 from pipeline.spark.evaluation import judged_rows, measure_groups, nearest_predictions, sum_moments
 from pipeline.spark.features import newest_known, newest_time
 from pipeline.spark.files import read_files
-from pipeline.spark.keys import link_column
+from pipeline.spark.keys import link_column, moment_column
 from pipeline.spark.training import (
     Progress,
     Report,
@@ -64,7 +64,7 @@ from pipeline.spark.training import (
 )
 from pipeline.spec import FleetSpec
 from pipeline.store import Tables
-from pipeline.tables import BOOSTERS, HOLDOUT, LEDGER, RUNS, in_format, records
+from pipeline.tables import BOOSTERS, HOLDOUT, LEDGER, RUNS, TableContract, in_format, records
 from pipeline.training.blend import STANDARD_ERRORS, Constants, GroupSkill, learn_blend
 from pipeline.training.objective import learning_goal
 from pipeline.training.outcome import ERROR, NATIVE_CRASH, WITH_BOOSTER
@@ -77,6 +77,8 @@ WAVES_AT_ONCE = 2
 FIRST_PASS_TRIALS = 1
 # Groups that `own: auto` tries both forms on.
 PILOT_GROUPS = 30
+# Group ids that a run's row names where held-out rows belong to groups that the ledger does not know.
+MAX_UNKNOWN_GROUPS = 20
 # What a row of an earlier run's ledger gives to a group that is reused.
 _TAKEN_OVER = (
     "booster_id",
@@ -88,6 +90,7 @@ _TAKEN_OVER = (
     "n_pruned",
     "n_rounds",
     "parameters",
+    "cross_selection",
     "stopped_by",
     "tune_loss",
     "source_run_id",
@@ -156,6 +159,11 @@ class PlannedRun:
     must_choose: bool = False
 
 
+def _no_rows(contract: TableContract) -> pd.DataFrame:
+    rows: pd.DataFrame = contract.schema.empty_table().to_pandas()
+    return rows
+
+
 def read_runs(tables: Tables, namespace: str) -> pd.DataFrame:
     """The rows of `tables.RUNS`, finished or not; none where there is no table yet.
 
@@ -164,7 +172,7 @@ def read_runs(tables: Tables, namespace: str) -> pd.DataFrame:
     """
     location = tables.location(namespace, RUNS.name)
     if not tables.exists(location):
-        return RUNS.schema.empty_table().to_pandas()
+        return _no_rows(RUNS)
     return in_format(tables.read_pandas(location), RUNS, location)
 
 
@@ -191,7 +199,7 @@ class History:
 
         def rows_of(run_id: str) -> pd.DataFrame:
             if not tables.exists(ledger):
-                return LEDGER.schema.empty_table().to_pandas()
+                return _no_rows(LEDGER)
             return in_format(tables.read_pandas(ledger, where={"run_id": run_id}), LEDGER, ledger)
 
         # A table of another format is not added to, even where no run asks for its rows.
@@ -253,7 +261,6 @@ def plan_run(
         goal=learning_goal(spec, len(classes)),
         target=spec.target.column,
         weight=spec.target.weight,
-        baselines=tuple(spec.all_baselines.values()),
         tuning=tuning,
         cutoffs=cutoffs,
         threads=threads,
@@ -263,7 +270,7 @@ def plan_run(
     shared = shared_digest(settings.model, settings.goal, tuning, cutoffs, spec.target.weight)
     digest = hashlib.sha256(f"{pooled_hash}\n{shared}\n{moment}".encode()).hexdigest()
     resumed = next((run for run in reversed(records(open_runs)) if _is_same(run, request, spec, digest, previous_run_id)), None)
-    ledger_before = LEDGER.schema.empty_table().to_pandas() if before is None else history.ledger(str(before["run_id"]))
+    ledger_before = _no_rows(LEDGER) if before is None else history.ledger(str(before["run_id"]))
     others = [history.ledger(str(run["run_id"])) for run in records(open_runs) if resumed is None or run["run_id"] != resumed["run_id"]]
     memory = Memory(
         kept={} if resumed is None else _by_group(history.ledger(str(resumed["run_id"]))),
@@ -379,11 +386,12 @@ def train_run(
     crash_point("waves_finished")
     rows = _ledger_rows(run, spec, outcomes)
     waves = sorted({str(row["wave"]) for row in rows if isinstance(row["wave"], str)})
-    ledger = _judged(cluster.spark, tables, namespace, run, spec, rows)
+    ledger, unknown_groups = _judged(cluster.spark, tables, namespace, run, spec, rows)
     crash_point("blend_learnt")
     commits.replace_run(LEDGER, pa.Table.from_pandas(ledger, schema=LEDGER.schema, preserve_index=False))
     crash_point("ledger_committed")
     finished = {**pinned, "finished_at": pd.Timestamp.now(tz="UTC"), "waves": json.dumps(waves), "n_groups": len(ledger)}
+    finished["unknown_groups"] = json.dumps(unknown_groups, ensure_ascii=False)
     commits.replace_run(RUNS, pa.Table.from_pylist([finished], schema=RUNS.schema))
     crash_point("run_committed")
     return ledger
@@ -686,21 +694,37 @@ def _source(memory: Memory, key: GroupKey, wanted: str) -> Mapping[str, Any]:
     return before if before is not None and before["fingerprint"] == wanted else memory.unfinished[key]
 
 
-def _judged(spark: SparkSession, tables: Tables, namespace: str, run: PlannedRun, spec: FleetSpec, rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """The ledger: the rows with their weights and errors, from the held-out predictions of whichever run trained each group."""
-    has_model = groups_with_model(rows, len(spec.grains))
+def _judged(
+    spark: SparkSession,
+    tables: Tables,
+    namespace: str,
+    run: PlannedRun,
+    spec: FleetSpec,
+    ledger_rows: list[dict[str, Any]],
+) -> tuple[pd.DataFrame, list[str]]:
+    """The ledger, and the groups of held-out rows that it does not know.
+
+    Weights and errors come from the held-out predictions of whichever run trained each group. A group that the ledger does not
+    know is a key that was read in two ways: its rows would count for nobody.
+    """
+    has_model = groups_with_model(ledger_rows, len(spec.grains))
     skills: Mapping[GroupKey, GroupSkill] = {}
     measures = pd.DataFrame(columns=["grain", "group_id"])
     classes = run.settings.model["classes"]
-    held_out = held_out_rows(spark, tables, tables.location(namespace, HOLDOUT.name), rows)
+    held_out = held_out_rows(spark, tables, tables.location(namespace, HOLDOUT.name), ledger_rows)
     if held_out is not None:
         judged = judged_rows(held_out, spec, run.cutoffs, run.constants, has_model).persist()
         try:
-            skills = learn_blend(sum_moments(judged, len(spec.grains), run.constants, classes), has_model, run.constants[0], spec.pooling)
-            measures = measure_groups(spark, judged, spec, skills, run.constants, has_model, classes)
+            moments = sum_moments(judged, len(spec.grains), run.constants, classes)
+            skills = learn_blend(moments, has_model, run.constants[0], spec.pooling)
+            rows = run.rows.where(sf.col("time") >= moment_column(run.cutoffs.report_start))
+            measures = measure_groups(spark, judged, spec, skills, run.constants, has_model, classes, rows)
         finally:
             judged.unpersist()
-    return build_ledger(rows, spec, skills, measures)
+    known = {(int(row["grain"]), str(row["group_id"])) for row in ledger_rows}
+    judged_groups = {*skills, *_by_group(measures)}
+    unknown = sorted({group for grain, group in judged_groups - known})
+    return build_ledger(ledger_rows, spec, skills, measures), unknown[:MAX_UNKNOWN_GROUPS]
 
 
 def groups_with_model(rows: Iterable[Mapping[str, Any]], n_grains: int) -> list[set[str]]:
@@ -772,6 +796,7 @@ def manifest(run: PlannedRun, spec: FleetSpec, *, started_at: pd.Timestamp, feat
         "model_spec": json.dumps(run.settings.model, ensure_ascii=False),
         "versions": json.dumps(versions),
         "waves": None,
+        "unknown_groups": None,
     }
 
 

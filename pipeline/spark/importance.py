@@ -16,10 +16,11 @@ from pipeline.models.meta_model import grain_name, load_booster
 from pipeline.spark.files import FileWriter, file_json, file_of_json
 from pipeline.spark.fleet_training import read_runs
 from pipeline.spark.keys import finite
-from pipeline.spark.training import grain_column, keep_imports, limited_rows, visible_rows, without_adaptive_execution
+from pipeline.spark.training import grain_column, has_weight, keep_imports, limited_rows, visible_rows, without_adaptive_execution
 from pipeline.spec import FleetSpec
 from pipeline.store import Tables
 from pipeline.tables import BOOSTERS, IMPORTANCE
+from pipeline.training.worker import rows_in_pandas
 
 GROUP = ["grain", "group_id"]
 # Rows of the table or, where a group could not be looked at, why.
@@ -73,7 +74,8 @@ def write_importance(
         parts.append(same.withColumn("error", sf.lit(None).cast("string")).select(_LOOKED_AT.names))
     if len(wanted):
         as_of = pd.Timestamp(run["as_of"]).tz_convert(None)
-        rows = limited_rows(visible_rows(features, as_of), spec, json.loads(str(run["request"]))["limit_groups"])
+        visible = visible_rows(features, as_of).where(has_weight(spec))
+        rows = limited_rows(visible, spec, json.loads(str(run["request"]))["limit_groups"])
         store = tables.location(namespace, BOOSTERS.name)
         boosters = tables.read_spark(spark, store, partitions={"wave": sorted(set(wanted["wave"]))})
         parts.append(look_at_groups(rows, boosters, wanted, spec, model, run_id=run_id, where=store))
@@ -136,7 +138,7 @@ def look_at_groups(
             if not boosters_of_group.num_rows:
                 raise LookupError(f"{where} lacks the booster that the ledger names; train again")  # noqa: TRY301 - told as any other
             booster = boosters_of_group.slice(0, 1).to_pylist()[0]
-            sample = rows_of_group.sort_by("_place").to_pandas()
+            sample = rows_in_pandas(rows_of_group.sort_by("_place"), kept)
             found = group_importance(load_booster(booster, where), sample, kept).assign(**told, booster_id=booster["booster_id"], error=None)
             return pa.Table.from_pandas(found, schema=_LOOKED_AT, preserve_index=False)
         except Exception as error:  # noqa: BLE001 - one group ends nothing but itself

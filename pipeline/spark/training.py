@@ -93,7 +93,7 @@ def count_classes(rows: DataFrame, spec: FleetSpec, cutoffs: Cutoffs) -> dict[st
     if not spec.is_class_task:
         return {}
     column = sf.col(f"`{spec.target.column}`").cast("string")
-    counted = rows.where((_split_column(cutoffs) == FIT) & column.isNotNull()).groupBy(column.alias("class_name")).count()
+    counted = rows.where((_split_column(cutoffs) == FIT) & is_learnt_from(spec)).groupBy(column.alias("class_name")).count()
     declared = spec.target.classes
     if declared is not None:
         there = {row["class_name"]: int(row["count"]) for row in counted.where(sf.col("class_name").isin(list(declared))).collect()}
@@ -136,16 +136,15 @@ def count_groups(
     offset = finite(sf.col(f"`{target.offset}`")) if target.offset else sf.lit(0.0)
     scale = finite(sf.col(f"`{target.scale}`")) if target.scale else sf.lit(1.0)
     residual = finite((linked - offset) / sf.when(scale > 0, scale))
-    # As the trainer counts: rows of no weight teach nothing.
-    weighs = finite(sf.col(f"`{target.weight}`")) > 0 if target.weight else sf.lit(True)
-    known = _has_target(spec)
+    known = is_learnt_from(spec)
+    weight = finite(sf.col(f"`{target.weight}`")) if target.weight else sf.lit(1.0)
     narrow = _with_category_numbers(rows, categories).select(
         grain_column(spec).alias("_level"),
-        weighs.alias("_weighs"),
+        sf.when(known, weight).alias("_weight"),
         _split_column(cutoffs).alias("_split"),
         known.alias("_known"),
-        linked.alias("_linked"),
-        residual.alias("_residual"),
+        sf.when(known, linked).alias("_linked"),
+        sf.when(known, residual).alias("_residual"),
         sf.when(known, _row_hash(spec)).alias("_row_hash"),
         group_id_column(spec.finest).alias("_finest"),
         *(mask.alias(f"_nulls{number}") for number, mask in enumerate(_null_masks(spec))),
@@ -159,11 +158,15 @@ def count_groups(
     def rows_where(condition: Column, name: str) -> Column:
         return sf.sum(condition.cast("long")).alias(name)
 
-    usable = sf.col("_residual").isNotNull() & sf.coalesce(sf.col("_weighs"), sf.lit(False))
+    usable = sf.col("_residual").isNotNull()
     fit, is_pooled = sf.col("_split") == FIT, sf.col("_level.grain") == 0
 
     def middle(values: Column) -> Column:
-        return sf.percentile_approx(values, spec.alpha or 0.5, 10_000) if spec.objective == QUANTILE else sf.avg(values)
+        if spec.objective == QUANTILE:
+            return sf.percentile_approx(values, spec.alpha or 0.5, 10_000)
+        if not target.weight:
+            return sf.avg(values)
+        return sf.sum(sf.col("_weight") * values) / sf.sum(sf.when(values.isNotNull(), sf.col("_weight")))
 
     counted = narrow.groupBy("_level.grain", "_level.group_id").agg(
         sf.first("_level.parent_id").alias("parent_id"),
@@ -236,27 +239,29 @@ def _row_hash(spec: FleetSpec) -> Column:
         sf.coalesce(sf.col(f"`_number_{name}`"), sf.lit(-1)) if name in spec.features.categoricals else number(name, "float")
         for name in spec.feature_columns
     ]
-    # A baseline of a class task is text.
-    texts = set(spec.all_baselines.values()) if spec.is_class_task else set()
-    # In double precision even where they are features, too.
-    used = (spec.target.offset, spec.target.scale, spec.target.weight, *spec.all_baselines.values())
-    exact = [
-        sf.coalesce(sf.col(f"`{name}`").cast("string"), sf.lit("")) if name in texts else number(name, "double")
-        for name in dict.fromkeys(used)
-        if name is not None
-    ]
+    # In double precision even where they are features, too. Baselines are not learnt from, and read when the run is judged.
+    used = (spec.target.offset, spec.target.scale, spec.target.weight)
+    exact = [number(name, "double") for name in dict.fromkeys(used) if name is not None]
     # An infinite target counts as such: it is not null.
     target = sf.col(f"`{spec.target.column}`")
     return sf.xxhash64(sf.lit(len(features)), "row_key", "time", "known_at", target, *features, *exact)
 
 
-def _has_target(spec: FleetSpec) -> Column:
-    """As the trainer sees it: neither null nor NaN."""
+def is_learnt_from(spec: FleetSpec) -> Column:
+    """Whether a row counts, as the trainer sees it: its target is neither null nor NaN, and its weight is above 0."""
     target = sf.col(f"`{spec.target.column}`")
-    if spec.is_class_task:
-        return target.isNotNull()
-    number = target.try_cast("double")
-    return number.isNotNull() & ~sf.isnan(number)
+    has_target = target.isNotNull()
+    if not spec.is_class_task:
+        number = target.try_cast("double")
+        has_target = number.isNotNull() & ~sf.isnan(number)
+    return has_target & has_weight(spec)
+
+
+def has_weight(spec: FleetSpec) -> Column:
+    """Whether a row's weight is above 0: all others count for nothing, anywhere."""
+    if spec.target.weight is None:
+        return sf.lit(True)
+    return sf.coalesce(finite(sf.col(f"`{spec.target.weight}`")) > 0, sf.lit(False))
 
 
 def count_categories(rows: DataFrame, spec: FleetSpec, cutoffs: Cutoffs) -> dict[str, dict[str, int]]:
@@ -265,7 +270,7 @@ def count_categories(rows: DataFrame, spec: FleetSpec, cutoffs: Cutoffs) -> dict
     if not names:
         return {}
     pairs = sf.explode(sf.array(*(sf.struct(sf.lit(name).alias("name"), sf.col(f"`{name}`").cast("string").alias("value")) for name in names)))
-    fit = rows.where((_split_column(cutoffs) == FIT) & _has_target(spec))
+    fit = rows.where((_split_column(cutoffs) == FIT) & is_learnt_from(spec))
     counted = fit.select(pairs.alias("_pair")).where("_pair.value IS NOT NULL").groupBy("_pair.name", "_pair.value").count()
     rank = sf.expr("row_number() OVER (PARTITION BY name ORDER BY count DESC, value)")
     kept = counted.withColumn("_rank", rank).where(sf.col("_rank") <= spec.features.max_categories).collect()
@@ -306,8 +311,10 @@ def placed_rows(spark: SparkSession, rows: DataFrame, spec: FleetSpec, groups: p
     columns = {"grain": "int32", "group_id": "str", "task": "int32", "exponent": "int32"}
     schema = "grain int, group_id string, task int, exponent int"
     where = spark.createDataFrame(groups[list(columns)].astype(columns), schema)
-    needed = list(dict.fromkeys([*spec.finest, *spec.feature_columns, *spec.carried_columns, spec.target.column, "time", "known_at", "row_key"]))
-    known = rows.where(_has_target(spec))
+    target = spec.target
+    learnt = [name for name in (target.column, target.offset, target.scale, target.weight) if name is not None]
+    needed = list(dict.fromkeys([*spec.finest, *spec.feature_columns, *learnt, "time", "known_at", "row_key"]))
+    known = rows.where(is_learnt_from(spec))
     extra: list[str] = []
     if groups["exponent"].any():
         known, extra = _with_rates(known, spec), ["_finest_rows"]

@@ -122,7 +122,6 @@ def training_settings(spec: FleetSpec, rows: pd.DataFrame, *, run_id: str = "run
         goal=learning_goal(spec, len(classes)),
         target=spec.target.column,
         weight=spec.target.weight,
-        baselines=tuple(spec.all_baselines.values()),
         tuning=spec.tuning,
         cutoffs=resolve_cutoffs(spec.splits, newest, newest),
         threads=threads,

@@ -15,7 +15,7 @@ from pipeline.models.boosters import encode_booster
 from pipeline.models.meta_model import CORRECTION, Floats, design_matrix, group_ids, key_text, link, offset_and_scale
 from pipeline.spec import COUNTED, MULTICLASS, TuningSpec
 from pipeline.training.outcome import CONSTANT_TARGET, INFINITE_TARGET, NO_TARGET, NOT_POOLED, TOO_FEW_ROWS, UNKNOWN_CLASS, Outcome
-from pipeline.training.start import Start
+from pipeline.training.start import CrossSelection, Start, Winner
 from pipeline.training.tuner import Clock, Learnable, Study, fit_booster
 
 POOLED = 0
@@ -36,7 +36,6 @@ class TrainingSettings:
         goal: what LightGBM is to learn, as from `objective.learning_goal`.
         target: name of the target column.
         weight: name of the weight column, or None.
-        baselines: columns to beat: in the target's units, the positive class's probability, or for multiclass a class.
         tuning: budget per group.
         cutoffs: the run's dates.
         threads: LightGBM's threads, the same number as `spark.task.cpus`.
@@ -47,7 +46,6 @@ class TrainingSettings:
     goal: Mapping[str, Any]
     target: str
     weight: str | None
-    baselines: tuple[str, ...]
     tuning: TuningSpec
     cutoffs: Cutoffs
     threads: int = 1
@@ -72,11 +70,10 @@ def train_group(frame: pd.DataFrame, grain: int, settings: TrainingSettings, sta
     rows = _prepare(frame, settings)
     split = rows["split"].to_numpy()
     target, usable, weight = rows["_target"].to_numpy(), rows["_usable"].to_numpy(), _weights(rows, settings)
-    counted = usable if weight is None else usable & (weight > 0)
     ledger: dict[str, Any] = {
-        "n_fit": int((counted & (split == FIT)).sum()),
-        "n_tune": int((counted & (split == TUNE)).sum()),
-        "n_report": int((counted & (split == REPORT)).sum()),
+        "n_fit": int((usable & (split == FIT)).sum()),
+        "n_tune": int((usable & (split == TUNE)).sum()),
+        "n_report": int((usable & (split == REPORT)).sum()),
         "n_invalid": int((~rows["_valid"]).sum()),
     }
     is_coarse, has_classes = grain < max(1, len(settings.model["grains"]) - 1), bool(settings.model["classes"])
@@ -104,7 +101,9 @@ def train_group(frame: pd.DataFrame, grain: int, settings: TrainingSettings, sta
     predictions = np.full((len(rows), n_classes) if n_classes else len(rows), np.nan)
     if start.refit is not None:
         parameters, n_rounds = dict(start.refit), start.n_rounds
-        predictions[is_tune] = predicted(fitted_on(is_fit, parameters, n_rounds), is_tune)
+        for winner, chosen in _tune_predictors(start, rows["time"], is_tune):
+            predictions[chosen] = predicted(fitted_on(is_fit, winner.parameters, winner.n_rounds), chosen)
+        cross = start.cross
         found: dict[str, Any] = {"n_trials": 0, "n_pruned": 0}
     else:
         first_block = (rows["time"] < settings.cutoffs.tune_middle).to_numpy()[is_tune]
@@ -112,6 +111,7 @@ def train_group(frame: pd.DataFrame, grain: int, settings: TrainingSettings, sta
         tuned = Study(fit, tune, first_block, categoricals, settings.tuning, settings.threads, goal, start, clock).run()
         parameters, n_rounds = tuned.parameters, tuned.n_rounds
         predictions[is_tune] = tuned.cross_predictions
+        cross = CrossSelection(settings.cutoffs.tune_middle.isoformat(), tuned.earlier, tuned.later)
         found = {"n_trials": tuned.n_trials, "n_pruned": tuned.n_pruned, "stopped_by": tuned.stopped_by, "tune_loss": tuned.tune_loss}
     # Finer groups that correct this one's predictions need one for every row, made without that row.
     is_corrected = is_coarse and settings.model["own"] == CORRECTION
@@ -130,10 +130,27 @@ def train_group(frame: pd.DataFrame, grain: int, settings: TrainingSettings, sta
         "booster_id": booster.booster_id,
         "n_rounds": n_rounds,
         "parameters": json.dumps(parameters, sort_keys=True),
+        "cross_selection": None if cross is None else cross.to_json(),
         "lightgbm_seconds": clock.seconds,
     }
     holdout = _holdout(rows, predictions, settings, every_split=is_corrected)
     return Outcome("trained" if start.refit is None else "refreshed", None, {**ledger, "seconds": time.perf_counter() - started}, booster, holdout)
+
+
+def _tune_predictors(start: Start, time: "pd.Series[Any]", is_tune: npt.NDArray[np.bool_]) -> list[tuple[Winner, npt.NDArray[np.bool_]]]:
+    """Who predicts which tune rows of a refit: never a winner that the row itself helped to choose.
+
+    Tune rows may have moved on since the parameters were chosen, so the halves are cut where they were cut then.
+    """
+    chosen = Winner(start.refit or {}, start.n_rounds)
+    if start.cross is None:
+        return [(chosen, is_tune)]
+    is_before = (time < pd.Timestamp(start.cross.middle)).to_numpy()
+    parts = [
+        (start.cross.predicts_before or chosen, is_tune & is_before),
+        (start.cross.predicts_after or chosen, is_tune & ~is_before),
+    ]
+    return [(winner, rows) for winner, rows in parts if rows.any()]
 
 
 def fit_twin(frame: pd.DataFrame, grain: int, settings: TrainingSettings, start: Start = NO_START) -> Outcome:
@@ -173,10 +190,12 @@ def _prepare(frame: pd.DataFrame, settings: TrainingSettings) -> pd.DataFrame:
     """Rows in a fixed order, with their split and link-space target.
 
     A row is valid if its target is finite and the transform and the objective take it, or it is one of the fleet's classes; usable
-    if it also has an offset and a scale. Null targets are neither here nor there: they are dropped.
+    if it also has an offset and a scale. Rows with a null target, or without a positive weight, are dropped.
     """
     classes = settings.model["classes"]
     known = (frame[settings.target] if classes else pd.to_numeric(frame[settings.target], errors="coerce")).notna().to_numpy()
+    if settings.weight is not None:
+        known &= _row_weights(frame, settings.weight) > 0
     rows = frame[known].sort_values(["time", "row_key"], ignore_index=True)
     if classes:
         values = linked = _class_numbers(rows[settings.target], classes)
@@ -229,9 +248,15 @@ def _weights(rows: pd.DataFrame, settings: TrainingSettings) -> Floats | None:
     rate = rows[RATE].to_numpy(dtype=np.float64) if RATE in rows else None
     if settings.weight is None:
         return None if rate is None else 1.0 / rate
-    weights = pd.to_numeric(rows[settings.weight], errors="coerce").fillna(0.0).clip(lower=0.0).to_numpy(dtype=np.float64)
-    finite: Floats = np.where(np.isfinite(weights), weights, 0.0)
-    return finite if rate is None else finite / rate
+    weights = _row_weights(rows, settings.weight)
+    return weights if rate is None else weights / rate
+
+
+def _row_weights(rows: pd.DataFrame, name: str) -> Floats:
+    """The column of row weights; what is not a finite number above 0 is 0."""
+    weights = pd.to_numeric(rows[name], errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+    found: Floats = np.where(np.isfinite(weights) & (weights > 0), weights, 0.0)
+    return found
 
 
 def _holdout(rows: pd.DataFrame, predictions: Floats, settings: TrainingSettings, *, every_split: bool = False) -> pd.DataFrame:
@@ -240,7 +265,6 @@ def _holdout(rows: pd.DataFrame, predictions: Floats, settings: TrainingSettings
     kept, predicted = rows[judged], predictions[judged]
     ids = np.stack([group_ids(kept, keys) for keys in settings.model["grains"]], axis=1) if len(kept) else np.empty((0, 1), dtype=object)
     weight = _weights(kept, settings)
-    baselines = [kept[name].to_numpy() for name in settings.baselines]
     found = pd.DataFrame(
         {
             "row_key": kept["row_key"].to_numpy(),
@@ -256,26 +280,14 @@ def _holdout(rows: pd.DataFrame, predictions: Floats, settings: TrainingSettings
         }
     )
     if settings.model["task"] != MULTICLASS:
-        return found.assign(baselines=_side_by_side([pd.to_numeric(pd.Series(column)).to_numpy(dtype=np.float64) for column in baselines], len(kept)))
+        return found
     codes = kept["_actual"].to_numpy()
     of_classes = [
         found.assign(
             class_name=name,
             actual=np.where(codes == number, 1.0, 0.0),
             prediction=predicted[:, number] if predicted.ndim > 1 else np.nan,
-            baselines=_side_by_side([_one_hot(column, name) for column in baselines], len(kept)),
         )
         for number, name in enumerate(settings.model["classes"])
     ]
     return pd.concat(of_classes, ignore_index=True)
-
-
-def _one_hot(labels: npt.NDArray[Any], name: str) -> Floats:
-    """1 where the label is this class, 0 where it is another, NaN where there is none."""
-    texts = pd.Series([key_text(label) for label in labels], dtype=object)
-    hot: Floats = np.where(texts.isna(), np.nan, (texts == name).astype(float))
-    return hot
-
-
-def _side_by_side(columns: Sequence[Floats], n_rows: int) -> "pd.Series[Any]":
-    return pd.Series(list(np.column_stack(columns)) if columns else [np.empty(0)] * n_rows, dtype=object)

@@ -22,7 +22,7 @@ from pipeline.training.objective import (
     search_space,
     suggest_parameters,
 )
-from pipeline.training.start import Start
+from pipeline.training.start import Start, Winner
 
 Floats = npt.NDArray[np.float64]
 REPORT_EVERY = 10
@@ -83,6 +83,8 @@ class Tuned:
         tune_loss: its loss on all tune rows: the goal's metric, in link space.
         cross_predictions: per tune row the prediction (for multiclass one per class) of the (trial, round) that did best on the other
             block of tune rows.
+        earlier: the (trial, round) that did best on the first block; None where it has no rows.
+        later: the same of the second block.
         n_trials: trials begun; n_pruned of them were given up early.
         n_pruned: trials given up early.
         stopped_by: max_trials, patience or timeout.
@@ -92,6 +94,8 @@ class Tuned:
     n_rounds: int
     tune_loss: float
     cross_predictions: Floats
+    earlier: Winner | None
+    later: Winner | None
     n_trials: int
     n_pruned: int
     stopped_by: str
@@ -169,7 +173,9 @@ class Study:
         self._best: tuple[Parameters, int, float] | None = None
         self._best_misses: Floats | None = None
         self._since_best = 0
+        self._is_block = [bool(block.any()) for block in (blocks, ~blocks)]
         self._block_best = [np.inf for _ in self._blocks]
+        self._block_winners: list[Winner | None] = [None for _ in self._blocks]
         self._cross = np.zeros((len(tune), *([goal["num_class"]] if "num_class" in goal else [])))
         self._stopped_by = "max_trials"
         self._deadline = time.monotonic() + (tuning.timeout_seconds or np.inf)
@@ -188,7 +194,9 @@ class Study:
         parameters, n_rounds, loss = self._best
         ended = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
         pruned = sum(trial.state == optuna.trial.TrialState.PRUNED for trial in ended)
-        return Tuned(parameters, n_rounds, loss, self._cross, len(ended), pruned, self._stopped_by)
+        winners = iter(self._block_winners)
+        earlier, later = (next(winners) if is_there else None for is_there in self._is_block)
+        return Tuned(parameters, n_rounds, loss, self._cross, earlier, later, len(ended), pruned, self._stopped_by)
 
     def _run_trial(self, trial: optuna.Trial) -> float:
         parameters = suggest_parameters(trial, self._space)
@@ -209,7 +217,7 @@ class Study:
                     self._since_best = 0
                 self._best = parameters, boosting.best_round + 1, boosting.best_loss
                 self._best_misses = misses
-            self._cross_select(booster, np.asarray(boosting.losses))
+            self._cross_select(booster, parameters, np.asarray(boosting.losses))
         return boosting.best_loss
 
     def _misses(self, booster: lgb.Booster, n_rounds: int) -> Floats:
@@ -219,12 +227,13 @@ class Study:
     def _predicted(self, booster: lgb.Booster, matrix: npt.NDArray[np.float32], n_rounds: int) -> Floats:
         return np.asarray(booster.predict(matrix, num_iteration=n_rounds, num_threads=self._fixed["num_threads"]))
 
-    def _cross_select(self, booster: lgb.Booster, losses: Floats) -> None:
+    def _cross_select(self, booster: lgb.Booster, parameters: Parameters, losses: Floats) -> None:
         """Let each block of tune rows be predicted by the (trial, round) that did best on the other block."""
         for number in range(len(self._blocks)):
             best_round = int(losses[:, number].argmin())
             if losses[best_round, number] < self._block_best[number]:
                 self._block_best[number] = float(losses[best_round, number])
+                self._block_winners[number] = Winner(parameters, best_round + 1)
                 others = self._blocks[number - 1]  # with one block, itself
                 self._cross[others] = self._predicted(booster, self._tune.matrix[others], best_round + 1)
 

@@ -69,7 +69,7 @@ class TaskWorker:
         )
         if isinstance(answer, Outcome):
             if grain == POOLED:
-                answer = replace(answer, holdout=_judged_anyway(_frame(rows), self._settings))
+                answer = replace(answer, holdout=_judged_anyway(rows_in_pandas(rows, self._settings.model), self._settings))
             answer = _stream(_outcome_table(answer, grain, group))
         outcome = pa.ipc.open_stream(answer).read_all()
         ledger = {"task": task, **json.loads(outcome["ledger"][0].as_py())}
@@ -82,7 +82,9 @@ class TaskWorker:
     def _answer(self, message: bytes) -> bytes:
         table = pa.ipc.open_stream(message).read_all()
         grain, group = json.loads(table.schema.metadata[b"key"])
-        outcome = train_one(_frame(table), grain, self._settings, Start.from_json(self._starts.get((grain, group), "{}")), self._train)
+        start = Start.from_json(self._starts.get((grain, group), "{}"))
+        frame = rows_in_pandas(table, self._settings.model)
+        outcome = train_one(frame, grain, self._settings, start, self._train)
         return _stream(_outcome_table(outcome, grain, group))
 
 
@@ -97,11 +99,23 @@ def train_one(frame: pd.DataFrame, grain: int, settings: TrainingSettings, start
         return Outcome("failed", ERROR, {"error_class": type(error).__name__, "error_message": message}, None, holdout)
 
 
-def _frame(table: pa.Table) -> pd.DataFrame:
-    """The rows in pandas, times in UTC without a zone."""
+def rows_in_pandas(table: pa.Table, model: Mapping[str, Any]) -> pd.DataFrame:
+    """The rows in pandas: times in UTC without a zone, and integer keys, categories and classes beside nulls as text.
+
+    In pandas an integer beside nulls becomes a float, which above 2^53 is another integer.
+    """
+    keys = {key for grain in model["grains"] for key in grain}
+    labels = {model["target"]["column"]} if model["classes"] else set()
+    named = keys | set(model["categories"]) | labels
     for position, field in enumerate(table.schema):
+        column = table.column(position)
         if pa.types.is_timestamp(field.type) and field.type.tz:
-            table = table.set_column(position, field.name, table.column(position).cast(pa.timestamp("us")))
+            column = column.cast(pa.timestamp("us"))
+        elif field.name in named and pa.types.is_integer(field.type) and column.null_count:
+            column = column.cast(pa.string())
+        else:
+            continue
+        table = table.set_column(position, field.name, column)
     frame: pd.DataFrame = table.replace_schema_metadata().to_pandas()
     return frame
 

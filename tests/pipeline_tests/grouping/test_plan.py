@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pipeline.grouping.fingerprints import fingerprint
 from pipeline.grouping.periods import Period
 from pipeline.grouping.plan import LAST_SHARES, TASK_SECONDS, CostModel, Memory, Policy, TrainingPlan, assign_waves, build_plan, pack_tasks
-from pipeline.training.start import Start
+from pipeline.training.start import CrossSelection, Start, Winner
 
 COUNTS = ["n_rows", "n_target", "n_fit", "n_tune", "n_report"]
 AS_OF = pd.Timestamp("2024-06-01")
@@ -214,6 +214,7 @@ def test_a_plan_speaks_to_people() -> None:
 # What earlier runs left
 
 PARAMETERS = {"learning_rate": 0.03, "num_leaves": 7}
+CROSS = CrossSelection("2024-04-01T00:00:00", Winner({"num_leaves": 5}, 20), Winner({"num_leaves": 7}, 40))
 FIT = (500, 50, 5)
 
 
@@ -230,6 +231,7 @@ def ledger_row(number: str, rows_hash: str, grain: int = 1, start: Start | None 
         "fingerprint": fingerprint(rows_hash, "shared", started_from),
         "parameters": json.dumps(PARAMETERS, sort_keys=True),
         "n_rounds": 31,
+        "cross_selection": CROSS.to_json(),
         "tuned_as_of": pd.Timestamp("2024-05-20", tz="UTC"),
         **changes,
     }
@@ -263,6 +265,7 @@ def test_a_changed_group_tuned_lately_is_refitted_with_its_last_parameters(retra
     found = decided(ledger_row("1", OTHER), retrain=retrain)
     start = Start.from_json(found["started_from"])
     assert (found["action"], start.refit, start.n_rounds, start.trials) == ("refresh", PARAMETERS, 31, ())
+    assert start.cross == CROSS
     assert found["fingerprint"] == fingerprint(SAME, "shared", found["started_from"])
     assert found["cost_seconds"] < decided(None)["cost_seconds"]
 
@@ -283,6 +286,20 @@ def test_a_group_that_is_tuned_again_begins_with_its_own_then_its_parents_parame
     found = decided(ledger_row("1", OTHER), parent=parent, **changes)
     start = Start.from_json(found["started_from"])
     assert (found["action"], start.refit, start.trials) == ("train", None, (PARAMETERS, {"num_leaves": 3}))
+
+
+def test_a_group_tuned_by_an_earlier_release_is_tuned_again_for_no_winners_of_its_halves_are_known() -> None:
+    found = decided(ledger_row("1", OTHER, cross_selection=None))
+    assert (found["action"], Start.from_json(found["started_from"]).trials) == ("train", (PARAMETERS,))
+
+
+def test_a_refit_whose_tune_rows_chose_it_is_not_taken_over() -> None:
+    def unchanged(start: Start) -> Row:
+        row = ledger_row("1", SAME, status="refreshed", started_from=start.to_json())
+        return decided(row | {"fingerprint": fingerprint(SAME, "shared", start.to_json())})
+
+    assert unchanged(Start(refit=PARAMETERS, n_rounds=31))["action"] == "refresh"
+    assert unchanged(Start(refit=PARAMETERS, n_rounds=31, cross=CROSS))["action"] == "reuse"
 
 
 def test_the_day_of_retuning_counts_as_long_ago() -> None:
@@ -416,7 +433,7 @@ def test_costs_are_learnt_from_what_groups_took() -> None:
 def test_refreshed_groups_are_counted_with_their_few_fits() -> None:
     real = CostModel(fit_seconds=0.4, work_seconds=0.003)
     ledger = ledger_of(real, 20, status="refreshed")
-    ledger["seconds"] = real.predict(ledger["n_target"], 10, 3)
+    ledger["seconds"] = real.predict(ledger["n_target"], 10, 4)
     found = CostModel.learnt(pd.concat([ledger, ledger_of(real, 20)]), 10, 7)
     assert (found.fit_seconds, found.work_seconds) == (pytest.approx(0.4), pytest.approx(0.003))
 

@@ -158,6 +158,11 @@ def groups(rows: pd.DataFrame, run: PlannedRun, spec: FleetSpec) -> dict[tuple[i
     return found
 
 
+def counts_for_something(rows: pd.DataFrame) -> "pd.Series[bool]":
+    """Whether a row has a target and a weight above 0."""
+    return rows["y"].notna() & (rows["w"] > 0)
+
+
 def ledger_row(finished: Finished, grain: int, *keys: str | None) -> "pd.Series[Any]":
     ledger = finished.ledger
     found = ledger[(ledger["grain"] == grain) & (ledger["group_id"] == group_id(keys))]
@@ -341,7 +346,7 @@ def test_weights_are_those_learnt_from_the_rows_themselves(finished: Finished, j
     assert len(set(weights)) > 2
 
 
-def test_errors_are_those_of_the_answers(finished: Finished, judged: pd.DataFrame, run: PlannedRun) -> None:
+def test_errors_are_those_of_the_answers(finished: Finished, judged: pd.DataFrame, run: PlannedRun, rows: pd.DataFrame) -> None:
     ledger = finished.ledger
     weights = {(row["grain"], row["group_id"]): row["weight"] for row in ledger.to_dict("records")}
     report = judged[judged["split"] == REPORT].copy()
@@ -360,7 +365,7 @@ def test_errors_are_those_of_the_answers(finished: Finished, judged: pd.DataFram
     report["answer"], report["miss"] = in_target_units(answer), np.abs(report["residual"] - answer)
     report["pooled"] = in_target_units(report["p0"].fillna(run.constants[0]))
     report["constant"] = in_target_units(np.full(len(report), run.constants[0]))
-    report["flat"] = [found[0] for found in report["baselines"]]
+    report["flat"] = report["row_key"].map(rows.set_index("row_key")["guess"])
     for row in ledger[ledger["report_rows"].notna()].to_dict("records"):
         of = report[[ids[row["grain"]] == row["group_id"] for ids in report["group_ids"]]]
         assert row["report_rows"] == len(of)
@@ -401,14 +406,20 @@ def mape(rows: pd.DataFrame, answer: str) -> float:
 def test_constants_are_the_means_of_fit_rows(groups: dict[tuple[int, str], pd.DataFrame], run: PlannedRun) -> None:
     everything = groups[0, "[]"]
     fit = everything[(everything["time"] < run.cutoffs.tune_start) & (everything["known_at"] < run.cutoffs.tune_start)]
+    fit = fit[fit["w"] > 0]
     linked = np.log(fit["y"].where((fit["y"] > 0) & np.isfinite(fit["y"])))
-    assert run.constants == (pytest.approx((linked - fit["level"]).mean()), pytest.approx(linked.mean()), ())
+
+    def mean(values: "pd.Series[float]") -> float:
+        there = values.notna()
+        return float(np.average(values[there], weights=fit.loc[there, "w"]))
+
+    assert run.constants == (pytest.approx(mean(linked - fit["level"])), pytest.approx(mean(linked)), ())
 
 
 def test_categories_are_counted_on_fit_rows_and_limited(run: PlannedRun, spec: FleetSpec, groups: dict[tuple[int, str], pd.DataFrame]) -> None:
     everything = groups[0, "[]"]
     start = run.cutoffs.tune_start
-    fit = everything[(everything["time"] < start) & (everything["known_at"] < start) & everything["y"].notna()]
+    fit = everything[(everything["time"] < start) & (everything["known_at"] < start) & counts_for_something(everything)]
     expected = fit["store"].value_counts().to_dict()
     assert count_categories(run.rows, spec, run.cutoffs) == {"store": expected}
     two = spec.model_copy(update={"features": spec.features.model_copy(update={"max_categories": 2})})
@@ -464,7 +475,7 @@ def test_each_group_is_trained_on_its_rows_from_its_start_in_a_process_beside_th
     assert by_group(seen, "task") == by_group(spread, "task")
     assert by_group(seen, "began") == by_group(spread, "started_from")
     for key, rows in by_group(seen, "rows").items():
-        assert rows == sorted(groups[key].loc[groups[key]["y"].notna(), "row_key"])
+        assert rows == sorted(groups[key].loc[counts_for_something(groups[key]), "row_key"])
     # A process is kept from task to task.
     assert seen["process"].nunique() < 7
     tracker = spark.sparkContext.statusTracker()
@@ -559,7 +570,7 @@ def test_counts_say_whose_child_a_group_is(run: PlannedRun, spec: FleetSpec, gro
         keys: Sequence[Any] = json.loads(row["group_id"])
         assert row["parent_id"] == (group_id(keys[:-1]) if keys else None)
         of = groups[row["grain"], row["group_id"]]
-        assert row["n_target"] == of["y"].notna().sum()
+        assert row["n_target"] == counts_for_something(of).sum()
 
 
 def test_a_fleet_without_any_model_still_judges_its_rows(spark: SparkSession, features: DataFrame, spec: FleetSpec, finished: Finished) -> None:

@@ -36,7 +36,7 @@ CATEGORIES = {"kind": ["a", "b", "c"]}
 CUTOFFS = Cutoffs(*(pd.Timestamp(day) for day in ("2024-01-06", "2024-01-04", "2024-01-05")))
 N_GROUPS, N_ROWS, SLOTS = 100_000, 5, 6
 NUMBERS = ["x", "n", "level", "y", "size", "w", "guess"]
-EXACT = ["level", "size", "w", "guess", "x"]  # offset, scale, weight, baselines
+EXACT = ["level", "size", "w"]  # offset, scale, weight; a baseline is not learnt from
 DAY = 86_400_000_000
 
 
@@ -71,7 +71,8 @@ class Groups:
         others = [self.cells["time"], self.cells["known_at"], pd.factorize(self.cells["row_key"])[0]]
         rows = np.ascontiguousarray(np.column_stack([numbers.view(np.int64), *others]))
         codes = pd.factorize(np.array([row.tobytes() for row in rows], dtype=object))[0]
-        counts = self.is_there & ~np.isnan(target)
+        weight = frame["w"].to_numpy(dtype=np.float64)
+        counts = self.is_there & ~np.isnan(target) & np.isfinite(weight) & (weight > 0)
         return np.sort(np.where(counts, codes, -1).reshape(self.n, SLOTS), axis=1)
 
     def in_spark(self, spark: SparkSession, seed: int) -> DataFrame:

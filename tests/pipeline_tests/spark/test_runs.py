@@ -474,6 +474,53 @@ def test_a_pooled_group_that_crashes_costs_the_others_nothing(fleet: Fleet, firs
     assert (ledger["weight"] > 0).any()
 
 
+def test_a_refreshed_fleet_of_noise_trusts_its_models_no_more_than_a_trained_one(empty: Fleet, rows: pd.DataFrame) -> None:
+    noise = rows.assign(sales=np.random.default_rng(8).normal(100, 10, len(rows)))
+    before = empty.launch(noise, "run-1")
+    after = empty.launch(noise.assign(sales=noise["sales"].where(noise.index % 40 != 0, noise["sales"] + 0.01)), "run-2")
+    assert set(after["status"]) == {"refreshed"}
+    finest = [ledger.loc[ledger["grain"] == 2, "weight"].mean() for ledger in (before, after)]
+    assert finest[1] <= finest[0] + 0.02
+
+
+def test_a_baseline_that_is_declared_later_is_measured_without_any_training(
+    fleet: Fleet, first: tuple[Fleet, pd.DataFrame], rows: pd.DataFrame
+) -> None:
+    # In another order, too: baselines have names.
+    fleet.spec = small_spec(tuning={"checkpoint_seconds": 0.05}, baselines={"price itself": "price", **SPEC.baselines})
+    before, after = first[1], fleet.launch(rows, "run-2")
+    assert set(after["status"]) == {"reused"}
+    for old, new in zip(before["baselines"].map(json.loads), after["baselines"].map(json.loads), strict=True):
+        assert new.pop("price itself")["n"] > 0
+        assert {name: pytest.approx(measures) for name, measures in old.items()} == new
+
+
+def test_rows_of_weight_0_change_no_number(spark: SparkSession, rows: pd.DataFrame, tmp_path: Path) -> None:
+    spec = small_spec(target={"weight": "size"}, tuning={"checkpoint_seconds": 600})
+    sound = rows.assign(size=1.0)
+    junk = sound.assign(sales=1e9, size=0.0, row_key=sound["row_key"] + "?", kind="never sold")
+    ledgers = []
+    for name, frame in (("sound", sound), ("with junk", pd.concat([sound, junk], ignore_index=True))):
+        fleet = Fleet(spark, tmp_path / name, spec)
+        run = fleet.plan(frame, "run")
+        ledgers.append(fleet.train(run))
+        assert run.constants[0] == pytest.approx(sound.loc[sound["time"] < run.cutoffs.tune_start, "sales"].mean())
+    same = [name for name in ledgers[0].columns if name not in ("n_rows", *OF_THE_RUN)]
+    pd.testing.assert_frame_equal(ledgers[0][same], ledgers[1][same])
+
+
+def test_integer_keys_beyond_53_bits_beside_a_null_key_are_exact(empty: Fleet, rows: pd.DataFrame) -> None:
+    numbers = {city: 2**53 + 1 + 2 * number for number, city in enumerate(sorted(set(rows["city"]) - {"oslo"}))}
+    cities = pd.array([numbers.get(city) for city in rows["city"]], dtype="Int64")
+    ledger = empty.launch(rows.assign(city=cities), "run-1")
+    finest = ledger[ledger["grain"] == 2]
+    keys = rows[["region", "city"]].drop_duplicates().itertuples(index=False)
+    assert set(finest["group_id"]) == {group_id([region, numbers.get(city)]) for region, city in keys}
+    assert finest["report_rows"].gt(0).all()
+    assert finest["rmse"].notna().all()
+    assert empty.table("runs")["unknown_groups"].tolist() == ["[]"]
+
+
 # Tables of an earlier release
 
 

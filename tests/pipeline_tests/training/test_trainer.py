@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from typing import Any
 
 import lightgbm as lgb
@@ -11,7 +12,7 @@ from pipeline.grouping.splits import FIT, GAP, REPORT, TUNE
 from pipeline.models.meta_model import decode_booster, design_matrix, group_id
 from pipeline.testing.data import feature_rows, group_rows, small_spec, training_settings, with_classes
 from pipeline.training.outcome import Outcome
-from pipeline.training.start import Start
+from pipeline.training.start import CrossSelection, Start, Winner
 from pipeline.training.trainer import RATE, TrainingSettings, judged_without_model, train_group
 from pipeline.training.tuner import Learnable, fit_booster
 
@@ -260,8 +261,6 @@ def test_holdout_rows_are_every_judged_row_with_its_groups(rows: pd.DataFrame, f
     assert judged["actual"].tolist() == expected["sales"].tolist()
     ids = [["[]", group_id([r]), group_id([r, c])] for r, c in zip(expected["region"], expected["city"], strict=True)]
     assert [list(found) for found in judged["group_ids"]] == ids
-    baselines = np.stack(judged["baselines"].to_list())
-    assert np.array_equal(baselines, expected[["usual_sales", "sales_lag_7"]].to_numpy(float), equal_nan=True)
     assert judged["class_name"].isna().all()
     assert (judged["weight"] == 1).all()
     assert (judged[["offset", "scale"]] == [0.0, 1.0]).all(axis=None)
@@ -327,7 +326,11 @@ def test_rows_of_no_weight_do_not_count(oslo: pd.DataFrame, rows: pd.DataFrame) 
     predictions = [holdout_of(outcome)["prediction"].to_numpy() for outcome in weighted]
     for found in predictions[1:]:
         assert found == pytest.approx(predictions[0], rel=1e-6)
-    assert (holdout_of(weighted[0])["weight"] == 0).any()
+    # Not even as rows that are judged, or that fill a leaf: the group is the one without them.
+    without = train_group(oslo[~light].assign(size=1.0), FINEST, settings)
+    for outcome in weighted:
+        assert timeless(outcome) == timeless(without)
+        pd.testing.assert_frame_equal(holdout_of(outcome), holdout_of(without))
 
 
 def test_weights_change_what_is_learnt(oslo: pd.DataFrame, rows: pd.DataFrame) -> None:
@@ -339,7 +342,7 @@ def test_weights_change_what_is_learnt(oslo: pd.DataFrame, rows: pd.DataFrame) -
 
 def test_a_group_in_which_no_row_has_weight_does_not_end_the_run(oslo: pd.DataFrame, rows: pd.DataFrame) -> None:
     outcome = train_group(oslo.assign(size=0.0), FINEST, settings_with(rows, target={"weight": "size"}))
-    assert (outcome.status, outcome.reason) == ("inherited", "too_few_rows")
+    assert (outcome.status, outcome.reason) == ("inherited", "no_target")
 
 
 def test_categories_are_learnt_from(fleet_settings: TrainingSettings) -> None:
@@ -365,20 +368,41 @@ def test_the_library_trains_with_the_rounds_that_the_study_found(
 
 @pytest.fixture
 def refit(trained: Outcome) -> Start:
-    return Start(refit=json.loads(trained.ledger["parameters"]), n_rounds=trained.ledger["n_rounds"])
+    cross = CrossSelection.from_json(trained.ledger["cross_selection"])
+    return Start(refit=json.loads(trained.ledger["parameters"]), n_rounds=trained.ledger["n_rounds"], cross=cross)
 
 
 def test_a_refitted_group_is_the_one_that_was_tuned_so(oslo: pd.DataFrame, fleet_settings: TrainingSettings, trained: Outcome, refit: Start) -> None:
     found = train_group(oslo, FINEST, fleet_settings, refit)
     assert (found.status, found.reason, found.ledger["n_trials"], found.ledger["n_pruned"]) == ("refreshed", None, 0, 0)
     assert booster_id_of(found) == booster_id_of(trained)
-    for name in ("parameters", "n_rounds", "n_fit", "n_tune", "n_report"):
+    for name in ("parameters", "cross_selection", "n_rounds", "n_fit", "n_tune", "n_report"):
         assert found.ledger[name] == trained.ledger[name]
     assert {"tune_loss", "stopped_by"}.isdisjoint(found.ledger)
     judged, before = holdout_of(found), holdout_of(trained)
     assert judged["prediction"].notna().all()
-    report = judged["split"] == REPORT
-    pd.testing.assert_frame_equal(judged[report], before[report])
+    # Tune rows, too: each is predicted by the winner of the half that it does not lie in.
+    pd.testing.assert_frame_equal(judged, before)
+
+
+def test_a_refit_predicts_each_tune_row_with_what_was_chosen_without_it(oslo: pd.DataFrame, fleet_settings: TrainingSettings, refit: Start) -> None:
+    # Since the halves were cut, the tune rows have moved on: the cut lies early among them.
+    tune_start, report_start = fleet_settings.cutoffs.tune_start, fleet_settings.cutoffs.report_start
+    middle = tune_start + (report_start - tune_start) / 4
+    earlier, later = Winner({**(refit.refit or {}), "num_leaves": 3}, 7), Winner({**(refit.refit or {}), "num_leaves": 5}, 19)
+
+    def tune_rows(cross: CrossSelection) -> pd.DataFrame:
+        judged = holdout_of(train_group(oslo, FINEST, fleet_settings, replace(refit, cross=cross)))
+        return judged[judged["split"] == TUNE]
+
+    both = tune_rows(CrossSelection(middle.isoformat(), earlier, later))
+    # Where one half had no rows, the other half's winner predicts all.
+    only_earlier, only_later = (tune_rows(CrossSelection(middle.isoformat(), *pair)) for pair in ((earlier, None), (None, later)))
+    is_before = both["time"] < middle
+    assert is_before.any()
+    assert not is_before.all()
+    assert (both["prediction"] == only_later["prediction"].where(is_before, only_earlier["prediction"])).all()
+    assert (only_earlier["prediction"] != only_later["prediction"]).any()
 
 
 def test_a_refit_is_deterministic_and_searches_nothing(

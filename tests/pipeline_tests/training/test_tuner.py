@@ -46,9 +46,9 @@ class Recorder:
         self.parameters: list[dict[str, Any]] = []
         select, train = Study._cross_select, lgb.train
 
-        def recorded(study: Study, booster: lgb.Booster, losses: Any) -> None:
+        def recorded(study: Study, booster: lgb.Booster, parameters: Any, losses: Any) -> None:
             self.trials.append((booster, losses.copy()))
-            select(study, booster, losses)
+            select(study, booster, parameters, losses)
 
         def recorded_train(parameters: dict[str, Any], *args: Any, **kwargs: Any) -> lgb.Booster:
             self.parameters.append(parameters)
@@ -116,6 +116,15 @@ def test_each_block_is_predicted_by_the_winner_on_the_other(recorder: Recorder, 
         number, rounds = min(errors, key=lambda key: errors[key])
         expected = recorder.trials[number][0].predict(tune.matrix[own], num_iteration=rounds)
         assert found.cross_predictions[own] == pytest.approx(expected)
+        winner = found.later if own is BLOCKS else found.earlier
+        assert winner is not None
+        assert (winner.n_rounds, winner.parameters.items() <= recorder.parameters[number].items()) == (rounds, True)
+
+
+def test_a_half_without_tune_rows_has_no_winner() -> None:
+    found = studied(blocks=np.zeros(N_TUNE, dtype=bool), max_trials=1)
+    assert found.earlier is None
+    assert found.later is not None
 
 
 def test_a_blocks_own_outcomes_do_not_choose_its_predictions() -> None:
