@@ -25,6 +25,7 @@ from benchmarks.training import (
     incremental,
     makespan_skew,
     overhead_growth,
+    second_run_noise,
     tracking_requests,
 )
 from pipeline.faults import POINTS
@@ -412,6 +413,18 @@ FIGURES = {
             1,
             (Value("", "ratio", "<=", 0.33), Value("native-per-group", "bytes"), Value("stored-per-group", "bytes")),
             pack_bytes,
+        ),
+        Figure(
+            "second-run-noise",
+            "5 fleets of 30 groups of pure noise, second run refreshed: mean weight of own models; error over the pooled model's",
+            3,
+            (
+                Value("", "weight", "<=", 0.02),
+                Value("first-run", "weight"),
+                Value("fleet-over-pooled", "ratio", "<=", 1.0005),
+                Value("worst-fleet-over-pooled", "ratio"),
+            ),
+            second_run_noise,
         ),
         Figure(
             "false-promotions",

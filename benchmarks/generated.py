@@ -17,7 +17,7 @@ from pipeline.spec import FleetSpec, parse_spec
 from pipeline.tables import TIMESTAMP
 
 Floats = npt.NDArray[np.float64]
-Signal = Literal["tuned", "tiny"]
+Signal = Literal["tuned", "tiny", "noise"]
 
 START = pd.Timestamp("2023-01-01")
 # With 30 days to tune and 30 to report, 70 / 15 / 15 % of every group's rows.
@@ -26,6 +26,7 @@ SPLITS: Mapping[str, str] = {"report": "30 days", "tune": "30 days"}
 SPAN_SECONDS = DAYS * 86_400
 TUNINGS: Mapping[str, Mapping[str, Any]] = {
     "tuned": {"max_trials": 20, "patience": 20},
+    "noise": {},
     "tiny": {"max_trials": 1, "patience": 1, "max_rounds": 20, "fit_rows": 20, "tune_rows": 5},
 }
 NOISE = 0.3
@@ -38,14 +39,14 @@ class GeneratedFleet:
 
     A target is a group's level, plus effects of the features that level off (tanh), plus noise. Half of an effect's size is the
     fleet's and half the group's own. Many equally weak smooth effects are what LightGBM's default steps and leaves are too coarse
-    for. A tiny fleet has one straight effect.
+    for. A tiny fleet has one straight effect. A target of noise has neither effects nor levels.
 
     Args:
         n_groups: groups.
         rows_per_group: rows of the mean group; all groups together have exactly n_groups times as many.
         skew: Zipf's exponent s: what groups have above the minimum falls with their rank as rank ** -s; 0 is equal sizes.
         signal: `tuned`, where chosen parameters predict better than default ones, or `tiny`, for what training costs besides
-            learning, best with 70 rows per group.
+            learning, best with 70 rows per group; `noise`, from which there is nothing to learn.
         n_features: features x0, x1, ...
         seed: of all that is random; a group's rows depend on it, the group's number and the group's size only.
         minimum_rows: rows of the smallest group, or rows_per_group where that is less.
@@ -129,6 +130,8 @@ class GeneratedFleet:
         level, own = rng.uniform(5, 15), rng.normal(size=self.n_features)
         features = rng.normal(size=(size, self.n_features))
         noise = NOISE * rng.normal(size=size)
+        if self.signal == "noise":
+            return np.column_stack([features, noise])
         if self.signal == "tiny":
             return np.column_stack([features, level + features[:, 0] + noise])
         shared = np.random.default_rng([self.seed, _FLEET_STREAM]).normal(size=self.n_features)
@@ -204,6 +207,14 @@ def write_features(fleet: GeneratedFleet, location: str | Path, *, n_files: int 
     """
     for number, frame in enumerate([*_frames(fleet, n_files), *([] if late is None else [late])]):
         write_deltalake(location, _table(frame), mode="append" if number else "overwrite", schema_mode=None if number else "overwrite")
+
+
+def late_rows(rows: pd.DataFrame, n_rows: int = 1) -> pd.DataFrame:
+    """So many further rows of each group, in the middle of its past: what makes a group be trained again."""
+    late = rows.groupby("group").head(n_rows).copy()
+    late["time"] += pd.Timedelta(milliseconds=500)
+    late["row_key"] += "-late"
+    return late
 
 
 def _frames(fleet: GeneratedFleet, n_files: int) -> Iterator[pd.DataFrame]:

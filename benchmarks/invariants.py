@@ -30,6 +30,8 @@ SUMMED = re.compile(r"weight|tune_own|tune_parent|report_(own|parent|blend|const
 PINNED = ("as_of", "constant", "constant_without_offset", "data_digest", "n_groups", "report_start", "request", "spec_digest", "tune_start")
 TOLERANCE = 1e-9
 SHOWN = 3
+# A group with fewer rows is never sampled.
+SAMPLED_WHOLE = 1000
 _UNREADABLE = (DeltaError, OSError, ValueError, KeyError, pa.ArrowException)
 
 Grains = Sequence[Sequence[str]]
@@ -56,7 +58,7 @@ def check_fleet(tables: Path, *, features: Path | None, grains: Grains | None = 
     found += _runs(runs, ledger) + _rows(ledger)
     for run in _records(runs[runs["finished_at"].notna()]):
         found += _conserved(run, ledger, features, grains)
-    return found + _boosters(tables, ledger) + _holdout(tables, ledger) + _reused(ledger)
+    return found + _boosters(tables, ledger) + _holdout(tables, ledger) + _judged_groups(tables, runs, ledger) + _reused(ledger)
 
 
 def compare_runs(left: Path, right: Path) -> list[str]:
@@ -351,6 +353,28 @@ def _holdout(tables: Path, ledger: pd.DataFrame) -> list[str]:
         "I3: held-out rows that are there more than once:", doubled[keys].astype(str).agg(" ".join, axis=1).tolist() if len(doubled) else []
     )
     return found + _told("I3: no held-out rows of groups with a model:", absent)
+
+
+def _judged_groups(tables: Path, runs: pd.DataFrame, ledger: pd.DataFrame) -> list[str]:
+    """I11: every group that a held-out row lies in is a group of the ledger, and no small group with report rows has null errors."""
+    place = ["wave", "grain", "group_id"]
+    if not (tables / "holdout" / "_delta_log").exists():
+        return []
+    try:
+        rows = DeltaTable(tables / "holdout").to_pandas(columns=[*place, "group_ids"])
+    except _UNREADABLE as error:
+        return [f"I11: {tables / 'holdout'} cannot be read: {error}"]
+    named = rows.merge(ledger[place].drop_duplicates(), on=place)
+    lain_in = {(grain, group) for groups in named["group_ids"].map(tuple).unique() for grain, group in enumerate(groups)}
+    known = {(int(grain), str(group)) for grain, group in zip(ledger["grain"], ledger["group_id"], strict=True)}
+    found = _told("I11: groups of held-out rows that no ledger row names:", sorted(lain_in - known))
+    # A group that kept an older model, or whose ancestor did, was held out at older dates; a large one may not be in a sample.
+    finished = set(runs.loc[runs["finished_at"].notna(), "run_id"])
+    moved_on = set(ledger.loc[ledger["reason"].isin(["not_listed", "vanished"]), "run_id"])
+    is_whole = (ledger["n_report"] > 0) & (ledger["n_target"] < SAMPLED_WHOLE)
+    unmeasured = ledger[is_whole & ledger["run_id"].isin(finished - moved_on) & ledger["metrics"].isna()]
+    names = [f"{row['group_id']} of run {row['run_id']}" for row in _records(unmeasured)]
+    return found + _told("I11: groups with report rows and no errors:", names)
 
 
 def _holdout_keys(names: Iterable[str]) -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import numpy as np
 import pandas as pd
 import yaml
 
@@ -20,10 +21,10 @@ from assets.meta_model import meta_model_asset
 from assets.models import models_asset
 from benchmarks.counting_proxy import tracking_server
 from benchmarks.engine import SLOTS, Engine, Training, report_answers, report_rmse, rmse
-from benchmarks.generated import GeneratedFleet, tuning_gain, write_features
+from benchmarks.generated import GeneratedFleet, late_rows, tuning_gain, write_features
 from benchmarks.judging import FLIGHTS, HOUSING, FleetFacts, judge
 from benchmarks.rivals import Problem, fleet_categories, overall_rmse, pooled_model, process_pool, usual_recipe
-from benchmarks.runs import PROJECT, Runs
+from benchmarks.runs import PROJECT, NotMeasured, Runs
 from pipeline.spec import FleetSpec, parse_spec
 from pipeline.training.trainer import train_group
 from resources.launch_settings import LaunchSettings
@@ -38,6 +39,7 @@ THOUSAND = GeneratedFleet(1000)
 TINY_SIZES = (100, 1000, 10_000)
 TRACKED_SIZES = (10, 100, 1000)
 LATE_ROWS = 5
+NOISE_FLEETS, NOISE_GROUPS = 5, 30
 QUIET = {"loggers": {"console": {"config": {"log_level": "ERROR"}}}}
 GAIN_GROUPS = 16
 # LightGBM's defaults with early stopping: a trial over all rows takes minutes.
@@ -125,12 +127,38 @@ def _late_groups() -> list[str]:
 def _with_late_rows(engine: Engine) -> str:
     """The thousand groups again, ten of them with a few more rows in the middle of their past."""
     rows = THOUSAND.rows()
-    late = rows[rows["group"].isin(_late_groups())].groupby("group").head(LATE_ROWS).copy()
-    late["time"] += pd.Timedelta(milliseconds=500)
-    late["row_key"] += "-late"
+    late = late_rows(rows[rows["group"].isin(_late_groups())], LATE_ROWS)
     location = engine.folder / "tables" / "thousand-late" / "features"
     write_features(THOUSAND, location, late=late)
     return str(location)
+
+
+def second_run_noise(runs: Runs, fleets: int = NOISE_FLEETS, n_groups: int = NOISE_GROUPS) -> Mapping[str, float]:
+    """What groups that have nothing to learn weigh when they are refreshed, and what that costs the fleet beside its pooled model."""
+    weights: dict[str, list[float]] = {"first": [], "second": []}
+    ratios = []
+    with Engine(runs.new_folder()) as engine:
+        for seed in range(fleets):
+            fleet, name = GeneratedFleet(n_groups, signal="noise", seed=seed), f"noise-{seed}"
+            location = engine.write(name, fleet)
+            spec = fleet.spec(tuning={"retune_after": "1 month"})
+            first = engine.train(name, location, spec, f"{name}-first")
+            write_features(fleet, location, late=late_rows(fleet.rows()))
+            second = engine.train(name, location, spec, f"{name}-second")
+            statuses = set(second.ledger["status"])
+            if statuses != {"refreshed"}:
+                raise NotMeasured(f"{name}: the second run was to refresh every group, and they are {sorted(statuses)}")
+            for run, training in (("first", first), ("second", second)):
+                finest = training.ledger[training.ledger["grain"] == 1]
+                weights[run] += finest["weight"].tolist()
+            pooled = second.ledger.loc[second.ledger["grain"] == 0, "pooled_rmse"].iloc[0]
+            ratios.append(report_rmse(second, grains=2) / pooled)
+    return {
+        "": float(np.mean(weights["second"])),
+        "first-run": float(np.mean(weights["first"])),
+        "fleet-over-pooled": float(np.mean(ratios)),
+        "worst-fleet-over-pooled": max(ratios),
+    }
 
 
 def against_recipe_thousand(runs: Runs) -> Mapping[str, float]:

@@ -30,7 +30,15 @@ def booster_id(group: str) -> str:
 
 def ledger_row(run_id: str, grain: int, group: str, **changes: Any) -> dict[str, Any]:
     trained = {"status": "trained", "reason": None, "booster_id": booster_id(group), "fingerprint": f"made of {group}", "weight": 0.4}
-    told = {"n_report": 2, "rmse": 1.5, "mape": None, "baselines": '{"naive":{"rmse":2.5}}', "metrics": '{"fleet":{"rmse":1.5}}', "seconds": 0.1}
+    told = {
+        "n_target": 20,
+        "n_report": 2,
+        "rmse": 1.5,
+        "mape": None,
+        "baselines": '{"naive":{"rmse":2.5}}',
+        "metrics": '{"fleet":{"rmse":1.5}}',
+        "seconds": 0.1,
+    }
     intervals = {"intervals": '{"0.8": 1.5, "0.95": 2.5}' if grain == 0 else None}
     place = {"run_id": run_id, "grain": grain, "group_id": group, "source_run_id": run_id, "wave": f"{run_id}-0"}
     return {**place, **trained, **told, **intervals, **changes}
@@ -92,12 +100,22 @@ def make_fleet(tables: Path) -> Path:
     trained = [*first, second[0], ledger_row("333", 0, "[]")]
     write(tables / "boosters", pd.DataFrame([stored(row) for row in trained]), "wave")
     held = [
-        {"wave": row["wave"], "grain": row["grain"], "group_id": row["group_id"], "row_key": key, "prediction": 0.5}
+        {**{name: row[name] for name in ("wave", "grain", "group_id")}, "row_key": key, "prediction": 0.5, "group_ids": ids_of(row["group_id"])}
         for row in trained
         for key in "xy"
     ]
     write(tables / "holdout", pd.DataFrame(held), "wave")
     return tables
+
+
+def ids_of(group: str) -> list[str]:
+    """The groups of a row, one of each grain."""
+    return ["[]", GROUPS[0] if group == "[]" else group]
+
+
+def rounded_ids(rows: pd.DataFrame) -> pd.DataFrame:
+    """Held-out rows whose finest group is one that nobody trained."""
+    return rows.assign(group_ids=[[ids[0], '["rounded","2"]'] for ids in rows["group_ids"]])
 
 
 def stored(row: dict[str, Any]) -> dict[str, Any]:
@@ -186,6 +204,8 @@ DAMAGES: dict[str, tuple[str, Callable[[pd.DataFrame], pd.DataFrame], str]] = {
     "a booster that is not packed": ("boosters", in_column("text", b"tree", "booster_id", booster_id(A)), "cannot be decompressed"),
     "a held-out row is doubled": ("holdout", lambda rows: pd.concat([rows, rows.head(1)]), "I3: held-out rows that are there more than once: "),
     "held-out rows are gone": ("holdout", lambda rows: rows[rows["group_id"] != A], "I3: no held-out rows of groups with a model: "),
+    "held-out rows of a group that nobody knows": ("holdout", rounded_ids, "I11: groups of held-out rows that no ledger row names: (1, '[\"rounded\""),
+    "a group that is not measured": ("ledger", at("1", B, metrics=None), f"I11: groups with report rows and no errors: {B} of run 1"),
     "another fingerprint": ("ledger", at("22", A, fingerprint="of other rows"), "has another fingerprint than in run 1, from which it is reused"),
     "another booster": ("ledger", at("22", A, booster_id=booster_id(B)), "has another booster_id than in run 1, from which it is reused"),
     "reused from nowhere": ("ledger", at("22", A, source_run_id="0"), "is reused from run '0', which did not train it"),
