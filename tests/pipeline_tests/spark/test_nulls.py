@@ -90,4 +90,4 @@ ROWS: dict[str, Any] = {
     "sales": [11.0, 19.5, 31.25],
     "sales_lag_7": [None, 10.5, 30.0],
 }
-HASHES = {"[]": "3-17c6c3c03-16133996b", '["north"]': "2-c8ce6eaa-2b30e739", '["south"]': "1-5ee1ffd9-77b7cb5e"}
+HASHES = {"[]": "3-179537e44-15f6818b2", '["north"]': "2-db45f39f-c0ba2b20", '["south"]': "1-4dfe169f-1007d86c"}
