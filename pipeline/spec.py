@@ -152,6 +152,17 @@ class FeaturesSpec(Part):
     )
 
 
+class SqlSpec(Part):
+    """What the fleet's SQL may do beyond the ordinary."""
+
+    functions: Sequence[Identifier] = Field(
+        default=(),
+        description="Functions that features.sql and derived columns may call besides the allowed ones, e.g. `[collect_set]`: only "
+        "functions that compute from their arguments alone. One that runs code, reads the environment or answers differently each "
+        "time is refused all the same.",
+    )
+
+
 class TargetSpec(Part):
     """What is predicted, and on which scale the models learn it."""
 
@@ -314,6 +325,7 @@ class FleetSpec(Part):
     owners: Sequence[str] = Field(default=(), description="E-mail addresses or `team:name`, shown in Dagster.")
     sources: Sequence[SourceSpec] = Field(min_length=1, description="Raw tables.")
     features: FeaturesSpec = Field(description="SQL and declared features.")
+    sql: SqlSpec = Field(default_factory=SqlSpec, description="What the fleet's SQL may call.")
     grains: Sequence[Sequence[Identifier]] = Field(
         min_length=1, description="Key columns of each level, coarse to fine, e.g. `[[], [origin], [origin, dest]]`; the first is always []."
     )
@@ -486,7 +498,7 @@ class FleetSpec(Part):
     @property
     def training_digest(self) -> str:
         """Hash of all that changes what training gives; names and descriptions for people are left out."""
-        left_out: Any = dict.fromkeys(("baselines", "description", "owners", "pack", "scoring", "sources"), True)
+        left_out: Any = dict.fromkeys(("baselines", "description", "owners", "pack", "scoring", "sources", "sql"), True)
         parts = self.model_dump(mode="json", exclude={**left_out, "tuning": set(BUDGETS)})
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

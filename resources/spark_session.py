@@ -120,6 +120,8 @@ class SparkSessionResource(dg.ConfigurableResource):
             "spark.sql.execution.arrow.pyspark.enabled": "true",
             "spark.sql.shuffle.partitions": "4",
             "spark.sql.runSQLOnFiles": "false",
+            # Or `${env:HOME}` in a text would be replaced before it is parsed.
+            "spark.sql.variable.substitute": "false",
             "spark.python.worker.reuse": "true",
             "spark.ui.enabled": "false",
             "spark.ui.showConsoleProgress": "false",

@@ -12,8 +12,10 @@ from pyspark.sql.pandas.types import from_arrow_schema, to_arrow_schema
 
 from pipeline.errors import DataError, SpecError
 from pipeline.features.history import HistoryPass, add_history, plan_passes
+from pipeline.features.sql import parse_derived
 from pipeline.grouping.periods import Period
 from pipeline.spark.keys import group_id_column, latest_moment, moment_column, moment_of
+from pipeline.spark.sql_plans import derived_column, select_rows
 from pipeline.spec import MULTICLASS, FleetSpec
 
 _CALENDAR = {
@@ -36,7 +38,7 @@ def build_features(spark: SparkSession, spec: FleetSpec, sql: str, raw: Mapping[
     Args:
         spark: the session.
         spec: the fleet.
-        sql: the checked text of its SQL file.
+        sql: the text of its SQL file; what runs is rendered from the checked statement.
         raw: the raw tables by source name.
 
     Returns:
@@ -54,21 +56,13 @@ def build_features(spark: SparkSession, spec: FleetSpec, sql: str, raw: Mapping[
         rows = rows.unionByName(_future_rows(spark, spec, rows), allowMissingColumns=True)
     for features in plan_passes(spec):
         rows = _with_history(rows, spec, features)
-    rows = _with_derived(rows, spec)
+    rows = _with_derived(spark, rows, spec)
     keys = [f"`{key}`" for key in spec.finest]
     return (rows.repartition(*keys) if keys else rows).sortWithinPartitions(*keys, "time")
 
 
 def _selected(spark: SparkSession, spec: FleetSpec, sql: str, raw: Mapping[str, DataFrame]) -> DataFrame:
-    for name, frame in raw.items():
-        frame.createOrReplaceTempView(name)
-    try:
-        rows = spark.sql(sql)
-    except AnalysisException as error:
-        raise SpecError(f"{spec.features.sql}: {error.getMessage() or error}") from error
-    finally:
-        for name in raw:
-            spark.catalog.dropTempView(name)
+    rows = select_rows(spark, sql, raw, file=spec.features.sql, functions=spec.sql.functions)
     there = {name.lower() for name in rows.columns}
     for name, field in spec.sql_columns.items():
         if name.lower() not in there:
@@ -156,14 +150,16 @@ def _with_history(rows: DataFrame, spec: FleetSpec, features: HistoryPass) -> Da
     return rows.groupBy(*(f"`{key}`" for key in features.keys)).applyInArrow(compute, after)
 
 
-def _with_derived(rows: DataFrame, spec: FleetSpec) -> DataFrame:
+def _with_derived(spark: SparkSession, rows: DataFrame, spec: FleetSpec) -> DataFrame:
     for part in spec.features.calendar:
         rows = rows.withColumn(part, _CALENDAR[part]("time").cast("double"))
-    for name, expression in spec.features.derived.items():
+    for name, tree in parse_derived(spec).items():
+        where, text = f"features.derived.{name}", spec.features.derived[name]
+        column = derived_column(spark, text, tree, where=where, functions=spec.sql.functions)
         try:
-            rows = rows.withColumn(name, sf.expr(expression).cast("double"))
+            rows = rows.withColumn(name, column.cast("double"))
         except AnalysisException as error:
-            raise SpecError(f"features.derived.{name}: {expression!r}: {error.getMessage() or error}") from error
+            raise SpecError(f"{where}: {text!r}: {error.getMessage() or error}") from error
     return rows
 
 
