@@ -153,13 +153,13 @@ class FeaturesSpec(Part):
 
 
 class SqlSpec(Part):
-    """What the fleet's SQL may do beyond the ordinary."""
+    """What the fleet's SQL may call."""
 
     functions: Sequence[Identifier] = Field(
         default=(),
-        description="Functions that features.sql and derived columns may call besides the allowed ones, e.g. `[collect_set]`: only "
-        "functions that compute from their arguments alone. One that runs code, reads the environment or answers differently each "
-        "time is refused all the same.",
+        description="Functions that features.sql and derived columns may call besides the allowed ones, e.g. "
+        "`[collect_set]`. Add only functions that compute from their arguments alone; those known to run code, to "
+        "read files, settings or the session, or to give another answer each time are always refused.",
     )
 
 

@@ -4,19 +4,15 @@ sqlglot translates between dialects: it gives functions a class of its own and w
 Here a call keeps its name and its arguments, so that the function that was checked is the function that runs.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 from sqlglot import exp
 from sqlglot.dialects.spark import Spark
+from sqlglot.generators.spark import SparkGenerator
+from sqlglot.parsers.spark import SparkParser
 
-_UNITS = frozenset("YEAR QUARTER MONTH WEEK DAY DAYOFYEAR HOUR MINUTE SECOND MILLISECOND MICROSECOND".split())
-
-
-def _call(name: str) -> Any:
-    def build(args: list[Any]) -> exp.Anonymous:
-        return exp.Anonymous(this=name, expressions=args)
-
-    return build
+_UNITS = ("YEAR", "QUARTER", "MONTH", "WEEK", "DAY", "DAYOFYEAR", "HOUR", "MINUTE", "SECOND", "MILLISECOND", "MICROSECOND")
+_WITH_UNIT = ("timestampadd", "timestampdiff", "dateadd", "date_add", "datediff", "date_diff")
 
 
 def _call_with_unit(name: str) -> Any:
@@ -31,44 +27,45 @@ def _call_with_unit(name: str) -> Any:
     return build
 
 
+def _trim(generator: Any, node: exp.Trim) -> str:
+    what = " ".join(filter(None, [node.args.get("position"), generator.sql(node, "expression")]))
+    return f"TRIM({f'{what} FROM ' if what else ''}{generator.sql(node, 'this')})"
+
+
 class PlainSpark(Spark):
     """Spark SQL whose calls are kept as they were written."""
 
     class Tokenizer(Spark.Tokenizer):
         """Two quotes within a string are one, as in Spark since 4.0."""
 
-        STRING_ESCAPES = ["\\", "'", '"']
+        STRING_ESCAPES: ClassVar[list[str]] = ["\\", "'", '"']
 
-    class Parser(Spark.Parser):
+    class Parser(SparkParser):
         """Functions have no classes of their own, but for those with a grammar of their own."""
 
-        FUNCTIONS = {
+        FUNCTIONS: ClassVar[dict[str, Any]] = {
             # sqlglot takes `array(1, 2)[0]` for an array type unless it knows the function.
             "ARRAY": lambda args: exp.Array(expressions=args),
-            **{
-                name.upper(): _call_with_unit(name)
-                for name in ("timestampadd", "timestampdiff", "dateadd", "date_add", "datediff", "date_diff")
-            },
+            **{name.upper(): _call_with_unit(name) for name in _WITH_UNIT},
         }
-        FUNCTION_PARSERS = {
-            name: Spark.Parser.FUNCTION_PARSERS[name]
-            for name in ("CAST", "TRY_CAST", "EXTRACT", "TRIM", "OVERLAY")
+        FUNCTION_PARSERS: ClassVar[dict[str, Any]] = {
+            name: SparkParser.FUNCTION_PARSERS[name] for name in ("CAST", "TRY_CAST", "EXTRACT", "TRIM", "OVERLAY")
         }
 
-    class Generator(Spark.Generator):
+    class Generator(SparkGenerator):
         """Writes what was read: no functions for operators, no casts for literals, no subqueries for clauses."""
 
-        TRANSFORMS = {
+        TRANSFORMS: ClassVar[dict[Any, Any]] = {
             **{
                 node: write
-                for node, write in Spark.Generator.TRANSFORMS.items()
+                for node, write in SparkGenerator.TRANSFORMS.items()
                 if node not in (exp.Array, exp.From, exp.Pivot, exp.Select, exp.Table, exp.WithinGroup)
             },
             exp.BitwiseLeftShift: lambda self, node: self.binary(node, "<<"),
             exp.BitwiseRightShift: lambda self, node: self.binary(node, ">>"),
             # Literals side by side; the function of this name is an ordinary call.
             exp.Concat: lambda self, node: " ".join(self.sql(part) for part in node.expressions),
-            exp.Trim: lambda self, node: _trim(self, node),
+            exp.Trim: _trim,
         }
 
         def cast_sql(self, expression: exp.Cast, safe_prefix: str | None = None) -> str:
@@ -83,12 +80,4 @@ class PlainSpark(Spark):
             outer = " OUTER" if expression.args.get("outer") else ""
             table = self.sql(alias, "this")
             columns = self.expressions(alias, key="columns", flat=True)
-            return (
-                f" LATERAL VIEW{outer} {self.sql(expression, 'this')} {table}"
-                f"{f' AS {columns}' if columns else ''}"
-            )
-
-
-def _trim(generator: Any, node: exp.Trim) -> str:
-    what = " ".join(filter(None, [node.args.get("position"), generator.sql(node, "expression")]))
-    return f"TRIM({f'{what} FROM ' if what else ''}{generator.sql(node, 'this')})"
+            return f" LATERAL VIEW{outer} {self.sql(expression, 'this')} {table}{f' AS {columns}' if columns else ''}"

@@ -8,6 +8,12 @@ from collections.abc import Iterable
 
 from pipeline.errors import SpecError
 
+
+def words(text: str) -> frozenset[str]:
+    """The words of a list that is written as a text."""
+    return frozenset(text.split())
+
+
 _NUMBERS = """
     abs acos acosh asin asinh atan atan2 atanh bin bit_count bit_get bround cbrt ceil ceiling conv cos cosh cot csc degrees div
     e exp expm1 factorial floor getbit greatest hypot isnan least ln log log10 log1p log2 mod nanvl negative pi pmod positive pow
@@ -45,46 +51,66 @@ _NESTED = """
     transform_values try_element_at zip_with
 """
 # Functions of one row.
-SCALARS = frozenset(f"{_NUMBERS} {_CONDITIONS_AND_TYPES} {_TEXT} {_TIMES} {_NESTED}".split())
+SCALARS = words(f"{_NUMBERS} {_CONDITIONS_AND_TYPES} {_TEXT} {_TIMES} {_NESTED}")
 # Functions of several rows; `any`, `every` and `some` are spelled like predicates.
-AGGREGATES = frozenset(
+AGGREGATES = words(
     """
-    any approx_count_distinct approx_percentile avg bit_and bit_or bit_xor bool_and bool_or corr count count_if covar_pop
-    covar_samp every grouping grouping_id histogram_numeric kurtosis max max_by mean median min min_by mode percentile
-    percentile_approx percentile_cont percentile_disc regr_avgx regr_avgy regr_count regr_intercept regr_r2 regr_slope regr_sxx
-    regr_sxy regr_syy skewness some std stddev stddev_pop stddev_samp sum try_avg try_sum var_pop var_samp variance
-    """.split()
+    any approx_count_distinct approx_percentile avg bit_and bit_or bit_xor bool_and bool_or corr
+    count count_if covar_pop covar_samp every grouping grouping_id histogram_numeric kurtosis
+    max max_by mean median min min_by mode percentile percentile_approx percentile_cont
+    percentile_disc regr_avgx regr_avgy regr_count regr_intercept regr_r2 regr_slope regr_sxx
+    regr_sxy regr_syy skewness some std stddev stddev_pop stddev_samp sum try_avg try_sum
+    var_pop var_samp variance
+    """
 )
-WINDOWS = frozenset("cume_dist dense_rank lag lead nth_value ntile percent_rank rank row_number".split())
+WINDOWS = words(
+    """
+    cume_dist dense_rank lag lead nth_value ntile percent_rank rank row_number
+    """
+)
 # What these give depends on the order of rows, which only a window with an ORDER BY fixes.
-ORDERED = frozenset("first first_value last last_value".split())
+ORDERED = words("first first_value last last_value")
 # Their answers, too, depend on the order of rows: a fleet has to add them.
-UNORDERED_AGGREGATES = frozenset("any_value array_agg collect_list collect_set collect_union listagg string_agg".split())
+UNORDERED_AGGREGATES = words(
+    """
+    any_value array_agg collect_list collect_set collect_union listagg string_agg
+    """
+)
 # Functions that make several rows of one.
-GENERATORS = frozenset("explode explode_outer inline inline_outer json_tuple posexplode posexplode_outer stack".split())
+GENERATORS = words(
+    """
+    explode explode_outer inline inline_outer json_tuple posexplode posexplode_outer stack
+    """
+)
 ALLOWED = SCALARS | AGGREGATES | WINDOWS | ORDERED | GENERATORS
 
 # No fleet can add these: they run code, or read files, the environment, the session or a service.
-REACHING = frozenset(
+REACHING = words(
     """
-    cloud_files_state collations current_catalog current_database current_metastore current_path current_recipient current_schema
-    current_timezone current_user event_log from_protobuf http_request identifier input_file_block_length input_file_block_start
-    input_file_name is_account_group_member is_member java_method list_secrets python_worker_logs read_files read_kafka
-    read_kinesis read_pubsub read_pulsar read_state_metadata read_statestore reflect remote_query secret session_user sql_keywords
-    table_changes to_protobuf try_reflect try_secret user vector_search version
-    """.split()
+    cloud_files_state collations current_catalog current_database current_metastore current_path
+    current_recipient current_schema current_timezone current_user event_log from_protobuf
+    http_request identifier input_file_block_length input_file_block_start input_file_name
+    is_account_group_member is_member java_method list_secrets python_worker_logs read_files
+    read_kafka read_kinesis read_pubsub read_pulsar read_state_metadata read_statestore reflect
+    remote_query secret session_user sql_keywords table_changes to_protobuf try_reflect
+    try_secret user vector_search version
+    """
 )
 _REACHING_PREFIXES = ("ai_", "http_")
 # No fleet can add these: their answer depends on the moment, on chance, or on how rows are spread over tasks.
-CHANGING = frozenset(
+CHANGING = words(
     """
-    aes_encrypt curdate current_date current_time current_timestamp localtime localtimestamp monotonically_increasing_id now rand
-    randn random randstr shuffle spark_partition_id uniform uuid
-    """.split()
+    aes_encrypt curdate current_date current_time current_timestamp localtime localtimestamp
+    monotonically_increasing_id now rand randn random randstr shuffle spark_partition_id uniform
+    uuid
+    """
 )
 # Spark calls these without parentheses where no column has the name.
-BARE = frozenset(
-    "current_date current_path current_time current_timestamp current_user grouping__id localtime localtimestamp session_user user".split()
+BARE = words(
+    """
+    current_date current_path current_time current_timestamp current_user grouping__id localtime
+    localtimestamp session_user user
+    """
 )
 
 
@@ -97,10 +123,7 @@ def refuse_harmful(name: str, where: str) -> None:
     if name in REACHING or name.startswith(_REACHING_PREFIXES):
         raise SpecError(f"{where} calls {name}, which reaches outside the data; remove it")
     if name in CHANGING:
-        raise SpecError(
-            f"{where} calls {name}, which gives another answer each time; "
-            "use columns of the data, and the launch's as_of for today"
-        )
+        raise SpecError(f"{where} calls {name}, which gives another answer each time; use columns of the data, and the launch's as_of for today")
 
 
 def allowed_functions(added: Iterable[str]) -> frozenset[str]:

@@ -31,7 +31,7 @@ from pipeline.spec import FleetSpec
 MAX_SUGGESTIONS = 5
 
 # All syntax that a checked statement may hold. Calls have a class of their own only where they have a grammar of their own.
-_SYNTAX = frozenset(
+_SYNTAX: frozenset[type[Any]] = frozenset(
     (
         *(exp.Select, exp.From, exp.Where, exp.Group, exp.Having, exp.Qualify, exp.Order, exp.Ordered, exp.Limit, exp.Offset),
         *(exp.With, exp.CTE, exp.Subquery, exp.Union, exp.Except, exp.Intersect, exp.Values, exp.Table, exp.TableAlias, exp.Join),
@@ -48,7 +48,7 @@ _SYNTAX = frozenset(
     )
 )
 # Names under which Spark knows the calls that have a grammar of their own.
-_CALLS = {
+_CALLS: dict[type[Any], str] = {
     exp.Array: "array",
     exp.Transform: "transform",
     exp.Extract: "extract",
@@ -133,6 +133,8 @@ def _check_query(query: exp.Query, sources: Sequence[str], file: str, functions:
             raise SpecError(f"{file} reads {table.sql('spark')!r}; allowed are the declared sources: {', '.join(sources)}")
     for script in query.find_all(exp.QueryTransform):
         raise SpecError(f"{file} runs a script ({script.sql('spark')[:80]}); TRANSFORM ... USING is not allowed")
+    for hint in query.find_all(exp.Hint):
+        raise SpecError(f"{file} holds the hint {hint.sql(PlainSpark).strip()}; hints are not allowed: leave it out")
     _check_functions(query, file, allowed_functions(functions))
     _check_syntax(query, file)
 
@@ -232,9 +234,9 @@ def _check_functions(tree: exp.Expr, where: str, allowed: frozenset[str]) -> Non
 
 
 def _is_ordered(call: exp.Expr) -> bool:
-    """Whether a call stands in a window with an ORDER BY; a named window is Spark's to check."""
+    """Whether a call stands in a window with an ORDER BY."""
     window = call.find_ancestor(exp.Window, exp.Select)
-    return isinstance(window, exp.Window) and bool(window.args.get("order") or window.args.get("alias"))
+    return isinstance(window, exp.Window) and bool(window.args.get("order"))
 
 
 def _check_syntax(tree: exp.Expr, where: str) -> None:
@@ -246,10 +248,14 @@ def _check_syntax(tree: exp.Expr, where: str) -> None:
                 f"{where} holds {node.sql(PlainSpark, comments=False)[:80]!r} ({type(node).__name__}), which is not allowed; "
                 "write it with joins, common table expressions, windows and the allowed functions"
             )
+        if isinstance(node, exp.Select) and node.args.get("windows"):
+            raise SpecError(f"{where} names a window; WINDOW is not allowed: write it where it is used, as OVER (...)")
         if isinstance(node, exp.With) and node.recursive:
             raise SpecError(f"{where} is recursive; WITH RECURSIVE is not allowed")
         if isinstance(node, exp.Column) and not node.table and node.name.lower() in BARE:
             raise SpecError(f"{where} names {node.name!r}, which Spark may take for a function; write it with its table, e.g. t.{node.name}")
+        if isinstance(node, exp.Column) and "_metadata" in {part.name.lower() for part in node.parts}:
+            raise SpecError(f"{where} names _metadata, under which Spark knows a row's file; use columns of the sources")
         if isinstance(node, exp.Cast) and node.this.is_string and node.this.name.strip().lower().startswith(_MOMENTS):
             raise SpecError(f"{where} holds {node.sql(PlainSpark)}, which gives another answer each time; write the date")
         if isinstance(node, exp.Dot) and isinstance(node.expression, exp.Func):

@@ -8,6 +8,7 @@ another statement than its author wrote.
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 from pyspark.errors import PySparkException
@@ -16,34 +17,43 @@ from pyspark.sql import functions as sf
 from sqlglot import exp
 
 from pipeline.errors import SpecError
-from pipeline.features.functions import BARE, allowed_functions
+from pipeline.features.functions import BARE, allowed_functions, words
 from pipeline.features.sql import contents_of, parse_select, render
 
 # Nodes of a plan before analysis that compute from the declared sources alone.
-_PLANS = frozenset(
+_PLANS = words(
     """
-    Aggregate Distinct Except Filter Generate GlobalLimit Intersect Join LateralJoin LocalLimit LocalRelation Offset OneRowRelation
-    Pivot Project Sort SubqueryAlias Union UnresolvedHaving UnresolvedInlineTable UnresolvedQualify UnresolvedRelation
-    UnresolvedSubqueryColumnAliases UnresolvedWith Unpivot WithWindowDefinition
-    """.split()
+    Aggregate Distinct Except Filter Generate GlobalLimit Intersect Join LateralJoin LocalLimit
+    LocalRelation Offset OneRowRelation Pivot Project Sort SubqueryAlias Union UnresolvedHaving
+    UnresolvedInlineTable UnresolvedQualify UnresolvedRelation UnresolvedSubqueryColumnAliases
+    UnresolvedWith Unpivot
+    """
 )
-_EXPRESSIONS = frozenset(
+_EXPRESSIONS = words(
     """
-    Add AggregateExpression Alias And AnyValue Ascending AttributeReference BaseGroupingSets BitwiseAnd BitwiseNot BitwiseOr
-    BitwiseXor CaseWhen Cast Coalesce Collate Concat CreateNamedStruct Cube CurrentRow Descending Divide EqualNullSafe EqualTo
-    Exists First GreaterThan GreaterThanOrEqual GroupingSets ILike In InSubquery IntegralDivide IsNotNull IsNotUnknown IsNull
-    IsUnknown LambdaFunction Last LessThan LessThanOrEqual Like LikeAll LikeAny ListQuery Literal Lower Multiply MultiAlias Not
-    NotLikeAll NotLikeAny Or Overlay RLike Remainder Rollup ScalarSubquery ShiftLeft ShiftRight SortOrder SpecifiedWindowFrame
-    StringTrim StringTrimLeft StringTrimRight Substring Subtract TimestampAdd TimestampDiff UnaryMinus UnaryPositive
-    UnboundedFollowing UnboundedPreceding UnresolvedAlias UnresolvedAttribute UnresolvedCollation UnresolvedExtractValue
-    UnresolvedFunction UnresolvedGenerator UnresolvedNamedLambdaVariable UnresolvedOrdinal UnresolvedStar
-    UnresolvedStarExceptOrReplace UnresolvedWindowExpression UnspecifiedFrame WindowExpression WindowSpecDefinition
-    WindowSpecReference
-    """.split()
+    Add AggregateExpression Alias And AnyValue Ascending AttributeReference BaseGroupingSets
+    BitwiseAnd BitwiseNot BitwiseOr BitwiseXor CaseWhen Cast Coalesce Collate Concat
+    CreateNamedStruct Cube CurrentRow Descending Divide EqualNullSafe EqualTo Exists First
+    GreaterThan GreaterThanOrEqual GroupingSets ILike In InSubquery IntegralDivide IsNotNull
+    IsNotUnknown IsNull IsUnknown LambdaFunction Last LessThan LessThanOrEqual Like LikeAll
+    LikeAny ListQuery Literal Lower Multiply MultiAlias Not NotLikeAll NotLikeAny Or Overlay
+    RLike Remainder Rollup ScalarSubquery ShiftLeft ShiftRight SortOrder SpecifiedWindowFrame
+    StringTrim StringTrimLeft StringTrimRight Substring Subtract TimestampAdd TimestampDiff
+    UnaryMinus UnaryPositive UnboundedFollowing UnboundedPreceding UnresolvedAlias
+    UnresolvedAttribute UnresolvedCollation UnresolvedExtractValue UnresolvedFunction
+    UnresolvedGenerator UnresolvedNamedLambdaVariable UnresolvedOrdinal UnresolvedStar
+    UnresolvedStarExceptOrReplace UnspecifiedFrame WindowExpression WindowSpecDefinition
+    """
 )
 # Leaves of an analyzed plan that are not tables, and the aggregates that depend on the order of rows, which Spark calls random.
-_LEAVES = frozenset("CTERelationRef LocalRelation OneRowRelation".split())
-_ORDER_DEPENDENT = frozenset("AnyValue CollectList CollectSet CollectUnion First Last ListAgg NthValue".split())
+_LEAVES = words("CTERelationRef LocalRelation OneRowRelation")
+_ORDER_DEPENDENT = words(
+    """
+    AnyValue CollectList CollectSet CollectUnion First Last ListAgg NthValue
+    """
+)
+_NUMBERS = ("byte", "short", "integer", "long", "float", "double", "decimal")
+_JOINS = "org.apache.spark.sql.catalyst.plans"
 # Fields of a node that say who it is, not what it does.
 _IDENTITIES = frozenset({"exprId", "resultId", "evalContext", "num-children", "class"})
 
@@ -77,28 +87,41 @@ def read_expression(spark: SparkSession, text: str) -> SparkReading:
     return _read(_parser(spark).parseExpression(text))
 
 
-def select_rows(
-    spark: SparkSession, text: str, raw: Mapping[str, DataFrame], *, file: str, functions: Sequence[str] = ()
-) -> DataFrame:
-    """Run a fleet's SQL over its raw tables, checked on both sides.
+def check_select(spark: SparkSession, text: str, sources: Sequence[str], *, file: str, functions: Sequence[str] = ()) -> exp.Query:
+    """Check a fleet's SQL with both parsers; nothing runs.
 
     Args:
         spark: the session.
         text: content of the SQL file.
-        raw: the raw tables by source name.
+        sources: names of the raw tables.
         file: its name, for messages.
         functions: names that it may call besides the allowed ones.
+
+    Returns:
+        The checked statement, to be rendered and run.
 
     Raises:
         SpecError: if the check or Spark refuses the text, or if they do not read the same in it.
     """
-    query = parse_select(text, list(raw), file=file, functions=functions)
-    rendered = render(query)
+    query = parse_select(text, sources, file=file, functions=functions)
+    try:
+        _check_readings(lambda one: read_statement(spark, one), text, query, file, functions)
+    except PySparkException as error:
+        raise SpecError(f"{file}: {error.getMessage() or error}") from error
+    return query
+
+
+def select_rows(spark: SparkSession, text: str, raw: Mapping[str, DataFrame], *, file: str, functions: Sequence[str] = ()) -> DataFrame:
+    """The rows that a fleet's SQL gives over its raw tables, by source name; what runs is rendered from the checked statement.
+
+    Raises:
+        SpecError: as `check_select`, and if Spark resolves anything in it to what is not a source, or to chance.
+    """
+    query = check_select(spark, text, list(raw), file=file, functions=functions)
     for name, frame in raw.items():
         frame.createOrReplaceTempView(name)
     try:
-        _check_readings(lambda one: read_statement(spark, one), text, query, file, functions)
-        rows = spark.sql(rendered)
+        rows = spark.sql(render(query))
         _check_analyzed(rows, list(raw), file)
     except PySparkException as error:
         raise SpecError(f"{file}: {error.getMessage() or error}") from error
@@ -108,9 +131,7 @@ def select_rows(
     return rows
 
 
-def derived_column(
-    spark: SparkSession, text: str, tree: exp.Expr, *, where: str, functions: Sequence[str] = ()
-) -> Column:
+def derived_column(spark: SparkSession, text: str, tree: exp.Expr, *, where: str, functions: Sequence[str] = ()) -> Column:
     """A derived column, checked on both sides.
 
     Args:
@@ -148,7 +169,11 @@ def excess(reading: SparkReading, tree: exp.Expr, functions: Sequence[str] = ())
 
 
 def _check_readings(
-    read: Callable[[str], SparkReading], text: str, tree: exp.Expr, where: str, functions: Sequence[str]
+    read: Callable[[str], SparkReading],
+    text: str,
+    tree: exp.Expr,
+    where: str,
+    functions: Sequence[str],
 ) -> None:
     rendered = render(tree)
     reading = read(rendered)
@@ -175,7 +200,8 @@ def _check_analyzed(rows: DataFrame, sources: Sequence[str], where: str) -> None
 
 
 def _parser(spark: SparkSession) -> Any:
-    return spark._jsparkSession.sessionState().sqlParser()  # type: ignore[attr-defined]  # noqa: SLF001 - nothing public parses without running
+    # Nothing public parses without running.
+    return spark._jsparkSession.sessionState().sqlParser()  # noqa: SLF001
 
 
 def _queries(rows: DataFrame) -> Any:
@@ -187,15 +213,9 @@ def _read(plan: Any) -> SparkReading:
     found = list(_nodes(document))
     return SparkReading(
         nodes=frozenset(name for name, _ in found),
-        relations=frozenset(
-            ".".join(_names(node)) for name, node in found if name == "UnresolvedRelation" or "TableValuedFunction" in name
-        ),
-        functions=frozenset(
-            ".".join(_names(node)) for name, node in found if name in ("UnresolvedFunction", "UnresolvedGenerator")
-        ),
-        columns=frozenset(
-            _names(node) for name, node in found if name in ("UnresolvedAttribute", "UnresolvedNamedLambdaVariable")
-        ),
+        relations=frozenset(".".join(_names(node)) for name, node in found if name == "UnresolvedRelation" or "TableValuedFunction" in name),
+        functions=frozenset(".".join(_names(node)) for name, node in found if name in ("UnresolvedFunction", "UnresolvedGenerator")),
+        columns=frozenset(_names(node) for name, node in found if name in ("UnresolvedAttribute", "UnresolvedNamedLambdaVariable")),
         shape=_shape(document),
     )
 
@@ -217,9 +237,11 @@ def _class_name(qualified: str) -> str:
 
 
 def _names(node: Mapping[str, Any]) -> tuple[str, ...]:
-    """Parts of a node's name; Spark writes them as `[a, b]`."""
-    text = node.get("nameParts") or node.get("multipartIdentifier") or node.get("name") or ""
-    return tuple(part.lower() for part in str(text).removeprefix("[").removesuffix("]").split(", "))
+    """Parts of a node's name, lower case; Spark writes most of them as `[a, b]`."""
+    name = node.get("nameParts") or node.get("multipartIdentifier") or node.get("name") or ""
+    if isinstance(name, Mapping):  # a generator's
+        return tuple(str(name[part]).lower() for part in ("catalog", "database", "funcName") if name.get(part))
+    return tuple(part.lower() for part in str(name).removeprefix("[").removesuffix("]").split(", "))
 
 
 def _shape(document: Any) -> Any:
@@ -237,22 +259,30 @@ def _tree_shape(nodes: Iterator[dict[str, Any]]) -> Any:
     """One tree of a list in which each node is followed by its children."""
     node = next(nodes)
     children = [_tree_shape(nodes) for _ in range(node["num-children"])]
-    name = _class_name(node["class"])
-    fields = _shape(node)
+    return _same_form(_class_name(node["class"]), _shape(node), children)
+
+
+def _same_form(name: str, fields: dict[str, Any], children: list[Any]) -> tuple[str, dict[str, Any], list[Any]]:
+    """A node in one of the forms in which its text can be written."""
+    first_name, first_fields, _ = children[0] if children else ("", {}, [])
     if name == "UnresolvedFunction":
-        fields["nameParts"] = _names(node)
+        fields["nameParts"] = str(fields["nameParts"]).lower()
         # The field of EXTRACT is a word of the grammar, in any case.
-        if fields["nameParts"] == ("extract",) and children[0][0] == "Literal":
-            children[0][1]["value"] = children[0][1]["value"].upper()
-    # `1L` and `1.5D` are written as casts of a number.
-    if name == "Cast" and children[0][0] == "Literal" and children[0][1]["dataType"] not in ("string", "binary"):
-        return ("Literal", {"value": float(children[0][1]["value"]), "dataType": fields["dataType"]}, [])
-    if name == "Literal" and fields["dataType"] in ("byte", "short", "long", "float", "double") or "decimal" in str(fields.get("dataType")):
-        fields["value"] = float(fields["value"])
+        if fields["nameParts"] == "[extract]" and first_name == "Literal":
+            first_fields["value"] = str(first_fields["value"]).upper()
+    elif name == "Literal" and _is_number(fields):
+        fields["value"] = Decimal(fields["value"])
+    # Numbers with a type, such as `1L` and `1.5D`, are rendered as casts.
+    elif name == "Cast" and first_name == "Literal" and _is_number(first_fields):
+        return "Literal", {"value": first_fields["value"], "dataType": fields["dataType"]}, []
     # A comma between tables is a join without a condition.
-    if name == "Join" and fields.get("condition") is None and str(fields["joinType"]).endswith("Cross$'}"):
-        fields["joinType"] = {"object": "org.apache.spark.sql.catalyst.plans.Inner$"}
-    return (name, fields, children)
+    elif name == "Join" and "condition" not in fields and fields["joinType"] == {"object": f"{_JOINS}.Cross$"}:
+        fields["joinType"] = {"object": f"{_JOINS}.Inner$"}
+    return name, fields, children
+
+
+def _is_number(literal: Mapping[str, Any]) -> bool:
+    return "value" in literal and str(literal["dataType"]).startswith(_NUMBERS)
 
 
 def _analyzed_leaves(plan: Any) -> Iterator[tuple[str, str]]:

@@ -1,7 +1,8 @@
 import pytest
 
 from pipeline.errors import SpecError
-from pipeline.features.sql import check_expression, check_features, parse_select
+from pipeline.features import functions
+from pipeline.features.sql import check_expression, check_features, parse_select, render
 from pipeline.testing.data import small_spec
 
 SQL = "SELECT region, city, day, sales, price, promotion, kind, usual_sales FROM sales"
@@ -244,3 +245,146 @@ def test_a_lag_of_the_target_is_known() -> None:
 def test_a_function_that_answers_differently_each_time_is_refused(call: str) -> None:
     with pytest.raises(SpecError, match="another answer each time"):
         check_expression(call, where="features.derived.x")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "uniform(1, 2)",
+        "randstr(3)",
+        "shuffle(array(1, 2))",
+        "random()",
+        "randn(1)",
+        "monotonically_increasing_id()",
+        "spark_partition_id()",
+        "unix_timestamp()",
+        "curdate()",
+        "localtimestamp()",
+        "date'today'",
+        "timestamp ' Now'",
+        "CAST('tomorrow' AS date)",
+        "aes_encrypt('a', 'b')",
+    ],
+)
+def test_chance_and_the_clock_are_refused(call: str) -> None:
+    assert "another answer each time" in refusal(f"SELECT {call} AS x FROM sales")
+    assert "another answer each time" in refused_expression(call)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "session_user()",
+        "session_user",
+        "`current_user`",
+        "user()",
+        "current_catalog()",
+        "current_timezone()",
+        "version()",
+        "input_file_block_start()",
+        "ai_query('a')",
+        "http_request('a')",
+        "from_protobuf(city, 'a', '/etc/passwd')",
+        "secret('a', 'b')",
+        "_metadata.file_path",
+    ],
+)
+def test_the_session_files_and_services_are_refused(call: str) -> None:
+    assert any(part in refusal(f"SELECT {call} AS x FROM sales") for part in ("reaches outside", "take for a function", "row's file"))
+
+
+def test_an_unknown_function_is_told_with_those_close_to_it_and_how_to_allow_it() -> None:
+    message = refusal("SELECT uppr(city) FROM sales")
+    assert "features.sql calls 'uppr', which is not one of the" in message
+    assert "close to it: upper" in message
+    assert message.endswith("allow it in defs.yaml: sql: {functions: [uppr]}")
+    assert "calls 'uppr'" in refused_expression("uppr(city)")
+
+
+def test_a_fleet_can_allow_a_function_but_none_that_does_harm() -> None:
+    sql = SQL.replace("promotion", "max(price) AS promotion, Collect_Set(kind) AS kinds") + " GROUP BY ALL"
+    with pytest.raises(SpecError, match="calls 'collect_set'"):
+        check_features(small_spec(), sql, file="features.sql")
+    check_features(small_spec(sql={"functions": ["collect_set"]}), sql, file="features.sql")
+    check_features(small_spec(sql={"functions": ["theirs"]}, features={"derived": {"x": "theirs(price)"}}), SQL, file="features.sql")
+    for name in ("reflect", "Java_Method", "rand", "ai_gen"):
+        with pytest.raises(SpecError, match=f"sql.functions calls {name.lower()}, which"):
+            check_features(small_spec(sql={"functions": [name]}), SQL, file="features.sql")
+
+
+def test_allowing_a_function_trains_nothing_again() -> None:
+    assert small_spec(sql={"functions": ["collect_set"]}).training_digest == small_spec().training_digest
+
+
+def test_no_function_is_both_allowed_and_harmful() -> None:
+    harmful = functions.REACHING | functions.CHANGING
+    assert not harmful & (functions.ALLOWED | functions.UNORDERED_AGGREGATES)
+    for name in functions.ALLOWED:
+        functions.refuse_harmful(name, "here")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "SELECT * FROM sales TABLESAMPLE (10 PERCENT)",
+        "SELECT * FROM sales VERSION AS OF 1",
+        "SELECT /*+ BROADCAST(sales) */ city FROM sales",
+        "SELECT ? FROM sales",
+        "SELECT :x FROM sales",
+        "SELECT X'41' FROM sales",
+        "SELECT city FROM sales DISTRIBUTE BY city",
+        "SELECT sum(price) OVER w FROM sales WINDOW w AS (PARTITION BY city)",
+        "WITH RECURSIVE a AS (SELECT 1) SELECT * FROM a",
+        "SELECT '${env:HOME}' FROM sales",
+        "SELECT upper('$\\u007benv:HOME}') FROM sales",
+    ],
+)
+def test_syntax_that_is_not_allowed_is_refused(text: str) -> None:
+    assert any(part in refusal(text) for part in ("not allowed", "puts in settings"))
+
+
+def test_a_common_table_expression_is_read_only_where_it_is_visible() -> None:
+    parse_select("WITH a AS (SELECT 1 AS x), b AS (SELECT * FROM a) SELECT * FROM b WHERE x IN (SELECT x FROM a)", ["sales"], file="features.sql")
+    for text in (
+        "WITH a AS (SELECT * FROM b), b AS (SELECT 1) SELECT * FROM a",
+        "SELECT * FROM (WITH b AS (SELECT 1 AS x) SELECT * FROM b) AS t JOIN b",
+        "WITH b AS (SELECT * FROM b) SELECT * FROM b",
+    ):
+        assert "features.sql reads 'b'" in refusal(text)
+
+
+def test_a_first_row_needs_an_order() -> None:
+    assert "without an order" in refusal("SELECT city, first(price) FROM sales GROUP BY city")
+    assert "without an order" in refusal("SELECT last(price) OVER (PARTITION BY city) FROM sales")
+    parse_select("SELECT first(price) IGNORE NULLS OVER (PARTITION BY city ORDER BY day) FROM sales", ["sales"], file="features.sql")
+
+
+@pytest.mark.parametrize("text", ["explode(array(1, 2))", "stack(2, 1, 2)"])
+def test_a_derived_column_makes_no_rows(text: str) -> None:
+    assert "makes several rows of one" in refused_expression(text)
+
+
+def test_a_lambda_cannot_borrow_the_name_of_a_column_that_is_not_known() -> None:
+    for name, refused in (("x", False), ("sales", True), ("known_at", True)):
+        spec = small_spec(features={"derived": {"y": f"aggregate(array(price), 0D, (a, {name}) -> a + {name})"}})
+        if refused:
+            with pytest.raises(SpecError, match=f"'{name}' is the name of a column that is not known"):
+                check_features(spec, SQL, file="features.sql")
+        else:
+            check_features(spec, SQL, file="features.sql")
+
+
+@pytest.mark.parametrize(
+    ("text", "rendered"),
+    [
+        ("SELECT city -- a /* b\nFROM sales /* c */ -- d", "SELECT city FROM sales"),
+        ("SELECT Pmod(price, 7), LN(price), substr(city, 2), array(1)[0] FROM sales", None),
+        ("SELECT 'it''s', \"a'b\", 'c\\\\' FROM sales", "SELECT 'it\\'s', 'a\\'b', 'c\\\\' FROM sales"),
+        ("SELECT x FROM sales LATERAL VIEW explode(array(1)) `t AS y --` AS x", None),
+        ("SELECT timestampadd(MINUTE, 1, day), datediff(day, day, day), day << 1, DATE '2024-01-31', 'a' 'b' FROM sales", None),
+        ("SELECT city FROM sales QUALIFY row_number() OVER (PARTITION BY city ORDER BY day) = 1", None),
+    ],
+)
+def test_what_runs_is_what_was_written_without_its_comments(text: str, rendered: str | None) -> None:
+    query = parse_select(text, ["sales"], file="features.sql")
+    assert render(query).replace("ARRAY", "array") == (rendered or text)
