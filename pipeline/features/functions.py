@@ -21,7 +21,7 @@ _NUMBERS = """
     try_mod try_multiply try_subtract width_bucket
 """
 _CONDITIONS_AND_TYPES = """
-    bigint binary boolean case cast coalesce date decimal double equal_null float if ifnull int isnotnull isnull nullif nullifzero
+    between bigint binary boolean case cast coalesce date decimal double equal_null float if ifnull int isnotnull isnull nullif nullifzero
     nvl nvl2 smallint string timestamp tinyint try_cast try_to_binary try_to_number to_binary to_number typeof when zeroifnull
 """
 _TEXT = """

@@ -56,6 +56,7 @@ _CALLS: dict[type[Any], str] = {
     exp.Overlay: "overlay",
     exp.If: "if",
     exp.Any: "any",
+    exp.Between: "between",
 }
 # Texts that Spark takes for today or the moment of the query in `DATE '...'` and `TIMESTAMP '...'`.
 _MOMENTS = ("now", "today", "tomorrow", "yesterday")
@@ -78,10 +79,13 @@ class Contents:
 
 def contents_of(tree: exp.Expr) -> Contents:
     """What a checked tree reads and calls."""
+    # Spark reads GROUP BY ALL as a column of that name.
+    groups_by_all = any(group.args.get("all") for group in tree.find_all(exp.Group))
+    names = frozenset(identifier.name.lower() for identifier in tree.find_all(exp.Identifier))
     return Contents(
         relations=frozenset(table.name.lower() for table in tree.find_all(exp.Table)),
         functions=frozenset(name for _, name in _calls(tree)),
-        columns=frozenset(identifier.name.lower() for identifier in tree.find_all(exp.Identifier)),
+        columns=names | {"all"} if groups_by_all else names,
     )
 
 

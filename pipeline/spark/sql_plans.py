@@ -38,7 +38,7 @@ _EXPRESSIONS = words(
     IsNotUnknown IsNull IsUnknown LambdaFunction Last LessThan LessThanOrEqual Like LikeAll
     LikeAny ListQuery Literal Lower Multiply MultiAlias Not NotLikeAll NotLikeAny Or Overlay
     RLike Remainder Rollup ScalarSubquery ShiftLeft ShiftRight SortOrder SpecifiedWindowFrame
-    StringTrim StringTrimLeft StringTrimRight Substring Subtract TimestampAdd TimestampDiff
+    StringLocate StringTrim StringTrimLeft StringTrimRight Substring Subtract TimestampAdd TimestampDiff
     UnaryMinus UnaryPositive UnboundedFollowing UnboundedPreceding UnresolvedAlias
     UnresolvedAttribute UnresolvedCollation UnresolvedExtractValue UnresolvedFunction
     UnresolvedGenerator UnresolvedNamedLambdaVariable UnresolvedOrdinal UnresolvedStar
@@ -275,6 +275,11 @@ def _same_form(name: str, fields: dict[str, Any], children: list[Any]) -> tuple[
     # Numbers with a type, such as `1L` and `1.5D`, are rendered as casts.
     elif name == "Cast" and first_name == "Literal" and _is_number(first_fields):
         return "Literal", {"value": first_fields["value"], "dataType": fields["dataType"]}, []
+    # `x IS NOT NULL` is rendered as `NOT x IS NULL`, and a plus sign is left out.
+    elif name == "Not" and first_name == "IsNull":
+        return "IsNotNull", *children[0][1:]
+    elif name == "UnaryPositive":
+        return children[0]
     # A comma between tables is a join without a condition.
     elif name == "Join" and "condition" not in fields and fields["joinType"] == {"object": f"{_JOINS}.Cross$"}:
         fields["joinType"] = {"object": f"{_JOINS}.Inner$"}
