@@ -11,11 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
+import pandas as pd
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from pipeline.errors import SpecError
-from pipeline.grouping.periods import Period
+from pipeline.grouping.periods import Period, on_last_day
 
 Statistic = Literal["mean", "sum", "count", "std", "min", "max", "last"]
 CalendarPart = Literal["year", "quarter", "month", "week", "day_of_year", "day", "day_of_week", "hour", "minute"]
@@ -95,6 +96,10 @@ class LagSpec(Part):
         min_length=1, description="How many periods back, e.g. `[1, 12]`; each at least the horizon. Makes `median_lag_1`, `median_lag_12`."
     )
 
+    def name(self, periods: int) -> str:
+        """The feature's column name."""
+        return f"{self.column}_lag_{periods}"
+
 
 class RollingSpec(Part):
     """Statistics of a column over what was known in a trailing window, as of the row's time less the horizon."""
@@ -132,7 +137,11 @@ class FeaturesSpec(Part):
         default=(),
         description="Columns of features.sql that are features as they are. List only what is known when the prediction is made.",
     )
-    lags: Sequence[LagSpec] = Field(default=(), description="Values whole periods ago.")
+    lags: Sequence[LagSpec] = Field(
+        default=(),
+        description="Values whole periods ago. Months, quarters and years match whatever the day: 28 February finds 31 January. "
+        "Of several rows in that month the one on the very day counts, or else the last one known by then.",
+    )
     rolling: Sequence[RollingSpec] = Field(default=(), description="Statistics of trailing windows, as of what was known.")
     derived: Mapping[Identifier, str] = Field(
         default_factory=dict,
@@ -377,6 +386,16 @@ class FleetSpec(Part):
         return Period.parse(self.horizon) if self.horizon else Period(0, "day")
 
     @property
+    def has_calendar_period(self) -> bool:
+        """Whether the series go by months, quarters or years."""
+        return self.period is not None and Period.parse(self.period).is_calendar
+
+    def horizon_end(self, newest: pd.Timestamp) -> pd.Timestamp:
+        """The last moment that is answered from the newest row; from the end of a month, where months count, the end of another."""
+        stays = self.has_calendar_period and bool(on_last_day(np.array([newest.to_datetime64()]))[0])
+        return self.horizon_period.add(newest, last_day=stays)
+
+    @property
     def over(self) -> dict[str, tuple[str, ...]]:
         """Per rolling feature the columns whose value the summarised rows share."""
         return {
@@ -442,7 +461,7 @@ class FleetSpec(Part):
     @property
     def history_columns(self) -> tuple[str, ...]:
         """Names of the declared lags and rolling features."""
-        lags = (f"{lag.column}_lag_{periods}" for lag in self.features.lags for periods in lag.periods)
+        lags = (lag.name(periods) for lag in self.features.lags for periods in lag.periods)
         return (*lags, *(window.name(statistic) for window in self.features.rolling for statistic in window.statistics))
 
     @property

@@ -5,17 +5,20 @@ Pure numpy over Arrow, so that Spark (once per key group) and a test (on a whole
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 
-from pipeline.grouping.periods import Period, Times
+from pipeline.grouping.periods import Flags, Period, Times, on_last_day
 from pipeline.spec import FleetSpec, LagSpec, RollingSpec, Statistic
 
 Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.intp]
+# Of rows whose entity's every row lies on the last day of a month: true. Only in fleets whose period is a calendar one.
+ON_LAST_DAYS = "_on_last_days"
 
 
 @dataclass(frozen=True)
@@ -51,41 +54,48 @@ def add_history(table: pa.Table, spec: FleetSpec, features: HistoryPass) -> pa.T
     """Append the pass's lags and windows to the rows.
 
     Args:
-        table: one row per entity and time, with `time`, `known_at` and the columns the features summarise; all rows that share
-            the pass's keys.
+        table: one row per entity and time, with `time`, `known_at`, the columns the features summarise, and
+            `ON_LAST_DAYS` where there is one; all rows that share the pass's keys.
         spec: the fleet.
         features: what to compute.
 
     Returns:
         The rows in their order, with one float64 column per feature; null where nothing was known.
     """
-    time = _moments(table["time"])
-    known_at = _moments(table["known_at"])
-    deadline = spec.horizon_period.before(time)
+    time = times_of(table["time"])
+    known_at = times_of(table["known_at"])
+    last_days = flags_of(table)
+    deadline = spec.horizon_period.before(time, last_days)
     # Without a horizon a row is predicted at its time: what comes true at that moment, its own outcome first of all, is not known.
     end = np.minimum(deadline, time - np.timedelta64(1, "us"))
     for lag in features.lags:
-        codes = _codes(table, tuple(spec.entity))
-        values = _values(table, lag.column)
+        codes = codes_of(table, tuple(spec.entity))
+        values = values_of(table, lag.column)
         for periods in lag.periods:
             step = Period.parse(spec.period or "").times(periods)
-            column = _lagged(codes, time, known_at, end, values, step.before(time))
-            table = table.append_column(f"{lag.column}_lag_{periods}", _nullable(column))
+            found = _row_at(codes, time, known_at, end, step.before(time, last_days))
+            if step.is_calendar:
+                found = np.where(found >= 0, found, _last_row_of_unit(codes, time, known_at, end, step))
+            column = np.where(found >= 0, values[found], np.nan)
+            table = table.append_column(lag.name(periods), _nullable(column))
     for window in features.windows:
-        codes = _codes(table, tuple(spec.finest if window.over is None else window.over))
-        values = _values(table, window.column)
-        columns = _windowed(codes, known_at, end, window.period.before(deadline), values, window.statistics)
+        codes = codes_of(table, tuple(spec.finest if window.over is None else window.over))
+        values = values_of(table, window.column)
+        start = window.period.before(deadline, last_days & on_last_day(deadline))
+        columns = _windowed(codes, known_at, end, start, values, window.statistics)
         for statistic, column in zip(window.statistics, columns, strict=True):
             table = table.append_column(window.name(statistic), _nullable(column))
     return table
 
 
-def _moments(column: pa.ChunkedArray) -> Times:
-    moments: Times = column.cast(pa.timestamp("us")).to_numpy().astype("datetime64[us]")
+def times_of(column: pa.ChunkedArray | pa.Array) -> Times:
+    """A column of times as moments, UTC without a zone."""
+    moments: Times = column.cast(pa.timestamp("us")).to_numpy(zero_copy_only=False).astype("datetime64[us]")
     return moments
 
 
-def _values(table: pa.Table, name: str) -> Floats:
+def values_of(table: pa.Table, name: str) -> Floats:
+    """A column of numbers; NaN where it is null or infinite."""
     values: Floats = table[name].cast(pa.float64()).to_numpy().astype(np.float64)
     return np.where(np.isfinite(values), values, np.nan)
 
@@ -94,7 +104,7 @@ def _nullable(values: Floats) -> pa.Array:
     return pa.array(values, type=pa.float64(), from_pandas=True)
 
 
-def _codes(table: pa.Table, keys: tuple[str, ...]) -> npt.NDArray[np.int64]:
+def codes_of(table: pa.Table, keys: tuple[str, ...]) -> npt.NDArray[np.int64]:
     """A number per row for its combination of key values; null is a value of its own."""
     codes = np.zeros(table.num_rows, dtype=np.int64)
     for key in keys:
@@ -106,16 +116,47 @@ def _codes(table: pa.Table, keys: tuple[str, ...]) -> npt.NDArray[np.int64]:
     return codes
 
 
-def _lagged(codes: npt.NDArray[np.int64], time: Times, known_at: Times, deadline: Times, values: Floats, wanted: Times) -> Floats:
-    """Each row's value of the row with the same code at the wanted time, if it was known by the row's deadline."""
+def flags_of(table: pa.Table | pa.RecordBatch) -> Flags:
+    """The rows of series that lie on last days of months throughout; none where that does not matter."""
+    if ON_LAST_DAYS not in table.schema.names:
+        return np.zeros(table.num_rows, dtype=bool)
+    flags: Flags = table.column(ON_LAST_DAYS).to_numpy(zero_copy_only=False).astype(bool)
+    return flags
+
+
+def _row_at(codes: npt.NDArray[np.int64], time: Times, known_at: Times, deadline: Times, wanted: Times) -> Indices:
+    """Per row the row with the same code at the wanted time, if it was known by the row's deadline; else -1."""
     order = np.lexsort((time, codes))
-    sorted_codes, sorted_time = codes[order], time[order]
-    starts, ends = _bounds(sorted_codes, codes)
-    position = _search(sorted_time, starts, ends, wanted, side="left")
+    starts, ends = bounds_of(codes[order], codes)
+    position = search_slices(time[order], starts, ends, wanted, side="left")
     inside = position < ends
     found = order[np.where(inside, position, 0)]
     usable = inside & (time[found] == wanted) & (known_at[found] <= deadline)
-    return np.where(usable, values[found], np.nan)
+    return np.where(usable, found, -1)
+
+
+def _last_row_of_unit(codes: npt.NDArray[np.int64], time: Times, known_at: Times, deadline: Times, step: Period) -> Indices:
+    """Per row the last row with the same code, of those known by its deadline, in the month, quarter or year a step before; else -1.
+
+    So a month's end finds the end of the month before, whichever day that is. Rows that were not known by
+    then count for nothing: whether they are there must not show.
+    """
+    order = np.lexsort((time, codes))
+    sorted_time = time[order]
+    starts, ends = bounds_of(codes[order], codes)
+    units = step.unit_numbers(time)
+    wanted = units - step.count
+    low = search_slices(units[order], starts, ends, wanted, side="left")
+    high = search_slices(units[order], starts, ends, wanted, side="right")
+    # What lies after the deadline became known after it, too.
+    high = np.minimum(high, search_slices(sorted_time, starts, ends, deadline, side="right"))
+    place = high - 1
+    late = np.flatnonzero(place >= low)
+    while len(late):
+        late = late[~(known_at[order[place[late]]] <= deadline[late])]
+        place[late] -= 1
+        late = late[place[late] >= low[late]]
+    return np.where(place >= low, order[place], -1)
 
 
 def _windowed(
@@ -125,17 +166,18 @@ def _windowed(
     observed = np.flatnonzero(~np.isnan(values) & ~np.isnat(known_at))
     order = observed[np.lexsort((values[observed], known_at[observed], codes[observed]))]
     sorted_codes, sorted_known, sorted_values = codes[order], known_at[order], values[order]
-    first, last = _bounds(sorted_codes, codes)
-    low = _search(sorted_known, first, last, start, side="right")
-    high = _search(sorted_known, first, last, deadline, side="right")
+    first, last = bounds_of(sorted_codes, codes)
+    low = search_slices(sorted_known, first, last, start, side="right")
+    high = search_slices(sorted_known, first, last, deadline, side="right")
     return [_statistic(statistic, sorted_values, low, np.maximum(low, high)) for statistic in statistics]
 
 
-def _bounds(sorted_codes: npt.NDArray[np.int64], codes: npt.NDArray[np.int64]) -> tuple[Indices, Indices]:
+def bounds_of(sorted_codes: npt.NDArray[np.int64], codes: npt.NDArray[np.int64]) -> tuple[Indices, Indices]:
+    """Per code the slice of equal ones among the sorted: its start, and its end, excluded."""
     return np.searchsorted(sorted_codes, codes, side="left"), np.searchsorted(sorted_codes, codes, side="right")
 
 
-def _search(ordered: Times, first: Indices, last: Indices, wanted: Times, *, side: str) -> Indices:
+def search_slices(ordered: npt.NDArray[Any], first: Indices, last: Indices, wanted: npt.NDArray[Any], *, side: str) -> Indices:
     """A binary search per row, each within its own slice of `ordered`."""
     low, high = first.copy(), last.copy()
     while True:

@@ -18,6 +18,8 @@ SECONDS_PER_MONTH = 2_629_746
 _WRITTEN = re.compile(r"^\s*(\d+)\s+([a-z]+?)s?\s*$")
 
 Times = npt.NDArray[np.datetime64]
+Counts = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -64,29 +66,36 @@ class Period:
         """This length, ``factor`` times over."""
         return Period(self.count * factor, self.unit)
 
-    def before(self, times: Times) -> Times:
-        """The moments this length earlier; a day that a month lacks becomes that month's last day."""
-        return self._shift(times, -1)
+    def before(self, times: Times, last_days: Flags | None = None) -> Times:
+        """The moments this length earlier; see `moved`."""
+        return self.moved(times, -1, last_days)
 
-    def after(self, times: Times) -> Times:
-        """The moments this length later; a day that a month lacks becomes that month's last day."""
-        return self._shift(times, 1)
+    def after(self, times: Times, last_days: Flags | None = None) -> Times:
+        """The moments this length later; see `moved`."""
+        return self.moved(times, 1, last_days)
 
-    def _shift(self, times: Times, sign: int) -> Times:
+    def moved(self, times: Times, factor: int | Counts, last_days: Flags | None = None) -> Times:
+        """The moments ``factor`` times this length later, or earlier where it is negative.
+
+        Args:
+            times: moments.
+            factor: one for all of them, or one for each.
+            last_days: moments that go from the last day of a month to the last day of another, as
+                30 April to 31 May. Otherwise the day of the month stays, and a day that a month lacks
+                becomes that month's last day. Fixed lengths pay no attention to it.
+        """
         times = times.astype("datetime64[us]")
         if not self.is_calendar:
-            moved_on: Times = times + np.timedelta64(sign * self.count * SECONDS[self.unit], "s").astype("timedelta64[us]")
-            return moved_on
-        months = times.astype("datetime64[M]")
-        rest = times - months.astype("datetime64[us]")
-        moved = months + np.timedelta64(sign * self.count * MONTHS[self.unit], "M")
-        with np.errstate(invalid="ignore"):  # no time stays no time
-            day = rest // np.timedelta64(1, "D")
-        last_day = ((moved + np.timedelta64(1, "M")).astype("datetime64[D]") - moved.astype("datetime64[D]")).astype(int) - 1
-        within_day = rest - day * np.timedelta64(1, "D")
-        kept_day = np.minimum(day, last_day).astype("timedelta64[D]")
-        shifted: Times = moved.astype("datetime64[us]") + kept_day.astype("timedelta64[us]") + within_day
-        return shifted
+            length = np.timedelta64(self.count * SECONDS[self.unit], "s").astype("timedelta64[us]")
+            later: Times = times + factor * length
+            return later
+        return _add_months(times, factor * (self.count * MONTHS[self.unit]), last_days)
+
+    def unit_numbers(self, times: Times) -> Counts:
+        """Which month, quarter or year holds each moment, counted from 1970; for calendar lengths only."""
+        months = times.astype("datetime64[M]").astype(np.int64)
+        numbers: Counts = months // MONTHS[self.unit]
+        return numbers
 
     def floor(self, moment: pd.Timestamp) -> pd.Timestamp:
         """The start of the unit that holds the moment; weeks start on Monday."""
@@ -100,8 +109,31 @@ class Period:
             return moment.normalize().replace(day=1, month=3 * ((moment.month - 1) // 3) + 1)
         return moment.normalize().replace(day=1, month=1)
 
-    def add(self, moment: pd.Timestamp, factor: int = 1) -> pd.Timestamp:
-        """The moment ``factor`` times this length later; a negative factor goes back."""
-        length, moments = self.times(abs(factor)), np.array([moment.to_datetime64()])
-        shifted = length.after(moments) if factor >= 0 else length.before(moments)
-        return pd.Timestamp(shifted[0])
+    def add(self, moment: pd.Timestamp, factor: int = 1, *, last_day: bool = False) -> pd.Timestamp:
+        """The moment ``factor`` times this length later; see `moved`."""
+        moments = np.array([moment.to_datetime64()])
+        return pd.Timestamp(self.moved(moments, factor, np.array([last_day]))[0])
+
+
+def on_last_day(times: Times) -> Flags:
+    """Whether each moment lies on the last day of its month; that of a quarter or a year is one, too."""
+    next_day = times.astype("datetime64[D]") + np.timedelta64(1, "D")
+    found: Flags = next_day.astype("datetime64[M]") != times.astype("datetime64[M]")
+    return found
+
+
+def _add_months(times: Times, months: int | Counts, last_days: Flags | None) -> Times:
+    start = times.astype("datetime64[M]")
+    rest = times - start.astype("datetime64[us]")
+    moved = start + np.asarray(months).astype("timedelta64[M]")
+    with np.errstate(invalid="ignore"):  # no time stays no time
+        day = rest // np.timedelta64(1, "D")
+    days_of_month = (moved + np.timedelta64(1, "M")).astype("datetime64[D]") - moved.astype("datetime64[D]")
+    last_day = days_of_month.astype(int) - 1
+    within_day = rest - day * np.timedelta64(1, "D")
+    kept_day = np.minimum(day, last_day)
+    if last_days is not None:
+        kept_day = np.where(last_days, last_day, kept_day)
+    days = kept_day.astype("timedelta64[D]").astype("timedelta64[us]")
+    shifted: Times = moved.astype("datetime64[us]") + days + within_day
+    return shifted

@@ -1,20 +1,21 @@
 """Building a feature table on Spark: the SQL, made-up future rows, features of the past, derived columns."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import pandas as pd
 import pyarrow as pa
 from pyspark.errors import AnalysisException
-from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as sf
 from pyspark.sql import types as st
 from pyspark.sql.pandas.types import from_arrow_schema, to_arrow_schema
 
 from pipeline.errors import DataError, SpecError
-from pipeline.features.history import HistoryPass, add_history, plan_passes
+from pipeline.features.future import future_times
+from pipeline.features.history import ON_LAST_DAYS, HistoryPass, add_history, flags_of, plan_passes, times_of
 from pipeline.features.sql import parse_derived
 from pipeline.grouping.periods import Period
-from pipeline.spark.keys import group_id_column, latest_moment, moment_column, moment_of
+from pipeline.spark.keys import group_id_column, latest_moment, moment_of
 from pipeline.spark.sql_plans import derived_column, select_rows
 from pipeline.spec import MULTICLASS, FleetSpec
 
@@ -51,12 +52,12 @@ def build_features(spark: SparkSession, spec: FleetSpec, sql: str, raw: Mapping[
     """
     rows = _selected(spark, spec, sql, raw)
     _check_types(spec, rows)
-    rows = _canonical(spec, rows)
+    rows = _with_last_days(spec, _canonical(spec, rows))
     if spec.scoring.score == "future":
-        rows = rows.unionByName(_future_rows(spark, spec, rows), allowMissingColumns=True)
+        rows = rows.unionByName(_future_rows(spec, rows), allowMissingColumns=True)
     for features in plan_passes(spec):
         rows = _with_history(rows, spec, features)
-    rows = _with_derived(spark, rows, spec)
+    rows = _with_derived(spark, rows.drop(ON_LAST_DAYS), spec)
     keys = [f"`{key}`" for key in spec.finest]
     return (rows.repartition(*keys) if keys else rows).sortWithinPartitions(*keys, "time")
 
@@ -124,18 +125,42 @@ def _canonical(spec: FleetSpec, rows: DataFrame) -> DataFrame:
     return rows.withColumn("row_key", group_id_column([*spec.entity, "time"]))
 
 
-def _future_rows(spark: SparkSession, spec: FleetSpec, rows: DataFrame) -> DataFrame:
-    """One row per entity and period of the horizon after the newest time of the fleet."""
+def _with_last_days(spec: FleetSpec, rows: DataFrame) -> DataFrame:
+    """Mark the rows of series that lie on last days of months throughout, where the period is a calendar one.
+
+    Such a series goes from 28 February to 31 March. Taken as the 28th of each month, its last row would not
+    be known a month before its next.
+    """
+    if not spec.has_calendar_period:
+        return rows
+    is_last = sf.coalesce(sf.last_day("time") == sf.to_date("time"), sf.lit(False))
+    series = Window.partitionBy(*(f"`{key}`" for key in spec.entity))
+    return rows.withColumn(ON_LAST_DAYS, sf.min(is_last).over(series))
+
+
+def _future_rows(spec: FleetSpec, rows: DataFrame) -> DataFrame:
+    """The rows of the horizon after the newest time of the fleet, for every entity."""
     newest = newest_time(rows)
     if newest is None:
         return rows.limit(0)
-    period, end = Period.parse(spec.period or ""), spec.horizon_period.add(newest)
-    moments: list[Column] = []
-    while (moment := period.add(newest, len(moments) + 1)) <= end:
-        moments.append(moment_column(moment))
-    times = spark.range(1).select(sf.explode(sf.array(*moments).cast("array<timestamp>")).alias("time"))
-    entities = rows.select(*(f"`{key}`" for key in spec.key_columns)).dropDuplicates(list(spec.entity))
-    made_up = entities.crossJoin(sf.broadcast(times)).withColumn("known_at", sf.col("time")).withColumn("is_future", sf.lit(True))
+    period = Period.parse(spec.period or "")
+    end = spec.horizon_end(newest)
+    marks = [ON_LAST_DAYS] if ON_LAST_DAYS in rows.columns else []
+    others = [*(key for key in spec.key_columns if key not in spec.entity), *marks]
+    entities = rows.groupBy(*(f"`{key}`" for key in spec.entity)).agg(
+        *(sf.max_by(f"`{name}`", "time").alias(name) for name in others), sf.max("time").alias("time")
+    )
+
+    def in_the_horizon(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            newest_of_entity = times_of(batch.column("time"))
+            places, times = future_times(period, newest, end, newest_of_entity, flags_of(batch))
+            made_up = batch.take(pa.array(places))
+            at = batch.schema.get_field_index("time")
+            yield made_up.set_column(at, batch.schema.field(at), pa.array(times).cast(batch.schema.field(at).type))
+
+    made_up = entities.mapInArrow(in_the_horizon, entities.schema)
+    made_up = made_up.withColumn("known_at", sf.col("time")).withColumn("is_future", sf.lit(True))
     return made_up.withColumn("row_key", group_id_column([*spec.entity, "time"]))
 
 
@@ -220,3 +245,21 @@ def all_null_columns(rows: DataFrame, columns: Sequence[str]) -> list[str]:
     """The columns that are null in every row; one Spark job."""
     counts = rows.agg(*(sf.count(f"`{name}`").alias(name) for name in columns)).collect()[0]
     return [name for name in columns if counts[name] == 0]
+
+
+def rows_of_some_entities(rows: DataFrame, spec: FleetSpec, columns: Sequence[str], n_rows: int, n_wanted: int = 50_000) -> pa.Table:
+    """All rows of a share of the entities, chosen by hash: about so many rows, but at least one entity's.
+
+    Args:
+        rows: a feature table.
+        spec: the fleet.
+        columns: that are wanted.
+        n_rows: of the table.
+        n_wanted: rows; fewer are all taken.
+    """
+    n_shares = -(-n_rows // n_wanted)
+    if n_shares > 1:
+        share = sf.pmod(sf.xxhash64(*(f"`{key}`" for key in spec.entity)), sf.lit(n_shares))
+        rows = rows.where(share == rows.select(share).limit(1).collect()[0][0])
+    table: pa.Table = rows.select(*(f"`{name}`" for name in columns)).toArrow()
+    return table

@@ -28,7 +28,7 @@ def rows_to_score(features: DataFrame, spec: FleetSpec, as_of: pd.Timestamp) -> 
     newest = newest_time(visible_rows(features, as_of))
     if newest is None:
         return features.limit(0)
-    end = spec.horizon_period.add(newest)
+    end = spec.horizon_end(newest)
     return features.where((sf.col("time") > moment_column(newest)) & (sf.col("time") <= moment_column(end)))
 
 

@@ -60,6 +60,8 @@ def test_the_whole_chain_is_materialised(first_run: dg.ExecuteInProcessResult, c
             "has_rows",
             "has_targets",
             "no_feature_is_all_null",
+            "lags_find_their_rows",
+            "no_column_looks_like_the_future",
             "every_group_has_an_outcome",
             "boosters_match_the_ledger",
             "no_group_failed",
@@ -147,6 +149,21 @@ def test_a_feature_without_any_value_is_a_warning_and_no_target_an_end(fleet: An
         assert "size" in found["no_feature_is_all_null"].metadata["all_null"].value
         assert (found["has_targets"].passed, found["has_targets"].severity) == (False, dg.AssetCheckSeverity.ERROR)
         assert "models" not in metadata(result)
+    finally:
+        tables.write_arrow([before], before.schema, location, mode="overwrite")
+
+
+def test_a_column_that_is_the_target_is_a_warning_that_names_it(fleet: Any, checks: Checks) -> None:
+    tables = fleet.resources["tables"]
+    location = tables.location("shop", "features")
+    before = tables.read_arrow(location)
+    try:
+        result = fleet.launch("features", sql="SELECT region, store, CAST(sold_on AS DATE) AS sold_on, amount, amount AS size FROM sales")
+        found = checks(result)["no_column_looks_like_the_future"]
+        assert result.success
+        assert (found.passed, found.severity) == (False, dg.AssetCheckSeverity.WARN)
+        assert str(found.description).startswith("size: equal to the target in 100.0% of the rows in which the target changes (a column that")
+        assert checks(result)["lags_find_their_rows"].passed
     finally:
         tables.write_arrow([before], before.schema, location, mode="overwrite")
 

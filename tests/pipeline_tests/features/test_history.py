@@ -1,3 +1,4 @@
+import datetime as dt
 from collections.abc import Sequence
 from random import Random
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.features.history import add_history, plan_passes
+from pipeline.features.history import ON_LAST_DAYS, add_history, plan_passes
 from pipeline.grouping.periods import Period
 from pipeline.spec import FleetSpec
 from pipeline.testing.data import small_spec
@@ -58,7 +59,8 @@ def frame_of(rows: Sequence[tuple[Any, ...]]) -> pd.DataFrame:
 
 def featured(frame: pd.DataFrame, spec: FleetSpec) -> pd.DataFrame:
     keys, times, values = dict.fromkeys(("region", "city"), pa.string()), dict.fromkeys(("time", "known_at"), pa.timestamp("us")), ("sales", "visits")
-    schema = pa.schema({**keys, **times, **dict.fromkeys(values, pa.float64())})
+    marks = {name: pa.bool_() for name in frame.columns if name == ON_LAST_DAYS}
+    schema = pa.schema({**keys, **times, **dict.fromkeys(values, pa.float64()), **marks})
     table = pa.Table.from_pandas(frame, schema=schema, preserve_index=False)
     for features in plan_passes(spec):
         table = add_history(table, spec, features)
@@ -213,6 +215,84 @@ def test_lags_of_months_follow_the_calendar() -> None:
         baselines=None,
     )
     assert featured(frame, spec)["sales_lag_1"].fillna(-1).tolist() == [-1, 1, 2, -1]
+
+
+def calendar_spec(unit: str, *, lags: Sequence[int] = (1,), rolling: Sequence[Any] = (), horizon: str | None = None) -> FleetSpec:
+    """A fleet of months, quarters or years, predicted one of them ahead."""
+    features = {
+        "columns": [],
+        "categoricals": [],
+        "calendar": [],
+        "lags": [{"column": "sales", "periods": list(lags)}],
+        "rolling": list(rolling),
+    }
+    return small_spec(features=features, period=f"1 {unit}", horizon=horizon or f"1 {unit}", baselines={"seasonal naive": "usual"})
+
+
+ENDS = {"month": "ME", "quarter": "QE", "year": "YE"}
+
+
+@given(st.sampled_from(list(ENDS)), st.integers(1, 40), st.dates(dt.date(1960, 1, 1), dt.date(2060, 1, 1)), st.sampled_from([0, 86_399]))
+def test_a_series_of_month_ends_lacks_no_lag_but_its_first(unit: str, length: int, first: dt.date, second: int) -> None:
+    days = pd.date_range(first, periods=length, freq=ENDS[unit]) + pd.Timedelta(seconds=second)
+    frame = series(days.astype(str), range(length)).assign(**{ON_LAST_DAYS: True})
+    window = {"column": "sales", "window": f"2 {unit}s", "statistics": ["count", "last"]}
+    found = featured(frame, calendar_spec(unit, rolling=[window]))
+    assert found["sales_lag_1"].fillna(-1).tolist() == list(range(-1, length - 1))
+    # What a window of two periods holds a period ahead: the two rows before, not three of them where months are short.
+    assert found[f"sales_count_2_{unit}s"].tolist() == [min(place, 2) for place in range(length)]
+    assert found[f"sales_last_2_{unit}s"].equals(found["sales_lag_1"].rename(f"sales_last_2_{unit}s"))
+
+
+def test_a_lag_of_months_finds_the_month_whatever_its_day() -> None:
+    frame = series(["2024-01-31", "2024-02-10", "2024-03-05", "2024-05-20"], [1.0, 2.0, 3.0, 5.0])
+    at_its_time = calendar_spec("month", lags=[1, 2], horizon="0 days")
+    assert featured(frame, at_its_time)["sales_lag_1"].fillna(-1).tolist() == [-1, 1, 2, -1]
+    assert featured(frame, at_its_time)["sales_lag_2"].fillna(-1).tolist() == [-1, -1, 1, 3]
+    # A month ahead of 10 February, that is on 10 January, the value of 31 January is not known.
+    assert featured(frame, calendar_spec("month"))["sales_lag_1"].fillna(-1).tolist() == [-1, -1, -1, -1]
+
+
+def test_of_several_rows_of_a_month_the_one_on_the_very_day_counts_or_else_the_last() -> None:
+    frame = series(["2024-01-05", "2024-01-20", "2024-01-25", "2024-02-20", "2024-02-21"], [1.0, 2.0, 3.0, 20.0, 21.0])
+    found = featured(frame, calendar_spec("month", horizon="0 days"))
+    assert found["sales_lag_1"].fillna(-1).tolist() == [-1, -1, -1, 2, 3]
+    # What was known too late counts for nothing, on the very day as well as last.
+    late = frame.assign(known_at=frame["known_at"].mask(frame["sales"].isin([2.0, 3.0]), pd.Timestamp("2024-02-21")))
+    assert featured(late, calendar_spec("month", horizon="0 days"))["sales_lag_1"].fillna(-1).tolist() == [-1, -1, -1, 1, 1]
+
+
+calendar_rows = st.lists(
+    st.tuples(st.sampled_from(["oslo", None]), st.integers(0, 150), st.sampled_from([0, 0, 3, 40]), numbers),
+    min_size=1,
+    max_size=30,
+    unique_by=lambda row: row[:2],
+)
+
+
+@settings(max_examples=100)
+@given(calendar_rows, st.sampled_from(["0 days", "10 days", "1 month"]), st.data())
+def test_a_lag_of_months_is_what_its_declaration_says(rows: list[tuple[Any, ...]], horizon: str, data: st.DataObject) -> None:
+    days = [str(pd.Timestamp("2024-01-01") + place * DAY) for _, place, _, _ in rows]
+    late = pd.to_timedelta([late for _, _, late, _ in rows], unit="D")
+    frame = series(days, [value for _, _, _, value in rows], city=[city for city, _, _, _ in rows])
+    frame["known_at"] = frame["time"] + late
+    spec = calendar_spec("month", lags=[1, 2], horizon=horizon)
+    found = featured(frame, spec)
+    number = data.draw(st.integers(0, len(frame) - 1))
+    row = frame.iloc[number]
+    deadline = spec.horizon_period.add(row["time"], -1)
+    known = [other for _, other in frame.iterrows() if same_keys(row, other, spec.entity) and is_known(other, row, deadline)]
+    for periods in (1, 2):
+        month = row["time"].to_period("M") - periods
+        of_month = sorted((other for other in known if other["time"].to_period("M") == month), key=lambda other: other["time"])
+        on_the_day = [other for other in of_month if other["time"] == row["time"] - pd.DateOffset(months=periods)]
+        expected = [*of_month, *on_the_day][-1]["sales"] if of_month else np.nan
+        np.testing.assert_equal(found[f"sales_lag_{periods}"][number], expected)
+    # Rows that are known later might as well not be there.
+    kept = (frame["known_at"] <= deadline).to_numpy() | (np.arange(len(frame)) == number)
+    without = featured(frame[kept].reset_index(drop=True), spec).iloc[int(kept[:number].sum())]
+    assert without.equals(found.iloc[number])
 
 
 def test_a_wild_value_costs_the_other_rows_no_digit() -> None:

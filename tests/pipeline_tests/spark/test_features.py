@@ -10,6 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as sf
 
 from pipeline.errors import DataError, SpecError
 from pipeline.features.history import add_history, plan_passes
@@ -209,6 +210,33 @@ def test_irregular_times_are_seen_as_of_what_was_known(spark: SparkSession, shop
     }
     # Lags ask for exactly that day: three months before 30 April is 30 January, before 30 May the last day of February.
     assert found["amount_lag_3"].dropna().to_dict() == {pd.Timestamp("2020-04-30"): 2.0, pd.Timestamp("2020-05-30"): 3.0}
+
+
+def test_a_series_of_month_ends_stays_on_month_ends(spark: SparkSession, shop_attributes: dict[str, Any]) -> None:
+    spec = series_spec(shop_attributes, horizon="1 month", period="1 month")
+    spec = built(spec.model_dump(), features={"lags": [{"column": "amount", "periods": [1]}], "rolling": spec.features.model_dump()["rolling"]})
+    ends = [str(day.date()) for day in pd.date_range("2021-08-31", periods=19, freq="ME")]
+    first_days = [f"{day[:8]}01" for day in ends]
+    # One shop reports on last days; one on the 28th, which is a last day only in the newest month.
+    of_28th = [f"{day[:8]}28" for day in ends]
+    rows = series_rows(
+        end=dict(zip(ends, range(19), strict=True)),
+        start=dict(zip(first_days, range(19), strict=True)),
+        of_28th=dict(zip(of_28th, range(19), strict=True)),
+    )
+    sql = "SELECT region, store, sold_on, amount FROM sales"
+    features = build_features(spark, spec, sql, {"sales": frame_of(spark, rows)})
+    assert not [name for name in features.columns if name.startswith("_")]
+    found = features.toPandas().sort_values("time").set_index("store")
+    for store in ("end", "start", "of_28th"):
+        assert found.loc[store, "amount_lag_1"].fillna(-1).tolist() == list(range(-1, 19)), store
+        assert found.loc[store, "amount_count_2_months"].tolist() == [0, 1, *[2] * 18], store
+    future = found[found["is_future"]]["time"].astype(str).to_dict()
+    assert future == {"end": "2023-03-31", "of_28th": "2023-03-28", "start": "2023-03-01"}
+    # All of them are answered, also as of a month end in the past.
+    assert rows_to_score(features, spec, rows["sold_on"].max()).count() == 3
+    asked = rows_to_score(features, spec, pd.Timestamp("2022-02-28")).select("store", sf.to_date("time").cast("string")).collect()
+    assert {tuple(row) for row in asked} == {("end", "2022-03-31"), ("of_28th", "2022-03-28"), ("start", "2022-03-01")}
 
 
 def test_the_last_season_is_in_the_table_for_the_baseline_alone(spark: SparkSession, shop_attributes: dict[str, Any]) -> None:
