@@ -17,6 +17,7 @@ A group is answered by the generation that serves it, with the ancestors, catego
 version may put together groups of several training runs, and changing one group's generation changes no other group's answers.
 """
 
+import datetime as dt
 import hashlib
 import json
 import re
@@ -25,6 +26,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -92,22 +94,44 @@ def answer_columns(task: str) -> dict[str, str]:
 
 
 def key_text(value: object) -> str | None:
-    """One key value as text: integers without a point, booleans in lower case, null as None.
+    """One key value or category as text: numbers by their value, booleans in lower case, null as None.
 
-    A float that is a whole number reads as that integer, because pandas and MLflow turn nullable integers into floats.
+    A float or decimal that is a whole number reads as that integer, because pandas and MLflow turn nullable
+    integers into floats; a moment at midnight reads as its date, because pandas has no dates. Moments with a
+    zone are told in UTC.
     """
     if value is None or value is pd.NaT or value is pd.NA:
         return None
     if isinstance(value, bool | np.bool_):
         return "true" if value else "false"
     if isinstance(value, float | np.floating):
-        number = float(value)
-        if np.isnan(number):
-            return None
-        return str(int(number)) if number.is_integer() else repr(number)
-    if isinstance(value, pd.Timestamp | np.datetime64):
-        return str(pd.Timestamp(value).date())
+        return _float_text(float(value))
+    if isinstance(value, Decimal):
+        return _decimal_text(value)
+    if isinstance(value, dt.datetime | np.datetime64):
+        return _moment_text(pd.Timestamp(value))
     return str(value)
+
+
+def _float_text(value: float) -> str | None:
+    if np.isnan(value):
+        return None
+    return str(int(value)) if value.is_integer() else repr(value)
+
+
+def _decimal_text(value: Decimal) -> str | None:
+    if value.is_nan():
+        return None
+    text = f"{value:f}"
+    return text.rstrip("0").removesuffix(".") if "." in text else text
+
+
+def _moment_text(moment: pd.Timestamp) -> str:
+    if moment.tzinfo is not None:
+        moment = moment.tz_convert("UTC").tz_localize(None)
+    if moment == moment.normalize():
+        return str(moment.date())
+    return moment.isoformat(sep=" ", timespec="microseconds").rstrip("0").removesuffix(".")
 
 
 def group_id(values: Sequence[object]) -> str:

@@ -15,7 +15,7 @@ from pipeline.features.future import future_times
 from pipeline.features.history import ON_LAST_DAYS, HistoryPass, add_history, flags_of, plan_passes, times_of
 from pipeline.features.sql import parse_derived
 from pipeline.grouping.periods import Period
-from pipeline.spark.keys import group_id_column, latest_moment, moment_of
+from pipeline.spark.keys import group_id_column, latest_moment, moment_of, text_column
 from pipeline.spark.sql_plans import derived_column, select_rows
 from pipeline.spec import MULTICLASS, FleetSpec
 
@@ -31,6 +31,7 @@ _CALENDAR = {
     "minute": sf.minute,
 }
 _KEY_TYPES = (st.StringType, st.IntegralType, st.BooleanType, st.DateType)
+_CATEGORY_TYPES = (*_KEY_TYPES, st.FractionalType, st.TimestampType, st.TimestampNTZType)
 
 
 def build_features(spark: SparkSession, spec: FleetSpec, sql: str, raw: Mapping[str, DataFrame]) -> DataFrame:
@@ -92,6 +93,16 @@ def _check_types(spec: FleetSpec, rows: DataFrame) -> None:
             f"target {spec.target.column!r} is {types[spec.target.column].simpleString()}; expected a number: cast it in {spec.features.sql}, "
             "or name in the source's null_values the texts that mean null"
         )
+    _check_feature_types(spec, types)
+
+
+def _check_feature_types(spec: FleetSpec, types: Mapping[str, st.DataType]) -> None:
+    for name in spec.features.categoricals:
+        if not isinstance(types[name], _CATEGORY_TYPES):
+            raise DataError(
+                f"categorical {name!r} is {types[name].simpleString()}; expected text, a number, a boolean, a date or a timestamp: "
+                f"cast it in {spec.features.sql}"
+            )
     no_numbers = {*spec.key_columns, spec.time, spec.known_at, *_text_columns(spec)}
     numeric = [name for name in spec.sql_columns if name not in no_numbers]
     for name in numeric:
@@ -110,6 +121,7 @@ def _canonical(spec: FleetSpec, rows: DataFrame) -> DataFrame:
     # Milliseconds are the resolution of time, so that every window has an exact start.
     time = sf.date_trunc("millisecond", sf.col(f"`{spec.time}`").cast("timestamp"))
     known_at = sf.date_trunc("millisecond", sf.col(f"`{spec.known_at}`").cast("timestamp")) if spec.known_at else time
+    types = {field.name: field.dataType for field in rows.schema}
     kept = []
     for name in spec.sql_columns:
         column = sf.col(f"`{name}`")
@@ -118,7 +130,7 @@ def _canonical(spec: FleetSpec, rows: DataFrame) -> DataFrame:
         if name in spec.key_columns:
             kept.append(column.alias(name))
         elif name in _text_columns(spec):
-            kept.append(column.cast("string").alias(name))
+            kept.append(text_column(column, types[name]).alias(name))
         else:
             kept.append(column.cast("double").alias(name))
     rows = rows.select(*kept, time.alias("time"), sf.coalesce(known_at, time).alias("known_at"), sf.lit(False).alias("is_future"))

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 import pandas as pd
 from pyspark.sql import Column
 from pyspark.sql import functions as sf
+from pyspark.sql.types import DataType, FractionalType, TimestampNTZType, TimestampType
+
+from pipeline.models.meta_model import key_text
 
 
 def group_id_column(keys: Sequence[str]) -> Column:
@@ -12,6 +15,21 @@ def group_id_column(keys: Sequence[str]) -> Column:
     if not keys:
         return sf.lit("[]")
     return sf.to_json(sf.array(*(sf.col(f"`{key}`").cast("string") for key in keys)))
+
+
+def text_column(column: Column, kind: DataType) -> Column:
+    """A category of that type as text, as `meta_model.key_text` writes it."""
+    if isinstance(kind, FractionalType):
+        # Java writes other digits than Python does, and other ones from release to release.
+        return sf.pandas_udf(_texts_of_numbers, "string")(column)
+    if isinstance(kind, TimestampType | TimestampNTZType):
+        is_midnight = sf.date_trunc("day", column) == column
+        return sf.when(is_midnight, column.cast("date").cast("string")).otherwise(column.cast("string"))
+    return column.cast("string")
+
+
+def _texts_of_numbers(values: pd.Series) -> pd.Series:
+    return pd.Series([key_text(value) for value in values], dtype=object)
 
 
 def moment_column(moment: pd.Timestamp) -> Column:

@@ -14,7 +14,7 @@ from pyspark.sql import functions as sf
 
 from pipeline.errors import DataError, SpecError
 from pipeline.features.history import add_history, plan_passes
-from pipeline.models.meta_model import group_id
+from pipeline.models.meta_model import design_matrix, group_id
 from pipeline.spark.features import all_null_columns, build_features, check_feature_table, newest_known, newest_time
 from pipeline.spark.scoring import rows_to_score
 from pipeline.spark.training import visible_rows
@@ -261,6 +261,24 @@ def test_classes_are_text_in_the_feature_table(spark: SparkSession, shop_attribu
     found = build_features(spark, spec, sql, {})
     assert dict(found.dtypes)["label"] == "string"
     assert sorted(row["label"] for row in found.collect()) == texts
+
+
+def test_raw_categories_are_those_of_the_feature_table(spark: SparkSession, shop_attributes: dict[str, Any]) -> None:
+    attributes = copy.deepcopy(shop_attributes)
+    attributes["features"]["categoricals"] = ["level", "since"]
+    spec = built(attributes)
+    raw = "SELECT 'n' region, s store, date'2020-01-01' sold_on, 1 amount, 1 size, level, timestampadd(MINUTE, 90, timestamp'2020-01-01') AS since"
+    sql = f"{raw} FROM VALUES ('a', 1.0D), ('b', 2.5D), ('c', null) AS t(s, level)"
+    found = build_features(spark, spec, sql, {}).select("level", "since").toPandas()
+    assert sorted(found["level"].dropna()) == ["1", "2.5"]
+    assert set(found["since"]) == {"2020-01-01 01:30:00"}
+    batch = spark.sql(sql).select("level", "since").toPandas()
+    model = {"features": ["level", "since"], "categories": {name: sorted(found[name].dropna().unique()) for name in found}}
+    numbers = design_matrix(batch, model)
+    assert sorted(numbers[~np.isnan(numbers[:, 0]), 0]) == [0.0, 1.0]
+    assert set(numbers[:, 1]) == {0.0}
+    with pytest.raises(DataError, match=r"categorical 'level' is array<int>; expected text, a number, .*: cast it in features.sql"):
+        build_features(spark, spec, sql.replace("size, level", "size, array(1) AS level"), {})
 
 
 def test_a_class_that_is_no_class_is_refused(spark: SparkSession, shop_attributes: dict[str, Any]) -> None:

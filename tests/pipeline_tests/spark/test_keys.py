@@ -1,13 +1,16 @@
 import datetime as dt
+from decimal import Decimal
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from pyspark.sql import SparkSession
 
-from pipeline.models.meta_model import group_id, inverse_link, link
-from pipeline.spark.keys import finite, group_id_column, inverse_link_column, link_column
+from pipeline.models.meta_model import group_id, inverse_link, key_text, link
+from pipeline.spark.keys import finite, group_id_column, inverse_link_column, link_column, text_column
 
 pytestmark = pytest.mark.spark
 
@@ -79,3 +82,43 @@ def test_links_on_spark_are_those_of_the_model(spark: SparkSession, transform: s
 def test_what_is_not_finite_is_null(spark: SparkSession) -> None:
     frame = spark.createDataFrame([(1.5,), (float("nan"),), (float("inf"),), (float("-inf"),), (None,)], "v double")
     assert [row[0] for row in frame.select(finite(frame["v"])).collect()] == [1.5, None, None, None, None]
+
+
+DOUBLES = [1.0, -0.0, 1.5, 0.1, -1e-5, 5.684341886080802e-14, 1e16, 1.1e23, 1e300, 123456789.125, float("nan"), float("inf"), None]
+DECIMALS = [None if text is None else Decimal(text) for text in ("1.00", "-1.50", "0.0000000001", "12345678901234567890.5", "0", "100", None)]
+MOMENTS = [
+    None if text is None else pd.Timestamp(text).to_pydatetime()
+    for text in ("2020-02-29", "2020-02-29 06:30", "1960-01-01 23:59:59.00012", "2020-01-01 00:00:10", None)
+]
+CATEGORIES: dict[str, list[Any]] = {
+    "double": DOUBLES,
+    "decimal(38, 10)": DECIMALS,
+    "timestamp": [None if moment is None else moment.replace(tzinfo=dt.UTC) for moment in MOMENTS],
+    "timestamp_ntz": MOMENTS,
+    "date": [dt.date(2020, 2, 29), dt.date(1, 1, 1), None],
+    "boolean": [True, False, None],
+    "long": [0, -7, 2**53 + 1, 2**63 - 1, -(2**63), None],
+    "string": ["1.0", "01", "", " ", "é", None],
+}
+
+
+@pytest.mark.parametrize("kind", CATEGORIES)
+def test_a_category_of_any_type_is_one_text_on_spark_and_in_pandas(spark: SparkSession, kind: str) -> None:
+    values = CATEGORIES[kind]
+    table = spark.createDataFrame([(value,) for value in values], f"v {kind}")
+    found = table.select(text_column(table["v"], table.schema["v"].dataType)).toPandas().iloc[:, 0]
+    on_spark = [None if pd.isna(text) else text for text in found]
+    assert on_spark == [key_text(value) for value in values]
+    # And as a batch brings them, in the type that pandas has for the column.
+    batch = table.toArrow().column(0)
+    exact = batch.to_pandas(integer_object_nulls=True)
+    assert [key_text(value) for value in exact] == on_spark
+
+
+def test_equal_values_of_unlike_types_are_one_category() -> None:
+    assert {key_text(value) for value in (7, 7.0, Decimal("7.00"), np.int8(7), np.float32(7))} == {"7"}
+    assert {key_text(value) for value in (1.5, Decimal("1.50"), np.float32(1.5))} == {"1.5"}
+    midnight = pd.Timestamp("2020-02-29")
+    same = (midnight, midnight.to_pydatetime(), midnight.tz_localize("UTC"), midnight.to_datetime64(), midnight.date())
+    assert {key_text(value) for value in same} == {"2020-02-29"}
+    assert key_text(pd.Timestamp("2020-02-29 01:30", tz="Europe/Berlin")) == "2020-02-29 00:30:00"
