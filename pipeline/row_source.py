@@ -11,7 +11,7 @@ import pyarrow.fs as pf
 
 from pipeline.delta_log import is_delta, live_files, open_delta, schema_of_table
 from pipeline.errors import DataError
-from pipeline.models.meta_model import FleetModel, InputError, answer_columns
+from pipeline.models.meta_model import FleetModel, InputError, answer_columns, check_listed_once
 from pipeline.row_files import Kind, Reading, RowFile, local_files, schema_of
 
 DOUBLE = "double"
@@ -128,6 +128,7 @@ def check_columns(schema: pa.Schema, where: str, model: FleetModel) -> None:
     if missing:
         told = f"{where}: missing columns: {', '.join(missing)}; it has: {', '.join(schema.names)}"
         raise InputError(f"{told}; fleet {model.fleet!r} needs: {', '.join(model.required)}")
+    check_listed_once(schema.names, {*model.required, *model.optional}, where)
     text = text_columns(model)
     strange = [name for name in model.required if name not in text and not _is_number(schema.field(name).type)]
     if strange:

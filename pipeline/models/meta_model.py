@@ -23,7 +23,7 @@ import json
 import re
 import threading
 from bisect import bisect_right
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -39,6 +39,8 @@ import pyarrow.parquet as pq
 
 PACK_FORMAT = 3
 CONSTANT = "constant"
+# Who answered a row whose prediction is too large for a number.
+NOT_FINITE = "none (not finite)"
 INDEPENDENT, CORRECTION = "independent", "correction"
 REGRESSION, MULTICLASS = "regression", "multiclass"
 MAX_BOOSTER_BYTES = 1 << 30
@@ -60,6 +62,8 @@ CHAINS = pa.schema(
 )
 CACHE_BYTES = 256 << 20
 TOP_FEATURES = 5
+# Characters of a value that a message shows.
+MAX_SHOWN = 60
 
 Floats = npt.NDArray[np.float64]
 
@@ -82,7 +86,10 @@ class PackError(Exception):
 
 
 class InputError(ValueError):
-    """A batch to score lacks required columns, or asks for what the version does not have; lists what is missing and what is there."""
+    """A batch cannot be answered: a column is missing, listed twice or holds what it cannot, or an unknown level is asked for.
+
+    The message names what is wrong and what is available.
+    """
 
 
 def answer_columns(task: str) -> dict[str, str]:
@@ -91,6 +98,19 @@ def answer_columns(task: str) -> dict[str, str]:
     if task != REGRESSION:
         columns["probabilities"] = "array<double>"
     return {**columns, "answered_by": "string", "booster_id": "string", "fleet_version": "string"}
+
+
+def check_listed_once(columns: Sequence[object], read: Collection[str], where: str = "the batch") -> None:
+    """Refuse a batch in which a column that is read is listed twice: no one can say which of them is meant.
+
+    Raises:
+        InputError: naming the columns.
+    """
+    counts = Counter(columns)
+    doubled = [name for name, count in counts.items() if count > 1 and name in read]
+    if doubled:
+        names = ", ".join(map(str, doubled))
+        raise InputError(f"{where}: columns listed more than once: {names}; rename or remove all but one of each")
 
 
 def key_text(value: object) -> str | None:
@@ -158,7 +178,7 @@ def _combinations(columns: Sequence[pd.Series]) -> tuple[npt.NDArray[np.int64], 
     """A number per row for its combination of values, and the first row of each number."""
     codes = np.zeros(len(columns[0]), dtype=np.int64)
     for column in columns:
-        values, distinct = pd.factorize(column, use_na_sentinel=True)
+        values, distinct = _factorized(column)
         codes, _ = pd.factorize(codes * (len(distinct) + 1) + values + 1)
     _, first = np.unique(codes, return_index=True)
     return codes.astype(np.int64), first.astype(np.int64)
@@ -177,7 +197,7 @@ def design_matrix(frame: pd.DataFrame, spec: Mapping[str, Any]) -> npt.NDArray[n
             matrix[:, position] = np.nan
         elif categories is None:
             with np.errstate(over="ignore"):
-                matrix[:, position] = pd.to_numeric(frame[name], errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+                matrix[:, position] = numbers_in(frame[name])
         else:
             matrix[:, position] = _category_numbers(frame[name], categories)
     matrix[~np.isfinite(matrix)] = np.nan
@@ -186,7 +206,7 @@ def design_matrix(frame: pd.DataFrame, spec: Mapping[str, Any]) -> npt.NDArray[n
 
 def _category_numbers(values: pd.Series, categories: Sequence[str]) -> Floats:
     numbers = {text: float(number) for number, text in enumerate(categories)}
-    codes, distinct = pd.factorize(values)
+    codes, distinct = _factorized(values)
     lookup = np.array([numbers.get(key_text(value) or "", np.nan) for value in distinct] + [np.nan], dtype=np.float64)
     found: Floats = lookup[codes]
     return found
@@ -222,8 +242,46 @@ def offset_and_scale(frame: pd.DataFrame, target: Mapping[str, Any]) -> tuple[Fl
 def _numbers(frame: pd.DataFrame, name: str) -> Floats:
     if name not in frame.columns:
         return np.full(len(frame), np.nan)
-    numbers: Floats = pd.to_numeric(frame[name], errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+    return numbers_in(frame[name])
+
+
+def numbers_in(column: "pd.Series[Any]") -> Floats:
+    """A numeric column as a batch brings it: NaN for null; booleans are 0 and 1, and text of a number is that number.
+
+    Raises:
+        InputError: naming the column and its first value that is neither a number nor null.
+    """
+    if column.dtype.kind in "fiub":
+        typed: Floats = column.to_numpy(dtype=np.float64, na_value=np.nan)
+        return typed
+    values = column.astype(object)
+    numbers: Floats = pd.to_numeric(values, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+    missing = np.isnan(numbers)
+    if missing.any():
+        strange = np.flatnonzero(missing & values.notna().to_numpy())
+        if len(strange):
+            told = f"{column.name}: {_shown(values.iloc[strange[0]])} is not a number (row {strange[0] + 1} of {len(values)})"
+            raise InputError(f"{told}; expected a number, text such as '12.5', or null")
     return numbers
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+def _factorized(values: "pd.Series[Any]") -> tuple[npt.NDArray[np.int64], Any]:
+    """Codes and distinct values of a key or category; null has the code -1.
+
+    Raises:
+        InputError: naming the column, if a value is a list or a mapping.
+    """
+    try:
+        codes, distinct = pd.factorize(values, use_na_sentinel=True)
+    except TypeError as error:  # not hashable
+        value = next(value for value in values if isinstance(value, list | dict | set | np.ndarray))
+        raise InputError(f"{values.name}: {_shown(value)} is not a value of a key or category; expected text, a number, or null") from error
+    return codes, distinct
 
 
 def load_booster(row: Mapping[str, Any], where: str) -> Any:
@@ -522,17 +580,19 @@ class FleetModel:
 
         Returns:
             One row per row and in its order: prediction, lower, upper (target units), answered_by (grain, or "constant"),
-            booster_id (null for the constant), fleet_version. For binary the prediction is the probability of the last class; for
+            booster_id (null for the constant), fleet_version. Where an offset or scale leads to a prediction that no double
+            holds, it is NaN and answered_by "none (not finite)". For binary the prediction is the probability of the last class; for
             multiclass it is the likeliest class (of equal ones the first). Both have a column more: probabilities, a list in the
             order of the spec's classes; lower and upper are null.
             With `explain` a last column, contributions: a list of {feature, contribution}, as from `told_contributions`, whose sum is the
             prediction in link space; for classes it is the probability of the answer (for binary, of the last class).
 
         Raises:
-            InputError: if a required column is missing, or the version has no intervals of that level.
+            InputError: if a required column is missing, a column is listed twice or holds what it cannot, or the version has no
+                intervals of that level.
             PackError: if a booster that is needed is damaged.
         """
-        self._refuse_without(frame)
+        self._check_columns(frame)
         level = self._asked_level(interval)
         # Grains are the same in all generations.
         levels = [pd.factorize(group_ids(frame, keys)) for keys in self.spec["grains"]]
@@ -549,8 +609,10 @@ class FleetModel:
         answers.index = frame.index
         return answers
 
-    def _refuse_without(self, frame: pd.DataFrame) -> None:
-        """Refuse a batch that lacks a required column."""
+    def _check_columns(self, frame: pd.DataFrame) -> None:
+        """Refuse a batch that lacks a required column, or has one of the model's twice."""
+        if not frame.columns.is_unique:
+            check_listed_once(list(frame.columns), {*self.required, *self.optional})
         missing = [name for name in self.required if name not in frame.columns]
         if missing:
             optional = f", and may lack: {', '.join(self.optional)}" if self.optional else ""
@@ -628,6 +690,10 @@ class FleetModel:
                 answered_by[rows] = grain_name(spec["grains"][grain])
                 booster_id[rows] = chain.booster_id
         values = numbers_of(spec, answer, anchored, offset, scale, widest(halves)) if spec["task"] == REGRESSION else classes_of(spec, answer)
+        if spec["task"] == REGRESSION:
+            lost = ~np.isfinite(values["prediction"])
+            answered_by[lost] = NOT_FINITE
+            booster_id[lost] = None
         answered = {**values, "answered_by": answered_by, "booster_id": booster_id, "fleet_version": spec["fleet_version"]}
         answers = pd.DataFrame({name: answered[name] for name in answer_columns(spec["task"])}, index=rows_of_batch)
         if made_of is not None:
@@ -950,15 +1016,17 @@ def widest(halves: Floats) -> Floats:
 def numbers_of(
     spec: Mapping[str, Any], answer: Floats, anchored: npt.NDArray[np.bool_], offset: Floats, scale: Floats, half: Floats
 ) -> dict[str, Any]:
-    """Blended answers in link space as prediction, lower and upper in target units; half widths are in link space over scale."""
-    linked = np.where(anchored, offset + scale * answer, spec["constant_without_offset"])
-    width = np.where(anchored, scale * half, np.nan)
+    """Blended answers in link space as prediction, lower and upper in target units; half widths are in link space over scale.
+
+    What is too large for a number is NaN.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        linked = np.where(anchored, offset + scale * answer, spec["constant_without_offset"])
+        width = np.where(anchored, scale * half, np.nan)
+        bounds = {"prediction": linked, "lower": linked - width, "upper": linked + width}
     transform = spec["target"]["transform"]
-    return {
-        "prediction": inverse_link(linked, transform),
-        "lower": inverse_link(linked - width, transform),
-        "upper": inverse_link(linked + width, transform),
-    }
+    found = {name: inverse_link(bound, transform) for name, bound in bounds.items()}
+    return {name: np.where(np.isfinite(numbers), numbers, np.nan) for name, numbers in found.items()}
 
 
 def classes_of(spec: Mapping[str, Any], answer: Floats) -> dict[str, Any]:
@@ -979,9 +1047,34 @@ def booster_digest(text: str) -> str:
     return hashlib.sha256(re.sub(r"\nparameters:\n.*?\nend of parameters\n", "\n", text, flags=re.DOTALL).encode()).hexdigest()
 
 
+def as_json_takes_them(answers: pd.DataFrame) -> pd.DataFrame:
+    """Answers in which a number that is missing is None, because NaN is not JSON."""
+    for name in ("prediction", "lower", "upper"):
+        column = answers[name]
+        if column.dtype.kind == "f" and not np.isfinite(column.to_numpy()).all():
+            answers[name] = column.astype(object).where(np.isfinite(column), None)
+    for part in (part for parts in answers.get("contributions", ()) for part in parts):
+        if not np.isfinite(part["contribution"]):
+            part["contribution"] = None
+    return answers
+
+
 def _register() -> None:
     """Hand the model to MLflow, which runs this file to load a registered version."""
     import mlflow
+    from mlflow.exceptions import INVALID_PARAMETER_VALUE, MlflowException
+
+    class RefusedInput(MlflowException, InputError):  # type: ignore[misc,unused-ignore]
+        """An `InputError` that MLflow's scoring server answers with status 400 and this message."""
+
+        @property
+        def message(self) -> str:
+            """The first that is set: the server would put the whole batch before it."""
+            return str(self.__dict__["_message"])
+
+        @message.setter
+        def message(self, text: str) -> None:
+            self.__dict__.setdefault("_message", text)
 
     class MetaModel(mlflow.pyfunc.PythonModel):  # type: ignore[name-defined,misc]
         """The registered model: opens the pack that travels with it."""
@@ -991,7 +1084,10 @@ def _register() -> None:
             self.model = FleetModel(context.artifacts["pack"], digest=settings.get("pack_sha256"), options=settings.get("storage_options"))
 
         def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:  # noqa: ARG002
-            return self.model.predict(model_input, **(params or {}))
+            try:
+                return as_json_takes_them(self.model.predict(model_input, **(params or {})))
+            except InputError as error:
+                raise RefusedInput(str(error), error_code=INVALID_PARAMETER_VALUE) from error
 
     mlflow.models.set_model(MetaModel())
 

@@ -8,7 +8,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as sf
 
 from pipeline.errors import SpecError
-from pipeline.models.meta_model import FleetModel
+from pipeline.models.meta_model import FleetModel, check_listed_once
 from pipeline.spark.answers import answer_rows
 from pipeline.spark.features import newest_time
 from pipeline.spark.keys import finite, moment_column
@@ -50,7 +50,9 @@ def score_rows(
 
     Raises:
         SpecError: if the version has no intervals of that level.
+        InputError: if a column that is read is listed twice.
     """
+    check_listed_once(rows.columns, {"row_key", "time", *spec.key_columns, *model.required, *model.optional})
     kept = list(dict.fromkeys(["row_key", "time", *spec.key_columns]))
     # What the version reads, which may have been trained when the fleet was described otherwise.
     needed = dict.fromkeys([*kept, *(column for column in (*model.required, *model.optional) if column in rows.columns)])

@@ -104,22 +104,42 @@ def test_every_way_to_ask_gives_the_same_bits(
     # MLflow's function makes text of a null.
     same_bits(by_sql.set_index("row_id").replace({"booster_id": {"None": None}}), expected, "SQL")
 
-    body = json.dumps({"dataframe_split": json.loads(asked.to_json(orient="split", index=False, double_precision=15)) | {"data": _exact(asked)}})
+    body = frame_json(asked)
     with (
         served(registered.registry.tracking_uri, uri, tmp_path / "log") as address,
         closing(http.client.HTTPConnection(address, timeout=60)) as connection,
     ):
-        connection.request("POST", "/invocations", body, {"Content-Type": "application/json"})
-        answered = connection.getresponse()
-        content = answered.read()
-    assert answered.status == http.HTTPStatus.OK, content
+        status, content = ask(connection, body)
+        one = asked.iloc[[0]].astype(object)
+        bad = [ask(connection, frame_json(one.assign(price=[value]))) for value in ("twelve", [1.0])]
+        huge = ask(connection, frame_json(one.assign(base=[1.79e308], price=[0.5])).replace("0.5", "1e999"))
+    assert status == http.HTTPStatus.OK, content
+    for (code, told), value in zip(bad, ("'twelve'", "[1.0]"), strict=True):
+        assert code == http.HTTPStatus.BAD_REQUEST
+        message = f"price: {value} is not a number (row 1 of 1); expected a number, text such as '12.5', or null"
+        # The sentence alone: neither the batch nor a stack trace.
+        assert json.loads(told)["message"] == message
+        assert b"Traceback" not in told
+    assert huge[0] == http.HTTPStatus.OK
+    (answer_to_huge,) = json.loads(huge[1], parse_constant=pytest.fail)["predictions"]
+    assert answer_to_huge["upper"] is None
     by_rest = pd.DataFrame(json.loads(content)["predictions"], columns=list(expected.columns)).set_axis(rows["row_id"].to_numpy())
     same_bits(by_rest, expected, "REST")
 
 
+def ask(connection: http.client.HTTPConnection, body: str) -> tuple[int, bytes]:
+    connection.request("POST", "/invocations", body, {"Content-Type": "application/json"})
+    answered = connection.getresponse()
+    return answered.status, answered.read()
+
+
+def frame_json(rows: pd.DataFrame) -> str:
+    return json.dumps({"dataframe_split": {"columns": list(rows.columns), "data": _exact(rows)}})
+
+
 def _exact(rows: pd.DataFrame) -> list[list[Any]]:
     """Rows as JSON takes them: Python writes a float by the shortest text that reads back as it."""
-    return [[None if pd.isna(value) else value for value in row] for row in rows.astype(object).to_numpy().tolist()]
+    return [[value if isinstance(value, list) or pd.notna(value) else None for value in row] for row in rows.astype(object).to_numpy().tolist()]
 
 
 # Streams that are killed

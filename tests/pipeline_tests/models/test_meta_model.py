@@ -4,6 +4,7 @@ import re
 import shutil
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ from pipeline.models.boosters import EncodedBooster, encode_booster
 from pipeline.models.meta_model import (
     CHAINS,
     CONSTANT,
+    NOT_FINITE,
     Contributions,
     FleetModel,
     InputError,
     PackError,
     answer_columns,
+    as_json_takes_them,
     design_matrix,
     footer_of,
     group_id,
@@ -149,9 +152,40 @@ def test_integer_categories_may_come_as_floats(value: Any) -> None:
     assert matrix(kind=[value])[0][1] == 0.0
 
 
-@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, None, "text"])
-def test_what_is_no_number_is_missing(value: Any) -> None:
-    assert same([row[0] for row in matrix(price=[2.0, value])], [2.0, np.nan])
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, None, pd.NA, Decimal("NaN"), 1e308])
+def test_what_is_no_finite_number_is_missing(value: Any) -> None:
+    assert same([row[0] for row in matrix(price=pd.Series([2.0, value], dtype=object))], [2.0, np.nan])
+
+
+@pytest.mark.parametrize(
+    ("value", "number"), [("12.5", 12.5), (" 7 ", 7.0), ("1e3", 1000.0), (True, 1.0), (Decimal("1.50"), 1.5), (2**70, float(2**70))]
+)
+def test_text_of_a_number_is_that_number(value: Any, number: float) -> None:
+    assert [row[0] for row in matrix(price=pd.Series([2.0, value], dtype=object))] == [2.0, number]
+
+
+@pytest.mark.parametrize("value", ["text", "", "12,5", [1.0], {"a": 1}, pd.Timestamp("2024-01-01"), "x" * 500])
+def test_what_is_no_number_at_all_is_refused_with_its_column_and_row(value: Any) -> None:
+    with pytest.raises(InputError) as caught:
+        matrix(price=pd.Series([2.0, None, value, value], dtype=object))
+    assert str(caught.value).startswith(f"price: {repr(value)[:60]}")
+    assert str(caught.value).endswith(" is not a number (row 3 of 4); expected a number, text such as '12.5', or null")
+    assert len(str(caught.value)) < 150
+
+
+def test_a_column_of_moments_is_no_number() -> None:
+    with pytest.raises(InputError, match=r"price: Timestamp\('2024-01-01 00:00:00'\) is not a number \(row 1 of 1\)"):
+        matrix(price=pd.to_datetime(["2024-01-01"]))
+
+
+@pytest.mark.parametrize("value", [["small"], {"kind": "small"}])
+def test_a_key_or_category_that_is_no_single_value_is_refused(value: Any) -> None:
+    rows = pd.DataFrame({"kind": pd.Series(["large", value], dtype=object)})
+    expected = re.escape(f"kind: {value!r} is not a value of a key or category; expected text, a number, or null")
+    with pytest.raises(InputError, match=expected):
+        design_matrix(rows, MATRIX_SPEC)
+    with pytest.raises(InputError, match=expected):
+        group_ids(rows, ["kind"])
 
 
 def test_booleans_and_nullable_integers_are_numbers() -> None:
@@ -248,6 +282,17 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def batch(*groups: tuple[Any, Any], price: float = 15.0, index: list[Any] | None = None, **columns: Any) -> pd.DataFrame:
     frame = pd.DataFrame(groups, columns=["region", "city"], dtype=object, index=index)
     return frame.assign(price=price, promotion=0.0, day_of_week=1.0, kind="small", **columns)
+
+
+def test_a_column_that_is_listed_twice_is_refused_where_it_is_read(pack: Path) -> None:
+    rows = batch(("north", "oslo"))
+    model = FleetModel(pack)
+    with pytest.raises(InputError, match="the batch: columns listed more than once: region, price; rename or remove all but one of each"):
+        model.predict(pd.concat([rows, rows[["price", "region"]]], axis=1))
+    # Columns that nobody reads may be there as often as they like.
+    notes = pd.DataFrame([[1.0, 2.0]], columns=["note", "note"])
+    noted = pd.concat([rows, notes], axis=1)
+    pd.testing.assert_frame_equal(model.predict(noted), model.predict(rows))
 
 
 def test_a_mixed_batch_is_answered_group_by_group(pack: Path) -> None:
@@ -357,6 +402,25 @@ def test_a_fleet_without_any_model_answers_with_its_constant(tmp_path: Path) -> 
     assert found["answered_by"].tolist() == [CONSTANT]
     assert found["booster_id"].isna().all()
     assert found[["lower", "upper"]].isna().all(axis=None)
+
+
+@pytest.mark.parametrize(("transform", "level"), [("none", 1.79e308), ("log", 800.0)])
+def test_an_answer_that_no_double_holds_is_missing_and_says_so(tmp_path: Path, transform: str, level: float) -> None:
+    model = FleetModel(make_pack(tmp_path / "pack", {"offset": "level", "scale": "size", "transform": transform}))
+    rows = batch(*[("north", "oslo")] * 3, level=[1.0, level, np.inf], size=[1.0, 1e306, 1.0])
+    found = model.predict(rows, explain=True)
+    assert found["answered_by"].tolist() == ["[region, city]", NOT_FINITE, CONSTANT]
+    assert np.isnan(found.loc[1, ["prediction", "lower", "upper"]].astype(float)).all()
+    assert found.loc[1, "booster_id"] is None
+    assert np.isfinite(found.loc[[0, 2], "prediction"].astype(float)).all()
+    told = as_json_takes_them(found.copy())
+    json.dumps(told.to_dict(orient="records"), allow_nan=False)
+    assert told["prediction"].tolist() == [found["prediction"][0], None, found["prediction"][2]]
+
+
+def test_whole_answers_keep_their_types_for_json(pack: Path) -> None:
+    found = FleetModel(pack).predict(batch(("north", "oslo")))
+    pd.testing.assert_frame_equal(as_json_takes_them(found.copy()), found)
 
 
 def test_a_row_without_an_offset_is_answered_by_the_constant(tmp_path: Path) -> None:
