@@ -31,6 +31,11 @@ def features_asset(spec: FleetSpec, files: FleetFiles) -> dg.AssetsDefinition:
                 description="No lag is null where the entity has a value in the wanted period.",
             ),
             dg.AssetCheckSpec(
+                "days_begin_at_midnight",
+                asset=link_key(spec, "features"),
+                description="Rows of days and longer do not lie at midnights of another time zone than the fleet's.",
+            ),
+            dg.AssetCheckSpec(
                 "no_column_looks_like_the_future",
                 asset=link_key(spec, "features"),
                 description="No column of features.columns equals the target of its own row, or follows each of its changes.",
@@ -71,6 +76,12 @@ def features_asset(spec: FleetSpec, files: FleetFiles) -> dg.AssetsDefinition:
                     suspicions.missed_lags,
                     "null although the entity has a value within a period of the wanted time: it was known only after the row's horizon, "
                     "or the series keeps other hours",
+                ),
+                _warning(
+                    "days_begin_at_midnight",
+                    suspicions.other_midnights,
+                    "if that is midnight somewhere, set timezone to that zone, e.g. `timezone: Europe/Berlin`: otherwise days are cut "
+                    "in the wrong place, and lags miss their rows after each change of the clocks",
                 ),
                 _warning(
                     "no_column_looks_like_the_future",

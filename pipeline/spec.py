@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
+from zoneinfo import available_timezones
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ModelWrapVali
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from pipeline.errors import SpecError
-from pipeline.grouping.periods import Period, on_last_day
+from pipeline.grouping.periods import Period, on_last_day, to_wall_clock
 
 Statistic = Literal["mean", "sum", "count", "std", "min", "max", "last"]
 CalendarPart = Literal["year", "quarter", "month", "week", "day_of_year", "day", "day_of_week", "hour", "minute"]
@@ -58,9 +59,19 @@ def _checked_length(text: str) -> str:
     return text
 
 
+def _checked_zone(name: str) -> str:
+    names = available_timezones()
+    if name not in names:
+        near = difflib.get_close_matches(name, sorted(names), n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "expected a name such as Europe/Berlin"
+        raise ValueError(f"{name!r} is not a time zone; {hint}")
+    return name
+
+
 Identifier = Annotated[str, AfterValidator(_checked_identifier)]
 PeriodText = Annotated[str, AfterValidator(_checked_period)]
 LengthText = Annotated[str, AfterValidator(_checked_length)]
+Zone = Annotated[str, AfterValidator(_checked_zone)]
 Level = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -117,7 +128,7 @@ class RollingSpec(Part):
 
     @property
     def period(self) -> Period:
-        """The window's length."""
+        """The window's length, of days in UTC."""
         return Period.parse(self.window)
 
     def name(self, statistic: str) -> str:
@@ -345,6 +356,12 @@ class FleetSpec(Part):
     horizon: PeriodText | None = Field(
         default=None, description="How long before its time a row is predicted, e.g. `1 month`; by default at its time."
     )
+    timezone: Zone | None = Field(
+        default=None,
+        description="Time zone whose days count, e.g. `Europe/Berlin`; by default UTC's. Lags, windows, the horizon, future rows and "
+        "splits of days and longer, and calendar parts follow its clocks. Dates, and times without a zone (TIMESTAMP_NTZ), are its local "
+        "times; times in tables stay UTC.",
+    )
     target: TargetSpec = Field(description="What is predicted.")
     task: Task = Field(
         default="regression", description="Kind of prediction problem: `regression` (a number), `binary` or `multiclass` (a class's probability)."
@@ -383,7 +400,20 @@ class FleetSpec(Part):
     @property
     def horizon_period(self) -> Period:
         """The horizon; 0 days where none is given."""
-        return Period.parse(self.horizon) if self.horizon else Period(0, "day")
+        return self.in_zone(self.horizon or "0 days")
+
+    def in_zone(self, text: str) -> Period:
+        """A length of time, its days those of the fleet's time zone."""
+        return Period.parse(text, self.timezone)
+
+    @property
+    def step(self) -> Period:
+        """The period of the series.
+
+        Raises:
+            SpecError: if there is none.
+        """
+        return self.in_zone(self.period or "")
 
     @property
     def has_calendar_period(self) -> bool:
@@ -392,7 +422,9 @@ class FleetSpec(Part):
 
     def horizon_end(self, newest: pd.Timestamp) -> pd.Timestamp:
         """The last moment that is answered from the newest row; from the end of a month, where months count, the end of another."""
-        stays = self.has_calendar_period and bool(on_last_day(np.array([newest.to_datetime64()]))[0])
+        moments = np.array([newest.to_datetime64()])
+        shown = moments if self.timezone is None else to_wall_clock(moments, self.timezone)
+        stays = self.has_calendar_period and bool(on_last_day(shown)[0])
         return self.horizon_period.add(newest, last_day=stays)
 
     @property
@@ -438,7 +470,7 @@ class FleetSpec(Part):
         season, rest = divmod(_SEASONS.get(period.unit, 0), period.count)
         if rest or season <= 1:
             return None
-        deadline, lag = self.horizon_period.before(start)[0], season
+        deadline, lag = Period.parse(self.horizon or "0 days").before(start)[0], season
         while period.times(lag).before(start)[0] > deadline:
             lag += season
         name = f"{self.target.column}_lag_{lag}"
@@ -519,6 +551,8 @@ class FleetSpec(Part):
         """Hash of all that changes what training gives; names and descriptions for people are left out."""
         left_out: Any = dict.fromkeys(("baselines", "description", "owners", "pack", "scoring", "sources", "sql"), True)
         parts = self.model_dump(mode="json", exclude={**left_out, "tuning": set(BUDGETS)})
+        if self.timezone is None:  # as before there were any
+            del parts["timezone"]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @model_validator(mode="wrap")
@@ -665,7 +699,7 @@ class FleetSpec(Part):
         if self.period is None:
             yield "period: needed for features.lags, e.g. '1 month'"
             return
-        period, horizon = Period.parse(self.period), self.horizon_period
+        period, horizon = Period.parse(self.period), Period.parse(self.horizon or "0 days")
         start = np.array([_ANCHOR])
         deadline = horizon.before(start)[0]
         for lag in self.features.lags:

@@ -87,4 +87,6 @@ class LaunchSettings(dg.ConfigurableResource):
         moment = pd.to_datetime(text, errors="coerce")
         if pd.isna(moment):
             raise SpecError(f"as_of is {text!r}; expected a date or time such as 2013-12-24 or 2013-12-24T18:00")
+        if moment.tzinfo is None and spec.timezone is not None:
+            moment = moment.tz_localize(spec.timezone)
         return moment.tz_convert("UTC").tz_localize(None) if moment.tzinfo else moment

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 
-from pipeline.grouping.periods import Flags, Period, Times, on_last_day
+from pipeline.grouping.periods import Flags, Period, Times, on_last_day, to_wall_clock
 from pipeline.spec import FleetSpec, LagSpec, RollingSpec, Statistic
 
 Floats = npt.NDArray[np.float64]
@@ -72,7 +72,7 @@ def add_history(table: pa.Table, spec: FleetSpec, features: HistoryPass) -> pa.T
         codes = codes_of(table, tuple(spec.entity))
         values = values_of(table, lag.column)
         for periods in lag.periods:
-            step = Period.parse(spec.period or "").times(periods)
+            step = spec.step.times(periods)
             found = _row_at(codes, time, known_at, end, step.before(time, last_days))
             if step.is_calendar:
                 found = np.where(found >= 0, found, _last_row_of_unit(codes, time, known_at, end, step))
@@ -81,11 +81,15 @@ def add_history(table: pa.Table, spec: FleetSpec, features: HistoryPass) -> pa.T
     for window in features.windows:
         codes = codes_of(table, tuple(spec.finest if window.over is None else window.over))
         values = values_of(table, window.column)
-        start = window.period.before(deadline, last_days & on_last_day(deadline))
+        start = spec.in_zone(window.window).before(deadline, last_days & on_last_day(_wall_clock(deadline, spec)))
         columns = _windowed(codes, known_at, end, start, values, window.statistics)
         for statistic, column in zip(window.statistics, columns, strict=True):
             table = table.append_column(window.name(statistic), _nullable(column))
     return table
+
+
+def _wall_clock(times: Times, spec: FleetSpec) -> Times:
+    return times if spec.timezone is None else to_wall_clock(times, spec.timezone)
 
 
 def times_of(column: pa.ChunkedArray | pa.Array) -> Times:

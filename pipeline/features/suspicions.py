@@ -28,10 +28,12 @@ class Suspicions:
     Args:
         missed_lags: per lag, how many of its nulls lie beside a value.
         like_the_target: per column of `features.columns`, how closely it follows the target of its own row.
+        other_midnights: `time`, and the hours of UTC at which its days seem to begin.
     """
 
     missed_lags: dict[str, str]
     like_the_target: dict[str, str]
+    other_midnights: dict[str, str]
 
 
 def columns_looked_at(spec: FleetSpec) -> list[str]:
@@ -63,7 +65,7 @@ def find_suspicions(table: pa.Table, spec: FleetSpec) -> Suspicions:
     for lag in spec.all_lags:
         values = values_of(table, lag.column)
         for periods in lag.periods:
-            period = Period.parse(spec.period or "")
+            period = spec.step
             is_missed = np.isnan(values_of(table, lag.name(periods)))
             is_missed &= _has_value_near(codes, time, values, period, periods)
             if is_missed.any():
@@ -75,7 +77,26 @@ def find_suspicions(table: pa.Table, spec: FleetSpec) -> Suspicions:
         likeness = _likeness(codes[order], values_of(table, name)[order], target[order])
         if likeness:
             alike[name] = likeness
-    return Suspicions(missed, alike)
+    return Suspicions(missed, alike, _other_midnights(time, spec))
+
+
+def _other_midnights(time: Times, spec: FleetSpec) -> dict[str, str]:
+    """Series of days and longer whose every row lies at one hour of UTC that is not midnight, or at two next to each other.
+
+    These are midnights of another time zone, the two hours its winter and summer; counted in UTC, days are cut in the wrong place
+    and lags miss their rows after each change of the clocks.
+    """
+    if spec.timezone is not None or spec.period is None or spec.step.unit in ("minute", "hour"):
+        return {}
+    seen = time[~np.isnat(time)]
+    since_midnight = np.unique((seen - seen.astype("datetime64[D]")).astype("timedelta64[s]").astype(np.int64))
+    one_hour, one_day = SECONDS["hour"], SECONDS["day"]
+    is_one = len(since_midnight) == 1 and since_midnight[0] != 0
+    is_pair = len(since_midnight) == 2 and int(np.diff(since_midnight)[0]) in (one_hour, one_day - one_hour)  # noqa: PLR2004
+    if not (is_one or is_pair):
+        return {}
+    hours = " or ".join(f"{second // one_hour:02d}:{second % one_hour // 60:02d}" for second in since_midnight)
+    return {spec.time: f"all rows lie at {hours} UTC"}
 
 
 def _quantities(spec: FleetSpec) -> list[str]:

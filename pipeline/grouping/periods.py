@@ -15,6 +15,8 @@ UNITS = (*SECONDS, *MONTHS)
 # Keeps moments within what 64 bits of microseconds hold.
 MOST_YEARS = 1000
 SECONDS_PER_MONTH = 2_629_746
+# As long in every zone.
+_ELAPSED = ("minute", "hour")
 _WRITTEN = re.compile(r"^\s*(\d+)\s+([a-z]+?)s?\s*$")
 
 Times = npt.NDArray[np.datetime64]
@@ -29,14 +31,21 @@ class Period:
     Args:
         count: how many units; 0 or more.
         unit: one of minute, hour, day, week, month, quarter, year.
+        zone: time zone whose days, weeks and months are counted, e.g. Europe/Berlin; None is UTC. Minutes and hours
+            are as long everywhere.
     """
 
     count: int
     unit: str
+    zone: str | None = None
 
     @classmethod
-    def parse(cls, text: str) -> "Period":
+    def parse(cls, text: str, zone: str | None = None) -> "Period":
         """Read ``12 months`` or ``1 day``.
+
+        Args:
+            text: as people write it.
+            zone: see the class.
 
         Raises:
             SpecError: if the text is not a whole number and a known unit, or is longer than 1,000 years.
@@ -47,7 +56,7 @@ class Period:
         count, unit = int(found.group(1)), found.group(2)
         if count * SECONDS.get(unit, MONTHS.get(unit, 0) * SECONDS_PER_MONTH) > MOST_YEARS * 12 * SECONDS_PER_MONTH:
             raise SpecError(f"{text!r} is too long: expected at most {MOST_YEARS} years")
-        return cls(count, unit)
+        return cls(count, unit, zone)
 
     def __str__(self) -> str:
         return f"{self.count} {self.unit}{'' if self.count == 1 else 's'}"
@@ -64,7 +73,7 @@ class Period:
 
     def times(self, factor: int) -> "Period":
         """This length, ``factor`` times over."""
-        return Period(self.count * factor, self.unit)
+        return Period(self.count * factor, self.unit, self.zone)
 
     def before(self, times: Times, last_days: Flags | None = None) -> Times:
         """The moments this length earlier; see `moved`."""
@@ -84,35 +93,65 @@ class Period:
                 30 April to 31 May. Otherwise the day of the month stays, and a day that a month lacks
                 becomes that month's last day. Fixed lengths pay no attention to it.
         """
-        times = times.astype("datetime64[us]")
-        if not self.is_calendar:
+        times = self._wall_clock(times.astype("datetime64[us]"))
+        if self.is_calendar:
+            moved = _add_months(times, factor * (self.count * MONTHS[self.unit]), last_days)
+        else:
             length = np.timedelta64(self.count * SECONDS[self.unit], "s").astype("timedelta64[us]")
-            later: Times = times + factor * length
-            return later
-        return _add_months(times, factor * (self.count * MONTHS[self.unit]), last_days)
+            moved = times + factor * length
+        return self._moments(moved)
+
+    def _wall_clock(self, moments: Times) -> Times:
+        """What the zone's clocks show, where its days matter; else UTC."""
+        return moments if self.zone is None or self.unit in _ELAPSED else to_wall_clock(moments, self.zone)
+
+    def _moments(self, wall_clock: Times) -> Times:
+        return wall_clock if self.zone is None or self.unit in _ELAPSED else from_wall_clock(wall_clock, self.zone)
 
     def unit_numbers(self, times: Times) -> Counts:
         """Which month, quarter or year holds each moment, counted from 1970; for calendar lengths only."""
-        months = times.astype("datetime64[M]").astype(np.int64)
+        months = self._wall_clock(times).astype("datetime64[M]").astype(np.int64)
         numbers: Counts = months // MONTHS[self.unit]
         return numbers
 
     def floor(self, moment: pd.Timestamp) -> pd.Timestamp:
         """The start of the unit that holds the moment; weeks start on Monday."""
+        start = self._floor(pd.Timestamp(self._wall_clock(np.array([moment.to_datetime64()], "datetime64[us]"))[0]))
+        return pd.Timestamp(self._moments(np.array([start.to_datetime64()], "datetime64[us]"))[0])
+
+    def _floor(self, wall_clock: pd.Timestamp) -> pd.Timestamp:
         if self.unit == "week":
-            return moment.normalize() - pd.Timedelta(days=moment.weekday())
+            return wall_clock.normalize() - pd.Timedelta(days=wall_clock.weekday())
         if self.unit in ("minute", "hour", "day"):
-            return moment.floor({"minute": "min", "hour": "h", "day": "D"}[self.unit])
+            return wall_clock.floor({"minute": "min", "hour": "h", "day": "D"}[self.unit])
         if self.unit == "month":
-            return moment.normalize().replace(day=1)
+            return wall_clock.normalize().replace(day=1)
         if self.unit == "quarter":
-            return moment.normalize().replace(day=1, month=3 * ((moment.month - 1) // 3) + 1)
-        return moment.normalize().replace(day=1, month=1)
+            return wall_clock.normalize().replace(day=1, month=3 * ((wall_clock.month - 1) // 3) + 1)
+        return wall_clock.normalize().replace(day=1, month=1)
 
     def add(self, moment: pd.Timestamp, factor: int = 1, *, last_day: bool = False) -> pd.Timestamp:
         """The moment ``factor`` times this length later; see `moved`."""
         moments = np.array([moment.to_datetime64()])
         return pd.Timestamp(self.moved(moments, factor, np.array([last_day]))[0])
+
+
+def to_wall_clock(moments: Times, zone: str) -> Times:
+    """What the clocks of a zone show at moments of UTC."""
+    shown = pd.DatetimeIndex(moments).tz_localize("UTC").tz_convert(zone).tz_localize(None)
+    clock: Times = shown.to_numpy().astype("datetime64[us]")
+    return clock
+
+
+def from_wall_clock(shown: Times, zone: str) -> Times:
+    """The moments of UTC at which the clocks of a zone show these times.
+
+    What they show twice is the first of both; what they skip, in spring, is the end of what they skip.
+    """
+    is_first = np.ones(len(shown), dtype=bool)
+    local = pd.DatetimeIndex(shown).tz_localize(zone, ambiguous=is_first, nonexistent="shift_forward")
+    moments: Times = local.tz_convert("UTC").tz_localize(None).to_numpy().astype("datetime64[us]")
+    return moments
 
 
 def on_last_day(times: Times) -> Flags:

@@ -45,7 +45,7 @@ class Cutoffs:
         return split
 
 
-def resolve_cutoffs(splits: SplitsSpec, as_of: pd.Timestamp, newest: pd.Timestamp) -> Cutoffs:
+def resolve_cutoffs(splits: SplitsSpec, as_of: pd.Timestamp, newest: pd.Timestamp, zone: str | None = None) -> Cutoffs:
     """Turn lengths into dates.
 
     The last unit of the report split is the one that holds the newest visible row, so cutoffs move by whole units:
@@ -55,8 +55,9 @@ def resolve_cutoffs(splits: SplitsSpec, as_of: pd.Timestamp, newest: pd.Timestam
         splits: the lengths.
         as_of: what the run pretends.
         newest: latest time of a visible row.
+        zone: time zone whose days, weeks and months count; None is UTC.
     """
-    report, tune = Period.parse(splits.report), Period.parse(splits.tune)
-    unit = Period(1, report.unit)
+    report, tune = Period.parse(splits.report, zone), Period.parse(splits.tune, zone)
+    unit = Period(1, report.unit, zone)
     report_start = unit.add(report.floor(newest), 1 - report.count)
     return Cutoffs(as_of, tune.add(report_start, -1), report_start)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import pandas as pd
 import pyarrow as pa
 from pyspark.errors import AnalysisException
-from pyspark.sql import DataFrame, SparkSession, Window
+from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as sf
 from pyspark.sql import types as st
 from pyspark.sql.pandas.types import from_arrow_schema, to_arrow_schema
@@ -14,7 +14,6 @@ from pipeline.errors import DataError, SpecError
 from pipeline.features.future import future_times
 from pipeline.features.history import ON_LAST_DAYS, HistoryPass, add_history, flags_of, plan_passes, times_of
 from pipeline.features.sql import parse_derived
-from pipeline.grouping.periods import Period
 from pipeline.spark.keys import group_id_column, latest_moment, moment_of, text_column
 from pipeline.spark.sql_plans import derived_column, select_rows
 from pipeline.spec import MULTICLASS, FleetSpec
@@ -119,9 +118,9 @@ def _text_columns(spec: FleetSpec) -> set[str]:
 def _canonical(spec: FleetSpec, rows: DataFrame) -> DataFrame:
     """Time columns under their canonical names, numbers as double, and the row key."""
     # Milliseconds are the resolution of time, so that every window has an exact start.
-    time = sf.date_trunc("millisecond", sf.col(f"`{spec.time}`").cast("timestamp"))
-    known_at = sf.date_trunc("millisecond", sf.col(f"`{spec.known_at}`").cast("timestamp")) if spec.known_at else time
     types = {field.name: field.dataType for field in rows.schema}
+    time = sf.date_trunc("millisecond", _moment(spec, spec.time, types))
+    known_at = sf.date_trunc("millisecond", _moment(spec, spec.known_at, types)) if spec.known_at else time
     kept = []
     for name in spec.sql_columns:
         column = sf.col(f"`{name}`")
@@ -137,6 +136,19 @@ def _canonical(spec: FleetSpec, rows: DataFrame) -> DataFrame:
     return rows.withColumn("row_key", group_id_column([*spec.entity, "time"]))
 
 
+def _moment(spec: FleetSpec, name: str, types: Mapping[str, st.DataType]) -> Column:
+    """A column of times as moments; where the fleet has a time zone, dates and times without a zone are its local times."""
+    moment = sf.col(f"`{name}`").cast("timestamp")
+    if spec.timezone is None or isinstance(types[name], st.TimestampType):
+        return moment
+    return sf.to_utc_timestamp(moment, spec.timezone)
+
+
+def _shown(spec: FleetSpec, time: str = "time") -> Column:
+    """What the clocks of the fleet's time zone show."""
+    return sf.col(time) if spec.timezone is None else sf.from_utc_timestamp(time, spec.timezone)
+
+
 def _with_last_days(spec: FleetSpec, rows: DataFrame) -> DataFrame:
     """Mark the rows of series that lie on last days of months throughout, where the period is a calendar one.
 
@@ -145,7 +157,7 @@ def _with_last_days(spec: FleetSpec, rows: DataFrame) -> DataFrame:
     """
     if not spec.has_calendar_period:
         return rows
-    is_last = sf.coalesce(sf.last_day("time") == sf.to_date("time"), sf.lit(False))
+    is_last = sf.coalesce(sf.last_day(_shown(spec)) == sf.to_date(_shown(spec)), sf.lit(False))
     series = Window.partitionBy(*(f"`{key}`" for key in spec.entity))
     return rows.withColumn(ON_LAST_DAYS, sf.min(is_last).over(series))
 
@@ -155,7 +167,7 @@ def _future_rows(spec: FleetSpec, rows: DataFrame) -> DataFrame:
     newest = newest_time(rows)
     if newest is None:
         return rows.limit(0)
-    period = Period.parse(spec.period or "")
+    period = spec.step
     end = spec.horizon_end(newest)
     marks = [ON_LAST_DAYS] if ON_LAST_DAYS in rows.columns else []
     others = [*(key for key in spec.key_columns if key not in spec.entity), *marks]
@@ -189,7 +201,7 @@ def _with_history(rows: DataFrame, spec: FleetSpec, features: HistoryPass) -> Da
 
 def _with_derived(spark: SparkSession, rows: DataFrame, spec: FleetSpec) -> DataFrame:
     for part in spec.features.calendar:
-        rows = rows.withColumn(part, _CALENDAR[part]("time").cast("double"))
+        rows = rows.withColumn(part, _CALENDAR[part](_shown(spec)).cast("double"))
     for name, tree in parse_derived(spec).items():
         where, text = f"features.derived.{name}", spec.features.derived[name]
         column = derived_column(spark, text, tree, where=where, functions=spec.sql.functions)

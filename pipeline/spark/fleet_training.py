@@ -244,7 +244,7 @@ def plan_run(
     if newest is None:
         earliest, latest = features.where("NOT is_future").selectExpr("string(min(known_at))", "string(max(known_at))").collect()[0]
         raise DataError(f"as of {moment} no row is known yet; known_at runs from {earliest} to {latest}: choose an as-of within or after it")
-    cutoffs = resolve_cutoffs(spec.splits, moment, newest)
+    cutoffs = resolve_cutoffs(spec.splits, moment, newest, spec.timezone)
     before = history.finished(moment)
     same_spec = before is not None and before["spec_digest"] == spec.training_digest
     known = json.loads(before["model_spec"])["categories"] if before is not None and same_spec else {}

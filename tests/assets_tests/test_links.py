@@ -61,6 +61,7 @@ def test_the_whole_chain_is_materialised(first_run: dg.ExecuteInProcessResult, c
             "has_targets",
             "no_feature_is_all_null",
             "lags_find_their_rows",
+            "days_begin_at_midnight",
             "no_column_looks_like_the_future",
             "every_group_has_an_outcome",
             "boosters_match_the_ledger",

@@ -521,3 +521,10 @@ def test_a_correction_needs_a_parent_and_a_number(own: str, changes: dict[str, A
     message = refusal(own=own, **changes)
     assert f"own: {own!r}" in message
     assert expected in message
+
+
+def test_a_time_zone_that_nobody_knows_is_refused_with_near_ones() -> None:
+    with pytest.raises(SpecError, match=r"timezone: 'Europe/Berln' is not a time zone; did you mean Europe/Berlin"):
+        small_spec(timezone="Europe/Berln")
+    assert small_spec(timezone=None).training_digest == small_spec().training_digest
+    assert small_spec(timezone="Europe/Berlin").training_digest != small_spec().training_digest

@@ -367,3 +367,22 @@ def test_every_declared_feature_is_in_exactly_one_pass() -> None:
     passes = plan_passes(SPEC)
     assert sorted(window.window for features in passes for window in features.windows) == sorted(window.window for window in SPEC.features.rolling)
     assert sum(len(features.lags) for features in passes) == len(SPEC.features.lags)
+
+
+def test_a_series_of_local_midnights_has_all_its_lags_where_the_fleet_has_its_time_zone() -> None:
+    midnights = pd.date_range("2024-01-01", "2024-12-31", freq="D", tz="Europe/Berlin").tz_convert("UTC").tz_localize(None)
+    frame = series([str(moment) for moment in midnights], list(np.arange(len(midnights), dtype=float)))
+    rolling = [{"column": "sales", "window": "2 days", "statistics": ["count"]}]
+    lags = [{"column": "sales", "periods": [1, 7]}]
+    features = {"columns": [], "categoricals": [], "calendar": [], "lags": lags, "rolling": rolling}
+
+    def found(timezone: str | None) -> pd.DataFrame:
+        return featured(frame, small_spec(features=features, horizon="1 day", baselines=None, timezone=timezone))
+
+    at_home = found("Europe/Berlin")
+    for lag in (1, 7):
+        assert at_home[f"sales_lag_{lag}"].iloc[lag:].tolist() == list(np.arange(len(midnights) - lag, dtype=float))
+    assert at_home["sales_count_2_days"].iloc[2:].eq(2).all()
+    # Counted in UTC, a day after each change of the clocks misses its row, and a week seven of them.
+    assert found(None)["sales_lag_1"].isna().sum() > 1
+    assert found(None)["sales_lag_7"].isna().sum() > 7 + 6

@@ -122,4 +122,19 @@ def test_lags_of_months_that_were_known_too_late_are_named() -> None:
 def test_a_fleet_without_lags_and_columns_has_nothing_to_look_at() -> None:
     spec: FleetSpec = small_spec(features={"columns": []}, baselines={"seasonal naive": "usual_sales"})
     table = pa.Table.from_pandas(shops(), preserve_index=False)
-    assert find_suspicions(table.select(columns_looked_at(spec)), spec) == Suspicions({}, {})
+    assert find_suspicions(table.select(columns_looked_at(spec)), spec) == Suspicions({}, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("zone", "hours"), [("Europe/Berlin", "22:00 or 23:00"), ("Asia/Kolkata", "18:30"), ("America/New_York", "04:00 or 05:00"), ("UTC", None)]
+)
+def test_midnights_of_another_zone_are_named(zone: str, hours: str | None) -> None:
+    time = pd.date_range("2024-01-01", periods=2 * N_DAYS, freq="D", tz=zone).tz_convert("UTC").tz_localize(None).as_unit("us")
+    rows = shops().assign(time=time, known_at=time)
+    expected = {} if hours is None else {"day": f"all rows lie at {hours} UTC"}
+    assert suspicions(rows).other_midnights == expected
+    assert suspicions(rows, timezone=zone).other_midnights == {}
+    # Hours begin everywhere alike, and times all over the day are no midnights.
+    assert suspicions(rows, period="1 hour", baselines={"seasonal naive": "usual_sales"}).other_midnights == {}
+    spread = time + pd.to_timedelta(np.arange(len(time)) % 5, unit="h")
+    assert suspicions(rows.assign(time=spread)).other_midnights == {}

@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -5,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import SpecError
-from pipeline.grouping.periods import MONTHS, SECONDS, UNITS, Period
+from pipeline.grouping.periods import MONTHS, SECONDS, UNITS, Period, from_wall_clock
 
 moments = st.datetimes(min_value=pd.Timestamp("1990-01-01"), max_value=pd.Timestamp("2060-01-01")).map(lambda m: pd.Timestamp(m).as_unit("us"))
 counts = st.integers(0, 400)
@@ -114,3 +116,47 @@ def test_lengths_that_no_clock_holds_are_refused(text: str) -> None:
 def test_a_length_reads_as_it_was_written(text: str) -> None:
     assert str(Period.parse(text)) == text
     assert Period.parse(text).name == text.replace(" ", "_")
+
+
+BERLIN = "Europe/Berlin"
+
+
+def local(*texts: str) -> Any:
+    return pd.DatetimeIndex(texts).tz_localize(BERLIN).tz_convert("UTC").tz_localize(None).to_numpy().astype("datetime64[us]")
+
+
+@pytest.mark.parametrize("text", ["1 day", "1 week", "1 month", "1 year"])
+def test_days_and_longer_follow_the_clocks_of_the_zone(text: str) -> None:
+    # The clocks were put forward on 31 March and back on 27 October 2024.
+    midnights = pd.date_range("2023-01-01", "2025-12-31", freq="D", tz=BERLIN)
+    moments = midnights.tz_convert("UTC").tz_localize(None).to_numpy().astype("datetime64[us]")
+    moved = Period.parse(text, BERLIN).before(moments)
+    shown = pd.DatetimeIndex(moved).tz_localize("UTC").tz_convert(BERLIN)
+    assert (shown == shown.normalize()).all()
+    naive = Period.parse(text).before(midnights.tz_localize(None).to_numpy().astype("datetime64[us]"))
+    assert (shown.tz_localize(None).to_numpy() == naive).all()
+
+
+def test_hours_are_as_long_in_every_zone() -> None:
+    moments = local("2024-03-31 05:00", "2024-10-27 05:00")
+    for text in ("24 hours", "90 minutes"):
+        assert (Period.parse(text, BERLIN).before(moments) == Period.parse(text).before(moments)).all()
+
+
+def test_units_begin_at_midnight_of_the_zone() -> None:
+    moment = pd.Timestamp(local("2024-07-01 00:30")[0])
+    assert moment == pd.Timestamp("2024-06-30 22:30")
+    for unit in ("day", "month", "quarter"):
+        assert Period(1, unit, BERLIN).floor(moment) == pd.Timestamp(local("2024-07-01")[0])
+    assert Period(1, "month").floor(moment) == pd.Timestamp("2024-06-01")
+    assert Period(1, "month", BERLIN).unit_numbers(local("2024-07-01 00:30")) == Period(1, "month").unit_numbers(
+        np.array(["2024-07-15"], "datetime64[us]")
+    )
+
+
+def test_clocks_that_show_a_time_twice_or_never() -> None:
+    twice = from_wall_clock(np.array(["2024-10-27T02:30"], "datetime64[us]"), BERLIN)
+    assert twice == np.array(["2024-10-27T00:30"], "datetime64[us]")
+    never = from_wall_clock(np.array(["2024-03-31T02:30"], "datetime64[us]"), BERLIN)
+    assert never == np.array(["2024-03-31T01:00"], "datetime64[us]")
+    assert np.isnat(Period(1, "day", BERLIN).before(np.array(["NaT"], "datetime64[us]"))).all()

@@ -407,3 +407,19 @@ def test_dates_are_keys(spark: SparkSession, shop_attributes: dict[str, Any]) ->
     spec = built(shop_attributes)
     rows = build_features(spark, spec, ROW.replace("'a' store", "date'2021-03-04' store"), {}).collect()
     assert rows[0]["row_key"] == group_id(["n", dt.date(2021, 3, 4), "2020-01-01 00:00:00"])
+
+
+def test_dates_of_a_fleet_with_a_time_zone_are_its_local_days(spark: SparkSession, shop_attributes: dict[str, Any]) -> None:
+    days = pd.date_range("2024-03-25", "2024-04-05", freq="D")
+    rows = pd.DataFrame({"region": "n", "store": "a", "sold_on": days, "amount": np.arange(len(days), dtype=float)}).assign(known_on=days)
+    attributes = copy.deepcopy({**shop_attributes, "baselines": {}, "period": "1 day", "horizon": "1 day", "scoring": {"score": "future"}})
+    attributes["features"] = {"lags": [{"column": "amount", "periods": [1]}], "calendar": ["day_of_week", "day"]}
+    sql = "SELECT region, store, CAST(sold_on AS DATE) AS sold_on, CAST(known_on AS DATE) AS known_on, amount FROM sales"
+    plain, local = (through_spark(spark, built({**attributes, **zone}), rows, sql) for zone in ({}, {"timezone": "Europe/Berlin"}))
+    # The same days, and the same features of them, whatever the zone; only the moments differ.
+    wall_clock = local["time"].dt.tz_localize("UTC").dt.tz_convert("Europe/Berlin").dt.tz_localize(None)
+    assert wall_clock.tolist() == plain["time"].tolist()
+    assert (local["time"] != plain["time"]).all()
+    columns = ["amount_lag_1", "day_of_week", "day", "is_future"]
+    pd.testing.assert_frame_equal(local[columns], plain[columns])
+    assert plain["is_future"].sum() == 1
