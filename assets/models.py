@@ -67,7 +67,7 @@ def models_asset(spec: FleetSpec) -> dg.AssetsDefinition:
                 context.log.info(f"resuming run {run.run_id}, which was interrupted")
             report = progress_lines(context.log, len(run.plan.to_train), float(run.plan.to_train["cost_seconds"].sum()))
             cluster = Cluster(spark.session, report, spark.group_memory_bytes)
-            ledger = train_run(cluster, tables, namespace, run, spec, features_version=features_version, check=lease.check)
+            ledger = train_run(cluster, tables, namespace, run, spec, features_version=features_version, lease=lease)
             location = tables.location(namespace, LEDGER.name)
         context.log.info(_told(ledger))
         yield dg.MaterializeResult(

@@ -110,7 +110,7 @@ class Engine:
             print(f"  {namespace}: {run.plan.describe()}", flush=True)
             ends = [planned]
             cluster = Cluster(spark, lambda *_: ends.append(time.monotonic()))
-            train_run(cluster, self.tables, namespace, run, spec, features_version=self.tables.version(features), check=lease.check)
+            train_run(cluster, self.tables, namespace, run, spec, features_version=self.tables.version(features), lease=lease)
         seconds = time.monotonic() - started
         tables = Path(self.tables.location(namespace))
         ledger = DeltaTable(tables / "ledger").to_pandas(filters=[("run_id", "=", run.run_id)])

@@ -79,7 +79,7 @@ def train(folder: Path) -> None:
             run = replace(run, plan=_in_small_waves(run.plan))
             _tell(folder, "planned", run_id=run.run_id, resumed=run.is_resumed, waves=run.plan.n_waves, groups=len(run.plan.to_train))
             cluster = Cluster(spark, lambda *_: None, engine.spark.group_memory_bytes)
-            train_run(cluster, engine.tables, NAME, run, spec, features_version=version, check=lease.check)
+            train_run(cluster, engine.tables, NAME, run, spec, features_version=version, lease=lease)
         _tell(folder, "trained")
 
 

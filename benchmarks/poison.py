@@ -155,7 +155,7 @@ def train_poisoned(folder: Path, poisons: Sequence[Poison] = POISONS, fleet: Gen
         features = engine.tables.read_spark(spark, location, version)
         run = plan_run(features, fleet.spec(tuning=TUNING), Request("run"), history, slots=engine.slots, threads=1)
         cluster = Cluster(spark, lambda *_: None, GROUP_MEMORY_BYTES, train=harm)
-        train_run(cluster, engine.tables, NAME, run, fleet.spec(tuning=TUNING), features_version=version, check=lease.check)
+        train_run(cluster, engine.tables, NAME, run, fleet.spec(tuning=TUNING), features_version=version, lease=lease)
     seconds = time.monotonic() - started
     ledger = DeltaTable(tables / "ledger").to_pandas()
     return Poisoned(ledger, _judged(ledger, poisons), check_fleet(tables, features=tables / "features", grains=GRAINS), seconds)

@@ -1,10 +1,25 @@
-"""What training asks of the tables; the Delta adapter and the doubles have it."""
+"""What training asks of the tables and of the lease; the adapters and the doubles have it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import pandas as pd
 import pyarrow as pa
+
+# The application whose transactions fence the commits of training runs, and how many numbers each holder of the lease has.
+TRAINING = "training"
+COMMITS_PER_LEASE = 1_000_000_000
+
+
+class HeldLease(Protocol):
+    """The right to train a fleet."""
+
+    @property
+    def fence(self) -> int:
+        """Grows each time that the lease is taken."""
+
+    def check(self) -> None:
+        """Make sure that the lease is still held."""
 
 
 class Tables(Protocol):
@@ -32,8 +47,13 @@ class Tables(Protocol):
         mode: Any,
         partition: Mapping[str, str] | None = None,
         app: tuple[str, int] | None = None,
+        fenced: bool = False,
     ) -> int:
-        """Make one commit of written files; overwriting with a partition replaces only it."""
+        """Make one commit of written files; overwriting with a partition replaces only it.
+
+        A commit whose application transaction the table has seen is not made again. A fenced one is refused where the table has
+        seen a later transaction.
+        """
 
     def create(self, location: str, schema: pa.Schema, *, partition_by: Sequence[str] = ()) -> None:
         """Make a table without rows, unless there is one."""

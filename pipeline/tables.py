@@ -360,6 +360,12 @@ LEASES = TableContract(
         Column("heartbeat_at", TIMESTAMP, "when it was last renewed"),
         Column("expires_at", TIMESTAMP, "from then on anybody may take it"),
         Column("released", pa.bool_(), "whether the run gave it back"),
+        Column(
+            "fence",
+            pa.int64(),
+            "grows by one each time the lease is taken; a table refuses the commits of a holder once a later one has committed to it",
+            is_late=True,
+        ),
     ),
 )
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import dagster as dg
@@ -88,8 +89,12 @@ class DeltaTables(dg.ConfigurableResource):
         partition: Mapping[str, str] | None = None,
         metadata: Mapping[str, str] | None = None,
         app: tuple[str, int] | None = None,
+        fenced: bool = False,
     ) -> int:
         """Make one commit of written files.
+
+        With an application transaction it lands once, whatever the store answers: after an error the table itself says
+        whether the commit is in it.
 
         Args:
             location: root of the table.
@@ -99,21 +104,26 @@ class DeltaTables(dg.ConfigurableResource):
             partition: as for `write_spark`.
             metadata: strings kept in the commit.
             app: id and number of an application transaction; one that the table has already seen is not committed again.
+            fenced: whether to refuse the commit where the table has seen a later transaction of the application. This holds
+                at the very moment of the commit, however long the process slept before it.
 
         Raises:
-            StoreError: if a file is missing or of another size, or the store refuses.
+            StoreError: if a file is missing or of another size, a later transaction fences the commit off, or the store refuses.
         """
         self._check_files(location, files)
+        attempt = partial(self._commit, location, files, Schema.from_arrow(schema), mode, partition or {}, metadata or {})
         with _store_errors(location):
-            if app is None:
-                return self._commit(location, files, Schema.from_arrow(schema), mode, partition or {}, metadata or {})
-            for _ in range(ATTEMPTS - 1):
+            attempts_left = ATTEMPTS
+            while True:
+                attempts_left -= 1
                 try:
-                    return self._commit(location, files, Schema.from_arrow(schema), mode, partition or {}, metadata or {}, app)
-                except CommitFailedError:
-                    # Somebody else's version came between looking and committing, or our own did and its answer was lost: look again.
-                    continue
-            return self._commit(location, files, Schema.from_arrow(schema), mode, partition or {}, metadata or {}, app)
+                    return attempt(app, fenced=fenced)
+                except (DeltaError, OSError) as error:
+                    if app is None or not attempts_left:
+                        raise
+                    # Another version came between looking and committing, or our own did and its answer was lost: look again.
+                    if not isinstance(error, CommitFailedError) and self.transaction(location, app[0]) != app[1]:
+                        raise
 
     def _commit(
         self,
@@ -124,6 +134,8 @@ class DeltaTables(dg.ConfigurableResource):
         partition: Mapping[str, str],
         metadata: Mapping[str, str],
         app: tuple[str, int] | None = None,
+        *,
+        fenced: bool = False,
     ) -> int:
         """One attempt; with an application transaction only onto the version that was looked at, for the format would let both of two land."""
         actions: list[Any] = [_add_action(file, partition) for file in files]
@@ -134,16 +146,34 @@ class DeltaTables(dg.ConfigurableResource):
         )
         partition_by, options = list(partition), self.storage_options or None
         if not DeltaTable.is_deltatable(location, self.storage_options):
-            create_table_with_add_actions(
-                location, schema, actions, mode="overwrite", partition_by=partition_by, commit_properties=properties, storage_options=options
-            )
+            try:
+                create_table_with_add_actions(
+                    location,
+                    schema,
+                    actions,
+                    mode="error" if app else "overwrite",
+                    partition_by=partition_by,
+                    commit_properties=properties,
+                    storage_options=options,
+                )
+            except DeltaError as error:
+                if app is not None and self.exists(location):
+                    raise CommitFailedError(f"{location} was created meanwhile") from error
+                raise
             return int(DeltaTable(location, storage_options=self.storage_options).version())
         table = DeltaTable(location, storage_options=self.storage_options)
         if app is not None and (seen := table.transaction_version(app[0])) is not None and seen >= app[1]:
+            if fenced and seen > app[1]:
+                raise StoreError(
+                    f"{location}: another run has taken the fleet over and committed since (transaction {seen}, this one is {app[1]}); "
+                    "nothing more of this run is committed: run again once the other has ended"
+                )
             return int(table.version())
         if mode == "append" or partition:
             _refuse_other_types(table, schema, location)
-            table = self._with_columns(table, schema, location)
+            if _add_missing_columns(table, schema):
+                # That was a commit of its own, and another's may lie before it: look at the table anew.
+                return self._commit(location, files, schema, mode, partition, metadata, app, fenced=fenced)
             if list(table.metadata().partition_columns) != partition_by:
                 raise StoreError(
                     f"{location} is partitioned by {table.metadata().partition_columns}, the new rows by {partition_by}; nothing was committed"
@@ -155,15 +185,6 @@ class DeltaTables(dg.ConfigurableResource):
             filters = [(name, "=", value) for name, value in partition.items()] if mode == "overwrite" else None
             table.create_write_transaction(actions, mode, schema, partition_by=partition_by, partition_filters=filters, commit_properties=properties)
         return int(DeltaTable(location, storage_options=self.storage_options).version())
-
-    def _with_columns(self, table: DeltaTable, schema: Schema, location: str) -> DeltaTable:
-        """The table with every column of the new rows, which a table of an earlier release may lack; null in its rows."""
-        known = {field.name for field in table.schema().fields}
-        missing = [field for field in schema.fields if field.name not in known]
-        if not missing:
-            return table
-        table.alter.add_columns(missing)
-        return DeltaTable(location, storage_options=self.storage_options)
 
     def create(self, location: str, schema: pa.Schema, *, partition_by: Sequence[str] = ()) -> None:
         """Make a table without rows, unless there is one."""
@@ -237,6 +258,15 @@ def _refuse_other_types(table: DeltaTable, schema: Schema, location: str) -> Non
                 f"{location}: column {field.name!r} is {there.to_json()} in the table and {field.type.to_json()} in the new rows; "
                 "nothing was committed: move the table away to start a new one, or cast the column"
             )
+
+
+def _add_missing_columns(table: DeltaTable, schema: Schema) -> bool:
+    """Give a table the columns of the new rows that it lacks, as one of an earlier release may; whether it lacked any."""
+    known = {field.name for field in table.schema().fields}
+    missing = [field for field in schema.fields if field.name not in known]
+    if missing:
+        table.alter.add_columns(missing)
+    return bool(missing)
 
 
 def _paths(table: DeltaTable, location: str, partitions: Mapping[str, Sequence[str]]) -> list[str]:

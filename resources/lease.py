@@ -4,6 +4,9 @@ A taker reads the row at a version of the table and replaces it by the very next
 per version, so of two takers who read the same version one lands. Clocks are only compared with `expires_at`, and those of two machines may
 differ by less than the expiry.
 
+Each taker gets a fence, one above the last. A training run's commits carry it as an application transaction, so that a holder who
+slept through its expiry is refused by the tables themselves, whatever its clock says.
+
 What grows: a renewal is one commit and one file of about 3 kB, four a minute at the usual expiry. Log entries older than an hour go with every
 50th commit, data files older than an hour when the lease is next taken.
 """
@@ -26,7 +29,8 @@ from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, create_table_with_add_actions
 
 from pipeline.errors import StoreError
-from pipeline.tables import LEASES
+from pipeline.store import COMMITS_PER_LEASE, TRAINING
+from pipeline.tables import BOOSTERS, HOLDOUT, LEASES, LEDGER, RUNS
 from resources.delta_tables import DeltaTables
 
 ATTEMPTS = 5
@@ -65,6 +69,7 @@ class LeaseRow:
         heartbeat_at: when it was last renewed.
         expires_at: from then on anybody may take it.
         released: whether the run gave it back.
+        fence: one above that of the holder before; 0 in a row of an earlier release.
     """
 
     run_id: str
@@ -77,6 +82,7 @@ class LeaseRow:
     heartbeat_at: datetime
     expires_at: datetime
     released: bool
+    fence: int = 0
 
     def is_free(self, moment: datetime) -> bool:
         """Whether another may take the lease."""
@@ -112,12 +118,17 @@ class Lease:
         """The run that holds it."""
         return self._row.run_id
 
+    @property
+    def fence(self) -> int:
+        """Grows each time that the lease is taken."""
+        return self._row.fence
+
     def check(self) -> None:
         """Make sure that the lease is still held; to be called before each commit.
 
         Reads the table. A lease that ran out while this process slept, and that nobody took, is renewed. While the store cannot be reached the
         lease counts until it expires, since nobody may take it before. A process that is frozen between this call and its commit for longer than
-        the expiry still commits: a commit must do no harm when another run has begun.
+        the expiry is stopped by the commit itself, which carries the lease's fence.
 
         Raises:
             StoreError: if another run took the lease, or it ran out and cannot be renewed.
@@ -235,7 +246,21 @@ def _take(table: "_LeaseTable", run_id: str, expiry: timedelta, now: Callable[[]
         moment = _moment(now)
         if there is not None and not there.is_free(moment):
             raise StoreError(_held(table.namespace, there))
-        row = LeaseRow(run_id, f"{host}:{pid}", host, _boot_id(), pid, _process_started(pid), moment, moment, moment + expiry, released=False)
+        # Where the lease does not tell (it was removed, or an earlier release wrote it), the tables do.
+        fence = (there.fence if there is not None else 0) or table.newest_fence()
+        row = LeaseRow(
+            run_id=run_id,
+            owner=f"{host}:{pid}",
+            host=host,
+            boot_id=_boot_id(),
+            pid=pid,
+            process_started=_process_started(pid),
+            taken_at=moment,
+            heartbeat_at=moment,
+            expires_at=moment + expiry,
+            released=False,
+            fence=fence + 1,
+        )
         if table.swap(handle, row):
             return row
     raise StoreError(f"run {run_id} could not take the lease of fleet {table.namespace!r}: the store refused {ATTEMPTS} commits in a row; run again")
@@ -270,8 +295,22 @@ class _LeaseTable:
             if not DeltaTable.is_deltatable(self.location, self._options):
                 return None, None
             table = DeltaTable(self.location, storage_options=self._options)
-            rows = table.to_pyarrow_table(columns=LEASES.schema.names).to_pylist()
-        return table, LeaseRow(**rows[0]) if rows else None
+            rows = table.to_pyarrow_table(columns=self._known_columns(table)).to_pylist()
+        if not rows:
+            return table, None
+        row = LeaseRow(**rows[0])
+        return table, replace(row, fence=row.fence or 0)
+
+    def newest_fence(self) -> int:
+        """The highest fence that a commit to the fleet's tables carried; 0 for none."""
+        locations = [self._tables.location(self.namespace, contract.name) for contract in (RUNS, LEDGER, BOOSTERS, HOLDOUT)]
+        return max((self._tables.transaction(location, TRAINING) or 0) for location in locations) // COMMITS_PER_LEASE
+
+    @staticmethod
+    def _known_columns(table: DeltaTable) -> list[str]:
+        """Columns of the contract that the table has; one of an earlier release may lack some."""
+        found = {field.name for field in table.schema().fields}
+        return [name for name in LEASES.schema.names if name in found]
 
     def swap(self, handle: DeltaTable | None, row: LeaseRow) -> bool:
         """Make the row the version after the handle's; whether it is the newest one now.
@@ -302,8 +341,12 @@ class _LeaseTable:
             create_table_with_add_actions(
                 self.location, schema, actions, mode="error", configuration=_KEPT, storage_options=self._options, commit_properties=_ONCE
             )
-        else:
-            handle.create_write_transaction(actions, "overwrite", schema, commit_properties=_ONCE)
+            return
+        missing = [field for field in schema.fields if field.name not in self._known_columns(handle)]
+        if missing:
+            # A version of its own, onto which the row follows unless somebody else comes between.
+            handle.alter.add_columns(missing, commit_properties=_ONCE)
+        handle.create_write_transaction(actions, "overwrite", schema, commit_properties=_ONCE)
 
     def forget(self) -> None:
         """Remove data files older than an hour that the table does not name; what cannot be removed is another time.

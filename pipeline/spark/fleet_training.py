@@ -63,7 +63,7 @@ from pipeline.spark.training import (
     without_adaptive_execution,
 )
 from pipeline.spec import FleetSpec
-from pipeline.store import Tables
+from pipeline.store import COMMITS_PER_LEASE, TRAINING, HeldLease, Tables
 from pipeline.tables import BOOSTERS, HOLDOUT, LEDGER, RUNS, TableContract, in_format, records
 from pipeline.training.blend import STANDARD_ERRORS, Constants, GroupSkill, learn_blend
 from pipeline.training.objective import learning_goal
@@ -356,7 +356,7 @@ class Cluster:
 
 
 def train_run(
-    cluster: Cluster, tables: Tables, namespace: str, run: PlannedRun, spec: FleetSpec, *, features_version: int, check: Callable[[], None]
+    cluster: Cluster, tables: Tables, namespace: str, run: PlannedRun, spec: FleetSpec, *, features_version: int, lease: HeldLease
 ) -> pd.DataFrame:
     """Train every planned group, learn the blend, and commit one ledger row per group.
 
@@ -371,13 +371,13 @@ def train_run(
         run: as planned.
         spec: the fleet.
         features_version: version of the feature table that was planned on.
-        check: raises if this run may not commit any more, because another has taken the fleet over.
+        lease: the right to train the fleet. It is asked before each commit, and each commit carries its fence.
 
     Returns:
         The ledger.
     """
     started_at = pd.Timestamp.now(tz="UTC")
-    commits = Commits(tables, namespace, run.run_id, check)
+    commits = Commits(tables, namespace, run.run_id, lease)
     crash_point("run_planned")
     pinned = manifest(run, spec, started_at=started_at, features_version=features_version)
     commits.replace_run(RUNS, pa.Table.from_pylist([pinned], schema=RUNS.schema))
@@ -398,36 +398,43 @@ def train_run(
 
 
 class Commits:
-    """The commits of one run, each only while the run still owns the fleet."""
+    """The commits of one run, each only while the run still owns the fleet.
 
-    def __init__(self, tables: Tables, namespace: str, run_id: str, check: Callable[[], None]) -> None:
+    The lease is asked before a commit, but a process may sleep for hours between the answer and the commit. So each commit carries
+    a number that grows with the lease: a table that holds a later holder's commit refuses it.
+    """
+
+    def __init__(self, tables: Tables, namespace: str, run_id: str, lease: HeldLease) -> None:
         self.tables = tables
         self.roots = {contract.name: tables.location(namespace, contract.name) for contract in (RUNS, LEDGER, BOOSTERS, HOLDOUT)}
         self._run_id = run_id
-        self._check = check
+        self._lease = lease
+        self._n_commits = 0
 
     def replace_run(self, contract: Any, rows: pa.Table) -> None:
         """Let a table hold these rows for the run, instead of what it had."""
-        self._check()
-        root = self.roots[contract.name]
-        file = self.tables.write_file(rows, contract.schema, root)
-        self.tables.commit(root, [file], contract.schema, mode="overwrite", partition={"run_id": self._run_id})
+        self._lease.check()
+        file = self.tables.write_file(rows, contract.schema, self.roots[contract.name])
+        self._commit(contract, [file], mode="overwrite", partition={"run_id": self._run_id})
 
     def wave(self, wave: Wave, trained: TrainedFiles, rows: pd.DataFrame) -> None:
         """Commit a wave: boosters first, then held-out predictions, then the ledger rows that name them."""
         crash_point("wave_trained")
-        self._check()
+        self._lease.check()
         for contract, files in ((BOOSTERS, trained.boosters), (HOLDOUT, trained.holdout)):
             if files:
-                app = (f"{wave.name}/{contract.name}", 1)
-                self.tables.commit(self.roots[contract.name], files, contract.schema, mode="append", partition={"wave": wave.name}, app=app)
+                self._commit(contract, files, mode="append", partition={"wave": wave.name})
             crash_point(f"{contract.name}_committed")
-        root = self.roots[LEDGER.name]
-        file = self.tables.write_file(pa.Table.from_pandas(rows, schema=LEDGER.schema, preserve_index=False), LEDGER.schema, root)
-        app = (f"{wave.name}/{LEDGER.name}", 1)
-        self._check()
-        self.tables.commit(root, [file], LEDGER.schema, mode="append", partition={"run_id": self._run_id}, app=app)
+        table = pa.Table.from_pandas(rows, schema=LEDGER.schema, preserve_index=False)
+        file = self.tables.write_file(table, LEDGER.schema, self.roots[LEDGER.name])
+        self._lease.check()
+        self._commit(LEDGER, [file], mode="append", partition={"run_id": self._run_id})
         crash_point("wave_committed")
+
+    def _commit(self, contract: TableContract, files: Sequence[Any], *, mode: str, partition: Mapping[str, str]) -> None:
+        self._n_commits += 1
+        app = (TRAINING, self._lease.fence * COMMITS_PER_LEASE + self._n_commits)
+        self.tables.commit(self.roots[contract.name], files, contract.schema, mode=mode, partition=partition, app=app, fenced=True)
 
 
 def _train_all(cluster: Cluster, commits: Commits, run: PlannedRun, spec: FleetSpec) -> dict[GroupKey, dict[str, Any]]:

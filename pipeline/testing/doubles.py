@@ -3,6 +3,7 @@
 They know neither Dagster nor Spark; an asset takes them wherever it asks for `tables` or `registry`.
 """
 
+import itertools
 import os
 import shutil
 import signal
@@ -101,18 +102,22 @@ class MemoryTables:
         partition: Mapping[str, str] | None = None,
         metadata: Mapping[str, str] | None = None,  # noqa: ARG002 - the real store's signature
         app: tuple[str, int] | None = None,
+        fenced: bool = False,
     ) -> int:
         """Make one commit of written files; returns the version.
 
         Raises:
-            StoreError: if a file was not written, or has another size.
+            StoreError: if a file was not written, or has another size, or a later transaction fences the commit off.
         """
         for file in files:
             there = self._written.get(f"{location}/{file.path}")
             if there is None or there.nbytes != file.size:
                 raise StoreError(f"{location}/{file.path} is not there as written; nothing was committed: run again")
         versions = self._versions.setdefault(location, [])
-        if app is not None and any(seen[:2] == (location, app[0]) and seen[2] >= app[1] for seen in self._transactions):
+        seen = None if app is None else self.transaction(location, app[0])
+        if app is not None and seen is not None and seen >= app[1]:
+            if fenced and seen > app[1]:
+                raise StoreError(f"{location}: another run has taken the fleet over and committed since")
             return len(versions) - 1
         value = "/".join(f"{name}={text}" for name, text in (partition or {}).items())
         before = dict(versions[-1][1]) if versions else {}
@@ -179,6 +184,22 @@ def _completed(table: pa.Table, schema: pa.Schema) -> pa.Table:
         if column.name not in table.column_names:
             table = table.append_column(column, pa.nulls(table.num_rows, column.type))
     return table.select(schema.names).cast(schema)
+
+
+@dataclass
+class FreeLease:
+    """A lease that nobody else wants; its fence grows with each.
+
+    Args:
+        refuse: called before each commit; raises where the lease is to be lost.
+    """
+
+    refuse: Callable[[], None] = lambda: None
+    fence: int = field(default_factory=itertools.count(1).__next__)
+
+    def check(self) -> None:
+        """Whatever the test wants of it."""
+        self.refuse()
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -9,19 +10,22 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import pandas as pd
+import pyarrow as pa
 import pytest
 from dagster._core.errors import DagsterExecutionInterruptedError
 from deltalake import DeltaTable
 from deltalake.exceptions import CommitFailedError
 
 from pipeline.errors import StoreError
+from pipeline.spark.fleet_training import Commits
+from pipeline.tables import RUNS
 from resources import lease as lease_module
 from resources.delta_tables import DeltaTables
 from resources.lease import LEASES, Lease, LeaseRow, _LeaseTable, current_lease, hold_lease
@@ -449,3 +453,37 @@ def test_a_damaged_table_is_named_with_the_next_step(local: DeltaTables) -> None
         Path(path).unlink()
     with pytest.raises(StoreError, match="remove that folder"):
         hold_lease(local, "shop", "run-2").__enter__()
+
+
+def test_the_fence_grows_with_every_holder_and_stays_through_renewals(local: DeltaTables) -> None:
+    for fence in (1, 2, 3):
+        with hold_lease(local, "shop", f"run-{fence}", expiry_seconds=0.4) as lease:
+            time.sleep(0.3)
+            lease.check()
+            assert lease.fence == fence
+            there = current_lease(local, "shop")
+            assert there is not None
+            assert (there.fence, there.heartbeat_at > there.taken_at) == (fence, True)
+
+
+def test_a_lease_of_an_earlier_release_has_no_fence_and_gains_one(local: DeltaTables) -> None:
+    old = pa.schema([field for field in LEASES.schema if field.name != "fence"])
+    row = {name: value for name, value in asdict(row_of(released=True)).items() if name != "fence"}
+    location = local.location("shop", LEASES.name)
+    local.write_arrow([pa.Table.from_pylist([row], schema=old)], old, location, mode="overwrite")
+    there = current_lease(local, "shop")
+    assert there is not None
+    assert there.fence == 0
+    for fence in (1, 2):
+        with hold_lease(local, "shop", "run-2") as lease:
+            assert lease.fence == fence
+
+
+def test_where_the_lease_was_removed_the_fence_goes_on_from_the_tables(local: DeltaTables) -> None:
+    for _ in range(3):
+        with hold_lease(local, "shop", "run-1") as lease:
+            commits = Commits(local, "shop", "run-1", lease)
+            commits.replace_run(RUNS, pa.Table.from_pylist([{"run_id": "run-1"}], schema=RUNS.schema))
+    shutil.rmtree(local.location("shop", LEASES.name))
+    with hold_lease(local, "shop", "run-2") as lease:
+        assert lease.fence == 4

@@ -16,6 +16,7 @@ from pipeline.spark.fleet_training import Cluster, History, Request, plan_run, t
 from pipeline.spec import FleetSpec
 from pipeline.tables import RUNS, records
 from pipeline.testing.data import feature_rows, small_spec, with_classes
+from pipeline.testing.doubles import FreeLease
 from resources.delta_tables import DeltaTables
 
 pytestmark = [pytest.mark.spark, pytest.mark.slow]
@@ -37,7 +38,7 @@ def judged(
     cluster = Cluster(spark, lambda *_: None)
     for name, spec, seen in (("old", before, rows), ("new", after, rows if later is None else later)):
         run = plan_run(in_spark(spark, seen), spec, Request(name), History.read(tables, spec.name), slots=2, threads=1)
-        ledgers[name] = train_run(cluster, tables, spec.name, run, spec, features_version=0, check=lambda: None)
+        ledgers[name] = train_run(cluster, tables, spec.name, run, spec, features_version=0, lease=FreeLease())
     for found in records(tables.read_pandas(tables.location(after.name, RUNS.name))):
         described = {**json.loads(found["model_spec"]), "fleet_version": found["run_id"], "constant": found["constant"]}
         sides[found["run_id"]] = Side.of_ledger(described, ledgers[found["run_id"]]), found

@@ -15,6 +15,7 @@ from pipeline.models.pack import Generation, write_pack
 from pipeline.spark.fleet_training import Cluster, History, PlannedRun, Request, choose_own, plan_run, train_run
 from pipeline.spec import FleetSpec
 from pipeline.testing.data import feature_rows, small_spec
+from pipeline.testing.doubles import FreeLease
 from resources.delta_tables import DeltaTables
 
 pytestmark = pytest.mark.spark
@@ -45,7 +46,7 @@ def planned(tables: DeltaTables, features: DataFrame, spec: FleetSpec, run_id: s
 
 
 def trained(spark: SparkSession, tables: DeltaTables, run: PlannedRun, spec: FleetSpec) -> pd.DataFrame:
-    return train_run(Cluster(spark, lambda *_: None), tables, spec.name, run, spec, features_version=0, check=lambda: None)
+    return train_run(Cluster(spark, lambda *_: None), tables, spec.name, run, spec, features_version=0, lease=FreeLease())
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from pipeline.spark.training import (
 )
 from pipeline.spec import FleetSpec, parse_spec
 from pipeline.tables import BOOSTERS, HOLDOUT, LEDGER, RUNS
-from pipeline.testing.doubles import FailingTrainer
+from pipeline.testing.doubles import FailingTrainer, FreeLease
 from pipeline.training.blend import N_BLOCKS, Moments, learn_blend
 from pipeline.training.outcome import Outcome
 from pipeline.training.start import Start
@@ -143,7 +143,7 @@ def finished(
 ) -> Finished:
     tables = DeltaTables(root=str(tmp_path_factory.mktemp("tables [x] ü")))
     cluster = Cluster(spark, lambda *progress: told.append(progress), train=FailingTrainer({FAILING: "raise"}))
-    return Finished(train_run(cluster, tables, "nasty", run, spec, features_version=4, check=lambda: None), tables)
+    return Finished(train_run(cluster, tables, "nasty", run, spec, features_version=4, lease=FreeLease()), tables)
 
 
 @pytest.fixture(scope="module")
@@ -530,7 +530,7 @@ def test_adaptive_execution_is_off_in_training_and_then_as_before(
     monkeypatch.setattr(module, "train_wave", broken)
     try:
         with pytest.raises(KeyboardInterrupt):
-            train_run(Cluster(spark, lambda *_: None), finished.tables, "broken", run, spec, features_version=4, check=lambda: None)
+            train_run(Cluster(spark, lambda *_: None), finished.tables, "broken", run, spec, features_version=4, lease=FreeLease())
         assert set(during) == {"false"}
         assert spark.conf.get("spark.sql.adaptive.enabled") == adaptive
     finally:
@@ -578,7 +578,7 @@ def test_a_fleet_without_any_model_still_judges_its_rows(spark: SparkSession, fe
     run = planned(features, starved)
     spoilt = run.plan.groups[(run.plan.groups["n_invalid"] > 0) & (run.plan.groups["grain"] == 2)]
     assert set(run.plan.to_train["group_id"]) == {"[]", *spoilt["group_id"]}
-    ledger = train_run(Cluster(spark, lambda *_: None), finished.tables, "starved", run, starved, features_version=4, check=lambda: None)
+    ledger = train_run(Cluster(spark, lambda *_: None), finished.tables, "starved", run, starved, features_version=4, lease=FreeLease())
     assert set(ledger["status"]) == {"inherited"}
     assert not finished.tables.exists(finished.tables.location("starved", "boosters"))
     assert ledger["rmse"].notna().sum() == 18

@@ -16,6 +16,7 @@ from pipeline.spark.importance import LookedAt, newest_rows, write_importance
 from pipeline.spec import FleetSpec
 from pipeline.tables import BOOSTERS, IMPORTANCE
 from pipeline.testing.data import feature_rows, small_spec, with_classes
+from pipeline.testing.doubles import FreeLease
 from resources.delta_tables import DeltaTables
 
 pytestmark = pytest.mark.spark
@@ -44,7 +45,7 @@ def in_spark(spark: SparkSession, rows: pd.DataFrame) -> DataFrame:
 def trained(spark: SparkSession, tables: DeltaTables, features: DataFrame, spec: FleetSpec, run_id: str) -> tuple[dict[str, Any], pd.DataFrame]:
     """A finished run: its manifest and its ledger."""
     run = plan_run(features, spec, Request(run_id), History.read(tables, spec.name), slots=2, threads=1)
-    ledger = train_run(Cluster(spark, lambda *_: None), tables, spec.name, run, spec, features_version=0, check=lambda: None)
+    ledger = train_run(Cluster(spark, lambda *_: None), tables, spec.name, run, spec, features_version=0, lease=FreeLease())
     return manifest(tables, spec, run_id), ledger
 
 

@@ -24,7 +24,7 @@ from pipeline.spark.training import placed_rows, without_adaptive_execution
 from pipeline.spec import FleetSpec
 from pipeline.tables import LEDGER
 from pipeline.testing.data import feature_rows, small_spec
-from pipeline.testing.doubles import FailingTrainer
+from pipeline.testing.doubles import FailingTrainer, FreeLease
 from pipeline.training.outcome import Outcome
 from pipeline.training.start import Start
 from pipeline.training.trainer import RATE, train_group
@@ -57,7 +57,9 @@ class Fleet:
         return plan_run(self.frame(rows), self.spec, Request(run_id, **asked), history, slots=2, threads=1)
 
     def train(self, run: PlannedRun, check: Callable[[], None] = lambda: None, **cluster: Any) -> pd.DataFrame:
-        return train_run(Cluster(self.spark, lambda *_: None, **cluster), self.tables, "small", run, self.spec, features_version=0, check=check)
+        return train_run(
+            Cluster(self.spark, lambda *_: None, **cluster), self.tables, "small", run, self.spec, features_version=0, lease=FreeLease(check)
+        )
 
     def launch(self, rows: pd.DataFrame, run_id: str, **asked: Any) -> pd.DataFrame:
         return self.train(self.plan(rows, run_id, **asked))

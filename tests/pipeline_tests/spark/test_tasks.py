@@ -25,7 +25,7 @@ from pipeline.spark.scoring import count_answers, rows_to_score, score_rows
 from pipeline.spark.training import count_classes
 from pipeline.spec import FleetSpec
 from pipeline.testing.data import feature_rows, small_spec, with_classes
-from pipeline.testing.doubles import MemoryTables
+from pipeline.testing.doubles import FreeLease, MemoryTables
 from pipeline.training.blend import Moments, learn_blend
 from resources.delta_tables import DeltaTables
 
@@ -100,7 +100,7 @@ def trained(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Ca
             tables = DeltaTables(root=str(folder))
             features = frame_of(spark, rows_of(task))
             run = planned(features, spec)
-            ledger = train_run(Cluster(spark, lambda *_: None), tables, spec.name, run, spec, features_version=0, check=lambda: None)
+            ledger = train_run(Cluster(spark, lambda *_: None), tables, spec.name, run, spec, features_version=0, lease=FreeLease())
             at = {name: tables.location(spec.name, name) for name in ("runs", "boosters", "holdout")}
             (manifest,) = tables.read_arrow(at["runs"]).to_pylist()
             constants = {name: manifest[name] for name in ("constant", "constant_without_offset")}
