@@ -1,5 +1,7 @@
 """The MLflow registry: one run and one registered version per training run, a constant number of calls."""
 
+import contextlib
+import fcntl
 import importlib
 import logging
 import shutil
@@ -256,22 +258,37 @@ class MlflowRegistry(dg.ConfigurableResource):
         Raises:
             PackError: if the pack is damaged or not the one that was registered.
         """
-        target = Path(self.scratch) / "packs" / f"{version.name}-{version.number}-{version.fleet_version}"
-        if target.exists():
+        packs = Path(self.scratch) / "packs"
+        packs.mkdir(parents=True, exist_ok=True)
+        target = packs / f"{version.name}-{version.number}-{version.fleet_version}"
+        with contextlib.suppress(PackError):
+            return FleetModel(target, digest=version.pack_digest or None, options=options)
+        # Several processes may find at once that there is no whole copy: the first fetches it, the others wait and use it.
+        with _locked(packs.with_suffix(".lock")):
             try:
                 return FleetModel(target, digest=version.pack_digest or None, options=options)
             except PackError:
-                shutil.rmtree(target)  # an interrupted download, or the local copy was damaged: fetched again
+                shutil.rmtree(target, ignore_errors=True)
+            self._fetch_pack(version, target)
+        return FleetModel(target, digest=version.pack_digest or None, options=options)
+
+    def _fetch_pack(self, version: Version, target: Path) -> None:
+        """Copy a version's pack to a local folder that is not there yet; it appears as a whole."""
         self._connected()
         import mlflow
 
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # The pack alone, as MLflow writes into the folder of a whole model, even where that is the store itself; and first beside its place,
-        # so that it is there as a whole or not at all.
+        # The pack alone, as MLflow writes into the folder of a whole model, even where that is the store itself.
+        uri = f"models:/{version.name}/{version.number}/artifacts/pack"
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            uri = f"models:/{version.name}/{version.number}/artifacts/pack"
             Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder)).replace(target)
-        return FleetModel(target, digest=version.pack_digest or None, options=options)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Let one process, and one thread of it, work at a time; a process that dies gives the lock back."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def interface(model: FleetModel, dtypes: Mapping[str, str]) -> dict[str, Any]:

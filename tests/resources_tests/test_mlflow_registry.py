@@ -1,6 +1,8 @@
 """One contract for the MLflow registry and its double; then what only MLflow has."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 
 from pipeline.errors import ModelNotFound, StoreError
 from pipeline.models.boosters import encode_booster
-from pipeline.models.meta_model import answer_columns, group_id
+from pipeline.models.meta_model import answer_columns, group_id, index_digest, read_index
 from pipeline.models.pack import Generation, write_pack
 from pipeline.testing.doubles import MemoryRegistry
 from resources.mlflow_registry import CHALLENGER, CHAMPION, MlflowRegistry, input_types
@@ -271,3 +273,47 @@ def test_a_registered_pack_that_was_exchanged_is_refused(mlflow_registry: Mlflow
         (local / "artifacts" / "pack" / file.name).write_bytes(file.read_bytes())
     with pytest.raises(Exception, match="version 'run-2', not the pack that was registered"):
         mlflow.pyfunc.load_model(str(local))
+
+
+# Opens a version when told to; the store, which is a folder, is so slow that all processes find no copy.
+OPENER = """
+import shutil, sys, time, types
+from pathlib import Path
+from resources.mlflow_registry import MlflowRegistry, Version
+
+store, scratch, digest = sys.argv[1:]
+
+def download(artifact_uri, dst_path):
+    print("fetched", flush=True)
+    time.sleep(0.5)
+    return shutil.copytree(store, Path(dst_path) / "pack")
+
+sys.modules["mlflow"] = types.SimpleNamespace(artifacts=types.SimpleNamespace(download_artifacts=download))
+MlflowRegistry._connected = lambda self: None
+print("ready", flush=True)
+sys.stdin.readline()
+model = MlflowRegistry(tracking_uri="", scratch=scratch).open_pack(Version("raced", "1", "run-1", digest))
+print(len(model.groups()), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_open_an_uncached_version_at_once_fetch_it_once(tmp_path: Path, booster_text: str) -> None:
+    pack = pack_of(tmp_path / "pack", booster_text, 3, "run-1")
+    packs = tmp_path / "scratch" / "packs"
+    # What an interrupted download left.
+    (packs / "raced-1-run-1").mkdir(parents=True)
+    digest = index_digest(read_index(pack))
+    command = [sys.executable, "-W", "ignore", "-c", OPENER, str(pack), str(packs.parent), digest]
+    checkout = Path(__file__).parents[2]
+    openers = [subprocess.Popen(command, cwd=checkout, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    for opener in openers:
+        assert opener.stdout
+        assert opener.stdout.readline() == "ready\n"
+    for opener in openers:
+        assert opener.stdin
+        opener.stdin.write("go\n")
+        opener.stdin.flush()
+    said = [opener.communicate()[0].split() for opener in openers]
+    assert sorted(said) == [["4"], ["4"], ["fetched", "4"]]
+    assert [path.name for path in packs.iterdir()] == ["raced-1-run-1"]
