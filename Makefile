@@ -96,7 +96,14 @@ known-fleet:
 	echo "Fleets that exist: $$(ls pipeline/defs/*/defs.yaml | cut -d / -f 3 | paste -s -d ' ' -). For example: make run FLEET=housing" >&2; \
 	exit 2
 
+# The same rule as in resources/profiles.py, before Dagster writes its databases beside such a folder.
 dagster-home:
+	@case "$$DAGSTER_HOME" in \
+	  *\?*|*\\*|*%[0-9A-Fa-f][0-9A-Fa-f]*) \
+	    echo "MANY_MODELS_DATA: the data root has ?, a backslash or an escape such as %20 in its path: $${DAGSTER_HOME%/dagster}" >&2; \
+	    echo "SQLite or Delta addresses cannot hold that. Nothing was written; choose another folder." >&2; \
+	    exit 2;; \
+	esac
 	@mkdir -p "$$DAGSTER_HOME"
 	@cmp -s dagster.local.yaml "$$DAGSTER_HOME/dagster.yaml" || cp dagster.local.yaml "$$DAGSTER_HOME/dagster.yaml"
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ def current_profile(project: Path) -> Profile:
     if name not in PROFILES:
         raise SpecError(f"{PROFILE} is {name!r}; expected one of: {', '.join(PROFILES)}")
     data_root = (project / os.environ.get(DATA, ".data")).resolve()
+    _check_data_root(str(data_root))
     return Profile(
         data_root=str(data_root),
         spark_master=f"local[{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1},4]",
@@ -83,6 +85,19 @@ def current_profile(project: Path) -> Profile:
         groups=_group_ids(GROUPS),
         crash_at=os.environ.get(VARIABLE, ""),
     )
+
+
+def _check_data_root(folder: str) -> None:
+    """Refuse a folder that some library would misread: it would write beside it, or not find what it wrote.
+
+    SQLite addresses of Dagster and MLflow end at a question mark; deltalake decodes %41 as an A and takes a backslash for a slash.
+    """
+    found = re.search(r"\?|\\|%[0-9A-Fa-f]{2}", folder)
+    if found:
+        raise SpecError(
+            f"{DATA}: the data root {folder!r} has {found[0]!r} in its path, which SQLite or Delta addresses cannot hold; "
+            "nothing was written: choose a folder without ?, backslashes and escapes such as %20"
+        )
 
 
 def java_home() -> str | None:

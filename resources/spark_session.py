@@ -1,5 +1,6 @@
 """Spark: one session per run, with the cluster's and the tasks' CPU settings in one place."""
 
+import locale
 import re
 import sys
 import threading
@@ -98,6 +99,9 @@ class SparkSessionResource(dg.ConfigurableResource):
                     return
                 # Few arenas: with one per thread, buffers between the JVM and Python workers take hundreds of megabytes.
                 set_for_children(MALLOC_ARENA_MAX="2")
+                if not _file_names_are_utf8():
+                    # The JVM encodes file names as the locale says, whatever -Dsun.jnu.encoding says.
+                    set_for_children(LC_ALL="C.UTF-8")
                 set_for_children(PYSPARK_PYTHON=sys.executable, PYSPARK_DRIVER_PYTHON=sys.executable, JAVA_HOME=find_java(Path(self.scratch)))
                 self._session = LazyPySparkResource(spark_config=self._settings()).spark_session
             self._session.sparkContext.setLogLevel("ERROR")
@@ -127,3 +131,8 @@ class SparkSessionResource(dg.ConfigurableResource):
             "spark.ui.showConsoleProgress": "false",
             **self.conf,
         }
+
+
+def _file_names_are_utf8() -> bool:
+    """Whether child processes write file names as this one does; Python itself takes UTF-8 where the locale is C."""
+    return locale.getencoding().lower() == "utf-8"

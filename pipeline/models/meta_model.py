@@ -1052,7 +1052,10 @@ def as_json_takes_them(answers: pd.DataFrame) -> pd.DataFrame:
     for name in ("prediction", "lower", "upper"):
         column = answers[name]
         if column.dtype.kind == "f" and not np.isfinite(column.to_numpy()).all():
-            answers[name] = column.astype(object).where(np.isfinite(column), None)
+            finite = np.isfinite(column.to_numpy())
+            numbers = column.astype(object)
+            numbers[~finite] = None
+            answers[name] = numbers
     for part in (part for parts in answers.get("contributions", ()) for part in parts):
         if not np.isfinite(part["contribution"]):
             part["contribution"] = None
@@ -1062,7 +1065,8 @@ def as_json_takes_them(answers: pd.DataFrame) -> pd.DataFrame:
 def _register() -> None:
     """Hand the model to MLflow, which runs this file to load a registered version."""
     import mlflow
-    from mlflow.exceptions import INVALID_PARAMETER_VALUE, MlflowException
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
     class RefusedInput(MlflowException, InputError):  # type: ignore[misc,unused-ignore]
         """An `InputError` that MLflow's scoring server answers with status 400 and this message."""

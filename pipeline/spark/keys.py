@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import pandas as pd
 from pyspark.sql import Column
 from pyspark.sql import functions as sf
+from pyspark.sql.pandas.functions import pandas_udf
 from pyspark.sql.types import DataType, FractionalType, TimestampNTZType, TimestampType
 
 from pipeline.models.meta_model import key_text
@@ -21,7 +22,8 @@ def text_column(column: Column, kind: DataType) -> Column:
     """A category of that type as text, as `meta_model.key_text` writes it."""
     if isinstance(kind, FractionalType):
         # Java writes other digits than Python does, and other ones from release to release.
-        return sf.pandas_udf(_texts_of_numbers, "string")(column)
+        texts: Column = pandas_udf(_texts_of_numbers, "string")(column)  # type: ignore[call-overload]
+        return texts
     if isinstance(kind, TimestampType | TimestampNTZType):
         is_midnight = sf.date_trunc("day", column) == column
         return sf.when(is_midnight, column.cast("date").cast("string")).otherwise(column.cast("string"))

@@ -264,7 +264,8 @@ def _tree_shape(nodes: Iterator[dict[str, Any]]) -> Any:
 
 def _same_form(name: str, fields: dict[str, Any], children: list[Any]) -> tuple[str, dict[str, Any], list[Any]]:
     """A node in one of the forms in which its text can be written."""
-    first_name, first_fields, _ = children[0] if children else ("", {}, [])
+    first: tuple[str, dict[str, Any], list[Any]] = children[0] if children else ("", {}, [])
+    first_name, first_fields, grandchildren = first
     if name == "UnresolvedFunction":
         fields["nameParts"] = str(fields["nameParts"]).lower()
         # The field of EXTRACT is a word of the grammar, in any case.
@@ -277,9 +278,9 @@ def _same_form(name: str, fields: dict[str, Any], children: list[Any]) -> tuple[
         return "Literal", {"value": first_fields["value"], "dataType": fields["dataType"]}, []
     # `x IS NOT NULL` is rendered as `NOT x IS NULL`, and a plus sign is left out.
     elif name == "Not" and first_name == "IsNull":
-        return "IsNotNull", *children[0][1:]
+        return "IsNotNull", first_fields, grandchildren
     elif name == "UnaryPositive":
-        return children[0]
+        return first
     # A comma between tables is a join without a condition.
     elif name == "Join" and "condition" not in fields and fields["joinType"] == {"object": f"{_JOINS}.Cross$"}:
         fields["joinType"] = {"object": f"{_JOINS}.Inner$"}

@@ -22,7 +22,7 @@ from pipeline.testing.doubles import FailingTables, MemoryTables
 from resources.delta_tables import DeltaTables, contract_metadata
 
 SCHEMA = pa.schema([("x", pa.int64()), ("name", pa.string())])
-LOCAL = ["plain", "a space", "glob[x]*?{y}", "Ümläut 🐟"]
+LOCAL = ["plain", "a space", "glob[x]*?{y}", "Ümläut 🐟", "50% off? #1"]
 BUCKET = "fleets"
 
 
