@@ -8,10 +8,12 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 from pyspark.sql import SparkSession
+from pyspark.sql import functions as sf
 
 from pipeline.models.boosters import encode_booster
-from pipeline.models.meta_model import FleetModel, group_id
+from pipeline.models.meta_model import FleetModel, InputError, group_id
 from pipeline.models.pack import Generation, model_spec, write_pack
+from pipeline.row_source import check_columns
 from pipeline.spark.answers import asked_rows, gathered
 from pipeline.spark.scoring import score_rows
 from pipeline.spec import parse_spec
@@ -140,6 +142,16 @@ def test_scoring_needs_no_exchange(spark: SparkSession, pack: Path) -> None:
     answers = score_rows(spark, rows, SPEC, FleetModel(pack), AS_OF, {})
     assert "Exchange" not in answers._jdf.queryExecution().toString()
     assert answers.count() == 0
+
+
+def test_a_column_that_is_listed_twice_is_refused_before_a_row_is_read(spark: SparkSession, pack: Path) -> None:
+    rows = spark.createDataFrame([], "row_key string, time timestamp, store long, kind long, x double")
+    doubled = rows.select("*", sf.lit(1.0).alias("x"))
+    with pytest.raises(InputError, match="the batch: columns listed more than once: x; rename or remove all but one of each"):
+        score_rows(spark, doubled, SPEC, FleetModel(pack), AS_OF, {})
+    names = ["store", "x", "kind", "kind"]
+    with pytest.raises(InputError, match="rows.parquet: columns listed more than once: kind;"):
+        check_columns(pa.schema([(name, pa.float64()) for name in names]), "rows.parquet", FleetModel(pack))
 
 
 def test_a_worker_opens_a_pack_once_for_all_of_its_tasks(spark: SparkSession, pack: Path) -> None:
