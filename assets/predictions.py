@@ -45,7 +45,7 @@ def predictions_asset(spec: FleetSpec) -> dg.AssetsDefinition:
         with readable_failures():
             version = registry.get(namespace, CHAMPION)
             features = tables.read_spark(spark.session, tables.location(spec.name, "features"))
-            as_of = launch.moment(spec) or newest_known(features)
+            as_of = launch.moment(spec) or newest_known(features, spec.target.column)
             rows = rows_to_score(features, spec, as_of)
             model = registry.open_pack(version, tables.storage_options)
             answers = score_rows(spark.session, rows, spec, model, as_of, tables.storage_options)

@@ -17,7 +17,7 @@ class LaunchSettings(dg.ConfigurableResource):
     """Settings of one launch; in the UI they stand under resources in the launchpad."""
 
     as_of: str | None = Field(
-        default=None, description="Date or time that the run pretends it is, e.g. 2013-12-24; by default the fleet's, else the newest row."
+        default=None, description="Date or time that the run pretends it is, e.g. 2013-12-24; by default the fleet's, else the newest row with a target."
     )
     limit_groups: int | None = Field(
         default=None,

@@ -254,14 +254,34 @@ def check_feature_table(rows: DataFrame, spec: FleetSpec) -> dict[str, int]:
     return {"n_rows": int(counts["n"]), "n_targets": int(counts["n_targets"]), "n_future": int(counts["n_future"])}
 
 
-def newest_known(features: DataFrame) -> pd.Timestamp:
-    """Latest known_at of a feature table; made-up rows do not count, and there is always another."""
-    return moment_of(features.where("NOT is_future").agg(latest_moment(sf.col("known_at"))).collect()[0][0])
+def newest_known(features: DataFrame, target: str) -> pd.Timestamp:
+    """Latest known_at of a row that has a target: the as-of of a launch that names none.
+
+    Rows that wait for their answer may be known long after the last outcome, and must not move it. Where no row has a target, every
+    row counts but the made-up ones, of which there is always another.
+
+    Args:
+        features: the feature table.
+        target: its target column.
+    """
+    known_at = sf.col("known_at")
+    has_target = sf.col(f"`{target}`").isNotNull()
+    learnable = latest_moment(sf.when(has_target, known_at))
+    row = features.where("NOT is_future").agg(learnable, latest_moment(known_at)).collect()[0]
+    return moment_of(row[1] if row[0] is None else row[0])
 
 
-def newest_time(rows: DataFrame) -> pd.Timestamp | None:
-    """Latest time of visible rows; None if there are none."""
-    newest = rows.agg(latest_moment(sf.col("time"))).collect()[0][0]
+def newest_time(rows: DataFrame, target: str | None = None) -> pd.Timestamp | None:
+    """Latest time of visible rows; None if there are none.
+
+    Args:
+        rows: the visible rows.
+        target: where given, rows that have one decide, unless none has.
+    """
+    latest = latest_moment(sf.col("time"))
+    learnable = latest if target is None else latest_moment(sf.when(sf.col(f"`{target}`").isNotNull(), sf.col("time")))
+    row = rows.agg(learnable, latest).collect()[0]
+    newest = row[1] if row[0] is None else row[0]
     return None if newest is None else moment_of(newest)
 
 

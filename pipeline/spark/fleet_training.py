@@ -108,7 +108,7 @@ class Request:
 
     Args:
         run_id: of the run, unless it resumes another.
-        as_of: what the run pretends; None is the newest row.
+        as_of: what the run pretends; None is the newest row that has a target.
         limit_groups: only so many finest groups; None is all.
         retrain: which groups are trained again, see `Policy`.
         listed: group ids, for `retrain: listed`.
@@ -238,9 +238,9 @@ def plan_run(
     Raises:
         DataError: if no row is visible at the as-of, or a listed group does not exist, or the classes are not what the task needs.
     """
-    moment = request.as_of if request.as_of is not None else newest_known(features)
+    moment = request.as_of if request.as_of is not None else newest_known(features, spec.target.column)
     rows = limited_rows(visible_rows(features, moment), spec, request.limit_groups)
-    newest = newest_time(rows)
+    newest = newest_time(rows, spec.target.column)
     if newest is None:
         earliest, latest = features.where("NOT is_future").selectExpr("string(min(known_at))", "string(max(known_at))").collect()[0]
         raise DataError(f"as of {moment} no row is known yet; known_at runs from {earliest} to {latest}: choose an as-of within or after it")

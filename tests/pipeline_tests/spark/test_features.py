@@ -16,9 +16,12 @@ from pipeline.errors import DataError, SpecError
 from pipeline.features.history import add_history, plan_passes
 from pipeline.models.meta_model import design_matrix, group_id
 from pipeline.spark.features import all_null_columns, build_features, check_feature_table, newest_known, newest_time
+from pipeline.spark.fleet_training import History, Request, plan_run
 from pipeline.spark.scoring import rows_to_score
 from pipeline.spark.training import visible_rows
 from pipeline.spec import FleetSpec, parse_spec
+from pipeline.tables import LEDGER, RUNS
+from pipeline.testing.data import feature_rows, small_spec
 
 pytestmark = pytest.mark.spark
 
@@ -306,11 +309,32 @@ def test_moments_do_not_depend_on_the_zone_of_the_machine(spark: SparkSession, s
     spec = built(attributes)
     raw = spark.sql("SELECT 'n' region, 'a' store, timestamp'2020-01-01' sold_on, 1 amount UNION ALL SELECT 'n', 'a', timestamp'2020-02-01', 2")
     found = build_features(spark, spec, "SELECT * FROM sales", {"sales": raw})
-    assert newest_known(found) == pd.Timestamp("2020-02-01")
+    assert newest_known(found, "amount") == pd.Timestamp("2020-02-01")
     assert newest_time(found.where("NOT is_future")) == pd.Timestamp("2020-02-01")
     assert [row[0] for row in found.where("is_future").selectExpr("string(time)").collect()] == ["2020-03-01 00:00:00"]
     assert visible_rows(found, pd.Timestamp("2020-01-31 23:59")).count() == 1
     assert visible_rows(found, pd.Timestamp("2020-02-01")).count() == 2
+
+
+def test_rows_that_wait_for_their_answer_move_neither_the_as_of_nor_the_splits(spark: SparkSession) -> None:
+    rows = feature_rows(200)
+    last = rows["time"].max()
+    waiting = rows[rows["time"] > last - pd.Timedelta(days=40)]
+    later = waiting["time"] + pd.Timedelta(days=40)
+    waiting = waiting.assign(time=later, known_at=later, sales=np.nan, row_key=waiting["row_key"] + "w")
+    zoned = pd.concat([rows, waiting])
+    zoned = zoned.assign(time=zoned["time"].dt.tz_localize("UTC"), known_at=zoned["known_at"].dt.tz_localize("UTC"))
+    table = pa.Table.from_pandas(zoned, preserve_index=False).replace_schema_metadata()
+    features = spark.createDataFrame(table)
+    spec = small_spec(scoring={"score": "new"})
+    history = History(RUNS.schema.empty_table().to_pandas(), lambda _: LEDGER.schema.empty_table().to_pandas())
+    default = plan_run(features, spec, Request("run"), history, slots=2, threads=1)
+    assert default.cutoffs.as_of == last
+    # An as-of that lets the waiting rows be seen leaves the splits where outcomes are.
+    late = plan_run(features, spec, Request("run", as_of=later.max()), history, slots=2, threads=1)
+    assert late.cutoffs.report_start == default.cutoffs.report_start == pd.Timestamp("2024-07-01")
+    assert len(default.plan.to_train) == len(late.plan.to_train) == 7
+    assert rows_to_score(features, spec, default.cutoffs.as_of).count() == len(waiting)
 
 
 def test_a_doubled_key_is_refused_with_examples(spark: SparkSession, shop: FleetSpec) -> None:
