@@ -90,8 +90,11 @@ def champion_asset(spec: FleetSpec) -> dg.AssetsDefinition:
     def champion(
         context: dg.AssetExecutionContext, tables: DeltaTables, registry: MlflowRegistry, spark: SparkSessionResource, launch: LaunchSettings
     ) -> dg.MaterializeResult:
-        parts = _Parts(spec, launch.namespace(spec), tables, registry, spark, launch)
         with readable_failures():
+            scope = launch.scope(spec, tables, registry)
+            if scope.note:
+                context.log.info(scope.note)
+            parts = _Parts(spec, scope.namespace, tables, registry, spark, launch)
             done = _roll_back(parts) if launch.decision == "rollback" else _decide(parts)
             location = tables.location(parts.namespace, DECISIONS.name)
             _record(parts, done, location, context.run.run_id)

@@ -16,6 +16,7 @@ from pipeline.spec import FleetSpec
 from pipeline.tables import IMPORTANCE
 from resources.delta_tables import DeltaTables, contract_metadata
 from resources.launch_settings import LaunchSettings
+from resources.mlflow_registry import MlflowRegistry
 from resources.spark_session import SparkSessionResource
 
 SHOWN_GROUPS = 20
@@ -42,11 +43,15 @@ def importance_asset(spec: FleetSpec) -> dg.AssetsDefinition:
         ],
     )
     def importance(
-        context: dg.AssetExecutionContext, tables: DeltaTables, spark: SparkSessionResource, launch: LaunchSettings
+        context: dg.AssetExecutionContext,
+        tables: DeltaTables,
+        registry: MlflowRegistry,
+        spark: SparkSessionResource,
+        launch: LaunchSettings,
     ) -> dg.MaterializeResult:
-        namespace = launch.namespace(spec)
-        location = tables.location(namespace, IMPORTANCE.name)
         with readable_failures():
+            namespace = launch.scope(spec, tables, registry).namespace
+            location = tables.location(namespace, IMPORTANCE.name)
             run = newest_run(tables, namespace)
             run_id = str(run["run_id"])
             ledger = ledger_of(tables, namespace, run_id)

@@ -55,8 +55,8 @@ def meta_model_asset(spec: FleetSpec) -> dg.AssetsDefinition:
     def meta_model(
         context: dg.AssetExecutionContext, tables: DeltaTables, registry: MlflowRegistry, spark: SparkSessionResource, launch: LaunchSettings
     ) -> dg.MaterializeResult:
-        namespace = launch.namespace(spec)
         with readable_failures(), tempfile.TemporaryDirectory() as folder:
+            namespace = launch.scope(spec, tables, registry).namespace
             run = newest_run(tables, namespace)
             run_id = str(run["run_id"])
             ledger = ledger_of(tables, namespace, run_id)

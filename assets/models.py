@@ -23,6 +23,7 @@ from pipeline.training.outcome import NOT_LISTED, TOO_FEW_ROWS, VANISHED, Status
 from resources.delta_tables import DeltaTables, contract_metadata
 from resources.launch_settings import LaunchSettings
 from resources.lease import hold_lease
+from resources.mlflow_registry import MlflowRegistry
 from resources.spark_session import SparkSessionResource
 
 CHECKED_BOOSTERS = 200
@@ -43,10 +44,17 @@ def models_asset(spec: FleetSpec) -> dg.AssetsDefinition:
         output_required=False,
     )
     def models(
-        context: dg.AssetExecutionContext, tables: DeltaTables, spark: SparkSessionResource, launch: LaunchSettings
+        context: dg.AssetExecutionContext,
+        tables: DeltaTables,
+        registry: MlflowRegistry,
+        spark: SparkSessionResource,
+        launch: LaunchSettings,
     ) -> Iterator[dg.MaterializeResult]:
-        namespace = launch.namespace(spec)
         with readable_failures(), ExitStack() as held:
+            scope = launch.scope(spec, tables, registry)
+            namespace = scope.namespace
+            if scope.note:
+                context.log.info(scope.note)
             lease = None if launch.dry_run else held.enter_context(hold_lease(tables, namespace, context.run.run_id))
             crash_point("lease_taken")
             features_location = tables.location(spec.name, "features")
@@ -120,9 +128,11 @@ def models_checks(spec: FleetSpec) -> dg.AssetChecksDefinition:
             check("no_group_failed", "No group ended in an error or killed its process."),
         ],
     )
-    def checks(tables: DeltaTables, launch: LaunchSettings) -> Iterator[dg.AssetCheckResult]:
-        namespace = launch.namespace(spec)
+    def checks(
+        tables: DeltaTables, registry: MlflowRegistry, launch: LaunchSettings
+    ) -> Iterator[dg.AssetCheckResult]:
         with readable_failures():
+            namespace = launch.scope(spec, tables, registry).namespace
             run = newest_run(tables, namespace)
             ledger = ledger_of(tables, namespace, str(run["run_id"]))
             results = [

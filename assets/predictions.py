@@ -5,15 +5,17 @@ import pandas as pd
 
 from assets.link import link_key, link_settings, png, prefixed, readable_failures
 from assets.newest_run import ledger_of
+from pipeline.errors import DataError
 from pipeline.reporting.plots import prediction_plot
 from pipeline.reporting.summary import markdown_table, summarise
 from pipeline.spark.features import newest_known
+from pipeline.spark.fleet_training import newest_as_of
 from pipeline.spark.scoring import AnswerCounts, count_answers, rows_to_score, score_rows
 from pipeline.spec import FleetSpec
 from pipeline.tables import PREDICTIONS
 from resources.delta_tables import DeltaTables, contract_metadata
 from resources.launch_settings import LaunchSettings
-from resources.mlflow_registry import CHAMPION, MlflowRegistry
+from resources.mlflow_registry import CHAMPION, MlflowRegistry, Version
 from resources.spark_session import SparkSessionResource
 
 
@@ -40,14 +42,17 @@ def predictions_asset(spec: FleetSpec) -> dg.AssetsDefinition:
     def predictions(
         context: dg.AssetExecutionContext, tables: DeltaTables, registry: MlflowRegistry, spark: SparkSessionResource, launch: LaunchSettings
     ) -> dg.MaterializeResult:
-        namespace = launch.namespace(spec)
-        location = tables.location(namespace, PREDICTIONS.name)
         with readable_failures():
+            scope = launch.scope(spec, tables, registry)
+            namespace = scope.namespace
+            location = tables.location(namespace, PREDICTIONS.name)
             version = registry.get(namespace, CHAMPION)
             features = tables.read_spark(spark.session, tables.location(spec.name, "features"))
             as_of = launch.moment(spec) or newest_known(features, spec.target.column)
             rows = rows_to_score(features, spec, as_of)
             model = registry.open_pack(version, tables.storage_options)
+            answering_runs = [str(generation["fleet_version"]) for generation in model.generations]
+            _refuse_hindsight(version, newest_as_of(tables, namespace, answering_runs), as_of)
             answers = score_rows(spark.session, rows, spec, model, as_of, tables.storage_options)
             partition = {"as_of": as_of.isoformat()}
             delta_version = tables.write_spark(answers, location, partition=partition)
@@ -59,6 +64,7 @@ def predictions_asset(spec: FleetSpec) -> dg.AssetsDefinition:
                 f"there is no row to score after {as_of} (score: {spec.scoring.score}); launch with an earlier as_of, or bring newer rows"
             )
         facts = {
+            **({"backtest": scope.note.removeprefix("backtest ")} if scope.note else {}),
             "model": f"{namespace} version {version.number} (champion), run {version.fleet_version}",
             "predictions": f"{written.n_rows:,} of {n_rows:,} rows answered, as of {as_of}",
             "tables": tables.location(namespace),
@@ -80,6 +86,20 @@ def predictions_asset(spec: FleetSpec) -> dg.AssetsDefinition:
         )
 
     return predictions
+
+
+def _refuse_hindsight(version: Version, seen: pd.Timestamp | None, as_of: pd.Timestamp) -> None:
+    """No row is answered by a version that saw rows known later than the launch's as-of.
+
+    Raises:
+        DataError: if the version did.
+    """
+    if seen is not None and seen > as_of:
+        raise DataError(
+            f"version {version.number} of {version.name!r} saw rows known until {seen}, and this launch is as of {as_of}: "
+            f"its answers would know the future; launch with as_of {seen} or later, "
+            f"or train as of {as_of} and serve that version (decision: promote)"
+        )
 
 
 def _every_row_is_answered(n_rows: int, written: AnswerCounts) -> dg.AssetCheckResult:

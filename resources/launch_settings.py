@@ -2,6 +2,7 @@
 
 import getpass
 import os
+from dataclasses import dataclass
 from typing import Literal
 
 import dagster as dg
@@ -9,15 +10,31 @@ import pandas as pd
 from pydantic import Field
 
 from pipeline.errors import SpecError
-from pipeline.spark.fleet_training import Request
+from pipeline.spark.fleet_training import Request, newest_as_of
 from pipeline.spec import FleetSpec
+from resources.delta_tables import DeltaTables
+from resources.mlflow_registry import CHAMPION, MlflowRegistry
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Where a launch keeps its tables and registered model.
+
+    Args:
+        namespace: name of both: the fleet's, its trial's, or one of a backtest's own.
+        note: what a backtest leaves alone, for people; None for any other launch.
+    """
+
+    namespace: str
+    note: str | None = None
 
 
 class LaunchSettings(dg.ConfigurableResource):
     """Settings of one launch; in the UI they stand under resources in the launchpad."""
 
     as_of: str | None = Field(
-        default=None, description="Date or time that the run pretends it is, e.g. 2013-12-24; by default the fleet's, else the newest row with a target."
+        default=None, description="Date or time that the run pretends it is, e.g. 2013-12-24; by default the fleet's, else the newest row with a target. "
+        "Earlier than the version that serves: a backtest, which keeps its tables and model apart."
     )
     limit_groups: int | None = Field(
         default=None,
@@ -71,8 +88,33 @@ class LaunchSettings(dg.ConfigurableResource):
             return f"uid {os.getuid()}"
 
     def namespace(self, spec: FleetSpec) -> str:
-        """Where the run's tables and registered model live: the fleet's name, or its trial's."""
+        """The fleet's name, or its trial's; a backtest has a name of its own, see `scope`."""
         return spec.name if self.limit_groups is None else f"{spec.name}-trial"
+
+    def scope(self, spec: FleetSpec, tables: DeltaTables, registry: MlflowRegistry) -> Scope:
+        """Where the launch writes; every asset asks here, so that one that is launched alone decides as the whole chain does.
+
+        A launch whose as-of is earlier than that of the version that serves is a backtest. It gets a namespace for that
+        as-of, so that no alias of the fleet moves, no run of the fleet is built on it, and no version that saw later
+        rows answers in it. `promote`, `keep` and `rollback` are about what serves, unless the launch itself has an as-of.
+
+        Args:
+            spec: the fleet.
+            tables: where the as-of of the version that serves is found.
+            registry: knows which version that is.
+        """
+        namespace, moment = self.namespace(spec), self.moment(spec)
+        is_about_what_serves = self.decision != "judge" and self.as_of is None
+        if moment is None or is_about_what_serves:
+            return Scope(namespace)
+        champion = registry.find(namespace, CHAMPION)
+        served = None if champion is None else newest_as_of(tables, namespace, [champion.fleet_version])
+        if champion is None or served is None or moment >= served:
+            return Scope(namespace)
+        note = f"backtest as of {moment}: production serves version {champion.number} as of {served}, nothing of it changes"
+        # A colon cannot stand in every store's paths.
+        stamp = moment.isoformat().removesuffix("T00:00:00").replace(":", "")
+        return Scope(f"{namespace}-backtest-{stamp}", note)
 
     def moment(self, spec: FleetSpec) -> pd.Timestamp | None:
         """The as-of of the run, UTC without a zone; None is the newest row.

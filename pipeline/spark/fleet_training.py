@@ -176,6 +176,19 @@ def read_runs(tables: Tables, namespace: str) -> pd.DataFrame:
     return in_format(tables.read_pandas(location), RUNS, location)
 
 
+def newest_as_of(tables: Tables, namespace: str, run_ids: Collection[str]) -> pd.Timestamp | None:
+    """The latest as-of of some runs, UTC without a zone; None where the tables know none of them.
+
+    Args:
+        tables: where the runs are kept.
+        namespace: of the tables.
+        run_ids: the training runs, e.g. those whose chains a version answers from.
+    """
+    runs = read_runs(tables, namespace)
+    as_of = runs.loc[runs["run_id"].isin(list(run_ids)), "as_of"].max()
+    return None if pd.isna(as_of) else pd.Timestamp(as_of).tz_convert(None)
+
+
 @dataclass(frozen=True)
 class History:
     """The runs before this one, from the fleet's tables.
