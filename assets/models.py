@@ -128,9 +128,7 @@ def models_checks(spec: FleetSpec) -> dg.AssetChecksDefinition:
             check("no_group_failed", "No group ended in an error or killed its process."),
         ],
     )
-    def checks(
-        tables: DeltaTables, registry: MlflowRegistry, launch: LaunchSettings
-    ) -> Iterator[dg.AssetCheckResult]:
+    def checks(tables: DeltaTables, registry: MlflowRegistry, launch: LaunchSettings) -> Iterator[dg.AssetCheckResult]:
         with readable_failures():
             namespace = launch.scope(spec, tables, registry).namespace
             run = newest_run(tables, namespace)

@@ -33,8 +33,9 @@ class LaunchSettings(dg.ConfigurableResource):
     """Settings of one launch; in the UI they stand under resources in the launchpad."""
 
     as_of: str | None = Field(
-        default=None, description="Date or time that the run pretends it is, e.g. 2013-12-24; by default the fleet's, else the newest row with a target. "
-        "Earlier than the version that serves: a backtest, which keeps its tables and model apart."
+        default=None,
+        description="Date or time that the run pretends it is, e.g. 2013-12-24; by default the fleet's, else the newest row with a target. "
+        "Earlier than the version that serves: a backtest, which keeps its tables and model apart.",
     )
     limit_groups: int | None = Field(
         default=None,
