@@ -14,6 +14,7 @@ from assets.mosaic import register_mosaic
 from assets.newest_run import features_of, ledger_of
 from assets.progress import no_progress
 from pipeline.errors import ModelNotFound, SpecError, StoreError
+from pipeline.faults import crash_point
 from pipeline.grouping.plan import refuse_unknown
 from pipeline.models.meta_model import FleetModel, PackError
 from pipeline.models.promotion import Gate, Judgement, Side, judge_challenger, overridden, rolled_back, taken_back
@@ -29,6 +30,7 @@ from resources.mlflow_registry import CHALLENGER, CHAMPION, MlflowRegistry, Vers
 from resources.spark_session import SparkSessionResource
 
 SHOWN = 20
+UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,7 @@ class _Outcome:
     @property
     def moved(self) -> "pd.Series[Any]":
         """Per decision whether another fleet version answers since."""
-        is_new = self.decisions["from_version"].fillna("") != self.decisions["to_version"].fillna("")
-        changed = _number(self.before) != _number(self.after)
-        return is_new & changed
+        return _differs(self.decisions) & (_number(self.before) != _number(self.after))
 
 
 def champion_asset(spec: FleetSpec) -> dg.AssetsDefinition:
@@ -95,15 +95,15 @@ def champion_asset(spec: FleetSpec) -> dg.AssetsDefinition:
             if scope.note:
                 context.log.info(scope.note)
             parts = _Parts(spec, scope.namespace, tables, registry, spark, launch)
+            _finish_what_was_killed(parts, context.run.run_id)
             done = _roll_back(parts) if launch.decision == "rollback" else _decide(parts)
-            location = tables.location(parts.namespace, DECISIONS.name)
-            _record(parts, done, location, context.run.run_id)
+            _carry_out(parts, done, context.run.run_id)
         context.log.info(_text(done))
         failed = [f"{gate.name}: {gate.found}" for gate in done.gates if not gate.passed]
         shown = done.decisions.assign(moved=done.moved)
         return dg.MaterializeResult(
             metadata={
-                **contract_metadata(DECISIONS, location),
+                **contract_metadata(DECISIONS, _decisions_at(parts)),
                 **prefixed(
                     {
                         "champion": _number(done.after),
@@ -133,7 +133,7 @@ def champion_asset(spec: FleetSpec) -> dg.AssetsDefinition:
 
 
 def _decide(parts: _Parts) -> _Outcome:
-    """Judge the challenger, group by group, and move the alias where the gates let it."""
+    """Judge the challenger, group by group, and say which version serves from now on."""
     registry, launch, options = parts.registry, parts.launch, parts.tables.storage_options
     challenger, before = registry.get(parts.namespace, CHALLENGER), registry.find(parts.namespace, CHAMPION)
     if launch.decision == "keep" and before is None:
@@ -165,14 +165,12 @@ def _decide(parts: _Parts) -> _Outcome:
         return _Outcome(_stopped(judgement), gates, before, before, challenger)
     after = before
     if judgement.is_whole:
-        registry.promote(challenger)
         after = challenger
     elif judgement.changes_answers:
         models = [model, *([] if serving_model is None else [serving_model])]
         after = register_mosaic(
             parts.tables, registry, parts.spark, parts.spec, parts.namespace, judgement.serving, models, _columns(judgement.decisions)
         )
-        registry.promote(after)
     return _Outcome(_columns(judgement.decisions), gates, before, after, challenger)
 
 
@@ -199,22 +197,74 @@ def _roll_back(parts: _Parts) -> _Outcome:
         moved = {(int(row["grain"]), str(row["group_id"])): str(row["to_version"]) for row in decisions.to_dict("records")}
         serving = {**current.serving(), **moved}
         after = register_mosaic(parts.tables, registry, parts.spark, parts.spec, parts.namespace, serving, [current, earlier], decisions)
-    registry.promote(after)
     return _Outcome(decisions, [], before, after, None)
 
 
 def _number_before(parts: _Parts, champion: Version) -> str:
     """The registered version that served before the champion."""
-    location = parts.tables.location(parts.namespace, DECISIONS.name)
-    rows = pd.DataFrame()
-    if parts.tables.exists(location):
-        rows = parts.tables.read_pandas(
-            location, where={"champion_after": champion.number, "group_id": "[]"}, columns=["decided_at", "champion_before", "champion_after"]
-        )
-        rows = rows[rows["champion_before"].notna() & (rows["champion_before"] != champion.number)].sort_values("decided_at")
-    if rows.empty:
-        raise ModelNotFound(f"no version served before version {champion.number}, as far as {location} tells; name one in rollback_to")
-    return str(rows["champion_before"].iloc[-1])
+    decisions = _alias_moves(parts)
+    moves = decisions[decisions["champion_after"] == champion.number]
+    moves = moves[moves["champion_before"].notna() & (moves["champion_before"] != champion.number)]
+    if moves.empty:
+        raise ModelNotFound(f"no version served before version {champion.number}, according to {_decisions_at(parts)}; name one in rollback_to")
+    return str(moves["champion_before"].iloc[-1])
+
+
+def _alias_moves(parts: _Parts) -> pd.DataFrame:
+    """One row per launch that decided, oldest first: the version that served before it and after it, and whether it was carried out."""
+    columns = ["decision_id", "decided_at", "champion_before", "champion_after", "moved"]
+    location = _decisions_at(parts)
+    if not parts.tables.exists(location):
+        return pd.DataFrame(columns=columns)
+    rows: pd.DataFrame = parts.tables.read_pandas(location, columns=columns)
+    return rows.drop_duplicates("decision_id").sort_values("decided_at", ignore_index=True)
+
+
+def _finish_what_was_killed(parts: _Parts, launch_id: str) -> None:
+    """Bring the alias and the table of decisions together again.
+
+    A launch that was killed after it had recorded its decision is carried out now, under its own who and why. An alias that is elsewhere
+    than the last decision left it was moved by hand, or by a launch of an earlier release that was killed: it gets rows that say so.
+    """
+    registry, current = parts.registry, parts.registry.find(parts.namespace, CHAMPION)
+    moves = _alias_moves(parts)
+    last = moves.iloc[-1] if len(moves) else pd.Series({"champion_before": None, "champion_after": None, "moved": True})
+    recorded = None if pd.isna(last["champion_after"]) else registry.find(parts.namespace, str(last["champion_after"]))
+    serves = current.number if current else None
+    where_it_may_be = (last["champion_before"], last["champion_after"])
+    if recorded is not None and pd.isna(last["moved"]) and serves in where_it_may_be:
+        registry.promote(recorded)
+        rows = parts.tables.read_pandas(_decisions_at(parts), where={"decision_id": str(last["decision_id"])})
+        _write_decision(parts, rows.assign(moved=_differs(rows)))
+    elif current is not None and serves != last["champion_after"]:
+        _write_decision(parts, _found_elsewhere(parts, recorded, current).assign(decision_id=f"{launch_id}-found"))
+
+
+def _found_elsewhere(parts: _Parts, recorded: Version | None, current: Version) -> pd.DataFrame:
+    """Decisions that say that the alias was found at a version to which no recorded launch moved it."""
+    options = parts.tables.storage_options
+    models = [None if version is None else _serving_model(parts.registry, version, options) for version in (recorded, current)]
+    before, after = ({} if model is None else model.serving() for model in models)
+    # A version that cannot be opened answers nobody; the move itself is told all the same.
+    keys = sorted({**before, **after}) or [(0, "[]")]
+    rows = pd.DataFrame(keys, columns=["grain", "group_id"])
+    rows["from_version"] = [before.get(key) for key in keys]
+    rows["to_version"] = [after.get(key) for key in keys]
+    return rows.assign(
+        moved=_differs(rows),
+        reason=UNKNOWN,
+        decision=UNKNOWN,
+        decided_by=UNKNOWN,
+        decided_at=pd.Timestamp.now(tz="UTC"),
+        why="the alias was moved by hand, or by a launch that was killed",
+        champion_before=recorded.number if recorded else None,
+        champion_after=current.number,
+    )
+
+
+def _differs(rows: pd.DataFrame) -> "pd.Series[Any]":
+    """Per row whether another fleet version answers the group."""
+    return rows["from_version"].fillna("") != rows["to_version"].fillna("")
 
 
 def _run_of(parts: _Parts, challenger: Version) -> "pd.Series[Any]":
@@ -235,7 +285,7 @@ def _run_of(parts: _Parts, challenger: Version) -> "pd.Series[Any]":
 
 
 def _taken_back(parts: _Parts, challenger: str) -> Any:
-    location = parts.tables.location(parts.namespace, DECISIONS.name)
+    location = _decisions_at(parts)
     if not parts.tables.exists(location):
         return frozenset()
     columns = ["decision", "moved", "from_version", "grain", "group_id"]
@@ -253,8 +303,11 @@ def _stopped(judgement: Judgement) -> pd.DataFrame:
     return _columns(rows.assign(reason=rows["reason"].mask(would, "gates"), to_version=rows["from_version"]))
 
 
-def _record(parts: _Parts, done: _Outcome, location: str, decision_id: str) -> None:
-    """One commit; a launch that is repeated replaces its own."""
+def _carry_out(parts: _Parts, done: _Outcome, decision_id: str) -> None:
+    """Record the decision, move the alias, and mark the decision as carried out.
+
+    Who and why are written before the alias moves, so that a kill loses neither: the next launch finishes what it finds unmarked.
+    """
     launch = parts.launch
     rows = done.decisions.assign(
         decision_id=decision_id,
@@ -265,10 +318,25 @@ def _record(parts: _Parts, done: _Outcome, location: str, decision_id: str) -> N
         champion_before=done.before.number if done.before else None,
         champion_after=done.after.number if done.after else None,
         challenger=done.challenger.number if done.challenger else None,
-        moved=done.moved,
     )
+    if done.after is not None and _number(done.after) != _number(done.before):
+        _write_decision(parts, rows.assign(moved=None))
+        crash_point("decision_recorded")
+        parts.registry.promote(done.after)
+        crash_point("alias_moved")
+    _write_decision(parts, rows.assign(moved=done.moved))
+
+
+def _decisions_at(parts: _Parts) -> str:
+    return parts.tables.location(parts.namespace, DECISIONS.name)
+
+
+def _write_decision(parts: _Parts, rows: pd.DataFrame) -> None:
+    """Let the table hold these rows for their decision, in one commit, instead of what it had for it."""
+    location = _decisions_at(parts)
     file = parts.tables.write_file(_arrow(rows), DECISIONS.schema, location)
-    parts.tables.commit(location, [file] if file else [], DECISIONS.schema, mode="overwrite", partition={"decision_id": decision_id})
+    partition = {"decision_id": str(rows["decision_id"].iloc[0])}
+    parts.tables.commit(location, [file] if file else [], DECISIONS.schema, mode="overwrite", partition=partition)
 
 
 def _arrow(rows: pd.DataFrame) -> pa.Table:

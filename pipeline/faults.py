@@ -1,8 +1,8 @@
 """Named crash points: places where a run can be told to die, so that recovery is tested exactly and repeatably.
 
 ``FLEET_CRASH_AT=<point>:<signal>`` ends the process with that signal when it comes to the point, e.g. ``boosters_committed:KILL``;
-``<point>#3:TERM`` the third time. `POINTS` lists those of a training run in their order, `STREAM_POINTS` those of a stream that scores.
-Nothing is armed unless the variable is set.
+``<point>#3:TERM`` the third time. `POINTS` lists those of a training run in their order, `STREAM_POINTS` those of a stream that scores,
+`DECISION_POINTS` those of a launch of `champion`. Nothing is armed unless the variable is set.
 """
 
 import os
@@ -32,7 +32,12 @@ STREAM_POINTS = {
     "stream_files_written": "* its answers are written, and not committed",
     "stream_committed": "* its answers are committed, and the checkpoint does not know it yet",
 }
+DECISION_POINTS = {
+    "decision_recorded": "who, what and why is in the table of decisions, the alias has not moved",
+    "alias_moved": "the version serves, the decision is not marked as carried out",
+}
 VARIABLE = "FLEET_CRASH_AT"
+_KNOWN = (*POINTS, *STREAM_POINTS, *DECISION_POINTS)
 _WRITTEN = re.compile(r"(?P<point>\w+)(#(?P<turn>[1-9]\d*))?:(?P<signal>[A-Z0-9]+)")
 
 
@@ -59,8 +64,8 @@ def arm(text: str) -> None:
         return
     found = _WRITTEN.fullmatch(text)
     number = getattr(signal, f"SIG{found['signal'].removeprefix('SIG')}", None) if found else None
-    if found is None or number is None or found["point"] not in {**POINTS, **STREAM_POINTS}:
-        known = ", ".join({**POINTS, **STREAM_POINTS})
+    if found is None or number is None or found["point"] not in _KNOWN:
+        known = ", ".join(_KNOWN)
         raise SpecError(f"{VARIABLE} is {text!r}; expected <point>:<signal> such as boosters_committed:KILL; points: {known}")
     _armed = _Armed(found["point"], int(found["turn"] or 1), int(number))
 

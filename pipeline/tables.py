@@ -320,7 +320,11 @@ DECISIONS = TableContract(
         Column("decision_id", pa.string(), "the Dagster run that decided"),
         Column("decided_at", TIMESTAMP, "when"),
         Column("decided_by", pa.string(), "who launched it"),
-        Column("decision", pa.string(), "what was asked for: judge, promote, keep, rollback"),
+        Column(
+            "decision",
+            pa.string(),
+            "what was asked for: judge, promote, keep, rollback; unknown: the alias was moved by hand, or by a launch that was killed",
+        ),
         Column("why", pa.string(), "what the launch says of it; null for nothing"),
         Column("champion_before", pa.string(), "registered version that served before; null for none"),
         Column("champion_after", pa.string(), "registered version that serves since; null for none"),
@@ -329,13 +333,17 @@ DECISIONS = TableContract(
         Column("group_id", pa.string(), "the group"),
         Column("from_version", pa.string(), "fleet version (training run) that answered it; null for none"),
         Column("to_version", pa.string(), "fleet version that answers it since"),
-        Column("moved", pa.bool_(), "whether these differ and the gates let it happen"),
+        Column(
+            "moved",
+            pa.bool_(),
+            "whether these differ and the gates let it happen; null: decided, and killed before it was carried out: the next launch does",
+        ),
         Column("kind", pa.string(), "what it is in the challenger: unchanged, refresh, new_recipe, new_group, not_comparable; null for a rollback"),
         Column(
             "reason",
             pa.string(),
             "not_worse, worse, better, not_better (by the paired test), follows_parent (few report rows), unmeasured, unchanged, new_group, "
-            "not_comparable, rolled_back (from this challenger, earlier), override, gates",
+            "not_comparable, rolled_back (from this challenger, earlier), override, gates, unknown",
         ),
         Column("n_rows", pa.int64(), "report rows compared; null where nothing was"),
         Column("n_blocks", pa.int64(), "stretches of the report split that they lie in"),

@@ -185,6 +185,50 @@ def test_one_group_and_then_the_whole_fleet_are_rolled_back_and_forth(fleets: tu
     assert len(deep.table("runs")) == trained
 
 
+@pytest.mark.parametrize("point", ["decision_recorded", "alias_moved"])
+def test_a_decision_that_was_killed_is_carried_out_by_the_next_launch(fleets: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, point: str) -> None:
+    def die(name: str) -> None:
+        if name == point:
+            raise RuntimeError("killed")
+
+    _, deep = fleets
+    registry = deep.resources["registry"]
+    served = registry.get("shop", CHAMPION).number
+    other = "2" if served == "1" else "1"
+    with monkeypatch.context() as patch:
+        patch.setattr("assets.champion.crash_point", die)
+        assert not launch(deep, decision="rollback", rollback_to=other, why=point, who="ann").success
+    assert launch(deep, decision="keep").success
+    assert registry.get("shop", CHAMPION).number == other
+    rows = deep.table("decisions")
+    killed = rows[rows["why"] == point]
+    assert set(killed["decided_by"]) == {"ann"}
+    assert (set(killed["champion_before"]), set(killed["champion_after"])) == ({served}, {other})
+    assert killed["moved"].any()
+    assert rows["moved"].notna().all()
+    assert not rows["decision"].eq("unknown").any()
+    # What served before is known, so that it can serve again.
+    assert launch(deep, decision="rollback").success
+    assert registry.get("shop", CHAMPION).number == served
+
+
+def test_an_alias_that_was_moved_by_hand_gets_its_decision(fleets: tuple[Any, Any]) -> None:
+    _, deep = fleets
+    registry = deep.resources["registry"]
+    served = registry.get("shop", CHAMPION).number
+    other = "2" if served == "1" else "1"
+    registry.promote(registry.get("shop", other))
+    assert launch(deep, decision="keep").success
+    assert registry.get("shop", CHAMPION).number == other
+    rows = deep.table("decisions")
+    found = rows[rows["decision"] == "unknown"]
+    assert (set(found["champion_before"]), set(found["champion_after"])) == ({served}, {other})
+    assert found["moved"].all()
+    assert set(found["group_id"]) == set(newest(deep).index)
+    assert launch(deep, decision="rollback").success
+    assert registry.get("shop", CHAMPION).number == served
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

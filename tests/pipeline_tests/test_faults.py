@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import SpecError
-from pipeline.faults import POINTS, STREAM_POINTS, arm, crash_point
+from pipeline.faults import DECISION_POINTS, POINTS, STREAM_POINTS, arm, crash_point
 
 
 @pytest.fixture(autouse=True)
@@ -53,10 +53,10 @@ def test_nothing_happens_unless_armed(sent: list[tuple[int, int]]) -> None:
 
 
 @pytest.mark.parametrize(("name", "number"), [("KILL", signal.SIGKILL), ("SIGTERM", signal.SIGTERM), ("SEGV", signal.SIGSEGV)])
-@pytest.mark.parametrize("armed", [*POINTS, *STREAM_POINTS])
+@pytest.mark.parametrize("armed", [*POINTS, *STREAM_POINTS, *DECISION_POINTS])
 def test_the_armed_point_alone_sends_this_process_its_signal(sent: list[tuple[int, int]], armed: str, name: str, number: signal.Signals) -> None:
     arm(f"{armed}:{name}")
-    for point in (*POINTS, *STREAM_POINTS):
+    for point in (*POINTS, *STREAM_POINTS, *DECISION_POINTS):
         crash_point(point)
     assert sent == [(os.getpid(), number)]
 
@@ -101,4 +101,4 @@ def test_every_point_is_somewhere_on_the_way_of_a_run_or_a_stream() -> None:
     root = Path(__file__).parents[2]
     code = "".join(path.read_text(encoding="utf-8") for folder in ("pipeline", "assets") for path in (root / folder).rglob("*.py"))
     computed = {"boosters_committed", "holdout_committed"}
-    assert [point for point in (*POINTS, *STREAM_POINTS) if point not in computed and f'crash_point("{point}")' not in code] == []
+    assert [point for point in (*POINTS, *STREAM_POINTS, *DECISION_POINTS) if point not in computed and f'crash_point("{point}")' not in code] == []
