@@ -17,7 +17,20 @@ from pipeline.errors import ModelNotFound, SpecError, StoreError
 from pipeline.faults import crash_point
 from pipeline.grouping.plan import refuse_unknown
 from pipeline.models.meta_model import FleetModel, PackError
-from pipeline.models.promotion import Gate, Judgement, Side, judge_challenger, overridden, rolled_back, taken_back
+from pipeline.models.promotion import (
+    CAN_ANSWER,
+    CAN_OPEN,
+    GATES,
+    Gate,
+    Judgement,
+    Side,
+    held_back,
+    judge_challenger,
+    overridden,
+    rolled_back,
+    stays,
+    taken_back,
+)
 from pipeline.reporting.plots import decision_plot
 from pipeline.reporting.summary import markdown_table
 from pipeline.spark.comparison import Contest, judge
@@ -98,8 +111,9 @@ def champion_asset(spec: FleetSpec) -> dg.AssetsDefinition:
             _finish_what_was_killed(parts, context.run.run_id)
             done = _roll_back(parts) if launch.decision == "rollback" else _decide(parts)
             _carry_out(parts, done, context.run.run_id)
-        context.log.info(_text(done))
-        failed = [f"{gate.name}: {gate.found}" for gate in done.gates if not gate.passed]
+            told = _text(done, parts)
+        failed = _failed(done)
+        context.log.warning(told) if failed else context.log.info(told)
         shown = done.decisions.assign(moved=done.moved)
         return dg.MaterializeResult(
             metadata={
@@ -123,8 +137,9 @@ def champion_asset(spec: FleetSpec) -> dg.AssetsDefinition:
                 dg.AssetCheckResult(
                     check_name="challenger_passed_its_gates",
                     passed=not failed,
-                    severity=dg.AssetCheckSeverity.ERROR,
-                    description="; ".join(failed) or "all gates passed",
+                    # A version that serves all the same is worth a look, and stops nobody.
+                    severity=dg.AssetCheckSeverity.ERROR if _is_refused(done) else dg.AssetCheckSeverity.WARN,
+                    description=told if failed else "all gates passed",
                 )
             ],
         )
@@ -133,16 +148,45 @@ def champion_asset(spec: FleetSpec) -> dg.AssetsDefinition:
 
 
 def _decide(parts: _Parts) -> _Outcome:
-    """Judge the challenger, group by group, and say which version serves from now on."""
+    """Judge the challenger, group by group, and say which version serves from now on.
+
+    Where nothing serves yet, the challenger does, whatever its gates say: its answers are better than none. A person may promote what the
+    gates would not. Only a version that cannot answer serves in no case.
+    """
     registry, launch, options = parts.registry, parts.launch, parts.tables.storage_options
     challenger, before = registry.get(parts.namespace, CHALLENGER), registry.find(parts.namespace, CHAMPION)
     if launch.decision == "keep" and before is None:
         raise SpecError("decision is keep, and no version is champion yet; expected judge or promote")
-    model = registry.open_pack(challenger, options)
     serving_model = None if before is None else _serving_model(registry, before, options)
+    serving = {} if serving_model is None else serving_model.serving()
+    try:
+        model = registry.open_pack(challenger, options)
+    except PackError as error:
+        gate = Gate(CAN_OPEN, passed=False, found=str(error), expected="a pack that can be opened")
+        return _Outcome(stays(serving), [gate], before, before, challenger)
     ledger = ledger_of(parts.tables, parts.namespace, challenger.fleet_version)
-    gates = judge_challenger(ledger, model.groups())
     refuse_unknown(launch.decision_groups, ledger["group_id"].tolist())
+    gates = judge_challenger(ledger, model.groups())
+    can_answer = all(gate.passed for gate in gates if gate.name == CAN_ANSWER)
+    judgement = _judged(parts, challenger, ledger, serving_model)
+    gates = [*gates, *judgement.gates]
+    is_first = serving_model is None
+    goes = can_answer and (is_first or launch.decision == "promote" or all(gate.passed for gate in gates))
+    if not goes:
+        return _Outcome(_columns(held_back(judgement)), gates, before, before, challenger)
+    after = before
+    if judgement.is_whole:
+        after = challenger
+    elif judgement.changes_answers:
+        models = [model, *([] if serving_model is None else [serving_model])]
+        after = register_mosaic(
+            parts.tables, registry, parts.spark, parts.spec, parts.namespace, judgement.serving, models, _columns(judgement.decisions)
+        )
+    return _Outcome(_columns(judgement.decisions), gates, before, after, challenger)
+
+
+def _judged(parts: _Parts, challenger: Version, ledger: pd.DataFrame, serving_model: FleetModel | None) -> Judgement:
+    """What the tests, or a person, say of each group of the challenger."""
     run = _run_of(parts, challenger)
     serving = {} if serving_model is None else serving_model.serving()
     specs = {} if serving_model is None else {str(spec["fleet_version"]): spec for spec in serving_model.generations}
@@ -156,22 +200,7 @@ def _decide(parts: _Parts) -> _Outcome:
     features = features_of(parts.spark.session, parts.tables, parts.spec.name, run)
     cluster = Cluster(parts.spark.session, no_progress, parts.spark.group_memory_bytes)
     judged = judge(cluster, parts.tables, parts.namespace, features, parts.spec, contest, parts.spark.slots, parts.spark.task_cpus)
-    judgement = overridden(judged, launch.decision, launch.decision_groups, challenger.fleet_version)
-    fit_to_serve = all(gate.passed for gate in gates)
-    # A person may promote what the tests would not, but not what cannot answer.
-    goes = fit_to_serve and (judgement.passed or launch.decision == "promote")
-    gates = [*gates, *judgement.gates]
-    if not goes:
-        return _Outcome(_stopped(judgement), gates, before, before, challenger)
-    after = before
-    if judgement.is_whole:
-        after = challenger
-    elif judgement.changes_answers:
-        models = [model, *([] if serving_model is None else [serving_model])]
-        after = register_mosaic(
-            parts.tables, registry, parts.spark, parts.spec, parts.namespace, judgement.serving, models, _columns(judgement.decisions)
-        )
-    return _Outcome(_columns(judgement.decisions), gates, before, after, challenger)
+    return overridden(judged, parts.launch.decision, parts.launch.decision_groups, challenger.fleet_version)
 
 
 def _serving_model(registry: MlflowRegistry, champion: Version, options: Mapping[str, str]) -> FleetModel | None:
@@ -296,13 +325,6 @@ def _columns(decisions: pd.DataFrame) -> pd.DataFrame:
     return decisions.reindex(columns=[name for name in DECISIONS.schema.names if name in decisions])
 
 
-def _stopped(judgement: Judgement) -> pd.DataFrame:
-    """Decisions that the gates did not let happen."""
-    rows = judgement.decisions
-    would = rows["from_version"].fillna("") != rows["to_version"]
-    return _columns(rows.assign(reason=rows["reason"].mask(would, "gates"), to_version=rows["from_version"]))
-
-
 def _carry_out(parts: _Parts, done: _Outcome, decision_id: str) -> None:
     """Record the decision, move the alias, and mark the decision as carried out.
 
@@ -369,20 +391,31 @@ def _number(version: Version | None) -> str:
     return version.number if version else "none"
 
 
-def _text(done: _Outcome) -> str:
-    failed = [f"{gate.name} ({gate.found}, expected {gate.expected})" for gate in done.gates if not gate.passed]
+def _failed(done: _Outcome) -> list[str]:
+    """The gates that failed, each with what was found."""
+    return [f"{gate.name} ({gate.found}, expected {gate.expected})" for gate in done.gates if not gate.passed]
+
+
+def _is_refused(done: _Outcome) -> bool:
+    """Whether gates kept the challenger from serving."""
+    return bool((done.decisions["reason"] == GATES).any())
+
+
+def _text(done: _Outcome, parts: _Parts) -> str:
+    """What a launch did, in a line, with the command that overrides it where gates did not let the challenger serve."""
     if done.challenger is None:
         return f"rolled back: {int(done.moved.sum()):,} groups; champion is version {_number(done.after)}, before {_number(done.before)}"
-    version = done.challenger.number
-    if failed:
-        served = f"; champion is {_number(done.after)}"
-        return f"version {version} {'is promoted all the same' if done.moved.any() else 'stays challenger'}: {'; '.join(failed)}{served}"
-    if done.after is not None and done.after.number == version:
-        return f"version {version} passed {len(done.gates)} gates and is champion"
-    stayed = int((done.decisions["from_version"] == done.decisions["to_version"]).sum())
+    version, failed = f"version {done.challenger.number}", "; ".join(_failed(done))
+    if _is_refused(done):
+        override = parts.launch.command(parts.spec, decision="promote", why="...")
+        return f"{version} stays challenger: {failed}; champion is {_number(done.after)}. To serve it all the same: {override}"
+    judged = f"{version} passed {len(done.gates)} gates" if not failed else f"{version} did not pass every gate: {failed}"
+    if done.after is not None and done.after.number == done.challenger.number:
+        return f"{judged} and is champion" if not failed else f"{judged}; it is champion all the same"
     if not done.moved.any():
-        return f"version {version} passed {len(done.gates)} gates, and no group is better off with it; champion is {_number(done.after)}"
+        return f"{judged}, and no group is better off with it; champion is {_number(done.after)}"
+    stayed = int((done.decisions["from_version"] == done.decisions["to_version"]).sum())
     return (
-        f"version {version} passed {len(done.gates)} gates: it answers {int(done.moved.sum()):,} more groups, {stayed:,} stay as they are; "
-        f"champion is version {_number(done.after)}, put together of both"
+        f"{judged}: it answers {int(done.moved.sum()):,} more groups, {stayed:,} stay as they are; "
+        f"champion is version {_number(done.after)}, combining both"
     )

@@ -13,14 +13,15 @@ import pandas as pd
 from assets.link import link_key, link_settings, png, prefixed, readable_failures
 from assets.newest_run import features_of, ledger_of, newest_run, waves_of
 from pipeline.models.meta_model import FleetModel, PackError, filesystem_of
-from pipeline.models.pack import Generation, PackStore, write_pack
+from pipeline.models.pack import Generation, PackStore, answers_alike, write_pack
 from pipeline.reporting.plots import training_plot
 from pipeline.reporting.summary import fleet_errors, markdown_table, shown_measures
+from pipeline.spark.fleet_training import read_runs
 from pipeline.spec import FleetSpec
 from pipeline.tables import BOOSTERS
 from resources.delta_tables import DeltaTables
 from resources.launch_settings import LaunchSettings
-from resources.mlflow_registry import CHALLENGER, CHAMPION, MlflowRegistry, interface
+from resources.mlflow_registry import CHALLENGER, CHAMPION, MlflowRegistry, Version, interface
 from resources.spark_session import SparkSessionResource
 
 LEDGER_ROWS_LOGGED = 10_000
@@ -61,42 +62,48 @@ def meta_model_asset(spec: FleetSpec) -> dg.AssetsDefinition:
             run_id = str(run["run_id"])
             ledger = ledger_of(tables, namespace, run_id)
             plot = training_plot(ledger, spec)
-            pack = Path(folder) / "pack"
-            digest = write_pack(
-                pack,
-                [Generation(pack_spec(run), ledger)],
-                lambda names: _boosters(tables, namespace, run, names),
-                store=pack_store(tables, namespace, spec),
-                before=_challenger(registry, namespace, tables.storage_options) if spec.pack == SHARED else [],
-            )
-            features = features_of(spark.session, tables, spec.name, run)
-            dtypes = {field.name: field.dataType.simpleString() for field in features.schema}
-            answering = FleetModel(pack, digest=digest, options=tables.storage_options)
-            sample = features.limit(50).toPandas()
-            version = registry.register(
-                namespace,
-                run_id,
-                pack=pack,
-                **interface(answering, dtypes),
-                parameters=run_parameters(run, spec),
-                metrics=run_metrics(ledger, spec),
-                tables={"ledger.json": ledger.head(LEDGER_ROWS_LOGGED)},
-                plots={"training.png": plot},
-            )
             options = tables.storage_options
+            features = features_of(spark.session, tables, spec.name, run)
+            sample = features.limit(50).toPandas()
+            version = _version_of_the_same_answers(tables, registry, namespace, spec, run, ledger)
+            if version is not None:
+                answering = registry.open_pack(version, options)
+                told = f"nothing changed: {namespace} version {version.number} (run {version.fleet_version}) answers as run {run_id} does"
+            else:
+                pack = Path(folder) / "pack"
+                digest = write_pack(
+                    pack,
+                    [Generation(pack_spec(run), ledger)],
+                    lambda names: _boosters(tables, namespace, run, names),
+                    store=pack_store(tables, namespace, spec),
+                    before=_challenger(registry, namespace, options) if spec.pack == SHARED else [],
+                )
+                dtypes = {field.name: field.dataType.simpleString() for field in features.schema}
+                answering = FleetModel(pack, digest=digest, options=options)
+                version = registry.register(
+                    namespace,
+                    run_id,
+                    pack=pack,
+                    **interface(answering, dtypes),
+                    parameters=run_parameters(run, spec),
+                    metrics=run_metrics(ledger, spec),
+                    tables={"ledger.json": ledger.head(LEDGER_ROWS_LOGGED)},
+                    plots={"training.png": plot},
+                )
+                told = f"registered {namespace} version {version.number} (run {run_id}) as challenger"
+            pack_bytes = sum(path.stat().st_size for path in answering.folder.iterdir())
             checks = [
                 _registered_model_answers(registry.open_pack(version, options), answering, sample),
                 _registered_versions_are_whole(registry, namespace, options),
             ]
-            pack_bytes = sum(path.stat().st_size for path in pack.iterdir())
-        context.log.info(f"registered {namespace} version {version.number} (run {run_id}) as challenger, {pack_bytes / 1e6:.1f} MB")
+        context.log.info(f"{told}, {pack_bytes / 1e6:.1f} MB")
         return dg.MaterializeResult(
             metadata={
                 **prefixed(
                     {
                         "registered_model": namespace,
                         "version": version.number,
-                        "fleet_version": run_id,
+                        "fleet_version": version.fleet_version,
                         "groups": len(ledger),
                         "pack_bytes": pack_bytes,
                     }
@@ -108,6 +115,26 @@ def meta_model_asset(spec: FleetSpec) -> dg.AssetsDefinition:
         )
 
     return meta_model
+
+
+def _version_of_the_same_answers(
+    tables: DeltaTables, registry: MlflowRegistry, namespace: str, spec: FleetSpec, run: "pd.Series[Any]", ledger: pd.DataFrame
+) -> Version | None:
+    """The newest version, if it gives the answers of this run; None where it does not, or is not whole."""
+    version = registry.find(namespace, CHALLENGER)
+    runs = read_runs(tables, namespace)
+    before = runs[runs["run_id"] == (version.fleet_version if version else None)]
+    if version is None or before.empty or before["spec_digest"].iloc[0] != run["spec_digest"]:
+        return None
+    earlier = Generation(pack_spec(before.iloc[0]), ledger_of(tables, namespace, version.fleet_version))
+    if not answers_alike(earlier, Generation(pack_spec(run), ledger)):
+        return None
+    try:
+        model = registry.open_pack(version, tables.storage_options)
+        model.check_files()
+    except PackError:
+        return None
+    return version if (model.root is not None) == (spec.pack == SHARED) else None
 
 
 def pack_spec(run: "pd.Series[Any]") -> dict[str, Any]:

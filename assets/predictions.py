@@ -1,10 +1,12 @@
 """`<fleet>/predictions`: every row to score, answered by the champion."""
 
+from collections.abc import Mapping
+
 import dagster as dg
 import pandas as pd
 
 from assets.link import link_key, link_settings, png, prefixed, readable_failures
-from assets.newest_run import ledger_of
+from assets.newest_run import ledger_of, newest_run
 from pipeline.errors import DataError
 from pipeline.reporting.plots import prediction_plot
 from pipeline.reporting.summary import markdown_table, summarise
@@ -15,7 +17,7 @@ from pipeline.spec import FleetSpec
 from pipeline.tables import PREDICTIONS
 from resources.delta_tables import DeltaTables, contract_metadata
 from resources.launch_settings import LaunchSettings
-from resources.mlflow_registry import CHAMPION, MlflowRegistry, Version
+from resources.mlflow_registry import CHALLENGER, CHAMPION, MlflowRegistry, Version
 from resources.spark_session import SparkSessionResource
 
 
@@ -58,7 +60,9 @@ def predictions_asset(spec: FleetSpec) -> dg.AssetsDefinition:
             delta_version = tables.write_spark(answers, location, partition=partition)
             written = count_answers(tables.read_spark(spark.session, location), as_of)
             n_rows = rows.count()
-            ledger = ledger_of(tables, namespace, version.fleet_version)
+            served = ledger_of(tables, namespace, version.fleet_version)
+            trained = ledger_of(tables, namespace, str(newest_run(tables, namespace)["run_id"]))
+            challenger = registry.find(namespace, CHALLENGER)
         if n_rows == 0:
             context.log.warning(
                 f"there is no row to score after {as_of} (score: {spec.scoring.score}); launch with an earlier as_of, or bring newer rows"
@@ -66,11 +70,15 @@ def predictions_asset(spec: FleetSpec) -> dg.AssetsDefinition:
         facts = {
             **({"backtest": scope.note.removeprefix("backtest ")} if scope.note else {}),
             "model": f"{namespace} version {version.number} (champion), run {version.fleet_version}",
+            **_waiting(challenger, version, launch, spec),
             "predictions": f"{written.n_rows:,} of {n_rows:,} rows answered, as of {as_of}",
             "tables": tables.location(namespace),
             "look next": f"make ui, then Assets > {spec.name} > models: every group's state, worst groups, plots",
         }
-        context.log.info("\n" + summarise(ledger, spec, facts))
+        # The report is of the run that was just paid for; where another serves, its errors on the rows of its own report stand beside.
+        is_served = challenger is None or challenger.fleet_version == version.fleet_version
+        beside = {} if is_served else {f"version {version.number}, which serves": served}
+        context.log.info("\n" + summarise(trained, spec, facts, beside))
         by_grain = pd.DataFrame(list(written.answered_by.items()), columns=["answered by", "rows"])
         return dg.MaterializeResult(
             metadata={
@@ -86,6 +94,14 @@ def predictions_asset(spec: FleetSpec) -> dg.AssetsDefinition:
         )
 
     return predictions
+
+
+def _waiting(challenger: Version | None, champion: Version, launch: LaunchSettings, spec: FleetSpec) -> Mapping[str, str]:
+    """The line about a newer version that does not serve, if there is one."""
+    if challenger is None or challenger.fleet_version == champion.fleet_version:
+        return {}
+    command = launch.command(spec, decision="promote", why="...")
+    return {"challenger": f"version {challenger.number}, run {challenger.fleet_version}, does not serve; to serve it: {command}"}
 
 
 def _refuse_hindsight(version: Version, seen: pd.Timestamp | None, as_of: pd.Timestamp) -> None:

@@ -210,6 +210,12 @@ LEDGER = TableContract(
             'JSON: half width of the prediction interval per level, e.g. {"0.8": 1.5, "0.95": 2.4}, link space over scale; null leaves a level, or '
             "all of them, to the parent; each row alike",
         ),
+        Column(
+            "answered_by",
+            pa.string(),
+            "parent or constant where that answers the group, because its own answer is significantly worse on report rows; else null",
+            is_late=True,
+        ),
         Column("seconds", pa.float64(), "seconds inside train_group; null for a group that was not trained in this run"),
         Column("lightgbm_seconds", pa.float64(), "of those inside LightGBM"),
         Column("planned_seconds", pa.float64(), "seconds that the plan foresaw"),
@@ -343,11 +349,12 @@ DECISIONS = TableContract(
             "reason",
             pa.string(),
             "not_worse, worse, better, not_better (by the paired test), follows_parent (few report rows), unmeasured, unchanged, new_group, "
-            "not_comparable, rolled_back (from this challenger, earlier), override, gates, unknown",
+            "not_comparable, rolled_back (from this challenger, earlier), override, gates, unknown; "
+            "answered_by_parent, answered_by_constant (promoted, and its own answer is worse than that)",
         ),
         Column("n_rows", pa.int64(), "report rows compared; null where nothing was"),
         Column("n_blocks", pa.int64(), "stretches of the report split that they lie in"),
-        Column("loss_champion", pa.float64(), "mean loss of the champion's twin on them, in the loss that the fleet learns by, link space"),
+        Column("loss_champion", pa.float64(), "mean loss of the champion's twin on them, in the fleet's own loss, on the target's scale"),
         Column("loss_challenger", pa.float64(), "mean loss of the challenger's"),
         Column("p_value", pa.float64(), "of the one-sided paired test; null where none was made"),
     ),

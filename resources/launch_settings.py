@@ -1,7 +1,9 @@
 """What a launch may say about a run, in one place for every asset of the chain."""
 
 import getpass
+import json
 import os
+import shlex
 from dataclasses import dataclass
 from typing import Literal
 
@@ -116,6 +118,13 @@ class LaunchSettings(dg.ConfigurableResource):
         # A colon cannot stand in every store's paths.
         stamp = moment.isoformat().removesuffix("T00:00:00").replace(":", "")
         return Scope(f"{namespace}-backtest-{stamp}", note)
+
+    def command(self, spec: FleetSpec, **decision: str) -> str:
+        """The command that launches `champion` alone, where this launch decides, with another decision."""
+        place = {"as_of": self.as_of, "limit_groups": self.limit_groups}
+        config = {**{name: value for name, value in place.items() if value is not None}, **decision}
+        written = json.dumps({"resources": {"launch": {"config": config}}})
+        return f"dg launch --assets {spec.name}/champion --config-json {shlex.quote(written)}"
 
     def moment(self, spec: FleetSpec) -> pd.Timestamp | None:
         """The as-of of the run, UTC without a zone; None is the newest row.

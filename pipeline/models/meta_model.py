@@ -508,6 +508,8 @@ class FleetModel:
             _require(same, self.folder / "spec.json", f"not the file of this pack; {_AGAIN}")
             written = json.loads(content)
             self.generations: list[dict[str, Any]] = written["generations"]
+            # Packs of an earlier release have no such groups.
+            self._cut = [{(grain, group) for grain, group in spec.get("answered_by_constant", [])} for spec in self.generations]
             self._first_keys = [(int(grain), str(group)) for grain, group in index["chains.parquet"]["first"]]
             check_footer(self.folder / "chains.parquet", index["chains.parquet"])
             self._chains_file = pq.ParquetFile(self.folder / "chains.parquet", page_checksum_verification=True)
@@ -673,6 +675,9 @@ class FleetModel:
                     continue
                 rows = order[bounds[number] : bounds[number + 1]]
                 chain.put_half_widths(halves, rows)
+                if (grain, group) in self._cut[generation]:
+                    # Its own answer, and those above it, are worse than the constant.
+                    start_again(rows, first_answer(spec, len(rows)), answer, answered_by, booster_id, made_of)
                 rows = rows[anchored[rows]]
                 weight = chain.weight
                 if chain.booster_id is None or not len(rows) or (weight == 0.0 and not corrects):
@@ -820,6 +825,11 @@ class Contributions:
         self._parts = np.zeros((len(answer), answer.shape[1] if answer.ndim > 1 else 1, self._n_features + 1))
         self._parts[:, :, -1] = answer.reshape(len(answer), -1)
         self._base = self._parts.copy()
+        self._start = self._parts.copy()
+
+    def start_again(self, rows: npt.NDArray[np.int64]) -> None:
+        """Forget what has been blended in for rows that the constant answers."""
+        self._parts[rows] = self._start[rows]
 
     def add(self, rows: npt.NDArray[np.int64], shap: Floats, output: Floats, weight: float, *, corrects: bool) -> None:
         """Blend a booster in.
@@ -864,6 +874,31 @@ class Contributions:
             parts[:, -1] = np.where(anchored, parts[:, -1], spec["constant_without_offset"])
             offsets = np.where(anchored, offset, 0.0)
         return [told_contributions(spec, row, float(at)) for row, at in zip(parts, offsets, strict=True)]
+
+
+def start_again(
+    rows: npt.NDArray[np.int64],
+    constant: Floats,
+    answer: Floats,
+    answered_by: npt.NDArray[np.object_],
+    booster_id: npt.NDArray[np.object_],
+    made_of: Contributions | None,
+) -> None:
+    """Let the constant answer some rows, whatever answered them so far; the arrays are changed in place.
+
+    Args:
+        rows: places in the arrays.
+        constant: what answers these rows.
+        answer: per row.
+        answered_by: per row.
+        booster_id: per row.
+        made_of: what the answers are made of, where that is wanted.
+    """
+    answer[rows] = constant
+    answered_by[rows] = CONSTANT
+    booster_id[rows] = None
+    if made_of is not None:
+        made_of.start_again(rows)
 
 
 def told_contributions(spec: Mapping[str, Any], parts: Floats, offset: float) -> list[dict[str, Any]]:

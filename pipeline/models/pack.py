@@ -17,6 +17,7 @@ from pipeline.errors import ModelNotFound, StoreError
 from pipeline.models.meta_model import CHAINS, INDEPENDENT, PACK_FORMAT, FleetModel, footer_of, group_id, index_digest
 from pipeline.spec import COUNTED, FleetSpec
 from pipeline.tables import records
+from pipeline.training.blend import BY_CONSTANT
 
 CHAINS_PER_ROW_GROUP = 4096
 ROW_GROUP_BYTES = 16 << 20
@@ -29,12 +30,31 @@ class Generation:
 
     Args:
         spec: as from `model_spec`, with fleet_version, constant and constant_without_offset (None for multiclass).
-        ledger: rows of the run's ledger: grain, group_id, booster_id, weight, intervals (JSON). Where a column `serves` is there and false,
-            the row is there for its finer groups alone.
+        ledger: rows of the run's ledger: grain, group_id, booster_id, weight, intervals (JSON), answered_by. Where a column `serves` is there
+            and false, the row is there for its finer groups alone.
     """
 
     spec: Mapping[str, Any]
     ledger: pd.DataFrame
+
+
+def answers_alike(one: Generation, other: Generation) -> bool:
+    """Whether two training runs give every row the same answer, so that one version can stand for both.
+
+    Args:
+        one: a run.
+        other: another, whatever its name.
+    """
+    specs = [{name: value for name, value in generation.spec.items() if name != "fleet_version"} for generation in (one, other)]
+    constants = [np.array([spec.pop(name) for name in ("constant", "constant_without_offset")], dtype=float) for spec in specs]
+    # Sums over rows in another order differ in their last digits.
+    if specs[0] != specs[1] or not np.allclose(constants[0], constants[1], rtol=1e-9, equal_nan=True):
+        return False
+    names = ["grain", "group_id", "booster_id", "intervals", "answered_by"]
+    ledgers = [generation.ledger.sort_values(["grain", "group_id"]) for generation in (one, other)]
+    chains = [records(ledger.reindex(columns=names)) for ledger in ledgers]
+    weights = [ledger["weight"].to_numpy(dtype=float) for ledger in ledgers]
+    return chains[0] == chains[1] and bool(np.allclose(weights[0], weights[1], atol=1e-8))
 
 
 def model_spec(
@@ -298,7 +318,7 @@ def _write_tables(
         for start, end in bounds:
             writer.write_table(table.slice(start, end - start), row_group_size=max(1, end - start))
     own = generations[0].spec
-    spec = json.dumps({"generations": [dict(generation.spec) for generation in generations]}, ensure_ascii=False, indent=1).encode()
+    spec = json.dumps({"generations": [_described(generation) for generation in generations]}, ensure_ascii=False, indent=1).encode()
     (folder / "spec.json").write_bytes(spec)
     index = {
         "format": PACK_FORMAT,
@@ -313,6 +333,15 @@ def _write_tables(
     digest = index_digest(index)
     (folder / "index.json").write_text(json.dumps({"sha256": digest, "index": index}, ensure_ascii=False), encoding="utf-8")
     return digest
+
+
+def _described(generation: Generation) -> dict[str, Any]:
+    """A generation's entry in spec.json; one that comes from a pack says already which groups the constant answers."""
+    spec, ledger = dict(generation.spec), generation.ledger
+    if "answered_by" in ledger:
+        cut = ledger[ledger["answered_by"] == BY_CONSTANT].sort_values(["grain", "group_id"])
+        spec["answered_by_constant"] = [[int(grain), group] for grain, group in zip(cut["grain"], cut["group_id"], strict=True)]
+    return spec
 
 
 def _bounds(keys: Sequence[tuple[int, str]]) -> list[tuple[int, int]]:

@@ -6,7 +6,7 @@ adds the losses up). A recipe is a group's parameters, features and form, with t
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from pipeline.errors import DataError, StoreError
 from pipeline.models.meta_model import CORRECTION
 from pipeline.models.pack import ancestry
 from pipeline.tables import records
+from pipeline.training.blend import BY_CONSTANT, BY_PARENT
 
 Key = tuple[int, str]
 Floats = npt.NDArray[np.float64]
@@ -25,15 +26,19 @@ Floats = npt.NDArray[np.float64]
 LEVEL = 0.025
 # A group with fewer report rows, or with rows in fewer stretches of time, follows its parent.
 MIN_ROWS, MIN_BLOCKS = 30, 8
-# The chance that any group of a sound fleet fails the gate of the constants.
+# The chance that any group of a sound fleet is left to its parent or its constant.
 FLEET_LEVEL = 0.05
+# A smaller share of a loss than that is rounding.
+DISCERNIBLE = 1e-9
 MAX_FAILED = 0.1
 
 # What a group is in the challenger, compared with what answers it now.
 UNCHANGED, REFRESH, NEW_RECIPE, NEW_GROUP, NOT_COMPARABLE = "unchanged", "refresh", "new_recipe", "new_group", "not_comparable"
 # Why it is, or is not, promoted.
 NOT_WORSE, WORSE, BETTER, NOT_BETTER, FOLLOWS, UNMEASURED = "not_worse", "worse", "better", "not_better", "follows_parent", "unmeasured"
-ROLLED_BACK, OVERRIDE = "rolled_back", "override"
+ROLLED_BACK, OVERRIDE, GATES = "rolled_back", "override", "gates"
+# What nobody can override.
+CAN_OPEN, CAN_ANSWER = "the version can be opened", "every group has an answer chain"
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,8 @@ class Side:
         found: list[tuple[Key, float]] = []
         for above in ancestry(key, self.spec["grains"]):
             row = self.groups.get(above)
+            if row is not None and row.get("answered_by") == BY_CONSTANT:
+                found = []
             if row is None or row["booster_id"] is None or (not row["weight"] and self.spec["own"] != CORRECTION):
                 continue
             weight = float(row["weight"] or 0.0)
@@ -131,7 +138,8 @@ def decide(groups: pd.DataFrame, rolled_back: "set[Key] | frozenset[Key]" = froz
 
     Args:
         groups: one row per group of the challenger: grain, group_id, parent_id, kind; n_rows, n_blocks, gain (mean loss of the champion less
-            that of the challenger) and gain_error (its standard error), null where nothing was compared.
+            that of the challenger) and gain_error (its standard error), null where nothing was compared; optionally answered_by
+            (`parent` or `constant` where that answers the group in the challenger, as its own answer is worse).
         rolled_back: groups that were taken back from this very challenger.
 
     Returns:
@@ -163,6 +171,11 @@ def decide(groups: pd.DataFrame, rolled_back: "set[Key] | frozenset[Key]" = froz
         found[key] = verdict
         p_values.append(tested)
     promoted, reason = zip(*found.values(), strict=True) if found else ((), ())
+    if "answered_by" in ordered:
+        answered_by = ordered["answered_by"].tolist()
+        reason = tuple(
+            f"answered_by_{by}" if goes and isinstance(by, str) else why for goes, why, by in zip(promoted, reason, answered_by, strict=True)
+        )
     return ordered.assign(promoted=list(promoted), reason=list(reason), p_value=pd.Series(p_values, dtype=float))
 
 
@@ -181,11 +194,16 @@ class Judgement:
 
     Args:
         decisions: as from `decide`, with from_version and to_version (the fleet versions that answered and will answer the group).
-        gates: the conditions before the alias moves.
+        rival_gates: whether the challenger is worse than its pooled model, its constant, or a baseline.
     """
 
     decisions: pd.DataFrame
-    gates: Sequence[Gate] = field(default_factory=list)
+    rival_gates: Sequence[Gate] = field(default_factory=list)
+
+    @property
+    def gates(self) -> list[Gate]:
+        """The conditions before the alias moves."""
+        return [judge_answers(self.decisions), *self.rival_gates]
 
     @property
     def passed(self) -> bool:
@@ -231,7 +249,25 @@ def overridden(judgement: Judgement, decision: str, listed: Collection[str], cha
         touched = chosen & rows["from_version"].notna()
         promoted = rows["promoted"] & ~touched
     changed = rows.assign(promoted=promoted, reason=rows["reason"].mask(touched, OVERRIDE), p_value=rows["p_value"].mask(touched))
-    return Judgement(changed.assign(to_version=changed["from_version"].where(~promoted, challenger)), judge_answers(changed))
+    return replace(judgement, decisions=changed.assign(to_version=changed["from_version"].where(~promoted, challenger)))
+
+
+def held_back(judgement: Judgement) -> pd.DataFrame:
+    """The decisions of a judgement that the gates did not let happen: every group stays as it is."""
+    rows = judgement.decisions
+    would_move = rows["from_version"].fillna("") != rows["to_version"]
+    return rows.assign(reason=rows["reason"].mask(would_move, GATES), to_version=rows["from_version"])
+
+
+def stays(serving: Mapping[Key, str]) -> pd.DataFrame:
+    """The decisions about a challenger that cannot even be looked at.
+
+    Args:
+        serving: fleet version by group, as the champion answers now; where it is empty, the pooled group stands for all.
+    """
+    answering: Mapping[Key, str | None] = serving or {(0, "[]"): None}
+    rows = [(*key, version, version) for key, version in sorted(answering.items())]
+    return pd.DataFrame(rows, columns=["grain", "group_id", "from_version", "to_version"]).assign(reason=GATES)
 
 
 def taken_back(decisions: pd.DataFrame, challenger: str) -> frozenset[Key]:
@@ -266,6 +302,34 @@ def rolled_back(current: Mapping[Key, str], target: Mapping[Key, str], listed: C
     return pd.DataFrame(rows, columns=["grain", "group_id", "from_version", "to_version"]).assign(reason=OVERRIDE)
 
 
+def losing_groups(measured: pd.DataFrame) -> dict[Key, str]:
+    """Groups whose answers are significantly worse than their parents' or the constant's, and which of the two answers them better.
+
+    Args:
+        measured: one row per group, as from `losses.compare_answers`, with the rivals parent and constant.
+
+    Returns:
+        `parent` or `constant` by group. The chance that a fleet in which no group is worse has any is `FLEET_LEVEL`.
+    """
+    enough = (measured["n_rows"] >= MIN_ROWS) & (measured["n_blocks"] >= MIN_BLOCKS)
+    tested = measured[enough]
+    level = FLEET_LEVEL / max(1, 2 * len(tested))
+    is_worse = {rival: _is_worse(tested, rival, level) for rival in (BY_PARENT, BY_CONSTANT)}
+    losers = tested[is_worse[BY_PARENT] | is_worse[BY_CONSTANT]]
+    found: dict[Key, str] = {}
+    for row in records(losers):
+        by_constant = row["loss_constant"] < row["loss_parent"]
+        found[int(row["grain"]), str(row["group_id"])] = BY_CONSTANT if by_constant else BY_PARENT
+    return found
+
+
+def _is_worse(measured: pd.DataFrame, rival: str, level: float) -> "pd.Series[bool]":
+    """Per row whether our loss is significantly above a rival's, and by more than rounding."""
+    gain, error, n_blocks = (measured[f"{name}_{rival}"].to_numpy(dtype=float) for name in ("gain", "gain_error", "n_blocks"))
+    is_discernible = -gain > DISCERNIBLE * measured["loss"].to_numpy(dtype=float)
+    return pd.Series(is_discernible & (1.0 - chance_of(gain, error, n_blocks) < level), index=measured.index)
+
+
 def judge_challenger(ledger: pd.DataFrame, groups_in_pack: Sequence[Key]) -> list[Gate]:
     """Ask whether a version is fit to serve, whatever served before it.
 
@@ -278,32 +342,44 @@ def judge_challenger(ledger: pd.DataFrame, groups_in_pack: Sequence[Key]) -> lis
     """
     chains = set(groups_in_pack)
     lacking = [key for key in zip(ledger["grain"], ledger["group_id"], strict=True) if (int(key[0]), key[1]) not in chains]
-    pooled = ledger[ledger["grain"] == 0]
-    if pooled.empty:
+    if ledger[ledger["grain"] == 0].empty:
         raise StoreError("the ledger does not know the challenger's run: registry and data root do not belong together; materialise models again")
-    blend, constant, measure = _errors(pooled.iloc[0])
-    # Without report rows there is nothing to compare, and a first model beats none.
-    unmeasured = pd.isna(blend) or pd.isna(constant)
     n_failed = int((ledger["status"] == "failed").sum())
+    n_models = int(ledger["booster_id"].notna().sum())
     return [
-        Gate("every group has an answer chain", not lacking, f"{len(lacking)} of {len(ledger)} lack one", "0"),
-        Gate(
-            "the fleet beats its constant",
-            bool(unmeasured or (np.isfinite(blend) and blend <= constant)),
-            "not measured" if unmeasured else f"error {blend:.6g}",
-            "any" if unmeasured else f"at most {constant:.6g} ({measure} on report rows)",
-        ),
-        Gate("some group has a model", bool(ledger["booster_id"].notna().any()), f"{ledger['booster_id'].notna().sum()}", "at least 1"),
+        Gate(CAN_ANSWER, not lacking, f"{len(lacking)} of {len(ledger)} lack one", "0"),
+        Gate("some group has a model", n_models > 0, f"{n_models}", "at least 1"),
         Gate("few groups failed", n_failed <= MAX_FAILED * len(ledger), f"{n_failed} of {len(ledger)}", "at most 10 %"),
     ]
 
 
-def judge_answers(decided: pd.DataFrame) -> list[Gate]:
-    """Ask whether what is promoted answers well enough.
+def judge_rivals(fleet: pd.DataFrame, titles: Mapping[str, str]) -> list[Gate]:
+    """Ask whether the fleet's answers are worse than those of its pooled model, its constant or a baseline.
+
+    A gate fails only where the fleet is significantly worse, by the paired test over stretches of time. A rival that answers few rows, or
+    rows in few stretches, is not compared.
 
     Args:
-        decided: as from `decide`, with loss_sum_champion and loss_sum_challenger (weighted sums), constant_gain (mean loss of the constant less
-            that of the challenger) and constant_error (its standard error).
+        fleet: one row, or none, as from `losses.compare_answers` over all report rows.
+        titles: what people call each rival, by its name in the columns.
+    """
+    gates = []
+    for rival, title in titles.items():
+        found, is_worse = "too few report rows to compare", False
+        row = fleet.iloc[0] if len(fleet) else {f"n_rows_{rival}": 0, f"n_blocks_{rival}": 0}
+        if row[f"n_rows_{rival}"] >= MIN_ROWS and row[f"n_blocks_{rival}"] >= MIN_BLOCKS:
+            theirs = row[f"loss_{rival}"]
+            found = f"loss {theirs - row[f'gain_{rival}']:.6g}, {title} {theirs:.6g} on {row[f'n_rows_{rival}']:,.0f} rows"
+            is_worse = bool(_is_worse(fleet, rival, LEVEL / len(titles)).iloc[0])
+        gates.append(Gate(f"the fleet is not worse than {title}", not is_worse, found, "not significantly more"))
+    return gates
+
+
+def judge_answers(decided: pd.DataFrame) -> Gate:
+    """Ask whether what is promoted is worse than what it replaces.
+
+    Args:
+        decided: as from `decide`, with loss_sum_champion and loss_sum_challenger (weighted sums).
     """
     finest = decided[decided["grain"] == decided["grain"].max()]
     gains = (finest["loss_sum_champion"] - finest["loss_sum_challenger"]).where(finest["promoted"], 0.0)
@@ -313,33 +389,10 @@ def judge_answers(decided: pd.DataFrame) -> list[Gate]:
     is_worse = bool(len(gains) >= MIN_BLOCKS and total < 0 and _normal_below(total / error) < LEVEL)
     whole = finest["loss_sum_champion"].sum()
     share = f"{-total / whole:+.3%} loss over {len(gains)} groups" if whole > 0 else "nothing to compare"
-    p_better = chance_of(*(decided[name].to_numpy(dtype=float) for name in ("constant_gain", "constant_error", "n_blocks")))
-    compared = decided["promoted"] & (decided["n_rows"] >= MIN_ROWS) & (decided["n_blocks"] >= MIN_BLOCKS) & np.isfinite(p_better)
-    worse = decided[compared & (1.0 - p_better < FLEET_LEVEL / max(1, int(compared.sum())))]
-    shown = ", ".join(worse.sort_values("constant_gain")["group_id"].head(5))
-    return [
-        Gate("the fleet is not worse than the champion", not is_worse, share, "not significantly more"),
-        Gate("no group is worse than its constant", worse.empty, f"{len(worse)} of {int(compared.sum())}" + (f": {shown}" if shown else ""), "0"),
-    ]
+    return Gate("the fleet is not worse than the champion", not is_worse, share, "not significantly more")
 
 
 def _normal_below(z: float) -> float:
     from scipy.special import ndtr
 
     return float(ndtr(z))
-
-
-def _errors(pooled: "pd.Series[Any]") -> tuple[Any, Any, str]:
-    """Errors of the fleet and of its constant over all rows, and what they are.
-
-    Quantiles and counts are judged by the loss that they are learnt by: no quantile but the middle one is close in RMSE.
-    """
-    metrics = json.loads(pooled["metrics"]) if isinstance(pooled.get("metrics"), str) else {}
-    for name, title in _OWN_LOSSES.items():
-        blend, constant = (metrics.get(way, {}).get(name) for way in ("fleet", "constant"))
-        if blend is not None and constant is not None:
-            return blend, constant, title
-    return pooled["report_blend"], pooled["report_constant"], "link space RMSE"
-
-
-_OWN_LOSSES = {"pinball": "pinball loss", "deviance": "mean deviance"}

@@ -204,31 +204,23 @@ def top_features(importance: pd.DataFrame, n: int = 20) -> pd.DataFrame:
     return top
 
 
-def summarise(ledger: pd.DataFrame, spec: FleetSpec, facts: Mapping[str, str]) -> str:
+def summarise(ledger: pd.DataFrame, spec: FleetSpec, facts: Mapping[str, str], beside: Mapping[str, pd.DataFrame] | None = None) -> str:
     """What a person sees at the end of a run, as plain text.
 
     Args:
         ledger: one run's rows.
         spec: the fleet.
         facts: further lines: title and text.
+        beside: ledgers of other runs whose errors stand beside, by title.
     """
-    errors = fleet_errors(ledger, spec)
-    names = list(shown_measures(errors[0]))
+    names = list(shown_measures(fleet_errors(ledger, spec)[0]))
     titles = [TITLES[name] for name in names]
-    header = ["on report rows", *titles, "rows", "fleet better in"]
-    lines = [
-        [
-            error.name,
-            *(_measure(value, spec) for value in shown_measures(error).values()),
-            f"{error.n_rows:,}",
-            "" if error.groups_won is None else f"{error.groups_won} of {error.n_groups} groups",
-        ]
-        for error in errors
-    ]
+    others = [errors_table(rows, spec, title) for title, rows in (beside or {}).items()]
     parts = [
         f"fleet {spec.name}: {len(ledger):,} groups",
         text_table(["grain", "status", "reason", "groups"], status_counts(ledger).astype(str).to_numpy().tolist()),
-        text_table(header, lines),
+        errors_table(ledger, spec, "on report rows"),
+        *others,
         text_table(
             ["worst groups", "status", "rows", "weight", *titles],
             _rows(worst_groups(ledger), ["group_id", "status", "n_rows", "weight", *names]),
@@ -240,6 +232,24 @@ def summarise(ledger: pd.DataFrame, spec: FleetSpec, facts: Mapping[str, str]) -
         "\n".join(f"{title:<12} {text}" for title, text in facts.items()),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def errors_table(ledger: pd.DataFrame, spec: FleetSpec, title: str) -> str:
+    """The errors of a run and its rivals on report rows, as text.
+
+    Args:
+        ledger: the run's rows.
+        spec: the fleet.
+        title: heads the first column.
+    """
+    errors = fleet_errors(ledger, spec)
+    measures = [TITLES[name] for name in shown_measures(errors[0])]
+    lines = []
+    for error in errors:
+        won = "" if error.groups_won is None else f"{error.groups_won} of {error.n_groups} groups"
+        shown = [_measure(value, spec) for value in shown_measures(error).values()]
+        lines.append([error.name, *shown, f"{error.n_rows:,}", won])
+    return text_table([title, *measures, "rows", "fleet better in"], lines)
 
 
 def _rows(frame: pd.DataFrame, columns: Sequence[str]) -> list[list[str]]:

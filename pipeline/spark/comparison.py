@@ -21,24 +21,22 @@ from pipeline.models.promotion import (
     Key,
     Side,
     decide,
-    judge_answers,
+    judge_rivals,
     kind_of_change,
 )
 from pipeline.spark.evaluation import constant_column, judged_rows, nearest_predictions
 from pipeline.spark.fleet_training import Cluster, groups_with_model, held_out_rows, train_aside
-from pipeline.spark.keys import moment_column, moment_of
-from pipeline.spark.measures import SMALLEST, deviance
+from pipeline.spark.keys import finite
+from pipeline.spark.losses import Paired, compare_answers, in_target_units, level_answers, row_loss
 from pipeline.spark.training import limited_rows, visible_rows
-from pipeline.spec import MULTICLASS, QUANTILE, FleetSpec
+from pipeline.spec import MULTICLASS, FleetSpec
 from pipeline.store import Tables
 from pipeline.tables import HOLDOUT
-from pipeline.training.blend import Constants
+from pipeline.training.blend import BY_CONSTANT, Constants
 from pipeline.training.objective import learning_goal
 from pipeline.training.start import Start
 from pipeline.training.trainer import TrainingSettings, fit_twin
 
-# Stretches of the report split whose sums are compared.
-N_STRETCHES = 24
 # Seconds of one fit where the ledger knows none.
 FIT_SECONDS = 0.2
 
@@ -104,7 +102,8 @@ def judge(
     frame = pd.DataFrame([(*key, groups[key]["parent_id"], kind) for key, kind in kinds.items()], columns=["grain", "group_id", "parent_id", "kind"])
     frame["from_version"] = [contest.serving.get(key) for key in kinds]
     held_out = held_out_rows(spark, tables, tables.location(namespace, HOLDOUT.name), groups.values())
-    losses = pd.DataFrame(columns=["grain", "group_id", *_MEASURED])
+    frame["answered_by"] = [groups[key].get("answered_by") for key in kinds]
+    losses, fleet = pd.DataFrame(columns=["grain", "group_id", *_MEASURED]), pd.DataFrame()
     if held_out is not None:
         has_model = groups_with_model(groups.values(), len(spec.grains))
         judged = judged_rows(held_out, spec, contest.cutoffs, contest.constants, has_model).where(
@@ -118,12 +117,12 @@ def judge(
         }
         judged = judged.persist()
         try:
-            losses = add_losses_up(spark, judged, spec, contest, twins)
+            losses, fleet = compare_runs(spark, judged, spec, contest, twins)
         finally:
             judged.unpersist()
     decided = decide(frame.merge(losses, on=["grain", "group_id"], how="left"), contest.rolled_back)
     to_version = decided["from_version"].where(~decided["promoted"], contest.challenger.fleet_version)
-    return Judgement(decided.assign(to_version=to_version), judge_answers(decided))
+    return Judgement(decided.assign(to_version=to_version), judge_rivals(fleet, rival_titles(spec)))
 
 
 def _is_compared(version: str, kinds: Mapping[Key, str], contest: Contest) -> bool:
@@ -235,22 +234,10 @@ def _planned(spec: FleetSpec, challenger: Side, side: Side, keys: Sequence[Key])
     return groups
 
 
-_MEASURED = (
-    "n_rows",
-    "n_blocks",
-    "loss_sum_champion",
-    "loss_sum_challenger",
-    "loss_champion",
-    "loss_challenger",
-    "gain",
-    "gain_error",
-    "constant_gain",
-    "constant_error",
-)
-
-
-def add_losses_up(spark: SparkSession, judged: DataFrame, spec: FleetSpec, contest: Contest, twins: Mapping[str, Twins]) -> pd.DataFrame:
-    """Every group's losses on report rows, of the challenger, of what answers now, and of the constant; one Spark job.
+def compare_runs(
+    spark: SparkSession, judged: DataFrame, spec: FleetSpec, contest: Contest, twins: Mapping[str, Twins]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Every group's losses on report rows, of the challenger and of what answers now, and the whole fleet's beside its rivals'.
 
     Args:
         spark: the session.
@@ -260,9 +247,9 @@ def add_losses_up(spark: SparkSession, judged: DataFrame, spec: FleetSpec, conte
         twins: of the runs that are compared, by fleet version.
 
     Returns:
-        One row per group with report rows: grain, group_id, n_rows, n_blocks (stretches of the report split with rows), loss_champion and
-        loss_challenger (weighted means, in the loss that the fleet learns by), loss_sum_champion and loss_sum_challenger, gain and constant_gain
-        (champion's and constant's mean loss less the challenger's) with their standard errors. Null where nothing answers now.
+        One row per group with report rows: grain, group_id, n_rows, n_blocks, loss_champion and loss_challenger (weighted means, in the
+        loss that the fleet learns by), loss_sum_champion and loss_sum_challenger, gain (champion's mean loss less the challenger's) and
+        gain_error; null where nothing answers now. And one row, as from `losses.compare_answers`, of the challenger beside `rival_titles`.
     """
     versions = list(twins)
     n_grains = len(spec.grains)
@@ -273,41 +260,46 @@ def add_losses_up(spark: SparkSession, judged: DataFrame, spec: FleetSpec, conte
         rows = rows.join(
             sf.broadcast(_weights_of(spark, grain, contest, versions, twins)), sf.col("group_ids")[grain] == sf.col(f"_g{grain}"), "left"
         )
+    grains = range(n_grains)
     constant = constant_column(contest.constants, contest.challenger.spec["classes"])
-    ours = _level_answers([sf.col(f"p{grain}") for grain in range(n_grains)], [sf.col(f"_c{grain}") for grain in range(n_grains)], constant)
+    own, weights, is_cut = ([sf.col(f"{part}{grain}") for grain in grains] for part in ("p", "_c", "_k"))
+    ours = level_answers(own, weights, is_cut, constant)
     theirs: list[Column] = [sf.lit(None).cast("double")] * n_grains
     for number, version in enumerate(versions):
-        own = [sf.when(sf.col(f"_t{number}_{grain}"), sf.col(f"q{number}_{grain}")).otherwise(sf.col(f"p{grain}")) for grain in range(n_grains)]
-        answers = _level_answers(
-            own, [sf.col(f"_w{number}_{grain}") for grain in range(n_grains)], _constant_of(contest.champions[version], spec, constant)
-        )
+        twin = [sf.when(sf.col(f"_t{number}_{grain}"), sf.col(f"q{number}_{grain}")).otherwise(sf.col(f"p{grain}")) for grain in grains]
+        weights, is_cut = ([sf.col(f"{part}{number}_{grain}") for grain in grains] for part in ("_w", "_k"))
+        answers = level_answers(twin, weights, is_cut, _constant_of(contest.champions[version], spec, constant))
         theirs = [
             sf.when(sf.col(f"_v{grain}") == number, answer).otherwise(before)
             for grain, (answer, before) in enumerate(zip(answers, theirs, strict=True))
         ]
-    bounds = judged.agg(sf.unix_micros(sf.max("time"))).collect()[0][0]
-    if bounds is None:
-        return pd.DataFrame(columns=["grain", "group_id", *_MEASURED])
-    start, end = moment_column(contest.cutoffs.report_start).cast("double"), moment_column(moment_of(bounds)).cast("double")
-    stretch = sf.least(sf.floor((sf.col("time").cast("double") - start) / (end - start + 1) * N_STRETCHES), sf.lit(N_STRETCHES - 1))
-    counted = sf.col("actual") if spec.task == MULTICLASS else sf.lit(1.0)
-    levels = [
-        sf.struct(
-            sf.lit(grain).alias("grain"),
-            sf.col("group_ids")[grain].alias("group_id"),
-            row_loss(spec, ours[grain]).alias("ours"),
-            row_loss(spec, theirs[grain]).alias("theirs"),
-            row_loss(spec, constant).alias("plain"),
-        )
-        for grain in range(n_grains)
-    ]
-    exploded = rows.select(stretch.alias("stretch"), sf.col("weight"), counted.alias("counted"), sf.explode(sf.array(*levels)).alias("level"))
-    sums = {name: sf.sum(sf.col("weight") * sf.col(f"level.{name}")).alias(name) for name in ("ours", "theirs", "plain")}
-    weight = sf.sum(sf.col("weight") * sf.col("counted")).alias("weight")
-    stretches = exploded.groupBy("level.grain", "level.group_id", "stretch").agg(
-        sf.sum("counted").cast("long").alias("n_rows"), weight, *sums.values()
-    )
-    return _as_measured(_summed_up(stretches).toPandas())
+
+    def loss(answer: Column) -> Column:
+        return row_loss(spec, in_target_units(spec, answer))
+
+    contests = [Paired(grain, sf.col("group_ids")[grain], loss(ours[grain]), {CHAMPION: loss(theirs[grain])}) for grain in grains]
+    rivals = {POOLED: loss(sf.coalesce(sf.col("p0"), constant)), CONSTANT: loss(constant)}
+    for number in range(len(spec.all_baselines)):
+        rivals[f"b{number}"] = row_loss(spec, finite(sf.col("baselines")[number]))
+    whole = Paired(WHOLE_FLEET, sf.lit("[]"), loss(ours[-1]), rivals)
+    found = compare_answers(rows, spec, [*contests, whole], contest.cutoffs.report_start)
+    is_whole = found["grain"] == WHOLE_FLEET
+    titles = {"loss": "loss_challenger", "loss_sum": "loss_sum_challenger", f"gain_{CHAMPION}": "gain", f"gain_error_{CHAMPION}": "gain_error"}
+    groups = found[~is_whole].rename(columns=titles)
+    return groups.reindex(columns=["grain", "group_id", *_MEASURED]), found[is_whole]
+
+
+def rival_titles(spec: FleetSpec) -> dict[str, str]:
+    """What people call each of the fleet's rivals, by its name in `compare_runs`; where all is pooled there is no pooled model beside it."""
+    titles = {POOLED: "its pooled model"} if len(spec.grains) > 1 and spec.pooling != "none" else {}
+    baselines = {f"b{number}": title for number, title in enumerate(spec.all_baselines)}
+    return {**titles, CONSTANT: "its constant", **baselines}
+
+
+CHAMPION, POOLED, CONSTANT = "champion", "pooled", "constant"
+# Stands where the index of a grain would.
+WHOLE_FLEET = -1
+_MEASURED = ("n_rows", "n_blocks", "loss_sum_champion", "loss_sum_challenger", "loss_champion", "loss_challenger", "gain", "gain_error")
 
 
 def _with_twins(rows: DataFrame, holdout: DataFrame | None, number: int, n_grains: int) -> DataFrame:
@@ -324,34 +316,30 @@ def _with_twins(rows: DataFrame, holdout: DataFrame | None, number: int, n_grain
 def _weights_of(spark: SparkSession, grain: int, contest: Contest, versions: Sequence[str], twins: Mapping[str, Twins]) -> DataFrame:
     """What is known of each group of a grain.
 
-    Its weight in the challenger (_c) and in each version (_w), null without a model; whether its recipe there is another (_t); and the
-    number of the version that answers it now (_v).
+    Its weight in the challenger (_c) and in each version (_w), null without a model; whether the constant answers it there (_k); whether its
+    recipe there is another (_t); and the number of the version that answers it now (_v).
     """
     keys = sorted({key for side in (contest.challenger, *contest.champions.values()) for key in side.groups if key[0] == grain})
     numbers = {version: number for number, version in enumerate(versions)}
     table = []
     for key in keys:
-        row: list[Any] = [key[1], _weight(contest.challenger, key), numbers.get(contest.serving.get(key, ""))]
+        row: list[Any] = [key[1], *_weight(contest.challenger, key), numbers.get(contest.serving.get(key, ""))]
         for version in versions:
-            row += [_weight(contest.champions[version], key), key in twins[version].keys]
+            row += [*_weight(contest.champions[version], key), key in twins[version].keys]
         table.append(row)
-    columns = [f"_g{grain} string", f"_c{grain} double", f"_v{grain} int"]
-    columns += [text for number in range(len(versions)) for text in (f"_w{number}_{grain} double", f"_t{number}_{grain} boolean")]
+    columns = [f"_g{grain} string", f"_c{grain} double", f"_k{grain} boolean", f"_v{grain} int"]
+    for number in range(len(versions)):
+        columns += [f"_w{number}_{grain} double", f"_k{number}_{grain} boolean", f"_t{number}_{grain} boolean"]
     return spark.createDataFrame(table, ", ".join(columns))
 
 
-def _weight(side: Side, key: Key) -> float | None:
+def _weight(side: Side, key: Key) -> tuple[float | None, bool]:
+    """The weight of a group's own model, and whether the constant answers the group instead of its parent."""
     row = side.groups.get(key)
-    return None if row is None or row["booster_id"] is None else float(row["weight"] or 0.0)
-
-
-def _level_answers(own: Sequence[Column], weights: Sequence[Column], constant: Column) -> list[Column]:
-    """Each level's blended answer, in link space less the offset, over the scale (for classes probabilities)."""
-    answers, answer = [], constant
-    for prediction, weight in zip(own, weights, strict=True):
-        answer = sf.when(prediction.isNull() | weight.isNull(), answer).otherwise(weight * prediction + (1 - weight) * answer)
-        answers.append(answer)
-    return answers
+    if row is None:
+        return None, False
+    weight = None if row["booster_id"] is None else float(row["weight"] or 0.0)
+    return weight, row.get("answered_by") == BY_CONSTANT
 
 
 def _constant_of(side: Side, spec: FleetSpec, challenger: Column) -> Column:
@@ -360,58 +348,6 @@ def _constant_of(side: Side, spec: FleetSpec, challenger: Column) -> Column:
         return constant_column(Constants(0.0, 0.0, tuple(side.spec["prior"])), side.spec["classes"])
     constant = side.spec.get("constant")
     return challenger if constant is None else sf.lit(float(constant))
-
-
-def row_loss(spec: FleetSpec, answer: Column) -> Column:
-    """The loss of one row (for multiclass of one class of a row) that the fleet learns by; null without an answer."""
-    actual, residual = sf.col("actual"), sf.col("residual")
-    if spec.task == MULTICLASS:
-        return sf.when(answer.isNotNull(), sf.when(actual > 0, -sf.log(sf.greatest(answer, sf.lit(SMALLEST)))).otherwise(0.0))
-    if spec.is_class_task:
-        of_actual = sf.when(actual > 0, answer).otherwise(1 - answer)
-        return sf.when(answer.isNotNull(), -sf.log(sf.greatest(of_actual, sf.lit(SMALLEST))))
-    error = residual - answer
-    if spec.objective == QUANTILE:
-        alpha = spec.alpha or 0.5
-        return sf.when(error > 0, alpha * error).otherwise((alpha - 1) * error)
-    if spec.variance_power is not None:
-        return sf.when(answer.isNotNull(), deviance(residual, sf.greatest(answer, sf.lit(SMALLEST)), spec.variance_power))
-    return sf.abs(error) if spec.objective == "l1" else error * error
-
-
-def _summed_up(stretches: DataFrame) -> DataFrame:
-    """Sums over the stretches of each group, from which mean gains and their errors follow."""
-    weight, gain, plain = sf.col("weight"), sf.col("theirs") - sf.col("ours"), sf.col("plain") - sf.col("ours")
-    return stretches.groupBy("grain", "group_id").agg(
-        sf.sum("n_rows").alias("n_rows"),
-        sf.count("*").alias("n_blocks"),
-        *(sf.sum(name).alias(name) for name in ("weight", "ours", "theirs")),
-        sf.sum(weight * weight).alias("ww"),
-        *(sf.sum(column).alias(f"{name}_d") for name, column in (("gain", gain), ("plain", plain))),
-        *(sf.sum(column * column).alias(f"{name}_dd") for name, column in (("gain", gain), ("plain", plain))),
-        *(sf.sum(column * weight).alias(f"{name}_dw") for name, column in (("gain", gain), ("plain", plain))),
-    )
-
-
-def _as_measured(sums: pd.DataFrame) -> pd.DataFrame:
-    """Means with the standard errors of ratios."""
-    sums = sums.astype({name: float for name in sums.columns if name not in ("grain", "group_id")})
-    found = sums[["grain", "group_id", "n_rows", "n_blocks"]].copy()
-    for side, name in (("champion", "theirs"), ("challenger", "ours")):
-        found[f"loss_sum_{side}"] = sums[name]
-        found[f"loss_{side}"] = sums[name] / sums["weight"]
-    n = sums["n_blocks"]
-    for name, shown in (("gain", "gain"), ("plain", "constant")):
-        mean = sums[f"{name}_d"] / sums["weight"]
-        squares = (sums[f"{name}_dd"] - 2 * mean * sums[f"{name}_dw"] + mean**2 * sums["ww"]).clip(lower=0.0)
-        # Sums of squares of what is the same in all stretches leave rounding only.
-        squares = squares.where(squares > _ROUNDING * sums[f"{name}_dd"], 0.0)
-        found["gain" if shown == "gain" else "constant_gain"] = mean
-        found[f"{shown}_error"] = (n / (n - 1).clip(lower=1) * squares) ** 0.5 / sums["weight"]
-    return found
-
-
-_ROUNDING = 1e-12
 
 
 def _naive(moment: Any) -> pd.Timestamp:

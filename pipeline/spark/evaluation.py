@@ -140,11 +140,16 @@ def measure_groups(
     report = judged.where("split = 'report'")
     residual_answer: Column = constant
     for grain in range(len(spec.grains)):
-        weights = [(group, skill.weight) for (level, group), skill in skills.items() if level == grain and group in has_model[grain]]
-        table = sf.broadcast(spark.createDataFrame(weights, f"_g{grain} string, _w{grain} double"))
+        weights = [
+            (group, skill.weight, skill.is_cut)
+            for (level, group), skill in skills.items()
+            if level == grain and (group in has_model[grain] or skill.is_cut)
+        ]
+        table = sf.broadcast(spark.createDataFrame(weights, f"_g{grain} string, _w{grain} double, _cut{grain} boolean"))
         report = report.join(table, sf.col("group_ids")[grain] == sf.col(f"_g{grain}"), "left")
         weight, own = sf.coalesce(sf.col(f"_w{grain}"), sf.lit(0.0)), sf.col(f"p{grain}")
-        residual_answer = sf.when(own.isNull(), residual_answer).otherwise(weight * own + (1 - weight) * residual_answer)
+        blended = sf.when(own.isNull(), residual_answer).otherwise(weight * own + (1 - weight) * residual_answer)
+        residual_answer = sf.when(sf.col(f"_cut{grain}"), constant).otherwise(blended)
     anchored = sf.col("offset").isNotNull() & sf.col("scale").isNotNull()
 
     def answer(residual: Column) -> Column:

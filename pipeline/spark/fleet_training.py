@@ -48,6 +48,7 @@ from pipeline.spark.evaluation import judged_rows, measure_groups, nearest_predi
 from pipeline.spark.features import newest_known, newest_time
 from pipeline.spark.files import read_files
 from pipeline.spark.keys import link_column, moment_column
+from pipeline.spark.losses import answer_losers_otherwise
 from pipeline.spark.training import (
     Progress,
     Report,
@@ -737,6 +738,7 @@ def _judged(
         try:
             moments = sum_moments(judged, len(spec.grains), run.constants, classes)
             skills = learn_blend(moments, has_model, run.constants[0], spec.pooling)
+            skills = answer_losers_otherwise(judged, spec, skills, has_model, run.constants, classes, run.cutoffs.report_start)
             rows = run.rows.where(sf.col("time") >= moment_column(run.cutoffs.report_start))
             measures = measure_groups(spark, judged, spec, skills, run.constants, has_model, classes, rows)
         finally:

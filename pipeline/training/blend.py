@@ -6,7 +6,7 @@ them up once per finest group; what follows costs the driver a few numbers per g
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -24,6 +24,8 @@ DISCERNIBLE = 1e-12
 # How far below the best gain a more cautious weight may stay, in standard errors of the difference.
 STANDARD_ERRORS = 2.0
 DECIMALS = 9
+# Who answers a group whose own answer is significantly worse than theirs.
+BY_PARENT, BY_CONSTANT = "parent", "constant"
 
 
 class Constants(NamedTuple):
@@ -88,6 +90,7 @@ class GroupSkill:
         report_parent: of the parent's answer there.
         report_blend: of the group's answer there.
         report_constant: of the fleet's constant there.
+        answered_by: `parent` or `constant` where that answers the group instead, because its own answer is significantly worse.
     """
 
     weight: float
@@ -97,6 +100,17 @@ class GroupSkill:
     report_parent: float | None
     report_blend: float | None
     report_constant: float | None
+    answered_by: str | None = field(default=None, kw_only=True)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the constant answers the group, whatever is above it."""
+        return self.answered_by == BY_CONSTANT
+
+    def left_to(self, answered_by: str) -> "GroupSkill":
+        """The skill of a group that its parent, or the constant, answers."""
+        error = self.report_constant if answered_by == BY_CONSTANT else self.report_parent
+        return replace(self, weight=0.0, report_blend=error, answered_by=answered_by)
 
 
 def learn_blend(

@@ -41,7 +41,7 @@ from pipeline.models.meta_model import (
     structure_fault,
     told_contributions,
 )
-from pipeline.models.pack import Generation, model_spec, write_pack
+from pipeline.models.pack import Generation, model_spec, mosaic, write_pack
 from pipeline.testing.data import small_spec
 
 NASTY = ["../x", "a/b", "a\\b", "🦊", "", None, "\x00", "\x1f", "\n", '"', "null", '","', "[]", " ", "é", "e\u0301", "\u2028", "'", "%2F"]
@@ -761,6 +761,28 @@ def test_a_booster_of_unsound_structure_never_reaches_lightgbm(model_text: str, 
     encoded = encode_booster(first_number(model_text, "left_child", 99))
     with pytest.raises(PackError, match=f"here: booster {encoded.booster_id} is not a LightGBM model that can be loaded: a node has a child"):
         load_booster(vars(encoded), "here")
+
+
+@pytest.mark.parametrize("explain", [False, True])
+def test_a_group_that_the_constant_answers_leans_on_no_model(tmp_path: Path, explain: bool) -> None:
+    cut = [None, None, None, "constant", None, "parent", None]
+    ledger = ledger_of([(*chain[:3], 0.0, chain[4]) if by else chain for chain, by in zip(CHAINS_OF, cut, strict=True)])
+    spec = {**model_spec(small_spec(), {"kind": ["large", "small"]}), "fleet_version": "run-1", "constant": 100.0, "constant_without_offset": 7.0}
+    rows = [vars(encoded) for encoded in BOOSTERS.values()]
+    write_pack(tmp_path / "pack", [Generation(spec, ledger.assign(answered_by=cut))], lambda _: rows)
+    question = batch(("north", "oslo"), ("north", "bergen"), ("south", "roma"))
+    model = FleetModel(tmp_path / "pack")
+    found = model.predict(question, explain=explain)
+    assert found["prediction"].tolist() == pytest.approx([100.0, 0.5 * 22 + 0.5 * 11, 11.0])
+    assert found["answered_by"].tolist() == ["constant", "[region]", "[]"]
+    assert found["booster_id"].isna().tolist() == [True, False, False]
+    assert found.loc[0, "upper"] == pytest.approx(108.0)
+    if explain:
+        assert sum(part["contribution"] for part in found.loc[0, "contributions"]) == pytest.approx(100.0)
+    # A version that is put together from this one's chains keeps it.
+    both = mosaic(model.serving(), [model])
+    write_pack(tmp_path / "both", both, model.stored_boosters)
+    pd.testing.assert_frame_equal(FleetModel(tmp_path / "both").predict(question, explain=explain), found)
 
 
 # Several generations in one version

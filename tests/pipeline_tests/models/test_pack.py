@@ -11,7 +11,7 @@ import pytest
 from pipeline.errors import StoreError
 from pipeline.models.boosters import EncodedBooster, encode_booster
 from pipeline.models.meta_model import FleetModel, PackError, filesystem_of, open_boosters
-from pipeline.models.pack import Generation, PackStore, model_spec, write_boosters, write_pack
+from pipeline.models.pack import Generation, PackStore, answers_alike, model_spec, write_boosters, write_pack
 from pipeline.testing.data import small_spec
 
 SPEC = {**model_spec(small_spec(), {"kind": ["a"]}), "fleet_version": "run-1", "constant": 0.0, "constant_without_offset": 0.0}
@@ -54,6 +54,27 @@ def test_a_pack_is_the_same_whichever_wave_wrote_its_boosters(tmp_path: Path) ->
         write(tmp_path / wave, [ONE.booster_id], [{**vars(ONE), "wave": wave, "run_id": wave[:5]}])
     for name in ("boosters.parquet", "chains.parquet", "spec.json", "index.json"):
         assert (tmp_path / "run-1-0" / name).read_bytes() == (tmp_path / "run-2-7" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("spec", "rows", "alike"),
+    [
+        ({"fleet_version": "run-2", "constant": 1e-12}, {}, True),
+        ({"constant": 0.1}, {}, False),
+        ({"interval": 0.5}, {}, False),
+        ({}, {"weight": 0.5 + 1e-9}, True),
+        ({}, {"weight": [0.5, 0.6]}, False),
+        ({}, {"booster_id": [ONE.booster_id, None]}, False),
+        ({}, {"intervals": '{"0.8": 1.0}'}, False),
+        ({}, {"answered_by": [None, "constant"]}, False),
+        ({}, {"answered_by": None, "status": "reused"}, True),
+        ({}, {"group_id": ["[]", '["west"]']}, False),
+    ],
+)
+def test_runs_answer_alike_where_all_that_decides_an_answer_is_the_same(spec: dict[str, Any], rows: dict[str, Any], alike: bool) -> None:
+    before = ledger(ONE.booster_id, TWO.booster_id)
+    after = before.assign(**rows).iloc[::-1]
+    assert answers_alike(Generation(SPEC, before), Generation({**SPEC, **spec}, after)) is alike
 
 
 # Shared packs

@@ -1,4 +1,3 @@
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +17,9 @@ from pipeline.models.promotion import (
     decide,
     judge_answers,
     judge_challenger,
+    judge_rivals,
     kind_of_change,
+    losing_groups,
     overridden,
     rolled_back,
     taken_back,
@@ -29,7 +30,7 @@ GROUPS = [(0, "[]"), *((1, f'["{number}"]') for number in range(9))]
 
 def failed_gates(groups: list[tuple[int, str]] | None = None, **columns: Any) -> list[str]:
     ledger = pd.DataFrame(GROUPS, columns=["grain", "group_id"])
-    defaults = {"report_blend": 1.0, "report_constant": 2.0, "status": "trained", "booster_id": "x"}
+    defaults = {"status": "trained", "booster_id": "x"}
     gates = judge_challenger(ledger.assign(**{**defaults, **columns}), GROUPS if groups is None else groups)
     assert all(gate.found and gate.expected for gate in gates)
     return [gate.name for gate in gates if not gate.passed]
@@ -42,27 +43,6 @@ def test_a_sound_version_passes_every_gate() -> None:
 def test_every_group_needs_an_answer_chain() -> None:
     assert failed_gates(GROUPS[:-1]) == ["every group has an answer chain"]
     assert failed_gates([*GROUPS, (1, '["further"]')]) == []
-
-
-@pytest.mark.parametrize(("blend", "passes"), [(2.0, True), (2.1, False), (np.inf, False), (np.nan, True)])
-def test_the_fleet_must_not_be_worse_than_its_constant(blend: float, passes: bool) -> None:
-    assert failed_gates(report_blend=blend) == ([] if passes else ["the fleet beats its constant"])
-
-
-@pytest.mark.parametrize("measure", ["pinball", "deviance"])
-@pytest.mark.parametrize(("blend", "passes"), [(1.0, True), (1.1, False)])
-def test_quantiles_and_counts_are_judged_by_their_own_loss(measure: str, blend: float, passes: bool) -> None:
-    metrics = json.dumps({"fleet": {"rmse": 9.0, measure: blend}, "constant": {"rmse": 2.0, measure: 1.0}})
-    assert failed_gates(report_blend=9.0, metrics=metrics) == ([] if passes else ["the fleet beats its constant"])
-
-
-def test_other_measures_do_not_judge() -> None:
-    metrics = json.dumps({"fleet": {"rmse": 9.0, "log_loss": 9.0}, "constant": {"rmse": 2.0, "log_loss": 1.0}})
-    assert failed_gates(metrics=metrics) == []
-
-
-def test_only_the_whole_fleet_is_compared_with_its_constant() -> None:
-    assert failed_gates(report_blend=[1.0] + [5.0] * 9) == []
 
 
 def test_some_group_must_have_a_model() -> None:
@@ -83,7 +63,7 @@ def side(version: str, boosters: Mapping[str, tuple[str, str, float]], **spec: A
     """A run of two grains: per group id its booster, parameters and weight."""
     model = {"grains": [[], ["k"]], "features": ["x"], "categories": {}, "own": "independent", "target": {"column": "y"}}
     model |= {"task": "regression", "classes": [], "is_count": False, "fleet_version": version, **spec}
-    rows = {
+    rows: dict[tuple[int, str], dict[str, Any]] = {
         (0 if group == "[]" else 1, group): {"booster_id": booster, "parameters": parameters, "weight": weight}
         for group, (booster, parameters, weight) in boosters.items()
     }
@@ -202,30 +182,90 @@ def test_without_a_change_few_groups_are_moved(n_blocks: int, most: float) -> No
 
 
 def answered(*rows: tuple[Any, ...]) -> pd.DataFrame:
-    """Decisions of finest groups: promoted, losses of champion and challenger, gain over the constant and its error."""
-    names = ["promoted", "loss_sum_champion", "loss_sum_challenger", "constant_gain", "constant_error"]
-    return pd.DataFrame(rows, columns=names).assign(grain=1, n_rows=100, n_blocks=20, group_id=[f'["{number}"]' for number in range(len(rows))])
+    """Decisions of finest groups: promoted, losses of champion and challenger."""
+    names = ["promoted", "loss_sum_champion", "loss_sum_challenger"]
+    return pd.DataFrame(rows, columns=names).assign(grain=1)
 
 
 def test_a_fleet_that_is_worse_than_the_champion_is_told() -> None:
-    worse = [(True, 10.0, 11.0 + 0.01 * number, 1.0, 0.1) for number in range(20)]
-    assert [gate.passed for gate in judge_answers(answered(*worse))] == [False, True]
-    stays = [(False, *row[1:]) for row in worse]
-    assert [gate.passed for gate in judge_answers(answered(*stays))] == [True, True]
-    even = [(True, 10.0, 10.0 + (-1) ** number, 1.0, 0.1) for number in range(20)]
-    assert [gate.passed for gate in judge_answers(answered(*even))] == [True, True]
-    assert [gate.passed for gate in judge_answers(answered((True, np.nan, 10.0, 1.0, 0.1)))] == [True, True]
+    worse = [(True, 10.0, 11.0 + 0.01 * number) for number in range(20)]
+    assert not judge_answers(answered(*worse)).passed
+    assert judge_answers(answered(*((False, *row[1:]) for row in worse))).passed
+    even = [(True, 10.0, 10.0 + (-1) ** number) for number in range(20)]
+    assert judge_answers(answered(*even)).passed
+    assert judge_answers(answered((True, np.nan, 10.0))).passed
 
 
-def test_a_group_that_is_worse_than_its_constant_is_told() -> None:
-    sound = [(True, 10.0, 9.0, 1.0, 0.1)] * 20
-    (_, gate) = judge_answers(answered(*sound, (True, 10.0, 9.0, -1.0, 0.1)))
-    assert (gate.passed, gate.found) == (False, '1 of 21: ["20"]')
-    (_, gate) = judge_answers(answered(*sound, (False, 10.0, 9.0, -1.0, 0.1)))
-    assert gate.passed
-    # Among twenty sound groups one is by chance two standard errors off.
-    (_, gate) = judge_answers(answered(*sound, (True, 10.0, 9.0, -0.2, 0.1)))
-    assert gate.passed
+def beside(*rows: tuple[str, float, float, float, float], n_rows: int = 100, n_blocks: int = 20, loss: float = 10.0) -> pd.DataFrame:
+    """Groups beside their parent and the constant: id, gain over the parent (its loss less ours) and error, gain over the constant and error."""
+    names = ["group_id", "gain_parent", "gain_error_parent", "gain_constant", "gain_error_constant"]
+    frame = pd.DataFrame(rows, columns=names).assign(grain=1, n_rows=n_rows, n_blocks=n_blocks, loss=loss)
+    for rival in ("parent", "constant"):
+        frame[f"n_rows_{rival}"], frame[f"n_blocks_{rival}"] = n_rows, n_blocks
+        frame[f"loss_{rival}"] = loss + frame[f"gain_{rival}"]
+    return frame
+
+
+@pytest.mark.parametrize(
+    ("gains", "expected"),
+    [
+        ((1.0, 0.1, 2.0, 0.1), None),
+        ((-1.0, 0.1, 2.0, 0.1), "parent"),
+        ((-1.0, 0.1, -2.0, 0.1), "constant"),
+        ((-2.0, 0.1, -1.0, 0.1), "parent"),
+        # The constant is better for sure, and the parent better still.
+        ((-2.0, 2.0, -1.0, 0.1), "parent"),
+        ((1.0, 0.1, -1.0, 0.1), "constant"),
+        # Two standard errors are noise among so many groups.
+        ((-0.2, 0.1, -0.2, 0.1), None),
+        # So is the last digit of a sum, however steady.
+        ((-1e-13, 1e-16, -1e-13, 1e-16), None),
+    ],
+)
+def test_a_group_that_loses_for_sure_is_left_to_who_answers_it_best(gains: tuple[float, ...], expected: str | None) -> None:
+    sound = [(f'["{number}"]', 1.0, 0.1, 2.0, 0.1) for number in range(20)]
+    found = losing_groups(beside(*sound, (A, *gains)))
+    assert found == ({} if expected is None else {(1, A): expected})
+
+
+@pytest.mark.parametrize(("n_rows", "n_blocks"), [(29, 20), (100, 7)])
+def test_a_group_with_few_report_rows_loses_to_nobody(n_rows: int, n_blocks: int) -> None:
+    assert losing_groups(beside((A, -9.0, 0.1, -9.0, 0.1), n_rows=n_rows, n_blocks=n_blocks)) == {}
+
+
+@pytest.mark.parametrize(
+    ("gain", "error", "n_rows", "passes"),
+    [(-2.5, 0.5, 100, False), (2.5, 0.5, 100, True), (-0.5, 0.5, 100, True), (0.0, 0.0, 100, True), (-2.5, 0.5, 29, True)],
+)
+def test_only_a_fleet_that_is_worse_than_a_rival_for_sure_fails_its_gate(gain: float, error: float, n_rows: int, passes: bool) -> None:
+    fleet = beside(("[]", gain, error, 1.0, 0.1), n_rows=n_rows)
+    gates = judge_rivals(fleet, {"parent": "its pooled model", "constant": "its constant"})
+    assert [gate.name for gate in gates] == ["the fleet is not worse than its pooled model", "the fleet is not worse than its constant"]
+    assert [gate.passed for gate in gates] == [passes, True]
+    assert gates[0].found == ("too few report rows to compare" if n_rows < 30 else f"loss 10, its pooled model {10 + gain:g} on 100 rows")
+
+
+def test_without_report_rows_no_rival_is_better() -> None:
+    (gate,) = judge_rivals(pd.DataFrame(), {"constant": "its constant"})
+    assert (gate.passed, gate.found) == (True, "too few report rows to compare")
+
+
+def test_a_group_that_another_answers_says_so_where_it_is_promoted() -> None:
+    rows = compared(POOLED_GOES, (NEW_RECIPE, 900, 20, 5.0, 1.0), (NEW_RECIPE, 900, 20, 0.0, 1.0), (NEW_GROUP, None, None, None, None))
+    decided = decide(rows.assign(answered_by=[None, "parent", "constant", "constant"]))
+    assert decided["reason"].tolist() == ["better", "answered_by_parent", "not_better", "answered_by_constant"]
+
+
+def test_a_group_that_the_constant_answers_leans_on_nobody() -> None:
+    boosters = {group: (row["booster_id"], row["parameters"], row["weight"]) for (_, group), row in OLD.groups.items()}
+    new = side("new", {**boosters, "[]": ("p2", '{"leaves": 9}', 1.0), A: ("a2", '{"leaves": 9}', 0.0)})
+    new.groups[1, A]["answered_by"] = "constant"
+    assert new.chain((1, A)) == []
+    before = side("old", boosters)
+    before.groups[1, A].update(weight=0.0, answered_by="constant")
+    # Its pooled model and its own are others now; neither has a say.
+    assert kind_of_change((1, A), before, new) == UNCHANGED
+    assert kind_of_change((1, A), OLD, new) == NEW_RECIPE
 
 
 # What a person decides
@@ -234,7 +274,6 @@ def test_a_group_that_is_worse_than_its_constant_is_told() -> None:
 def judgement() -> Judgement:
     decided = decide(compared(POOLED_GOES, (NEW_RECIPE, 900, 20, 3.0, 1.0), (NEW_RECIPE, 900, 20, 0.0, 1.0), (NEW_GROUP, None, None, None, None)))
     decided = decided.assign(from_version=["old", "old", "old", None], loss_sum_champion=1.0, loss_sum_challenger=1.0)
-    decided = decided.assign(constant_gain=1.0, constant_error=0.1)
     return Judgement(decided.assign(to_version=decided["from_version"].where(~decided["promoted"], "new")))
 
 
