@@ -4,6 +4,7 @@ import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from benchmarks.first_run import first_run_answers
 from benchmarks.intervals import CASES, LEVELS, interval_coverage
 from benchmarks.judging import FLIGHTS, HOUSING, Conservation, group_errors, judge, ledger_conservation, predictions_conservation
 from benchmarks.kills import kills
@@ -503,6 +504,14 @@ FIGURES = {
                 Value("rows", "rows"),
             ),
             lambda runs: stream_kills(runs.new_folder()),
+        ),
+        Figure(
+            "first-run-answers",
+            "40 generated fleets of 20 to 400 groups (counts, heavy tails, zeros, offsets, l1, quantile, huber, classes), first launch: share that "
+            "end green with every row answered",
+            12,
+            (Value("", "share", "==", 1), Value("fleets", "fleets", "==", 40), Value("groups", "groups"), Value("seconds-per-fleet", "s")),
+            first_run_answers,
         ),
         Figure(
             "poison",

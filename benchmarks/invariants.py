@@ -1,6 +1,6 @@
 """What must hold of a fleet's tables after any run, crash or fault, checked from the outside; `python -m benchmarks.invariants FOLDER`.
 
-Nothing here is imported from the project. The numbers I1 to I7 are those of the project's list of invariants.
+Nothing here is imported from the project. The numbers I1 to I15 are those of the project's list of invariants.
 """
 
 import hashlib
@@ -39,13 +39,14 @@ Group = tuple[int, str]
 Place = tuple[str, str]
 
 
-def check_fleet(tables: Path, *, features: Path | None, grains: Grains | None = None) -> list[str]:
+def check_fleet(tables: Path, *, features: Path | None, grains: Grains | None = None, champion: str | None = None) -> list[str]:
     """Check a fleet's tables.
 
     Args:
         tables: folder with the tables runs, ledger, boosters and holdout; any others that are there are checked for missing files.
         features: the feature table; None leaves out what needs it (I1 but for counts and doubles).
         grains: key columns of each grain, coarse to fine; None takes them from what each run pinned.
+        champion: number of the registered version under that alias; None leaves out whether a decision put it there.
 
     Returns:
         One line per violation, beginning with its invariant; empty if all hold.
@@ -58,7 +59,8 @@ def check_fleet(tables: Path, *, features: Path | None, grains: Grains | None = 
     found += _runs(runs, ledger) + _rows(ledger)
     for run in _records(runs[runs["finished_at"].notna()]):
         found += _conserved(run, ledger, features, grains)
-    return found + _boosters(tables, ledger) + _holdout(tables, ledger) + _judged_groups(tables, runs, ledger) + _reused(ledger)
+    found += _boosters(tables, ledger) + _holdout(tables, ledger) + _judged_groups(tables, runs, ledger) + _reused(ledger)
+    return found + _hindsight(tables, runs) + _decisions(tables, champion)
 
 
 def compare_runs(left: Path, right: Path) -> list[str]:
@@ -395,6 +397,40 @@ def _reused(ledger: pd.DataFrame) -> list[str]:
             continue
         different = [name for name in ("fingerprint", "booster_id") if row[name] is None or row[name] != source[name]]
         found += [f"{told} has another {name} than in run {row['source_run_id']}, from which it is reused" for name in different]
+    return found
+
+
+def _hindsight(tables: Path, runs: pd.DataFrame) -> list[str]:
+    """I10: no row is answered by a run that saw rows later than the row's as-of."""
+    if not (tables / "predictions" / "_delta_log").exists():
+        return []
+    rows = DeltaTable(tables / "predictions").to_pyarrow_table(columns=["as_of", "fleet_version"]).to_pandas()
+    seen = dict(zip(runs["run_id"], runs["as_of"], strict=True))
+    found = []
+    for as_of, run_id in rows.drop_duplicates().sort_values(["as_of", "fleet_version"]).itertuples(index=False, name=None):
+        told = f"I10: rows as of {as_of} are answered by run {run_id}, which"
+        if run_id not in seen:
+            found.append(f"{told} is not in the table of runs")
+        elif seen[run_id] > pd.Timestamp(as_of, tz="UTC"):
+            found.append(f"{told} saw rows until {seen[run_id]}")
+    return found
+
+
+def _decisions(tables: Path, champion: str | None) -> list[str]:
+    """I15: an alias that moved has its decision, and a decision that moved it was carried out."""
+    columns = ["decision_id", "decided_at", "champion_before", "champion_after", "moved"]
+    rows = pd.DataFrame(columns=columns)
+    if (tables / "decisions" / "_delta_log").exists():
+        rows = DeltaTable(tables / "decisions").to_pyarrow_table(columns=columns).to_pandas()
+    unfinished = sorted(set(rows.loc[rows["moved"].isna(), "decision_id"]))
+    found = _told("I15: decisions that were not carried out:", unfinished)
+    serves: str | None = None
+    for row in _records(rows.drop_duplicates("decision_id").sort_values("decided_at")):
+        if row["champion_before"] != serves:
+            found.append(f"I15: decision {row['decision_id']} found version {row['champion_before']} serving, and none left it there")
+        serves = row["champion_after"]
+    if champion is not None and champion != serves:
+        found.append(f"I15: version {champion} serves, and no decision put it there")
     return found
 
 

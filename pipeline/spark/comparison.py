@@ -24,9 +24,8 @@ from pipeline.models.promotion import (
     judge_rivals,
     kind_of_change,
 )
-from pipeline.spark.evaluation import constant_column, judged_rows, nearest_predictions
+from pipeline.spark.evaluation import baseline_answer, baseline_answers, constant_column, judged_rows, nearest_predictions
 from pipeline.spark.fleet_training import Cluster, groups_with_model, held_out_rows, train_aside
-from pipeline.spark.keys import finite
 from pipeline.spark.losses import Paired, compare_answers, in_target_units, level_answers, row_loss
 from pipeline.spark.training import limited_rows, visible_rows
 from pipeline.spec import MULTICLASS, FleetSpec
@@ -115,7 +114,7 @@ def judge(
             for version, side in contest.champions.items()
             if _is_compared(version, kinds, contest)
         }
-        judged = judged.persist()
+        judged = judged.join(baseline_answers(rows, spec), "row_key", "left").persist()
         try:
             losses, fleet = compare_runs(spark, judged, spec, contest, twins)
         finally:
@@ -241,7 +240,7 @@ def compare_runs(
 
     Args:
         spark: the session.
-        judged: report rows, as from `evaluation.judged_rows`.
+        judged: report rows, as from `evaluation.judged_rows`, with the baselines' answers as from `evaluation.baseline_answers`.
         spec: the fleet.
         contest: who is compared.
         twins: of the runs that are compared, by fleet version.
@@ -280,7 +279,7 @@ def compare_runs(
     contests = [Paired(grain, sf.col("group_ids")[grain], loss(ours[grain]), {CHAMPION: loss(theirs[grain])}) for grain in grains]
     rivals = {POOLED: loss(sf.coalesce(sf.col("p0"), constant)), CONSTANT: loss(constant)}
     for number in range(len(spec.all_baselines)):
-        rivals[f"b{number}"] = row_loss(spec, finite(sf.col("baselines")[number]))
+        rivals[f"b{number}"] = row_loss(spec, baseline_answer(spec, number))
     whole = Paired(WHOLE_FLEET, sf.lit("[]"), loss(ours[-1]), rivals)
     found = compare_answers(rows, spec, [*contests, whole], contest.cutoffs.report_start)
     is_whole = found["grain"] == WHOLE_FLEET

@@ -157,7 +157,7 @@ def measure_groups(
         return inverse_link_column(linked, spec.target.transform)
 
     titles = list(spec.all_baselines)
-    report = report.join(_baseline_answers(rows, spec), "row_key", "left") if titles else report
+    report = report.join(baseline_answers(rows, spec), "row_key", "left") if titles else report
     ways = [*WAYS, *(f"b{number}" for number in range(len(titles)))]
     answered = report.select(
         "row_key",
@@ -167,7 +167,7 @@ def measure_groups(
         answer(residual_answer).alias("fleet"),
         answer(sf.coalesce(sf.col("p0"), constant)).alias("pooled"),
         answer(constant).alias("constant"),
-        *(_baseline_answer(spec, number).alias(f"b{number}") for number in range(len(titles))),
+        *(baseline_answer(spec, number).alias(f"b{number}") for number in range(len(titles))),
         sf.when(anchored, sf.abs(sf.col("residual") - residual_answer)).alias("miss"),
     )
     errors = row_errors(answered, spec, ways, classes)
@@ -179,13 +179,19 @@ def measure_groups(
     return _as_ledger(measured.toPandas(), spec, titles)
 
 
-def _baseline_answers(rows: DataFrame, spec: FleetSpec) -> DataFrame:
-    """What the fleet's baselines say of each row: row_key, and _b0, _b1, ... in the order in which they are declared."""
-    columns = [sf.col(f"`{name}`").alias(f"_b{number}") for number, name in enumerate(spec.all_baselines.values())]
+def baseline_answers(rows: DataFrame, spec: FleetSpec) -> DataFrame:
+    """What the fleet's baselines say of each row: row_key, and _b0, _b1, ... in the order in which they are declared.
+
+    A baseline that was declared after the table was made answers no row of it.
+    """
+    columns = []
+    for number, name in enumerate(spec.all_baselines.values()):
+        answer = sf.col(f"`{name}`") if name in rows.columns else sf.lit(None).cast("double")
+        columns.append(answer.alias(f"_b{number}"))
     return rows.select("row_key", *columns)
 
 
-def _baseline_answer(spec: FleetSpec, number: int) -> Column:
+def baseline_answer(spec: FleetSpec, number: int) -> Column:
     """A baseline's answer in target units; for classes the probability that it gives to the row's class, null without an answer."""
     value = sf.col(f"_b{number}")
     if spec.task == MULTICLASS:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable, write_deltalake
 
-from benchmarks.invariants import check_fleet, compare_runs, main
+from benchmarks.invariants import _decisions, _hindsight, check_fleet, compare_runs, main
 
 GRAINS = ((), ("shop", "size"))
 MOMENT = pd.Timestamp("2024-03-01", tz="UTC").as_unit("us")
@@ -322,3 +322,35 @@ def test_a_difference_is_named(difference: str, sound: Path, tables: Path) -> No
 def test_a_folder_without_finished_run_cannot_be_compared(sound: Path, tables: Path) -> None:
     change(tables, "runs", lambda rows: rows[rows["run_id"] == "333"])
     assert compare_runs(sound, tables) == [f"a finished run cannot be read: {tables}: no run has finished"]
+
+
+def decisions(*moves: tuple[Any, Any, Any]) -> pd.DataFrame:
+    """Decisions in their order: version before, version after, and whether it was carried out."""
+    rows = pd.DataFrame(moves, columns=["champion_before", "champion_after", "moved"]).astype({"moved": "boolean"})
+    rows["decision_id"] = [f"d{number}" for number in range(len(rows))]
+    return rows.assign(decided_at=[MOMENT + pd.Timedelta(hours=number) for number in range(len(rows))])
+
+
+@pytest.mark.parametrize(
+    ("moves", "champion", "expected"),
+    [
+        ([(None, "1", True), ("1", "1", False), ("1", "3", True)], "3", []),
+        ([(None, "1", True), ("1", "2", None)], None, ["I15: decisions that were not carried out: d1"]),
+        ([(None, "1", True), ("2", "3", True)], "3", ["I15: decision d1 found version 2 serving, and none left it there"]),
+        ([(None, "1", True)], "2", ["I15: version 2 serves, and no decision put it there"]),
+    ],
+)
+def test_an_alias_that_moved_has_its_decision(tmp_path: Path, moves: list[Any], champion: str | None, expected: list[str]) -> None:
+    table = pa.Table.from_pandas(decisions(*moves), preserve_index=False).replace_schema_metadata()
+    write_deltalake(tmp_path / "decisions", table)
+    assert _decisions(tmp_path, champion) == expected
+
+
+def test_no_row_is_answered_by_a_run_that_saw_later_rows(tmp_path: Path) -> None:
+    answered = [("2024-03-01T00:00:00", "run"), ("2024-03-02T00:00:00", "run"), ("2024-02-29T00:00:00", "run"), ("2024-03-01T00:00:00", "lost")]
+    write_deltalake(tmp_path / "predictions", pa.Table.from_pylist([dict(zip(("as_of", "fleet_version"), row, strict=True)) for row in answered]))
+    found = _hindsight(tmp_path, pd.DataFrame([{"run_id": "run", "as_of": MOMENT}]))
+    assert found == [
+        "I10: rows as of 2024-02-29T00:00:00 are answered by run run, which saw rows until 2024-03-01 00:00:00+00:00",
+        "I10: rows as of 2024-03-01T00:00:00 are answered by run lost, which is not in the table of runs",
+    ]
