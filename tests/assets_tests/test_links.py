@@ -66,6 +66,7 @@ def test_the_whole_chain_is_materialised(first_run: dg.ExecuteInProcessResult, c
             "no_column_looks_like_the_future",
             "every_group_has_an_outcome",
             "boosters_match_the_ledger",
+            "every_judged_group_is_measured",
             "no_group_failed",
             "every_model_has_importance",
             "registered_model_answers",
@@ -351,7 +352,12 @@ def test_checks_of_models_find_what_is_wrong(
         text = [bytes([*row[:40], row[40] ^ 1, *row[41:]]) for row in boosters["text"].to_pylist()]
         boosters, wrong = boosters.set_column(boosters.column_names.index("text"), "text", pa.array(text)), "boosters_match_the_ledger"
     found = checks(broken_namespace(ledger, boosters))
-    assert sorted(found) == ["boosters_match_the_ledger", "every_group_has_an_outcome", "no_group_failed"]
+    assert sorted(found) == [
+        "boosters_match_the_ledger",
+        "every_group_has_an_outcome",
+        "every_judged_group_is_measured",
+        "no_group_failed",
+    ]
     assert [name for name, check in found.items() if not check.passed] == ([] if damage == "none" else [wrong])
     warns = dg.AssetCheckSeverity.WARN if damage == "failed group" else dg.AssetCheckSeverity.ERROR
     assert found[wrong].severity == warns
