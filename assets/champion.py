@@ -407,8 +407,10 @@ def _text(done: _Outcome, parts: _Parts) -> str:
         return f"rolled back: {int(done.moved.sum()):,} groups; champion is version {_number(done.after)}, before {_number(done.before)}"
     version, failed = f"version {done.challenger.number}", "; ".join(_failed(done))
     if _is_refused(done):
-        override = parts.launch.command(parts.spec, decision="promote", why="...")
-        return f"{version} stays challenger: {failed}; champion is {_number(done.after)}. To serve it all the same: {override}"
+        cannot_answer = any(gate.name in (CAN_OPEN, CAN_ANSWER) for gate in done.gates if not gate.passed)
+        override = f"To serve it all the same: {parts.launch.command(parts.spec, decision='promote', why='...')}"
+        next_step = "Materialise models and meta_model again" if cannot_answer else override
+        return f"{version} stays challenger: {failed}; champion is {_number(done.after)}. {next_step}"
     judged = f"{version} passed {len(done.gates)} gates" if not failed else f"{version} did not pass every gate: {failed}"
     if done.after is not None and done.after.number == done.challenger.number:
         return f"{judged} and is champion" if not failed else f"{judged}; it is champion all the same"

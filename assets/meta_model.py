@@ -71,15 +71,8 @@ def meta_model_asset(spec: FleetSpec) -> dg.AssetsDefinition:
                 told = f"nothing changed: {namespace} version {version.number} (run {version.fleet_version}) answers as run {run_id} does"
             else:
                 pack = Path(folder) / "pack"
-                digest = write_pack(
-                    pack,
-                    [Generation(pack_spec(run), ledger)],
-                    lambda names: _boosters(tables, namespace, run, names),
-                    store=pack_store(tables, namespace, spec),
-                    before=_challenger(registry, namespace, options) if spec.pack == SHARED else [],
-                )
+                answering = _packed(pack, tables, registry, namespace, spec, run, ledger)
                 dtypes = {field.name: field.dataType.simpleString() for field in features.schema}
-                answering = FleetModel(pack, digest=digest, options=options)
                 version = registry.register(
                     namespace,
                     run_id,
@@ -115,6 +108,27 @@ def meta_model_asset(spec: FleetSpec) -> dg.AssetsDefinition:
         )
 
     return meta_model
+
+
+def _packed(
+    folder: Path,
+    tables: DeltaTables,
+    registry: MlflowRegistry,
+    namespace: str,
+    spec: FleetSpec,
+    run: "pd.Series[Any]",
+    ledger: pd.DataFrame,
+) -> FleetModel:
+    """The model of a run, from a pack that is written into a folder."""
+    options = tables.storage_options
+    digest = write_pack(
+        folder,
+        [Generation(pack_spec(run), ledger)],
+        lambda names: _boosters(tables, namespace, run, names),
+        store=pack_store(tables, namespace, spec),
+        before=_challenger(registry, namespace, options) if spec.pack == SHARED else [],
+    )
+    return FleetModel(folder, digest=digest, options=options)
 
 
 def _version_of_the_same_answers(

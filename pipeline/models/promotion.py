@@ -206,11 +206,6 @@ class Judgement:
         return [judge_answers(self.decisions), *self.rival_gates]
 
     @property
-    def passed(self) -> bool:
-        """Whether every gate is passed."""
-        return all(gate.passed for gate in self.gates)
-
-    @property
     def serving(self) -> dict[Key, str]:
         """The fleet version that answers each group from now on."""
         rows = self.decisions

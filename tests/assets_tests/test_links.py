@@ -228,6 +228,7 @@ def test_a_version_that_cannot_answer_serves_in_no_case(
     check = checks(result)["challenger_passed_its_gates"]
     assert (check.passed, check.severity) == (False, dg.AssetCheckSeverity.ERROR)
     assert "the version can be opened (index.json: damaged" in check.description
+    assert check.description.endswith("Materialise models and meta_model again")
     assert registry.get("shop", "champion").number == "1"
     assert checks(result)["every_row_is_answered"].passed
 
