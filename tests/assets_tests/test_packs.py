@@ -34,7 +34,8 @@ def test_shared_versions_answer_when_the_tables_are_gone(
     assert not (pack.folder / "boosters.parquet").exists()
     # A second version of the same boosters adds nothing.
     stored = {path.name for path in store.iterdir()}
-    assert fleet.launch("models", "meta_model", "champion").success
+    wider = parse_spec({**shop_attributes, "pack": "shared", "scoring": {"interval": 0.95}}, file="defs.yaml")
+    assert type(fleet)(wider, fleet.files, fleet.resources).launch("models", "meta_model", "champion").success
     assert {path.name for path in store.iterdir()} == stored
     assert int(registry.get("shop", CHAMPION).number) == int(first.number) + 1
     for name in ("boosters", "ledger", "holdout", "runs"):

@@ -16,7 +16,7 @@ def test_every_link_is_materialised_and_every_check_passes(chain: Any) -> None:
     links = {event.asset_key.path[-1] for event in chain.result.get_asset_materialization_events() if event.asset_key}
     assert links == {"txhousing", "features", "models", "importance", "meta_model", "champion", "predictions"}
     checks = chain.result.get_asset_check_evaluations()
-    assert len(checks) == 11
+    assert len(checks) == 12
     assert [check.check_name for check in checks if not check.passed] == []
 
 
@@ -43,13 +43,14 @@ def test_materialisations_tell_rows_states_and_show_plots(chain: Any) -> None:
         assert str(metadata[link]["fleet/plot"].value).startswith("![plot](data:image/png;base64,iVBOR")
 
 
-def test_a_second_run_gives_the_same_boosters_and_answers(chain: Any) -> None:
+def test_a_second_run_gives_the_same_boosters_and_answers_and_no_new_version(chain: Any) -> None:
     before = chain.table("housing", "predictions").set_index("row_key").sort_index()
     chain.run_again()
     after = chain.table("housing", "predictions").set_index("row_key").sort_index()
     assert len(after) == len(before)
     pd.testing.assert_frame_equal(after[["prediction", "booster_id"]], before[["prediction", "booster_id"]])
-    assert (after["fleet_version"] != before["fleet_version"]).all()
+    assert after["fleet_version"].equals(before["fleet_version"])
+    assert chain.resources["registry"].find("housing", "2") is None
     ledger = chain.table("housing", "ledger")
     first, second = (rows.set_index("group_id")["booster_id"].sort_index() for _, rows in ledger.groupby("run_id", sort=False))
     assert first.equals(second)
