@@ -695,10 +695,7 @@ class FleetModel:
                 answered_by[rows] = grain_name(spec["grains"][grain])
                 booster_id[rows] = chain.booster_id
         values = numbers_of(spec, answer, anchored, offset, scale, widest(halves)) if spec["task"] == REGRESSION else classes_of(spec, answer)
-        if spec["task"] == REGRESSION:
-            lost = ~np.isfinite(values["prediction"])
-            answered_by[lost] = NOT_FINITE
-            booster_id[lost] = None
+        mark_not_finite(values["prediction"], answered_by, booster_id)
         answered = {**values, "answered_by": answered_by, "booster_id": booster_id, "fleet_version": spec["fleet_version"]}
         answers = pd.DataFrame({name: answered[name] for name in answer_columns(spec["task"])}, index=rows_of_batch)
         if made_of is not None:
@@ -1062,6 +1059,14 @@ def numbers_of(
     transform = spec["target"]["transform"]
     found = {name: inverse_link(bound, transform) for name, bound in bounds.items()}
     return {name: np.where(np.isfinite(numbers), numbers, np.nan) for name, numbers in found.items()}
+
+
+def mark_not_finite(predictions: npt.NDArray[Any], answered_by: npt.NDArray[np.object_], booster_id: npt.NDArray[np.object_]) -> None:
+    """Say in the rows whose prediction no double holds that nobody answered them; classes always have an answer."""
+    if predictions.dtype.kind == "f":
+        lost = ~np.isfinite(predictions)
+        answered_by[lost] = NOT_FINITE
+        booster_id[lost] = None
 
 
 def classes_of(spec: Mapping[str, Any], answer: Floats) -> dict[str, Any]:

@@ -150,7 +150,7 @@ def test_a_column_that_is_listed_twice_is_refused_before_a_row_is_read(spark: Sp
     with pytest.raises(InputError, match="the batch: columns listed more than once: x; rename or remove all but one of each"):
         score_rows(spark, doubled, SPEC, FleetModel(pack), AS_OF, {})
     names = ["store", "x", "kind", "kind"]
-    with pytest.raises(InputError, match="rows.parquet: columns listed more than once: kind;"):
+    with pytest.raises(InputError, match=r"rows\.parquet: columns listed more than once: kind;"):
         check_columns(pa.schema([(name, pa.float64()) for name in names]), "rows.parquet", FleetModel(pack))
 
 
