@@ -25,12 +25,25 @@ def _cause(event: dg.DagsterEvent | None) -> str:
     return f"\n{told or (failure.error.to_string() if failure.error else '')}"
 
 
+def _is_for_people(record: logging.LogRecord) -> bool:
+    """Whether a person wants to see it: what we say, and where something went wrong.
+
+    After a dry run Dagster says of every later asset that it is skipped, and of its checks that they are missing, as if that
+    were a fault.
+    """
+    meta = getattr(record, "dagster_meta", None) or {}
+    text = str(meta.get("orig_message") or record.getMessage())
+    if " due to skipped dependencies:" in text or " emitted no result in step " in text:
+        return False
+    return record.levelno >= logging.WARNING or not meta.get("dagster_event")
+
+
 @dg.logger(config_schema={}, description="Time, asset and message: what a person wants to see of a run.")
 def console_logger(context: dg.InitLoggerContext) -> logging.Logger:  # noqa: ARG001
     """Messages of our own at INFO and above; Dagster's events only where something went wrong."""
     logger = logging.Logger("many-models", level=logging.INFO)  # noqa: LOG001 - one per run, like Dagster's own; a shared one would add a handler a run
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Message())
-    handler.addFilter(lambda record: record.levelno >= logging.WARNING or not (getattr(record, "dagster_meta", None) or {}).get("dagster_event"))
+    handler.addFilter(_is_for_people)
     logger.addHandler(handler)
     return logger

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any, get_args
 
 import dagster as dg
@@ -12,6 +12,7 @@ from assets.link import link_key, link_settings, png, prefixed, readable_failure
 from assets.newest_run import ledger_of, newest_run, waves_of
 from assets.progress import no_progress, progress_lines
 from pipeline.faults import crash_point
+from pipeline.grouping.plan import KEEP, REFRESH, TRAIN
 from pipeline.grouping.sampling import SAMPLED_WHOLE
 from pipeline.models.meta_model import PackError, decode_booster
 from pipeline.reporting.plots import plan_plot, training_plot
@@ -69,13 +70,14 @@ def models_asset(spec: FleetSpec) -> dg.AssetsDefinition:
                 run = plan_run(features, spec, request, history, slots=spark.slots, threads=spark.task_cpus, own=own)
             context.log.info(_plan_text(run, spec))
             if lease is None:
-                context.log.info("dry run: nothing was trained\n" + _largest(run))
+                context.log.info("the largest groups:\n" + _largest(run))
+                context.log.info("dry run: nothing was trained")
                 return
             if run.is_resumed:
                 context.log.info(f"resuming run {run.run_id}, which was interrupted")
-            report = progress_lines(context.log, len(run.plan.to_train), float(run.plan.to_train["cost_seconds"].sum()))
-            cluster = Cluster(spark.session, report, spark.group_memory_bytes)
-            ledger = train_run(cluster, tables, namespace, run, spec, features_version=features_version, lease=lease)
+            cluster = Cluster(spark.session, progress_lines(context.log), spark.group_memory_bytes)
+            with _explained_interruption(context.log, history, run):
+                ledger = train_run(cluster, tables, namespace, run, spec, features_version=features_version, lease=lease)
             location = tables.location(namespace, LEDGER.name)
         context.log.info(_told(ledger))
         yield dg.MaterializeResult(
@@ -152,8 +154,26 @@ def _plan_text(run: PlannedRun, spec: FleetSpec) -> str:
     return f"{text}; a group is trained from {tuning.fit_rows} fit and {tuning.tune_rows} tune rows (tuning.fit_rows, tuning.tune_rows)"
 
 
+@contextmanager
+def _explained_interruption(log: dg.DagsterLogManager, history: History, run: PlannedRun) -> Iterator[None]:
+    """Tell somebody who ends a run what of it is kept, and how to go on."""
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException:
+        # Ctrl-C, SIGTERM, or "terminate" in the UI.
+        log.warning(_kept_text(len(history.ledger(run.run_id)), run))
+        raise
+
+
+def _kept_text(n_kept: int, run: PlannedRun) -> str:
+    n_groups = int(run.plan.groups["action"].isin([TRAIN, REFRESH, KEEP]).sum())
+    return f"stopped: {n_kept:,} of {n_groups:,} groups are kept; the next launch of the same resumes run {run.run_id}"
+
+
 def _largest(run: PlannedRun) -> str:
-    shown = run.plan.groups.head(10)[["group_id", "action", "reason", "n_rows", "n_fit", "n_tune", "n_report", "cost_seconds", "wave", "task"]]
+    shown = run.plan.groups.head(10)[["group_id", "action", "reason", "n_rows", "n_fit", "n_tune", "n_report", "cost_seconds"]]
     return str(shown.fillna("").to_string(index=False, float_format=lambda value: f"{value:.1f}"))
 
 

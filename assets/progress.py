@@ -4,35 +4,41 @@ import time
 
 from dagster import DagsterLogManager
 
-from pipeline.spark.training import Report
+from pipeline.spark.training import Done, Report
 
 MOST_LINES = 80
+_MINUTE, _HOUR = 60, 3600
+# From here on a duration is told in the next larger unit.
+_IN_MINUTES, _IN_HOURS = 100, 100 * 60
 
 
-def no_progress(*_: float) -> None:
+def no_progress(*_: Done) -> None:
     """A reporter that says nothing."""
 
 
-def progress_lines(log: DagsterLogManager, n_groups: int, planned_seconds: float) -> Report:
-    """A reporter that logs a line when something has changed, at most about a hundred times a run.
-
-    Args:
-        log: the step's log.
-        n_groups: groups to train.
-        planned_seconds: their planned cost, of one thread.
-    """
+def progress_lines(log: DagsterLogManager) -> Report:
+    """A reporter that logs a line when something has changed, at most about a hundred times a run."""
     started = time.monotonic()
-    last = [-1, 0]
-    step = max(1, n_groups // MOST_LINES)
+    last = [0, 0]
 
-    def report(done: int, failed: int, worked_seconds: float) -> None:
-        lines_left = last[1] < MOST_LINES
-        if not n_groups or done == last[0] or (done < n_groups and (done - last[0] < step or not lines_left)):
+    def report(done: Done) -> None:
+        is_last = done.groups >= done.of
+        step = max(1, done.of // MOST_LINES)
+        is_due = done.groups - last[0] >= step and last[1] < MOST_LINES
+        if done.groups == last[0] or not (is_due or is_last):
             return
-        last[0], last[1] = done, last[1] + 1
+        last[:] = done.groups, last[1] + 1
+        left = "" if done.seconds_left is None else f", {rough_duration(done.seconds_left)} left"
         elapsed = time.monotonic() - started
-        share = worked_seconds / planned_seconds if planned_seconds else 0.0
-        left = f", about {elapsed * (1 - share) / share:.0f} s left" if 0 < share < 1 and done < n_groups else ""
-        log.info(f"{done:,} of {n_groups:,} groups done, {failed:,} failed, {elapsed:.0f} s{left}")
+        log.info(f"{done.groups:,} of {done.of:,} groups done, {done.failed:,} failed, {elapsed:.0f} s{left}")
 
     return report
+
+
+def rough_duration(seconds: float) -> str:
+    """A duration as far as an estimate can be believed: `about 40 s`, `about 3 min`, `about 2 h`."""
+    if seconds < _IN_MINUTES:
+        return f"about {max(5, 5 * round(seconds / 5))} s"
+    if seconds < _IN_HOURS:
+        return f"about {round(seconds / _MINUTE)} min"
+    return f"about {round(seconds / _HOUR)} h"

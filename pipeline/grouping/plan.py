@@ -26,6 +26,10 @@ LAST_SHARES, MIN_TASKS_BEFORE_LAST = [0.5, 0.25, 0.25], 3
 _REFITS, _REFRESH_FITS = 2, 4
 # A cost model is learnt from at least so many groups.
 _LEARNT_FROM = 8
+# Without any history, real seconds were up to so many times the planned ones (on five real fleets).
+DOUBT = 15
+# A wave is laid out for this part of `checkpoint_seconds`: two of them, each with its last group, are lost with a killed run.
+WAVE_SHARE = 0.5
 
 TRAIN, REFRESH, REUSE, KEEP, INHERIT = "train", "refresh", "reuse", "keep", "inherit"
 
@@ -120,7 +124,8 @@ class TrainingPlan:
         groups: one row per group of every grain, longest first: grain (index), group_id, parent_id, n_rows, n_target, n_fit, n_tune,
             n_report; action: `train`, `refresh` (refit with known parameters), `reuse` (an earlier run's booster), `keep` (done
             before this run was interrupted) or `inherit` (its parent answers); reason; started_from (JSON, see `Start`);
-            fingerprint; cost_seconds (of one thread); wave and task (-1 where not trained).
+            fingerprint; cost_seconds (of one thread); wave and task (-1 where not trained) as they come if these seconds are right:
+            a run lays out its waves by what it learns (see `pipeline.grouping.schedule`).
         slots: tasks that run at once.
         cost_model: that foresaw the seconds.
     """
@@ -159,13 +164,17 @@ class TrainingPlan:
         parts = [f"{counted[action]:,} {text}" for action, text in told.items() if action in counted]
         rest = self.groups.loc[self.groups["action"] == INHERIT, "reason"].value_counts()
         parts += [f"{count:,} {reason}" for reason, count in rest.items()]
-        model = self.cost_model
-        source = f"seconds learnt from {model.learnt_from:,} groups" if model.learnt_from else "a first guess of the seconds"
-        waves = f"{self.n_waves} wave{'' if self.n_waves == 1 else 's'}"
-        return (
-            f"{len(self.groups):,} groups: {', '.join(parts)}; {self.n_tasks:,} tasks in {waves} on {self.slots} slots, "
-            f"about {self.predicted_seconds:.0f} s ({source})"
-        )
+        return f"{len(self.groups):,} groups: {', '.join(parts)}; {self._describe_seconds()}"
+
+    def _describe_seconds(self) -> str:
+        if self.to_train.empty:
+            return "nothing to train"
+        seconds, earlier = self.predicted_seconds, self.cost_model.learnt_from
+        if earlier:
+            waves = f"{self.n_waves} wave{'' if self.n_waves == 1 else 's'}"
+            return f"{self.n_tasks:,} tasks in {waves} on {self.slots} slots, about {seconds:.0f} s, estimated from {earlier:,} earlier groups"
+        # How many tasks and waves it takes depends on the seconds, which nobody knows yet.
+        return f"{max(1, seconds):.0f} to {max(1, DOUBT * seconds):.0f} s on {self.slots} slots, estimated (no history yet)"
 
 
 def build_plan(
@@ -190,7 +199,7 @@ def build_plan(
         n_features: features per row.
         n_fits: trials per group that the tuning budget allows.
         slots: tasks that run at once.
-        checkpoint_seconds: about how long a wave lasts.
+        checkpoint_seconds: a kill costs at most twice as much work per slot.
         cost_model: foresees seconds; by default learnt from `memory.before` by the caller, here the prior.
     """
     model = cost_model or CostModel()
@@ -206,7 +215,7 @@ def build_plan(
     groups["wave"], groups["task"] = -1, -1
     trained = groups.index[groups["action"].isin([TRAIN, REFRESH])]
     costs = groups.loc[trained, "cost_seconds"].tolist()
-    waves, tasks = assign_waves(pack_tasks(costs, slots=slots), costs, slots=slots, checkpoint_seconds=checkpoint_seconds)
+    waves, tasks = assign_waves(pack_tasks(costs, slots=slots), costs, slots=slots, wave_seconds=WAVE_SHARE * checkpoint_seconds)
     groups.loc[trained, "wave"], groups.loc[trained, "task"] = waves, tasks
     return TrainingPlan(groups, slots, model)
 
@@ -327,12 +336,9 @@ def _start(group: Mapping[Any, Any], memory: Memory, policy: Policy, *, judge: b
     return Start(trials=tuple(json.loads(row["parameters"]) for row in (own, parent) if row is not None), max_trials=policy.max_trials)
 
 
-def of_grain(plan: TrainingPlan, grain: int, checkpoint_seconds: float) -> TrainingPlan:
-    """The part of a plan that trains one grain, in waves of its own."""
-    groups = plan.to_train[plan.to_train["grain"] == grain].reset_index(drop=True)
-    costs = groups["cost_seconds"].tolist()
-    groups["wave"], groups["task"] = assign_waves(pack_tasks(costs, slots=plan.slots), costs, slots=plan.slots, checkpoint_seconds=checkpoint_seconds)
-    return replace(plan, groups=groups)
+def of_grain(plan: TrainingPlan, grain: int) -> TrainingPlan:
+    """The part of a plan that trains one grain."""
+    return replace(plan, groups=plan.to_train[plan.to_train["grain"] == grain].reset_index(drop=True))
 
 
 def pack_tasks(costs: Sequence[float], *, slots: int, task_seconds: float = TASK_SECONDS) -> list[int]:
@@ -368,14 +374,14 @@ def pack_tasks(costs: Sequence[float], *, slots: int, task_seconds: float = TASK
     return [int(rank[task]) for task in chosen]
 
 
-def assign_waves(tasks: Sequence[int], costs: Sequence[float], *, slots: int, checkpoint_seconds: float) -> tuple[list[int], list[int]]:
-    """Cut tasks, longest first, into waves that keep all slots busy for about `checkpoint_seconds`.
+def assign_waves(tasks: Sequence[int], costs: Sequence[float], *, slots: int, wave_seconds: float) -> tuple[list[int], list[int]]:
+    """Cut tasks, longest first, into waves that keep all slots busy for about `wave_seconds`.
 
     Args:
         tasks: task of each group, as from `pack_tasks`.
         costs: seconds of each group.
         slots: tasks that run at once.
-        checkpoint_seconds: about how long a wave lasts.
+        wave_seconds: about how long a wave lasts.
 
     Returns:
         The wave of each group, and its task's number within that wave, both from 0.
@@ -384,7 +390,7 @@ def assign_waves(tasks: Sequence[int], costs: Sequence[float], *, slots: int, ch
         return [], []
     loads = np.bincount(tasks, weights=np.asarray(costs))
     began = np.concatenate([[0.0], np.cumsum(loads)[:-1]])
-    wave_of_task = np.floor(began / (checkpoint_seconds * slots)).astype(int)
+    wave_of_task = np.floor(began / (wave_seconds * slots)).astype(int)
     # A task longer than a wave leaves numbers out.
     _, first, wave_of_task = np.unique(wave_of_task, return_index=True, return_inverse=True)
     chosen = np.asarray(tasks)

@@ -1,11 +1,13 @@
 """One training run of a fleet: plan it, train it in waves, blend it, account for every group, and finish what was interrupted."""
 
 import hashlib
+import itertools
 import json
 import platform
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version as installed_version
 from typing import Any
@@ -41,6 +43,7 @@ from pipeline.grouping.plan import (
     refuse_unknown,
 )
 from pipeline.grouping.sampling import sampling_exponents
+from pipeline.grouping.schedule import Schedule
 from pipeline.grouping.splits import TUNE, Cutoffs, resolve_cutoffs
 from pipeline.models.meta_model import CORRECTION, INDEPENDENT, grain_name
 from pipeline.models.pack import model_spec
@@ -73,7 +76,6 @@ from pipeline.training.start import Start
 from pipeline.training.trainer import TrainingSettings
 from pipeline.training.worker import TrainGroup
 
-WAVES_AT_ONCE = 2
 # Trials per group of the first pass, where the fleet has a budget of seconds.
 FIRST_PASS_TRIALS = 1
 # Groups that `own: auto` tries both forms on.
@@ -319,7 +321,7 @@ def plan_run(
         n_fits=n_fits,
         slots=slots,
         checkpoint_seconds=tuning.checkpoint_seconds,
-        cost_model=CostModel.learnt(ledger_before, n_features, n_fits),
+        cost_model=CostModel.learnt(_seen(ledger_before, memory.kept), n_features, n_fits),
     )
     run_id = request.run_id if resumed is None else str(resumed["run_id"])
     return PlannedRun(
@@ -336,6 +338,13 @@ def plan_run(
         resumed is not None,
         chosen is None,
     )
+
+
+def _seen(before: pd.DataFrame, kept: Mapping[GroupKey, Mapping[str, Any]]) -> pd.DataFrame:
+    """The groups whose seconds tell of this run's: those of the run before, and those that this one trained before it was interrupted."""
+    columns = ["status", "seconds", "n_target"]
+    timed = [*records(before[columns]), *({name: row[name] for name in columns} for row in kept.values())]
+    return pd.DataFrame([row for row in timed if row["seconds"]], columns=columns).astype({"seconds": float, "n_target": float})
 
 
 def _own_of(spec: FleetSpec, before: "pd.Series[Any] | None", open_runs: pd.DataFrame) -> str | None:
@@ -358,7 +367,7 @@ class Cluster:
 
     Args:
         spark: the session.
-        report: called now and then with groups done, groups failed, planned seconds done.
+        report: called now and then with what is done.
         memory_bytes: memory one group may take; None is unlimited.
         train: what trains a group; another function only in tests.
     """
@@ -453,13 +462,15 @@ class Commits:
 
 def _train_all(cluster: Cluster, commits: Commits, run: PlannedRun, spec: FleetSpec) -> dict[GroupKey, dict[str, Any]]:
     """Train the plan's waves, and commit each; the ledger row so far of every group that was trained."""
-    progress = Progress(cluster.spark, cluster.report)
+    progress = Progress(cluster.spark, cluster.report, run.plan.slots)
+    progress.expect(run.plan.to_train)
     found: dict[GroupKey, dict[str, Any]] = {}
     with without_adaptive_execution(cluster.spark), progress.told():
         for stage in _plans(run, spec):
             bases = _bases(cluster.spark, commits, run, _ledger_rows(run, spec, found), stage.grain) if stage.grain else None
             found |= _train_waves(cluster, commits, run, spec, stage.plan, progress, bases)
         for plan in _second_pass(run, spec, found):
+            progress.expect(plan.to_train)
             again = _train_waves(cluster, commits, run, spec, plan, progress, None)
             found |= {key: row for key, row in again.items() if row["status"] == "trained"}
     return found
@@ -479,7 +490,7 @@ def _plans(run: PlannedRun, spec: FleetSpec) -> Iterator[_Stage]:
         yield _Stage(run.plan)
         return
     for grain in range(len(spec.grains)):
-        plan = of_grain(run.plan, grain, spec.tuning.checkpoint_seconds)
+        plan = of_grain(run.plan, grain)
         if len(plan.groups):
             yield _Stage(plan, grain)
 
@@ -561,7 +572,7 @@ def train_aside(
     # A worker knows a wave's settings by its name, which is therefore never given twice.
     wave = Wave(f"aside-{uuid.uuid4().hex[:8]}", packed)
     with without_adaptive_execution(cluster.spark):
-        progress = Progress(cluster.spark, lambda *_: None)
+        progress = Progress(cluster.spark, lambda _: None)
         files = train_wave(placed, wave, settings, roots, options, progress, cluster.train, cluster.memory_bytes)
     return read_files(cluster.spark, roots[HOLDOUT.name], [file.path for file in files.holdout], HOLDOUT.schema, options)
 
@@ -579,35 +590,59 @@ def _tune_misses(holdout: DataFrame, spec: FleetSpec) -> "pd.Series[Any]":
 def _train_waves(
     cluster: Cluster, commits: Commits, run: PlannedRun, spec: FleetSpec, plan: TrainingPlan, progress: Progress, bases: DataFrame | None
 ) -> dict[GroupKey, dict[str, Any]]:
-    token = uuid.uuid4().hex[:8]
-    groups = plan.to_train
-    waves = [Wave(f"{run.run_id}-{token}-{number}", part) for number, part in groups.groupby("wave", sort=True)]
+    """Train a plan's groups wave by wave, and commit each wave as it ends; the ledger rows so far."""
+    schedule = Schedule(
+        plan.to_train, slots=plan.slots, checkpoint_seconds=spec.tuning.checkpoint_seconds, has_history=plan.cost_model.learnt_from > 0
+    )
     found: dict[GroupKey, dict[str, Any]] = {}
 
-    def train(wave: Wave) -> TrainedFiles:
+    def train(wave: Wave) -> TrainedFiles | None:
         return _train_wave(cluster, commits, run, spec, wave, progress, bases)
 
-    for wave, trained in _overlapping(cluster.spark, waves, train):
-        outcomes = {(int(outcome["grain"]), str(outcome["group_id"])): outcome for outcome in trained.outcomes}
-        rows = [_trained_row(planned, outcomes, wave, run, spec) for planned in records(wave.groups)]
-        commits.wave(wave, trained, pd.DataFrame(rows).reindex(columns=LEDGER.schema.names))
-        found |= {(int(row["grain"]), str(row["group_id"])): row for row in rows}
+    # Closed at once where a commit fails, so that what is under way ends.
+    with closing(_overlapping(cluster.spark, schedule, run.run_id, train)) as waves:
+        for wave, trained in waves:
+            outcomes = {(int(outcome["grain"]), str(outcome["group_id"])): outcome for outcome in trained.outcomes}
+            left = set(trained.not_started)
+            rows = [
+                _trained_row(planned, outcomes, wave, run, spec)
+                for planned in records(wave.groups)
+                if (int(planned["grain"]), str(planned["group_id"])) not in left
+            ]
+            commits.wave(wave, trained, pd.DataFrame(rows).reindex(columns=LEDGER.schema.names))
+            found |= {(int(row["grain"]), str(row["group_id"])): row for row in rows}
+            schedule.ended(wave.groups, trained.outcomes, trained.not_started)
+            progress.pace = schedule.pace
     return found
 
 
-def _overlapping(spark: SparkSession, waves: Sequence[Wave], train: Callable[[Wave], TrainedFiles]) -> Iterator[tuple[Wave, TrainedFiles]]:
-    """Each wave with what it left, in order; the next one already starts while one drains, as Spark hands free slots to the oldest job.
+def _overlapping(
+    spark: SparkSession, schedule: Schedule, run_id: str, train: Callable[[Wave], TrainedFiles | None]
+) -> Iterator[tuple[Wave, TrainedFiles]]:
+    """Each wave with what it left, as they end; the next one starts while one drains, as Spark hands free slots to the oldest job.
 
-    A further one starts only when the caller, having committed a wave, asks for the next: more would be lost with a killed run.
+    A further one is laid out only when the caller, having committed a wave, asks for the next: more would be lost with a killed
+    run, and less would be known of the pace. A wave that dies of a group is trained again in halves.
     """
-    pool = ThreadPoolExecutor(WAVES_AT_ONCE, thread_name_prefix="wave")
-    futures: list[Future[TrainedFiles]] = [pool.submit(train, wave) for wave in waves[:WAVES_AT_ONCE]]
+    token = uuid.uuid4().hex[:8]
+    numbers = itertools.count()
+    pool = ThreadPoolExecutor(schedule.most_waves, thread_name_prefix="wave")
+    running: dict[Future[TrainedFiles | None], Wave] = {}
     try:
-        for number, wave in enumerate(waves):
-            yield wave, futures[number].result()
-            futures += [pool.submit(train, later) for later in waves[len(futures) : len(futures) + 1]]
+        while True:
+            while (groups := schedule.next_wave()) is not None:
+                wave = Wave(f"{run_id}-{token}-{next(numbers)}", groups, schedule.start_seconds)
+                running[pool.submit(train, wave)] = wave
+            if not running:
+                return
+            ended = next(iter(wait(running, return_when=FIRST_COMPLETED).done))
+            wave, trained = running.pop(ended), ended.result()
+            if trained is None:
+                schedule.halve(wave.groups)
+            else:
+                yield wave, trained
     except BaseException:
-        for future in futures:
+        for future in running:
             future.cancel()
         spark.sparkContext.cancelAllJobs()
         raise
@@ -617,8 +652,8 @@ def _overlapping(spark: SparkSession, waves: Sequence[Wave], train: Callable[[Wa
 
 def _train_wave(
     cluster: Cluster, commits: Commits, run: PlannedRun, spec: FleetSpec, wave: Wave, progress: Progress, bases: DataFrame | None = None
-) -> TrainedFiles:
-    """One Spark job; if it dies, its halves, down to the group that kills it, which is `crashed`."""
+) -> TrainedFiles | None:
+    """One Spark job; None if a group of several kills it, and if it was alone, it is `crashed`."""
     placed = placed_rows(cluster.spark, run.rows, spec, wave.groups, bases)
     try:
         return train_wave(
@@ -628,20 +663,12 @@ def _train_wave(
         if cluster.spark.sparkContext._jsc is None or not _died_of_training(placed, error):  # noqa: SLF001 - whether the session has been stopped
             raise
     groups = wave.groups
-    if len(groups) == 1:
-        key = {"grain": int(groups["grain"].iloc[0]), "group_id": str(groups["group_id"].iloc[0])}
-        message = "every Spark worker that trained it was lost; see the executors' logs, and give it more memory or fewer rows (tuning.max_rows)"
-        told = {"status": "crashed", "reason": NATIVE_CRASH, "error_class": "ExecutorLost", "error_message": message}
-        return TrainedFiles([{**key, **told}], [], [])
-    # Longest first: every other group to each half.
-    halves = (Wave(wave.name, _renumbered(groups.iloc[start::2])) for start in (0, 1))
-    first, second = (_train_wave(cluster, commits, run, spec, half, progress, bases) for half in halves)
-    return first + second
-
-
-def _renumbered(groups: pd.DataFrame) -> pd.DataFrame:
-    """The same groups with tasks from 0 without gaps."""
-    return groups.assign(task=pd.factorize(groups["task"], sort=True)[0])
+    if len(groups) > 1:
+        return None
+    key = {"grain": int(groups["grain"].iloc[0]), "group_id": str(groups["group_id"].iloc[0])}
+    message = "every Spark worker that trained it was lost; see the executors' logs, and give it more memory or fewer rows (tuning.max_rows)"
+    told = {"status": "crashed", "reason": NATIVE_CRASH, "error_class": "ExecutorLost", "error_message": message}
+    return TrainedFiles([{**key, **told}], [], [])
 
 
 def _died_of_training(placed: DataFrame, error: Exception) -> bool:
@@ -857,6 +884,6 @@ def _second_pass(run: PlannedRun, spec: FleetSpec, found: dict[GroupKey, dict[st
             return
         left -= {(int(row["grain"]), str(row["group_id"])) for row in chosen}
         groups = pd.DataFrame(chosen).sort_values("cost_seconds", ascending=False, ignore_index=True)
-        groups["task"], groups["wave"] = pack_tasks(groups["cost_seconds"].tolist(), slots=slots), 0
-        yield TrainingPlan(groups, slots, run.plan.cost_model)
+        # These seconds are those of the first pass.
+        yield TrainingPlan(groups, slots, CostModel(learnt_from=len(plans)))
         spent += sum(float(found[int(row["grain"]), str(row["group_id"])]["seconds"] or 0.0) for row in chosen)

@@ -3,19 +3,24 @@
 import gc
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pyarrow as pa
+from pyspark import SparkFiles, TaskContext
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as sf
 from pyspark.sql.pandas.types import from_arrow_schema
 
 from pipeline.errors import DataError
+from pipeline.grouping.plan import GroupKey
 from pipeline.grouping.sampling import SAMPLED_WHOLE
+from pipeline.grouping.schedule import Pace, seconds_left
 from pipeline.grouping.splits import FIT, GAP, REPORT, TUNE, Cutoffs
 from pipeline.spark.files import FileWriter, WrittenFile, file_json, file_of_json
 from pipeline.spark.keys import finite, group_id_column, link_column, moment_column
@@ -23,9 +28,9 @@ from pipeline.spec import BINARY, COUNTED, MAX_CLASSES, MULTICLASS, QUANTILE, Fl
 from pipeline.tables import BOOSTERS, HOLDOUT
 from pipeline.training.blend import Constants
 from pipeline.training.trainer import RATE, TrainingSettings, train_group
-from pipeline.training.worker import OUTCOME_SCHEMA, TaskWorker, TrainGroup
+from pipeline.training.worker import NOT_STARTED, OUTCOME_SCHEMA, TaskWorker, TrainGroup, not_started
 
-Report = Callable[[int, int, float], None]
+Report = Callable[["Done"], None]
 # Constants and weights keep so many significant digits: sums over files in another order differ in the last ones.
 DIGITS = 12
 # Features per whole number that tells which of them are null.
@@ -352,23 +357,69 @@ class TrainedFiles:
         outcomes: one dict per group: ledger columns.
         boosters: files of the booster store.
         holdout: files of the holdout table.
+        not_started: groups for which the wave's time was over, as (grain, group id).
     """
 
     outcomes: list[dict[str, Any]]
     boosters: list[WrittenFile]
     holdout: list[WrittenFile]
+    not_started: list[GroupKey] = field(default_factory=list)
 
-    def __add__(self, other: "TrainedFiles") -> "TrainedFiles":
-        return TrainedFiles(self.outcomes + other.outcomes, self.boosters + other.boosters, self.holdout + other.holdout)
+
+@dataclass(frozen=True)
+class Done:
+    """How far the training of a run is.
+
+    Args:
+        groups: trained, or found not to be trainable.
+        failed: of these.
+        of: groups to train.
+        seconds_left: wall seconds, about; None before there is evidence.
+    """
+
+    groups: int
+    failed: int
+    of: int
+    seconds_left: float | None
 
 
 class Progress:
-    """Counts of what is done, added up on Spark's workers."""
+    """Counts of what is done, added up on Spark's workers as their tasks end.
 
-    def __init__(self, spark: SparkSession, report: Report) -> None:
+    Args:
+        spark: the session.
+        report: called now and then.
+        slots: tasks that run at once.
+    """
+
+    def __init__(self, spark: SparkSession, report: Report, slots: int = 1) -> None:
         context = spark.sparkContext
-        self.done, self.failed, self.worked = context.accumulator(0), context.accumulator(0), context.accumulator(0.0)
+        self.done, self.failed = context.accumulator(0), context.accumulator(0)
+        # Of the groups that ended: seconds as planned, and as they were.
+        self.worked, self.spent = context.accumulator(0.0), context.accumulator(0.0)
+        self.pace = Pace()
         self._report = report
+        self._slots = slots
+        self._of, self._planned = 0, 0.0
+        self._began = time.monotonic()
+
+    def expect(self, groups: pd.DataFrame) -> None:
+        """These groups are to be trained, too: rows of a plan."""
+        self._of += len(groups)
+        self._planned += float(groups["cost_seconds"].sum())
+
+    def so_far(self) -> Done:
+        """What is done by now."""
+        done = int(self.done.value)
+        left = seconds_left(
+            self.pace,
+            slots=self._slots,
+            groups_left=self._of - done,
+            planned_left=max(0.0, self._planned - float(self.worked.value)),
+            spent=float(self.spent.value),
+            elapsed=time.monotonic() - self._began,
+        )
+        return Done(done, int(self.failed.value), self._of, left)
 
     @contextmanager
     def told(self, every_seconds: float = 2.0) -> Iterator[None]:
@@ -377,7 +428,7 @@ class Progress:
 
         def watch() -> None:
             while not ended.wait(every_seconds):
-                self._report(self.done.value, self.failed.value, self.worked.value)
+                self._report(self.so_far())
 
         watcher = threading.Thread(target=watch, name="training-progress", daemon=True)
         watcher.start()
@@ -386,7 +437,7 @@ class Progress:
         finally:
             ended.set()
             watcher.join()
-        self._report(self.done.value, self.failed.value, self.worked.value)
+        self._report(self.so_far())
 
 
 @dataclass(frozen=True)
@@ -396,10 +447,12 @@ class Wave:
     Args:
         name: unique for ever; the partition of its boosters and holdout rows.
         groups: rows of the plan.
+        start_seconds: so long after its first group it may start another; by default it starts all.
     """
 
     name: str
     groups: pd.DataFrame
+    start_seconds: float | None = None
 
 
 def train_wave(
@@ -428,14 +481,19 @@ def train_wave(
     keys = [(int(grain), str(group)) for grain, group in zip(groups["grain"], groups["group_id"], strict=True)]
     starts = dict(zip(keys, groups["started_from"], strict=True))
     costs = dict(zip(keys, groups["cost_seconds"].astype(float), strict=True))
-    name, run_id, done, failed, worked = wave.name, settings.run_id, progress.done, progress.failed, progress.worked
+    name, run_id, start_seconds = wave.name, settings.run_id, wave.start_seconds
+    done, failed, worked, spent = progress.done, progress.failed, progress.worked, progress.spent
 
     def train_one(rows: pa.Table) -> pa.Table:
+        if start_seconds is not None and _is_over(name, start_seconds):
+            return not_started(rows)
         outcome = _worker_of(name, settings, starts, train, memory_bytes).train(rows)
+        ledger = json.loads(outcome["ledger"][0].as_py())
         done.add(1)
-        if json.loads(outcome["ledger"][0].as_py())["status"] in ("failed", "crashed"):
+        if ledger["status"] in ("failed", "crashed"):
             failed.add(1)
         worked.add(costs[outcome["grain"][0].as_py(), outcome["group_id"][0].as_py()])
+        spent.add(float(ledger.get("seconds") or 0.0))
         return outcome
 
     def write(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -461,8 +519,10 @@ def train_wave(
     trained = placed.groupBy("task", "grain", "group_id").applyInArrow(train_one, from_arrow_schema(OUTCOME_SCHEMA))
     rows = trained.mapInArrow(write, "kind string, line string").collect()
     files = [json.loads(row["line"]) for row in rows if row["kind"] == "file"]
+    outcomes = [json.loads(row["line"]) for row in rows if row["kind"] == "outcome"]
     return TrainedFiles(
-        outcomes=[json.loads(row["line"]) for row in rows if row["kind"] == "outcome"],
+        outcomes=[outcome for outcome in outcomes if outcome["status"] != NOT_STARTED],
+        not_started=[(outcome["grain"], outcome["group_id"]) for outcome in outcomes if outcome["status"] == NOT_STARTED],
         boosters=[file_of_json(file) for file in files if file["table"] == "boosters"],
         holdout=[file_of_json(file) for file in files if file["table"] == "holdout"],
     )
@@ -482,6 +542,26 @@ def keep_imports() -> None:
     """
     if not gc.get_freeze_count():
         gc.freeze()
+
+
+def _is_over(wave: str, start_seconds: float) -> bool:
+    """Whether this executor began a wave longer ago than that; a task that Spark repeats starts all its groups.
+
+    Its tasks run in several processes, which share a file in the executor's own folder, and the machine's clock, which
+    no other machine has to agree with. The first to come writes the file: every wave starts a group at least.
+    """
+    context = TaskContext.get()
+    if context is not None and context.attemptNumber() > 0:
+        return False
+    began = Path(SparkFiles.getRootDirectory()) / f"began-{wave}"
+    now = time.monotonic()
+    try:
+        with began.open("x") as file:
+            file.write(repr(now))
+    except FileExistsError:
+        # Another process has made it, and may be about to write.
+        return now - float(began.read_text() or now) > start_seconds
+    return False
 
 
 # One per Python worker of Spark, which runs many tasks.

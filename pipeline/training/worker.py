@@ -28,6 +28,8 @@ OUTCOME_SCHEMA: Any = pa.schema(
     ]
 )
 _MESSAGE_LENGTH = 2000
+# Status of a group that a worker did not start; it is trained by a later wave, and has no ledger row yet.
+NOT_STARTED = "not_started"
 
 TrainGroup = Callable[[pd.DataFrame, int, TrainingSettings, Start], Outcome]
 
@@ -86,6 +88,13 @@ class TaskWorker:
         frame = rows_in_pandas(table, self._settings.model)
         outcome = train_one(frame, grain, self._settings, start, self._train)
         return _stream(_outcome_table(outcome, grain, group))
+
+
+def not_started(rows: pa.Table) -> pa.Table:
+    """One row of OUTCOME_SCHEMA for a group that is left to a later wave."""
+    grain, group = (rows[name][0].as_py() for name in ("grain", "group_id"))
+    row = {"grain": grain, "group_id": group, "ledger": json.dumps({"status": NOT_STARTED})}
+    return pa.Table.from_pylist([row], schema=OUTCOME_SCHEMA)
 
 
 def train_one(frame: pd.DataFrame, grain: int, settings: TrainingSettings, start: Start = NO_START, train: TrainGroup = train_group) -> Outcome:

@@ -14,6 +14,7 @@ from benchmarks.generated import GeneratedFleet
 from benchmarks.kills import WAVES_REPEATED, Reference, Trial, kill_trials, random_trials, straight_run, survive
 from benchmarks.poison import POISONS, TRAINED, train_poisoned
 from pipeline.faults import POINTS
+from pipeline.grouping.schedule import Schedule
 from pipeline.spark.fleet_training import _overlapping
 from pipeline.spark.training import TrainedFiles, Wave
 
@@ -43,12 +44,16 @@ def test_however_slow_commits_are_two_waves_at_most_are_not_committed(spark: Spa
         trained.append(wave.name)
         return TrainedFiles([], [], [])
 
-    waves = [Wave(str(number), pd.DataFrame()) for number in range(6)]
-    for n_committed, (wave, _) in enumerate(_overlapping(spark, waves, train)):
-        assert wave.name == str(n_committed)
+    groups = pd.DataFrame({"grain": 1, "group_id": [f"g{number}" for number in range(24)], "cost_seconds": 1.0, "task": 0})
+    schedule = Schedule(groups, slots=2, checkpoint_seconds=4.0, has_history=True)
+    committed = []
+    for wave, _ in _overlapping(spark, schedule, "run", train):
         time.sleep(0.1)
-        assert len(trained) <= n_committed + WAVES_REPEATED
-    assert trained == [wave.name for wave in waves]
+        assert len(trained) <= len(committed) + WAVES_REPEATED
+        schedule.ended(wave.groups, [])
+        committed += wave.groups["group_id"].tolist()
+    assert committed == groups["group_id"].tolist()
+    assert len(trained) == 6
 
 
 def test_trials_are_repeatable_and_kill_each_kind_of_process() -> None:

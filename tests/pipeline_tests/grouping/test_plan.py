@@ -55,8 +55,9 @@ def policy(**changes: Any) -> Policy:
 NOTHING = Memory()
 
 
-def plan_of(counts: pd.DataFrame, memory: Memory = NOTHING, *, slots: int = 2, checkpoint_seconds: float = 60, **changes: Any) -> TrainingPlan:
-    return build_plan(counts, policy(**changes), memory, shared="shared", n_features=10, n_fits=7, slots=slots, checkpoint_seconds=checkpoint_seconds)
+def plan_of(counts: pd.DataFrame, memory: Memory = NOTHING, *, slots: int = 2, checkpoint_seconds: float = 60, cost_model: CostModel | None = None, **changes: Any) -> TrainingPlan:
+    seconds = {"checkpoint_seconds": checkpoint_seconds, "cost_model": cost_model}
+    return build_plan(counts, policy(**changes), memory, shared="shared", n_features=10, n_fits=7, slots=slots, **seconds)
 
 
 def planned(rows: Sequence[tuple[int, int, int]], *, slots: int = 2) -> TrainingPlan:
@@ -123,7 +124,7 @@ def test_the_plan_does_not_depend_on_the_order_of_the_counts(rows: list[tuple[in
 @given(costs_of_groups, st.integers(1, 8), st.floats(0.5, 60))
 def test_waves_keep_all_slots_busy_for_about_the_checkpoint(costs: list[float], slots: int, checkpoint_seconds: float) -> None:
     tasks = pack_tasks(costs, slots=slots)
-    waves, numbers = assign_waves(tasks, costs, slots=slots, checkpoint_seconds=checkpoint_seconds)
+    waves, numbers = assign_waves(tasks, costs, slots=slots, wave_seconds=checkpoint_seconds)
     assert len(waves) == len(numbers) == len(costs)
     work = pd.Series(costs, dtype=float).groupby(waves).sum() if costs else pd.Series(dtype=float)
     longest = pd.Series(costs, dtype=float).groupby(tasks).sum() if costs else pd.Series(dtype=float)
@@ -198,7 +199,7 @@ def test_a_plan_of_one_empty_group_is_a_plan() -> None:
     plan = plan_of(counted([(500, 50, 5), (0, 0, 0)]).iloc[1:])
     assert (plan.n_tasks, plan.n_waves, plan.predicted_seconds) == (0, 0, 0)
     assert pack_tasks([], slots=4) == []
-    assert assign_waves([], [], slots=4, checkpoint_seconds=1) == ([], [])
+    assert assign_waves([], [], slots=4, wave_seconds=1) == ([], [])
 
 
 def test_a_plan_speaks_to_people() -> None:
@@ -207,8 +208,10 @@ def test_a_plan_speaks_to_people() -> None:
     assert text.startswith("5 groups: 2 to train, 1 unchanged (reused), 1 ")
     assert "1 no_target" in text
     assert "1 too_few_rows" in text
-    assert "tasks in 1 wave on 2 slots" in text
-    assert "a first guess of the seconds" in text
+    assert text.endswith("; 1 to 3 s on 2 slots, estimated (no history yet)")
+    learnt = plan_of(counted([(2000, 20, 5)] * 3), cost_model=CostModel(1.0, 1.0, 43)).describe()
+    assert learnt == "3 groups: 3 to train; 3 tasks in 3 waves on 2 slots, about 382 s, estimated from 43 earlier groups"
+    assert plan_of(counted([(0, 0, 0)]).assign(grain=1)).describe() == "1 groups: 1 no_target; nothing to train"
 
 
 # What earlier runs left

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,6 +36,7 @@ pytestmark = [pytest.mark.spark, pytest.mark.slow]
 OSLO, NAPOLI = group_id(["north", "oslo"]), group_id(["south", "napoli"])
 # Small waves, so that there are several.
 SPEC = small_spec(tuning={"checkpoint_seconds": 0.05})
+N_GROUPS = 7
 SPEC_OF_ONE_WAVE = small_spec(tuning={"checkpoint_seconds": 600})
 # What may differ between an interrupted and an uninterrupted run.
 OF_THE_RUN = ["run_id", "source_run_id", "wave", "seconds", "lightgbm_seconds", "task", "planned_seconds"]
@@ -222,28 +224,40 @@ def without_run(ledger: pd.DataFrame) -> list[dict[str, Any]]:
     return found
 
 
-def n_waves(ledger: pd.DataFrame) -> int:
-    return int(ledger["wave"].nunique())
+def failing_when_done(fleet: Fleet, *, turn: int) -> Callable[[], None]:
+    """A check that no longer lets the run commit once every group is trained, at its nth turn since."""
+    turns = iter(range(1, 10**6))
+
+    def check() -> None:
+        location = fleet.tables.location("small", "ledger")
+        is_done = fleet.tables.exists(location) and len(fleet.table("ledger")) == N_GROUPS
+        if is_done and next(turns) == turn:
+            raise StoreError("the fleet was taken over")
+
+    return check
 
 
 @pytest.fixture(params=["before the second wave", "between its boosters and its ledger rows", "before the complete ledger", "before the end"])
-def interrupted(request: pytest.FixtureRequest, empty: Fleet, first: tuple[Fleet, pd.DataFrame], rows: pd.DataFrame) -> tuple[Fleet, int]:
-    """A fleet whose first run ended there, and the waves that were committed."""
-    waves = n_waves(first[1])
+def interrupted(request: pytest.FixtureRequest, empty: Fleet, rows: pd.DataFrame) -> Fleet:
+    """A fleet whose first run ended there."""
     # The manifest first, then each wave twice: before its boosters and before its ledger rows.
-    turns = {"before the second wave": (4, 1), "between its boosters and its ledger rows": (5, 1)}
-    turn, done = turns.get(request.param, (2 + 2 * waves + (request.param == "before the end"), waves))
+    checks = {
+        "before the second wave": failing_at(4),
+        "between its boosters and its ledger rows": failing_at(5),
+        "before the complete ledger": failing_when_done(empty, turn=1),
+        "before the end": failing_when_done(empty, turn=2),
+    }
     with pytest.raises(StoreError, match="taken over"):
-        empty.train(empty.plan(rows, "run-a"), failing_at(turn))
-    return empty, done
+        empty.train(empty.plan(rows, "run-a"), checks[request.param])
+    return empty
 
 
 def test_an_interrupted_run_is_finished_as_if_nothing_had_happened(
-    interrupted: tuple[Fleet, int], first: tuple[Fleet, pd.DataFrame], rows: pd.DataFrame
+    interrupted: Fleet, first: tuple[Fleet, pd.DataFrame], rows: pd.DataFrame
 ) -> None:
-    fleet, done = interrupted
-    left = fleet.table("ledger") if fleet.tables.exists(fleet.tables.location("small", "ledger")) else pd.DataFrame()
-    assert left["wave"].nunique() == done > 0
+    fleet = interrupted
+    left = fleet.table("ledger")
+    assert 0 < len(left) <= N_GROUPS
     assert fleet.table("runs")["finished_at"].isna().all()
     run = fleet.plan(rows, "run-b")
     assert (run.is_resumed, run.run_id, run.settings.run_id) == (True, "run-a", "run-a")
@@ -286,6 +300,26 @@ def test_another_request_does_not_resume_but_reuses_what_was_done(empty: Fleet, 
     assert (everything.is_resumed, set(everything.plan.groups["action"])) == (False, {"train"})
     later = empty.plan(changed(rows, "oslo"), "run-b")
     assert later.is_resumed is False
+
+
+# Waves end by the clock
+
+
+def test_a_wave_whose_time_is_over_gives_back_what_it_has_not_started(empty: Fleet, first: tuple[Fleet, pd.DataFrame], rows: pd.DataFrame) -> None:
+    # Foreseen to last a moment, and each group takes a second: two slots start two groups, and then no more.
+    empty.spec = small_spec(tuning={"checkpoint_seconds": 1.0})
+
+    def train(frame: pd.DataFrame, grain: int, settings: Any, start: Start) -> Outcome:
+        time.sleep(1.0)
+        return train_group(frame, grain, settings, start)
+
+    run = empty.plan(rows, "run-1")
+    groups = run.plan.groups.assign(cost_seconds=0.001)
+    ledger = empty.train(replace(run, plan=replace(run.plan, groups=groups)), train=train)
+    assert set(ledger["status"]) == {"trained"}
+    assert len(ledger) == len(empty.table("boosters")) == N_GROUPS
+    assert ledger["wave"].value_counts().max() <= 2
+    assert by_group(ledger, "booster_id") == by_group(first[1], "booster_id")
 
 
 # Samples
