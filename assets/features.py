@@ -1,17 +1,26 @@
 """`<fleet>/features`: the feature table, its contract enforced before it is committed."""
 
+import json
 from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import dagster as dg
 
-from assets.link import FleetFiles, link_key, link_settings, prefixed, readable_failures
+from assets.link import FleetFiles, link_key, link_settings, prefixed, readable_failures, since, unchanged
+from pipeline.errors import StoreError
 from pipeline.features.sql import check_features
 from pipeline.features.suspicions import columns_looked_at, find_suspicions
+from pipeline.recognition import DIGEST, RESULTS, features_digest
 from pipeline.spark.features import all_null_columns, build_features, check_feature_table, rows_of_some_entities
 from pipeline.spec import FleetSpec
 from pipeline.tables import FEATURES
 from resources.delta_tables import DeltaTables, contract_metadata
+from resources.launch_settings import LaunchSettings
 from resources.spark_session import SparkSessionResource
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
 
 
 def features_asset(spec: FleetSpec, files: FleetFiles) -> dg.AssetsDefinition:
@@ -42,26 +51,30 @@ def features_asset(spec: FleetSpec, files: FleetFiles) -> dg.AssetsDefinition:
             ),
         ],
     )
-    def features(context: dg.AssetExecutionContext, tables: DeltaTables, spark: SparkSessionResource) -> dg.MaterializeResult:
+    def features(context: dg.AssetExecutionContext, tables: DeltaTables, spark: SparkSessionResource, launch: LaunchSettings) -> dg.MaterializeResult:
         location = tables.location(spec.name, FEATURES.name)
         with readable_failures():
-            raw = {name: tables.read_spark(spark.session, tables.location(spec.name, "raw", name)) for name in sources}
-            schemas = {name: {field.name: field.dataType.simpleString() for field in frame.schema} for name, frame in raw.items()}
-            check_features(spec, files.sql, file=spec.features.sql, schemas=schemas)
-            rows = build_features(spark.session, spec, files.sql, raw)
-            counts: dict[str, int] = {}
-            version = tables.write_spark(rows, location, before_commit=lambda rows: counts.update(check_feature_table(rows, spec)))
-            written = tables.read_spark(spark.session, location)
-            empty = all_null_columns(written, spec.feature_columns)
-            suspicions = find_suspicions(rows_of_some_entities(written, spec, columns_looked_at(spec), counts["n_rows"]), spec)
-        context.log.info(f"features: {counts['n_rows']:,} rows, {counts['n_targets']:,} with a target, {len(spec.feature_columns)} features")
-        columns = [dg.TableColumn(field.name, field.dataType.simpleString()) for field in rows.schema]
+            digest = _digest(spec, files, tables, spark)
+            found = None if launch.retrain == "all" else unchanged(tables, location, digest)
+            if found is None:
+                context.log.info("building the feature table on Spark")
+                _build(spec, files, tables, spark, location, digest)
+                found = tables.snapshot(location)
+                said = ""
+            else:
+                said = f"unchanged since {since(found)}, "
+            if found is None:
+                raise StoreError(f"{location} was committed, and its files are not there; check the store, then run again")
+        results = json.loads(found.metadata[RESULTS])
+        counts, empty, suspicions = results["counts"], results["all_null"], results["suspicions"]
+        context.log.info(f"features: {said}{counts['n_rows']:,} rows, {counts['n_targets']:,} with a target, {len(spec.feature_columns)} features")
+        columns = [dg.TableColumn(field.name, str(field.type)) for field in found.schema]
         return dg.MaterializeResult(
             metadata={
                 **contract_metadata(FEATURES, location),
                 "dagster/row_count": counts["n_rows"],
                 "dagster/column_schema": dg.TableSchema(columns=columns),
-                **prefixed({"version": version, **counts, "features": len(spec.feature_columns)}),
+                **prefixed({"version": found.version, "unchanged": bool(said), **counts, "features": len(spec.feature_columns)}),
             },
             check_results=[
                 dg.AssetCheckResult(check_name="has_targets", passed=counts["n_targets"] > 0, metadata={"rows_with_target": counts["n_targets"]}),
@@ -73,19 +86,19 @@ def features_asset(spec: FleetSpec, files: FleetFiles) -> dg.AssetsDefinition:
                 ),
                 _warning(
                     "lags_find_their_rows",
-                    suspicions.missed_lags,
+                    suspicions["missed_lags"],
                     "null although the entity has a value within a period of the wanted time: it was known only after the row's horizon, "
                     "or the series keeps other hours",
                 ),
                 _warning(
                     "days_begin_at_midnight",
-                    suspicions.other_midnights,
+                    suspicions["other_midnights"],
                     "if that is midnight somewhere, set timezone to that zone, e.g. `timezone: Europe/Berlin`: otherwise days are cut "
                     "in the wrong place, and lags miss their rows after each change of the clocks",
                 ),
                 _warning(
                     "no_column_looks_like_the_future",
-                    suspicions.like_the_target,
+                    suspicions["like_the_target"],
                     "a column that is known only with the target must not be in features.columns: use a lag or a window of it; "
                     "if it is known when the prediction is made, nothing needs to be done",
                 ),
@@ -105,3 +118,31 @@ def _warning(check_name: str, found: Mapping[str, str], hint: str) -> dg.AssetCh
         description=f"{told} ({hint})" if found else None,
         metadata=dict(found),
     )
+
+
+def _digest(spec: FleetSpec, files: FleetFiles, tables: DeltaTables, spark: SparkSessionResource) -> str | None:
+    """Of all that the table is made of; None where a raw table cannot be told from another."""
+    raw = {source.name: tables.snapshot(tables.location(spec.name, "raw", source.name)) for source in spec.sources}
+    identities = {name: found.identity for name, found in raw.items() if found is not None}
+    return features_digest(spec, files.sql, identities, spark.conf) if len(identities) == len(raw) else None
+
+
+def _build(spec: FleetSpec, files: FleetFiles, tables: DeltaTables, spark: SparkSessionResource, location: str, digest: str | None) -> None:
+    """Build, check and commit the table; what the checks found is kept in its commit, for launches that find it unchanged."""
+    raw = {source.name: tables.read_spark(spark.session, tables.location(spec.name, "raw", source.name)) for source in spec.sources}
+    schemas = {name: {field.name: field.dataType.simpleString() for field in frame.schema} for name, frame in raw.items()}
+    check_features(spec, files.sql, file=spec.features.sql, schemas=schemas)
+    rows = build_features(spark.session, spec, files.sql, raw)
+    kept = {DIGEST: digest} if digest else {}
+
+    def look(written: "DataFrame") -> None:
+        counts = check_feature_table(written, spec)
+        looked_at = rows_of_some_entities(written, spec, columns_looked_at(spec), counts["n_rows"])
+        results = {
+            "counts": counts,
+            "all_null": all_null_columns(written, spec.feature_columns),
+            "suspicions": asdict(find_suspicions(looked_at, spec)),
+        }
+        kept[RESULTS] = json.dumps(results)
+
+    tables.write_spark(rows, location, before_commit=look, metadata=kept)

@@ -1,5 +1,6 @@
 """What every link of the chain has in common: keys, tags, and errors that people can read."""
 
+import datetime as dt
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +10,9 @@ from typing import Any
 import dagster as dg
 
 from pipeline.errors import FleetError
+from pipeline.recognition import DIGEST
 from pipeline.spec import FleetSpec
+from pipeline.store import Snapshot, Tables
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,21 @@ def readable_failures() -> Iterator[None]:
         yield
     except FleetError as error:
         raise dg.Failure(description=str(error), metadata={"fleet/error": type(error).__name__}, allow_retries=False) from error
+
+
+def unchanged(tables: Tables, location: str, digest: str | None) -> Snapshot | None:
+    """A table whose newest commit was made of just what it would be made of now; None where it is to be made again."""
+    if digest is None:
+        return None
+    found = tables.snapshot(location)
+    return found if found is not None and found.metadata.get(DIGEST) == digest else None
+
+
+def since(found: Snapshot) -> str:
+    """When a version was committed, for people: local time, with the date where that is not today's."""
+    committed = found.committed_at.astimezone()
+    is_today = committed.date() == dt.datetime.now().astimezone().date()
+    return committed.strftime("%H:%M" if is_today else "%Y-%m-%d %H:%M")
 
 
 def png(picture: bytes) -> dg.MarkdownMetadataValue:

@@ -5,13 +5,15 @@ import datetime as dt
 import dagster as dg
 import pyarrow as pa
 
-from assets.link import FleetFiles, link_key, link_settings, prefixed, readable_failures
+from assets.link import FleetFiles, link_key, link_settings, prefixed, readable_failures, since, unchanged
 from pipeline.errors import DataError
-from pipeline.sources import read_source
+from pipeline.recognition import DIGEST, raw_digest
+from pipeline.sources import read_source, source_state
 from pipeline.spark.files import WrittenFile
 from pipeline.spec import FleetSpec, SourceSpec
 from pipeline.tables import RAW
 from resources.delta_tables import DeltaTables
+from resources.launch_settings import LaunchSettings
 
 
 def raw_asset(spec: FleetSpec, source: SourceSpec, files: FleetFiles) -> dg.AssetsDefinition:
@@ -21,20 +23,27 @@ def raw_asset(spec: FleetSpec, source: SourceSpec, files: FleetFiles) -> dg.Asse
         **link_settings(spec, source.name, description=f"Raw table `{source.name}`, as ingested from `{source.uri}`.", kinds={"deltalake", "arrow"}),
         check_specs=[dg.AssetCheckSpec("has_rows", asset=link_key(spec, source.name), description="The source is not empty.")],
     )
-    def raw(context: dg.AssetExecutionContext, tables: DeltaTables) -> dg.MaterializeResult:
+    def raw(context: dg.AssetExecutionContext, tables: DeltaTables, launch: LaunchSettings) -> dg.MaterializeResult:
         location = tables.location(spec.name, "raw", source.name)
         with readable_failures():
-            written, schema = ingest(source, files, tables, location)
-            version = tables.commit(location, written, schema, mode="overwrite")
-        n_rows = sum(file.n_rows for file in written)
-        context.log.info(f"{source.name}: {n_rows:,} rows from {source.uri}")
+            # Before the files are read: one that changes meanwhile is another one the next time.
+            digest = raw_digest(source, source_state(source, files.folder))
+            found = None if launch.retrain == "all" else unchanged(tables, location, digest)
+            if found is None:
+                written, schema = ingest(source, files, tables, location)
+                version = tables.commit(location, written, schema, mode="overwrite", metadata={DIGEST: digest} if digest else None)
+                n_files, n_rows = len(written), sum(file.n_rows for file in written)
+                context.log.info(f"{source.name}: {n_rows:,} rows from {source.uri}")
+            else:
+                version, schema, n_files, n_rows = found.version, found.schema, found.n_files, found.n_rows
+                context.log.info(f"{source.name}: unchanged since {since(found)}, {n_rows:,} rows")
         columns = [dg.TableColumn(field.name, str(field.type)) for field in schema]
         return dg.MaterializeResult(
             metadata={
                 "dagster/row_count": n_rows,
                 "dagster/uri": location,
                 "dagster/column_schema": dg.TableSchema(columns=columns),
-                **prefixed({"version": version, "source": source.uri, "files": len(written)}),
+                **prefixed({"version": version, "source": source.uri, "files": n_files, "unchanged": found is not None}),
             },
             check_results=[
                 dg.AssetCheckResult(check_name="has_rows", passed=n_rows > 0, severity=dg.AssetCheckSeverity.WARN, metadata={"rows": n_rows})

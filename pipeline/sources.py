@@ -4,6 +4,8 @@ import glob
 import gzip
 import importlib.util
 import io
+import json
+import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -19,6 +21,8 @@ from pipeline.errors import DataError, SpecError
 from pipeline.spec import SourceSpec
 
 PACKAGE = "package://"
+# A file changed within so many seconds may change again without a new time; stores count in seconds, by a clock of their own.
+LOCAL_DOUBT_SECONDS, REMOTE_DOUBT_SECONDS = 2.0, 60.0
 # What a damaged or different file makes its reader raise; RuntimeError is a zip archive's, if it wants a password.
 _UNREADABLE = (pa.ArrowException, OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error)
 SUFFIXES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
@@ -57,6 +61,51 @@ def read_source(source: SourceSpec, folder: Path) -> Iterator[tuple[str, pa.Tabl
                 yield path, _readers()[kind](_plain_bytes(stream, path, kind), source)
         except _UNREADABLE as error:
             raise DataError(f"source {source.name!r}: {path} cannot be read as {kind} ({error}); correct the file or the source's format") from error
+
+
+def source_state(source: SourceSpec, folder: Path) -> str | None:
+    """What tells that a source's files are those of another time, without reading them.
+
+    Of a file on this machine: path, size, inode, and when its content and its entry were changed; in an object store: path, size and
+    time; of a Delta table: its id and version.
+
+    Args:
+        source: what is to be read.
+        folder: folder of the defs.yaml, from which a relative path counts.
+
+    Returns:
+        Text that differs wherever a file does. None where that is doubtful: a store that keeps no times, or a file changed so
+        lately that it could be changed once more within the resolution of its time.
+
+    Raises:
+        SpecError, DataError: as `read_source`.
+    """
+    if (source.format or _format_of(source)) == "delta":
+        return _delta_state(source, folder)
+    filesystem, paths = _locate(source, folder)
+    if isinstance(filesystem, pf.LocalFileSystem):
+        stats = [Path(path).stat() for path in paths]
+        newest, window = max(max(stat.st_mtime, stat.st_ctime) for stat in stats), LOCAL_DOUBT_SECONDS
+        told = [[path, stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns] for path, stat in zip(paths, stats, strict=True)]
+    else:
+        infos = filesystem.get_file_info(paths)
+        if any(info.mtime_ns is None for info in infos):
+            return None
+        newest, window = max(info.mtime_ns for info in infos) / 1e9, REMOTE_DOUBT_SECONDS
+        told = [[info.path, info.size, info.mtime_ns] for info in infos]
+    return None if time.time() - newest < window else json.dumps(told)
+
+
+def _delta_state(source: SourceSpec, folder: Path) -> str | None:
+    from deltalake import DeltaTable
+    from deltalake.exceptions import DeltaError
+
+    try:
+        table = DeltaTable(_delta_uri(source, folder))
+        return json.dumps([table.metadata().id, table.version()])
+    except (DeltaError, OSError):
+        # Reading it says what is wrong.
+        return None
 
 
 def _format_of(source: SourceSpec) -> str:
@@ -161,11 +210,15 @@ def _read_delta(source: SourceSpec, folder: Path) -> pa.Table:
     from deltalake import DeltaTable
     from deltalake.exceptions import DeltaError
 
-    uri = str(_package_folder(source) / _package_parts(source)[1]) if source.uri.startswith(PACKAGE) else source.uri
     try:
-        return _typed(DeltaTable(uri if "://" in uri else str(folder / uri)).to_pyarrow_table(), source)
+        return _typed(DeltaTable(_delta_uri(source, folder)).to_pyarrow_table(), source)
     except (DeltaError, OSError) as error:
         raise DataError(f"source {source.name!r}: {source.uri!r} cannot be read as a Delta table ({error})") from error
+
+
+def _delta_uri(source: SourceSpec, folder: Path) -> str:
+    uri = str(_package_folder(source) / _package_parts(source)[1]) if source.uri.startswith(PACKAGE) else source.uri
+    return uri if "://" in uri else str(folder / uri)
 
 
 def _typed(table: pa.Table, source: SourceSpec) -> pa.Table:

@@ -1,6 +1,8 @@
 """What training asks of the tables and of the lease; the adapters and the doubles have it."""
 
+import datetime as dt
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import pandas as pd
@@ -20,6 +22,29 @@ class HeldLease(Protocol):
 
     def check(self) -> None:
         """Make sure that the lease is still held."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The newest version of a table, as its log tells it.
+
+    Args:
+        identity: differs between any two versions, also of tables that were removed and made again.
+        version: its number.
+        committed_at: when it was committed, UTC.
+        metadata: strings kept in its commit.
+        schema: its columns.
+        n_files: data files.
+        n_rows: rows of all files.
+    """
+
+    identity: str
+    version: int
+    committed_at: dt.datetime
+    metadata: Mapping[str, str]
+    schema: pa.Schema
+    n_files: int
+    n_rows: int
 
 
 class Tables(Protocol):
@@ -60,6 +85,9 @@ class Tables(Protocol):
 
     def transaction(self, location: str, app_id: str) -> int | None:
         """The last number that an application committed; None for none."""
+
+    def snapshot(self, location: str) -> Snapshot | None:
+        """The newest version, if all its files are there as they were written; None otherwise, or where there is no table."""
 
     def layout(self, location: str) -> tuple[pa.Schema, list[str]]:
         """A table's columns, and those of them that it is partitioned by."""

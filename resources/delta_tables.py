@@ -1,5 +1,6 @@
 """Delta tables below one root: written by Spark tasks or the driver, one commit per write, read back by file list."""
 
+import datetime as dt
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -19,6 +20,7 @@ from pipeline.delta_log import refuse_strange_features, within
 from pipeline.errors import StoreError
 from pipeline.models.meta_model import filesystem_of
 from pipeline.spark.files import FileWriter, WrittenFile, read_files, write_files
+from pipeline.store import Snapshot
 from pipeline.tables import TableContract
 
 Mode = Literal["append", "overwrite"]
@@ -54,7 +56,7 @@ class DeltaTables(dg.ConfigurableResource):
             mode: append, or overwrite the table (or the partition).
             partition: the one partition that all rows belong to, by column; overwriting replaces only it.
             before_commit: called with the written rows, not committed yet; if it raises, nothing is.
-            metadata: strings kept in the commit.
+            metadata: strings kept in the commit; `before_commit` may still add some.
 
         Returns:
             The version committed.
@@ -200,6 +202,28 @@ class DeltaTables(dg.ConfigurableResource):
                 return None
             seen = DeltaTable(location, storage_options=self.storage_options).transaction_version(app_id)
         return None if seen is None else int(seen)
+
+    def snapshot(self, location: str) -> Snapshot | None:
+        """The newest version, if all its files are there as they were written; None otherwise, or where there is no table."""
+        with _store_errors(location):
+            if not self.exists(location):
+                return None
+            table = self._open(location, None)
+            actions = pa.table(table.get_add_actions(flatten=True)).to_pydict()
+            filesystem, root = filesystem_of(location, self.storage_options)
+            infos = filesystem.get_file_info([f"{root}/{path}" for path in actions["path"]])
+            if [info.size for info in infos] != actions["size_bytes"] or None in actions["num_records"]:
+                return None
+            commit = table.history(1)[0]
+        return Snapshot(
+            identity=f"{table.metadata().id}/{table.version()}",
+            version=int(table.version()),
+            committed_at=dt.datetime.fromtimestamp(commit["timestamp"] / 1000, dt.UTC),
+            metadata={name: value for name, value in commit.items() if isinstance(value, str)},
+            schema=_arrow_schema(table),
+            n_files=len(infos),
+            n_rows=sum(actions["num_records"]),
+        )
 
     def layout(self, location: str) -> tuple[pa.Schema, list[str]]:
         """A table's columns, and those of them that it is partitioned by."""

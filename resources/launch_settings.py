@@ -47,7 +47,8 @@ class LaunchSettings(dg.ConfigurableResource):
     retrain: Literal["changed", "stale", "listed", "all"] = Field(
         default="changed",
         description="`changed`: groups whose rows or settings changed; `stale`: also those tuned longer ago than tuning.retune_after; "
-        "`listed`: those in `groups`, all others keep their models; `all`.",
+        "`listed`: those in `groups`, all others keep their models; `all`: every group, and sources and features that did not change "
+        "are read and built again, too.",
     )
     groups: list[str] = Field(default_factory=list, description='Group ids for `retrain: listed`, e.g. `["EWR","IAH"]`; setting them means `listed`.')
     dry_run: bool = Field(default=False, description="Plan, print the plan, and train nothing.")

@@ -5,7 +5,7 @@ import itertools
 import json
 import platform
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -618,7 +618,7 @@ def _train_waves(
 
 def _overlapping(
     spark: SparkSession, schedule: Schedule, run_id: str, train: Callable[[Wave], TrainedFiles | None]
-) -> Iterator[tuple[Wave, TrainedFiles]]:
+) -> Generator[tuple[Wave, TrainedFiles], None, None]:
     """Each wave with what it left, as they end; the next one starts while one drains, as Spark hands free slots to the oldest job.
 
     A further one is laid out only when the caller, having committed a wave, asks for the next: more would be lost with a killed

@@ -3,6 +3,7 @@
 They know neither Dagster nor Spark; an asset takes them wherever it asks for `tables` or `registry`.
 """
 
+import datetime as dt
 import itertools
 import os
 import shutil
@@ -20,6 +21,7 @@ import pyarrow.compute as pc
 
 from pipeline.errors import ModelNotFound, StoreError
 from pipeline.models.meta_model import FleetModel, group_ids
+from pipeline.store import Snapshot
 from pipeline.training.outcome import Outcome
 from pipeline.training.start import Start
 from pipeline.training.trainer import NO_START, TrainingSettings, train_group
@@ -53,6 +55,7 @@ class MemoryTables:
     storage_options: dict[str, str] = field(default_factory=dict)
     _written: dict[str, pa.Table] = field(default_factory=dict)
     _versions: dict[str, list[tuple[pa.Schema, dict[str, str]]]] = field(default_factory=dict)
+    _commits: dict[str, tuple[dt.datetime, dict[str, str]]] = field(default_factory=dict)
     _transactions: set[tuple[str, str, int]] = field(default_factory=set)
 
     def location(self, namespace: str, *parts: str) -> str:
@@ -100,7 +103,7 @@ class MemoryTables:
         *,
         mode: str,
         partition: Mapping[str, str] | None = None,
-        metadata: Mapping[str, str] | None = None,  # noqa: ARG002 - the real store's signature
+        metadata: Mapping[str, str] | None = None,
         app: tuple[str, int] | None = None,
         fenced: bool = False,
     ) -> int:
@@ -123,6 +126,7 @@ class MemoryTables:
         before = dict(versions[-1][1]) if versions else {}
         kept = before if mode == "append" else {path: of for path, of in before.items() if value and of != value}
         versions.append((schema, {**kept, **{file.path: value for file in files}}))
+        self._commits[location] = (dt.datetime.now(dt.UTC), dict(metadata or {}))
         if app is not None:
             self._transactions.add((location, *app))
         return len(versions) - 1
@@ -134,6 +138,15 @@ class MemoryTables:
     def transaction(self, location: str, app_id: str) -> int | None:
         """The last number that an application committed; None for none."""
         return max((seen[2] for seen in self._transactions if seen[:2] == (location, app_id)), default=None)
+
+    def snapshot(self, location: str) -> Snapshot | None:
+        """The newest version; None where there is no table, or it has no commit yet."""
+        if location not in self._commits:
+            return None
+        schema, files = self._files(location, None)
+        committed_at, metadata = self._commits[location]
+        version, n_rows = self.version(location), sum(self._written[f"{location}/{path}"].num_rows for path in files)
+        return Snapshot(f"{location}/{version}", version, committed_at, metadata, schema, len(files), n_rows)
 
     def layout(self, location: str) -> tuple[pa.Schema, list[str]]:
         """A table's columns; in memory there are no partitions."""

@@ -55,7 +55,15 @@ def policy(**changes: Any) -> Policy:
 NOTHING = Memory()
 
 
-def plan_of(counts: pd.DataFrame, memory: Memory = NOTHING, *, slots: int = 2, checkpoint_seconds: float = 60, cost_model: CostModel | None = None, **changes: Any) -> TrainingPlan:
+def plan_of(
+    counts: pd.DataFrame,
+    memory: Memory = NOTHING,
+    *,
+    slots: int = 2,
+    checkpoint_seconds: float = 60,
+    cost_model: CostModel | None = None,
+    **changes: Any,
+) -> TrainingPlan:
     seconds = {"checkpoint_seconds": checkpoint_seconds, "cost_model": cost_model}
     return build_plan(counts, policy(**changes), memory, shared="shared", n_features=10, n_fits=7, slots=slots, **seconds)
 

@@ -252,9 +252,7 @@ def interrupted(request: pytest.FixtureRequest, empty: Fleet, rows: pd.DataFrame
     return empty
 
 
-def test_an_interrupted_run_is_finished_as_if_nothing_had_happened(
-    interrupted: Fleet, first: tuple[Fleet, pd.DataFrame], rows: pd.DataFrame
-) -> None:
+def test_an_interrupted_run_is_finished_as_if_nothing_had_happened(interrupted: Fleet, first: tuple[Fleet, pd.DataFrame], rows: pd.DataFrame) -> None:
     fleet = interrupted
     left = fleet.table("ledger")
     assert 0 < len(left) <= N_GROUPS
