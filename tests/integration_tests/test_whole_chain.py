@@ -16,7 +16,7 @@ def test_every_link_is_materialised_and_every_check_passes(chain: Any) -> None:
     links = {event.asset_key.path[-1] for event in chain.result.get_asset_materialization_events() if event.asset_key}
     assert links == {"txhousing", "features", "models", "importance", "meta_model", "champion", "predictions"}
     checks = chain.result.get_asset_check_evaluations()
-    assert len(checks) == 12
+    assert len(checks) == 15
     assert [check.check_name for check in checks if not check.passed] == []
 
 
