@@ -21,7 +21,8 @@ DATA := $(STATE)
 endif
 
 # `dg` compares the environment that it runs in with the active one.
-DG := PATH="$(CURDIR)/$(BIN):$$PATH" VIRTUAL_ENV="$(CURDIR)/$(VENV)" MANY_MODELS_DATA="$(DATA)" dg
+IN_VENV := PATH="$(CURDIR)/$(BIN):$$PATH" VIRTUAL_ENV="$(CURDIR)/$(VENV)" MANY_MODELS_DATA="$(DATA)"
+DG := $(IN_VENV) dg
 
 export MLFLOW_DISABLE_TELEMETRY := true
 run ui check: export DAGSTER_HOME := $(STATE)/dagster
@@ -52,8 +53,8 @@ help: ## List the commands
 setup: $(VENV)/ready ## Install everything, pinned, into .venv; does nothing when that is done (PYTHON=: which Python)
 	@$(if $(filter setup,$(MAKECMDGOALS)),echo "Ready. Next: make run or make ui",:)
 
-run: known-fleet setup dagster-home ## Build a fleet, raw tables to predictions: FLEET=housing AS_OF= LIMIT_GROUPS= RETRAIN= GROUPS= DRY_RUN=
-	@$(DG) launch --assets "group:\"$$FLEET\"" --config-json '{"loggers": {"console": {"config": {}}}}'
+run: setup dagster-home ## Build a fleet, raw tables to predictions: FLEET=housing AS_OF= LIMIT_GROUPS= RETRAIN= GROUPS= DRY_RUN=
+	@$(IN_VENV) many-models run "$$FLEET"
 
 show: known-fleet setup ## Print one group's history: FLEET=housing GROUP='"Austin"' (its keys; none is the pooled group)
 	@$(BIN)/many-models show "$$FLEET" $(GROUP)
@@ -70,7 +71,7 @@ check: setup dagster-home ## Lint, format, types, import direction, fleet defini
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	@echo "dg check yaml"; $(DG) check yaml
+	@echo "many-models check"; $(IN_VENV) many-models check
 	@echo "dg check defs"; $(DG) check defs
 
 bench: setup ## Measure one figure, or list them: NAME=

@@ -1,4 +1,4 @@
-"""The terminal command `many-models`: what became of one group, rows to be answered, and files that interrupted runs left behind."""
+"""The terminal command `many-models`: fleets checked and launched, one group's history, rows to be answered, and tidying up."""
 
 import argparse
 import difflib
@@ -20,6 +20,7 @@ import pyarrow.fs as pf
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 
+from assets.failure_log import first_line, keep_trace
 from pipeline.errors import FleetError, ModelNotFound, SpecError, StoreError
 from pipeline.faults import arm
 from pipeline.models.meta_model import InputError, PackError, filesystem_of, group_id
@@ -32,6 +33,8 @@ from resources.profiles import Profile, current_profile
 
 PROJECT = Path(__file__).parent.parent
 EXAMPLES = """examples:
+  many-models check                                    is every fleet well described?
+  many-models run housing                              what `make run FLEET=housing` does
   many-models show flights                             the pooled group
   many-models show flights EWR IAH                     one route of the grain [origin, dest]
   many-models show flights EWR null                    the group whose second key is null
@@ -46,6 +49,8 @@ EXAMPLES = """examples:
   many-models clean flights --dry-run                  which files no commit names
   many-models clean flights --keep-hours 72            remove them once they are three days old
 """
+CHECK = "Find what can be found without data in defs.yaml and features.sql. Exit status 1 if a fleet is broken."
+RUN = "Check one fleet, then launch its assets with `dg launch`. Launch settings are environment variables, as in `make run`."
 SCORE = """Answer every row of a Delta table or of files with a registered version, in one commit.
 
 The columns of the source are kept, the answers stand beside them. The rows of a period (--period) are replaced as a whole: the same command
@@ -70,20 +75,47 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 where rows or tables cannot be read or the settings are wrong; 2 for an unknown fleet, group or version.
     """
     told = _parser().parse_args(argv)
+    logs: Path | None = None
     try:
         profile = current_profile(PROJECT)
-        tables = DeltaTables(root=f"{profile.data_root}/tables")
-        namespace = f"{told.fleet}-trial" if told.trial else str(told.fleet)
-        if told.command == "show":
-            _say(history_text(tables, namespace, _asked_id(told.keys, told.group_id)))
-        elif told.command == "clean":
-            _say(clean(tables, namespace, keep=timedelta(hours=told.keep_hours), dry_run=told.dry_run).text)
-        else:
-            _answer(profile, namespace, told)
+        logs = Path(profile.data_root) / "logs"
+        _run(profile, told)
     except (FleetError, InputError, PackError) as error:
-        sys.stderr.write(f"many-models: {_printable(str(error))}\n")
+        trace = keep_trace(logs, error) if logs and error.__cause__ else ""
+        _say_failure(str(error), trace)
         return 2 if isinstance(error, ModelNotFound) else 1
+    except Exception as error:  # noqa: BLE001 - a person gets a message, the log the trace
+        trace = keep_trace(logs, error) if logs else ""
+        _say_failure(f"{type(error).__name__}: {first_line(str(error))}", trace)
+        return 1
     return 0
+
+
+def _run(profile: Profile, told: argparse.Namespace) -> None:
+    """One command."""
+    if told.command in ("check", "run"):
+        # Loading fleets takes a second or two, which the other commands do without.
+        from assets.fleet_commands import check_fleets, launch_fleet
+
+        if told.command == "check":
+            _say(check_fleets(PROJECT, told.fleet))
+        else:
+            launch_fleet(PROJECT, told.fleet)
+        return
+    tables = DeltaTables(root=f"{profile.data_root}/tables")
+    namespace = f"{told.fleet}-trial" if told.trial else str(told.fleet)
+    if told.command == "show":
+        _say(history_text(tables, namespace, _asked_id(told.keys, told.group_id)))
+    elif told.command == "clean":
+        keep = timedelta(hours=told.keep_hours)
+        _say(clean(tables, namespace, keep=keep, dry_run=told.dry_run).text)
+    else:
+        _answer(profile, namespace, told)
+
+
+def _say_failure(message: str, trace: str) -> None:
+    lines = [f"many-models: {_printable(message)}", *([trace] if trace else [])]
+    sys.stderr.write("\n".join(lines) + "\n")
 
 
 def _say(text: str) -> None:
@@ -120,7 +152,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="many-models", description="Look into the tables of a fleet, answer rows, and tidy up.", epilog=EXAMPLES, formatter_class=raw
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="show|score|stream|clean")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="check|run|show|score|stream|clean")
+    check = commands.add_parser("check", help="find mistakes in the descriptions of fleets", description=CHECK)
+    check.add_argument("fleet", metavar="FLEET", nargs="?", help="one fleet (default: all)")
+    run = commands.add_parser("run", help="build a fleet, raw tables to predictions", description=RUN)
+    run.add_argument("fleet", metavar="FLEET", help="name of the fleet, or its folder")
     show = commands.add_parser("show", help="print the history of one group", description="Print the history of one group.", epilog=EXAMPLES)
     clean_ = commands.add_parser(
         "clean", help="remove files that interrupted runs left", description="Remove files that interrupted runs left.", epilog=EXAMPLES

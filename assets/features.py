@@ -12,6 +12,7 @@ from pipeline.errors import StoreError
 from pipeline.features.sql import check_features
 from pipeline.features.suspicions import columns_looked_at, find_suspicions
 from pipeline.recognition import DIGEST, RESULTS, features_digest
+from pipeline.spark.data_errors import readable_spark_errors
 from pipeline.spark.features import all_null_columns, build_features, check_feature_table, rows_of_some_entities
 from pipeline.spec import FleetSpec
 from pipeline.tables import FEATURES
@@ -132,7 +133,6 @@ def _build(spec: FleetSpec, files: FleetFiles, tables: DeltaTables, spark: Spark
     raw = {source.name: tables.read_spark(spark.session, tables.location(spec.name, "raw", source.name)) for source in spec.sources}
     schemas = {name: {field.name: field.dataType.simpleString() for field in frame.schema} for name, frame in raw.items()}
     check_features(spec, files.sql, file=spec.features.sql, schemas=schemas)
-    rows = build_features(spark.session, spec, files.sql, raw)
     kept = {DIGEST: digest} if digest else {}
 
     def look(written: "DataFrame") -> None:
@@ -145,4 +145,6 @@ def _build(spec: FleetSpec, files: FleetFiles, tables: DeltaTables, spark: Spark
         }
         kept[RESULTS] = json.dumps(results)
 
-    tables.write_spark(rows, location, before_commit=look, metadata=kept)
+    with readable_spark_errors(spec.features.sql, raw):
+        rows = build_features(spark.session, spec, files.sql, raw)
+        tables.write_spark(rows, location, before_commit=look, metadata=kept)

@@ -1,13 +1,17 @@
 """The component `assets.fleet.Fleet`: one YAML file becomes one asset chain."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import dagster as dg
 from dagster.components.core.context import ComponentLoadContext
-from pydantic import BaseModel
+from pydantic import BaseModel, GetJsonSchemaHandler, RootModel
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
+from assets.broken_fleet import BrokenFleet, fleet_name, name_taken_by, shown_path
 from assets.champion import champion_asset
 from assets.features import features_asset
 from assets.importance import importance_asset
@@ -19,6 +23,7 @@ from assets.raw import raw_asset
 from pipeline.errors import SpecError
 from pipeline.features.sql import check_features
 from pipeline.spec import FleetSpec, parse_spec
+from pipeline.spec_mistakes import LineOf, Mistake, describe
 
 # Runs as it is, on data that a package of the `demo` extra carries, so that a new fleet starts from something that works.
 EXAMPLE: dict[str, Any] = {
@@ -60,6 +65,46 @@ class FleetScaffolder(dg.Scaffolder[Any]):
         dg.scaffold_component(request, {"name": name, **EXAMPLE})
 
 
+class FleetAttributes(RootModel[Any]):
+    """What stands under `attributes:`, not looked at yet, with the schema of FleetSpec.
+
+    Dagster validates attributes before it hands them to a component, and a mistake that it finds
+    there stops every fleet. FleetSpec is therefore validated by the component itself.
+    """
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """FleetSpec's, for Dagster's documentation of the component."""
+        return handler(FleetSpec.__pydantic_core_schema__)
+
+
+@dataclass(frozen=True)
+class DescribedFleet:
+    """A fleet whose description holds.
+
+    Args:
+        spec: what its defs.yaml says.
+        files: it is written in.
+    """
+
+    spec: FleetSpec
+    files: FleetFiles
+
+    def build_defs(self) -> dg.Definitions:
+        """The asset chain."""
+        spec = self.spec
+        chain: Sequence[dg.AssetsDefinition] = [
+            *(raw_asset(spec, source, self.files) for source in spec.sources),
+            features_asset(spec, self.files),
+            models_asset(spec),
+            importance_asset(spec),
+            meta_model_asset(spec),
+            champion_asset(spec),
+            predictions_asset(spec),
+        ]
+        return dg.Definitions(assets=chain, asset_checks=[models_checks(spec)])
+
+
 @dg.scaffold_with(FleetScaffolder)
 class Fleet(dg.Component):
     """One prediction problem over many groups, from raw data to scored tables.
@@ -67,43 +112,73 @@ class Fleet(dg.Component):
     The attributes are those of FleetSpec. The SQL file they name stands in the same folder.
     """
 
-    def __init__(self, spec: FleetSpec, files: FleetFiles) -> None:
-        self.spec = spec
-        self.files = files
+    def __init__(self, described: DescribedFleet | BrokenFleet) -> None:
+        self.described = described
 
     @classmethod
     def get_model_cls(cls) -> type[BaseModel]:
         """The schema of the attributes."""
-        return FleetSpec
+        return FleetAttributes
 
     @classmethod
     def load(cls, attributes: BaseModel | None, context: ComponentLoadContext) -> Self:
-        """Build and check the spec; a mistake stops the code location before any work."""
+        """Build and check the spec; a mistake breaks this fleet and no other."""
         folder = Path(context.path)
-        file = f"{folder.name}/defs.yaml"
-        if attributes is None:
-            raise SpecError(f"{file} has no attributes; `dg scaffold defs assets.fleet.Fleet NAME` writes an example")
-        given = context.resolution_context.at_path("attributes").resolve_value(attributes.model_dump(exclude_unset=True))
-        spec = parse_spec(given, file=file)
-        sql_file = folder / spec.features.sql
-        if not sql_file.is_file():
-            raise SpecError(f"{file}: features.sql names {spec.features.sql!r}, which is not in {folder.name}/; there is: {_names(folder)}")
-        sql = sql_file.read_text(encoding="utf-8")
-        check_features(spec, sql, file=f"{folder.name}/{spec.features.sql}")
-        return cls(spec, FleetFiles(folder, sql))
+        written = attributes.root if isinstance(attributes, FleetAttributes) else {}
+        resolution = context.resolution_context.at_path("attributes")
+        try:
+            given = resolution.resolve_value(written)
+            return cls(_described(given, folder, _lines(resolution.source_position_tree)))
+        except (SpecError, dg.DagsterError) as error:
+            return cls(BrokenFleet(fleet_name(folder, written), str(error)))
 
     def build_defs(self, context: ComponentLoadContext) -> dg.Definitions:  # noqa: ARG002
-        """The fleet's asset chain."""
-        chain: Sequence[dg.AssetsDefinition] = [
-            *(raw_asset(self.spec, source, self.files) for source in self.spec.sources),
-            features_asset(self.spec, self.files),
-            models_asset(self.spec),
-            importance_asset(self.spec),
-            meta_model_asset(self.spec),
-            champion_asset(self.spec),
-            predictions_asset(self.spec),
-        ]
-        return dg.Definitions(assets=chain, asset_checks=[models_checks(self.spec)])
+        """The fleet's asset chain, or the one asset that says what is wrong."""
+        return self.described.build_defs()
+
+
+def _described(attributes: Any, folder: Path, line_of: LineOf) -> DescribedFleet:
+    """The fleet of a folder.
+
+    Raises:
+        SpecError: naming file, line and field of each mistake.
+    """
+    file = f"{shown_path(folder)}/defs.yaml"
+    if not attributes:
+        raise SpecError(f"{file} has no attributes; `dg scaffold defs assets.fleet.Fleet NAME` writes an example in another folder")
+    spec = parse_spec(attributes, file=file, line_of=line_of)
+    owner = name_taken_by(folder, spec.name)
+    if owner is not None:
+        taken = Mistake(("name",), f"name: {spec.name!r} is the name of the fleet in {owner}/ too")
+        raise SpecError(f"{describe(file, [taken], line_of)}; give each fleet a name of its own")
+    sql_file = folder / spec.features.sql
+    if not sql_file.is_file():
+        missing = Mistake(
+            ("features", "sql"),
+            f"features.sql: {str(sql_file)!r} does not exist; available: {_names(folder)}",
+        )
+        raise SpecError(describe(file, [missing], line_of))
+    sql = sql_file.read_text(encoding="utf-8")
+    try:
+        check_features(spec, sql, file=f"{shown_path(folder)}/{spec.features.sql}")
+    except SpecError as error:
+        mistake = Mistake.told(str(error))
+        if not mistake.path:  # it is about the SQL file, which it names
+            raise
+        raise SpecError(describe(file, [mistake], line_of)) from None
+    return DescribedFleet(spec, FleetFiles(folder, sql))
+
+
+def _lines(positions: Any) -> LineOf:
+    """The line of each field, from the positions that Dagster keeps of a file."""
+
+    def line_of(path: Sequence[str | int]) -> int | None:
+        if positions is None:
+            return None
+        found, _ = positions.lookup_closest_and_path(["attributes", *path], None)
+        return int(found.start.line)
+
+    return line_of
 
 
 def _names(folder: Path) -> str:

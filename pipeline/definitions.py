@@ -1,10 +1,13 @@
 """The code location: every fleet under defs/, with the resources of the profile in force. Imported by nobody."""
 
+import sys
 from pathlib import Path
 
 import dagster as dg
 
+from assets.broken_fleet import broken_fleets
 from assets.console import console_logger
+from assets.fleets import load_fleets
 from pipeline.faults import arm
 from resources.delta_tables import DeltaTables
 from resources.launch_settings import LaunchSettings
@@ -35,6 +38,9 @@ def defs() -> dg.Definitions:
             ),
         },
         executor=dg.in_process_executor,
-        loggers={"console": console_logger},
+        loggers={"console": console_logger(Path(profile.data_root) / "logs")},
     )
-    return dg.Definitions.merge(dg.load_from_defs_folder(path_within_project=PROJECT / "pipeline"), common)
+    fleets = load_fleets(PROJECT)
+    for name, message in broken_fleets(fleets).items():
+        sys.stderr.write(f"fleet {name} is broken and left out: {message}\n")
+    return dg.Definitions.merge(fleets, common)

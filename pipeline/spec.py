@@ -3,21 +3,31 @@
 The descriptions below are what the component's documentation shows; keep them true, with a unit and an example.
 """
 
+import datetime as dt
 import difflib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 from zoneinfo import available_timezones
 
 import numpy as np
 import pandas as pd
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from pipeline.errors import SpecError
-from pipeline.grouping.periods import Period, on_last_day, to_wall_clock
+from pipeline.grouping.periods import Period, on_last_day, parse_moment, to_wall_clock
+from pipeline.spec_mistakes import InconsistentSpec, LineOf, describe, explain
 
 Statistic = Literal["mean", "sum", "count", "std", "min", "max", "last"]
 CalendarPart = Literal["year", "quarter", "month", "week", "day_of_year", "day", "day_of_week", "hour", "minute"]
@@ -68,10 +78,21 @@ def _checked_zone(name: str) -> str:
     return name
 
 
+def _checked_moment(text: str) -> str:
+    parse_moment(text)
+    return text
+
+
+def _written_date(value: Any) -> Any:
+    """YAML makes a date of 2013-12-24 without quotes."""
+    return value.isoformat() if isinstance(value, dt.date) else value
+
+
 Identifier = Annotated[str, AfterValidator(_checked_identifier)]
 PeriodText = Annotated[str, AfterValidator(_checked_period)]
 LengthText = Annotated[str, AfterValidator(_checked_length)]
 Zone = Annotated[str, AfterValidator(_checked_zone)]
+MomentText = Annotated[str, BeforeValidator(_written_date), AfterValidator(_checked_moment)]
 Level = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -259,12 +280,56 @@ class SearchRange(Part):
         return self
 
 
+class Bounds(NamedTuple):
+    """Values that LightGBM takes for a parameter; `is_open` leaves out the low end."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    is_open: bool = False
+
+    def check(self, name: str, searched: SearchRange) -> None:
+        """Refuse a range that reaches outside.
+
+        Raises:
+            ValueError: naming the parameter, the end that is outside, and what is allowed.
+        """
+        for end in (searched.low, searched.high):
+            if not self.low <= end <= self.high or (self.is_open and end == self.low):
+                raise ValueError(f"{name} cannot be {end:g}; expected {self}")
+
+    def __str__(self) -> str:
+        low = f"more than {self.low:g}" if self.is_open else f"{self.low:g} or more"
+        return low if math.isinf(self.high) else f"{low}, and at most {self.high:g}"
+
+
+# Source: LightGBM 4.7, Parameters. A parameter that is not listed takes any value.
+_SEARCH_BOUNDS: Mapping[str, Bounds] = {
+    "bagging_fraction": Bounds(0, 1, is_open=True),
+    "cat_l2": Bounds(0),
+    "cat_smooth": Bounds(0),
+    "extra_trees": Bounds(0, 1),
+    "feature_fraction": Bounds(0, 1, is_open=True),
+    "feature_fraction_bynode": Bounds(0, 1, is_open=True),
+    "lambda_l1": Bounds(0),
+    "lambda_l2": Bounds(0),
+    "learning_rate": Bounds(0, is_open=True),
+    "linear_lambda": Bounds(0),
+    "max_cat_threshold": Bounds(1),
+    "min_data_in_leaf": Bounds(0),
+    "min_gain_to_split": Bounds(0),
+    "min_sum_hessian_in_leaf": Bounds(0),
+    "num_leaves": Bounds(2, 131_072),
+    "path_smooth": Bounds(0),
+}
+
+
 def _checked_search(search: Mapping[str, SearchRange]) -> Mapping[str, SearchRange]:
     for name, wanted in search.items():
         if name not in SEARCHABLE:
             near = difflib.get_close_matches(name, SEARCHABLE, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"{name!r} cannot be searched; {hint}Allowed: {', '.join(SEARCHABLE)}")
+            raise ValueError(f"{name!r} cannot be searched; {hint}Available: {', '.join(SEARCHABLE)}")
+        _SEARCH_BOUNDS.get(name, Bounds()).check(name, wanted)
         if name in WHOLE_PARAMETERS and (wanted.low % 1 or wanted.high % 1):
             raise ValueError(f"{name} is searched from {wanted.low:g} to {wanted.high:g}; expected whole numbers")
     return search
@@ -388,7 +453,7 @@ class FleetSpec(Part):
         "positive class; for multiclass a class. A series with a period has `seasonal naive`, the target one season ago, by itself.",
     )
     scoring: ScoringSpec = Field(default_factory=ScoringSpec, description="What is answered.")
-    as_of: str | None = Field(
+    as_of: MomentText | None = Field(
         default=None, description="Date or time the fleet pretends it is, unless a launch says otherwise; by default the newest known row."
     )
 
@@ -555,24 +620,11 @@ class FleetSpec(Part):
             del parts["timezone"]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    @model_validator(mode="wrap")
-    @classmethod
-    def _in_plain_words(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """Say what is allowed, at the place of each mistake; Dagster adds the file and the line."""
-        try:
-            return handler(value)
-        except ValidationError as error:
-            told = [
-                InitErrorDetails(type=PydanticCustomError("fleet", "{text}", {"text": _explained(found)}), loc=found["loc"], input=found["input"])
-                for found in error.errors()
-            ]
-            raise ValidationError.from_exception_data(error.title, told) from None
-
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
         problems = list(self._problems())
         if problems:
-            raise ValueError("; ".join(problems))
+            raise InconsistentSpec(problems)
         return self
 
     def _problems(self) -> Iterator[str]:
@@ -722,49 +774,19 @@ def _doubled(names: Sequence[str]) -> list[str]:
     return sorted({name for name in names if list(names).count(name) > 1})
 
 
-def parse_spec(attributes: Mapping[str, Any], *, file: str) -> FleetSpec:
+def parse_spec(attributes: Any, *, file: str, line_of: LineOf | None = None) -> FleetSpec:
     """Build a spec from the attributes of a defs.yaml.
 
     Args:
-        attributes: the mapping under `attributes:`.
+        attributes: what stands under `attributes:`.
         file: where it was read, for messages.
+        line_of: gives the line of a field, for messages.
 
     Raises:
-        SpecError: naming the file, the field, its value, and what is allowed; all mistakes at once.
+        SpecError: naming the file, line, field and value, and what is allowed; all mistakes at once.
     """
     try:
         return FleetSpec.model_validate(attributes)
     except ValidationError as error:
-        lines = [problem["msg"] for problem in error.errors()]
-        raise SpecError("\n  ".join([f"{file} does not describe a fleet:", *lines])) from error
-
-
-def _explained(problem: Any) -> str:
-    path = ".".join(str(part) for part in problem["loc"])
-    value = problem["input"]
-    if problem["type"] == "extra_forbidden":
-        allowed = _fields_at(problem["loc"][:-1])
-        near = difflib.get_close_matches(str(problem["loc"][-1]), allowed, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"{path}: unknown field{hint} Allowed: {', '.join(allowed)}"
-    if problem["type"] == "missing":
-        return f"{path}: required, and not there"
-    message = problem["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(value, Mapping | BaseModel) else f" (got {value!r})"
-    return f"{path}: {message}{shown}" if path else message
-
-
-def _fields_at(path: Sequence[str | int]) -> list[str]:
-    model: Any = FleetSpec
-    for part in path:
-        if part not in model.model_fields:  # a position in a list or a key of a mapping
-            continue
-        model = _part_model(model.model_fields[part].annotation)
-    return sorted(model.model_fields)
-
-
-def _part_model(annotation: Any) -> Any:
-    """The Part inside an annotation such as ``Sequence[LagSpec]``."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next(found for inner in annotation.__args__ if (found := _part_model(inner)) is not None)
+        message = describe(file, explain(error, FleetSpec), line_of)
+    raise SpecError(message)

@@ -12,6 +12,7 @@ import pandas as pd
 from pydantic import Field
 
 from pipeline.errors import SpecError
+from pipeline.grouping.periods import parse_moment
 from pipeline.spark.fleet_training import Request, newest_as_of
 from pipeline.spec import FleetSpec
 from resources.delta_tables import DeltaTables
@@ -136,10 +137,7 @@ class LaunchSettings(dg.ConfigurableResource):
         text = self.as_of or spec.as_of
         if text is None:
             return None
-        # Coercing, because a timestamp of its own pandas would also read from the text NaT.
-        moment = pd.to_datetime(text, errors="coerce")
-        if pd.isna(moment):
-            raise SpecError(f"as_of is {text!r}; expected a date or time such as 2013-12-24 or 2013-12-24T18:00")
-        if moment.tzinfo is None and spec.timezone is not None:
-            moment = moment.tz_localize(spec.timezone)
-        return moment.tz_convert("UTC").tz_localize(None) if moment.tzinfo else moment
+        try:
+            return parse_moment(text, spec.timezone)
+        except SpecError as error:
+            raise SpecError(f"as_of: {error}") from None

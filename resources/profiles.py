@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.errors import SpecError
 from pipeline.faults import VARIABLE
+from pipeline.grouping.periods import parse_moment
 from pipeline.models.meta_model import group_id
 
 DATA = "MANY_MODELS_DATA"
@@ -78,7 +79,7 @@ def current_profile(project: Path) -> Profile:
         data_root=str(data_root),
         spark_master=f"local[{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1},4]",
         tracking_uri=os.environ.get(TRACKING_URI) or None,
-        as_of=os.environ.get(AS_OF) or None,
+        as_of=_moment(AS_OF),
         limit_groups=_whole_number(LIMIT_GROUPS),
         dry_run=_switch(DRY_RUN),
         retrain=_choice(RETRAIN, RETRAINS),
@@ -103,6 +104,16 @@ def _check_data_root(folder: str) -> None:
 def java_home() -> str | None:
     """JAVA_HOME as set by the user."""
     return os.environ.get("JAVA_HOME") or None
+
+
+def _moment(name: str) -> str | None:
+    text = os.environ.get(name) or None
+    if text is not None:
+        try:
+            parse_moment(text)
+        except SpecError as error:
+            raise SpecError(f"{name}: {error}") from None
+    return text
 
 
 def _whole_number(name: str) -> int | None:

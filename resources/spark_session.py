@@ -1,6 +1,8 @@
 """Spark: one session per run, with the cluster's and the tasks' CPU settings in one place."""
 
 import locale
+import logging
+import os
 import re
 import sys
 import threading
@@ -105,13 +107,18 @@ class SparkSessionResource(dg.ConfigurableResource):
                 set_for_children(PYSPARK_PYTHON=sys.executable, PYSPARK_DRIVER_PYTHON=sys.executable, JAVA_HOME=find_java(Path(self.scratch)))
                 self._session = LazyPySparkResource(spark_config=self._settings()).spark_session
             self._session.sparkContext.setLogLevel("ERROR")
+            # PySpark logs each exception that it raises, as a line of JSON.
+            logging.getLogger("SQLQueryContextLogger").setLevel(logging.CRITICAL)
         except BaseException as error:  # noqa: BLE001 - raised again where the session is asked for
             self._failure = error
 
     def _settings(self) -> dict[str, Any]:
         # A laptop's JVM has a small heap and few cores, where the serial collector takes the least memory, and a heap that is kept tight less still.
         collector = " -XX:+UseSerialGC -XX:MinHeapFreeRatio=10 -XX:MaxHeapFreeRatio=25" if self.master.startswith("local") else ""
-        java_options = f'-Dlog4j2.configurationFile="{LOG_SETTINGS.as_uri()}" -XX:+IgnoreUnrecognizedVMOptions{collector}'
+        logging_options = (
+            f'-Dlog4j2.configurationFile="{LOG_SETTINGS.as_uri()}" -Dmany-models.logs="{self.scratch}/logs" -Dmany-models.pid={os.getpid()}'
+        )
+        java_options = f"{logging_options} -XX:+IgnoreUnrecognizedVMOptions{collector}"
         return {
             "spark.master": self.master,
             "spark.app.name": "many-models",

@@ -176,3 +176,25 @@ def _add_months(times: Times, months: int | Counts, last_days: Flags | None) -> 
     days = kept_day.astype("timedelta64[D]").astype("timedelta64[us]")
     shifted: Times = moved.astype("datetime64[us]") + days + within_day
     return shifted
+
+
+def parse_moment(text: str, zone: str | None = None) -> pd.Timestamp:
+    """Read a date or time.
+
+    Args:
+        text: what people write.
+        zone: time zone of a text that names none; by default UTC.
+
+    Returns:
+        The moment, UTC without a zone.
+
+    Raises:
+        SpecError: if it is not a date or time.
+    """
+    # Coercing, because a timestamp of its own pandas would also read from the text NaT.
+    moment = pd.to_datetime(text, errors="coerce")
+    if pd.isna(moment):
+        raise SpecError(f"{text!r} is not a date or time; expected one such as 2013-12-24 or 2013-12-24T18:00")
+    if moment.tzinfo is None and zone is not None:
+        moment = moment.tz_localize(zone)
+    return moment.tz_convert("UTC").tz_localize(None) if moment.tzinfo else moment

@@ -11,10 +11,11 @@ import dagster as dg
 import pytest
 import yaml
 from dagster.components.core.component_tree import ComponentTree
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
-from assets.fleet import EXAMPLE, EXAMPLE_SQL, Fleet
-from pipeline.errors import SpecError
+from assets.broken_fleet import BrokenFleet, broken_fleets
+from assets.fleet import EXAMPLE, EXAMPLE_SQL, DescribedFleet, Fleet
+from assets.fleets import load_fleets
 from pipeline.spec import FleetSpec
 
 DEFS = Path("pipeline/defs")
@@ -26,6 +27,12 @@ def load(folder: Path, attributes: dict[str, Any]) -> Fleet:
     return Fleet.load(model, Mock(path=folder, resolution_context=context.resolution_context))
 
 
+def mistake(folder: Path, attributes: dict[str, Any]) -> str:
+    described = load(folder, attributes).described
+    assert isinstance(described, BrokenFleet)
+    return described.message
+
+
 def shipped(name: str) -> Fleet:
     return load(DEFS / name, yaml.safe_load((DEFS / name / "defs.yaml").read_text())["attributes"])
 
@@ -34,6 +41,11 @@ def shipped(name: str) -> Fleet:
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "features.sql").write_text(EXAMPLE_SQL)
     return tmp_path
+
+
+def name_of(fleet: Fleet) -> str:
+    assert isinstance(fleet.described, DescribedFleet)
+    return fleet.described.spec.name
 
 
 def keys_and_dependencies(fleet: Fleet) -> dict[str, set[str]]:
@@ -71,24 +83,105 @@ def test_every_link_belongs_to_the_fleets_group_and_has_a_description_and_checks
 
 
 def test_an_unknown_field_is_refused_with_what_is_allowed(folder: Path) -> None:
-    with pytest.raises(ValidationError, match=r"horizont: unknown field; did you mean 'horizon'\? Allowed: as_of"):
-        load(folder, {"name": "demand", **EXAMPLE, "horizont": "1 month"})
+    message = mistake(folder, {"name": "demand", **EXAMPLE, "horizont": "1 month"})
+    assert "horizont: unknown field; did you mean 'horizon'? Available: as_of" in message
 
 
 def test_a_column_that_the_sql_does_not_give_is_refused_with_what_it_gives(folder: Path) -> None:
-    with pytest.raises(SpecError, match=r"entity: .*features\.sql gives no column 'shop'; it gives: city, price, sold_in"):
-        load(folder, {"name": "demand", **EXAMPLE, "entity": ["shop"]})
+    message = mistake(folder, {"name": "demand", **EXAMPLE, "entity": ["shop"]})
+    assert "defs.yaml: entity: " in message
+    assert "features.sql gives no column 'shop'; it gives: city, price, sold_in" in message
 
 
-def test_a_missing_sql_file_is_refused_with_the_files_there_are(tmp_path: Path) -> None:
+def test_a_missing_sql_file_is_refused_with_its_path_and_the_files_available(tmp_path: Path) -> None:
     (tmp_path / "query.sql").write_text(EXAMPLE_SQL)
-    with pytest.raises(SpecError, match=r"features\.sql names 'features\.sql', which is not in .*; there is: query\.sql"):
-        load(tmp_path, {"name": "demand", **EXAMPLE})
+    message = mistake(tmp_path, {"name": "demand", **EXAMPLE})
+    assert f"features.sql: '{tmp_path}/features.sql' does not exist; available: query.sql" in message
 
 
 def test_a_lag_shorter_than_the_horizon_is_refused(folder: Path) -> None:
-    with pytest.raises(ValidationError, match="would leak the future"):
-        load(folder, {"name": "demand", **EXAMPLE, "horizon": "2 months"})
+    message = mistake(folder, {"name": "demand", **EXAMPLE, "horizon": "2 months"})
+    assert "would leak the future" in message
+
+
+def test_a_component_without_attributes_is_broken(folder: Path) -> None:
+    context = ComponentTree.for_test().load_context
+    described = Fleet.load(None, Mock(path=folder, resolution_context=context.resolution_context)).described
+    assert isinstance(described, BrokenFleet)
+    assert "has no attributes" in described.message
+
+
+def test_dagster_documents_the_fields_of_a_fleet() -> None:
+    schema = Fleet.get_model_cls().model_json_schema()
+    assert "horizon" in str(schema)
+    assert "How long before its time a row is predicted" in str(schema)
+
+
+GOOD = yaml.safe_dump({"type": "assets.fleet.Fleet", "attributes": {"name": "good", **EXAMPLE}}, sort_keys=False)
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A project with the fleet `good`; imported as `pipeline.defs` while the test lasts."""
+    defs = tmp_path / "pipeline" / "defs"
+    (defs / "good").mkdir(parents=True)
+    (tmp_path / "pyproject.toml").write_text('[tool.dg]\ndirectory_type = "project"\n[tool.dg.project]\nroot_module = "pipeline"\n')
+    (defs / "__init__.py").write_text("")
+    (defs / "good" / "defs.yaml").write_text(GOOD)
+    (defs / "good" / "features.sql").write_text(EXAMPLE_SQL)
+    import pipeline.defs
+
+    monkeypatch.setattr(pipeline.defs, "__file__", str(defs / "__init__.py"))
+    monkeypatch.setattr(pipeline.defs, "__path__", [str(defs)])
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    for name in [name for name in sys.modules if name.startswith("pipeline.defs.")]:
+        del sys.modules[name]
+
+
+def add_fleet(project: Path, name: str, text: str) -> None:
+    folder = project / "pipeline" / "defs" / name
+    folder.mkdir()
+    (folder / "defs.yaml").write_text(text)
+    (folder / "features.sql").write_text(EXAMPLE_SQL)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (GOOD.replace("name: good", "name: other").replace("horizon: 1 month", "horizont: 1 month"), "horizont: unknown field"),
+        (GOOD.replace("name: good", "name: 9lives"), "line 3: name: '9lives' is not a usable name"),
+        (GOOD, "name: 'good' is the name of the fleet in good/ too"),
+        ("type: assets.fleet.Fleet\nattributes:\n  name: [\n", "line 4: not YAML"),
+        ("type: assets.fleet.Flet\nattributes: {name: other}\n", "no attribute `Flet`"),
+        ("type: assets.fleet.Fleet\nattribute: {name: other}\n", "line 2: attribute: unknown field"),
+        ("type: assets.fleet.Fleet\nattributes: {name: other, target: price}\n", "line 2: target: expected a mapping such as {column: price}"),
+    ],
+)  # fmt: skip
+def test_a_broken_fleet_stops_no_other_and_says_what_is_wrong(project: Path, text: str, expected: str) -> None:
+    add_fleet(project, "other", text)
+    definitions = load_fleets(project)
+    (name,) = broken_fleets(definitions)
+    message = broken_fleets(definitions)[name]
+    assert name == "other"
+    assert message.startswith("pipeline/defs/other/defs.yaml")
+    assert expected in message
+    groups = {spec.group_name for asset in definitions.assets or () if isinstance(asset, dg.AssetsDefinition) for spec in asset.specs}
+    assert groups == {"good", "other"}
+
+
+def test_a_broken_fleet_fails_with_its_message_when_it_is_launched() -> None:
+    definitions = BrokenFleet("other", "line 7: target: expected a mapping").build_defs()
+    result = dg.materialize(list(definitions.assets or ()), raise_on_error=False)  # type: ignore[arg-type]
+    (failure,) = (event.step_failure_data for event in result.all_events if event.is_step_failure)
+    assert failure.user_failure_data is not None
+    assert failure.user_failure_data.description == "line 7: target: expected a mapping"
+
+
+def test_what_no_folder_is_to_blame_for_is_raised(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (project / "pyproject.toml").write_text("[tool.dg]\n")
+    with pytest.raises(Exception, match=r"defs_module or root_module must be set"):
+        load_fleets(project)
 
 
 def fields(model: type[BaseModel]) -> Iterator[tuple[str, str | None]]:
@@ -113,7 +206,7 @@ def test_a_scaffolded_fleet_loads_as_it_is(tmp_path: Path) -> None:
     FleetScaffolder().scaffold(request)
     written = yaml.safe_load((target / "defs.yaml").read_text())
     assert written["type"] == "assets.fleet.Fleet"
-    assert load(target, written["attributes"]).spec.name == "my_demand"
+    assert name_of(load(target, written["attributes"])) == "my_demand"
 
 
 def test_import_directions_hold() -> None:

@@ -1,3 +1,4 @@
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pipeline.defs
 from pipeline.errors import SpecError
 from pipeline.features.sql import check_features
 from pipeline.spec import RESERVED, FleetSpec, parse_spec
+from pipeline.spec_mistakes import EXAMPLES
 from pipeline.testing.data import small_attributes, small_spec
 
 FLEETS = Path(pipeline.defs.__file__).parent
@@ -34,7 +36,8 @@ def test_shipped_fleets_are_valid_and_fit_their_sql(fleet: str) -> None:
 
 
 def test_a_message_names_the_file() -> None:
-    assert refusal(name="9lives").startswith("fleets/small/defs.yaml does not describe a fleet:")
+    assert refusal(name="9lives").startswith("fleets/small/defs.yaml: name: '9lives' is not a usable name")
+    assert refusal(name="9lives", grain=[]).startswith("fleets/small/defs.yaml has 2 mistakes:")
 
 
 def test_an_unknown_field_is_refused_with_the_field_that_was_meant() -> None:
@@ -62,17 +65,17 @@ def test_an_unknown_nested_field_is_refused_with_what_is_allowed_there(changes: 
 def test_an_unknown_field_like_no_other_gets_no_guess() -> None:
     message = refusal(zzz=1)
     assert "did you mean" not in message
-    assert "Allowed: as_of, baselines," in message
+    assert "Available: as_of, baselines," in message
 
 
 @pytest.mark.parametrize("field", ["name", "sources", "features", "grains", "entity", "time", "target", "splits"])
 def test_a_missing_field_is_named(field: str) -> None:
-    assert f"{field}: required, and not there" in refusal(**{field: None})
+    assert f"{field}: missing required field" in refusal(**{field: None})
 
 
 def test_all_mistakes_are_told_at_once() -> None:
     message = refusal(name="9lives", grain=[], tuning={"max_trials": 0}, scoring={"interval": 1.5})
-    assert all(part in message for part in ("'9lives'", "grain: unknown field", "tuning.max_trials", "scoring.interval", "(got 1.5)"))
+    assert all(part in message for part in ("'9lives'", "grain: unknown field", "tuning.max_trials", "scoring.interval", "got 1.5"))
 
 
 @pytest.mark.parametrize(
@@ -92,7 +95,7 @@ def test_intervals_are_kept_for_all_levels_and_always_for_that_of_lower_and_uppe
 def test_a_level_that_is_no_share_is_refused_and_shown(level: float) -> None:
     message = refusal(scoring={"intervals": [0.5, level]})
     assert "scoring.intervals.1: " in message
-    assert f"(got {level!r})" in message
+    assert f"got {level!r}" in message
     assert "scoring.intervals: " in refusal(scoring={"intervals": 0.9})
 
 
@@ -103,7 +106,7 @@ def test_all_contradictions_are_told_at_once() -> None:
 
 @pytest.mark.parametrize("value", [None, [], "x", 3])
 def test_attributes_that_are_no_mapping_are_refused(value: Any) -> None:
-    with pytest.raises(SpecError, match=r"defs\.yaml does not describe a fleet"):
+    with pytest.raises(SpecError, match=r"^defs\.yaml: expected a mapping, got "):
         parse_spec(value, file="defs.yaml")
 
 
@@ -276,7 +279,7 @@ def test_made_up_rows_need_a_step_and_a_horizon() -> None:
 
 def test_a_wrong_choice_is_answered_with_the_choices() -> None:
     message = refusal(pooling="average")
-    assert "'blend', 'select' or 'none'" in message
+    assert "expected one of blend, select, none, got 'average'" in message
     assert "'average'" in message
 
 
@@ -325,13 +328,13 @@ def test_the_training_digest_ignores_what_is_said_to_people() -> None:
 @pytest.mark.parametrize(
     ("search", "expected"),
     [
-        ({"num_leaf": 3}, "'num_leaf' cannot be searched; did you mean 'num_leaves'? Allowed: bagging_fraction, "),
-        ({"objective": 3}, "'objective' cannot be searched; Allowed: "),
+        ({"num_leaf": 3}, "'num_leaf' cannot be searched; did you mean 'num_leaves'? Available: bagging_fraction, "),
+        ({"objective": 3}, "'objective' cannot be searched; Available: "),
         ({"learning_rate": {"low": 0.3, "high": 0.1}}, "0.3 to 0.1 is not a range to search; expected low <= high"),
         ({"learning_rate": {"low": 0, "high": 0.1, "log": True}}, "0 to 0.1 is not a range to search"),
         ({"num_leaves": {"low": 3, "high": 7.5}}, "num_leaves is searched from 3 to 7.5; expected whole numbers"),
         ({"max_depth": 3.5}, "max_depth is searched from 3.5 to 3.5; expected whole numbers"),
-        ({"learning_rate": {"low": 0.1}}, "tuning.search.learning_rate.high: required"),
+        ({"learning_rate": {"low": 0.1}}, "tuning.search.learning_rate.high: missing required field"),
         ({"learning_rate": "fast"}, "tuning.search.learning_rate"),
         ({"learning_rate": True}, "tuning.search.learning_rate"),
     ],
@@ -393,9 +396,9 @@ def test_classes_are_not_scaled_and_counts_may_be() -> None:
     [
         ({"alpha": 0.9}, "tuning.alpha: 0.9 is for tuning.objective quantile or huber; the objective is 'l2'"),
         ({"objective": "quantile", "alpha": 1.0}, "tuning.alpha: 1 is no quantile; expected a number between 0 and 1"),
-        ({"objective": "quantile", "alpha": 0}, "tuning.alpha: Input should be greater than 0"),
+        ({"objective": "quantile", "alpha": 0}, "tuning.alpha: expected more than 0, got"),
         ({"variance_power": 1.2}, "tuning.variance_power: 1.2 is for tuning.objective tweedie; the objective is 'l2'"),
-        ({"objective": "tweedie", "variance_power": 2}, "tuning.variance_power: Input should be less than 2"),
+        ({"objective": "tweedie", "variance_power": 2}, "tuning.variance_power: expected less than 2, got"),
     ],
 )
 def test_parameters_belong_to_their_objective(tuning: dict[str, Any], message: str) -> None:
@@ -429,7 +432,7 @@ def test_a_class_is_no_number_to_look_back_on(features: dict[str, Any]) -> None:
     [
         ({"features": {"monotone": {"kind": 1}}}, "features.monotone: 'kind' is a categorical, which has no order"),
         ({"features": {"monotone": {"cost": 1}}}, "features.monotone: 'cost' is no feature of the models; features: price, promotion"),
-        ({"features": {"monotone": {"price": 2}}}, "features.monotone.price: Input should be -1, 0 or 1"),
+        ({"features": {"monotone": {"price": 2}}}, "features.monotone.price: expected -1, 0 or 1, got"),
         ({"task": "multiclass", "features": {"monotone": {"price": 1}}}, "features.monotone: task 'multiclass' has no one answer to rise or fall"),
         ({"tuning": {"objective": "l1"}, "features": {"monotone": {"price": 1}}}, "LightGBM cannot keep tuning.objective 'l1' monotone"),
         ({"tuning": {"objective": "quantile"}, "features": {"monotone": {"price": 1}}}, "LightGBM cannot keep tuning.objective 'quantile' monotone"),
@@ -528,3 +531,89 @@ def test_a_time_zone_that_nobody_knows_is_refused_with_near_ones() -> None:
         small_spec(timezone="Europe/Berln")
     assert small_spec(timezone=None).training_digest == small_spec().training_digest
     assert small_spec(timezone="Europe/Berlin").training_digest != small_spec().training_digest
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target": "trips"}, "target: expected a mapping such as {column: trips}, got 'trips'"),
+        ({"splits": {"report": 0.2}}, "splits.report: expected text such as 12 months, got 0.2"),
+        ({"grains": ["store"]}, "grains.0: expected a list such as [store], as in grains: [[], [store]], got 'store'"),
+        ({"sources": ["raw/x.csv"]}, "sources.0: expected a mapping such as {name: x, uri: raw/x.csv}, got 'raw/x.csv'"),
+        ({"entity": "store"}, "entity: expected a list such as [store], got 'store'"),
+        ({"task": "clasification"}, "task: expected one of regression, binary, multiclass, got 'clasification'"),
+        ({"features": {"calendar": ["mnth"]}}, "minute, got 'mnth'; did you mean 'month'?"),
+        ({"tuning": {"max_trials": "a lot"}}, "tuning.max_trials: expected a whole number, got 'a lot'"),
+        ({"tuning": {"max_trials": 0}}, "tuning.max_trials: expected 1 or more, got 0"),
+        ({"target": None}, "target: missing required field, e.g. {column: amount}"),
+        ({"sources": []}, "sources: expected a list that is not empty, got []"),
+        ({"features": {"columns": None}}, "features.columns: expected a list such as [price], got nothing"),
+    ],
+)  # fmt: skip
+def test_a_wrong_shape_is_answered_with_the_right_one(changes: dict[str, Any], message: str) -> None:
+    assert message in refusal(**changes)
+
+
+@pytest.mark.parametrize("pattern", EXAMPLES)
+def test_an_example_in_a_message_is_what_the_field_takes(pattern: str) -> None:
+    example = yaml.safe_load(EXAMPLES[pattern].partition(", as in")[0])
+    *parents, last = (part.replace("*", "0") for part in pattern.replace("search.*", "search.num_leaves").split("."))
+    history = {"lags": [{"column": "x", "periods": [1]}], "rolling": [{"column": "x", "window": "1 day"}]}
+    attributes: Any = copy.deepcopy(small_attributes(features=history, tuning={"search": {}}, scoring={}))
+    place: Any = attributes
+    for name in parents:
+        place = place[int(name) if name == "0" else name]
+    place[int(last) if last == "0" else last] = example
+    message = ""
+    try:
+        parse_spec(attributes, file="defs.yaml")
+    except SpecError as error:  # other fields may contradict the example
+        message = str(error)
+    assert ": expected" not in message
+    assert "unknown field" not in message
+
+
+@pytest.mark.parametrize(
+    ("search", "message"),
+    [
+        ({"num_leaves": 1}, "num_leaves cannot be 1; expected 2 or more"),
+        ({"feature_fraction": 7}, "feature_fraction cannot be 7; expected more than 0, and at most 1"),
+        ({"learning_rate": 0}, "learning_rate cannot be 0; expected more than 0"),
+        ({"learning_rate": {"low": 0, "high": 0.1}}, "learning_rate cannot be 0"),
+        ({"bagging_fraction": {"low": 0.5, "high": 1.5}}, "bagging_fraction cannot be 1.5"),
+        ({"lambda_l2": -1}, "lambda_l2 cannot be -1; expected 0 or more"),
+    ],
+)
+def test_a_search_range_that_lightgbm_cannot_take_is_refused(search: dict[str, Any], message: str) -> None:
+    assert f"tuning.search: {message}" in refusal(tuning={"search": search})
+
+
+def test_the_ends_of_what_lightgbm_takes_are_allowed() -> None:
+    search = {"num_leaves": 2, "feature_fraction": 1, "lambda_l1": 0, "max_depth": -1}
+    assert set(small_spec(tuning={"search": search}).tuning.search) == set(search)
+
+
+@pytest.mark.parametrize("as_of", ["yesterday", "2013-13-01", "NaT", ""])
+def test_an_as_of_that_is_not_a_moment_is_refused(as_of: str) -> None:
+    assert f"as_of: {as_of!r} is not a date or time" in refusal(as_of=as_of)
+
+
+def test_an_as_of_may_be_written_without_quotes() -> None:
+    assert small_spec(**yaml.safe_load("as_of: 2013-12-24")).as_of == "2013-12-24"
+
+
+def test_a_message_has_the_line_of_each_mistake_and_ten_lines_at_most() -> None:
+    changes = {f"zzz{number}": 1 for number in range(20)}
+    with pytest.raises(SpecError) as caught:
+        parse_spec(small_attributes(**changes), file="defs.yaml", line_of=lambda path: len(str(path[-1])))
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "defs.yaml has 20 mistakes:"
+    assert lines[1].startswith("  line 4: zzz0: unknown field. Available: as_of")
+    assert lines[-1] == "  ... and 12 more"
+    assert len(lines) == 10
+
+
+def test_contradictions_stand_in_the_line_of_their_field() -> None:
+    with pytest.raises(SpecError) as caught:
+        parse_spec(small_attributes(grains=[["region"]]), file="defs.yaml", line_of=lambda path: 7 if path == ("grains",) else None)
+    assert "line 7: grains: the first is ['region']" in str(caught.value)

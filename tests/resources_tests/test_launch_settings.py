@@ -29,7 +29,7 @@ def test_a_moment_with_a_zone_becomes_utc(shop: FleetSpec) -> None:
 
 @pytest.mark.parametrize("text", ["yesterdayish", "2013-13-01", "24.12.2013 nachts", "NaT"])
 def test_what_is_no_moment_is_refused(shop: FleetSpec, text: str) -> None:
-    with pytest.raises(SpecError, match=r"as_of is .*; expected a date or time such as 2013-12-24") as told:
+    with pytest.raises(SpecError, match=r"as_of: .* is not a date or time; expected one such as 2013-12-24") as told:
         LaunchSettings(as_of=text).moment(shop)
     assert text in str(told.value)
 

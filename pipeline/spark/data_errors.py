@@ -1,0 +1,87 @@
+"""What Spark raises about a value or a statement, as an error that names source, column, value and remedy."""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from pyspark.errors import AnalysisException, PySparkException
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as sf
+from pyspark.sql import types as st
+
+from pipeline.errors import DataError, SpecError
+
+# Conditions in which a value does not fit the type that the SQL wants it in.
+UNFIT = ("CAST_INVALID_INPUT", "CANNOT_PARSE_TIMESTAMP", "CANNOT_PARSE_TIME", "CAST_OVERFLOW")
+_QUOTED = re.compile(r"'((?:[^']|'')*)'")
+
+
+@contextmanager
+def readable_spark_errors(file: str, raw: Mapping[str, DataFrame]) -> Iterator[None]:
+    """Translate what Spark raises while it runs a fleet's SQL.
+
+    Args:
+        file: of the SQL, for messages.
+        raw: the raw tables by source name, in which a value that does not fit is looked up.
+
+    Raises:
+        DataError: if a value does not fit; it names source, file and column where they are found.
+        SpecError: if Spark cannot run the statement on these rows.
+    """
+    try:
+        yield
+    except PySparkException as error:
+        condition = error.getCondition() or ""
+        parameters = error.getMessageParameters() or {}
+        if condition.partition(".")[0] in UNFIT:
+            raise DataError(_unfit_value(file, raw, parameters, str(error))) from error
+        if isinstance(error, AnalysisException) or condition:
+            raise SpecError(f"{file}: {_plain(error)}; correct the expression there") from error
+        raise
+
+
+def _unfit_value(file: str, raw: Mapping[str, DataFrame], parameters: Mapping[str, str], message: str) -> str:
+    wanted = parameters.get("targetType", "").strip('"') or "TIMESTAMP"
+    quoted = _QUOTED.search(parameters.get("expression", "") or message)
+    if quoted is None:
+        return f"{file}: {message.splitlines()[0]}"
+    value = quoted[1]
+    found = _find_value(raw, value)
+    if found is None:
+        where, column = f"{file}: a computed value", "column"
+    else:
+        source, column, path = found
+        where = f"source {source!r}, column {column!r} ({path})"
+    if wanted in ("DATE", "TIMESTAMP", "TIMESTAMP_NTZ"):
+        remedy = f"coalesce(try_to_timestamp({column}), try_to_timestamp({column}, 'dd.MM.yyyy')) reads two formats, and gives null for others"
+    else:
+        remedy = f"try_cast({column} AS {wanted}) gives null for such values"
+    return (
+        f"{where}: {value!r} is not a {wanted}, which {file} makes of it\n"
+        f"Correct the file; or, in {file}: {remedy};\n"
+        f"or, where a wrong type was guessed, set it under types: of the source"
+    )
+
+
+def _find_value(raw: Mapping[str, DataFrame], value: str) -> tuple[str, str, str] | None:
+    """Source, column and file of the first row with a text; runs one Spark job per source."""
+    for source, frame in raw.items():
+        columns = [field.name for field in frame.schema if isinstance(field.dataType, st.StringType) and not field.name.startswith("_")]
+        if not columns:
+            continue
+        matches = [sf.col(f"`{name}`") == value for name in columns]
+        anywhere = matches[0]
+        for match in matches[1:]:
+            anywhere = anywhere | match
+        for row in frame.where(anywhere).limit(1).collect():
+            column = next(name for name in columns if row[name] == value)
+            path = row["_source"] if "_source" in frame.columns else source
+            return source, column, path
+    return None
+
+
+def _plain(error: PySparkException) -> str:
+    """Spark's message without its class of error, statement and trace."""
+    lines = str(error.getMessage() or error).splitlines()
+    first = next((line for line in lines if line.strip()), "no reason was given")
+    return re.sub(r"\s*(SQLSTATE: \w+)?;?\s*$", "", first)
