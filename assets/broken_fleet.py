@@ -49,9 +49,9 @@ def broken_fleets(definitions: dg.Definitions) -> dict[str, str]:
 def fleet_name(folder: Path, attributes: Any) -> str:
     """The name of a fleet: its own where that can serve and is not taken, else the folder's."""
     name = attributes.get("name") if isinstance(attributes, dict) else None
-    is_usable = isinstance(name, str) and re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII)
-    if is_usable and name_taken_by(folder, name) is None:
-        return str(name)
+    text = name if isinstance(name, str) else ""
+    if re.fullmatch(r"[A-Za-z]\w*", text, re.ASCII) and name_taken_by(folder, text) is None:
+        return text
     return re.sub(r"\W", "_", folder.name, flags=re.ASCII)
 
 

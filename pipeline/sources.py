@@ -8,7 +8,7 @@ import json
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -41,7 +41,7 @@ def read_source(source: SourceSpec, folder: Path) -> Iterator[tuple[str, pa.Tabl
 
     Args:
         source: what to read.
-        folder: folder of the defs.yaml, from which a relative path counts.
+        folder: of the defs.yaml; a relative path counts from there, or from the repository's root.
 
     Yields:
         The file's address and its rows; all tables of one source share a schema only as far as the files do.
@@ -60,7 +60,9 @@ def read_source(source: SourceSpec, folder: Path) -> Iterator[tuple[str, pa.Tabl
             with filesystem.open_input_file(path) as stream:
                 yield path, _readers()[kind](_plain_bytes(stream, path, kind), source)
         except _UNREADABLE as error:
-            raise DataError(f"source {source.name!r}: {path} cannot be read as {kind} ({error}); correct the file or the source's format") from error
+            raise DataError(
+                f"source {source.name!r}: {path} cannot be read as {kind} ({error}); correct the file, or the source's format or types"
+            ) from error
 
 
 def source_state(source: SourceSpec, folder: Path) -> str | None:
@@ -101,7 +103,7 @@ def _delta_state(source: SourceSpec, folder: Path) -> str | None:
     from deltalake.exceptions import DeltaError
 
     try:
-        table = DeltaTable(_delta_uri(source, folder))
+        table = DeltaTable(_first_table(_delta_uris(source, folder)))
         return json.dumps([table.metadata().id, table.version()])
     except (DeltaError, OSError):
         # Reading it says what is wrong.
@@ -128,16 +130,40 @@ def _locate(source: SourceSpec, folder: Path) -> tuple[pf.FileSystem, list[str]]
             found = filesystem.get_file_info(pf.FileSelector(path, recursive=True))
             return filesystem, _found(source, sorted(entry.path for entry in found if entry.is_file and not _hidden(entry.path.removeprefix(path))))
         return filesystem, _found(source, [path] if info.type == pf.FileType.File else [])
-    root = _package_folder(source) if uri.startswith(PACKAGE) else folder
-    name = _package_parts(source)[1] if uri.startswith(PACKAGE) else uri.removeprefix("file://")
+    tried = []
+    for root, name in _places(source, folder):
+        paths = _local_files(root, name)
+        if paths:
+            return pf.LocalFileSystem(), paths
+        tried.append(str(root / name))
+    return pf.LocalFileSystem(), _found(source, [], tried)
+
+
+def _places(source: SourceSpec, folder: Path) -> list[tuple[Path, str]]:
+    """Where a local uri may be: a folder, and a path from there."""
+    if source.uri.startswith(PACKAGE):
+        return [(_package_folder(source), _package_parts(source)[1])]
+    name = source.uri.removeprefix("file://")
+    root = _repository(folder)
+    is_relative = not Path(name).is_absolute()
+    return [(folder, name), *([(root, name)] if is_relative and root else [])]
+
+
+def _repository(folder: Path) -> Path | None:
+    """The nearest folder around a fleet's that has a pyproject.toml."""
+    around = (parent for parent in folder.absolute().parents if (parent / "pyproject.toml").is_file())
+    return next(around, None)
+
+
+def _local_files(root: Path, name: str) -> list[str]:
     local = root / name
     if local.is_dir():
-        return pf.LocalFileSystem(), _found(
-            source, sorted(str(path) for path in local.rglob("*") if path.is_file() and not _hidden(str(path.relative_to(local))))
-        )
+        files = (path for path in local.rglob("*") if path.is_file())
+        return sorted(str(path) for path in files if not _hidden(str(path.relative_to(local))))
     # A file or a folder whose own name holds glob characters is meant literally.
-    paths = [str(local)] if local.is_file() else sorted(glob.glob(str(Path(glob.escape(str(root))) / name), recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern
-    return pf.LocalFileSystem(), _found(source, paths)
+    if local.is_file():
+        return [str(local)]
+    return sorted(glob.glob(str(Path(glob.escape(str(root))) / name), recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern
 
 
 def _hidden(path: str) -> bool:
@@ -145,9 +171,10 @@ def _hidden(path: str) -> bool:
     return any(part.startswith((".", "_")) for part in Path(path).parts)
 
 
-def _found(source: SourceSpec, paths: list[str]) -> list[str]:
+def _found(source: SourceSpec, paths: list[str], tried: Sequence[str] = ()) -> list[str]:
     if not paths:
-        raise DataError(f"source {source.name!r}: nothing is at {source.uri!r}; expected a file, a folder or a glob that matches something")
+        places = "".join(f"\n  tried: {place}" for place in tried)
+        raise DataError(f"source {source.name!r}: nothing is at {source.uri!r}; expected a file, a folder or a glob that matches something{places}")
     return paths
 
 
@@ -210,21 +237,32 @@ def _read_delta(source: SourceSpec, folder: Path) -> pa.Table:
     from deltalake import DeltaTable
     from deltalake.exceptions import DeltaError
 
+    uris = _delta_uris(source, folder)
     try:
-        return _typed(DeltaTable(_delta_uri(source, folder)).to_pyarrow_table(), source)
+        return _typed(DeltaTable(_first_table(uris)).to_pyarrow_table(), source)
     except (DeltaError, OSError) as error:
-        raise DataError(f"source {source.name!r}: {source.uri!r} cannot be read as a Delta table ({error})") from error
+        raise DataError(f"source {source.name!r}: {source.uri!r} cannot be read as a Delta table ({error}); tried: {', '.join(uris)}") from error
 
 
-def _delta_uri(source: SourceSpec, folder: Path) -> str:
-    uri = str(_package_folder(source) / _package_parts(source)[1]) if source.uri.startswith(PACKAGE) else source.uri
-    return uri if "://" in uri else str(folder / uri)
+def _delta_uris(source: SourceSpec, folder: Path) -> list[str]:
+    """Where the table may be: a relative path counts from several folders."""
+    if "://" in source.uri and not source.uri.startswith((PACKAGE, "file://")):
+        return [source.uri]
+    return [str(root / name) for root, name in _places(source, folder)]
+
+
+def _first_table(uris: Sequence[str]) -> str:
+    return next((uri for uri in uris if Path(uri, "_delta_log").is_dir()), uris[0])
 
 
 def _typed(table: pa.Table, source: SourceSpec) -> pa.Table:
     for name, kind in source.types.items():
         if name in table.column_names:
-            table = table.set_column(table.column_names.index(name), name, _cast(table[name], kind))
+            try:
+                typed = _cast(table[name], kind)
+            except pa.ArrowException as error:
+                raise ValueError(f"column {name!r} as {kind}: {error}") from error
+            table = table.set_column(table.column_names.index(name), name, typed)
     return table
 
 

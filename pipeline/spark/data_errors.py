@@ -84,4 +84,5 @@ def _plain(error: PySparkException) -> str:
     """Spark's message without its class of error, statement and trace."""
     lines = str(error.getMessage() or error).splitlines()
     first = next((line for line in lines if line.strip()), "no reason was given")
-    return re.sub(r"\s*(SQLSTATE: \w+)?;?\s*$", "", first)
+    without_class = re.sub(r"^\[[A-Z_.0-9]+\]\s*", "", first)
+    return re.sub(r"\.?\s*(SQLSTATE: \w+)?;?\s*$", "", without_class)

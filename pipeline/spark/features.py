@@ -16,7 +16,7 @@ from pipeline.features.history import ON_LAST_DAYS, HistoryPass, add_history, fl
 from pipeline.features.sql import parse_derived
 from pipeline.spark.keys import group_id_column, latest_moment, moment_of, text_column
 from pipeline.spark.sql_plans import derived_column, select_rows
-from pipeline.spec import MULTICLASS, FleetSpec
+from pipeline.spec import MAX_CLASSES, MULTICLASS, FleetSpec
 
 _CALENDAR = {
     "year": sf.year,
@@ -88,10 +88,7 @@ def _check_types(spec: FleetSpec, rows: DataFrame) -> None:
                 f"for task {spec.task!r}: cast it in {spec.features.sql}"
             )
     elif not isinstance(types[spec.target.column], st.NumericType):
-        raise DataError(
-            f"target {spec.target.column!r} is {types[spec.target.column].simpleString()}; expected a number: cast it in {spec.features.sql}, "
-            "or name in the source's null_values the texts that mean null"
-        )
+        raise DataError(_not_a_number(spec, rows, types[spec.target.column].simpleString()))
     _check_feature_types(spec, types)
 
 
@@ -107,6 +104,21 @@ def _check_feature_types(spec: FleetSpec, types: Mapping[str, st.DataType]) -> N
     for name in numeric:
         if not isinstance(types[name], st.NumericType | st.BooleanType):
             raise DataError(f"feature {name!r} is {types[name].simpleString()}; expected a number: cast it, or list it under features.categoricals")
+
+
+def _not_a_number(spec: FleetSpec, rows: DataFrame, kind: str) -> str:
+    """What to do about a target that is not a number; one Spark job looks at its values."""
+    target = spec.target.column
+    distinct = rows.select(sf.col(f"`{target}`").cast("string")).dropna().distinct()
+    values = sorted(row[0] for row in distinct.limit(MAX_CLASSES + 1).collect())
+    message = f"target {target!r} is {kind}; expected a number: cast it in {spec.features.sql}, "
+    message += "or name in the source's null_values the texts that mean null"
+    if len(values) == 2:  # noqa: PLR2004
+        return f"{message}; it has two values, {values[0]!r} and {values[1]!r}: to predict them, set task: binary"
+    if 2 < len(values) <= MAX_CLASSES:  # noqa: PLR2004
+        shown = ", ".join(repr(value) for value in values[:3])
+        return f"{message}; to predict its {len(values)} values ({shown} ...), set task: multiclass"
+    return message
 
 
 def _text_columns(spec: FleetSpec) -> set[str]:

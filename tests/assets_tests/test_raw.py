@@ -99,7 +99,10 @@ def test_an_empty_source_is_a_warning(shop: FleetSpec, tmp_path: Path, tables: A
 def test_a_missing_source_fails_in_its_own_words(shop: FleetSpec, tmp_path: Path, failure: Failure) -> None:
     result = ingest(shop, tmp_path, MemoryTables(), "no such/sales-*.csv")
     assert not result.success
-    assert failure(result) == "source 'sales': nothing is at 'no such/sales-*.csv'; expected a file, a folder or a glob that matches something"
+    assert failure(result).splitlines() == [
+        "source 'sales': nothing is at 'no such/sales-*.csv'; expected a file, a folder or a glob that matches something",
+        f"  tried: {tmp_path}/no such/sales-*.csv",
+    ]
 
 
 @pytest.mark.parametrize("broken", ["write_file", "commit"])

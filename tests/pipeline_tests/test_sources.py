@@ -211,6 +211,37 @@ def test_nothing_at_the_address_is_told(tmp_path: Path, uri: str) -> None:
     with pytest.raises(DataError, match="source 'sales': nothing is at") as caught:
         read(tmp_path, uri)
     assert repr(uri) in str(caught.value)
+    assert f"tried: {tmp_path}/{uri}" in str(caught.value)
+
+
+def test_a_relative_path_counts_from_the_fleet_first_and_then_from_the_repository(tmp_path: Path) -> None:
+    fleet = tmp_path / "pipeline" / "defs" / "shop"
+    (tmp_path / "data").mkdir()
+    fleet.mkdir(parents=True)
+    (tmp_path / "pyproject.toml").write_text("")
+    (tmp_path / "data" / "x.csv").write_text(CSV)
+    assert len(read(fleet, "data/x.csv")) == 2
+    with pytest.raises(DataError) as caught:
+        read(fleet, "data/y.csv")
+    assert f"tried: {fleet}/data/y.csv" in str(caught.value)
+    assert f"tried: {tmp_path}/data/y.csv" in str(caught.value)
+    (fleet / "data").mkdir()
+    (fleet / "data" / "x.csv").write_text(CSV.splitlines()[0] + "\n")
+    assert len(read(fleet, "data/x.csv")) == 0
+
+
+def test_a_delta_table_too_is_found_from_the_repository(tmp_path: Path) -> None:
+    fleet = tmp_path / "pipeline" / "defs" / "shop"
+    fleet.mkdir(parents=True)
+    (tmp_path / "pyproject.toml").write_text("")
+    write_deltalake(str(tmp_path / "table"), pa.table({"a": [1]}))
+    assert len(read(fleet, "table", format="delta")) == 1
+
+
+def test_a_value_that_is_not_a_timestamp_is_told_with_its_column(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("day\n2024-01-01\n14.03.2024\n")
+    with pytest.raises(DataError, match=r"column 'day' as timestamp: .*14\.03\.2024"):
+        read(tmp_path, "x.csv", types={"day": "timestamp"})
 
 
 def test_an_empty_folder_holds_nothing(tmp_path: Path) -> None:
@@ -242,4 +273,4 @@ def test_a_damaged_or_wrong_file_is_named(tmp_path: Path, name: str, content: by
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=f"{name} cannot be read as") as caught:
         read(tmp_path, name)
-    assert "correct the file or the source's format" in str(caught.value)
+    assert "correct the file, or the source's format or types" in str(caught.value)

@@ -15,6 +15,7 @@ from pyspark.sql import functions as sf
 from pipeline.errors import DataError, SpecError
 from pipeline.features.history import add_history, plan_passes
 from pipeline.models.meta_model import design_matrix, group_id
+from pipeline.spark.data_errors import readable_spark_errors
 from pipeline.spark.features import all_null_columns, build_features, check_feature_table, newest_known, newest_time
 from pipeline.spark.fleet_training import History, Request, plan_run
 from pipeline.spark.scoring import rows_to_score
@@ -375,6 +376,11 @@ ROW = "SELECT 'n' region, 'a' store, date'2020-01-01' sold_on, 1 amount, 1 size"
         (ROW.replace("'a' store", "1.5D store"), DataError, ["key 'store' is double", "cast it in features.sql"]),
         (ROW.replace("'a' store", "array('a') store"), DataError, ["key 'store' is array<string>", "text, a whole number, a boolean or a date"]),
         (ROW.replace("1 amount", "'1' amount"), DataError, ["target 'amount' is string", "expected a number", "null_values"]),
+        (
+            ROW.replace("1 amount", "explode(array('yes', 'no', 'no')) amount"),
+            DataError,
+            ["two values, 'no' and 'yes'", "set task: binary"],
+        ),
         (ROW.replace("1 size", "'big' size"), DataError, ["feature 'size' is string", "features.categoricals"]),
         (ROW.replace("date'2020-01-01' sold_on", "'2020-01-01' sold_on"), DataError, ["'sold_on' is string", "date or timestamp"]),
         (ROW.replace(", 1 size", ""), SpecError, ["features.columns", "features.sql gives no column 'size'", "region, store, sold_on, amount"]),
@@ -385,6 +391,30 @@ def test_what_cannot_serve_is_refused_before_work(spark: SparkSession, shop: Fle
     with pytest.raises(error) as told:
         build_features(spark, shop, sql, {})
     assert [part for part in parts if part not in str(told.value)] == []
+
+
+@pytest.mark.parametrize(
+    ("select", "error", "parts"),
+    [
+        (
+            "CAST(sold_on AS DATE)",
+            DataError,
+            ["source 'sales', column 'sold_on' (/raw/a.csv)", "'14.03.2024' is not a DATE", "try_to_timestamp(sold_on", "types:"],
+        ),
+        ("to_timestamp(sold_on)", DataError, ["column 'sold_on'", "'14.03.2024'", "try_to_timestamp"]),
+        ("CAST(sold_on AS DOUBLE)", DataError, ["column 'sold_on'", "try_cast(sold_on AS DOUBLE)"]),
+        ("CAST(concat(sold_on, '!') AS INT)", DataError, ["a computed value", "'14.03.2024!'"]),
+        ("1 / (length(sold_on) - 10)", SpecError, ["features.sql: Division by zero", "correct the expression"]),
+    ],
+)  # fmt: skip
+def test_a_value_that_does_not_fit_is_told_with_its_source_and_column(
+    spark: SparkSession, select: str, error: type[Exception], parts: list[str]
+) -> None:
+    raw = {"sales": spark.sql("SELECT '/raw/a.csv' _source, '14.03.2024' sold_on, 1 n")}
+    with pytest.raises(error) as told, readable_spark_errors("features.sql", raw):
+        raw["sales"].selectExpr(select).collect()
+    assert [part for part in parts if part not in str(told.value)] == []
+    assert len(str(told.value).splitlines()) <= 4
 
 
 def test_a_derived_column_that_spark_refuses_names_itself(spark: SparkSession, shop_attributes: dict[str, Any]) -> None:
