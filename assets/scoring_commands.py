@@ -27,6 +27,7 @@ from pipeline.row_source import (
 )
 from pipeline.spark.answers import score_source
 from pipeline.spark.files import write_files
+from pipeline.spark.set_aside import SetAside
 from pipeline.spark.streaming import AnswerSink, Champion, Stream, run_stream, stream_rows
 from resources.delta_tables import DeltaTables
 from resources.mlflow_registry import CHAMPION, MlflowRegistry
@@ -35,6 +36,7 @@ from resources.spark_session import SparkSessionResource
 
 ALL_ROWS = "all"
 MAX_FILES = 1_000
+MAX_FILES_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ class Scorer:
             rows = stream_rows(self.spark.session, stream, options, model.required, **settings)
             sink = AnswerSink(stream, self.tables, Champion(self.registry, model_name, options), report)
             run_stream(rows, sink, folder, every=every, stopping=stopping)
-        report("stopped; the same command goes on" if stopping.is_set() else "all rows there were have been answered")
+        report("stopped; the same command goes on" if stopping.is_set() else _ending(sink.set_aside))
 
     def _model(self, name: str, version: str) -> tuple[Any, FleetModel, str]:
         """A version, its model, and what people call it."""
@@ -160,7 +162,7 @@ class Scorer:
             self.tables.create(target, target_schema(stream.schema, model.task, [SCORED_AT]))
         else:
             reading = reading_for(model, self.registry.inputs(version))
-            found = find_source(source, reading, self.tables.storage_options)
+            found = find_source(source, reading, self.tables.storage_options, leave_out=True)
             if Path(source).is_file():
                 raise DataError(f"{source} is one file, which `many-models score` answers; a stream takes a folder, a glob or a Delta table")
             check_source(found, model, [SCORED_AT])
@@ -174,6 +176,16 @@ class Scorer:
         if self.tables.exists(target):
             check_target(target, self.tables.layout(target), wanted, partition_by)
         self.tables.create(target, wanted, partition_by=partition_by)
+
+
+def _ending(set_aside: SetAside) -> str:
+    waiting = [entry.path for entry in set_aside.files()]
+    if not waiting:
+        return "all available rows have been answered"
+    files = f"{len(waiting)} file{'' if len(waiting) == 1 else 's'}"
+    more = f" and {len(waiting) - MAX_FILES_SHOWN} more" if len(waiting) > MAX_FILES_SHOWN else ""
+    shown = ", ".join(waiting[:MAX_FILES_SHOWN])
+    return f"all other rows have been answered; {files} set aside: {shown}{more}; complete or remove what cannot be read, then repeat the command"
 
 
 def _digest(*texts: str) -> str:

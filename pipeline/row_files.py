@@ -133,15 +133,34 @@ def row_file(path: str, root: str) -> RowFile:
     return RowFile(path, SUFFIXES[suffix_of(path)], constants)
 
 
-def schema_of(files: Sequence[RowFile], reading: Reading, filesystem: pf.FileSystem) -> pa.Schema:
+def schema_of(
+    files: Sequence[RowFile],
+    reading: Reading,
+    filesystem: pf.FileSystem,
+    *,
+    leave_out: bool = False,
+) -> pa.Schema:
     """The columns that any of the files has.
 
     Columns of CSV are text unless they are to be read as numbers; JSON tells numbers and text, but no moments.
 
+    Args:
+        files: at least one.
+        reading: how columns without types are read.
+        filesystem: that holds the files.
+        leave_out: passes over files that cannot be read, as long as one can.
+
     Raises:
         DataError: naming a file that cannot be read, or a column that is of types that do not go together.
     """
-    schemas = [_own_schema(file, reading, filesystem) for file in files]
+    schemas, failures = [], []
+    for file in files:
+        try:
+            schemas.append(_own_schema(file, reading, filesystem))
+        except DataError as error:
+            failures.append(error)
+    if failures and not (leave_out and schemas):
+        raise failures[0]
     try:
         return pa.unify_schemas(schemas, promote_options="permissive").remove_metadata()
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
@@ -225,7 +244,7 @@ def _require(columns: Collection[str], batch: pa.RecordBatch, file: RowFile) -> 
 
 def unreadable(file: RowFile, error: Exception) -> DataError:
     """What is said of a file that cannot be read."""
-    return DataError(f"{file.path} cannot be read as {file.kind} ({error}); repair the file, or take it away")
+    return DataError(f"{file.path} cannot be read as {file.kind} ({error}); repair or remove the file")
 
 
 def _opened(file: RowFile, filesystem: pf.FileSystem) -> pa.NativeFile:

@@ -49,13 +49,14 @@ def absolute(address: str) -> str:
     return str(Path.cwd() / address.removeprefix("file://")).rstrip("/")
 
 
-def find_source(address: str, reading: Reading, options: Mapping[str, str]) -> RowSource:
+def find_source(address: str, reading: Reading, options: Mapping[str, str], *, leave_out: bool = False) -> RowSource:
     """Look at a source: its files and columns.
 
     Args:
         address: absolute, as from `absolute`.
         reading: how columns without types are read.
         options: of the object store.
+        leave_out: passes over files that cannot be read, as long as one can.
 
     Raises:
         DataError: if there are no rows to be read.
@@ -69,7 +70,8 @@ def find_source(address: str, reading: Reading, options: Mapping[str, str]) -> R
             f"no Delta table is at {address}; files are read from local or mounted folders only: copy them, or write them as a Delta table"
         )
     files = local_files(address)
-    return RowSource(address, files[0].kind, schema_of(files, reading, pf.LocalFileSystem()), files, None)
+    schema = schema_of(files, reading, pf.LocalFileSystem(), leave_out=leave_out)
+    return RowSource(address, files[0].kind, schema, files, None)
 
 
 def text_columns(model: FleetModel) -> frozenset[str]:

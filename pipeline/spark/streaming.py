@@ -32,6 +32,7 @@ from pipeline.row_source import SCORED_AT, RowSource, check_columns
 from pipeline.spark.answers import answer_rows
 from pipeline.spark.delta_stream import DeltaVersions
 from pipeline.spark.files import Batches, escaped, rows_reader, write_files
+from pipeline.spark.set_aside import FileSetAside, SetAside
 from pipeline.store import Tables
 
 POLL_SECONDS = 0.2
@@ -182,12 +183,27 @@ def stream_rows(
         "pathGlobFilter": f"*{{{endings}}}",
     }
     listed = spark.readStream.format("binaryFile").schema(_FILES).options(**settings).load(address).select("path")
-    rows, root = rows_reader(stream.shape, stream.source, options, stream.reading, required), root_of(stream.source)
+    return _read_listed(listed, stream, options, required, SetAside(stream.folder))
+
+
+def _read_listed(
+    listed: DataFrame,
+    stream: Stream,
+    options: Mapping[str, str],
+    required: Sequence[str],
+    set_aside: SetAside | None,
+) -> DataFrame:
+    """The rows of listed files; one that cannot be read is set aside where that is asked for."""
+    rows = rows_reader(stream.shape, stream.source, options, stream.reading, required)
+    root = root_of(stream.source)
 
     def read(batches: Batches) -> Batches:
         for batch in batches:
             for path in batch.column(0).to_pylist():
-                yield from rows(row_file(local_path(path), root))
+                file = row_file(local_path(path), root)
+                # Read to its end first: rows that were handed on cannot be taken back.
+                if set_aside is None or set_aside.reads(file, rows):
+                    yield from rows(file)
 
     return listed.mapInArrow(read, stream.shape)
 
@@ -239,7 +255,7 @@ class Champion:
 
 
 class AnswerSink:
-    """Answers each micro batch and commits it once.
+    """Answers each micro batch and commits it once; files set aside are answered when they can be read.
 
     Args:
         stream: that it ends.
@@ -253,33 +269,74 @@ class AnswerSink:
         self._tables = tables
         self._champion = champion
         self._report = report
+        self._one_at_a_time = threading.Lock()
+        self.set_aside = SetAside(stream.folder)
         self.failure: Exception | None = None
 
     def __call__(self, rows: DataFrame, batch: int) -> None:
         """Called by Spark for each micro batch."""
         try:
-            self._answer(rows, batch)
+            with self._one_at_a_time:
+                self._answer_batch(rows, batch)
         except Exception as error:
             self.failure = error  # Spark would hand on its text only
             raise
 
-    def _answer(self, rows: DataFrame, batch: int) -> None:
-        started = time.monotonic()
+    def retry(self, spark: SparkSession) -> None:
+        """Answer the files that were set aside and have changed since, each in a commit of its own.
+
+        Raises:
+            FleetError: if the target cannot be written.
+        """
+        for entry in self.set_aside.files():
+            if entry.has_changed:
+                with self._one_at_a_time:
+                    self._answer_file(spark, entry)
+
+    def _answer_batch(self, rows: DataFrame, batch: int) -> None:
         crash_point("stream_batch_begun")
-        stream, options = self._stream, self._tables.storage_options
+        stream = self._stream
         seen = self._tables.transaction(stream.target, stream.app)
         if seen is not None and seen >= batch:
             self._report(f"batch {batch}: was committed before the restart, passed over")
-            return
+        else:
+            self.set_aside.begin()
+            self._commit(rows, f"batch {batch}", (stream.app, batch))
+        for entry in self.set_aside.keep():
+            self._report(f"set aside, and answered once it is complete: {entry.reason}")
+
+    def _answer_file(self, spark: SparkSession, entry: FileSetAside) -> None:
+        """Answer a file that was set aside, unless it cannot be read yet or has been answered."""
+        stream, options = self._stream, self._tables.storage_options
+        app = f"{stream.app}-{entry.digest}"
+        if self._tables.transaction(stream.target, app) is None:
+            required = self._champion()[1].required
+            found = Path(entry.path).stat()
+            rows = rows_reader(stream.shape, stream.source, options, stream.reading, required)
+            try:
+                for _ in rows(row_file(entry.path, root_of(stream.source))):
+                    pass
+            except (DataError, InputError) as error:
+                self.set_aside.update(FileSetAside(entry.path, found.st_size, found.st_mtime_ns, str(error)))
+                self._report(f"still set aside: {error}")
+                return
+            listed = spark.createDataFrame([(entry.path,)], "path string")
+            complete = _read_listed(listed, stream, options, required, None)
+            self._commit(complete, f"{entry.path}, set aside before", (app, 0))
+        self.set_aside.remove(entry)
+
+    def _commit(self, rows: DataFrame, name: str, app: tuple[str, int]) -> None:
+        started = time.monotonic()
+        stream, options = self._stream, self._tables.storage_options
         version, model = self._champion()
         check_columns(stream.schema, stream.source, model)
         answers = answer_rows(rows.sparkSession, rows, model, options).withColumn(SCORED_AT, sf.current_timestamp())
         files, schema = write_files(answers, stream.target, options)
         crash_point("stream_files_written")
-        self._tables.commit(stream.target, files, schema, mode="append", app=(stream.app, batch))
+        self._tables.commit(stream.target, files, schema, mode="append", app=app)
         crash_point("stream_committed")
         n_rows, seconds = sum(file.n_rows for file in files), time.monotonic() - started
-        self._report(f"batch {batch}: {n_rows:,} rows in {seconds:.1f} s, answered by version {version.number} (run {version.fleet_version})")
+        self._report(f"{name}: {n_rows:,} rows in {seconds:.1f} s, answered by version {version.number} (run {version.fleet_version})")
 
 
 def run_stream(rows: DataFrame, sink: AnswerSink, folder: Path, *, every: float | None, stopping: threading.Event) -> None:
@@ -298,11 +355,16 @@ def run_stream(rows: DataFrame, sink: AnswerSink, folder: Path, *, every: float 
     writer = rows.writeStream.foreachBatch(sink).option("checkpointLocation", str(folder / "spark"))
     timing: dict[str, Any] = {"availableNow": True} if every is None else {"processingTime": f"{round(every * 1000)} milliseconds"}
     try:
+        sink.retry(rows.sparkSession)
+        tried = time.monotonic()
         query = writer.trigger(**timing).start()
         while not query.awaitTermination(POLL_SECONDS):  # type: ignore[arg-type] # a float does
             if stopping.is_set():
                 query.stop()
                 return
+            if every is not None and time.monotonic() - tried >= every:
+                sink.retry(rows.sparkSession)
+                tried = time.monotonic()
     except StreamingQueryException as error:
         if stopping.is_set():
             return

@@ -371,12 +371,48 @@ def test_a_file_that_breaks_a_stream_is_named_and_once_repaired_the_stream_goes_
     put(folder, "b.csv", rows.iloc[10:20].drop(columns="price"))
     with pytest.raises(InputError, match=r"b\.csv: missing columns: price; it has: row_id"):
         fleet.stream(folder)
-    put(folder, "b.csv", rows.iloc[10:20].astype({"price": object}).assign(price="dear"))
-    with pytest.raises(DataError, match=r"b\.csv cannot be read as csv .*dear"):
-        fleet.stream(folder)
     put(folder, "b.csv", rows.iloc[10:20])
     put(folder, "c.csv", rows.iloc[20:])
     same_answers(fleet.stream(folder).astype({"row_id": "int64"}), fleet.expected(rows))
+
+
+def test_a_half_written_file_is_set_aside_and_answered_once_it_is_complete(fleet: Fleet) -> None:
+    rows, folder = asked_rows(40), fleet.folder / "in"
+    put(folder, "a.parquet", rows.iloc[:10])
+    put(folder, "b.parquet", rows.iloc[10:20])
+    whole = (folder / "b.parquet").read_bytes()
+    (folder / "b.parquet").write_bytes(whole[: len(whole) // 2])
+    lines = fleet.said
+    assert len(fleet.stream(folder)) == 10
+    told = "\n".join(lines)
+    assert f"set aside, and answered once it is complete: {folder}/b.parquet cannot be read as parquet" in told
+    assert f"all other rows have been answered; 1 file set aside: {folder}/b.parquet" in lines[-1]
+
+    put(folder, "c.parquet", rows.iloc[20:30])  # the others go on, and nothing is told twice
+    lines.clear()
+    assert len(fleet.stream(folder)) == 20
+    assert [line for line in lines if "cannot be read as" in line] == []
+
+    (folder / "b.parquet").write_bytes(whole[:-10])  # still being written
+    lines.clear()
+    fleet.stream(folder)
+    assert any(line.startswith(f"still set aside: {folder}/b.parquet") for line in lines)
+
+    (folder / "b.parquet").write_bytes(whole)
+    lines.clear()
+    same_answers(fleet.stream(folder), fleet.expected(rows.iloc[:30]))
+    assert lines[-1] == "all available rows have been answered"
+    put(folder, "d.parquet", rows.iloc[30:])
+    same_answers(fleet.stream(folder), fleet.expected(rows))
+
+
+def test_a_value_in_the_middle_of_a_file_that_cannot_be_read_sets_the_whole_file_aside(fleet: Fleet) -> None:
+    rows, folder = asked_rows(30), fleet.folder / "in"
+    put(folder, "a.csv", rows.iloc[:10])
+    put(folder, "b.csv", rows.iloc[10:].astype({"price": object}).assign(price=[*[1.5] * 19, "dear"]))
+    lines = fleet.said
+    assert len(fleet.stream(folder)) == 10
+    assert any("b.csv cannot be read as csv" in line and "dear" in line for line in lines)
 
 
 def test_a_pack_is_opened_once_per_worker_and_given_up_for_the_next(fleet: Fleet, spark_resource: SparkSessionResource) -> None:
@@ -425,7 +461,7 @@ def test_the_command_answers_and_says_what_is_wrong(fleet: Fleet, monkeypatch: p
     assert "12 rows of" in capsys.readouterr().out
     assert main(["stream", *words, str(fleet.folder / "live")]) == 0
     told = capsys.readouterr().out.splitlines()
-    assert [line.split(" ", 1)[1].split(" in ")[0] for line in told[1:]] == ["batch 0: 12 rows", "all rows there were have been answered"]
+    assert [line.split(" ", 1)[1].split(" in ")[0] for line in told[1:]] == ["batch 0: 12 rows", "all available rows have been answered"]
     assert main(["stream", "nobody", *words[1:], str(fleet.folder / "live")]) == 2
     assert "registered model 'nobody' has no champion" in capsys.readouterr().err
     put(fleet.folder / "bad", "a.csv", asked_rows(3)[["store"]])

@@ -57,7 +57,7 @@ def test_numbers_of_text_are_read_to_the_last_bit(tmp_path: Path, value: float) 
 
 def test_a_number_that_is_none_is_an_error_that_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("price\n1\nabc\n")
-    with pytest.raises(DataError, match=r"a\.csv cannot be read as csv .*abc.*repair the file"):
+    with pytest.raises(DataError, match=r"a\.csv cannot be read as csv .*abc.*repair or remove the file"):
         read(tmp_path)
 
 
