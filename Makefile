@@ -21,7 +21,8 @@ DATA := $(STATE)
 endif
 
 # `dg` compares the environment that it runs in with the active one.
-IN_VENV := PATH="$(CURDIR)/$(BIN):$$PATH" VIRTUAL_ENV="$(CURDIR)/$(VENV)" MANY_MODELS_DATA="$(DATA)"
+# Executed in the shell's place, so that whatever ends make ends the command, and nothing is left behind.
+IN_VENV := exec env PATH="$(CURDIR)/$(BIN):$$PATH" VIRTUAL_ENV="$(CURDIR)/$(VENV)" MANY_MODELS_DATA="$(DATA)"
 DG := $(IN_VENV) dg
 
 export MLFLOW_DISABLE_TELEMETRY := true
