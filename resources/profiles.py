@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.errors import SpecError
 from pipeline.faults import VARIABLE
-from pipeline.grouping.periods import parse_moment
+from pipeline.grouping.periods import MOMENT_EXAMPLES, parse_moment
 from pipeline.models.meta_model import group_id
 
 DATA = "MANY_MODELS_DATA"
@@ -111,8 +111,8 @@ def _moment(name: str) -> str | None:
     if text is not None:
         try:
             parse_moment(text)
-        except SpecError as error:
-            raise SpecError(f"{name}: {error}") from None
+        except SpecError:
+            raise SpecError(f"{name} is {text!r}; expected {MOMENT_EXAMPLES}") from None
     return text
 
 

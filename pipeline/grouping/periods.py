@@ -10,6 +10,7 @@ import pandas as pd
 from pipeline.errors import SpecError
 
 SECONDS = {"minute": 60, "hour": 3600, "day": 86_400, "week": 604_800}
+MOMENT_EXAMPLES = "one such as 2013-12-24 or 2013-12-24T18:00"
 MONTHS = {"month": 1, "quarter": 3, "year": 12}
 UNITS = (*SECONDS, *MONTHS)
 # Keeps moments within what 64 bits of microseconds hold.
@@ -194,7 +195,7 @@ def parse_moment(text: str, zone: str | None = None) -> pd.Timestamp:
     # Coercing, because a timestamp of its own pandas would also read from the text NaT.
     moment = pd.to_datetime(text, errors="coerce")
     if pd.isna(moment):
-        raise SpecError(f"{text!r} is not a date or time; expected one such as 2013-12-24 or 2013-12-24T18:00")
+        raise SpecError(f"{text!r} is not a date or time; expected {MOMENT_EXAMPLES}")
     if moment.tzinfo is None and zone is not None:
         moment = moment.tz_localize(zone)
     return moment.tz_convert("UTC").tz_localize(None) if moment.tzinfo else moment
