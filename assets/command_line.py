@@ -23,8 +23,9 @@ from deltalake.exceptions import DeltaError
 from assets.failure_log import first_line, keep_trace
 from pipeline.errors import FleetError, ModelNotFound, SpecError, StoreError
 from pipeline.faults import arm
-from pipeline.models.meta_model import InputError, PackError, filesystem_of, group_id
+from pipeline.models.meta_model import filesystem_of, group_id
 from pipeline.reporting.summary import text_table
+from pipeline.spark.data_errors import readable_model_errors
 from pipeline.tables import BOOSTERS, HOLDOUT, IMPORTANCE, LEDGER, RUNS, records
 from resources.delta_tables import DeltaTables
 from resources.lease import hold_lease
@@ -79,8 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         profile = current_profile(PROJECT)
         logs = Path(profile.data_root) / "logs"
-        _run(profile, told)
-    except (FleetError, InputError, PackError) as error:
+        with readable_model_errors():
+            _run(profile, told)
+    except FleetError as error:
         trace = keep_trace(logs, error) if logs and error.__cause__ else ""
         _say_failure(str(error), trace)
         return 2 if isinstance(error, ModelNotFound) else 1

@@ -11,6 +11,7 @@ import dagster as dg
 
 from pipeline.errors import FleetError
 from pipeline.recognition import DIGEST
+from pipeline.spark.data_errors import readable_model_errors
 from pipeline.spec import FleetSpec
 from pipeline.store import Snapshot, Tables
 
@@ -49,7 +50,8 @@ def link_settings(spec: FleetSpec, name: str, *, description: str, kinds: set[st
 def readable_failures() -> Iterator[None]:
     """Show an error of ours as the step's failure, in its own words; nothing that was written is lost."""
     try:
-        yield
+        with readable_model_errors():
+            yield
     except FleetError as error:
         raise dg.Failure(description=str(error), metadata={"fleet/error": type(error).__name__}, allow_retries=False) from error
 

@@ -9,11 +9,55 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as sf
 from pyspark.sql import types as st
 
-from pipeline.errors import DataError, SpecError
+from pipeline import errors
+from pipeline.errors import DataError, FleetError, SpecError, StoreError
+from pipeline.models.meta_model import InputError, PackError
 
 # Conditions in which a value does not fit the type that the SQL wants it in.
 UNFIT = ("CAST_INVALID_INPUT", "CANNOT_PARSE_TIMESTAMP", "CANNOT_PARSE_TIME", "CAST_OVERFLOW")
 _QUOTED = re.compile(r"'((?:[^']|'')*)'")
+
+
+# The self-contained file of the registered model has errors of its own; this is where they belong in our tree.
+_OURS: dict[str, type[FleetError]] = {
+    "InputError": DataError,
+    "PackError": StoreError,
+    **{name: getattr(errors, name) for name in ("SpecError", "DataError", "StoreError", "ModelNotFound")},
+}
+
+
+def in_error_tree(error: Exception | None) -> FleetError | None:
+    """One of our errors, be it raised here, by the registered model, or in a Python process of Spark that only its text is left of.
+
+    Args:
+        error: what was raised.
+
+    Returns:
+        The same in our tree; None if it is none of ours.
+    """
+    if error is None or isinstance(error, FleetError):
+        return error
+    if isinstance(error, InputError | PackError):
+        return _OURS[type(error).__name__](str(error))
+    found = re.search(rf"^(?:[\w.]+\.)?({'|'.join(_OURS)}): (.+)$", str(error), re.MULTILINE)
+    return _OURS[found[1]](found[2]) if found else None
+
+
+@contextmanager
+def readable_model_errors() -> Iterator[None]:
+    """Translate what a registered model raises, here or in Spark's Python processes.
+
+    Raises:
+        StoreError: if its pack is damaged.
+        DataError: if it cannot answer the rows.
+    """
+    try:
+        yield
+    except (InputError, PackError, PySparkException) as error:
+        ours = in_error_tree(error)
+        if ours is None:
+            raise
+        raise ours from error
 
 
 @contextmanager

@@ -23,13 +23,13 @@ from pyspark.sql import functions as sf
 from pyspark.sql.pandas.types import from_arrow_schema, to_arrow_schema
 from pyspark.sql.types import StructType
 
-from pipeline import errors
-from pipeline.errors import DataError, FleetError, SpecError, StoreError
+from pipeline.errors import DataError, SpecError, StoreError
 from pipeline.faults import crash_point
-from pipeline.models.meta_model import FleetModel, InputError, PackError
+from pipeline.models.meta_model import FleetModel, InputError
 from pipeline.row_files import SUFFIXES, Reading, root_of, row_file
 from pipeline.row_source import SCORED_AT, RowSource, check_columns
 from pipeline.spark.answers import answer_rows
+from pipeline.spark.data_errors import in_error_tree
 from pipeline.spark.delta_stream import DeltaVersions
 from pipeline.spark.files import Batches, escaped, rows_reader, write_files
 from pipeline.spark.set_aside import FileSetAside, SetAside
@@ -373,12 +373,7 @@ def run_stream(rows: DataFrame, sink: AnswerSink, folder: Path, *, every: float 
 
 def readable_failure(error: StreamingQueryException, cause: Exception | None) -> Exception:
     """What ended a stream, as it was raised: in the sink, or, as Spark tells it, in a Python process of its own."""
-    if isinstance(cause, FleetError | InputError | PackError):
-        return cause
-    known: dict[str, type[Exception]] = {"InputError": InputError, "PackError": PackError}
-    known |= {name: getattr(errors, name) for name in ("SpecError", "DataError", "StoreError", "ModelNotFound")}
-    text = f"{cause or ''}\n{error}"
-    found = re.search(rf"^(?:[\w.]+\.)?({'|'.join(known)}): (.+)$", text, re.MULTILINE)
-    if found:
-        return known[found[1]](found[2])
+    ours = in_error_tree(cause) or in_error_tree(error)
+    if ours is not None:
+        return ours
     return StoreError(f"the stream ended: {next((line for line in str(cause or error).splitlines() if line.strip()), 'no reason was given')}")
