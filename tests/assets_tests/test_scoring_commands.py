@@ -369,7 +369,7 @@ def test_a_file_that_breaks_a_stream_is_named_and_once_repaired_the_stream_goes_
     put(folder, "a.csv", rows.iloc[:10])
     fleet.stream(folder)
     put(folder, "b.csv", rows.iloc[10:20].drop(columns="price"))
-    with pytest.raises(InputError, match=r"b\.csv: missing columns: price; it has: row_id"):
+    with pytest.raises(DataError, match=r"b\.csv: missing columns: price; it has: row_id"):
         fleet.stream(folder)
     put(folder, "b.csv", rows.iloc[10:20])
     put(folder, "c.csv", rows.iloc[20:])
