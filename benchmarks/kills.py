@@ -65,7 +65,8 @@ def train(folder: Path) -> None:
     """
     faults.arm(os.environ.get(faults.VARIABLE, ""))
     fleet = small_fleet()
-    spec = fleet.spec(tuning=TUNING)
+    # Waves are laid out while the run trains: short checkpoints make several of so small a fleet.
+    spec = fleet.spec(tuning={**TUNING, "checkpoint_seconds": WAVE_SECONDS})
     with Engine(folder, memory="1g", slots=SLOTS) as engine:
         spark = engine.spark.session
         _tell(folder, "session")
@@ -89,7 +90,7 @@ def _in_small_waves(plan: TrainingPlan) -> TrainingPlan:
     chosen = plan.to_train.index
     costs = groups.loc[chosen, "cost_seconds"].tolist()
     tasks = pack_tasks(costs, slots=plan.slots, task_seconds=TASK_SECONDS)
-    waves, numbers = assign_waves(tasks, costs, slots=plan.slots, checkpoint_seconds=WAVE_SECONDS)
+    waves, numbers = assign_waves(tasks, costs, slots=plan.slots, wave_seconds=WAVE_SECONDS)
     groups.loc[chosen, "wave"], groups.loc[chosen, "task"] = waves, numbers
     return replace(plan, groups=groups)
 

@@ -61,5 +61,3 @@ def test_a_dry_run_prints_no_line_that_looks_like_a_fault() -> None:
     assert not _is_for_people(record(skipped))
     assert not _is_for_people(record(missing, logging.WARNING))
     assert _is_for_people(record("dry run: nothing was trained"))
-    assert _is_for_people(record("it broke", logging.ERROR, event=object()))
-    assert not _is_for_people(record("STEP_START", event=object()))
