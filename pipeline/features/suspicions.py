@@ -123,7 +123,7 @@ def _has_value_near(codes: Codes, time: Times, values: Floats, period: Period, p
         first = clock - period.count * periods
         last = first
     else:
-        clock = time.astype(np.int64)
+        clock = period.wall_clock(time).astype(np.int64)
         length = period.count * SECONDS[period.unit] * 1_000_000
         first = clock - (periods + 1) * length + 1
         last = clock - (periods - 1) * length - 1

@@ -94,7 +94,10 @@ class Period:
                 30 April to 31 May. Otherwise the day of the month stays, and a day that a month lacks
                 becomes that month's last day. Fixed lengths pay no attention to it.
         """
-        times = self._wall_clock(times.astype("datetime64[us]"))
+        times = times.astype("datetime64[us]")
+        if self.count == 0:  # not by way of clocks, which cannot tell apart the hours that they show twice
+            return times
+        times = self.wall_clock(times)
         if self.is_calendar:
             moved = _add_months(times, factor * (self.count * MONTHS[self.unit]), last_days)
         else:
@@ -102,7 +105,7 @@ class Period:
             moved = times + factor * length
         return self._moments(moved)
 
-    def _wall_clock(self, moments: Times) -> Times:
+    def wall_clock(self, moments: Times) -> Times:
         """What the zone's clocks show, where its days matter; else UTC."""
         return moments if self.zone is None or self.unit in _ELAPSED else to_wall_clock(moments, self.zone)
 
@@ -111,13 +114,13 @@ class Period:
 
     def unit_numbers(self, times: Times) -> Counts:
         """Which month, quarter or year holds each moment, counted from 1970; for calendar lengths only."""
-        months = self._wall_clock(times).astype("datetime64[M]").astype(np.int64)
+        months = self.wall_clock(times).astype("datetime64[M]").astype(np.int64)
         numbers: Counts = months // MONTHS[self.unit]
         return numbers
 
     def floor(self, moment: pd.Timestamp) -> pd.Timestamp:
         """The start of the unit that holds the moment; weeks start on Monday."""
-        start = self._floor(pd.Timestamp(self._wall_clock(np.array([moment.to_datetime64()], "datetime64[us]"))[0]))
+        start = self._floor(pd.Timestamp(self.wall_clock(np.array([moment.to_datetime64()], "datetime64[us]"))[0]))
         return pd.Timestamp(self._moments(np.array([start.to_datetime64()], "datetime64[us]"))[0])
 
     def _floor(self, wall_clock: pd.Timestamp) -> pd.Timestamp:
@@ -138,9 +141,17 @@ class Period:
 
 
 def to_wall_clock(moments: Times, zone: str) -> Times:
-    """What the clocks of a zone show at moments of UTC."""
+    """What the clocks of a zone show at moments of UTC; midnight where a day begins, also where they skip it.
+
+    In Chile or Egypt a day in spring begins at one o'clock. Taken as such, it would not be a day after the
+    midnight before.
+    """
     shown = pd.DatetimeIndex(moments).tz_localize("UTC").tz_convert(zone).tz_localize(None)
     clock: Times = shown.to_numpy().astype("datetime64[us]")
+    midnight = clock.astype("datetime64[D]").astype("datetime64[us]")
+    first_hour = np.flatnonzero((clock > midnight) & (clock - midnight <= np.timedelta64(1, "h")))
+    begins = from_wall_clock(midnight[first_hour], zone) == moments[first_hour]
+    clock[first_hour[begins]] = midnight[first_hour[begins]]
     return clock
 
 

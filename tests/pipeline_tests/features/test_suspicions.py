@@ -112,6 +112,15 @@ def test_lags_that_an_hour_keeps_from_their_day_are_named() -> None:
     assert lagged(rows) == {"sales_lag_1": "2 of 240 rows", "sales_lag_2": "4 of 240 rows"}
 
 
+def test_a_gap_beside_a_change_of_the_clocks_is_a_gap() -> None:
+    days = pd.date_range("2024-03-20", periods=20, freq="D", tz="Europe/Berlin")
+    time = days.tz_convert("UTC").tz_localize(None).as_unit("us")
+    rows = shops().iloc[:20].assign(time=time, known_at=time)
+    # Between 30 March and 1 April lie 47 hours.
+    with_gap = rows[days != pd.Timestamp("2024-03-31", tz="Europe/Berlin")]
+    assert lagged(with_gap, timezone="Europe/Berlin") == {}
+
+
 def test_lags_of_months_that_were_known_too_late_are_named() -> None:
     rows = shops().iloc[:4].assign(time=pd.to_datetime(["2024-01-31", "2024-02-10", "2024-03-05", "2024-05-20"]).astype("datetime64[us]"))
     rows["known_at"] = rows["time"]

@@ -137,6 +137,24 @@ def test_days_and_longer_follow_the_clocks_of_the_zone(text: str) -> None:
     assert (shown.tz_localize(None).to_numpy() == naive).all()
 
 
+@pytest.mark.parametrize("zone", ["America/Santiago", "Africa/Cairo", "America/Havana", "Asia/Beirut", "Australia/Lord_Howe"])
+@pytest.mark.parametrize(("text", "days"), [("1 day", 1), ("1 week", 7)])
+def test_days_that_begin_at_one_oclock_follow_those_that_begin_at_midnight(zone: str, text: str, days: int) -> None:
+    # Clocks that are put forward at midnight show none on that day.
+    dates = pd.date_range("2023-01-01", "2025-12-31", freq="D")
+    begin = dates.tz_localize(zone, nonexistent="shift_forward", ambiguous=np.ones(len(dates), dtype=bool))
+    moments = begin.tz_convert("UTC").tz_localize(None).to_numpy().astype("datetime64[us]")
+    period = Period.parse(text, zone)
+    assert (period.before(moments)[days:] == moments[:-days]).all()
+    assert (period.after(moments)[:-days] == moments[days:]).all()
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_no_length_moves_nothing_also_where_clocks_show_an_hour_twice(unit: str) -> None:
+    hours = pd.date_range("2024-10-26", "2024-10-28", freq="30min").to_numpy().astype("datetime64[us]")
+    assert (Period(0, unit, BERLIN).before(hours) == hours).all()
+
+
 def test_hours_are_as_long_in_every_zone() -> None:
     moments = local("2024-03-31 05:00", "2024-10-27 05:00")
     for text in ("24 hours", "90 minutes"):
