@@ -254,14 +254,13 @@ def numbers_in(column: "pd.Series[Any]") -> Floats:
     if column.dtype.kind in "fiub":
         typed: Floats = column.to_numpy(dtype=np.float64, na_value=np.nan)
         return typed
-    values = column.astype(object)
-    numbers: Floats = pd.to_numeric(values, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
-    missing = np.isnan(numbers)
-    if missing.any():
-        strange = np.flatnonzero(missing & values.notna().to_numpy())
-        if len(strange):
-            told = f"{column.name}: {_shown(values.iloc[strange[0]])} is not a number (row {strange[0] + 1} of {len(values)})"
-            raise InputError(f"{told}; expected a number, text such as '12.5', or null")
+    values = column.to_numpy(dtype=object)
+    numbers: Floats = np.asarray(pd.to_numeric(values, errors="coerce"), dtype=np.float64)
+    missing = np.flatnonzero(np.isnan(numbers))
+    strange = missing[~pd.isna(values[missing])] if len(missing) else missing
+    if len(strange):
+        told = f"{column.name}: {_shown(values[strange[0]])} is not a number (row {strange[0] + 1} of {len(values)})"
+        raise InputError(f"{told}; expected a number, text such as '12.5', or null")
     return numbers
 
 
