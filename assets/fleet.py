@@ -84,7 +84,7 @@ class FleetAttributes(RootModel[Any]):
 
 def _documented(field: dict[str, Any]) -> dict[str, Any]:
     """The schema of a field, which takes any other value as well."""
-    words = {name: field[name] for name in ("title", "description", "default") if name in field}
+    words: dict[str, Any] = {name: field[name] for name in ("title", "description", "default") if name in field}
     return {**words, "anyOf": [field, {}]}
 
 
