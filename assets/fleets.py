@@ -40,9 +40,9 @@ def _load_one_by_one(project: Path) -> Iterator[dg.Definitions | BrokenFleet]:
     for folder in sorted((project / "pipeline" / "defs").iterdir()):
         if not folder.is_dir() or folder.name.startswith((".", "__")):
             continue
-        module = importlib.import_module(f"{DEFS}.{folder.name}")
-        tree = dg.ComponentTree(defs_module=module, project_root=project)
         try:
+            module = importlib.import_module(f"{DEFS}.{folder.name}")
+            tree = dg.ComponentTree(defs_module=module, project_root=project)
             # As dg.load_from_defs_folder does: they are about Dagster's own code.
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

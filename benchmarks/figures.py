@@ -8,6 +8,7 @@ from benchmarks.first_run import first_run_answers
 from benchmarks.intervals import CASES, LEVELS, interval_coverage
 from benchmarks.judging import FLIGHTS, HOUSING, Conservation, group_errors, judge, ledger_conservation, predictions_conservation
 from benchmarks.kills import kills
+from benchmarks.mistakes import message_lines
 from benchmarks.poison import poison
 from benchmarks.promotion import false_promotions, true_promotions
 from benchmarks.runs import Runs
@@ -504,6 +505,17 @@ FIGURES = {
                 Value("rows", "rows"),
             ),
             lambda runs: stream_kills(runs.new_folder()),
+        ),
+        Figure(
+            "message-lines",
+            "30 mistakes of users through the real commands: longest message on the terminal, share that name file or column and the next step",
+            8,
+            (
+                Value("", "lines", "<=", 12),
+                Value("named", "share", "==", 1),
+                Value("mistakes", "mistakes", "==", 30),
+            ),
+            lambda runs: message_lines(runs.new_folder()),
         ),
         Figure(
             "first-run-answers",

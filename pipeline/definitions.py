@@ -1,6 +1,7 @@
 """The code location: every fleet under defs/, with the resources of the profile in force. Imported by nobody."""
 
 import sys
+from functools import cache
 from pathlib import Path
 
 import dagster as dg
@@ -16,6 +17,14 @@ from resources.profiles import current_profile
 from resources.spark_session import SparkSessionResource
 
 PROJECT = Path(__file__).parent.parent
+
+
+# Dagster loads a code location several times within one command.
+@cache
+def _report_broken(fleet: str, message: str) -> None:
+    first, *others = message.splitlines()
+    more = " many-models check lists them." if others else ""
+    sys.stderr.write(f"fleet {fleet} is broken and left out: {first}{more}\n")
 
 
 @dg.definitions
@@ -42,5 +51,5 @@ def defs() -> dg.Definitions:
     )
     fleets = load_fleets(PROJECT)
     for name, message in broken_fleets(fleets).items():
-        sys.stderr.write(f"fleet {name} is broken and left out: {message}\n")
+        _report_broken(name, message)
     return dg.Definitions.merge(fleets, common)

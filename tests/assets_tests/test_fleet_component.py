@@ -111,10 +111,15 @@ def test_a_component_without_attributes_is_broken(folder: Path) -> None:
     assert "has no attributes" in described.message
 
 
-def test_dagster_documents_the_fields_of_a_fleet() -> None:
+def test_dagster_documents_the_fields_of_a_fleet_and_refuses_none_itself() -> None:
+    from dagster_shared.yaml_utils.sample_yaml import generate_sample_yaml
+    from jsonschema import Draft202012Validator
+
     schema = Fleet.get_model_cls().model_json_schema()
-    assert "horizon" in str(schema)
-    assert "How long before its time a row is predicted" in str(schema)
+    assert set(schema["properties"]) == set(FleetSpec.model_fields)
+    assert schema["properties"]["horizon"]["description"].startswith("How long before its time")
+    assert "horizon: " in generate_sample_yaml("assets.fleet.Fleet", schema)
+    assert [*Draft202012Validator(schema).iter_errors({"target": "trips", "perod": 1})] == []
 
 
 GOOD = yaml.safe_dump({"type": "assets.fleet.Fleet", "attributes": {"name": "good", **EXAMPLE}}, sort_keys=False)
