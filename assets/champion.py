@@ -137,7 +137,7 @@ def champion_asset(spec: FleetSpec) -> dg.AssetsDefinition:
                 dg.AssetCheckResult(
                     check_name="challenger_passed_its_gates",
                     passed=not failed,
-                    # A version that serves all the same is worth a look, and stops nobody.
+                    # A version that serves although a gate failed is worth a look, and stops nobody.
                     severity=dg.AssetCheckSeverity.ERROR if _is_refused(done) else dg.AssetCheckSeverity.WARN,
                     description=told if failed else "all gates passed",
                 )
@@ -274,7 +274,7 @@ def _found_elsewhere(parts: _Parts, recorded: Version | None, current: Version) 
     options = parts.tables.storage_options
     models = [None if version is None else _serving_model(parts.registry, version, options) for version in (recorded, current)]
     before, after = ({} if model is None else model.serving() for model in models)
-    # A version that cannot be opened answers nobody; the move itself is told all the same.
+    # A version that cannot be opened answers nobody; the move itself is still recorded.
     keys = sorted({**before, **after}) or [(0, "[]")]
     rows = pd.DataFrame(keys, columns=["grain", "group_id"])
     rows["from_version"] = [before.get(key) for key in keys]
@@ -408,12 +408,12 @@ def _text(done: _Outcome, parts: _Parts) -> str:
     version, failed = f"version {done.challenger.number}", "; ".join(_failed(done))
     if _is_refused(done):
         cannot_answer = any(gate.name in (CAN_OPEN, CAN_ANSWER) for gate in done.gates if not gate.passed)
-        override = f"To serve it all the same: {parts.launch.command(parts.spec, decision='promote', why='...')}"
+        override = f"To let it serve anyway: {parts.launch.command(parts.spec, decision='promote', why='...')}"
         next_step = "Materialise models and meta_model again" if cannot_answer else override
         return f"{version} stays challenger: {failed}; champion is {_number(done.after)}. {next_step}"
     judged = f"{version} passed {len(done.gates)} gates" if not failed else f"{version} did not pass every gate: {failed}"
     if done.after is not None and done.after.number == done.challenger.number:
-        return f"{judged} and is champion" if not failed else f"{judged}; it is champion all the same"
+        return f"{judged} and is champion" if not failed else f"{judged}; it is champion nevertheless"
     if not done.moved.any():
         return f"{judged}, and no group is better off with it; champion is {_number(done.after)}"
     stayed = int((done.decisions["from_version"] == done.decisions["to_version"]).sum())

@@ -26,7 +26,6 @@ from benchmarks.generated import GeneratedFleet, write_features
 from benchmarks.invariants import check_fleet, compare_runs
 from benchmarks.runs import PROJECT, NotMeasured
 from pipeline import faults
-from pipeline.grouping.plan import TrainingPlan, assign_waves, pack_tasks
 from pipeline.spark.fleet_training import Cluster, History, Request, plan_run, train_run
 from resources.lease import hold_lease
 
@@ -36,8 +35,8 @@ NAME = "killed"
 GRAINS = ((), ("group",))
 # No clock may end a study: results would depend on the machine.
 TUNING: Mapping[str, Any] = {"max_trials": 2, "patience": 2, "max_rounds": 60}
-# Seconds as the plan foresees them: some six waves of two tasks each.
-TASK_SECONDS = WAVE_SECONDS = 0.3
+# Checkpoints so short that so small a fleet is trained in several waves.
+WAVE_SECONDS = 0.3
 SLOTS = 2
 WAVES_REPEATED = 2
 MARK = "MANY_MODELS_KILLED_TRIAL"
@@ -65,7 +64,6 @@ def train(folder: Path) -> None:
     """
     faults.arm(os.environ.get(faults.VARIABLE, ""))
     fleet = small_fleet()
-    # Waves are laid out while the run trains: short checkpoints make several of so small a fleet.
     spec = fleet.spec(tuning={**TUNING, "checkpoint_seconds": WAVE_SECONDS})
     with Engine(folder, memory="1g", slots=SLOTS) as engine:
         spark = engine.spark.session
@@ -77,22 +75,10 @@ def train(folder: Path) -> None:
             version = engine.tables.version(location)
             history = History.read(engine.tables, NAME)
             run = plan_run(engine.tables.read_spark(spark, location, version), spec, Request(run_id), history, slots=SLOTS, threads=1)
-            run = replace(run, plan=_in_small_waves(run.plan))
             _tell(folder, "planned", run_id=run.run_id, resumed=run.is_resumed, waves=run.plan.n_waves, groups=len(run.plan.to_train))
             cluster = Cluster(spark, lambda *_: None, engine.spark.group_memory_bytes)
             train_run(cluster, engine.tables, NAME, run, spec, features_version=version, lease=lease)
         _tell(folder, "trained")
-
-
-def _in_small_waves(plan: TrainingPlan) -> TrainingPlan:
-    """The same plan cut into many waves: packed for real, so small a fleet would be one."""
-    groups = plan.groups.copy()
-    chosen = plan.to_train.index
-    costs = groups.loc[chosen, "cost_seconds"].tolist()
-    tasks = pack_tasks(costs, slots=plan.slots, task_seconds=TASK_SECONDS)
-    waves, numbers = assign_waves(tasks, costs, slots=plan.slots, wave_seconds=WAVE_SECONDS)
-    groups.loc[chosen, "wave"], groups.loc[chosen, "task"] = waves, numbers
-    return replace(plan, groups=groups)
 
 
 def _tell(folder: Path, event: str, **details: Any) -> None:

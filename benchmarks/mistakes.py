@@ -131,7 +131,7 @@ MISTAKES = (
         "14.03.2021",
     ),
     Mistake(
-        "a row that is there twice",
+        "a row that is listed twice",
         RUN,
         ('["a","2020-01-01 00:00:00"]', "features.sql"),
         "deduplicate",

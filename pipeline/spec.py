@@ -634,7 +634,7 @@ class FleetSpec(Part):
         yield from self._own_problems()
         yield from self._monotone_problems()
         names = [source.name for source in self.sources]
-        yield from (f"sources: {name!r} is there twice; give each source its own name" for name in _doubled(names))
+        yield from (f"sources: {name!r} is listed twice; give each source its own name" for name in _doubled(names))
         yield from (f"sources: {name!r} is the name of a link of the asset chain; choose another" for name in names if name in CHAIN)
         computed = [*self.history_columns, *self.features.derived, *self.features.calendar]
         taken = ({*self.sql_columns} - {self.time, self.known_at}) | {*computed, *self.key_columns}
@@ -680,7 +680,7 @@ class FleetSpec(Part):
         for coarse, fine in zip(self.grains, self.grains[1:], strict=False):
             if list(fine[: len(coarse)]) != list(coarse) or len(fine) <= len(coarse):
                 yield f"grains: {list(fine)} does not extend {list(coarse)}; each grain is the one before it plus further keys"
-        yield from (f"grains: key {name!r} is there twice in {list(self.finest)}" for name in _doubled(self.finest))
+        yield from (f"grains: key {name!r} is listed twice in {list(self.finest)}" for name in _doubled(self.finest))
 
     def _own_problems(self) -> Iterator[str]:
         if self.own == "independent":
@@ -726,7 +726,7 @@ class FleetSpec(Part):
             return
         if not self.is_class_task:
             yield f"target.classes: {list(classes)} are for task: binary or multiclass; the task is {self.task!r}: leave them out, or set the task"
-        yield from (f"target.classes: {name!r} is there twice" for name in _doubled(classes))
+        yield from (f"target.classes: {name!r} is listed twice" for name in _doubled(classes))
         most = 2 if self.task == BINARY else MAX_CLASSES
         if self.is_class_task and not 2 <= len(classes) <= most:  # noqa: PLR2004
             wanted = "exactly 2" if self.task == BINARY else f"2 to {MAX_CLASSES}"

@@ -1,4 +1,4 @@
-"""A feature table that would come out as it is is left as it is, and its checks are told all the same."""
+"""A feature table whose inputs did not change is not built again, and its checks are still reported."""
 
 from collections.abc import Callable
 from typing import Any

@@ -190,7 +190,7 @@ def test_a_challenger_that_fails_a_gate_leaves_the_champion_and_predictions_go_o
     assert (metadata(result)["champion"]["fleet/champion"], metadata(result)["champion"]["fleet/challenger"]) == ("1", "2")
     assert metadata(result)["predictions"]["fleet/fleet_version"] == first_run.run_id
     assert checks(result)["every_row_is_answered"].passed
-    # A person may let it serve all the same; that is worth a look, and no error.
+    # A person may let it serve anyway; that is worth a look, and no error.
     result = fleet.launch("champion", launch=LaunchSettings(as_of=AS_OF, decision="promote"))
     check = checks(result)["challenger_passed_its_gates"]
     assert (check.passed, check.severity) == (False, dg.AssetCheckSeverity.WARN)

@@ -152,7 +152,7 @@ def test_each_grain_extends_the_one_before(grains: list[list[str]]) -> None:
 
 
 def test_a_doubled_key_is_refused() -> None:
-    assert "'region' is there twice" in refusal(grains=[[], ["region", "region"]])
+    assert "'region' is listed twice" in refusal(grains=[[], ["region", "region"]])
 
 
 def test_text_where_a_list_belongs_is_refused() -> None:
@@ -224,7 +224,7 @@ def test_a_key_cannot_be_called_time() -> None:
 
 def test_doubled_sources_are_refused() -> None:
     source = {"name": "sales", "uri": "sales.csv"}
-    assert "sources: 'sales' is there twice" in refusal(sources=[source, source])
+    assert "sources: 'sales' is listed twice" in refusal(sources=[source, source])
 
 
 def test_a_source_cannot_take_the_name_of_a_link() -> None:
@@ -415,7 +415,7 @@ def test_a_huber_alpha_is_an_error_and_no_share() -> None:
         ({"task": "regression"}, "target.classes: ['a', 'b'] are for task: binary or multiclass; the task is 'regression'"),
         ({"task": "binary", "target": {"classes": ["a", "b", "c"]}}, "target.classes: there are 3, expected exactly 2 for task 'binary'"),
         ({"task": "multiclass", "target": {"classes": ["a"]}}, "target.classes: there are 1, expected 2 to 100 for task 'multiclass'"),
-        ({"task": "multiclass", "target": {"classes": ["a", "b", "a"]}}, "target.classes: 'a' is there twice"),
+        ({"task": "multiclass", "target": {"classes": ["a", "b", "a"]}}, "target.classes: 'a' is listed twice"),
     ],
 )
 def test_declared_classes_fit_the_task(changes: dict[str, Any], message: str) -> None:
