@@ -1,7 +1,10 @@
 """`<fleet>/champion`: the version that serves; each group moves to the challenger only if the paired tests, or a person, say so."""
 
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -12,7 +15,8 @@ from assets.link import link_key, link_settings, png, prefixed, readable_failure
 from assets.meta_model import pack_spec
 from assets.mosaic import register_mosaic
 from assets.newest_run import features_of, ledger_of
-from assets.progress import no_progress
+from assets.progress import no_progress, progress_lines
+from assets.refits import is_older, refit
 from pipeline.errors import ModelNotFound, SpecError, StoreError
 from pipeline.faults import crash_point
 from pipeline.grouping.plan import refuse_unknown
@@ -21,15 +25,18 @@ from pipeline.models.promotion import (
     CAN_ANSWER,
     CAN_OPEN,
     GATES,
+    REFITTED,
     Gate,
     Judgement,
     Side,
+    earlier_recipes,
     held_back,
     judge_challenger,
     overridden,
     rolled_back,
     stays,
     taken_back,
+    with_refits,
 )
 from pipeline.reporting.plots import decision_plot
 from pipeline.reporting.summary import markdown_table
@@ -56,6 +63,8 @@ class _Parts:
     registry: MlflowRegistry
     spark: SparkSessionResource
     launch: LaunchSettings
+    launch_id: str
+    log: dg.DagsterLogManager
 
 
 @dataclass(frozen=True)
@@ -107,10 +116,10 @@ def champion_asset(spec: FleetSpec) -> dg.AssetsDefinition:
             scope = launch.scope(spec, tables, registry)
             if scope.note:
                 context.log.info(scope.note)
-            parts = _Parts(spec, scope.namespace, tables, registry, spark, launch)
-            _finish_what_was_killed(parts, context.run.run_id)
+            parts = _Parts(spec, scope.namespace, tables, registry, spark, launch, context.run.run_id, context.log)
+            _finish_what_was_killed(parts)
             done = _roll_back(parts) if launch.decision == "rollback" else _decide(parts)
-            _carry_out(parts, done, context.run.run_id)
+            _carry_out(parts, done)
             told = _text(done, parts)
         failed = _failed(done)
         context.log.warning(told) if failed else context.log.info(told)
@@ -168,39 +177,79 @@ def _decide(parts: _Parts) -> _Outcome:
     refuse_unknown(launch.decision_groups, ledger["group_id"].tolist())
     gates = judge_challenger(ledger, model.groups())
     can_answer = all(gate.passed for gate in gates if gate.name == CAN_ANSWER)
-    judgement = _judged(parts, challenger, ledger, serving_model)
+    contest = _contest(parts, challenger, ledger, serving_model)
+    judgement = _judged(parts, contest)
     gates = [*gates, *judgement.gates]
     is_first = serving_model is None
     goes = can_answer and (is_first or launch.decision == "promote" or all(gate.passed for gate in gates))
     if not goes:
         return _Outcome(_columns(held_back(judgement)), gates, before, before, challenger)
-    after = before
     if judgement.is_whole:
-        after = challenger
-    elif judgement.changes_answers:
-        models = [model, *([] if serving_model is None else [serving_model])]
-        after = register_mosaic(
-            parts.tables, registry, parts.spark, parts.spec, parts.namespace, judgement.serving, models, _columns(judgement.decisions)
-        )
+        return _Outcome(_columns(judgement.decisions), gates, before, challenger, challenger)
+    after = before
+    with _earlier_recipes_refitted(parts, contest, judgement) as (judgement, refitted):
+        if judgement.changes_answers:
+            models = [model, *refitted, *([] if serving_model is None else [serving_model])]
+            after = register_mosaic(
+                parts.tables, registry, parts.spark, parts.spec, parts.namespace, judgement.serving, models, _columns(judgement.decisions)
+            )
     return _Outcome(_columns(judgement.decisions), gates, before, after, challenger)
 
 
-def _judged(parts: _Parts, challenger: Version, ledger: pd.DataFrame, serving_model: FleetModel | None) -> Judgement:
-    """What the tests, or a person, say of each group of the challenger."""
+def _contest(parts: _Parts, challenger: Version, ledger: pd.DataFrame, serving_model: FleetModel | None) -> Contest:
+    """The challenger, and who answers now."""
     run = _run_of(parts, challenger)
     serving = {} if serving_model is None else serving_model.serving()
     specs = {} if serving_model is None else {str(spec["fleet_version"]): spec for spec in serving_model.generations}
-    contest = Contest(
+    return Contest(
         run=run.to_dict(),
         challenger=Side.of_ledger(pack_spec(run), ledger),
         champions={version: Side.of_ledger(specs[version], ledger_of(parts.tables, parts.namespace, version)) for version in set(serving.values())},
         serving=serving,
         rolled_back=_taken_back(parts, challenger.fleet_version),
     )
-    features = features_of(parts.spark.session, parts.tables, parts.spec.name, run)
+
+
+def _judged(parts: _Parts, contest: Contest) -> Judgement:
+    """What the tests, or a person, say of each group of the challenger."""
+    features = features_of(parts.spark.session, parts.tables, parts.spec.name, pd.Series(contest.run))
     cluster = Cluster(parts.spark.session, no_progress, parts.spark.group_memory_bytes)
     judged = judge(cluster, parts.tables, parts.namespace, features, parts.spec, contest, parts.spark.slots, parts.spark.task_cpus)
-    return overridden(judged, parts.launch.decision, parts.launch.decision_groups, challenger.fleet_version)
+    return overridden(judged, parts.launch.decision, parts.launch.decision_groups, contest.challenger.fleet_version)
+
+
+@contextmanager
+def _earlier_recipes_refitted(parts: _Parts, contest: Contest, judgement: Judgement) -> Iterator[tuple[Judgement, list[FleetModel]]]:
+    """Fit the recipes that the challenger did not beat on its rows; the decisions then, and the models while they are needed."""
+    run = pd.Series(contest.run)
+    models, refits = [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        for number, recipes in enumerate(earlier_recipes(judgement.decisions, contest.champions, contest.challenger)):
+            if not is_older(parts.tables, parts.namespace, recipes.fleet_version, run):
+                continue
+            parts.log.info(
+                f"fitting {len(recipes.starts):,} earlier recipes on newer rows: what is new is not better in {len(recipes.groups):,} groups"
+            )
+            try:
+                fitted = refit(
+                    parts.tables,
+                    parts.registry,
+                    parts.spark,
+                    parts.spec,
+                    parts.namespace,
+                    run,
+                    recipes,
+                    run_id=f"{parts.launch_id}-{number}",
+                    report=progress_lines(parts.log),
+                    folder=Path(folder) / str(number),
+                )
+            except StoreError as error:
+                # Another training of the fleet, for one: the next launch decides the same, and fits them.
+                parts.log.warning(f"these groups keep their models on older rows: {error}")
+                continue
+            models.append(fitted)
+            refits[fitted.fleet_version] = recipes.groups
+        yield with_refits(judgement, refits), models
 
 
 def _serving_model(registry: MlflowRegistry, champion: Version, options: Mapping[str, str]) -> FleetModel | None:
@@ -249,7 +298,7 @@ def _alias_moves(parts: _Parts) -> pd.DataFrame:
     return rows.drop_duplicates("decision_id").sort_values("decided_at", ignore_index=True)
 
 
-def _finish_what_was_killed(parts: _Parts, launch_id: str) -> None:
+def _finish_what_was_killed(parts: _Parts) -> None:
     """Bring the alias and the table of decisions together again.
 
     A launch that was killed after it had recorded its decision is carried out now, under its own who and why. An alias that is elsewhere
@@ -266,7 +315,7 @@ def _finish_what_was_killed(parts: _Parts, launch_id: str) -> None:
         rows = parts.tables.read_pandas(_decisions_at(parts), where={"decision_id": str(last["decision_id"])})
         _write_decision(parts, rows.assign(moved=_differs(rows)))
     elif current is not None and serves != last["champion_after"]:
-        _write_decision(parts, _found_elsewhere(parts, recorded, current).assign(decision_id=f"{launch_id}-found"))
+        _write_decision(parts, _found_elsewhere(parts, recorded, current).assign(decision_id=f"{parts.launch_id}-found"))
 
 
 def _found_elsewhere(parts: _Parts, recorded: Version | None, current: Version) -> pd.DataFrame:
@@ -325,14 +374,14 @@ def _columns(decisions: pd.DataFrame) -> pd.DataFrame:
     return decisions.reindex(columns=[name for name in DECISIONS.schema.names if name in decisions])
 
 
-def _carry_out(parts: _Parts, done: _Outcome, decision_id: str) -> None:
+def _carry_out(parts: _Parts, done: _Outcome) -> None:
     """Record the decision, move the alias, and mark the decision as carried out.
 
     Who and why are written before the alias moves, so that a kill loses neither: the next launch finishes what it finds unmarked.
     """
     launch = parts.launch
     rows = done.decisions.assign(
-        decision_id=decision_id,
+        decision_id=parts.launch_id,
         decided_at=pd.Timestamp.now(tz="UTC"),
         decided_by=launch.decided_by,
         decision=launch.decision,
@@ -416,8 +465,10 @@ def _text(done: _Outcome, parts: _Parts) -> str:
         return f"{judged} and is champion" if not failed else f"{judged}; it is champion nevertheless"
     if not done.moved.any():
         return f"{judged}, and no group is better off with it; champion is {_number(done.after)}"
+    refitted = done.decisions["reason"] == REFITTED
     stayed = int((done.decisions["from_version"] == done.decisions["to_version"]).sum())
-    return (
-        f"{judged}: it answers {int(done.moved.sum()):,} more groups, {stayed:,} stay as they are; "
-        f"champion is version {_number(done.after)}, combining both"
-    )
+    told = [f"it answers {int((done.moved & ~refitted).sum()):,} more groups"]
+    if refitted.any():
+        told.append(f"{int(refitted.sum()):,} keep their recipes, fitted on the newer rows")
+    told.append(f"{stayed:,} stay as they are")
+    return f"{judged}: {', '.join(told)}; champion is version {_number(done.after)}, which combines them"

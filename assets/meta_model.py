@@ -71,7 +71,7 @@ def meta_model_asset(spec: FleetSpec) -> dg.AssetsDefinition:
                 told = f"nothing changed: {namespace} version {version.number} (run {version.fleet_version}) answers as run {run_id} does"
             else:
                 pack = Path(folder) / "pack"
-                answering = _packed(pack, tables, registry, namespace, spec, run, ledger)
+                answering = packed(pack, tables, registry, namespace, spec, run, ledger)
                 dtypes = {field.name: field.dataType.simpleString() for field in features.schema}
                 version = registry.register(
                     namespace,
@@ -110,7 +110,7 @@ def meta_model_asset(spec: FleetSpec) -> dg.AssetsDefinition:
     return meta_model
 
 
-def _packed(
+def packed(
     folder: Path,
     tables: DeltaTables,
     registry: MlflowRegistry,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from pipeline.errors import StoreError
-from pipeline.spark.fleet_training import read_runs
+from pipeline.spark.fleet_training import fleet_runs, read_runs
 from pipeline.tables import LEDGER, in_format
 from resources.delta_tables import DeltaTables
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def newest_run(tables: DeltaTables, namespace: str) -> "pd.Series[Any]":
-    """The run manifest (a row of `tables.RUNS`) of the newest finished run.
+    """The run manifest (a row of `tables.RUNS`) of the newest finished run that trained the whole fleet.
 
     Raises:
         StoreError: if no run has finished.
     """
-    runs = read_runs(tables, namespace)
+    runs = fleet_runs(read_runs(tables, namespace))
     if runs.empty:
         raise StoreError(f"{namespace!r} has no finished training run; materialise {namespace}/models first")
     finished = runs[runs["finished_at"].notna()]

@@ -349,7 +349,8 @@ DECISIONS = TableContract(
             "reason",
             pa.string(),
             "not_worse, worse, better, not_better (by the paired test), follows_parent (few report rows), unmeasured, unchanged, new_group, "
-            "not_comparable, rolled_back (from this challenger, earlier), override, gates, unknown; "
+            "not_comparable, rolled_back (from this challenger, earlier), override, gates, unknown; earlier_recipe_refitted (the new recipe is not "
+            "better; to_version is the run that fitted the old one on the newer rows); "
             "answered_by_parent, answered_by_constant (promoted, and its own answer is worse than that)",
         ),
         Column("n_rows", pa.int64(), "report rows compared; null where nothing was"),

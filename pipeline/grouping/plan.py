@@ -103,6 +103,7 @@ class Policy:
         finest_only: whether only the finest grain is trained.
         corrects: whether a group's trees correct its parent's predictions, so that it changes with its parent.
         max_trials: first-pass trials where the fleet has a budget of seconds; None leaves it to the spec.
+        recipes: how groups start whose earlier recipes are refitted; where there are any, only these groups are trained.
     """
 
     retrain: Retrain
@@ -114,6 +115,7 @@ class Policy:
     finest_only: bool = False
     corrects: bool = False
     max_trials: int | None = None
+    recipes: Mapping[GroupKey, Start] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -264,6 +266,8 @@ def _decide(group: Mapping[Any, Any], policy: Policy, memory: Memory, shared: st
     key = int(group["grain"]), str(group["group_id"])
     before = memory.before.get(key)
     hashed = str(group["rows_hash"])
+    if policy.recipes:
+        return _refit_or_not(key, policy.recipes.get(key), memory, hashed, shared)
     if hashed == VANISHED or (policy.retrain == "listed" and not is_listed):
         return _without_training(key[0], before, VANISHED if hashed == VANISHED else NOT_LISTED, hashed, shared)
     # The pooled group is sent to a worker in any case, if only to judge the rows that no model answers.
@@ -278,6 +282,18 @@ def _decide(group: Mapping[Any, Any], policy: Policy, memory: Memory, shared: st
     start = _start(group, memory, policy, judge=policy.finest_only and key[0] != finest)
     started_from = start.to_json()
     return _Decision(TRAIN if start.refit is None else REFRESH, None, started_from, fingerprint(hashed, shared, started_from))
+
+
+def _refit_or_not(key: GroupKey, start: Start | None, memory: Memory, hashed: str, shared: str) -> _Decision:
+    """Fit an earlier recipe, unless an interrupted run has done that."""
+    if hashed == VANISHED or start is None or (start.judge and key[0] > 0):
+        return _Decision(INHERIT, VANISHED if hashed == VANISHED else NOT_LISTED)
+    started_from = start.to_json()
+    wanted = fingerprint(hashed, shared, started_from)
+    for row, action in ((memory.kept.get(key), KEEP), (memory.unfinished.get(key), REUSE)):
+        if row is not None and row["fingerprint"] == wanted:
+            return _Decision(action, None, started_from, wanted)
+    return _Decision(TRAIN if start.refit is None else REFRESH, None, started_from, wanted)
 
 
 def _without_training(grain: int, before: Mapping[str, Any] | None, reason: str, hashed: str, shared: str) -> _Decision:

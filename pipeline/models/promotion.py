@@ -18,6 +18,7 @@ from pipeline.models.meta_model import CORRECTION
 from pipeline.models.pack import ancestry
 from pipeline.tables import records
 from pipeline.training.blend import BY_CONSTANT, BY_PARENT
+from pipeline.training.start import CrossSelection, Start
 
 Key = tuple[int, str]
 Floats = npt.NDArray[np.float64]
@@ -37,6 +38,7 @@ UNCHANGED, REFRESH, NEW_RECIPE, NEW_GROUP, NOT_COMPARABLE = "unchanged", "refres
 # Why it is, or is not, promoted.
 NOT_WORSE, WORSE, BETTER, NOT_BETTER, FOLLOWS, UNMEASURED = "not_worse", "worse", "better", "not_better", "follows_parent", "unmeasured"
 ROLLED_BACK, OVERRIDE, GATES = "rolled_back", "override", "gates"
+REFITTED = "earlier_recipe_refitted"
 # What nobody can override.
 CAN_OPEN, CAN_ANSWER = "the version can be opened", "every group has an answer chain"
 
@@ -215,12 +217,84 @@ class Judgement:
     def changes_answers(self) -> bool:
         """Whether a group gets another chain, and not just the same one under a newer version's name."""
         rows = self.decisions
-        return bool((rows["promoted"] & (rows["kind"] != UNCHANGED)).any())
+        return bool((rows["promoted"] & (rows["kind"] != UNCHANGED)).any() or (rows["reason"] == REFITTED).any())
 
     @property
     def is_whole(self) -> bool:
         """Whether the challenger answers every group from now on."""
         return bool(self.decisions["promoted"].all())
+
+
+@dataclass(frozen=True)
+class EarlierRecipes:
+    """Recipes of one fleet version that a challenger did not beat.
+
+    Args:
+        fleet_version: whose recipes.
+        groups: that they answer.
+        starts: how the models of these groups, and of those above them, are fitted on the challenger's rows.
+    """
+
+    fleet_version: str
+    groups: frozenset[Key]
+    starts: Mapping[Key, Start]
+
+
+def earlier_recipes(decisions: pd.DataFrame, champions: Mapping[str, Side], challenger: Side) -> list[EarlierRecipes]:
+    """The recipes that stay, one set per fleet version that has some: fitted on newer rows, they answer better than their old models.
+
+    A set is left out where the challenger's columns, or a ledger of an earlier release, do not allow to fit it.
+
+    Args:
+        decisions: as from `decide`, with from_version.
+        champions: the sides of the runs that answer now, by fleet version.
+        challenger: the side of the run that is judged.
+    """
+    staying: dict[str, set[Key]] = {}
+    not_better: set[Key] = set()
+    for row in records(decisions.sort_values("grain")):
+        key, parent = (int(row["grain"]), str(row["group_id"])), (int(row["grain"]) - 1, str(row["parent_id"]))
+        follows = row["reason"] == FOLLOWS and parent in not_better
+        if row["promoted"] or row["kind"] != NEW_RECIPE or not (row["reason"] == NOT_BETTER or follows):
+            continue
+        not_better.add(key)
+        staying.setdefault(str(row["from_version"]), set()).add(key)
+    found = []
+    for version, groups in sorted(staying.items()):
+        side = champions[version]
+        starts = {above: _refit_of(side, above) for key in groups for above in ancestry(key, side.spec["grains"])}
+        can_be_fitted = all(side.spec[name] == challenger.spec[name] for name in ("features", "own", "target"))
+        if can_be_fitted and all(start is not None for start in starts.values()):
+            refits = {key: start for key, start in starts.items() if start is not None}
+            found.append(EarlierRecipes(version, frozenset(groups), refits))
+    return found
+
+
+def _refit_of(side: Side, key: Key) -> Start | None:
+    """How the recipe of a group is fitted again; None where its ledger row does not say enough."""
+    row = side.groups.get(key)
+    if row is None or row["booster_id"] is None:
+        return Start(judge=True)
+    if row["cross_selection"] is None:
+        return None
+    cross = CrossSelection.from_json(row["cross_selection"])
+    return Start(refit=json.loads(row["parameters"]), n_rounds=int(row["n_rounds"]), cross=cross)
+
+
+def with_refits(judgement: Judgement, refits: Mapping[str, Collection[Key]]) -> Judgement:
+    """The decisions once earlier recipes have been fitted on the challenger's rows.
+
+    Args:
+        judgement: before.
+        refits: groups by the fleet version that answers them from now on.
+    """
+    by_group = {key: version for version, groups in refits.items() for key in groups}
+    rows = judgement.decisions
+    answers = [by_group.get((int(grain), str(group))) for grain, group in zip(rows["grain"], rows["group_id"], strict=True)]
+    refitted = pd.Series(answers, index=rows.index, dtype=object)
+    is_refitted = refitted.notna()
+    changed = rows.assign(reason=rows["reason"].mask(is_refitted, REFITTED), to_version=rows["to_version"].mask(is_refitted, refitted))
+    return replace(judgement, decisions=changed)
 
 
 def overridden(judgement: Judgement, decision: str, listed: Collection[str], challenger: str) -> Judgement:

@@ -80,6 +80,8 @@ from pipeline.training.worker import TrainGroup
 FIRST_PASS_TRIALS = 1
 # Groups that `own: auto` tries both forms on.
 PILOT_GROUPS = 30
+# In the request of a run that only refits earlier recipes: a digest of them.
+RECIPES = "recipes"
 # Group ids that a run's row names where held-out rows belong to groups that the ledger does not know.
 MAX_UNKNOWN_GROUPS = 20
 # What a row of an earlier run's ledger gives to a group that is reused.
@@ -115,6 +117,7 @@ class Request:
         limit_groups: only so many finest groups; None is all.
         retrain: which groups are trained again, see `Policy`.
         listed: group ids, for `retrain: listed`.
+        recipes: earlier recipes by group; where there are any, they are refitted and nothing else is trained.
     """
 
     run_id: str
@@ -122,11 +125,28 @@ class Request:
     limit_groups: int | None = None
     retrain: Retrain = "changed"
     listed: Collection[str] = ()
+    recipes: Mapping[GroupKey, Start] = field(default_factory=dict)
+
+    @classmethod
+    def of_refit(cls, run_id: str, challenger: "pd.Series[Any]", recipes: Mapping[GroupKey, Start]) -> "Request":
+        """For a run that fits earlier recipes on the rows of another run.
+
+        Args:
+            run_id: of the run, unless it resumes another.
+            challenger: the other's row of `tables.RUNS`.
+            recipes: how each group starts.
+        """
+        as_of = pd.Timestamp(challenger["as_of"]).tz_convert(None)
+        return cls(run_id, as_of, json.loads(challenger["request"])["limit_groups"], recipes=recipes)
 
     @property
     def text(self) -> str:
         """What must be equal for a run to be resumed, as JSON; the as-of is pinned by itself."""
-        return json.dumps({"limit_groups": self.limit_groups, "listed": sorted(self.listed), "retrain": self.retrain}, sort_keys=True)
+        parts: dict[str, Any] = {"limit_groups": self.limit_groups, "listed": sorted(self.listed), "retrain": self.retrain}
+        if self.recipes:
+            starts = [[*key, start.to_json()] for key, start in sorted(self.recipes.items())]
+            parts[RECIPES] = hashlib.sha256(json.dumps(starts).encode()).hexdigest()
+        return json.dumps(parts, sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -179,6 +199,16 @@ def read_runs(tables: Tables, namespace: str) -> pd.DataFrame:
     return in_format(tables.read_pandas(location), RUNS, location)
 
 
+def fleet_runs(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs that trained a whole fleet: without those that only refitted earlier recipes for some of its groups.
+
+    Args:
+        runs: rows of `tables.RUNS`.
+    """
+    is_whole = [RECIPES not in json.loads(request) for request in runs["request"]]
+    return runs[np.array(is_whole, dtype=bool)]
+
+
 def newest_as_of(tables: Tables, namespace: str, run_ids: Collection[str]) -> pd.Timestamp | None:
     """The latest as-of of some runs, UTC without a zone; None where the tables know none of them.
 
@@ -224,7 +254,8 @@ class History:
 
     def finished(self, as_of: pd.Timestamp) -> "pd.Series[Any] | None":
         """The newest finished run that saw nothing that a run of this as-of must not see."""
-        known = self.runs[self.runs["finished_at"].notna() & (self.runs["as_of"].dt.tz_convert(None) <= as_of)]
+        runs = fleet_runs(self.runs)
+        known = runs[runs["finished_at"].notna() & (runs["as_of"].dt.tz_convert(None) <= as_of)]
         return known.iloc[-1] if len(known) else None
 
     def unfinished(self, since: "pd.Series[Any] | None") -> pd.DataFrame:
@@ -314,6 +345,7 @@ def plan_run(
             finest_only=spec.pooling == "none",
             corrects=chosen == CORRECTION,
             max_trials=FIRST_PASS_TRIALS if tuning.budget_seconds else None,
+            recipes=request.recipes,
         ),
         memory,
         shared=shared,

@@ -149,6 +149,52 @@ def test_judging_again_changes_nothing(fleets: tuple[Any, Any]) -> None:
     assert again.loc[reasons == "not_better", "reason"].eq("not_better").all()
 
 
+@pytest.fixture(scope="module")
+def month_later(launched: Callable[..., tuple[Any, dg.ExecuteInProcessResult]]) -> Any:
+    """The fleet, trained with stumps as of November, and with deeper trees as of December."""
+    shallow, first = launched(spec_of(2), SQL, daily_sales(), "2023-11-30")
+    assert first.success
+    deep = type(shallow)(spec_of(8), shallow.files, shallow.resources)
+    assert deep.launch("models", "meta_model", "champion", launch=LaunchSettings(as_of=AS_OF)).success
+    return deep
+
+
+def test_a_recipe_that_was_not_beaten_is_fitted_on_the_newer_rows(month_later: Any) -> None:
+    decided, runs = newest(month_later), month_later.table("runs").sort_values("started_at", ignore_index=True)
+    november, december, refit = runs["run_id"]
+    stay = [group(store) for store in PLAIN]
+    assert set(decided.loc[stay, "reason"]) == {"earlier_recipe_refitted"}
+    assert set(decided.loc[stay, "from_version"]) == {november}
+    assert set(decided.loc[stay, "to_version"]) == {refit}
+    assert set(decided.loc[[group(store) for store in JOINT], "to_version"]) == {december}
+    ledger = month_later.table("ledger").set_index(["run_id", "group_id"])
+    for key in stay:
+        old, new, fitted = (ledger.loc[(run, key)] for run in (november, december, refit))
+        assert fitted["status"] == "refreshed"
+        assert (fitted["parameters"], fitted["n_rounds"]) == (old["parameters"], old["n_rounds"])
+        assert fitted["parameters"] != new["parameters"]
+        assert fitted["n_target"] == new["n_target"] > old["n_target"]
+        assert fitted["booster_id"] not in (old["booster_id"], new["booster_id"])
+    champion = month_later.resources["registry"].get("shop", CHAMPION).number
+    served = answers(month_later, champion)
+    own = by_store(served[served["answered_by"] == "[store]"], *PLAIN).groupby("store")["booster_id"].unique()
+    assert not own.empty
+    assert own.to_dict() == {store: [ledger.loc[(refit, group(store)), "booster_id"]] for store in own.index}
+
+
+def test_a_launch_after_a_refit_builds_on_the_whole_fleet_and_changes_nothing(month_later: Any) -> None:
+    registry, trained = month_later.resources["registry"], len(month_later.table("runs"))
+    before = registry.get("shop", CHAMPION).number
+    assert month_later.launch("models", "meta_model", "champion", launch=LaunchSettings(as_of=AS_OF)).success
+    runs = month_later.table("runs").sort_values("started_at", ignore_index=True)
+    assert len(runs) == trained + 1
+    ledger = month_later.table("ledger")
+    newest_rows = ledger[ledger["run_id"] == runs["run_id"].iloc[-1]]
+    assert set(newest_rows["status"]) <= {"reused", "inherited"}
+    assert runs["previous_run_id"].iloc[-1] == runs["run_id"].iloc[1]
+    assert registry.get("shop", CHAMPION).number == before
+
+
 def launch(fleet: Any, **settings: Any) -> dg.ExecuteInProcessResult:
     return fleet.launch("champion", launch=LaunchSettings(as_of=AS_OF, **settings))
 

@@ -465,3 +465,21 @@ def test_learnt_costs_are_never_zero_or_below() -> None:
     assert found.work_seconds == CostModel().work_seconds / 100
     assert found.fit_seconds > 0
     assert found.predict(10**6, 10, 9) > 0
+
+
+def test_a_refit_of_earlier_recipes_trains_nothing_else() -> None:
+    refit = Start(refit={"num_leaves": 3}, n_rounds=7, cross=CROSS)
+    plan = plan_of(counted([(200, 40, 40)] * 3), recipes={(0, '["0"]'): refit, (1, '["1"]'): Start(judge=True)})
+    found = plan.groups.set_index("group_id")
+    assert found["action"].to_dict() == {'["0"]': "refresh", '["1"]': "inherit", '["2"]': "inherit"}
+    assert found.loc['["0"]', "started_from"] == refit.to_json()
+
+
+def test_a_refit_takes_over_what_an_interrupted_one_has_fitted() -> None:
+    refit = Start(refit={"num_leaves": 3}, n_rounds=7, cross=CROSS)
+    recipes = {(0, '["0"]'): refit}
+    counts = counted([(200, 40, 40)])
+    (wanted,) = plan_of(counts, recipes=recipes).groups["fingerprint"]
+    done = {(0, '["0"]'): {"fingerprint": wanted, "status": "refreshed"}}
+    assert plan_of(counts, Memory(kept=done), recipes=recipes).groups["action"].tolist() == ["keep"]
+    assert plan_of(counts, Memory(unfinished=done), recipes=recipes).groups["action"].tolist() == ["reuse"]

@@ -15,6 +15,7 @@ from pipeline.models.promotion import (
     Judgement,
     Side,
     decide,
+    earlier_recipes,
     judge_answers,
     judge_challenger,
     judge_rivals,
@@ -23,7 +24,9 @@ from pipeline.models.promotion import (
     overridden,
     rolled_back,
     taken_back,
+    with_refits,
 )
+from pipeline.training.start import Start
 
 GROUPS = [(0, "[]"), *((1, f'["{number}"]') for number in range(9))]
 
@@ -304,3 +307,72 @@ def test_a_rollback_says_from_what_to_what() -> None:
     assert rolled_back(current, target, [A])["group_id"].tolist() == [A]
     with pytest.raises(DataError, match=r"no group '\[\"b\"\]'"):
         rolled_back(current, target, [B])
+
+
+# Earlier recipes
+
+CROSS = '{"earlier": null, "later": null, "middle": "2024-01-01"}'
+
+
+def refittable(found: Side) -> Side:
+    """The same run, whose ledger says enough for its recipes to be fitted again."""
+    rows = {key: {**row, "n_rounds": 5, "cross_selection": CROSS} for key, row in found.groups.items()}
+    return Side(found.fleet_version, found.spec, rows)
+
+
+def decided_of(*rows: tuple[int, str, str, bool, str]) -> pd.DataFrame:
+    decisions = pd.DataFrame(rows, columns=["grain", "group_id", "kind", "promoted", "reason"])
+    return decisions.assign(parent_id=["[]" if grain else None for grain in decisions["grain"]], from_version="old", to_version="old")
+
+
+NEW = side("new", {"[]": ("p2", '{"leaves": 4}', 1.0), A: ("a2", '{"leaves": 8}', 0.5), B: ("b2", '{"leaves": 8}', 1.0)})
+BEATEN = decided_of((0, "[]", NEW_RECIPE, True, "better"), (1, A, NEW_RECIPE, False, "not_better"), (1, B, NEW_RECIPE, True, "better"))
+
+
+def test_a_recipe_that_was_not_beaten_is_fitted_with_those_above_it() -> None:
+    (found,) = earlier_recipes(BEATEN, {"old": refittable(OLD)}, NEW)
+    assert (found.fleet_version, found.groups) == ("old", {(1, A)})
+    assert {key: (start.refit, start.n_rounds) for key, start in found.starts.items()} == {
+        (0, "[]"): ({"leaves": 3}, 5),
+        (1, A): ({"leaves": 7}, 5),
+    }
+
+
+@pytest.mark.parametrize(
+    ("pooled", "stays"),
+    [
+        ((NEW_RECIPE, False, "not_better"), {(0, "[]"), (1, A)}),
+        # A refresh that is worse stays with its old model, and so does who follows it.
+        ((REFRESH, False, "worse"), set()),
+        ((NEW_RECIPE, False, "override"), set()),
+        ((NEW_RECIPE, False, "rolled_back"), set()),
+    ],
+)
+def test_who_follows_a_recipe_that_was_not_beaten_stays_with_it(pooled: tuple[str, bool, str], stays: set[tuple[int, str]]) -> None:
+    decisions = decided_of((0, "[]", *pooled), (1, A, NEW_RECIPE, False, "follows_parent"))
+    found = earlier_recipes(decisions, {"old": refittable(OLD)}, NEW)
+    assert {key for recipes in found for key in recipes.groups} == stays
+
+
+def test_a_group_without_an_own_recipe_is_left_to_those_above_it() -> None:
+    without = side("old", {"[]": ("p1", '{"leaves": 3}', 1.0), A: (None, "", 0.0)})  # type: ignore[dict-item]
+    (found,) = earlier_recipes(BEATEN, {"old": refittable(without)}, NEW)
+    assert found.starts[1, A] == Start(judge=True)
+
+
+@pytest.mark.parametrize("champion", [OLD, refittable(side("old", {"[]": ("p1", '{"leaves": 3}', 1.0)}, features=["x", "z"]))])
+def test_a_recipe_that_cannot_be_fitted_any_more_is_left_out(champion: Side) -> None:
+    """A ledger of an earlier release does not say how to predict tune rows; a column may be described no more."""
+    rows = {key: {"cross_selection": None, "n_rounds": 5, **row} for key, row in champion.groups.items()}
+    assert earlier_recipes(BEATEN, {"old": Side("old", champion.spec, rows)}, NEW) == []
+
+
+def test_what_was_fitted_answers_its_groups() -> None:
+    judged = Judgement(BEATEN.assign(to_version=["new", "old", "new"]))
+    found = with_refits(judged, {"fitted": {(1, A)}})
+    assert found.decisions["to_version"].tolist() == ["new", "fitted", "new"]
+    assert found.decisions["reason"].tolist() == ["better", "earlier_recipe_refitted", "better"]
+    assert found.changes_answers
+    nothing = Judgement(decided_of((0, "[]", UNCHANGED, True, "unchanged"), (1, A, NEW_RECIPE, False, "not_better")))
+    assert not nothing.changes_answers
+    assert with_refits(nothing, {"fitted": {(1, A)}}).changes_answers
