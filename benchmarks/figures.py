@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from benchmarks.first_run import first_run_answers
+from benchmarks.first_run_kills import first_run_kills
 from benchmarks.intervals import CASES, LEVELS, interval_coverage
 from benchmarks.judging import FLIGHTS, HOUSING, Conservation, group_errors, judge, ledger_conservation, predictions_conservation
 from benchmarks.kills import kills
@@ -489,6 +490,13 @@ FIGURES = {
             25,
             (Value("survived", "kills", "==", 25), Value("points", "points", "==", len(POINTS)), Value("seconds-per-trial", "s")),
             lambda runs: kills(runs.new_folder()),
+        ),
+        Figure(
+            "kill-first-run",
+            "first run whose seconds were guessed 10 times too low, killed 10 times: work lost, in checkpoint_seconds per slot",
+            6,
+            (Value("worst", "checkpoints", "<=", 2), Value("mean", "checkpoints")),
+            lambda runs: first_run_kills(runs.new_folder()),
         ),
         Figure(
             "stream-kills",

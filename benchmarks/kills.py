@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -26,7 +26,9 @@ from benchmarks.generated import GeneratedFleet, write_features
 from benchmarks.invariants import check_fleet, compare_runs
 from benchmarks.runs import PROJECT, NotMeasured
 from pipeline import faults
-from pipeline.spark.fleet_training import Cluster, History, Request, plan_run, train_run
+from pipeline.spark.fleet_training import Cluster, History, PlannedRun, Request, plan_run, train_run
+from pipeline.spec import FleetSpec
+from pipeline.training.worker import TrainGroup
 from resources.lease import hold_lease
 
 Victim = Literal["driver", "worker", "training child"]
@@ -63,8 +65,20 @@ def train(folder: Path) -> None:
         folder: with the feature table at tables/killed/features.
     """
     faults.arm(os.environ.get(faults.VARIABLE, ""))
-    fleet = small_fleet()
-    spec = fleet.spec(tuning={**TUNING, "checkpoint_seconds": WAVE_SECONDS})
+    train_told(folder, small_fleet().spec(tuning={**TUNING, "checkpoint_seconds": WAVE_SECONDS}))
+
+
+def train_told(
+    folder: Path, spec: FleetSpec, *, trainer: TrainGroup | None = None, planned: Callable[[PlannedRun], PlannedRun] = lambda run: run
+) -> None:
+    """Train a fleet, as the asset does, and tell in the folder's events how far it came.
+
+    Args:
+        folder: with the feature table at tables/killed/features.
+        spec: the fleet.
+        trainer: trains a group; by default what the asset has.
+        planned: changes what was planned.
+    """
     with Engine(folder, memory="1g", slots=SLOTS) as engine:
         spark = engine.spark.session
         _tell(folder, "session")
@@ -74,9 +88,10 @@ def train(folder: Path) -> None:
             location = engine.tables.location(NAME, "features")
             version = engine.tables.version(location)
             history = History.read(engine.tables, NAME)
-            run = plan_run(engine.tables.read_spark(spark, location, version), spec, Request(run_id), history, slots=SLOTS, threads=1)
+            features = engine.tables.read_spark(spark, location, version)
+            run = planned(plan_run(features, spec, Request(run_id), history, slots=SLOTS, threads=1))
             _tell(folder, "planned", run_id=run.run_id, resumed=run.is_resumed, waves=run.plan.n_waves, groups=len(run.plan.to_train))
-            cluster = Cluster(spark, lambda *_: None, engine.spark.group_memory_bytes)
+            cluster = Cluster(spark, lambda *_: None, engine.spark.group_memory_bytes, trainer)
             train_run(cluster, engine.tables, NAME, run, spec, features_version=version, lease=lease)
         _tell(folder, "trained")
 
@@ -97,10 +112,14 @@ class Child:
     Args:
         folder: as for `train`.
         crash_at: as `faults.arm` takes it.
+        module: that is run, with `--train FOLDER`.
+        options: further ones.
     """
 
     folder: Path
     crash_at: str = ""
+    module: str = "benchmarks.kills"
+    options: Sequence[str] = ()
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def __enter__(self) -> Self:
@@ -108,7 +127,7 @@ class Child:
         self._log = (self.folder / "log").open("a")
         environment = {**os.environ, MARK: self.mark, faults.VARIABLE: self.crash_at, "TMPDIR": str(self.folder / "tmp")}
         (self.folder / "tmp").mkdir(exist_ok=True)
-        command = [sys.executable, "-m", "benchmarks.kills", "--train", str(self.folder)]
+        command = [sys.executable, "-m", self.module, "--train", str(self.folder), *self.options]
         self.process = subprocess.Popen(command, cwd=PROJECT, env=environment, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log)
         return self
 
@@ -135,7 +154,7 @@ class Child:
             if found is not None or ended:
                 return found
             time.sleep(POLL_SECONDS)
-        raise NotMeasured(f"a training process did not come to {name!r} within {PATIENCE_SECONDS:g} s: {_end_of(self.folder / 'log')}")
+        raise NotMeasured(f"a training process did not come to {name!r} within {PATIENCE_SECONDS:g} s: {end_of(self.folder / 'log')}")
 
     def end(self) -> int:
         """Wait for the child's exit status.
@@ -146,7 +165,7 @@ class Child:
         try:
             return self.process.wait(PATIENCE_SECONDS)
         except subprocess.TimeoutExpired as error:
-            raise NotMeasured(f"a training process did not end within {PATIENCE_SECONDS:g} s: {_end_of(self.folder / 'log')}") from error
+            raise NotMeasured(f"a training process did not end within {PATIENCE_SECONDS:g} s: {end_of(self.folder / 'log')}") from error
 
     def python_below(self) -> tuple[list[int], list[int]]:
         """Spark's Python workers, and the processes in which they train."""
@@ -165,7 +184,8 @@ def _events(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def _end_of(log: Path) -> str:
+def end_of(log: Path) -> str:
+    """The last lines of a log."""
     return "\n".join(log.read_text(errors="replace").splitlines()[-15:])
 
 
@@ -207,7 +227,7 @@ def _marked(mark: str) -> dict[int, str]:
     return found
 
 
-def _left_over(marks: Sequence[str]) -> list[str]:
+def left_over(marks: Sequence[str]) -> list[str]:
     """I9: what is still running of ended children after a while; it is killed."""
     give_up = time.monotonic() + GONE_SECONDS
     there: dict[int, str] = {}
@@ -242,7 +262,7 @@ class Reference:
     @property
     def tables(self) -> Path:
         """Its tables."""
-        return _tables(self.folder)
+        return tables_of(self.folder)
 
 
 @dataclass(frozen=True)
@@ -356,12 +376,12 @@ def straight_run(folder: Path) -> Reference:
         NotMeasured: if that fails, or an invariant does not hold.
     """
     folder.mkdir(parents=True)
-    write_features(small_fleet(), _tables(folder) / "features")
+    write_features(small_fleet(), tables_of(folder) / "features")
     with Child(folder) as child:
         status = child.end()
         session, planned, trained = (child.event(name) for name in ("session", "planned", "trained"))
     if status or not session or not planned or not trained:
-        raise NotMeasured(f"a run that nobody disturbed ended with exit status {status}: {_end_of(folder / 'log')}")
+        raise NotMeasured(f"a run that nobody disturbed ended with exit status {status}: {end_of(folder / 'log')}")
     wrong = _checked(folder, [child.mark])
     if wrong:
         raise NotMeasured(f"a run that nobody disturbed is not sound: {'; '.join(wrong)}")
@@ -377,7 +397,7 @@ def survive(trial: Trial, reference: Reference, folder: Path) -> list[str]:
     """
     for _ in range(ATTEMPTS):
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(reference.tables / "features", _tables(folder) / "features")
+        shutil.copytree(reference.tables / "features", tables_of(folder) / "features")
         wrong = _killed_and_finished(trial, reference, folder)
         if wrong is not None:
             return wrong + _compared(reference, folder)
@@ -389,13 +409,13 @@ def survive(trial: Trial, reference: Reference, folder: Path) -> list[str]:
 def _compared(reference: Reference, folder: Path) -> list[str]:
     if not _is_finished(folder):
         return ["no run was finished"]
-    return [f"I6: {line}" for line in compare_runs(reference.tables, _tables(folder))]
+    return [f"I6: {line}" for line in compare_runs(reference.tables, tables_of(folder))]
 
 
 def _checked(folder: Path, marks: Sequence[str]) -> list[str]:
     """The invariants of the tables, and I9."""
-    tables = _tables(folder)
-    return _left_over(marks) + check_fleet(tables, features=tables / "features", grains=GRAINS)
+    tables = tables_of(folder)
+    return left_over(marks) + check_fleet(tables, features=tables / "features", grains=GRAINS)
 
 
 def _killed_and_finished(trial: Trial, reference: Reference, folder: Path) -> list[str] | None:
@@ -408,7 +428,7 @@ def _killed_and_finished(trial: Trial, reference: Reference, folder: Path) -> li
     if trial.victim != "driver":
         return _checked(folder, [child.mark]) + ([f"the run ended with exit status {status}"] if status else [])
     if status != -signal.SIGKILL:
-        return [f"the driver ended with exit status {status}, not killed: {_end_of(folder / 'log')}"]
+        return [f"the driver ended with exit status {status}, not killed: {end_of(folder / 'log')}"]
     wrong, marks = [], [child.mark]
     lost = _waves_lost(folder)
     if len(lost) > WAVES_REPEATED:
@@ -425,7 +445,7 @@ def _finish(folder: Path, interrupted: Sequence[str]) -> tuple[list[str], str]:
         status = child.end()
         planned = child.event("planned")
     if status or planned is None:
-        return [f"started again, the run ended with exit status {status}: {_end_of(folder / 'log')}"], child.mark
+        return [f"started again, the run ended with exit status {status}: {end_of(folder / 'log')}"], child.mark
     wanted = interrupted[-1] if interrupted else planned["run_id"]
     if (planned["run_id"], planned["resumed"]) != (wanted, bool(interrupted)):
         return [f"run {planned['run_id']} (resumed: {planned['resumed']}) did not finish the interrupted {wanted}"], child.mark
@@ -441,7 +461,7 @@ def _kill(trial: Trial, reference: Reference, child: Child) -> bool:
 
 def _kill_driver(trial: Trial, reference: Reference, child: Child) -> bool:
     started = child.wait_for("session")
-    if started is None or not _sleep_until(started["moment"] + trial.moment * reference.seconds, child):
+    if started is None or not sleep_until(started["moment"] + trial.moment * reference.seconds, child):
         return False
     child.process.kill()
     return True
@@ -451,18 +471,18 @@ def _kill_below(trial: Trial, reference: Reference, child: Child) -> bool:
     planned = child.wait_for("planned")
     if planned is None:
         return False
-    there = _sleep_until(planned["moment"] + trial.moment * (reference.seconds - reference.planned_seconds), child)
+    there = sleep_until(planned["moment"] + trial.moment * (reference.seconds - reference.planned_seconds), child)
     while there:
         workers, trainers = child.python_below()
         victims = workers if trial.victim == "worker" else trainers
         with contextlib.suppress(ProcessLookupError, IndexError):
             os.kill(victims[int(trial.moment * len(victims))], signal.SIGKILL)
             return True
-        there = _sleep_until(time.monotonic() + POLL_SECONDS, child)
+        there = sleep_until(time.monotonic() + POLL_SECONDS, child)
     return False
 
 
-def _sleep_until(moment: float, child: Child) -> bool:
+def sleep_until(moment: float, child: Child) -> bool:
     """Whether the child has not finished training by then; if it has, that is told at once."""
     while child.process.poll() is None and child.event("trained") is None:
         if time.monotonic() >= moment:
@@ -474,28 +494,29 @@ def _sleep_until(moment: float, child: Child) -> bool:
 # --- tables
 
 
-def _tables(folder: Path) -> Path:
+def tables_of(folder: Path) -> Path:
+    """The tables of a training in a folder."""
     return folder / "tables" / NAME
 
 
 def _run_ids(folder: Path) -> list[str]:
     """The runs that have a manifest, oldest first."""
-    if not (_tables(folder) / "runs" / "_delta_log").exists():
+    if not (tables_of(folder) / "runs" / "_delta_log").exists():
         return []
-    runs = DeltaTable(_tables(folder) / "runs").to_pandas()
+    runs = DeltaTable(tables_of(folder) / "runs").to_pandas()
     return [str(name) for name in runs.sort_values("started_at")["run_id"]]
 
 
 def _is_finished(folder: Path) -> bool:
     if not _run_ids(folder):
         return False
-    runs = DeltaTable(_tables(folder) / "runs").to_pandas()
+    runs = DeltaTable(tables_of(folder) / "runs").to_pandas()
     return bool(runs["finished_at"].notna().any())
 
 
 def _waves_lost(folder: Path) -> set[str]:
     """I8: the waves that wrote boosters but have no ledger rows; also those whose files nobody committed."""
-    tables = _tables(folder)
+    tables = tables_of(folder)
     named: set[str] = set()
     if (tables / "ledger" / "_delta_log").exists():
         named = set(DeltaTable(tables / "ledger").to_pandas()["wave"].dropna())

@@ -13,7 +13,8 @@ from resources.spark_session import SparkSessionResource
 
 @pytest.fixture(scope="session")
 def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
-    resource = SparkSessionResource(master="local[2]", memory="1g", scratch=str(tmp_path_factory.mktemp("spark")))
+    # One JVM lives through all tests: a full heap ends it, and every test after.
+    resource = SparkSessionResource(master="local[2]", memory="3g", scratch=str(tmp_path_factory.mktemp("spark")))
     session = resource.session
     yield session
     session.stop()

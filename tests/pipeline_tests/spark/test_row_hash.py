@@ -1,12 +1,15 @@
 """The hash of a group's rows changes exactly where what training reads of them changes."""
 
+import uuid
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import DataFrame, SparkSession
 
@@ -75,8 +78,8 @@ class Groups:
         counts = self.is_there & ~np.isnan(target) & np.isfinite(weight) & (weight > 0)
         return np.sort(np.where(counts, codes, -1).reshape(self.n, SLOTS), axis=1)
 
-    def in_spark(self, spark: SparkSession, seed: int) -> DataFrame:
-        """All rows in any order, over several partitions."""
+    def in_spark(self, spark: SparkSession, folder: Path, seed: int) -> DataFrame:
+        """All rows in any order, over several partitions; from a file, as half a million rows do not go through the driver."""
         kept = np.flatnonzero(self.is_there)
         np.random.default_rng(seed).shuffle(kept)
         columns = {name: pa.array(values[kept], mask=self.is_null[name][kept], from_pandas=False) for name, values in self.cells.items()}
@@ -86,7 +89,9 @@ class Groups:
             pa.int64(), safe=False
         )
         columns["group"] = pa.array(self.group[kept]).cast(pa.string())
-        return spark.createDataFrame(pa.table(columns)).repartition(5)
+        file = folder / f"{uuid.uuid4().hex}.parquet"
+        pq.write_table(pa.table(columns), file)
+        return spark.read.parquet(str(file)).repartition(5)
 
 
 def edited(groups: Groups, seed: int) -> npt.NDArray[np.object_]:  # noqa: C901 - one edit after the other
@@ -164,12 +169,12 @@ def edited(groups: Groups, seed: int) -> npt.NDArray[np.object_]:  # noqa: C901 
     return names
 
 
-def test_the_hash_differs_exactly_where_training_would_see_a_difference(spark: SparkSession) -> None:
+def test_the_hash_differs_exactly_where_training_would_see_a_difference(spark: SparkSession, tmp_path: Path) -> None:
     groups = Groups(N_GROUPS)
     names = edited(groups, seed=1)
     seen = groups.seen_by_training()
     differs = (seen != seen[0]).any(axis=1)
-    counts = count_groups(groups.in_spark(spark, 2), SPEC, CUTOFFS, CATEGORIES).counts
+    counts = count_groups(groups.in_spark(spark, tmp_path, 2), SPEC, CUTOFFS, CATEGORIES).counts
     finest = counts[counts["grain"] == 1]
     hashes = pd.Series(finest["rows_hash"].to_numpy(), index=[int(group[2:-2]) for group in finest["group_id"]]).reindex(range(N_GROUPS))
     found = (hashes != hashes[0]).to_numpy()
@@ -182,11 +187,11 @@ def test_the_hash_differs_exactly_where_training_would_see_a_difference(spark: S
     assert pd.DataFrame({"form": forms, "hash": hashes}).drop_duplicates().shape[0] == forms.nunique()
 
 
-def test_the_hash_depends_neither_on_the_order_of_rows_nor_on_files(spark: SparkSession) -> None:
+def test_the_hash_depends_neither_on_the_order_of_rows_nor_on_files(spark: SparkSession, tmp_path: Path) -> None:
     groups = Groups(20)
     edited(groups, seed=3)
     one, other = (
-        count_groups(groups.in_spark(spark, seed).repartition(n), SPEC, CUTOFFS, CATEGORIES).counts.sort_values(
+        count_groups(groups.in_spark(spark, tmp_path, seed).repartition(n), SPEC, CUTOFFS, CATEGORIES).counts.sort_values(
             ["grain", "group_id"], ignore_index=True
         )
         for seed, n in ((1, 1), (2, 7))
@@ -194,17 +199,17 @@ def test_the_hash_depends_neither_on_the_order_of_rows_nor_on_files(spark: Spark
     assert one[["group_id", "rows_hash"]].to_numpy().tolist() == other[["group_id", "rows_hash"]].to_numpy().tolist()
 
 
-def test_rows_that_move_between_groups_change_what_contains_both(spark: SparkSession) -> None:
+def test_rows_that_move_between_groups_change_what_contains_both(spark: SparkSession, tmp_path: Path) -> None:
     groups = Groups(2)
-    rows = groups.in_spark(spark, 1)
+    rows = groups.in_spark(spark, tmp_path, 1)
     moved = rows.replace({"0": "1", "1": "2"}, subset=["group"])
     hashes = [count_groups(frame, SPEC, CUTOFFS, CATEGORIES).counts.set_index("group_id")["rows_hash"] for frame in (rows, moved)]
     assert hashes[0]["[]"] != hashes[1]["[]"]
 
 
 @pytest.mark.parametrize("categories", [{"kind": ["a", "b", "c", "new"]}, {"kind": ["a", "b", "c", "strange"]}])
-def test_categories_that_a_group_does_not_have_leave_its_hash(spark: SparkSession, categories: dict[str, list[str]]) -> None:
-    rows = Groups(1).in_spark(spark, 1)
+def test_categories_that_a_group_does_not_have_leave_its_hash(spark: SparkSession, tmp_path: Path, categories: dict[str, list[str]]) -> None:
+    rows = Groups(1).in_spark(spark, tmp_path, 1)
     one, same, other = (
         count_groups(rows, SPEC, CUTOFFS, chosen).counts["rows_hash"].tolist() for chosen in (CATEGORIES, categories, {"kind": ["b", "a", "c"]})
     )
