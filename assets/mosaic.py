@@ -1,4 +1,4 @@
-"""Registering a version that is put together of the answer chains of several."""
+"""Registering a version that combines the answer chains of several."""
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -62,7 +62,7 @@ def register_mosaic(
             answering.fleet_version,
             pack=pack,
             **interface(answering, dtypes),
-            parameters={"put_together_of": ", ".join(f"{version} ({count} groups)" for version, count in counts.items())[:MOST_CHARACTERS]},
+            parameters={"combines": ", ".join(f"{version} ({count} groups)" for version, count in counts.items())[:MOST_CHARACTERS]},
             metrics={"generations": float(len(generations)), "groups": float(len(serving))},
             tables={"decisions.json": decisions.head(DECISIONS_LOGGED)},
             plots={},

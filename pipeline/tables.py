@@ -171,7 +171,7 @@ LEDGER = TableContract(
         Column("started_from", pa.string(), "JSON: parameters tried first, or refitted"),
         Column("source_run_id", pa.string(), "run that trained the booster"),
         Column("wave", pa.string(), "wave that committed the booster and its holdout rows"),
-        Column("tuned_as_of", TIMESTAMP, "as-of of the run that chose the parameters"),
+        Column("tuned_as_of", TIMESTAMP, "as-of of the run that chose the parameters, or whose study last did not beat them"),
         Column("tune_loss", pa.float64(), "best trial's loss on tune rows: the objective's metric, link space"),
         Column("weight", pa.float64(), "weight of the own model in the group's answer, 0 to 1"),
         Column(

@@ -297,7 +297,7 @@ def _refit_or_not(key: GroupKey, start: Start | None, memory: Memory, hashed: st
 
 
 def _without_training(grain: int, before: Mapping[str, Any] | None, reason: str, hashed: str, shared: str) -> _Decision:
-    """A group keeps the booster it has, if it has one, whatever became of its rows; the pooled group keeps its held-out rows, or judges."""
+    """A group keeps the booster it has, if it has one, whether or not its rows changed; the pooled group keeps its held-out rows, or judges."""
     if grain == 0 and before is None:
         started_from = Start(judge=True).to_json()
         return _Decision(TRAIN, reason, started_from, fingerprint(hashed, shared, started_from))

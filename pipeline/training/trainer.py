@@ -64,7 +64,7 @@ def train_group(frame: pd.DataFrame, grain: int, settings: TrainingSettings, sta
 
     Returns:
         `trained` or `refreshed` with its booster, or `inherited` with a reason. The pooled group has holdout rows in either case,
-        so that every row of the tune and report splits is judged once, whatever became of the models.
+        so that every row of the tune and report splits is judged once, whether or not any model was trained.
     """
     started = time.perf_counter()
     rows = _prepare(frame, settings)
@@ -181,7 +181,7 @@ def fit_twin(frame: pd.DataFrame, grain: int, settings: TrainingSettings, start:
 
 
 def judged_without_model(frame: pd.DataFrame, settings: TrainingSettings) -> pd.DataFrame:
-    """Holdout rows of a pooled group that has no model, so that the fleet's answers are judged all the same."""
+    """Holdout rows of a pooled group that has no model, so that the fleet's answers are judged anyway."""
     rows = _prepare(frame, settings)
     return _holdout(rows, np.full(len(rows), np.nan), settings)
 

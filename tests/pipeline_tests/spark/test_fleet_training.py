@@ -206,7 +206,7 @@ def test_a_group_whose_trainer_raises_is_a_row_and_not_the_end_of_the_run(finish
     assert (row["status"], row["reason"], row["error_class"], row["weight"]) == ("failed", "error", "ZeroDivisionError", 0.0)
     assert "division by zero, as ordered" in row["error_message"]
     assert pd.isna(row["booster_id"])
-    # Its rows are judged all the same: its parent answers.
+    # Its rows are judged nevertheless: its parent answers.
     assert row["report_rows"] > 20
     assert row["rmse"] > 0
 
