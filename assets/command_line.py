@@ -7,29 +7,24 @@ import math
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import pandas as pd
-import pyarrow as pa
 import pyarrow.fs as pf
-from deltalake import DeltaTable
-from deltalake.exceptions import DeltaError
 
 from assets.failure_log import first_line, keep_trace
-from pipeline.errors import FleetError, ModelNotFound, SpecError, StoreError
+from pipeline.errors import FleetError, ModelNotFound, SpecError
 from pipeline.faults import arm
 from pipeline.models.meta_model import filesystem_of, group_id
 from pipeline.reporting.summary import text_table
 from pipeline.spark.data_errors import readable_model_errors
-from pipeline.tables import BOOSTERS, HOLDOUT, IMPORTANCE, LEDGER, RUNS, records
+from pipeline.tables import IMPORTANCE, LEDGER, RUNS, fleet_runs, records
+from pipeline.training.outcome import NOT_LISTED
+from resources.cleaning import KEPT_RUNS, clean
 from resources.delta_tables import DeltaTables
-from resources.lease import hold_lease
-from resources.mlflow_registry import CHALLENGER, CHAMPION
+from resources.mlflow_registry import CHALLENGER, CHAMPION, MlflowRegistry
 from resources.profiles import Profile, current_profile
 
 PROJECT = Path(__file__).parent.parent
@@ -47,8 +42,8 @@ EXAMPLES = """examples:
                                                        the rows that are new since the last call
   many-models stream housing --from .data/tables/housing/features --to answers-live --every 30
                                                        rows as they come, until Ctrl-C
-  many-models clean flights --dry-run                  which files no commit names
-  many-models clean flights --keep-hours 72            remove them once they are three days old
+  many-models clean flights --dry-run                  what no kept run needs, with files and bytes
+  many-models clean flights --keep-runs 10             remove it; keep all of the ten newest runs
 """
 CHECK = "Find what can be found without data in defs.yaml and features.sql. Exit status 1 if a fleet is broken."
 RUN = "Check one fleet, then launch its assets with `dg launch`. Launch settings are environment variables, as in `make run`."
@@ -60,6 +55,13 @@ STREAM = """Answer the rows of a folder or of a Delta table as they come, with t
 
 Each micro batch is one commit, and each row is answered exactly once, whatever is killed when: the same command goes on where it was. Without
 --every it answers all there is and ends, as a schedule wants it. Put files into the folder by renaming: one that is seen is not read again."""
+CLEAN = """Remove what no kept run needs: files of old versions of every table (raw, features, predictions, models, ledger), rows of old runs,
+and files that interrupted runs left.
+
+Everything stays of the newest runs (--keep-runs), of what was started since, and of the newest registered version. Ledger rows of every
+run that a registered version answers with, or that ever served, stay too: any version can be rolled back to. Predictions of every as-of
+and decisions stay. A file goes only once it has been unneeded for --keep-hours, so that whoever reads an old version may finish: a stream
+of one of these tables must not lag behind by more. A backtest is cleaned by its own name, e.g. flights-backtest-2013-12-01."""
 NONE = "-"
 SHOWN_ID = 8
 NEAR = 5
@@ -109,8 +111,12 @@ def _run(profile: Profile, told: argparse.Namespace) -> None:
     if told.command == "show":
         _say(history_text(tables, namespace, _asked_id(told.keys, told.group_id)))
     elif told.command == "clean":
+        if not tables.exists(tables.location(namespace, LEDGER.name)):
+            raise ModelNotFound(_unknown_fleet(tables, namespace))
+        scratch = f"{profile.data_root}/scratch"
+        registry = MlflowRegistry(tracking_uri=profile.mlflow_uri, artifact_root=profile.mlflow_artifacts, scratch=scratch)
         keep = timedelta(hours=told.keep_hours)
-        _say(clean(tables, namespace, keep=keep, dry_run=told.dry_run).text)
+        _say(clean(tables, registry, namespace, keep=keep, keep_runs=told.keep_runs, dry_run=told.dry_run).text)
     else:
         _answer(profile, namespace, told)
 
@@ -160,9 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="build a fleet, raw tables to predictions", description=RUN)
     run.add_argument("fleet", metavar="FLEET", help="name of the fleet, or its folder")
     show = commands.add_parser("show", help="print the history of one group", description="Print the history of one group.", epilog=EXAMPLES)
-    clean_ = commands.add_parser(
-        "clean", help="remove files that interrupted runs left", description="Remove files that interrupted runs left.", epilog=EXAMPLES
-    )
+    clean_ = commands.add_parser("clean", help="remove what no kept run needs", description=CLEAN, epilog=EXAMPLES)
     score = commands.add_parser("score", help="answer every row of a table or of files", description=SCORE, epilog=EXAMPLES)
     stream = commands.add_parser("stream", help="answer rows as they come", description=STREAM, epilog=EXAMPLES)
     for command in (show, score, stream, clean_):
@@ -187,7 +191,10 @@ def _parser() -> argparse.ArgumentParser:
     stream.add_argument("--max-files", type=_files, default=1000, metavar="N", help="files of a micro batch (default: 1000)")
     stream.add_argument("--skip-changes", action="store_true", help="pass over versions of a Delta table that remove or rewrite rows")
     clean_.add_argument("--dry-run", action="store_true", help="only say what would be removed")
-    clean_.add_argument("--keep-hours", type=_hours, default=24.0, metavar="HOURS", help="keep files younger than that (default: 24)")
+    clean_.add_argument(
+        "--keep-hours", type=_hours, default=24.0, metavar="HOURS", help="keep files that were written or needed so lately (default: 24)"
+    )
+    clean_.add_argument("--keep-runs", type=_runs_kept, default=KEPT_RUNS, metavar="N", help=f"keep all of the newest N runs (default: {KEPT_RUNS})")
     return parser
 
 
@@ -199,6 +206,12 @@ def _hours(text: str) -> float:
     if not 0 <= hours < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of hours; expected 0 or more")
     return hours
+
+
+def _runs_kept(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of runs; expected 1 or more")
+    return int(text)
 
 
 def _seconds(text: str) -> float:
@@ -255,6 +268,10 @@ def history_text(tables: DeltaTables, namespace: str, wanted: str) -> str:
     if rows.empty:
         raise ModelNotFound(_unknown_group(tables.read_pandas(location, columns=["run_id", "grain", "grain_name", "group_id"]), namespace, wanted))
     runs = _runs(tables, namespace)
+    # A run that only refitted earlier recipes says nothing of the other groups.
+    if "request" in runs:
+        is_refit = rows["run_id"].isin(set(runs["run_id"]) - set(fleet_runs(runs)["run_id"]))
+        rows = rows[~(is_refit & rows["reason"].eq(NOT_LISTED))]
     rows = rows.merge(runs.drop_duplicates("run_id", keep="last"), on="run_id", how="left").sort_values("started_at", kind="stable")
     past = records(rows)
     history, newest = [_history_line(row) for row in past], past[-1]
@@ -275,7 +292,7 @@ def _runs(tables: DeltaTables, namespace: str) -> pd.DataFrame:
     """Run, as-of, start and, where the table has it, end."""
     location = tables.location(namespace, RUNS.name)
     found = tables.read_pandas(location) if tables.exists(location) else RUNS.schema.empty_table().to_pandas()
-    return found[[name for name in ("run_id", "as_of", "started_at", "finished_at") if name in found.columns]]
+    return found[[name for name in ("run_id", "as_of", "started_at", "finished_at", "request") if name in found.columns]]
 
 
 Record = Mapping[str, Any]
@@ -416,111 +433,6 @@ def _near(word: str, known: Mapping[str, str]) -> str:
     folded = {name.casefold(): name for name in known}
     found = difflib.get_close_matches(word.casefold(), folded, n=NEAR, cutoff=0.5)
     return f"did you mean: {'; '.join(folded[name] for name in found)}? " if found else ""
-
-
-@dataclass(frozen=True)
-class Cleaned:
-    """What `clean` removed, or would remove.
-
-    Args:
-        files: address and size in bytes, by table name.
-        dry_run: whether nothing was removed.
-        younger: files that no commit names and that are too young to go.
-    """
-
-    files: Mapping[str, Sequence[tuple[str, int]]]
-    dry_run: bool
-    younger: int
-
-    @property
-    def text(self) -> str:
-        """For people."""
-        rows = [[name, f"{len(files):,}", f"{sum(size for _, size in files):,}"] for name, files in self.files.items()]
-        did = "would be removed (dry run: nothing was)" if self.dry_run else "removed"
-        table = text_table(["table", "files", "bytes"], rows)
-        n_files, n_bytes = sum(map(len, self.files.values())), sum(size for files in self.files.values() for _, size in files)
-        kept = f"; {self.younger:,} more are too young (--keep-hours)" if self.younger else ""
-        listed = [address for files in self.files.values() for address, _ in files] if self.dry_run else []
-        return "\n".join([*listed, table, f"{n_files:,} files, {n_bytes:,} bytes {did}{kept}"])
-
-
-def clean(tables: DeltaTables, namespace: str, *, keep: timedelta, dry_run: bool = False) -> Cleaned:
-    """Remove Parquet files of boosters and held-out predictions that no commit names; interrupted runs leave such.
-
-    The fleet's lease is held meanwhile: what a running training wrote is not committed yet. A folder without a table is left alone, so that a lost
-    log does not take its files with it.
-
-    Args:
-        tables: where the fleet's tables are.
-        namespace: the fleet, or its trial.
-        keep: age up to which a file stays.
-        dry_run: only look; takes no lease.
-
-    Raises:
-        ModelNotFound: if the fleet is unknown.
-        StoreError: if a training of the fleet runs, or the store refuses.
-    """
-    locations = {contract.name: tables.location(namespace, contract.name) for contract in (BOOSTERS, HOLDOUT)}
-    present = {name: location for name, location in locations.items() if tables.exists(location)}
-    if not present and not tables.exists(tables.location(namespace, LEDGER.name)):
-        raise ModelNotFound(_unknown_fleet(tables, namespace))
-    with nullcontext() if dry_run else hold_lease(tables, namespace, "many-models clean"):
-        before = datetime.now(UTC) - keep
-        unnamed = {name: _unnamed_files(tables, location) for name, location in present.items()}
-        old = {name: [info for info in files if info.mtime <= before] for name, files in unnamed.items()}
-        if not dry_run:
-            _remove(tables, [info.path for files in old.values() for info in files])
-    found = {name: [(info.path, info.size) for info in files] for name, files in old.items()}
-    return Cleaned(found, dry_run, sum(map(len, unnamed.values())) - sum(map(len, old.values())))
-
-
-def _remove(tables: DeltaTables, paths: Sequence[str]) -> None:
-    filesystem, _ = filesystem_of(tables.root, tables.storage_options)
-    for number, path in enumerate(paths):
-        try:
-            filesystem.delete_file(path)
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise StoreError(
-                f"{path} could not be removed: {error}; {number} of {len(paths)} files were: check who may write there, then run again"
-            ) from error
-
-
-def _unnamed_files(tables: DeltaTables, location: str) -> list[pf.FileInfo]:
-    """Parquet files below a table that no version still in its log names, by path."""
-    filesystem, root = filesystem_of(location, tables.storage_options)
-    try:
-        # Files first, then the commits: one that is committed in between is named.
-        files = filesystem.get_file_info(pf.FileSelector(root, recursive=True))
-        named = _live(tables, location) | _logged(filesystem, root)
-    except (DeltaError, OSError, ValueError) as error:
-        raise StoreError(f"{location}: {error}; nothing was removed: check that the store can be reached, then run again") from error
-    found = []
-    for info in files:
-        path = info.path.removeprefix(f"{root}/")
-        hidden = any(part.startswith("_") for part in path.split("/"))
-        if info.type == pf.FileType.File and path.endswith(".parquet") and not hidden and path not in named:
-            found.append(info)
-    return sorted(found, key=lambda info: info.path)
-
-
-def _live(tables: DeltaTables, location: str) -> set[str]:
-    table = DeltaTable(location, storage_options=tables.storage_options or None)
-    return {unquote(path) for path in pa.table(table.get_add_actions(flatten=True))["path"].to_pylist()}
-
-
-def _logged(filesystem: pf.FileSystem, root: str) -> set[str]:
-    """Files that the commits in the log add or remove: older versions still need those that were removed."""
-    paths: set[str] = set()
-    for info in filesystem.get_file_info(pf.FileSelector(f"{root}/_delta_log")):
-        if info.extension != "json":
-            continue
-        with filesystem.open_input_stream(info.path) as commit:
-            for line in commit.read().decode().splitlines():
-                action = json.loads(line)
-                paths |= {unquote(action[kind]["path"]) for kind in ("add", "remove") if kind in action}
-    return paths
 
 
 def _printable(text: str) -> str:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from pipeline.errors import StoreError
-from pipeline.spark.fleet_training import fleet_runs, read_runs
-from pipeline.tables import LEDGER, in_format
+from pipeline.spark.fleet_training import read_runs
+from pipeline.tables import LEDGER, fleet_runs, in_format
 from resources.delta_tables import DeltaTables
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 ``FLEET_CRASH_AT=<point>:<signal>`` ends the process with that signal when it comes to the point, e.g. ``boosters_committed:KILL``;
 ``<point>#3:TERM`` the third time. `POINTS` lists those of a training run in their order, `STREAM_POINTS` those of a stream that scores,
-`DECISION_POINTS` those of a launch of `champion`. Nothing is armed unless the variable is set.
+`DECISION_POINTS` those of a launch of `champion`, `CLEAN_POINTS` those of `many-models clean`. Nothing is armed unless the variable is set.
 """
 
 import os
@@ -36,8 +36,11 @@ DECISION_POINTS = {
     "decision_recorded": "who, what and why is in the table of decisions, the alias has not moved",
     "alias_moved": "the version serves, the decision is not marked as carried out",
 }
+CLEAN_POINTS = {
+    "rows_let_go": "* rows of old runs are gone from one table",
+}
 VARIABLE = "FLEET_CRASH_AT"
-_KNOWN = (*POINTS, *STREAM_POINTS, *DECISION_POINTS)
+_KNOWN = (*POINTS, *STREAM_POINTS, *DECISION_POINTS, *CLEAN_POINTS)
 _WRITTEN = re.compile(r"(?P<point>\w+)(#(?P<turn>[1-9]\d*))?:(?P<signal>[A-Z0-9]+)")
 
 

@@ -4,10 +4,12 @@ The `format` of a table goes up when its columns change meaning. Columns of raw 
 to the fleet; the columns listed here are there in every fleet.
 """
 
+import json
 import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 
@@ -121,6 +123,20 @@ RUNS = TableContract(
         ),
     ),
 )
+
+# In the request of a run that only refits earlier recipes: a digest of them.
+RECIPES = "recipes"
+
+
+def fleet_runs(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs that trained a whole fleet: without those that only refitted earlier recipes for some of its groups.
+
+    Args:
+        runs: rows of `RUNS`, with their request.
+    """
+    is_whole = [not isinstance(request, str) or RECIPES not in json.loads(request) for request in runs["request"]]
+    return runs[np.array(is_whole, dtype=bool)]
+
 
 LEDGER = TableContract(
     name="ledger",

@@ -228,6 +228,36 @@ class MlflowRegistry(dg.ConfigurableResource):
             )
         return found
 
+    def challenger_run(self, name: str) -> str | None:
+        """The training run of the newest version; None where there is none.
+
+        Raises:
+            StoreError: if the registry refuses.
+        """
+        found = self.find(name, CHALLENGER)
+        return None if found is None else found.fleet_version
+
+    def fleet_versions(self, name: str) -> set[str]:
+        """The training runs that registered versions come from.
+
+        Raises:
+            StoreError: if the registry refuses.
+        """
+        client = self._connected()
+        from mlflow.exceptions import MlflowException
+
+        found: set[str] = set()
+        token: str | None = None
+        try:
+            while True:
+                page = client.search_model_versions(f"name = '{name}'", page_token=token)
+                found |= {str(version.tags[FLEET_VERSION]) for version in page if FLEET_VERSION in version.tags}
+                token = page.token or None
+                if token is None:
+                    return found
+        except MlflowException as error:
+            raise StoreError(f"{self.tracking_uri}: {error}") from error
+
     def inputs(self, version: Version) -> dict[str, str]:
         """Type (double or string) of each column that a version reads, as from `input_types`.
 

@@ -68,7 +68,7 @@ from pipeline.spark.training import (
 )
 from pipeline.spec import FleetSpec
 from pipeline.store import COMMITS_PER_LEASE, TRAINING, HeldLease, Tables
-from pipeline.tables import BOOSTERS, HOLDOUT, LEDGER, RUNS, TableContract, in_format, records
+from pipeline.tables import BOOSTERS, HOLDOUT, LEDGER, RECIPES, RUNS, TableContract, fleet_runs, in_format, records
 from pipeline.training.blend import STANDARD_ERRORS, Constants, GroupSkill, learn_blend
 from pipeline.training.objective import learning_goal
 from pipeline.training.outcome import ERROR, NATIVE_CRASH, WITH_BOOSTER
@@ -80,8 +80,6 @@ from pipeline.training.worker import TrainGroup
 FIRST_PASS_TRIALS = 1
 # Groups that `own: auto` tries both forms on.
 PILOT_GROUPS = 30
-# In the request of a run that only refits earlier recipes: a digest of them.
-RECIPES = "recipes"
 # Group ids that a run's row names where held-out rows belong to groups that the ledger does not know.
 MAX_UNKNOWN_GROUPS = 20
 # What a row of an earlier run's ledger gives to a group that is reused.
@@ -197,16 +195,6 @@ def read_runs(tables: Tables, namespace: str) -> pd.DataFrame:
     if not tables.exists(location):
         return _no_rows(RUNS)
     return in_format(tables.read_pandas(location), RUNS, location)
-
-
-def fleet_runs(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs that trained a whole fleet: without those that only refitted earlier recipes for some of its groups.
-
-    Args:
-        runs: rows of `tables.RUNS`.
-    """
-    is_whole = [RECIPES not in json.loads(request) for request in runs["request"]]
-    return runs[np.array(is_whole, dtype=bool)]
 
 
 def newest_as_of(tables: Tables, namespace: str, run_ids: Collection[str]) -> pd.Timestamp | None:

@@ -1,6 +1,7 @@
 """A fleet in which a new recipe helps some groups and not others: what is promoted, taken back, overridden, and who answers then."""
 
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pandas as pd
 import pytest
 
 from pipeline.spec import FleetSpec, parse_spec
+from resources.cleaning import clean
 from resources.launch_settings import LaunchSettings
 from resources.mlflow_registry import CHALLENGER, CHAMPION
 
@@ -193,6 +195,21 @@ def test_a_launch_after_a_refit_builds_on_the_whole_fleet_and_changes_nothing(mo
     assert set(newest_rows["status"]) <= {"reused", "inherited"}
     assert runs["previous_run_id"].iloc[-1] == runs["run_id"].iloc[1]
     assert registry.get("shop", CHAMPION).number == before
+
+
+def test_after_a_clean_versions_are_judged_and_rolled_back_as_before(month_later: Any) -> None:
+    tables, registry = month_later.resources["tables"], month_later.resources["registry"]
+    served = answers(month_later, registry.get("shop", CHAMPION).number)
+    november = answers(month_later, "1")
+    found = clean(tables, registry, "shop", keep=timedelta(0), keep_runs=1)
+    assert found.tables["boosters"].partitions
+    assert launch(month_later, decision="rollback", rollback_to="1").success
+    pd.testing.assert_frame_equal(answers(month_later, "1"), november)
+    assert month_later.launch("models", "meta_model", "champion", "predictions", launch=LaunchSettings(as_of=AS_OF)).success
+    again = answers(month_later, registry.get("shop", CHAMPION).number)
+    stay = [group(store) for store in PLAIN]
+    assert set(newest(month_later).loc[stay, "reason"]) == {"earlier_recipe_refitted"}
+    pd.testing.assert_frame_equal(again.drop(columns="fleet_version"), served.drop(columns="fleet_version"))
 
 
 def launch(fleet: Any, **settings: Any) -> dg.ExecuteInProcessResult:

@@ -1,22 +1,16 @@
 """The terminal command: one group's history, and files of interrupted runs."""
 
 import json
-import os
-import time
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.fs as pf
 import pytest
 
-from assets.command_line import clean, history_text, main
-from pipeline.errors import ModelNotFound, StoreError
-from pipeline.tables import BOOSTERS, HOLDOUT, IMPORTANCE, LEDGER, RUNS
+from assets.command_line import history_text, main
+from pipeline.tables import IMPORTANCE, LEDGER, RUNS
 from resources.delta_tables import DeltaTables
-from resources.lease import hold_lease
 
 FIRST, SECOND = "aaaaaaaa-1111-2222", "bbbbbbbb-1111-2222"
 ROUTES = [["EWR", "IAH"], ["EWR", "ORD"], ["JFK", None], ["LGA", "a b"]]
@@ -208,6 +202,15 @@ def test_a_run_that_did_not_finish_is_named(tables: DeltaTables) -> None:
     assert "not finished: aaaaaaaa, bbbbbbbb" in history_text(tables, "flights", "[]")
 
 
+def test_a_refit_of_other_groups_is_no_line_of_a_groups_history(tables: DeltaTables) -> None:
+    refit = {"run_id": "dddddddd-0", "started_at": pd.Timestamp("2026-11-03", tz="UTC"), "request": '{"recipes": "1f"}'}
+    append(tables, "flights", RUNS, [refit])
+    other = {"status": "inherited", "reason": "not_listed", "booster_id": None}
+    append(tables, "flights", LEDGER, [outcome("dddddddd-0", ["JFK"], **other), outcome("dddddddd-0", ["EWR"], status="refreshed")])
+    assert "dddddddd" not in history_text(tables, "flights", '["JFK"]')
+    assert "dddddddd" in history_text(tables, "flights", '["EWR"]')
+
+
 def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["--help"], ["show", "--help"], ["clean", "--help"]):
         with pytest.raises(SystemExit) as ended:
@@ -222,99 +225,3 @@ def test_hours_are_checked(capsys: pytest.CaptureFixture[str], hours: str) -> No
         main(["clean", "flights", f"--keep-hours={hours}"])
     assert ended.value.code == 2
     assert "expected 0 or more" in capsys.readouterr().err
-
-
-# Cleaning.
-
-
-def left(tables: DeltaTables, table: str) -> set[str]:
-    filesystem, root = stored(tables, table)
-    return {info.base_name for info in filesystem.get_file_info(pf.FileSelector(root)) if info.type == pf.FileType.File}
-
-
-def stored(tables: DeltaTables, table: str) -> tuple[pf.FileSystem, str]:
-    from pipeline.spark.files import filesystem_of
-
-    return filesystem_of(tables.location("flights", table), tables.storage_options)
-
-
-def interrupted(tables: DeltaTables) -> None:
-    """Boosters and holdout rows of one run, replaced boosters, and files that no commit names."""
-    for text in (b"first", b"second"):
-        rows = pa.Table.from_pylist([{"booster_id": "1", "text": text}], schema=BOOSTERS.schema)
-        tables.write_arrow([rows], BOOSTERS.schema, tables.location("flights", "boosters"), mode="overwrite")
-    append(tables, "flights", HOLDOUT, [{"run_id": "1"}])
-    for table, name, content in [
-        ("boosters", "part-left.parquet", b"12345"),
-        ("boosters", "notes.txt", b"mine"),
-        ("holdout", "part-left.parquet", b"123"),
-        ("ledger", "part-left.parquet", b"123"),
-        ("raw", "part-left.parquet", b"123"),
-    ]:
-        filesystem, root = stored(tables, table)
-        filesystem.create_dir(root)
-        with filesystem.open_output_stream(f"{root}/{name}") as file:
-            file.write(content)
-
-
-def test_files_that_no_commit_names_are_removed_once_they_are_old(tables: DeltaTables, capsys: pytest.CaptureFixture[str]) -> None:
-    interrupted(tables)
-    boosters, holdout = left(tables, "boosters"), left(tables, "holdout")
-    assert main(["clean", "flights"]) == 0
-    assert "0 files, 0 bytes removed; 2 more are too young" in capsys.readouterr().out
-    old = time.time() - 25 * 3600
-    for table in ("boosters", "holdout", "ledger", "raw"):
-        for path in Path(tables.location("flights", table)).iterdir():
-            os.utime(path, (old, old))
-    assert main(["clean", "flights", "--keep-hours", "26"]) == 0
-    assert "0 files, 0 bytes removed; 2 more" in capsys.readouterr().out
-    assert main(["clean", "flights", "--dry-run"]) == 0
-    told = capsys.readouterr().out
-    assert f"{tables.location('flights', 'boosters')}/part-left.parquet" in told
-    assert "2 files, 8 bytes would be removed (dry run: nothing was)" in told
-    assert (left(tables, "boosters"), left(tables, "holdout")) == (boosters, holdout)
-    assert main(["clean", "flights"]) == 0
-    told = capsys.readouterr().out
-    assert [line.split() for line in told.splitlines()] == [
-        ["table", "files", "bytes"],
-        ["boosters", "1", "5"],
-        ["holdout", "1", "3"],
-        ["2", "files,", "8", "bytes", "removed"],
-    ]
-    # The boosters that a newer version replaced are still named by a commit.
-    assert (left(tables, "boosters"), left(tables, "holdout")) == (boosters - {"part-left.parquet"}, holdout - {"part-left.parquet"})
-    assert "part-left.parquet" in left(tables, "ledger")
-    assert "part-left.parquet" in left(tables, "raw")
-    assert tables.read_arrow(tables.location("flights", "boosters")).column("text").to_pylist() == [b"second"]
-
-
-def test_nothing_is_removed_while_the_fleet_is_trained(tables: DeltaTables) -> None:
-    interrupted(tables)
-    with hold_lease(tables, "flights", "run-1"):
-        with pytest.raises(StoreError, match="is being trained by run run-1"):
-            clean(tables, "flights", keep=timedelta(0))
-        assert clean(tables, "flights", keep=timedelta(0), dry_run=True).text
-    assert "part-left.parquet" in left(tables, "boosters")
-
-
-def test_a_folder_that_lost_its_log_is_left_alone(tables: DeltaTables) -> None:
-    interrupted(tables)
-    boosters = Path(tables.location("flights", "boosters"))
-    (boosters / "_delta_log").rename(boosters.parent / "away")
-    assert set(clean(tables, "flights", keep=timedelta(0)).files) == {"holdout"}
-    assert "part-left.parquet" in left(tables, "boosters")
-
-
-def test_an_object_store_is_read_and_cleaned(object_store: dict[str, str]) -> None:
-    tables = DeltaTables(root="s3://fleets/cleaned", storage_options=object_store)
-    append(tables, "flights", LEDGER, [outcome(FIRST, [])])
-    interrupted(tables)
-    assert "aaaaaaaa" in history_text(tables, "flights", "[]")
-    with pytest.raises(ModelNotFound, match="there is: flights;"):
-        history_text(tables, "fligths", "[]")
-    boosters = left(tables, "boosters")
-    assert clean(tables, "flights", keep=timedelta(hours=1)).younger == 2
-    found = clean(tables, "flights", keep=timedelta(0))
-    assert {name: [size for _, size in files] for name, files in found.files.items()} == {"boosters": [5], "holdout": [3]}
-    assert left(tables, "boosters") == boosters - {"part-left.parquet"}
-    assert tables.read_arrow(tables.location("flights", "holdout")).num_rows == 1
