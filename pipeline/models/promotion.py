@@ -158,7 +158,7 @@ def decide(groups: pd.DataFrame, rolled_back: "set[Key] | frozenset[Key]" = froz
     keys = zip(ordered["grain"].astype(int), ordered["group_id"], strict=True)
     for key, parent, kind, judged, better in zip(keys, ordered["parent_id"], ordered["kind"], enough, p_better, strict=True):
         tested: float | None = None
-        if key in rolled_back:
+        if key in rolled_back and kind != NEW_GROUP:  # what nothing answers cannot stay with anything
             verdict = False, ROLLED_BACK
         elif kind in (UNCHANGED, NEW_GROUP, NOT_COMPARABLE):
             verdict = True, kind

@@ -209,7 +209,10 @@ def test_after_a_clean_versions_are_judged_and_rolled_back_as_before(month_later
     again = answers(month_later, registry.get("shop", CHAMPION).number)
     stay = [group(store) for store in PLAIN]
     assert set(newest(month_later).loc[stay, "reason"]) == {"earlier_recipe_refitted"}
-    pd.testing.assert_frame_equal(again.drop(columns="fleet_version"), served.drop(columns="fleet_version"))
+    of_plain = [by_store(frame, *PLAIN).drop(columns="fleet_version") for frame in (again, served)]
+    pd.testing.assert_frame_equal(*of_plain)
+    # They were taken back from the challenger, and wait for another.
+    pd.testing.assert_frame_equal(by_store(again, *JOINT), by_store(november, *JOINT))
 
 
 def launch(fleet: Any, **settings: Any) -> dg.ExecuteInProcessResult:

@@ -173,6 +173,9 @@ def test_a_group_that_was_taken_back_waits_for_another_challenger() -> None:
     decided = decide(compared(POOLED_GOES, better, better), held)
     assert decided["reason"].tolist() == ["better", "rolled_back", "better"]
     assert decided["promoted"].tolist() == [True, False, True]
+    # Where the version that was rolled back to has no such group, there is nothing to wait with.
+    decided = decide(compared(POOLED_GOES, (NEW_GROUP, np.nan, np.nan, np.nan, np.nan)), held)
+    assert decided["reason"].tolist() == ["better", "new_group"]
 
 
 @pytest.mark.parametrize(("n_blocks", "most"), [(8, 0.06), (24, 0.05)])
