@@ -25,6 +25,7 @@ from pipeline.models.promotion import (
     CAN_ANSWER,
     CAN_OPEN,
     GATES,
+    NEW_RECIPE,
     REFITTED,
     Gate,
     Judgement,
@@ -190,6 +191,7 @@ def _decide(parts: _Parts) -> _Outcome:
     with _earlier_recipes_refitted(parts, contest, judgement) as (judgement, refitted):
         if judgement.changes_answers:
             models = [model, *refitted, *([] if serving_model is None else [serving_model])]
+            parts.log.info(f"registering a version that combines {len(set(judgement.serving.values())):,} training runs")
             after = register_mosaic(
                 parts.tables, registry, parts.spark, parts.spec, parts.namespace, judgement.serving, models, _columns(judgement.decisions)
             )
@@ -212,6 +214,9 @@ def _contest(parts: _Parts, challenger: Version, ledger: pd.DataFrame, serving_m
 
 def _judged(parts: _Parts, contest: Contest) -> Judgement:
     """What the tests, or a person, say of each group of the challenger."""
+    kinds = list(contest.kinds().values())
+    told = f"comparing {len(kinds):,} groups with what answers them now"
+    parts.log.info(f"{told}; {n_new:,} have new recipes, beside which the earlier ones are fitted" if (n_new := kinds.count(NEW_RECIPE)) else told)
     features = features_of(parts.spark.session, parts.tables, parts.spec.name, pd.Series(contest.run))
     cluster = Cluster(parts.spark.session, no_progress, parts.spark.group_memory_bytes)
     judged = judge(cluster, parts.tables, parts.namespace, features, parts.spec, contest, parts.spark.slots, parts.spark.task_cpus)

@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: its words; by default those of the process.
 
     Returns:
-        0; 1 where rows or tables cannot be read or the settings are wrong; 2 for an unknown fleet, group or version.
+        0; the launch's own for `run`; 1 where rows or tables cannot be read or the settings are wrong; 2 for an unknown fleet, group or version.
     """
     told = _parser().parse_args(argv)
     logs: Path | None = None
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         profile = current_profile(PROJECT)
         logs = Path(profile.data_root) / "logs"
         with readable_model_errors():
-            _run(profile, told)
+            return _run(profile, told)
     except FleetError as error:
         trace = keep_trace(logs, error) if logs and error.__cause__ else ""
         _say_failure(str(error), trace)
@@ -92,20 +92,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         trace = keep_trace(logs, error) if logs else ""
         _say_failure(f"{type(error).__name__}: {first_line(str(error))}", trace)
         return 1
-    return 0
 
 
-def _run(profile: Profile, told: argparse.Namespace) -> None:
-    """One command."""
+def _run(profile: Profile, told: argparse.Namespace) -> int:
+    """One command; its exit status."""
     if told.command in ("check", "run"):
         # Loading fleets takes a second or two, which the other commands do without.
         from assets.fleet_commands import check_fleets, launch_fleet
 
-        if told.command == "check":
-            _say(check_fleets(PROJECT, told.fleet))
-        else:
-            launch_fleet(PROJECT, told.fleet)
-        return
+        if told.command == "run":
+            return launch_fleet(PROJECT, told.fleet, dry_run=profile.dry_run)
+        _say(check_fleets(PROJECT, told.fleet))
+        return 0
     tables = DeltaTables(root=f"{profile.data_root}/tables")
     namespace = f"{told.fleet}-trial" if told.trial else str(told.fleet)
     if told.command == "show":
@@ -119,6 +117,7 @@ def _run(profile: Profile, told: argparse.Namespace) -> None:
         _say(clean(tables, registry, namespace, keep=keep, keep_runs=told.keep_runs, dry_run=told.dry_run).text)
     else:
         _answer(profile, namespace, told)
+    return 0
 
 
 def _say_failure(message: str, trace: str) -> None:

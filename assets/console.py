@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+from dagster._core.execution.plan.objects import ErrorSource
 
 from assets.failure_log import first_line, keep_trace
 
@@ -65,9 +66,14 @@ def _is_for_people(record: logging.LogRecord) -> bool:
     text = str(meta.get("orig_message") or record.getMessage())
     if event is None:
         return not any(part in text for part in _OF_LATER_STEPS)
+    if event.is_step_failure:
+        # Who ended it knows; the step says itself what is kept.
+        return event.step_failure_data.error_source != ErrorSource.INTERRUPT
     if event.event_type == dg.DagsterEventType.RUN_FAILURE:
         # A step that failed has said why; a run may also fail before its first step.
-        return event.job_failure_data.first_step_failure_event is None
+        error = event.job_failure_data.error
+        is_ended_by_hand = error is not None and error.cls_name == dg.DagsterExecutionInterruptedError.__name__
+        return event.job_failure_data.first_step_failure_event is None and not is_ended_by_hand
     return record.levelno >= logging.WARNING
 
 

@@ -2,10 +2,12 @@
 
 import difflib
 import json
-import os
+import signal
+import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 
 from assets.broken_fleet import broken_fleets, declared_name, fleet_name
 from assets.fleets import load_fleets
@@ -39,12 +41,16 @@ def check_fleets(project: Path, fleet: str | None) -> str:
     return f"well described: {', '.join(chosen)}"
 
 
-def launch_fleet(project: Path, fleet: str) -> None:
-    """Become `dg launch` of a fleet's assets, so that signals and the exit status are its own.
+def launch_fleet(project: Path, fleet: str, *, dry_run: bool = False) -> int:
+    """Launch a fleet's assets with `dg launch`, and wait for it.
 
     Args:
         project: folder of the project.
         fleet: its name or folder.
+        dry_run: whether only the plan is wanted, for which no asset after `models` is needed.
+
+    Returns:
+        The launch's exit status.
 
     Raises:
         SpecError: if the fleet is broken.
@@ -53,8 +59,25 @@ def launch_fleet(project: Path, fleet: str) -> None:
     name = known_fleet(fleet_names(project), fleet)
     check_fleets(project, name)
     launcher = str(Path(sys.executable).with_name("dg"))
-    arguments = ["--assets", f'group:"{name}"', "--config-json", json.dumps(CONSOLE)]
-    os.execv(launcher, [launcher, "launch", *arguments])  # noqa: S606 - our own launcher
+    selection = f'+key:"{name}/models"' if dry_run else f'group:"{name}"'
+    return _run_apart([launcher, "launch", "--assets", selection, "--config-json", json.dumps(CONSOLE)])
+
+
+def _run_apart(command: Sequence[str]) -> int:
+    """Run a command that alone hears of Ctrl-C, not every process that it starts.
+
+    A terminal sends Ctrl-C to all of them: Spark's JVM and the processes that bring a step's lines to the terminal would be gone
+    before the launch can say what is kept.
+    """
+    child = subprocess.Popen(command, start_new_session=True)  # noqa: S603 - our own launcher
+
+    def pass_on(number: int, _: FrameType | None) -> None:
+        child.send_signal(number)
+
+    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, pass_on)
+    status = child.wait()
+    return status if status >= 0 else 128 - status
 
 
 def fleet_names(project: Path) -> Mapping[str, str]:

@@ -71,6 +71,7 @@ def meta_model_asset(spec: FleetSpec) -> dg.AssetsDefinition:
                 told = f"nothing changed: {namespace} version {version.number} (run {version.fleet_version}) answers as run {run_id} does"
             else:
                 pack = Path(folder) / "pack"
+                context.log.info(f"packing {ledger['booster_id'].nunique():,} models into one version, and registering it")
                 answering = packed(pack, tables, registry, namespace, spec, run, ledger)
                 dtypes = {field.name: field.dataType.simpleString() for field in features.schema}
                 version = registry.register(

@@ -1,7 +1,6 @@
 """`many-models check` and `run`, and what a terminal shows of a failure."""
 
 import logging
-import os
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -44,17 +43,30 @@ def test_check_of_one_sound_fleet_passes_beside_a_broken_one(project: Path, caps
 
 def test_run_becomes_a_launch_of_the_fleets_group_found_by_name_or_folder(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launched: list[list[str]] = []
-    monkeypatch.setattr(os, "execv", lambda _, arguments: launched.append(arguments))
+    monkeypatch.setattr(fleet_commands, "_run_apart", lambda command: launched.append(command) or 0)
     for fleet in ("good", "my-good"):
         assert command_line.main(["run", fleet]) == 0
     assert {tuple(arguments[1:4]) for arguments in launched} == {("launch", "--assets", 'group:"good"')}
     assert len(launched) == 2
 
 
+@pytest.mark.parametrize(("script", "status"), [("exit 3", 3), ("kill -TERM $$", 143)])
+def test_run_ends_as_the_launch_does(script: str, status: int) -> None:
+    assert fleet_commands._run_apart(["sh", "-c", script]) == status
+
+
+def test_a_dry_run_launches_nothing_beyond_the_models(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[list[str]] = []
+    monkeypatch.setattr(fleet_commands, "_run_apart", lambda command: launched.append(command) or 0)
+    monkeypatch.setenv("MANY_MODELS_DRY_RUN", "1")
+    assert command_line.main(["run", "my-good"]) == 0
+    assert launched[0][1:4] == ["launch", "--assets", '+key:"good/models"']
+
+
 def test_run_of_a_broken_or_unknown_fleet_launches_nothing(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(os, "execv", Mock(side_effect=AssertionError))
+    monkeypatch.setattr(fleet_commands, "_run_apart", Mock(side_effect=AssertionError))
     assert command_line.main(["run", "bad"]) == 1
     assert "line 7: target" in capsys.readouterr().err
     assert command_line.main(["run", "goood"]) == 2
