@@ -11,7 +11,7 @@ from typing import Any
 
 import sqlglot
 from sqlglot import exp
-from sqlglot.errors import OptimizeError, SqlglotError
+from sqlglot.errors import OptimizeError, ParseError, SqlglotError
 from sqlglot.optimizer.qualify import qualify
 
 from pipeline.errors import SpecError
@@ -122,11 +122,20 @@ def _parse_query(text: str, file: str) -> exp.Query:
     try:
         statements = [statement for statement in sqlglot.parse(text, dialect=PlainSpark) if statement is not None]
     except (SqlglotError, RecursionError) as error:
-        raise SpecError(f"{file} is not SQL that Spark understands: {error}") from error
+        raise SpecError(f"{file} is not SQL that Spark understands: {_explained(error)}") from error
     if len(statements) != 1 or not isinstance(statements[0], exp.Query):
         kinds = ", ".join(type(statement).__name__.upper() for statement in statements) or "nothing"
         raise SpecError(f"{file} holds {kinds}; expected exactly one SELECT")
     return statements[0]
+
+
+def _explained(error: Exception) -> str:
+    """What a parser found, and where; without the terminal codes that it underlines the place with."""
+    if not isinstance(error, ParseError) or not error.errors:
+        return str(error)
+    found = error.errors[0]
+    around = " ".join(f"{found['start_context']}{found['highlight']}{found['end_context']}".split())
+    return f"{found['description']} at line {found['line']}, column {found['col']}, at {found['highlight']!r} in: {around}"
 
 
 def _check_query(query: exp.Query, sources: Sequence[str], file: str, functions: Sequence[str]) -> None:
@@ -186,7 +195,7 @@ def _parse_expression(text: str, where: str, functions: Sequence[str]) -> exp.Ex
     try:
         parsed = sqlglot.parse_one(f"SELECT {text}", dialect=PlainSpark)
     except (SqlglotError, RecursionError) as error:
-        raise SpecError(f"{where}: {text!r} is not an SQL expression: {error}") from error
+        raise SpecError(f"{where}: {text!r} is not an SQL expression: {_explained(error)}") from error
     # A WHERE, LIMIT or DISTINCT would be a clause beside the one expression.
     clauses = {name for name, value in parsed.args.items() if value}
     if not isinstance(parsed, exp.Select) or len(parsed.selects) != 1 or clauses != {"expressions"} or len(list(parsed.find_all(exp.Query))) > 1:

@@ -128,7 +128,10 @@ def test_anything_but_one_select_is_refused(text: str) -> None:
 def test_broken_sql_is_told_with_its_place() -> None:
     message = refusal("SELECT city FROM sales WHERE (")
     assert message.startswith("features.sql is not SQL that Spark understands")
-    assert "Line 1" in message
+    assert "at line 1, column 30" in message
+    assert message.isprintable()
+    message = refusal("SELECT city, mean price FROM sales x y")
+    assert message.endswith("at 'y' in: SELECT city, mean price FROM sales x y")
 
 
 @pytest.mark.parametrize(
