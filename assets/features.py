@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import dagster as dg
 
+from assets.automation import follows_its_inputs
 from assets.link import FleetFiles, link_key, link_settings, prefixed, readable_failures, since, unchanged
 from pipeline.errors import StoreError
 from pipeline.features.sql import check_features
@@ -32,6 +33,7 @@ def features_asset(spec: FleetSpec, files: FleetFiles) -> dg.AssetsDefinition:
         **link_settings(
             spec, "features", description="One row per entity and time: keys, target, features.", kinds={"spark", "sql", "deltalake"}, deps=sources
         ),
+        automation_condition=follows_its_inputs(spec),
         check_specs=[
             dg.AssetCheckSpec("has_targets", asset=link_key(spec, "features"), blocking=True, description="Some row has a target."),
             dg.AssetCheckSpec("no_feature_is_all_null", asset=link_key(spec, "features"), description="Every feature has a value somewhere."),

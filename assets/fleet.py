@@ -9,6 +9,7 @@ import dagster as dg
 from dagster.components.core.context import ComponentLoadContext
 from pydantic import BaseModel, RootModel
 
+from assets.automation import automation, check_automation
 from assets.broken_fleet import BrokenFleet, fleet_name, name_taken_by, shown_path
 from assets.champion import champion_asset
 from assets.features import features_asset
@@ -112,7 +113,8 @@ class DescribedFleet:
             champion_asset(spec),
             predictions_asset(spec),
         ]
-        return dg.Definitions(assets=chain, asset_checks=[models_checks(spec)])
+        assets = dg.Definitions(assets=chain, asset_checks=[models_checks(spec)])
+        return dg.Definitions.merge(assets, automation(spec, self.files))
 
 
 @dg.scaffold_with(FleetScaffolder)
@@ -161,6 +163,8 @@ def _described(attributes: Any, folder: Path, line_of: LineOf) -> DescribedFleet
     if owner is not None:
         taken = Mistake(("name",), f"name: {spec.name!r} is the name of the fleet in {owner}/ too")
         raise SpecError(f"{describe(file, [taken], line_of)}; give each fleet a name of its own")
+    if wrong := list(check_automation(spec)):
+        raise SpecError(describe(file, wrong, line_of))
     sql_file = folder / spec.features.sql
     if not sql_file.is_file():
         missing = Mistake(

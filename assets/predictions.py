@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import dagster as dg
 import pandas as pd
 
+from assets.automation import follows_its_inputs
 from assets.link import link_key, link_settings, png, prefixed, readable_failures
 from assets.newest_run import ledger_of, newest_run
 from pipeline.errors import DataError
@@ -32,6 +33,7 @@ def predictions_asset(spec: FleetSpec) -> dg.AssetsDefinition:
             kinds={"spark", "deltalake"},
             deps=["features", "champion"],
         ),
+        automation_condition=follows_its_inputs(spec),
         check_specs=[
             dg.AssetCheckSpec(
                 "every_row_is_answered",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import dagster as dg
 
+from assets.automation import what_dead_runs_kept
 from assets.broken_fleet import broken_fleets
 from assets.console import console_logger
 from assets.fleets import load_fleets
@@ -46,6 +47,7 @@ def defs() -> dg.Definitions:
                 dry_run=profile.dry_run,
             ),
         },
+        sensors=[what_dead_runs_kept],
         executor=dg.in_process_executor,
         loggers={"console": console_logger(Path(profile.data_root) / "logs")},
     )

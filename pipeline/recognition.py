@@ -18,7 +18,7 @@ from pipeline.spec import FleetSpec, SourceSpec
 DIGEST, RESULTS = "many_models.digest", "many_models.results"
 _LIBRARIES = ("pyspark", "pyarrow", "pandas", "numpy", "sqlglot", "deltalake")
 # What changes no row of a feature table; all else may.
-_NOT_IN_FEATURES = {"sources", "splits", "tuning", "pooling", "own", "pack", "owners", "description"}
+_NOT_IN_FEATURES = {"automation", "sources", "splits", "tuning", "pooling", "own", "pack", "owners", "description"}
 
 
 @cache

@@ -402,6 +402,25 @@ class ScoringSpec(Part):
         return tuple(sorted({*self.intervals, self.interval}))
 
 
+class AutomationSpec(Part):
+    """What Dagster does by itself, once its schedules and sensors are switched on in the UI."""
+
+    score: str | None = Field(
+        default=None,
+        description="When to read the sources and answer rows by the champion that serves, as a cron text, e.g. `0 6 * * *` for 6:00 each day.",
+    )
+    retrain: str | None = Field(default=None, description="When to run the whole chain, as a cron text, e.g. `0 3 * * 1` for 3:00 each Monday.")
+    timezone: Zone | None = Field(default=None, description="Time zone of the cron texts, e.g. `Europe/Berlin`; by default the fleet's, else UTC.")
+    on_new_files: bool = Field(
+        default=False, description="Whether new or changed files of a source are looked for, read, and followed by features and predictions."
+    )
+    resume: bool = Field(
+        default=True,
+        description="Whether a run that was launched so and whose process is gone is launched once more, which resumes its training. "
+        "One that failed by itself is not: a mistake in the fleet's description, bad data or a failed check would fail again.",
+    )
+
+
 class FleetSpec(Part):
     """One prediction problem over many groups."""
 
@@ -453,6 +472,7 @@ class FleetSpec(Part):
         "positive class; for multiclass a class. A series with a period has `seasonal naive`, the target one season ago, by itself.",
     )
     scoring: ScoringSpec = Field(default_factory=ScoringSpec, description="What is answered.")
+    automation: AutomationSpec = Field(default_factory=AutomationSpec, description="Schedules and sensors.")
     as_of: MomentText | None = Field(
         default=None, description="Date or time the fleet pretends it is, unless a launch says otherwise; by default the newest known row."
     )
@@ -614,7 +634,7 @@ class FleetSpec(Part):
     @property
     def training_digest(self) -> str:
         """Hash of all that changes what training gives; names and descriptions for people are left out."""
-        left_out: Any = dict.fromkeys(("baselines", "description", "owners", "pack", "scoring", "sources", "sql"), True)
+        left_out: Any = dict.fromkeys(("automation", "baselines", "description", "owners", "pack", "scoring", "sources", "sql"), True)
         parts = self.model_dump(mode="json", exclude={**left_out, "tuning": set(BUDGETS)})
         if self.timezone is None:  # as before there were any
             del parts["timezone"]

@@ -10,6 +10,7 @@ import dagster as dg
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.fs as pf
 from deltalake import CommitProperties, DeltaTable, Schema, Transaction
 from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, create_table_with_add_actions
@@ -37,6 +38,13 @@ class DeltaTables(dg.ConfigurableResource):
     def location(self, namespace: str, *parts: str) -> str:
         """Root of one table."""
         return "/".join([self.root.rstrip("/"), namespace, *parts])
+
+    def namespaces(self) -> list[str]:
+        """Fleets, trials and backtests that have tables."""
+        with _store_errors(self.root):
+            filesystem, root = filesystem_of(self.root, self.storage_options)
+            found = filesystem.get_file_info(pf.FileSelector(root, allow_not_found=True))
+        return sorted(info.base_name for info in found if info.type == pf.FileType.Directory)
 
     def write_spark(
         self,

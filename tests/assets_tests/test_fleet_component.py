@@ -93,6 +93,19 @@ def test_a_column_that_the_sql_does_not_give_is_refused_with_what_it_gives(folde
     assert "features.sql gives no column 'shop'; it gives: city, price, sold_in" in message
 
 
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"score": "0 25 * * *"}, "automation.score: '0 25 * * *' is not a cron text; expected minute, hour"),
+        ({"retrain": "daily at six"}, "automation.retrain: 'daily at six' is not a cron text"),
+        ({"timezone": "Europe/Bonn"}, "'Europe/Bonn' is not a time zone"),
+        ({"scores": "0 6 * * *"}, "did you mean 'score'?"),
+    ],
+)
+def test_automation_that_nothing_could_launch_is_refused(folder: Path, told: dict[str, Any], message: str) -> None:
+    assert message in mistake(folder, {"name": "demand", **EXAMPLE, "automation": told})
+
+
 def test_a_missing_sql_file_is_refused_with_its_path_and_the_files_available(tmp_path: Path) -> None:
     (tmp_path / "query.sql").write_text(EXAMPLE_SQL)
     message = mistake(tmp_path, {"name": "demand", **EXAMPLE})

@@ -65,7 +65,7 @@ def test_an_unknown_nested_field_is_refused_with_what_is_allowed_there(changes: 
 def test_an_unknown_field_like_no_other_gets_no_guess() -> None:
     message = refusal(zzz=1)
     assert "did you mean" not in message
-    assert "Available: as_of, baselines," in message
+    assert "Available: as_of, automation, baselines," in message
 
 
 @pytest.mark.parametrize("field", ["name", "sources", "features", "grains", "entity", "time", "target", "splits"])

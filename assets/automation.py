@@ -1,0 +1,198 @@
+"""Schedules and sensors of a fleet, as its `automation` says; all of them are off until somebody switches them on."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import dagster as dg
+
+from assets.link import FleetFiles, link_key
+from pipeline.errors import DataError, FleetError, SpecError
+from pipeline.sources import source_state
+from pipeline.spec import FleetSpec, SourceSpec
+from pipeline.spec_mistakes import Mistake
+from pipeline.tables import LEDGER, RUNS, in_format, records
+from resources.delta_tables import DeltaTables
+
+# Runs of one fleet wait for each other: see dagster.local.yaml.
+FLEET_TAG = "many_models/fleet"
+# A run whose process is gone is launched once more. One that failed by itself is not: it would fail again.
+RESUMED: Mapping[str, str] = {"dagster/max_retries": "1", "dagster/retry_on_asset_or_op_failure": "false"}
+LOOK_SECONDS = 30
+
+
+def automation(spec: FleetSpec, files: FleetFiles) -> dg.Definitions:
+    """The jobs, schedules and sensors of a fleet.
+
+    Args:
+        spec: the fleet.
+        files: it is written in.
+    """
+    told = spec.automation
+    score, retrain = _score_job(spec), _retrain_job(spec)
+    zone = told.timezone or spec.timezone or "UTC"
+    schedules = [
+        dg.ScheduleDefinition(name=f"{job.name}_schedule", job=job, cron_schedule=cron, execution_timezone=zone, description=job.description)
+        for job, cron in ((score, told.score), (retrain, told.retrain))
+        if cron is not None
+    ]
+    sensors = [_new_files_sensor(spec, files), _follow_sensor(spec)] if told.on_new_files else []
+    return dg.Definitions(jobs=[score, retrain], schedules=schedules, sensors=sensors)
+
+
+def check_automation(spec: FleetSpec) -> Iterator[Mistake]:
+    """The cron texts that Dagster does not take."""
+    for field in ("score", "retrain"):
+        cron = getattr(spec.automation, field)
+        if cron is None:
+            continue
+        try:
+            dg.ScheduleDefinition(name="checked", job_name="checked", cron_schedule=cron)
+        except dg.DagsterInvalidDefinitionError:
+            expected = "expected minute, hour, day, month and day of week, e.g. '0 6 * * *' for 6:00 each day"
+            yield Mistake(("automation", field), f"automation.{field}: {cron!r} is not a cron text; {expected}")
+
+
+def follows_its_inputs(spec: FleetSpec) -> dg.AutomationCondition[Any] | None:
+    """The condition of the feature table and of predictions: made again when what they are made of was; None where a fleet looks for no new files."""
+    return dg.AutomationCondition.eager() if spec.automation.on_new_files else None
+
+
+def _tags(spec: FleetSpec) -> dict[str, str]:
+    return {FLEET_TAG: spec.name, **(RESUMED if spec.automation.resume else {})}
+
+
+def _score_job(spec: FleetSpec) -> Any:
+    links = [*(source.name for source in spec.sources), "features", "predictions"]
+    return dg.define_asset_job(
+        f"{spec.name}_score",
+        selection=dg.AssetSelection.assets(*(link_key(spec, name) for name in links)),
+        description="Raw tables, features and predictions, answered by the champion that serves; nothing is trained.",
+        tags=_tags(spec),
+    )
+
+
+def _retrain_job(spec: FleetSpec) -> Any:
+    return dg.define_asset_job(
+        f"{spec.name}_retrain",
+        selection=dg.AssetSelection.groups(spec.name),
+        description="The whole chain, raw tables to predictions; only groups that changed are trained.",
+        tags=_tags(spec),
+    )
+
+
+def _new_files_sensor(spec: FleetSpec, files: FleetFiles) -> dg.SensorDefinition:
+    """Looks at the files of the sources."""
+
+    @dg.sensor(
+        name=f"{spec.name}_new_files",
+        target=[link_key(spec, source.name) for source in spec.sources],
+        minimum_interval_seconds=LOOK_SECONDS,
+        description=f"New or changed files of a source: its raw table is read again. {spec.name}_follow then makes features and predictions.",
+    )
+    def new_files(context: dg.SensorEvaluationContext) -> dg.SensorResult:
+        seen = {source.name: _state(source, files, context.log) for source in spec.sources}
+        requests, cursor = changes(spec, seen, context.cursor)
+        return dg.SensorResult(run_requests=requests, cursor=cursor)
+
+    return new_files
+
+
+def changes(spec: FleetSpec, seen: Mapping[str, str | None], cursor: str | None) -> tuple[list[dg.RunRequest], str]:
+    """What is to be read again after a look at the sources.
+
+    A source is read once it looked the same twice, and other than when it was last read: files that are still being written are left
+    for the next look.
+
+    Args:
+        spec: the fleet.
+        seen: digest of each source's files; None where they cannot be told yet.
+        cursor: as from the look before; None for the first.
+
+    Returns:
+        One request for all raw tables that are to be read, or none; and the new cursor, a JSON object of each source's digest as it was
+        `seen` last, and as it was when it was last `read`.
+    """
+    before: dict[str, dict[str, str]] = json.loads(cursor) if cursor else {}
+    after: dict[str, dict[str, str]] = {}
+    changed: dict[str, str] = {}
+    for name, state in seen.items():
+        known = before.get(name, {})
+        if state is None:
+            after[name] = known
+            continue
+        is_steady = known.get("seen") == state
+        if is_steady and known.get("read") != state:
+            changed[name] = state
+        read = {"read": state} if name in changed else {key: known[key] for key in ("read",) if key in known}
+        after[name] = {"seen": state, **read}
+    request = dg.RunRequest(
+        run_key=_digest(json.dumps(changed, sort_keys=True)),
+        asset_selection=[link_key(spec, name) for name in changed],
+        tags=_tags(spec),
+    )
+    return [request] if changed else [], json.dumps(after, sort_keys=True)
+
+
+def _state(source: SourceSpec, files: FleetFiles, log: Any) -> str | None:
+    """Digest of a source's files; None where there are none yet, or they are being written."""
+    try:
+        state = source_state(source, files.folder)
+    except (SpecError, DataError) as error:
+        log.info(f"source {source.name!r} cannot be looked at: {error}")
+        return None
+    return None if state is None else _digest(state)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _follow_sensor(spec: FleetSpec) -> dg.AutomationConditionSensorDefinition:
+    return dg.AutomationConditionSensorDefinition(
+        f"{spec.name}_follow",
+        target=dg.AssetSelection.assets(link_key(spec, "features"), link_key(spec, "predictions")),
+        run_tags=_tags(spec),
+        description="Features and predictions are made again when what they are made of was.",
+    )
+
+
+@dg.run_failure_sensor(
+    name="what_dead_runs_kept",
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    minimum_interval_seconds=LOOK_SECONDS,
+    description="A run whose process is gone cannot say what of its training is kept: this does, in the run's log.",
+)
+def what_dead_runs_kept(context: dg.RunFailureSensorContext, tables: dg.ResourceParam[DeltaTables]) -> None:
+    """Tell in the log of a run that died what of its training is kept, and how to go on."""
+    run = context.dagster_run
+    record = context.instance.get_run_record_by_id(run.run_id)
+    if context.get_step_failure_events() or record is None or record.start_time is None:
+        return
+    for text in kept_since(tables, datetime.fromtimestamp(record.start_time, UTC)):
+        context.instance.report_engine_event(text, run)
+
+
+def kept_since(tables: DeltaTables, moment: datetime) -> Iterator[str]:
+    """Of each training that was begun, or resumed, since a moment and is not finished: what of it is kept.
+
+    Args:
+        tables: of all fleets.
+        moment: with a zone.
+    """
+    for namespace in tables.namespaces():
+        location = tables.location(namespace, RUNS.name)
+        try:
+            if not tables.exists(location):
+                continue
+            runs = in_format(tables.read_pandas(location), RUNS, location)
+            for run in records(runs[runs["finished_at"].isna() & (runs["started_at"] >= moment)]):
+                ledger = tables.location(namespace, LEDGER.name)
+                where = {"run_id": str(run["run_id"])}
+                n_kept = len(tables.read_pandas(ledger, where=where, columns=["group_id"])) if tables.exists(ledger) else 0
+                kept = f"{n_kept:,} of {run['n_groups']:,} groups of {namespace} are kept"
+                yield f"the run's process is gone: {kept}; the next launch of the same resumes training run {run['run_id']}"
+        except FleetError:  # another fleet's tables may be of another release
+            continue
