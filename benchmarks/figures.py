@@ -4,6 +4,7 @@ import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from benchmarks.automation import automation_figures
 from benchmarks.first_run import first_run_answers
 from benchmarks.first_run_kills import first_run_kills
 from benchmarks.intervals import CASES, LEVELS, interval_coverage
@@ -497,6 +498,18 @@ FIGURES = {
             6,
             (Value("worst", "checkpoints", "<=", 2), Value("mean", "checkpoints")),
             lambda runs: first_run_kills(runs.new_folder()),
+        ),
+        Figure(
+            "automation",
+            "schedules and sensors of the examples; a real daemon's ticks that launched the right assets; seconds until a killed run is marked failed",
+            5,
+            (
+                Value("listed", "schedules and sensors", ">=", 4),
+                Value("right", "of 3 ticks", "==", 3),
+                Value("dead-run-seconds", "s", "<=", 60),
+                Value("resumed", "of 1 dead run", "==", 1),
+            ),
+            lambda runs: automation_figures(runs.new_folder()),
         ),
         Figure(
             "stream-kills",
