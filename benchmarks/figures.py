@@ -501,7 +501,7 @@ FIGURES = {
         ),
         Figure(
             "automation",
-            "schedules and sensors of the examples; a real daemon's ticks that launched the right assets; seconds until a killed run is marked failed",
+            "schedules and sensors of the examples; ticks of a real daemon that launched the right assets; seconds until a killed run is failed",
             5,
             (
                 Value("listed", "schedules and sensors", ">=", 4),
