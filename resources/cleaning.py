@@ -30,6 +30,9 @@ KEPT_RUNS = 5
 # is finished by the next one.
 OF_RUNS = (IMPORTANCE, HOLDOUT, BOOSTERS, LEDGER, RUNS)
 OTHERS = (FEATURES, PREDICTIONS, DECISIONS)
+# Whoever writes one of the other tables does so without the lease: its newest files may have no commit yet, and stay so long in any case.
+UNDER_THE_LEASE = {contract.name for contract in (HOLDOUT, BOOSTERS, LEDGER, RUNS)}
+WRITING = timedelta(hours=24)
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,21 @@ class Reclaimed:
     partitions: Sequence[str]
     files: Sequence[tuple[str, int]]
     younger: int
+
+
+@dataclass(frozen=True)
+class _Unneeded:
+    """A file that no kept version has.
+
+    Args:
+        info: its path and size.
+        since: when it was written, or, if later, taken away from its table.
+        was_committed: whether a version in the log took it away.
+    """
+
+    info: pf.FileInfo
+    since: datetime
+    was_committed: bool
 
 
 @dataclass(frozen=True)
@@ -112,11 +130,12 @@ def clean(
         if not dry_run and lease is not None:
             _let_go(tables, namespace, going, lease.fence)
         pinned = {FEATURES.name: _pinned_features(tables, namespace, runs, kept, keep_runs)}
-        before = datetime.now(UTC) - keep
+        now = datetime.now(UTC)
         found: dict[str, Reclaimed] = {}
         for name, location in _locations(tables, namespace).items():
             files = _unneeded_files(tables, location, pinned.get(name, ()))
-            old = [info for info, since in files if since <= before]
+            uncommitted = keep if name in UNDER_THE_LEASE else max(keep, WRITING)
+            old = [one.info for one in files if one.since <= now - (keep if one.was_committed else uncommitted)]
             if not dry_run:
                 _remove(tables, [info.path for info in old])
             found[name] = Reclaimed(going.get(name, ()), [(info.path, info.size) for info in old], len(files) - len(old))
@@ -215,8 +234,8 @@ def _pinned_features(tables: DeltaTables, namespace: str, runs: pd.DataFrame, ke
     return sorted(int(version) for version in pinned if not pd.isna(version))
 
 
-def _unneeded_files(tables: DeltaTables, location: str, pinned: Iterable[int]) -> list[tuple[pf.FileInfo, datetime]]:
-    """Parquet files below a table that neither its newest nor a pinned version has, by path, with the moment since which that is so."""
+def _unneeded_files(tables: DeltaTables, location: str, pinned: Iterable[int]) -> list[_Unneeded]:
+    """Parquet files below a table that neither its newest nor a pinned version has, by path."""
     filesystem, root = filesystem_of(location, tables.storage_options)
     try:
         # Files first, then the commits: one that is committed in between is named.
@@ -232,8 +251,8 @@ def _unneeded_files(tables: DeltaTables, location: str, pinned: Iterable[int]) -
         path = info.path.removeprefix(f"{root}/")
         hidden = any(part.startswith("_") for part in path.split("/"))
         if info.type == pf.FileType.File and path.endswith(".parquet") and not hidden and path not in needed:
-            found.append((info, max(info.mtime, removed.get(path, info.mtime))))
-    return sorted(found, key=lambda one: one[0].path)
+            found.append(_Unneeded(info, max(info.mtime, removed.get(path, info.mtime)), path in removed))
+    return sorted(found, key=lambda one: one.info.path)
 
 
 def _opened(tables: DeltaTables, location: str, version: int | None = None) -> DeltaTable:

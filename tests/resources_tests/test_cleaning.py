@@ -1,8 +1,9 @@
 """What `many-models clean` takes away, and what it never does; on real Delta tables."""
 
 import json
+import os
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,17 @@ def test_what_interrupted_runs_left_goes_and_what_is_not_ours_stays(four: DeltaT
     assert (boosters / "notes.txt").exists()
     # A folder without a log may only have lost it.
     assert {path.name for path in lost.iterdir()} == before
+
+
+def test_a_table_that_is_written_without_the_lease_keeps_files_that_have_no_commit_yet(four: DeltaTables) -> None:
+    being_written = Path(four.location("shop", "features")) / "part-new.parquet"
+    being_written.write_bytes(b"12345")
+    cleaned(four)
+    assert being_written.exists()
+    yesterday = (datetime.now(UTC) - timedelta(hours=25)).timestamp()
+    os.utime(being_written, (yesterday, yesterday))
+    cleaned(four)
+    assert not being_written.exists()
 
 
 def test_files_stay_as_long_as_somebody_may_read_them(four: DeltaTables) -> None:
