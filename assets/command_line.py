@@ -104,7 +104,7 @@ def _run(profile: Profile, told: argparse.Namespace) -> None:
         else:
             launch_fleet(PROJECT, told.fleet)
         return
-    tables = DeltaTables(root=f"{profile.data_root}/tables")
+    tables = DeltaTables(root=profile.tables_root)
     namespace = f"{told.fleet}-trial" if told.trial else str(told.fleet)
     if told.command == "show":
         _say(history_text(tables, namespace, _asked_id(told.keys, told.group_id)))
