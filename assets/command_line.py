@@ -104,7 +104,7 @@ def _run(profile: Profile, told: argparse.Namespace) -> int:
             return launch_fleet(PROJECT, told.fleet, dry_run=profile.dry_run)
         _say(check_fleets(PROJECT, told.fleet))
         return 0
-    tables = DeltaTables(root=f"{profile.data_root}/tables")
+    tables = DeltaTables(root=profile.tables_root)
     namespace = f"{told.fleet}-trial" if told.trial else str(told.fleet)
     if told.command == "show":
         _say(history_text(tables, namespace, _asked_id(told.keys, told.group_id)))

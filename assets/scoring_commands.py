@@ -60,9 +60,9 @@ class Scorer:
         """As the profile in force has it."""
         scratch = f"{profile.data_root}/scratch"
         return cls(
-            DeltaTables(root=f"{profile.data_root}/tables"),
+            DeltaTables(root=profile.tables_root),
             MlflowRegistry(tracking_uri=profile.mlflow_uri, artifact_root=profile.mlflow_artifacts, scratch=scratch),
-            SparkSessionResource(master=profile.spark_master, scratch=scratch),
+            SparkSessionResource(master=profile.spark_master, worker_python=profile.worker_python, scratch=scratch),
             Path(profile.data_root) / "streams",
         )
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from assets.fleet import Fleet
+from assets.fleet import DescribedFleet
 from assets.link import FleetFiles
 from benchmarks.engine import Engine
 from benchmarks.runs import NotMeasured, Runs
@@ -103,7 +103,7 @@ def launch(engine: Engine, number: int) -> Launched:
     started = time.monotonic()
     quiet = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
     resources = _resources(engine, folder)
-    result = dg.materialize(_links(spec, folder), resources=resources, run_config=quiet, raise_on_error=False)
+    result = dg.materialize(links_of(spec, folder), resources=resources, run_config=quiet, raise_on_error=False)
     seconds = time.monotonic() - started
     wrong = [str(event.step_failure_data.error) for event in result.all_events if event.is_step_failure]
     checks = {check.check_name: check for check in result.get_asset_check_evaluations()}
@@ -119,8 +119,9 @@ def launch(engine: Engine, number: int) -> Launched:
     return Launched(kind, rows["shop"].nunique(), result.success and not wrong, is_answered, seconds, told)
 
 
-def _links(spec: FleetSpec, folder: Path) -> list[Any]:
-    definitions = Fleet(spec, FleetFiles(folder, SQL)).build_defs(None)
+def links_of(spec: FleetSpec, folder: Path) -> list[Any]:
+    """All assets and checks of a fleet whose sources are in a folder."""
+    definitions = DescribedFleet(spec, FleetFiles(folder, SQL)).build_defs()
     return [*(definitions.assets or []), *(definitions.asset_checks or [])]
 
 

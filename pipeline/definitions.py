@@ -36,8 +36,8 @@ def defs() -> dg.Definitions:
     arm(profile.crash_at)
     common = dg.Definitions(
         resources={
-            "spark": SparkSessionResource(master=profile.spark_master, scratch=scratch),
-            "tables": DeltaTables(root=f"{profile.data_root}/tables"),
+            "spark": SparkSessionResource(master=profile.spark_master, worker_python=profile.worker_python, scratch=scratch),
+            "tables": DeltaTables(root=profile.tables_root),
             "registry": MlflowRegistry(tracking_uri=profile.mlflow_uri, artifact_root=profile.mlflow_artifacts, scratch=scratch),
             "launch": LaunchSettings(
                 as_of=profile.as_of,

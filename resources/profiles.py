@@ -21,7 +21,10 @@ RETRAIN = "MANY_MODELS_RETRAIN"
 GROUPS = "MANY_MODELS_GROUPS"
 TRACKING_URI = "MLFLOW_TRACKING_URI"
 RETRAINS = ("changed", "stale", "listed", "all")
-PROFILES = ("local",)
+LOCAL, CLUSTER = "local", "cluster"
+PROFILES = (LOCAL, CLUSTER)
+SPARK_MASTER = "MANY_MODELS_SPARK_MASTER"
+WORKER_PYTHON = "PYSPARK_PYTHON"
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,10 @@ class Profile:
     """Where things are kept and how a launch begins.
 
     Args:
-        data_root: absolute folder of every table, registry and scratch file.
+        data_root: absolute local folder of scratch files, logs, checkpoints and, without a server, the registry.
+        tables_root: absolute folder or object-store URL of every table; every worker must reach it.
         spark_master: Spark's master URL.
+        worker_python: Python that a cluster's workers run; None is the driver's.
         tracking_uri: MLflow's tracking and registry server; None is a SQLite file below the data root.
         as_of: default of a launch's as-of; None leaves it to the fleet.
         limit_groups: default of a launch's limit.
@@ -41,7 +46,9 @@ class Profile:
     """
 
     data_root: str
+    tables_root: str
     spark_master: str
+    worker_python: str | None
     tracking_uri: str | None
     as_of: str | None
     limit_groups: int | None
@@ -70,14 +77,20 @@ def current_profile(project: Path) -> Profile:
     Raises:
         SpecError: naming the variable and what it may be.
     """
-    name = os.environ.get(PROFILE, "local")
+    name = os.environ.get(PROFILE, LOCAL)
     if name not in PROFILES:
         raise SpecError(f"{PROFILE} is {name!r}; expected one of: {', '.join(PROFILES)}")
-    data_root = (project / os.environ.get(DATA, ".data")).resolve()
+    is_cluster = name == CLUSTER
+    data = os.environ.get(DATA, ".data")
+    # Only tables can be in an object store.
+    is_url = is_cluster and "://" in data
+    data_root = (project / (".data" if is_url else data)).resolve()
     _check_data_root(str(data_root))
     return Profile(
         data_root=str(data_root),
-        spark_master=f"local[{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1},4]",
+        tables_root=f"{data.rstrip('/') if is_url else data_root}/tables",
+        spark_master=_cluster_master() if is_cluster else _local_master(),
+        worker_python=(os.environ.get(WORKER_PYTHON) or None) if is_cluster else None,
         tracking_uri=os.environ.get(TRACKING_URI) or None,
         as_of=_moment(AS_OF),
         limit_groups=_whole_number(LIMIT_GROUPS),
@@ -86,6 +99,18 @@ def current_profile(project: Path) -> Profile:
         groups=_group_ids(GROUPS),
         crash_at=os.environ.get(VARIABLE, ""),
     )
+
+
+def _local_master() -> str:
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return f"local[{n_cores},4]"
+
+
+def _cluster_master() -> str:
+    master = os.environ.get(SPARK_MASTER, "")
+    if not master:
+        raise SpecError(f"{PROFILE} is {CLUSTER!r} but {SPARK_MASTER} is not set; expected Spark's master URL, e.g. {SPARK_MASTER}=spark://host:7077")
+    return master
 
 
 def _check_data_root(folder: str) -> None:

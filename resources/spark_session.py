@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from pyspark import SparkContext
 from pyspark.sql import SparkSession
 
 from pipeline.errors import SpecError
+from pipeline.spark.archives import is_local
+from resources.cluster import registered_executors, ship_code, wait_for_executors
 from resources.java import find_java
 from resources.process_environment import set_for_children
 
@@ -36,6 +39,13 @@ class SparkSessionResource(dg.ConfigurableResource):
     task_cpus: int = Field(default=1, ge=1, description="CPUs per Spark task (spark.task.cpus), and LightGBM's threads within it.")
     memory: str = Field(
         default="1g", description="Memory of the driver's JVM, which on a laptop is Spark's only one, e.g. 4g for tens of millions of rows."
+    )
+    executor_memory: str | None = Field(
+        default=None, description="Memory of each executor's JVM on a cluster, e.g. 2g; by default Spark's. Python needs memory beside it."
+    )
+    worker_python: str | None = Field(
+        default=None,
+        description="Python of a cluster's workers, with the packages of the driver's and the same minor version; by default the driver's path.",
     )
     group_memory: str | None = Field(
         default=None, description="Memory that training one group may take, e.g. 8g; one that needs more is `failed`. By default unlimited."
@@ -76,7 +86,9 @@ class SparkSessionResource(dg.ConfigurableResource):
     @property
     def slots(self) -> int:
         """Tasks that run at once."""
-        return max(1, self.session.sparkContext.defaultParallelism // self.task_cpus)
+        context = self.session.sparkContext
+        n_cores = context.defaultParallelism if is_local(str(context.master)) else registered_executors(context).n_cores
+        return max(1, n_cores // self.task_cpus)
 
     @property
     def group_memory_bytes(self) -> int | None:
@@ -104,17 +116,28 @@ class SparkSessionResource(dg.ConfigurableResource):
                 if not _file_names_are_utf8():
                     # The JVM encodes file names as the locale says, whatever -Dsun.jnu.encoding says.
                     set_for_children(LC_ALL="C.UTF-8")
-                set_for_children(PYSPARK_PYTHON=sys.executable, PYSPARK_DRIVER_PYTHON=sys.executable, JAVA_HOME=find_java(Path(self.scratch)))
+                java_home = find_java(Path(self.scratch))
+                set_for_children(PYSPARK_PYTHON=self._python(), PYSPARK_DRIVER_PYTHON=sys.executable, JAVA_HOME=java_home)
                 self._session = LazyPySparkResource(spark_config=self._settings()).spark_session
-            self._session.sparkContext.setLogLevel("ERROR")
+            context = self._session.sparkContext
+            context.setLogLevel("ERROR")
+            if not is_local(self.master):
+                wait_for_executors(partial(registered_executors, context), self.master, dict(context.getConf().getAll()))
+                ship_code(context)
             # PySpark logs each exception that it raises, as a line of JSON.
             logging.getLogger("SQLQueryContextLogger").setLevel(logging.CRITICAL)
         except BaseException as error:  # noqa: BLE001 - raised again where the session is asked for
             self._failure = error
 
+    def _python(self) -> str:
+        """Python of the workers: on one machine always the driver's."""
+        if is_local(self.master):
+            return sys.executable
+        return self.conf.get("spark.pyspark.python") or self.worker_python or sys.executable
+
     def _settings(self) -> dict[str, Any]:
         # A laptop's JVM has a small heap and few cores, where the serial collector takes the least memory, and a heap that is kept tight less still.
-        collector = " -XX:+UseSerialGC -XX:MinHeapFreeRatio=10 -XX:MaxHeapFreeRatio=25" if self.master.startswith("local") else ""
+        collector = " -XX:+UseSerialGC -XX:MinHeapFreeRatio=10 -XX:MaxHeapFreeRatio=25" if is_local(self.master) else ""
         logging_options = (
             f'-Dlog4j2.configurationFile="{LOG_SETTINGS.as_uri()}" -Dmany-models.logs="{self.scratch}/logs" -Dmany-models.pid={os.getpid()}'
         )
@@ -136,8 +159,16 @@ class SparkSessionResource(dg.ConfigurableResource):
             "spark.python.worker.reuse": "true",
             "spark.ui.enabled": "false",
             "spark.ui.showConsoleProgress": "false",
+            **({} if is_local(self.master) else self._cluster_settings()),
             **self.conf,
         }
+
+    def _cluster_settings(self) -> dict[str, str]:
+        # As for local workers, which inherit them.
+        settings = {"spark.executorEnv.MALLOC_ARENA_MAX": "2", "spark.executorEnv.LC_ALL": "C.UTF-8"}
+        if self.executor_memory is not None:
+            settings["spark.executor.memory"] = self.executor_memory
+        return settings
 
 
 def _file_names_are_utf8() -> bool:

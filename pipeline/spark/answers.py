@@ -13,6 +13,7 @@ from pyspark.sql.types import StructField, StructType
 from pipeline.models.meta_model import FleetModel
 from pipeline.row_files import Reading
 from pipeline.row_source import SCORED_AT, SCORED_PERIOD, RowSource, answer_schema, text_columns
+from pipeline.spark.archives import share_pack
 from pipeline.spark.files import Batches, rows_reader
 from pipeline.spark.training import keep_imports
 
@@ -46,8 +47,8 @@ def answer_rows(
     Returns:
         One row per row: the columns kept, then those of `meta_model.answer_columns`.
     """
-    spark.sparkContext.addFile(str(model.folder), recursive=True)
-    fleet, name, stored = model.fleet, model.folder.name, dict(options)
+    name = share_pack(spark.sparkContext, model.folder)
+    fleet, stored = model.fleet, dict(options)
     answers = answer_schema(model.task)
     staying = list(rows.columns if kept is None else kept)
 

@@ -5,18 +5,33 @@ import pytest
 from pipeline.errors import SpecError
 from pipeline.faults import VARIABLE as CRASH_AT
 from resources import profiles
-from resources.profiles import AS_OF, DATA, DRY_RUN, GROUPS, LIMIT_GROUPS, PROFILE, RETRAIN, TRACKING_URI, current_profile, java_home
+from resources.profiles import (
+    AS_OF,
+    DATA,
+    DRY_RUN,
+    GROUPS,
+    LIMIT_GROUPS,
+    PROFILE,
+    RETRAIN,
+    SPARK_MASTER,
+    TRACKING_URI,
+    WORKER_PYTHON,
+    current_profile,
+    java_home,
+)
 
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (AS_OF, CRASH_AT, DATA, DRY_RUN, GROUPS, LIMIT_GROUPS, PROFILE, RETRAIN, TRACKING_URI, "JAVA_HOME"):
+    read = (AS_OF, CRASH_AT, DATA, DRY_RUN, GROUPS, LIMIT_GROUPS, PROFILE, RETRAIN, SPARK_MASTER, TRACKING_URI, WORKER_PYTHON, "JAVA_HOME")
+    for name in read:
         monkeypatch.delenv(name, raising=False)
 
 
 def test_without_any_variable_everything_is_local(tmp_path: Path) -> None:
     profile = current_profile(tmp_path)
-    assert profile.data_root == str(tmp_path / ".data")
+    assert (profile.data_root, profile.tables_root) == (str(tmp_path / ".data"), str(tmp_path / ".data" / "tables"))
+    assert profile.worker_python is None
     assert profile.tracking_uri is None
     assert profile.spark_master.startswith("local[")
     assert profile.spark_master.endswith(",4]")  # a failed task is tried again; plain local[n] would end the job
@@ -29,6 +44,38 @@ def test_the_data_root_counts_from_the_project_unless_absolute(tmp_path: Path, m
     assert current_profile(tmp_path).data_root == str(tmp_path / "mine" / "here")
     monkeypatch.setenv(DATA, str(tmp_path / "a b"))
     assert current_profile(Path("/elsewhere")).data_root == str(tmp_path / "a b")
+
+
+def test_a_cluster_has_a_master_and_keeps_the_workers_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PROFILE, "cluster")
+    monkeypatch.setenv(SPARK_MASTER, "spark://host:7077")
+    assert current_profile(tmp_path).worker_python is None
+    monkeypatch.setenv(WORKER_PYTHON, "/opt/python/bin/python")
+    monkeypatch.setenv(DATA, "/shared/fleets")
+    profile = current_profile(tmp_path)
+    assert (profile.spark_master, profile.worker_python) == ("spark://host:7077", "/opt/python/bin/python")
+    assert (profile.data_root, profile.tables_root) == ("/shared/fleets", "/shared/fleets/tables")
+
+
+def test_the_tables_of_a_cluster_may_be_in_an_object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PROFILE, "cluster")
+    monkeypatch.setenv(SPARK_MASTER, "spark://host:7077")
+    monkeypatch.setenv(DATA, "s3://bucket/fleets/")
+    profile = current_profile(tmp_path)
+    assert (profile.data_root, profile.tables_root) == (str(tmp_path / ".data"), "s3://bucket/fleets/tables")
+
+
+def test_a_cluster_without_a_master_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PROFILE, "cluster")
+    with pytest.raises(SpecError, match=f"{SPARK_MASTER} is not set; expected Spark's master URL, e.g. {SPARK_MASTER}=spark://host:7077"):
+        current_profile(tmp_path)
+
+
+def test_on_one_machine_settings_of_clusters_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = current_profile(tmp_path)
+    monkeypatch.setenv(SPARK_MASTER, "spark://host:7077")
+    monkeypatch.setenv(WORKER_PYTHON, "/opt/python/bin/python")
+    assert current_profile(tmp_path) == alone
 
 
 def test_a_launch_may_be_set_by_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +116,7 @@ def test_switches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, *,
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
-        (PROFILE, "prod", "expected one of: local"),
+        (PROFILE, "prod", "expected one of: local, cluster"),
         (RETRAIN, "everything", "expected one of: changed, stale, listed, all"),
         (DRY_RUN, "maybe", "expected 1 or 0"),
         (AS_OF, "last week", "expected one such as 2013-12-24"),

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import pytest
@@ -105,6 +106,31 @@ def test_further_settings_win_over_ours() -> None:
     assert settings["spark.task.cpus"] == "3"
     assert settings["spark.sql.shuffle.partitions"] == "9"
     assert settings["spark.x"] == "y"
+
+
+def test_only_executors_of_a_cluster_have_memory_and_an_environment_of_their_own() -> None:
+    cluster = SparkSessionResource(master="spark://host:7077", executor_memory="2g", scratch="scratch")
+    settings = cluster._settings()
+    assert settings["spark.executor.memory"] == "2g"
+    assert settings["spark.executorEnv.MALLOC_ARENA_MAX"] == "2"
+    assert "UseSerialGC" not in settings["spark.driver.extraJavaOptions"]
+    alone = cluster.model_copy(update={"master": "local[2,4]"})._settings()
+    assert "UseSerialGC" in alone["spark.driver.extraJavaOptions"]
+    assert not any(name.startswith("spark.executor") for name in alone)
+    assert "spark.executor.memory" not in cluster.model_copy(update={"executor_memory": None})._settings()
+
+
+@pytest.mark.parametrize(
+    ("master", "settings", "expected"),
+    [
+        ("spark://host:7077", {}, sys.executable),
+        ("spark://host:7077", {"worker_python": "/opt/python"}, "/opt/python"),
+        ("yarn", {"worker_python": "/opt/python", "conf": {"spark.pyspark.python": "/conf/python"}}, "/conf/python"),
+        ("local[2,4]", {"worker_python": "/opt/python", "conf": {"spark.pyspark.python": "/conf/python"}}, sys.executable),
+    ],
+)
+def test_the_workers_python_is_the_users_on_a_cluster(master: str, settings: dict[str, Any], expected: str) -> None:
+    assert SparkSessionResource(master=master, scratch="scratch", **settings)._python() == expected
 
 
 def test_slots_are_tasks_at_once(spark_resource: SparkSessionResource) -> None:

@@ -1,0 +1,108 @@
+"""What a Spark cluster needs beyond a local session: our code on the workers, and executors before their slots are counted."""
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyspark import SparkContext
+
+import pipeline
+from pipeline.errors import StoreError
+from pipeline.spark.archives import write_archive
+
+CODE = "many-models.zip"
+# Executors of one cluster register within moments of each other.
+STEADY_SECONDS = 3.0
+LONGEST_SECONDS = 120.0
+POLL_SECONDS = 0.25
+SECONDS_BETWEEN_LINES = 10.0
+
+
+@dataclass(frozen=True)
+class Executors:
+    """Executors that have registered with a session.
+
+    Args:
+        n: how many.
+        n_cores: cores of all of them.
+    """
+
+    n: int
+    n_cores: int
+
+
+def ship_code(context: SparkContext) -> None:
+    """Let the workers import `pipeline`, which is all that tasks use; a worker's own copy of the package comes second."""
+    folder = Path(pipeline.__file__).parent
+    # As long as the session, as executors that register later fetch it, too.
+    archive = Path(str(context._temp_dir)) / CODE  # noqa: SLF001 - PySpark's own folder of this session
+    write_archive(archive, folder.parent, sorted(folder.rglob("*.py")))
+    context.addPyFile(str(archive))
+
+
+def registered_executors(context: SparkContext) -> Executors:
+    """The executors that a session has now.
+
+    Raises:
+        StoreError: if the session has ended because its master did not answer.
+    """
+    spark = context._jsc.sc()  # noqa: SLF001 - PySpark does not tell executors
+    if spark.isStopped():
+        raise StoreError(f"{context.master} did not answer, or refused the application; check that the master runs and that this machine reaches it")
+    summaries = spark.statusStore().executorList(True)  # noqa: FBT003 - Java has no names of arguments
+    cores = [summaries.apply(number).totalCores() for number in range(summaries.size()) if summaries.apply(number).id() != "driver"]
+    return Executors(len(cores), sum(cores))
+
+
+def wait_for_executors(
+    count: Callable[[], Executors],
+    master: str,
+    conf: Mapping[str, str],
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    pause: Callable[[float], None] = time.sleep,
+    report: Callable[[str], object] = sys.stderr.write,
+) -> Executors:
+    """Wait until a session has its executors.
+
+    They are complete when there are as many as `spark.executor.instances`, or as many cores as `spark.cores.max`, which a cluster may
+    be too small for; otherwise when their number has not changed for some seconds.
+
+    Args:
+        count: tells the executors registered now.
+        master: for messages.
+        conf: the session's settings.
+        clock: seconds.
+        pause: waits that many seconds.
+        report: takes a line of progress.
+
+    Raises:
+        StoreError: if none has registered after two minutes, or fewer than `spark.executor.instances`.
+    """
+    n_wanted = int(conf.get("spark.executor.instances") or 0)
+    max_cores = int(conf.get("spark.cores.max") or 0)
+    expected = f"{n_wanted} (spark.executor.instances)" if n_wanted else "at least 1"
+    began = changed = told = clock()
+    seen = count()
+    while True:
+        now = clock()
+        is_complete = seen.n >= n_wanted if n_wanted else 0 < max_cores <= seen.n_cores
+        is_steady = not n_wanted and now - changed >= STEADY_SECONDS
+        if seen.n and (is_complete or is_steady):
+            return seen
+        if now - began >= LONGEST_SECONDS:
+            raise StoreError(
+                f"{master}: {seen.n} executors registered within {LONGEST_SECONDS:.0f} s, expected {expected}; check that its workers "
+                "run, have free cores and as much free memory as spark.executor.memory, and reach this machine (spark.driver.host); "
+                "with dynamic allocation, set spark.dynamicAllocation.minExecutors"
+            )
+        if now - told >= SECONDS_BETWEEN_LINES:
+            report(f"waiting for executors of {master}: {seen.n} registered, expected {expected}\n")
+            told = now
+        pause(POLL_SECONDS)
+        found = count()
+        if found != seen:
+            seen = found
+            changed = clock()
