@@ -67,11 +67,15 @@ ui: setup dagster-home ## Open the Dagster interface: PORT=3000
 test: setup ## Run the tests: ARGS= goes to pytest
 	@$(BIN)/python -m pytest $(ARGS)
 
-check: setup dagster-home ## Lint, format, types, import direction, fleet definitions
+check: setup dagster-home ## Lint, format, types, import direction, compose file, fleet definitions
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+	@if docker compose version > /dev/null 2>&1; then \
+	  echo "docker compose config"; DAGSTER_DB_PASSWORD=checked MLFLOW_DB_PASSWORD=checked docker compose config --quiet; \
+	else echo "docker compose config: not run, there is no docker compose here"; fi
 	@echo "many-models check"; $(IN_VENV) many-models check
 	@echo "dg check defs"; $(DG) check defs
 

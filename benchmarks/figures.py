@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from benchmarks.automation import automation_figures
+from benchmarks.compose import compose
 from benchmarks.first_run import first_run_answers
 from benchmarks.first_run_kills import first_run_kills
 from benchmarks.intervals import CASES, LEVELS, interval_coverage
@@ -510,6 +511,13 @@ FIGURES = {
                 Value("resumed", "of 1 dead run", "==", 1),
             ),
             lambda runs: automation_figures(runs.new_folder()),
+        ),
+        Figure(
+            "compose",
+            "services of docker-compose.yml, started natively from what it says, that are healthy; fleets materialised through all of them",
+            4,
+            (Value("services", "services", "==", 9), Value("of", "services"), Value("materialised", "fleets", "==", 1)),
+            lambda _: compose(),
         ),
         Figure(
             "stream-kills",
