@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from benchmarks.automation import automation_figures
+from benchmarks.cluster import cluster_identical
 from benchmarks.compose import compose
 from benchmarks.first_run import first_run_answers
 from benchmarks.first_run_kills import first_run_kills
@@ -518,6 +519,17 @@ FIGURES = {
             4,
             (Value("services", "services", "==", 9), Value("of", "services"), Value("materialised", "fleets", "==", 1)),
             lambda _: compose(),
+            "cluster-identical",
+            "chain, score and stream on a standalone master with two worker processes that lack our code: what differs from one machine",
+            3,
+            (
+                Value("boosters", "groups", "==", 0),
+                Value("weights", "groups", "==", 0),
+                Value("answers", "rows", "==", 0),
+                Value("groups", "groups"),
+                Value("rows", "rows"),
+            ),
+            lambda runs: cluster_identical(runs.new_folder()),
         ),
         Figure(
             "stream-kills",
