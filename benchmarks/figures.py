@@ -519,6 +519,8 @@ FIGURES = {
             4,
             (Value("services", "services", "==", 9), Value("of", "services"), Value("materialised", "fleets", "==", 1)),
             lambda _: compose(),
+        ),
+        Figure(
             "cluster-identical",
             "chain, score and stream on a standalone master with two worker processes that lack our code: what differs from one machine",
             3,
