@@ -214,9 +214,11 @@ def _contest(parts: _Parts, challenger: Version, ledger: pd.DataFrame, serving_m
 
 def _judged(parts: _Parts, contest: Contest) -> Judgement:
     """What the tests, or a person, say of each group of the challenger."""
-    kinds = list(contest.kinds().values())
-    told = f"comparing {len(kinds):,} groups with what answers them now"
-    parts.log.info(f"{told}; {n_new:,} have new recipes, beside which the earlier ones are fitted" if (n_new := kinds.count(NEW_RECIPE)) else told)
+    if contest.serving:
+        kinds = list(contest.kinds().values())
+        n_new = kinds.count(NEW_RECIPE)
+        beside = f"; beside {n_new:,} new recipes the earlier ones are fitted" if n_new else ""
+        parts.log.info(f"comparing {len(kinds):,} groups with what answers them now{beside}")
     features = features_of(parts.spark.session, parts.tables, parts.spec.name, pd.Series(contest.run))
     cluster = Cluster(parts.spark.session, no_progress, parts.spark.group_memory_bytes)
     judged = judge(cluster, parts.tables, parts.namespace, features, parts.spec, contest, parts.spark.slots, parts.spark.task_cpus)

@@ -56,7 +56,7 @@ def importance_asset(spec: FleetSpec) -> dg.AssetsDefinition:
             run_id = str(run["run_id"])
             ledger = ledger_of(tables, namespace, run_id)
             features = features_of(spark.session, tables, spec.name, run)
-            context.log.info(f"looking at {int(ledger['booster_id'].notna().sum()):,} models, less those of before")
+            context.log.info(f"looking at what features do in {int(ledger['booster_id'].notna().sum()):,} models")
             told = write_importance(spark.session, tables, namespace, features, spec, run.to_dict(), ledger)
             columns = ["grain", "group_id", "feature", "gain_share", "rank"]
             rows = tables.read_arrow(location, where={"run_id": run_id}, columns=columns).to_pandas(strings_to_categorical=True)
