@@ -41,7 +41,7 @@ KIND, SEED = "heavy tails", 34
 VERSIONS = (1, 2)
 ASKED_ROWS = 500
 PATIENCE_SECONDS = 60.0
-RUN_SECONDS = 240.0
+RUN_SECONDS = 600.0
 # What an ordinary spark-defaults.conf says of a cluster: the settings that no profile has.
 SPARK_DEFAULTS = f"""spark.driver.host {LOOPBACK}
 spark.executor.instances {N_WORKERS}
