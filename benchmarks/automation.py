@@ -157,9 +157,11 @@ def automation_live(folder: Path) -> Ticked:
         # What was done before the kill is not done again.
         found = {"schedule": materialised(instance, first.run_id) | materialised(instance, again.run_id)}
 
+        # Conditions compare with their last evaluation: without one, nothing is new.
+        switch(folder, "sensor", "start", f"{NAME}_follow")
+        wait(lambda: re.search(rf"Tick produced .* for {NAME}_follow", ticks(folder)), "no condition was evaluated", folder)
         write_sales(folder, N_DAYS + 3)
-        for name in ("new_files", "follow"):
-            switch(folder, "sensor", "start", f"{NAME}_{name}")
+        switch(folder, "sensor", "start", f"{NAME}_new_files")
         read = wait(lambda: newest(instance, "dagster/sensor_name", f"{NAME}_new_files"), "the sensor saw no new file", folder)
         succeed(instance, read.run_id, folder)
         found["sensor"] = materialised(instance, read.run_id)
@@ -169,6 +171,11 @@ def automation_live(folder: Path) -> Ticked:
     raw = DeltaTable(folder / "tables" / NAME / "raw" / "sales").to_pandas()
     messages = [] if raw["day"].nunique() == N_DAYS + 3 else [f"the raw table has {raw['day'].nunique()} days, not {N_DAYS + 3}"]
     return Ticked(found, dead_seconds, told, was_resumed, messages)
+
+
+def ticks(folder: Path) -> str:
+    """What the daemon has written."""
+    return (folder / "daemon.log").read_text(errors="replace")
 
 
 @contextmanager
