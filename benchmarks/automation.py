@@ -193,6 +193,7 @@ def daemon(folder: Path) -> Iterator[None]:
             process.wait(20)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def switch(folder: Path, kind: str, what: str, name: str) -> None:

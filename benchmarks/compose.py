@@ -168,6 +168,7 @@ class NativeServices:
                 process.wait(10)
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
     def _postgres(self, service: Service) -> list[str]:
         """What the image does: a cluster with one user, who has a password, and one database."""
@@ -216,7 +217,7 @@ def _network(folder: Path, hosts: Sequence[str]) -> Iterator[list[str]]:
         yield ["nsenter", f"--target={holder.pid}", "--net", "--mount", "--"]
     finally:
         holder.kill()
-        holder.wait()
+        holder.communicate()
 
 
 def materialised_through(services: NativeServices) -> str:
