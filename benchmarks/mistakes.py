@@ -1,4 +1,4 @@
-"""Thirty mistakes of users through the real commands: how long the message is, and whether it says where and what next.
+"""Mistakes of users through the real commands: how long the message is, and whether it says where and what next.
 
 Each mistake is made in a copy of a small project, and taken back afterwards.
 """
@@ -145,6 +145,20 @@ MISTAKES = (
         ("MANY_MODELS_AS_OF", "'someday'"),
         "2013-12-24",
         environment={"MANY_MODELS_AS_OF": "someday"},
+    ),
+    Mistake(
+        "a limit that is not a number",
+        (*LAUNCH, *CONSOLE),
+        ("MANY_MODELS_LIMIT_GROUPS", "'abc'", "a whole number of at least 1"),
+        "correct or unset the variable",
+        environment={"MANY_MODELS_LIMIT_GROUPS": "abc"},
+    ),
+    Mistake(
+        "an as-of that is not a date, in a check",
+        ("dg", "check", "defs"),
+        ("MANY_MODELS_AS_OF", "'yesterdayish'", "2013-12-24"),
+        "correct or unset the variable",
+        environment={"MANY_MODELS_AS_OF": "yesterdayish"},
     ),
     Mistake(
         "an unknown fleet",

@@ -10,11 +10,12 @@ from assets.automation import what_dead_runs_kept
 from assets.broken_fleet import broken_fleets
 from assets.console import console_logger
 from assets.fleets import load_fleets
+from pipeline.errors import SpecError
 from pipeline.faults import arm
 from resources.delta_tables import DeltaTables
-from resources.launch_settings import LaunchSettings
+from resources.launch_settings import LaunchSettings, RefusedSettings
 from resources.mlflow_registry import MlflowRegistry
-from resources.profiles import current_profile
+from resources.profiles import Profile, current_profile, fallback_profile
 from resources.spark_session import SparkSessionResource
 
 PROJECT = Path(__file__).parent.parent
@@ -28,24 +29,40 @@ def _report_broken(fleet: str, message: str) -> None:
     sys.stderr.write(f"fleet {fleet} is broken and left out: {first}{more}\n")
 
 
+@cache
+def _report_refused(message: str) -> None:
+    sys.stderr.write(f"nothing can be launched: {message}\n")
+
+
+def _settings() -> tuple[Profile, LaunchSettings]:
+    """The profile in force and the settings of a launch; where the environment has a mistake, settings that refuse every launch."""
+    try:
+        profile = current_profile(PROJECT)
+        arm(profile.crash_at)
+    except SpecError as error:
+        mistake = f"{error}; correct or unset the variable, then launch again"
+        _report_refused(mistake)
+        return fallback_profile(PROJECT), RefusedSettings(mistake=mistake)
+    return profile, LaunchSettings(
+        as_of=profile.as_of,
+        limit_groups=profile.limit_groups,
+        retrain=profile.retrain,
+        groups=list(profile.groups),
+        dry_run=profile.dry_run,
+    )
+
+
 @dg.definitions
 def defs() -> dg.Definitions:
     """All fleets, in one process and one Spark session per run."""
-    profile = current_profile(PROJECT)
+    profile, launch = _settings()
     scratch = f"{profile.data_root}/scratch"
-    arm(profile.crash_at)
     common = dg.Definitions(
         resources={
             "spark": SparkSessionResource(master=profile.spark_master, worker_python=profile.worker_python, scratch=scratch),
             "tables": DeltaTables(root=profile.tables_root),
             "registry": MlflowRegistry(tracking_uri=profile.mlflow_uri, artifact_root=profile.mlflow_artifacts, scratch=scratch),
-            "launch": LaunchSettings(
-                as_of=profile.as_of,
-                limit_groups=profile.limit_groups,
-                retrain=profile.retrain,
-                groups=list(profile.groups),
-                dry_run=profile.dry_run,
-            ),
+            "launch": launch,
         },
         sensors=[what_dead_runs_kept],
         executor=dg.in_process_executor,

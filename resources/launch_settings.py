@@ -141,3 +141,17 @@ class LaunchSettings(dg.ConfigurableResource):
             return parse_moment(text, spec.timezone)
         except SpecError as error:
             raise SpecError(f"as_of: {error}") from None
+
+
+class RefusedSettings(LaunchSettings):
+    """Settings that cannot be read from the environment: the code location loads, and every launch says why it cannot start."""
+
+    mistake: str = Field(description="Which variable has which value, what is allowed, and what to do.")
+
+    def setup_for_execution(self, context: dg.InitResourceContext) -> None:  # noqa: ARG002
+        """End the launch before its first step.
+
+        Raises:
+            SpecError: with the mistake.
+        """
+        raise SpecError(self.mistake)

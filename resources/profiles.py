@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,11 +78,24 @@ def current_profile(project: Path) -> Profile:
     Raises:
         SpecError: naming the variable and what it may be.
     """
-    name = os.environ.get(PROFILE, LOCAL)
+    return _profile(project, os.environ)
+
+
+def fallback_profile(project: Path) -> Profile:
+    """A profile for a code location whose environment has a mistake: the places in it where they can be used, no launch setting."""
+    places = {name: os.environ[name] for name in (PROFILE, DATA, SPARK_MASTER, TRACKING_URI) if name in os.environ}
+    try:
+        return _profile(project, places)
+    except SpecError:
+        return _profile(project, {})
+
+
+def _profile(project: Path, environment: Mapping[str, str]) -> Profile:
+    name = environment.get(PROFILE, LOCAL)
     if name not in PROFILES:
         raise SpecError(f"{PROFILE} is {name!r}; expected one of: {', '.join(PROFILES)}")
     is_cluster = name == CLUSTER
-    data = os.environ.get(DATA, ".data")
+    data = environment.get(DATA, ".data")
     # Only tables can be in an object store.
     is_url = is_cluster and "://" in data
     data_root = (project / (".data" if is_url else data)).resolve()
@@ -89,15 +103,15 @@ def current_profile(project: Path) -> Profile:
     return Profile(
         data_root=str(data_root),
         tables_root=f"{data.rstrip('/') if is_url else data_root}/tables",
-        spark_master=_cluster_master() if is_cluster else _local_master(),
-        worker_python=(os.environ.get(WORKER_PYTHON) or None) if is_cluster else None,
-        tracking_uri=os.environ.get(TRACKING_URI) or None,
-        as_of=_moment(AS_OF),
-        limit_groups=_whole_number(LIMIT_GROUPS),
-        dry_run=_switch(DRY_RUN),
-        retrain=_choice(RETRAIN, RETRAINS),
-        groups=_group_ids(GROUPS),
-        crash_at=os.environ.get(VARIABLE, ""),
+        spark_master=_cluster_master(environment) if is_cluster else _local_master(),
+        worker_python=(environment.get(WORKER_PYTHON) or None) if is_cluster else None,
+        tracking_uri=environment.get(TRACKING_URI) or None,
+        as_of=_moment(environment, AS_OF),
+        limit_groups=_whole_number(environment, LIMIT_GROUPS),
+        dry_run=_switch(environment, DRY_RUN),
+        retrain=_choice(environment, RETRAIN, RETRAINS),
+        groups=_group_ids(environment, GROUPS),
+        crash_at=environment.get(VARIABLE, ""),
     )
 
 
@@ -106,8 +120,8 @@ def _local_master() -> str:
     return f"local[{n_cores},4]"
 
 
-def _cluster_master() -> str:
-    master = os.environ.get(SPARK_MASTER, "")
+def _cluster_master(environment: Mapping[str, str]) -> str:
+    master = environment.get(SPARK_MASTER, "")
     if not master:
         raise SpecError(f"{PROFILE} is {CLUSTER!r} but {SPARK_MASTER} is not set; expected Spark's master URL, e.g. {SPARK_MASTER}=spark://host:7077")
     return master
@@ -131,8 +145,8 @@ def java_home() -> str | None:
     return os.environ.get("JAVA_HOME") or None
 
 
-def _moment(name: str) -> str | None:
-    text = os.environ.get(name) or None
+def _moment(environment: Mapping[str, str], name: str) -> str | None:
+    text = environment.get(name) or None
     if text is not None:
         try:
             parse_moment(text)
@@ -141,8 +155,8 @@ def _moment(name: str) -> str | None:
     return text
 
 
-def _whole_number(name: str) -> int | None:
-    text = os.environ.get(name, "")
+def _whole_number(environment: Mapping[str, str], name: str) -> int | None:
+    text = environment.get(name, "")
     if not text:
         return None
     if not text.isdecimal() or int(text) < 1:
@@ -150,16 +164,16 @@ def _whole_number(name: str) -> int | None:
     return int(text)
 
 
-def _choice(name: str, allowed: tuple[str, ...]) -> str:
-    text = os.environ.get(name) or allowed[0]
+def _choice(environment: Mapping[str, str], name: str, allowed: tuple[str, ...]) -> str:
+    text = environment.get(name) or allowed[0]
     if text not in allowed:
         raise SpecError(f"{name} is {text!r}; expected one of: {', '.join(allowed)}")
     return text
 
 
-def _group_ids(name: str) -> tuple[str, ...]:
+def _group_ids(environment: Mapping[str, str], name: str) -> tuple[str, ...]:
     """Group ids, each a JSON array of its keys, separated by spaces or line breaks."""
-    found, text, decoder = [], os.environ.get(name, "").strip(), json.JSONDecoder()
+    found, text, decoder = [], environment.get(name, "").strip(), json.JSONDecoder()
     while text:
         try:
             keys, end = decoder.raw_decode(text)
@@ -172,8 +186,8 @@ def _group_ids(name: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _switch(name: str) -> bool:
-    text = os.environ.get(name, "").lower()
+def _switch(environment: Mapping[str, str], name: str) -> bool:
+    text = environment.get(name, "").lower()
     if text not in ("", "0", "1", "false", "true", "no", "yes"):
         raise SpecError(f"{name} is {text!r}; expected 1 or 0")
     return text in ("1", "true", "yes")

@@ -1,12 +1,13 @@
 from typing import Any
 
+import dagster as dg
 import pandas as pd
 import pytest
 from pydantic import ValidationError
 
 from pipeline.errors import SpecError
 from pipeline.spec import FleetSpec
-from resources.launch_settings import LaunchSettings
+from resources.launch_settings import LaunchSettings, RefusedSettings
 
 LISTED = ['["north","n0"]']
 
@@ -72,3 +73,18 @@ def test_requests_that_ask_for_the_same_read_the_same(shop: FleetSpec) -> None:
 
 def test_every_setting_says_what_it_does() -> None:
     assert [name for name, field in LaunchSettings.model_fields.items() if not field.description] == []
+
+
+def test_refused_settings_end_a_launch_before_its_first_step() -> None:
+    started = []
+
+    @dg.asset
+    def first(launch: LaunchSettings) -> None:
+        started.append(launch)
+
+    launch = RefusedSettings(mistake="MANY_MODELS_LIMIT_GROUPS is 'abc'")
+    result = dg.materialize([first], resources={"launch": launch}, raise_on_error=False)
+    assert not result.success
+    assert started == []
+    (failure,) = (event for event in result.all_events if event.event_type == dg.DagsterEventType.RUN_FAILURE)
+    assert "MANY_MODELS_LIMIT_GROUPS is 'abc'" in failure.job_failure_data.error.to_string()

@@ -17,6 +17,7 @@ from resources.profiles import (
     TRACKING_URI,
     WORKER_PYTHON,
     current_profile,
+    fallback_profile,
     java_home,
 )
 
@@ -133,6 +134,15 @@ def test_a_bad_value_is_refused_with_its_variable(tmp_path: Path, monkeypatch: p
         current_profile(tmp_path)
     assert str(told.value).startswith(f"{name} is {text!r}")
     assert expected in str(told.value)
+
+
+def test_a_code_location_keeps_its_places_beside_a_bad_launch_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DATA, "mine")
+    monkeypatch.setenv(LIMIT_GROUPS, "many")
+    found = fallback_profile(tmp_path)
+    assert (found.data_root, found.limit_groups) == (str(tmp_path / "mine"), None)
+    monkeypatch.setenv(DATA, "a?b")
+    assert fallback_profile(tmp_path).data_root == str(tmp_path / ".data")
 
 
 @pytest.mark.parametrize("text", ["EWR", '["EWR"', '"EWR"', '{"a": 1}', '["EWR"] x'])
