@@ -22,9 +22,10 @@ from pipeline.reporting.summary import text_table
 from pipeline.spark.data_errors import readable_model_errors
 from pipeline.tables import IMPORTANCE, LEDGER, RUNS, fleet_runs, records
 from pipeline.training.outcome import NOT_LISTED
+from resources.build import build_resources
 from resources.cleaning import KEPT_RUNS, clean
 from resources.delta_tables import DeltaTables
-from resources.mlflow_registry import CHALLENGER, CHAMPION, MlflowRegistry
+from resources.mlflow_registry import CHALLENGER, CHAMPION
 from resources.profiles import Profile, current_profile
 
 PROJECT = Path(__file__).parent.parent
@@ -104,17 +105,16 @@ def _run(profile: Profile, told: argparse.Namespace) -> int:
             return launch_fleet(PROJECT, told.fleet, dry_run=profile.dry_run)
         _say(check_fleets(PROJECT, told.fleet))
         return 0
-    tables = DeltaTables(root=profile.tables_root)
+    built = build_resources(profile)
+    tables = built.tables
     namespace = f"{told.fleet}-trial" if told.trial else str(told.fleet)
     if told.command == "show":
         _say(history_text(tables, namespace, _asked_id(told.keys, told.group_id)))
     elif told.command == "clean":
         if not tables.exists(tables.location(namespace, LEDGER.name)):
             raise ModelNotFound(_unknown_fleet(tables, namespace))
-        scratch = f"{profile.data_root}/scratch"
-        registry = MlflowRegistry(tracking_uri=profile.mlflow_uri, artifact_root=profile.mlflow_artifacts, scratch=scratch)
         keep = timedelta(hours=told.keep_hours)
-        _say(clean(tables, registry, namespace, keep=keep, keep_runs=told.keep_runs, dry_run=told.dry_run).text)
+        _say(clean(tables, built.registry, namespace, keep=keep, keep_runs=told.keep_runs, dry_run=told.dry_run).text)
     else:
         _answer(profile, namespace, told)
     return 0

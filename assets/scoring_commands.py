@@ -29,6 +29,7 @@ from pipeline.spark.answers import score_source
 from pipeline.spark.files import write_files
 from pipeline.spark.set_aside import SetAside
 from pipeline.spark.streaming import AnswerSink, Champion, Stream, run_stream, stream_rows
+from resources.build import build_resources
 from resources.delta_tables import DeltaTables
 from resources.mlflow_registry import CHAMPION, MlflowRegistry
 from resources.profiles import Profile
@@ -58,13 +59,8 @@ class Scorer:
     @classmethod
     def of(cls, profile: Profile) -> "Scorer":
         """As the profile in force has it."""
-        scratch = f"{profile.data_root}/scratch"
-        return cls(
-            DeltaTables(root=profile.tables_root),
-            MlflowRegistry(tracking_uri=profile.mlflow_uri, artifact_root=profile.mlflow_artifacts, scratch=scratch),
-            SparkSessionResource(master=profile.spark_master, worker_python=profile.worker_python, scratch=scratch),
-            Path(profile.data_root) / "streams",
-        )
+        built = build_resources(profile)
+        return cls(built.tables, built.registry, built.spark, Path(profile.data_root) / "streams")
 
     def score(self, model_name: str, source: str, target: str, *, period: str = ALL_ROWS, version: str = CHAMPION) -> str:
         """Answer all rows of a source in one commit, instead of those that the target has of the same period.

@@ -12,11 +12,9 @@ from assets.console import console_logger
 from assets.fleets import load_fleets
 from pipeline.errors import SpecError
 from pipeline.faults import arm
-from resources.delta_tables import DeltaTables
+from resources.build import build_resources
 from resources.launch_settings import LaunchSettings, RefusedSettings
-from resources.mlflow_registry import MlflowRegistry
 from resources.profiles import Profile, current_profile, fallback_profile
-from resources.spark_session import SparkSessionResource
 
 PROJECT = Path(__file__).parent.parent
 
@@ -56,12 +54,12 @@ def _settings() -> tuple[Profile, LaunchSettings]:
 def defs() -> dg.Definitions:
     """All fleets, in one process and one Spark session per run."""
     profile, launch = _settings()
-    scratch = f"{profile.data_root}/scratch"
+    built = build_resources(profile, by_variable=True)
     common = dg.Definitions(
         resources={
-            "spark": SparkSessionResource(master=profile.spark_master, worker_python=profile.worker_python, scratch=scratch),
-            "tables": DeltaTables(root=profile.tables_root),
-            "registry": MlflowRegistry(tracking_uri=profile.mlflow_uri, artifact_root=profile.mlflow_artifacts, scratch=scratch),
+            "spark": built.spark,
+            "tables": built.tables,
+            "registry": built.registry,
             "launch": launch,
         },
         sensors=[what_dead_runs_kept],

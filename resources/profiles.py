@@ -33,6 +33,7 @@ class Profile:
     """Where things are kept and how a launch begins.
 
     Args:
+        is_cluster: whether Spark runs elsewhere than in this machine's processes.
         data_root: absolute local folder of scratch files, logs, checkpoints and, without a server, the registry.
         tables_root: absolute folder or object-store URL of every table; every worker must reach it.
         spark_master: Spark's master URL.
@@ -46,6 +47,7 @@ class Profile:
         crash_at: named crash point and signal, for tests of recovery; empty for none.
     """
 
+    is_cluster: bool
     data_root: str
     tables_root: str
     spark_master: str
@@ -101,6 +103,7 @@ def _profile(project: Path, environment: Mapping[str, str]) -> Profile:
     data_root = (project / (".data" if is_url else data)).resolve()
     _check_data_root(str(data_root))
     return Profile(
+        is_cluster=is_cluster,
         data_root=str(data_root),
         tables_root=f"{data.rstrip('/') if is_url else data_root}/tables",
         spark_master=_cluster_master(environment) if is_cluster else _local_master(),
