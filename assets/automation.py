@@ -10,7 +10,7 @@ import dagster as dg
 
 from assets.link import FleetFiles, link_key
 from pipeline.errors import DataError, FleetError, SpecError
-from pipeline.sources import source_state
+from pipeline.reading.sources import source_state
 from pipeline.spec import FleetSpec, SourceSpec
 from pipeline.spec_mistakes import Mistake
 from pipeline.tables import LEDGER, RUNS, in_format, records

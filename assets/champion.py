@@ -17,9 +17,8 @@ from assets.mosaic import register_mosaic
 from assets.newest_run import features_of, ledger_of
 from assets.progress import no_progress, progress_lines
 from assets.refits import is_older, refit
+from pipeline.crash_points import crash_point
 from pipeline.errors import ModelNotFound, SpecError, StoreError
-from pipeline.faults import crash_point
-from pipeline.grouping.plan import refuse_unknown
 from pipeline.models.meta_model import FleetModel, PackError
 from pipeline.models.promotion import (
     CAN_ANSWER,
@@ -41,6 +40,7 @@ from pipeline.models.promotion import (
 )
 from pipeline.reporting.plots import decision_plot
 from pipeline.reporting.summary import markdown_table
+from pipeline.runs.plan import refuse_unknown
 from pipeline.spark.comparison import Contest, judge
 from pipeline.spark.fleet_training import Cluster, read_runs
 from pipeline.spec import FleetSpec

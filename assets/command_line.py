@@ -15,8 +15,8 @@ import pandas as pd
 import pyarrow.fs as pf
 
 from assets.failure_log import first_line, keep_trace
+from pipeline.crash_points import arm
 from pipeline.errors import FleetError, ModelNotFound, SpecError
-from pipeline.faults import arm
 from pipeline.models.meta_model import filesystem_of, group_id
 from pipeline.reporting.summary import text_table
 from pipeline.spark.data_errors import readable_model_errors

@@ -13,7 +13,7 @@ from pipeline.errors import FleetError
 from pipeline.recognition import DIGEST
 from pipeline.spark.data_errors import readable_model_errors
 from pipeline.spec import FleetSpec
-from pipeline.store import Snapshot, Tables
+from pipeline.storage import Snapshot, Tables
 
 
 @dataclass(frozen=True)

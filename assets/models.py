@@ -11,12 +11,12 @@ import pandas as pd
 from assets.link import link_key, link_settings, png, prefixed, readable_failures
 from assets.newest_run import ledger_of, newest_run, waves_of
 from assets.progress import no_progress, progress_lines
-from pipeline.faults import crash_point
-from pipeline.grouping.plan import KEEP, REFRESH, TRAIN
-from pipeline.grouping.sampling import SAMPLED_WHOLE
+from pipeline.crash_points import crash_point
 from pipeline.models.meta_model import PackError, decode_booster
 from pipeline.reporting.plots import plan_plot, training_plot
 from pipeline.reporting.summary import fleet_errors, markdown_table, slowest_groups, status_counts, worst_groups, worthwhile_groups
+from pipeline.runs.plan import KEEP, REFRESH, TRAIN
+from pipeline.runs.sampling import SAMPLED_WHOLE
 from pipeline.spark.fleet_training import Cluster, History, PlannedRun, choose_own, plan_run, train_run
 from pipeline.spec import FleetSpec
 from pipeline.tables import BOOSTERS, LEDGER

@@ -7,8 +7,8 @@ import pyarrow as pa
 
 from assets.link import FleetFiles, link_key, link_settings, prefixed, readable_failures, since, unchanged
 from pipeline.errors import DataError
+from pipeline.reading.sources import read_source, source_state
 from pipeline.recognition import DIGEST, raw_digest
-from pipeline.sources import read_source, source_state
 from pipeline.spark.files import WrittenFile
 from pipeline.spec import FleetSpec, SourceSpec
 from pipeline.tables import RAW

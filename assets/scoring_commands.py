@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.errors import DataError
 from pipeline.models.meta_model import FleetModel
-from pipeline.row_source import (
+from pipeline.scoring.row_source import (
     SCORED_AT,
     SCORED_PERIOD,
     absolute,

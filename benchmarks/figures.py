@@ -35,7 +35,7 @@ from benchmarks.training import (
     second_run_noise,
     tracking_requests,
 )
-from pipeline.faults import POINTS
+from pipeline.crash_points import POINTS
 
 HOLDS: Mapping[str, Callable[[float, float], bool]] = {"<=": operator.le, "<": operator.lt, "==": operator.eq, ">=": operator.ge}
 

@@ -12,9 +12,9 @@ import pyarrow as pa
 from deltalake import write_deltalake
 
 from benchmarks.rivals import Problem, plain_default, tuned_per_group
-from pipeline.grouping.splits import resolve_cutoffs
 from pipeline.spec import FleetSpec, parse_spec
 from pipeline.tables import TIMESTAMP
+from pipeline.training.splits import resolve_cutoffs
 
 Floats = npt.NDArray[np.float64]
 Signal = Literal["tuned", "tiny", "noise"]

@@ -25,7 +25,7 @@ from benchmarks.engine import Engine
 from benchmarks.generated import GeneratedFleet, write_features
 from benchmarks.invariants import check_fleet, compare_runs
 from benchmarks.runs import PROJECT, NotMeasured
-from pipeline import faults
+from pipeline import crash_points
 from pipeline.spark.fleet_training import Cluster, History, PlannedRun, Request, plan_run, train_run
 from pipeline.spec import FleetSpec
 from pipeline.training.worker import TrainGroup
@@ -64,7 +64,7 @@ def train(folder: Path) -> None:
     Args:
         folder: with the feature table at tables/killed/features.
     """
-    faults.arm(os.environ.get(faults.VARIABLE, ""))
+    crash_points.arm(os.environ.get(crash_points.VARIABLE, ""))
     train_told(folder, small_fleet().spec(tuning={**TUNING, "checkpoint_seconds": WAVE_SECONDS}))
 
 
@@ -84,7 +84,7 @@ def train_told(
         _tell(folder, "session")
         run_id = uuid.uuid4().hex[:12]
         with hold_lease(engine.tables, NAME, run_id) as lease:
-            faults.crash_point("lease_taken")
+            crash_points.crash_point("lease_taken")
             location = engine.tables.location(NAME, "features")
             version = engine.tables.version(location)
             history = History.read(engine.tables, NAME)
@@ -111,7 +111,7 @@ class Child:
 
     Args:
         folder: as for `train`.
-        crash_at: as `faults.arm` takes it.
+        crash_at: as `crash_points.arm` takes it.
         module: that is run, with `--train FOLDER`.
         options: further ones.
     """
@@ -125,7 +125,7 @@ class Child:
     def __enter__(self) -> Self:
         self._told = len(_events(self.folder))
         self._log = (self.folder / "log").open("a")
-        environment = {**os.environ, MARK: self.mark, faults.VARIABLE: self.crash_at, "TMPDIR": str(self.folder / "tmp")}
+        environment = {**os.environ, MARK: self.mark, crash_points.VARIABLE: self.crash_at, "TMPDIR": str(self.folder / "tmp")}
         (self.folder / "tmp").mkdir(exist_ok=True)
         command = [sys.executable, "-m", self.module, "--train", str(self.folder), *self.options]
         self.process = subprocess.Popen(command, cwd=PROJECT, env=environment, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log)
@@ -313,7 +313,7 @@ def kill_trials(n: int, seed: int, folder: Path) -> Killed:
     return _try_all(random_trials(n, seed), folder)
 
 
-def kill_points(folder: Path, points: Sequence[str] = tuple(faults.POINTS)) -> Killed:
+def kill_points(folder: Path, points: Sequence[str] = tuple(crash_points.POINTS)) -> Killed:
     """Kill the driver once at each of the named crash points; at those that come with each wave, in the second one."""
     return _try_all([Trial("driver", crash_at=_at(point)) for point in points], folder)
 
@@ -343,14 +343,14 @@ def random_trials(n: int, seed: int) -> list[Trial]:
     trials = []
     for victim in victims:
         at_a_point = victim == "driver" and rng.randrange(AT_A_POINT) == 0
-        crash_at = _at(rng.choice(list(faults.POINTS)), rng.randrange(1, 4)) if at_a_point else ""
+        crash_at = _at(rng.choice(list(crash_points.POINTS)), rng.randrange(1, 4)) if at_a_point else ""
         trials.append(Trial(victim, rng.random(), crash_at))
     return trials
 
 
 def _at(point: str, turn: int = 2) -> str:
     """A crash point as it is armed; only those of waves come more than once."""
-    each_wave = faults.POINTS[point].startswith("*")
+    each_wave = crash_points.POINTS[point].startswith("*")
     return f"{point}#{turn}:KILL" if each_wave else f"{point}:KILL"
 
 

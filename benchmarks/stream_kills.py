@@ -27,7 +27,7 @@ from deltalake import DeltaTable, write_deltalake
 
 from assets.scoring_commands import Scorer
 from benchmarks.runs import PROJECT, NotMeasured
-from pipeline import faults
+from pipeline import crash_points
 from pipeline.models.meta_model import FleetModel
 from pipeline.testing.packs import ASKED, asked_pack, asked_rows, register_asked
 from resources.delta_tables import DeltaTables
@@ -65,7 +65,7 @@ def child(folder: Path) -> None:
         for line in sys.stdin:
             told = json.loads(line)
             if told["do"] == "start":
-                faults.arm(told["crash_at"])
+                crash_points.arm(told["crash_at"])
                 stopping = threading.Event()
                 running = threading.Thread(target=_stream, args=(scorer, told, stopping), daemon=True)
                 running.start()
@@ -291,7 +291,7 @@ class Torment:
         """The running child at a random moment, or a new start of it at a named point of a micro batch."""
         if self.dice.random() < 0.5:  # noqa: PLR2004 - half of them
             self._stop()
-            point, turn = self.dice.choice(list(faults.STREAM_POINTS)), self.dice.randrange(1, 3)
+            point, turn = self.dice.choice(list(crash_points.STREAM_POINTS)), self.dice.randrange(1, 3)
             sides.add(self.dice)
             # One after the other: with no row there is no micro batch, and one that has died twice need not die again.
             killed = self._start(sides, crash_at=f"{point}#{turn}:KILL", every=None)

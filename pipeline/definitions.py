@@ -10,8 +10,8 @@ from assets.automation import what_dead_runs_kept
 from assets.broken_fleet import broken_fleets
 from assets.console import console_logger
 from assets.fleets import load_fleets
+from pipeline.crash_points import arm
 from pipeline.errors import SpecError
-from pipeline.faults import arm
 from resources.build import build_resources
 from resources.launch_settings import LaunchSettings, RefusedSettings
 from resources.profiles import Profile, current_profile, fallback_profile

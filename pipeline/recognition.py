@@ -38,7 +38,7 @@ def raw_digest(source: SourceSpec, state: str | None) -> str | None:
 
     Args:
         source: what was read.
-        state: of its files, as from `pipeline.sources.source_state`.
+        state: of its files, as from `pipeline.reading.sources.source_state`.
     """
     return None if state is None else _digest(source.model_dump(mode="json"), state, code_digest())
 

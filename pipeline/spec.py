@@ -26,7 +26,7 @@ from pydantic import (
 )
 
 from pipeline.errors import SpecError
-from pipeline.grouping.periods import Period, on_last_day, parse_moment, to_wall_clock
+from pipeline.periods import Period, on_last_day, parse_moment, to_wall_clock
 from pipeline.spec_mistakes import InconsistentSpec, LineOf, describe, explain
 
 Statistic = Literal["mean", "sum", "count", "std", "min", "max", "last"]

@@ -16,6 +16,8 @@ import pyarrow as pa
 from pipeline.errors import StoreError
 
 TIMESTAMP = pa.timestamp("us", tz="UTC")
+# Who answers a group whose own answer is significantly worse than theirs (the ledger's answered_by).
+BY_PARENT, BY_CONSTANT = "parent", "constant"
 
 
 @dataclass(frozen=True)

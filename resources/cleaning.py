@@ -14,11 +14,11 @@ import pyarrow.fs as pf
 from deltalake import CommitProperties, DeltaTable, Transaction
 from deltalake.exceptions import DeltaError
 
+from pipeline.crash_points import crash_point
 from pipeline.errors import StoreError
-from pipeline.faults import crash_point
 from pipeline.models.meta_model import filesystem_of
 from pipeline.reporting.summary import text_table
-from pipeline.store import COMMITS_PER_LEASE, TRAINING
+from pipeline.storage import COMMITS_PER_LEASE, TRAINING
 from pipeline.tables import BOOSTERS, DECISIONS, FEATURES, HOLDOUT, IMPORTANCE, LEDGER, PREDICTIONS, RAW, RUNS, fleet_runs, in_format
 from resources.delta_tables import DeltaTables
 from resources.lease import hold_lease

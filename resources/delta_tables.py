@@ -17,11 +17,11 @@ from deltalake.transaction import AddAction, create_table_with_add_actions
 from pydantic import Field
 from pyspark.sql import DataFrame, SparkSession
 
-from pipeline.delta_log import refuse_strange_features, within
 from pipeline.errors import StoreError
 from pipeline.models.meta_model import filesystem_of
+from pipeline.reading.delta_log import refuse_strange_features, within
 from pipeline.spark.files import FileWriter, WrittenFile, read_files, write_files
-from pipeline.store import Snapshot
+from pipeline.storage import Snapshot
 from pipeline.tables import TableContract
 
 Mode = Literal["append", "overwrite"]

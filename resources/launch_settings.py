@@ -12,7 +12,7 @@ import pandas as pd
 from pydantic import Field
 
 from pipeline.errors import SpecError
-from pipeline.grouping.periods import parse_moment
+from pipeline.periods import parse_moment
 from pipeline.spark.fleet_training import Request, newest_as_of
 from pipeline.spec import FleetSpec
 from resources.delta_tables import DeltaTables

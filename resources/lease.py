@@ -29,7 +29,7 @@ from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, create_table_with_add_actions
 
 from pipeline.errors import StoreError
-from pipeline.store import COMMITS_PER_LEASE, TRAINING
+from pipeline.storage import COMMITS_PER_LEASE, TRAINING
 from pipeline.tables import BOOSTERS, HOLDOUT, LEASES, LEDGER, RUNS
 from resources.delta_tables import DeltaTables
 

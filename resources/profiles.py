@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.crash_points import VARIABLE
 from pipeline.errors import SpecError
-from pipeline.faults import VARIABLE
-from pipeline.grouping.periods import MOMENT_EXAMPLES, parse_moment
 from pipeline.models.meta_model import group_id
+from pipeline.periods import MOMENT_EXAMPLES, parse_moment
 
 DATA = "MANY_MODELS_DATA"
 PROFILE = "MANY_MODELS_PROFILE"

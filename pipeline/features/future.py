@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.features.history import Indices
-from pipeline.grouping.periods import Flags, Period, Times
+from pipeline.periods import Flags, Period, Times
 
 
 def future_times(period: Period, newest: pd.Timestamp, end: pd.Timestamp, newest_of_entity: Times, last_days: Flags) -> tuple[Indices, Times]:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 
-from pipeline.grouping.periods import Flags, Period, Times, on_last_day, to_wall_clock
+from pipeline.periods import Flags, Period, Times, on_last_day, to_wall_clock
 from pipeline.spec import FleetSpec, LagSpec, RollingSpec, Statistic
 
 Floats = npt.NDArray[np.float64]

@@ -8,7 +8,7 @@ import pandas as pd
 import pyarrow as pa
 
 from pipeline.features.history import Floats, bounds_of, codes_of, search_slices, times_of, values_of
-from pipeline.grouping.periods import SECONDS, Flags, Period, Times
+from pipeline.periods import SECONDS, Flags, Period, Times
 from pipeline.spec import FleetSpec
 
 # A column looks like the target from this share of equal values on, or this correlation of their changes: the delay

@@ -16,8 +16,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import ModelNotFound, StoreError
 from pipeline.models.meta_model import CHAINS, INDEPENDENT, PACK_FORMAT, FleetModel, footer_of, group_id, index_digest
 from pipeline.spec import COUNTED, FleetSpec
-from pipeline.tables import records
-from pipeline.training.blend import BY_CONSTANT
+from pipeline.tables import BY_CONSTANT, records
 
 CHAINS_PER_ROW_GROUP = 4096
 ROW_GROUP_BYTES = 16 << 20

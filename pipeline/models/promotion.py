@@ -16,9 +16,8 @@ import pandas as pd
 from pipeline.errors import DataError, StoreError
 from pipeline.models.meta_model import CORRECTION
 from pipeline.models.pack import ancestry
-from pipeline.tables import records
-from pipeline.training.blend import BY_CONSTANT, BY_PARENT
-from pipeline.training.start import CrossSelection, Start
+from pipeline.models.start import CrossSelection, Start
+from pipeline.tables import BY_CONSTANT, BY_PARENT, records
 
 Key = tuple[int, str]
 Floats = npt.NDArray[np.float64]

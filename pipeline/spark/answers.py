@@ -11,8 +11,8 @@ from pyspark.sql.pandas.types import from_arrow_schema
 from pyspark.sql.types import StructField, StructType
 
 from pipeline.models.meta_model import FleetModel
-from pipeline.row_files import Reading
-from pipeline.row_source import SCORED_AT, SCORED_PERIOD, RowSource, answer_schema, text_columns
+from pipeline.reading.files import Reading
+from pipeline.scoring.row_source import SCORED_AT, SCORED_PERIOD, RowSource, answer_schema, text_columns
 from pipeline.spark.archives import share_pack
 from pipeline.spark.files import Batches, rows_reader
 from pipeline.spark.training import keep_imports

@@ -10,8 +10,6 @@ import pandas as pd
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as sf
 
-from pipeline.grouping.sampling import sampling_exponents
-from pipeline.grouping.splits import REPORT, Cutoffs
 from pipeline.models.meta_model import CORRECTION
 from pipeline.models.promotion import (
     NEW_GROUP,
@@ -24,16 +22,18 @@ from pipeline.models.promotion import (
     judge_rivals,
     kind_of_change,
 )
+from pipeline.models.start import Start
+from pipeline.runs.sampling import sampling_exponents
 from pipeline.spark.evaluation import baseline_answer, baseline_answers, constant_column, judged_rows, nearest_predictions
 from pipeline.spark.fleet_training import Cluster, groups_with_model, held_out_rows, train_aside
 from pipeline.spark.losses import Paired, compare_answers, in_target_units, level_answers, row_loss
 from pipeline.spark.training import limited_rows, visible_rows
 from pipeline.spec import MULTICLASS, FleetSpec
-from pipeline.store import Tables
-from pipeline.tables import HOLDOUT
-from pipeline.training.blend import BY_CONSTANT, Constants
+from pipeline.storage import Tables
+from pipeline.tables import BY_CONSTANT, HOLDOUT
+from pipeline.training.blend import Constants
 from pipeline.training.objective import learning_goal
-from pipeline.training.start import Start
+from pipeline.training.splits import REPORT, Cutoffs
 from pipeline.training.trainer import TrainingSettings, fit_twin
 
 # Seconds of one fit where the ledger knows none.

@@ -12,9 +12,10 @@ from pyspark.sql.datasource import DataSource, DataSourceStreamReader, InputPart
 from pyspark.sql.streaming.datasource import ReadAllAvailable, ReadLimit, ReadMaxFiles, SupportsTriggerAvailableNow
 from pyspark.sql.types import StructType
 
-from pipeline.delta_log import Commit, live_files, open_delta, read_commit
 from pipeline.errors import DataError
-from pipeline.row_files import Reading, RowFile
+from pipeline.models.meta_model import filesystem_of
+from pipeline.reading.delta_log import Commit, live_files, open_delta, read_commit
+from pipeline.reading.files import Reading, RowFile
 from pipeline.spark.files import rows_reader
 
 PASSED_OVER = 100
@@ -104,9 +105,9 @@ class DeltaVersionsReader(DataSourceStreamReader, SupportsTriggerAvailableNow):
     def partitions(self, start: dict[str, int], end: dict[str, int]) -> Sequence[InputPartition]:
         """The files between two versions; from the beginning, those of the version."""
         if start["version"] < 0:
-            return [
-                FilePartition(file) for file in live_files(open_delta(self._location, self._storage, end["version"]), self._location, self._storage)
-            ]
+            table = open_delta(self._location, self._storage, end["version"])
+            _, root = filesystem_of(self._location, self._storage)
+            return [FilePartition(file) for file in live_files(table, self._location, root)]
         files = [FilePartition(file) for version in range(start["version"] + 1, end["version"] + 1) for file in self._added(version)]
         self._commits = {version: commit for version, commit in self._commits.items() if version > end["version"]}
         return files
@@ -122,7 +123,8 @@ class DeltaVersionsReader(DataSourceStreamReader, SupportsTriggerAvailableNow):
     def _added(self, version: int) -> tuple[RowFile, ...]:
         """The files with new rows of one version."""
         if version not in self._commits:
-            self._commits[version] = read_commit(self._location, version, self._storage)
+            filesystem, root = filesystem_of(self._location, self._storage)
+            self._commits[version] = read_commit(filesystem, root, self._location, version)
         commit = self._commits[version]
         if not commit.takes_away:
             return commit.added

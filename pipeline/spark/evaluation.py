@@ -11,11 +11,11 @@ import pandas as pd
 from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as sf
 
-from pipeline.grouping.splits import REPORT, TUNE, Cutoffs
 from pipeline.spark.keys import finite, inverse_link_column, link_column, moment_column
 from pipeline.spark.measures import baseline_measures, row_errors, row_means, row_measures, shown_measures
 from pipeline.spec import MULTICLASS, QUANTILE, WAYS, FleetSpec
 from pipeline.training.blend import N_BLOCKS, Constants, GroupSkill, Moments
+from pipeline.training.splits import REPORT, TUNE, Cutoffs
 
 # An interval from n rows contains up to 1 / (n + 1) more answers than it should: from here on about 3 in 100 at most.
 MIN_INTERVAL_ROWS = 30

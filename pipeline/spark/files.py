@@ -13,7 +13,7 @@ from pyspark.sql.pandas.types import from_arrow_schema, to_arrow_schema
 from pyspark.sql.types import StructType
 
 from pipeline.models.meta_model import filesystem_of
-from pipeline.row_files import Reading, RowFile, read_rows
+from pipeline.reading.files import Reading, RowFile, read_rows
 
 Batches = Iterator[pa.RecordBatch]
 FILE_COLUMNS = "path string, size long, n_rows long"

@@ -20,12 +20,15 @@ from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as sf
 
+from pipeline.crash_points import crash_point
 from pipeline.errors import DataError
-from pipeline.faults import crash_point
 from pipeline.features.encoding import choose_categories
-from pipeline.grouping.fingerprints import fingerprint, shared_digest
-from pipeline.grouping.periods import Period
-from pipeline.grouping.plan import (
+from pipeline.models.meta_model import CORRECTION, INDEPENDENT, grain_name
+from pipeline.models.pack import model_spec
+from pipeline.models.start import Start
+from pipeline.periods import Period
+from pipeline.runs.fingerprints import fingerprint, shared_digest
+from pipeline.runs.plan import (
     INHERIT,
     KEEP,
     REFRESH,
@@ -42,11 +45,8 @@ from pipeline.grouping.plan import (
     pack_tasks,
     refuse_unknown,
 )
-from pipeline.grouping.sampling import sampling_exponents
-from pipeline.grouping.schedule import Schedule
-from pipeline.grouping.splits import TUNE, Cutoffs, resolve_cutoffs
-from pipeline.models.meta_model import CORRECTION, INDEPENDENT, grain_name
-from pipeline.models.pack import model_spec
+from pipeline.runs.sampling import sampling_exponents
+from pipeline.runs.schedule import Schedule
 from pipeline.spark.evaluation import judged_rows, measure_groups, nearest_predictions, sum_moments
 from pipeline.spark.features import newest_known, newest_time
 from pipeline.spark.files import read_files
@@ -67,12 +67,12 @@ from pipeline.spark.training import (
     without_adaptive_execution,
 )
 from pipeline.spec import FleetSpec
-from pipeline.store import COMMITS_PER_LEASE, TRAINING, HeldLease, Tables
+from pipeline.storage import COMMITS_PER_LEASE, TRAINING, HeldLease, Tables
 from pipeline.tables import BOOSTERS, HOLDOUT, LEDGER, RECIPES, RUNS, TableContract, fleet_runs, in_format, records
 from pipeline.training.blend import STANDARD_ERRORS, Constants, GroupSkill, learn_blend
 from pipeline.training.objective import learning_goal
 from pipeline.training.outcome import ERROR, NATIVE_CRASH, WITH_BOOSTER
-from pipeline.training.start import Start
+from pipeline.training.splits import TUNE, Cutoffs, resolve_cutoffs
 from pipeline.training.trainer import TrainingSettings
 from pipeline.training.worker import TrainGroup
 

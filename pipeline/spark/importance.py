@@ -18,7 +18,7 @@ from pipeline.spark.fleet_training import read_runs
 from pipeline.spark.keys import finite
 from pipeline.spark.training import grain_column, has_weight, keep_imports, limited_rows, visible_rows, without_adaptive_execution
 from pipeline.spec import FleetSpec
-from pipeline.store import Tables
+from pipeline.storage import Tables
 from pipeline.tables import BOOSTERS, IMPORTANCE
 from pipeline.training.worker import rows_in_pandas
 

@@ -12,7 +12,8 @@ from pipeline.spark.evaluation import constant_column
 from pipeline.spark.keys import inverse_link_column, moment_column, moment_of
 from pipeline.spark.measures import SMALLEST, deviance
 from pipeline.spec import HUBER, MULTICLASS, QUANTILE, FleetSpec
-from pipeline.training.blend import BY_CONSTANT, BY_PARENT, Constants, GroupSkill
+from pipeline.tables import BY_CONSTANT, BY_PARENT
+from pipeline.training.blend import Constants, GroupSkill
 
 # Stretches of the report split whose sums are compared.
 N_STRETCHES = 24

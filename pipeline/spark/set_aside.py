@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import DataError
-from pipeline.row_files import RowFile
+from pipeline.reading.files import RowFile
 from pipeline.spark.files import Batches
 
 FOLDER = "set-aside"

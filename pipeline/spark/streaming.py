@@ -23,17 +23,17 @@ from pyspark.sql import functions as sf
 from pyspark.sql.pandas.types import from_arrow_schema, to_arrow_schema
 from pyspark.sql.types import StructType
 
+from pipeline.crash_points import crash_point
 from pipeline.errors import DataError, SpecError, StoreError
-from pipeline.faults import crash_point
 from pipeline.models.meta_model import FleetModel, InputError
-from pipeline.row_files import SUFFIXES, Reading, root_of, row_file
-from pipeline.row_source import SCORED_AT, RowSource, check_columns
+from pipeline.reading.files import SUFFIXES, Reading, root_of, row_file
+from pipeline.scoring.row_source import SCORED_AT, RowSource, check_columns
 from pipeline.spark.answers import answer_rows
 from pipeline.spark.data_errors import in_error_tree
 from pipeline.spark.delta_stream import DeltaVersions
 from pipeline.spark.files import Batches, escaped, rows_reader, write_files
 from pipeline.spark.set_aside import FileSetAside, SetAside
-from pipeline.store import Tables
+from pipeline.storage import Tables
 
 POLL_SECONDS = 0.2
 PINNED = "stream.json"

@@ -18,15 +18,15 @@ from pyspark.sql import functions as sf
 from pyspark.sql.pandas.types import from_arrow_schema
 
 from pipeline.errors import DataError
-from pipeline.grouping.plan import GroupKey
-from pipeline.grouping.sampling import SAMPLED_WHOLE
-from pipeline.grouping.schedule import Pace, seconds_left
-from pipeline.grouping.splits import FIT, GAP, REPORT, TUNE, Cutoffs
+from pipeline.runs.plan import GroupKey
+from pipeline.runs.sampling import SAMPLED_WHOLE
+from pipeline.runs.schedule import Pace, seconds_left
 from pipeline.spark.files import FileWriter, WrittenFile, file_json, file_of_json
 from pipeline.spark.keys import finite, group_id_column, link_column, moment_column
 from pipeline.spec import BINARY, COUNTED, MAX_CLASSES, MULTICLASS, QUANTILE, FleetSpec
 from pipeline.tables import BOOSTERS, HOLDOUT
 from pipeline.training.blend import Constants
+from pipeline.training.splits import FIT, GAP, REPORT, TUNE, Cutoffs
 from pipeline.training.trainer import RATE, TrainingSettings, train_group
 from pipeline.training.worker import NOT_STARTED, OUTCOME_SCHEMA, TaskWorker, TrainGroup, not_started
 
@@ -303,7 +303,7 @@ def placed_rows(spark: SparkSession, rows: DataFrame, spec: FleetSpec, groups: p
         spark: the session.
         rows: the visible rows.
         spec: the fleet.
-        groups: what is trained: grain, group_id, task (from 0, without gaps) and, for a sampled group, exponent (see `pipeline.grouping.sampling`).
+        groups: what is trained: grain, group_id, task (from 0, without gaps) and, for a sampled group, exponent (see `pipeline.runs.sampling`).
         bases: what the groups' trees correct: row_key and the parent's prediction, `_base`; None where they correct nothing.
 
     Returns:

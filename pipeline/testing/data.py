@@ -7,11 +7,11 @@ import numpy as np
 import pandas as pd
 
 from pipeline.features.encoding import choose_categories
-from pipeline.grouping.splits import resolve_cutoffs
 from pipeline.models.meta_model import group_id, key_text
 from pipeline.models.pack import model_spec
 from pipeline.spec import FleetSpec, parse_spec
 from pipeline.training.objective import learning_goal
+from pipeline.training.splits import resolve_cutoffs
 from pipeline.training.trainer import TrainingSettings
 
 SMALL_FLEET: Mapping[str, Any] = {

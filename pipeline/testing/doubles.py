@@ -21,9 +21,9 @@ import pyarrow.compute as pc
 
 from pipeline.errors import ModelNotFound, StoreError
 from pipeline.models.meta_model import FleetModel, group_ids
-from pipeline.store import Snapshot
+from pipeline.models.start import Start
+from pipeline.storage import Snapshot
 from pipeline.training.outcome import Outcome
-from pipeline.training.start import Start
 from pipeline.training.trainer import NO_START, TrainingSettings, train_group
 
 

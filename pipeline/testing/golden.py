@@ -41,7 +41,8 @@ def golden_values(tables: Any, namespace: str, run_id: str, model: FleetModel) -
 
     def rows(name: str, key: str, *by: str) -> pd.DataFrame:
         table = tables.read_pandas(tables.location(namespace, name))
-        return table[table[key] == run_id].sort_values(list(by))
+        found: pd.DataFrame = table[table[key] == run_id].sort_values(list(by))
+        return found
 
     (run,) = rows("runs", "run_id", "run_id").to_dict("records")
     answers = rows("predictions", "fleet_version", "row_key")
@@ -64,7 +65,8 @@ def golden_values(tables: Any, namespace: str, run_id: str, model: FleetModel) -
 
 def _chains(model: FleetModel) -> pd.DataFrame:
     rows = model.chain_rows()
-    return rows[rows["serves"]]
+    serving: pd.DataFrame = rows[rows["serves"]]
+    return serving
 
 
 def _by_group(rows: pd.DataFrame, columns: Sequence[str]) -> dict[str, Any]:

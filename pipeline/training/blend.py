@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from pipeline.grouping.splits import REPORT, TUNE
+from pipeline.tables import BY_CONSTANT
+from pipeline.training.splits import REPORT, TUNE
 
 Floats = npt.NDArray[np.float64]
 
@@ -24,8 +25,6 @@ DISCERNIBLE = 1e-12
 # How far below the best gain a more cautious weight may stay, in standard errors of the difference.
 STANDARD_ERRORS = 2.0
 DECIMALS = 9
-# Who answers a group whose own answer is significantly worse than theirs.
-BY_PARENT, BY_CONSTANT = "parent", "constant"
 
 
 class Constants(NamedTuple):

@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from pipeline.grouping.splits import FIT, GAP, REPORT, TUNE, Cutoffs
 from pipeline.models.boosters import encode_booster
 from pipeline.models.meta_model import CORRECTION, Floats, design_matrix, group_ids, key_text, link, offset_and_scale
+from pipeline.models.start import CrossSelection, Start, Winner
 from pipeline.spec import COUNTED, MULTICLASS, TuningSpec
 from pipeline.training.outcome import CONSTANT_TARGET, INFINITE_TARGET, NO_TARGET, NOT_POOLED, TOO_FEW_ROWS, UNKNOWN_CLASS, Outcome
-from pipeline.training.start import CrossSelection, Start, Winner
+from pipeline.training.splits import FIT, GAP, REPORT, TUNE, Cutoffs
 from pipeline.training.tuner import Clock, Learnable, Study, fit_booster
 
 POOLED = 0

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import optuna
 
+from pipeline.models.start import Start, Winner
 from pipeline.spec import TuningSpec
 from pipeline.training.objective import (
     MAX_BIN,
@@ -22,7 +23,6 @@ from pipeline.training.objective import (
     search_space,
     suggest_parameters,
 )
-from pipeline.training.start import Start, Winner
 
 Floats = npt.NDArray[np.float64]
 REPORT_EVERY = 10

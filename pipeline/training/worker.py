@@ -9,10 +9,10 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
+from pipeline.models.start import Start
 from pipeline.tables import HOLDOUT
 from pipeline.training.isolation import GroupProcess
 from pipeline.training.outcome import ERROR, Outcome
-from pipeline.training.start import Start
 from pipeline.training.trainer import NO_START, POOLED, TrainingSettings, judged_without_model, train_group
 
 OUTCOME_SCHEMA: Any = pa.schema(

@@ -155,7 +155,7 @@ def settle(file: Path, moment: float) -> None:
     import os
     import time
 
-    from pipeline.sources import LOCAL_DOUBT_SECONDS
+    from pipeline.reading.sources import LOCAL_DOUBT_SECONDS
 
     os.utime(file, (moment, moment))
     time.sleep(LOCAL_DOUBT_SECONDS + 0.1)

@@ -14,7 +14,7 @@ from deltalake import write_deltalake
 
 from assets.link import FleetFiles
 from assets.raw import raw_asset
-from pipeline import sources
+from pipeline.reading import sources
 from pipeline.spec import FleetSpec, SourceSpec
 from pipeline.testing.doubles import FailingTables, MemoryTables
 from resources.delta_tables import DeltaTables

@@ -7,7 +7,7 @@ import pytest
 from deltalake import DeltaTable
 
 from benchmarks.generated import GeneratedFleet, tuning_gain, write_features
-from pipeline.grouping.splits import FIT, REPORT, TUNE, resolve_cutoffs
+from pipeline.training.splits import FIT, REPORT, TUNE, resolve_cutoffs
 
 
 def shares(rows: pd.DataFrame, fleet: GeneratedFleet) -> pd.DataFrame:

@@ -13,8 +13,8 @@ from pyspark.sql import SparkSession
 from benchmarks.generated import GeneratedFleet
 from benchmarks.kills import WAVES_REPEATED, Reference, Trial, kill_trials, random_trials, straight_run, survive
 from benchmarks.poison import POISONS, TRAINED, train_poisoned
-from pipeline.faults import POINTS
-from pipeline.grouping.schedule import Schedule
+from pipeline.crash_points import POINTS
+from pipeline.runs.schedule import Schedule
 from pipeline.spark.fleet_training import _overlapping
 from pipeline.spark.training import TrainedFiles, Wave
 

@@ -20,7 +20,7 @@ from deltalake import DeltaTable, write_deltalake
 from assets.scoring_commands import Scorer
 from benchmarks import stream_kills
 from benchmarks.serving import served
-from pipeline.faults import STREAM_POINTS
+from pipeline.crash_points import STREAM_POINTS
 from pipeline.models.meta_model import FleetModel
 from pipeline.testing.packs import ASKED, INPUTS, asked_pack, asked_rows, register_asked
 from resources.delta_tables import DeltaTables

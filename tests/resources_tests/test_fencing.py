@@ -15,7 +15,7 @@ from deltalake.exceptions import DeltaError
 from pipeline.errors import StoreError
 from pipeline.spark.fleet_training import Commits
 from pipeline.spark.training import TrainedFiles, Wave
-from pipeline.store import HeldLease
+from pipeline.storage import HeldLease
 from pipeline.tables import BOOSTERS, LEDGER, RUNS
 from pipeline.testing.doubles import FreeLease, MemoryTables
 from resources.delta_tables import DeltaTables

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.crash_points import VARIABLE as CRASH_AT
 from pipeline.errors import SpecError
-from pipeline.faults import VARIABLE as CRASH_AT
 from resources import profiles
 from resources.profiles import (
     AS_OF,

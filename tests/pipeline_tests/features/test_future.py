@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from pipeline.features.future import future_times
-from pipeline.grouping.periods import Period
+from pipeline.periods import Period
 from pipeline.testing.data import small_spec
 
 

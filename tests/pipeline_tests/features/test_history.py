@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.features.history import ON_LAST_DAYS, add_history, plan_passes
-from pipeline.grouping.periods import Period
+from pipeline.periods import Period
 from pipeline.spec import FleetSpec
 from pipeline.testing.data import small_spec
 

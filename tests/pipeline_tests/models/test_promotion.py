@@ -26,7 +26,7 @@ from pipeline.models.promotion import (
     taken_back,
     with_refits,
 )
-from pipeline.training.start import Start
+from pipeline.models.start import Start
 
 GROUPS = [(0, "[]"), *((1, f'["{number}"]') for number in range(9))]
 

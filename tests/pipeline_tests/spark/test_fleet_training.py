@@ -14,8 +14,8 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as sf
 
 from pipeline.errors import DataError
-from pipeline.grouping.splits import REPORT, TUNE
 from pipeline.models.meta_model import group_id, inverse_link, link
+from pipeline.models.start import Start
 from pipeline.spark.evaluation import MIN_INTERVAL_ROWS, judged_rows
 from pipeline.spark.fleet_training import Cluster, History, PlannedRun, Request, manifest, plan_run, train_run
 from pipeline.spark.training import (
@@ -34,7 +34,7 @@ from pipeline.tables import BOOSTERS, HOLDOUT, LEDGER, RUNS
 from pipeline.testing.doubles import FailingTrainer, FreeLease
 from pipeline.training.blend import N_BLOCKS, Moments, learn_blend
 from pipeline.training.outcome import Outcome
-from pipeline.training.start import Start
+from pipeline.training.splits import REPORT, TUNE
 from pipeline.training.trainer import train_group
 from resources.delta_tables import DeltaTables
 

@@ -8,10 +8,10 @@ import pyarrow as pa
 import pytest
 from pyspark.sql import DataFrame, SparkSession
 
-from pipeline.grouping.splits import resolve_cutoffs
 from pipeline.spark.training import MASK_BITS, TrainingData, count_groups
 from pipeline.spec import FleetSpec
 from pipeline.testing.data import feature_rows, small_spec
+from pipeline.training.splits import resolve_cutoffs
 
 pytestmark = pytest.mark.spark
 

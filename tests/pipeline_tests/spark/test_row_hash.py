@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import DataFrame, SparkSession
 
-from pipeline.grouping.splits import Cutoffs
 from pipeline.models.meta_model import design_matrix
 from pipeline.models.pack import model_spec
 from pipeline.spark.training import count_groups
 from pipeline.spec import parse_spec
+from pipeline.training.splits import Cutoffs
 
 pytestmark = [pytest.mark.spark, pytest.mark.slow]
 

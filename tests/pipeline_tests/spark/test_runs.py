@@ -17,8 +17,9 @@ import pytest
 from pyspark.sql import DataFrame, SparkSession
 
 from pipeline.errors import DataError, StoreError
-from pipeline.grouping.fingerprints import fingerprint, shared_digest
 from pipeline.models.meta_model import group_id, group_ids
+from pipeline.models.start import Start
+from pipeline.runs.fingerprints import fingerprint, shared_digest
 from pipeline.spark import fleet_training, training
 from pipeline.spark.fleet_training import Cluster, History, PlannedRun, Request, plan_run, train_run
 from pipeline.spark.training import placed_rows, without_adaptive_execution
@@ -27,7 +28,6 @@ from pipeline.tables import LEDGER
 from pipeline.testing.data import feature_rows, small_spec
 from pipeline.testing.doubles import FailingTrainer, FreeLease
 from pipeline.training.outcome import Outcome
-from pipeline.training.start import Start
 from pipeline.training.trainer import RATE, train_group
 from resources.delta_tables import DeltaTables
 

@@ -13,7 +13,7 @@ from pyspark.sql import functions as sf
 from pipeline.models.boosters import encode_booster
 from pipeline.models.meta_model import FleetModel, InputError, group_id
 from pipeline.models.pack import Generation, model_spec, write_pack
-from pipeline.row_source import check_columns
+from pipeline.scoring.row_source import check_columns
 from pipeline.spark.answers import asked_rows, gathered
 from pipeline.spark.scoring import score_rows
 from pipeline.spec import parse_spec

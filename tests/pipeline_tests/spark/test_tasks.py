@@ -13,7 +13,6 @@ import pytest
 from pyspark.sql import DataFrame, SparkSession
 
 from pipeline.errors import DataError
-from pipeline.grouping.splits import REPORT, TUNE
 from pipeline.models.meta_model import FleetModel, answer_columns
 from pipeline.models.pack import Generation, write_pack
 from pipeline.models.promotion import judge_challenger
@@ -27,6 +26,7 @@ from pipeline.spec import FleetSpec
 from pipeline.testing.data import feature_rows, small_spec, with_classes
 from pipeline.testing.doubles import FreeLease, MemoryTables
 from pipeline.training.blend import Moments, learn_blend
+from pipeline.training.splits import REPORT, TUNE
 from resources.delta_tables import DeltaTables
 
 pytestmark = pytest.mark.spark

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.grouping.splits import REPORT, TUNE
 from pipeline.training.blend import N_BLOCKS, Evidence, GroupSkill, Moments, choose_weights, learn_blend
+from pipeline.training.splits import REPORT, TUNE
 
 Pooling = Literal["blend", "select", "none"]
 CONSTANT = 2.0

@@ -8,11 +8,11 @@ import pandas as pd
 import pytest
 
 import pipeline.training.trainer as trainer_module
-from pipeline.grouping.splits import FIT, GAP, REPORT, TUNE
 from pipeline.models.meta_model import decode_booster, design_matrix, group_id
+from pipeline.models.start import CrossSelection, Start, Winner
 from pipeline.testing.data import feature_rows, group_rows, small_spec, training_settings, with_classes
 from pipeline.training.outcome import Outcome
-from pipeline.training.start import CrossSelection, Start, Winner
+from pipeline.training.splits import FIT, GAP, REPORT, TUNE
 from pipeline.training.trainer import RATE, TrainingSettings, judged_without_model, train_group
 from pipeline.training.tuner import Learnable, fit_booster
 

@@ -6,6 +6,7 @@ import numpy as np
 import optuna
 import pytest
 
+from pipeline.models.start import Start
 from pipeline.spec import SearchRange, TuningSpec
 from pipeline.testing.data import small_spec
 from pipeline.training import tuner as module
@@ -19,7 +20,6 @@ from pipeline.training.objective import (
     search_space,
     suggest_parameters,
 )
-from pipeline.training.start import Start
 from pipeline.training.tuner import Clock, Learnable, Study, Tuned
 
 RNG = np.random.default_rng(7)

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pytest
 
 from pipeline.models.meta_model import decode_booster, group_ids
+from pipeline.models.start import Start
 from pipeline.tables import HOLDOUT
 from pipeline.testing.data import group_rows
 from pipeline.training.outcome import Outcome
-from pipeline.training.start import Start
 from pipeline.training.trainer import NO_START, TrainingSettings, train_group
 from pipeline.training.worker import OUTCOME_SCHEMA, TaskWorker, TrainGroup, rows_in_pandas, train_one
 

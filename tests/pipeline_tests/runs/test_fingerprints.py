@@ -3,12 +3,12 @@ from typing import Any
 import pandas as pd
 import pytest
 
-import pipeline.grouping.fingerprints as module
-from pipeline.grouping.fingerprints import fingerprint, shared_digest
-from pipeline.grouping.splits import Cutoffs
+import pipeline.runs.fingerprints as module
 from pipeline.models.pack import model_spec
+from pipeline.runs.fingerprints import fingerprint, shared_digest
 from pipeline.testing.data import small_spec
 from pipeline.training.objective import learning_goal
+from pipeline.training.splits import Cutoffs
 
 CUTOFFS = Cutoffs(*(pd.Timestamp(day) for day in ("2024-10-26", "2024-07-26", "2024-09-26")))
 CATEGORIES = {"kind": ["large", "small"]}

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from pipeline.grouping.periods import Period, Times
+from pipeline.periods import Period, Times
 from pipeline.spec import SplitsSpec
 
 FIT, TUNE, REPORT, GAP = "fit", "tune", "report", "gap"

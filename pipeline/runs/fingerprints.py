@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from importlib.metadata import version as installed_version
 from typing import Any
 
-from pipeline.grouping.splits import Cutoffs
 from pipeline.spec import BUDGETS, TuningSpec
+from pipeline.training.splits import Cutoffs
 
 # Goes up whenever the training code gives other boosters from the same rows.
 TRAINING_VERSION = 1

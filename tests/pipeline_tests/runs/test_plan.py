@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.grouping.fingerprints import fingerprint
-from pipeline.grouping.periods import Period
-from pipeline.grouping.plan import LAST_SHARES, TASK_SECONDS, CostModel, Memory, Policy, TrainingPlan, assign_waves, build_plan, pack_tasks
-from pipeline.training.start import CrossSelection, Start, Winner
+from pipeline.models.start import CrossSelection, Start, Winner
+from pipeline.periods import Period
+from pipeline.runs.fingerprints import fingerprint
+from pipeline.runs.plan import LAST_SHARES, TASK_SECONDS, CostModel, Memory, Policy, TrainingPlan, assign_waves, build_plan, pack_tasks
 
 COUNTS = ["n_rows", "n_target", "n_fit", "n_tune", "n_report"]
 AS_OF = pd.Timestamp("2024-06-01")

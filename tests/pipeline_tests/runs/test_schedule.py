@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.grouping.schedule import LEARNT_FROM, PROBE_GROUPS, SHOWN_FROM, WAVES_AT_ONCE, Pace, Schedule, seconds_left
+from pipeline.runs.schedule import LEARNT_FROM, PROBE_GROUPS, SHOWN_FROM, WAVES_AT_ONCE, Pace, Schedule, seconds_left
 
 CHECKPOINT = 60.0
 # A group that a wave may hold beside others takes at most so much of a checkpoint.

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.grouping.sampling import sampling_exponents
+from pipeline.runs.sampling import sampling_exponents
 
 
 @pytest.mark.parametrize(("n_rows", "expected"), [(0, 0), (1, 0), (1000, 0), (1001, 1), (2000, 1), (2001, 2), (8000, 3), (10**6, 10)])

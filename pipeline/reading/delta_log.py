@@ -13,8 +13,7 @@ from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 
 from pipeline.errors import DataError, StoreError
-from pipeline.models.meta_model import filesystem_of
-from pipeline.row_files import RowFile, plain_type
+from pipeline.reading.files import RowFile, plain_type
 
 READABLE_FEATURES = frozenset({"appendOnly", "invariants", "timestampNtz", "checkConstraints", "generatedColumns", "v2Checkpoint"})
 
@@ -59,9 +58,14 @@ def schema_of_table(table: DeltaTable) -> pa.Schema:
     return pa.schema([pa.field(column.name, plain_type(column.type)) for column in pa.schema(table.schema().to_arrow())])
 
 
-def live_files(table: DeltaTable, location: str, options: Mapping[str, str]) -> list[RowFile]:
-    """The files of a table's version, with the values of its partition columns; paths are those of `filesystem_of`."""
-    _, root = filesystem_of(location, options)
+def live_files(table: DeltaTable, location: str, root: str) -> list[RowFile]:
+    """The files of a table's version, with the values of its partition columns.
+
+    Args:
+        table: opened at that version.
+        location: its address, for messages.
+        root: its path on its file system, below which the files are.
+    """
     names = table.metadata().partition_columns
     actions = pa.table(table.get_add_actions(flatten=True)).to_pylist()
     return [
@@ -98,14 +102,19 @@ class Commit:
     takes_away: bool
 
 
-def read_commit(location: str, version: int, options: Mapping[str, str]) -> Commit:
-    """One version's changes of rows; files that were only put together otherwise (compaction) are none.
+def read_commit(filesystem: pf.FileSystem, root: str, location: str, version: int) -> Commit:
+    """What one version changed; files that compaction merely rewrote do not count.
+
+    Args:
+        filesystem: that holds the table.
+        root: its path there.
+        location: its address, for messages.
+        version: of the table.
 
     Raises:
         DataError: if the version is no longer in the log, or uses deletion vectors.
         StoreError: if the log cannot be read.
     """
-    filesystem, root = filesystem_of(location, options)
     added: list[RowFile] = []
     takes_away, operation = False, ""
     for action in _actions(filesystem, root, version, location):

@@ -9,10 +9,10 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.fs as pf
 
-from pipeline.delta_log import is_delta, live_files, open_delta, schema_of_table
 from pipeline.errors import DataError
-from pipeline.models.meta_model import FleetModel, InputError, answer_columns, check_listed_once
-from pipeline.row_files import Kind, Reading, RowFile, local_files, schema_of
+from pipeline.models.meta_model import FleetModel, InputError, answer_columns, check_listed_once, filesystem_of
+from pipeline.reading.delta_log import is_delta, live_files, open_delta, schema_of_table
+from pipeline.reading.files import Kind, Reading, RowFile, local_files, schema_of
 
 DOUBLE = "double"
 SCORED_AT, SCORED_PERIOD = "scored_at", "scored_period"
@@ -64,7 +64,8 @@ def find_source(address: str, reading: Reading, options: Mapping[str, str], *, l
     """
     if is_delta(address, options):
         table = open_delta(address, options)
-        return RowSource(address, "delta", schema_of_table(table), live_files(table, address, options), table.version())
+        _, root = filesystem_of(address, options)
+        return RowSource(address, "delta", schema_of_table(table), live_files(table, address, root), table.version())
     if "://" in address:
         raise DataError(
             f"no Delta table is at {address}; files are read from local or mounted folders only: copy them, or write them as a Delta table"

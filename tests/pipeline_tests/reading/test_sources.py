@@ -12,7 +12,7 @@ import pytest
 from deltalake import write_deltalake
 
 from pipeline.errors import DataError, SpecError
-from pipeline.sources import read_source
+from pipeline.reading.sources import read_source
 from pipeline.spec import SourceSpec
 
 CSV = "city,sales\noslo,1.5\nroma,NA\n"

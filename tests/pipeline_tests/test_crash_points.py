@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.crash_points import DECISION_POINTS, POINTS, STREAM_POINTS, arm, crash_point
 from pipeline.errors import SpecError
-from pipeline.faults import DECISION_POINTS, POINTS, STREAM_POINTS, arm, crash_point
 
 
 @pytest.fixture(autouse=True)

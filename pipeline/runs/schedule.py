@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pipeline.grouping.plan import DOUBT, WAVE_SHARE, GroupKey, pack_tasks
+from pipeline.runs.plan import DOUBT, WAVE_SHARE, GroupKey, pack_tasks
 
 # Waves that may be trained and not committed; a killed run loses those.
 WAVES_AT_ONCE = 2

@@ -10,8 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import DataError
-from pipeline.models.meta_model import InputError
-from pipeline.row_files import NULL_TEXTS, Reading, RowFile, constant_of, local_files, plain_type, read_rows, row_file, schema_of
+from pipeline.reading.files import NULL_TEXTS, Reading, RowFile, constant_of, local_files, plain_type, read_rows, row_file, schema_of
 from pipeline.spec import SourceSpec
 
 READING = Reading(numbers=frozenset({"price"}), whole=frozenset({"store"}))
@@ -107,7 +106,7 @@ def test_folders_give_the_columns_that_their_names_say(tmp_path: Path) -> None:
 def test_a_file_that_lacks_a_required_column_is_named_with_what_it_has(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("store,price\nx,1\n")
     (tmp_path / "b.csv").write_text("store,cost\nx,1\n")
-    with pytest.raises(InputError, match=r"b\.csv: missing columns: price; it has: store, cost"):
+    with pytest.raises(DataError, match=r"b\.csv: missing columns: price; it has: store, cost"):
         read(tmp_path, required=["price"])
 
 

@@ -18,7 +18,6 @@ import pyarrow.json as pj
 import pyarrow.parquet as pq
 
 from pipeline.errors import DataError
-from pipeline.models.meta_model import InputError
 
 Kind = Literal["parquet", "csv", "json"]
 SUFFIXES: Mapping[str, Kind] = {
@@ -221,8 +220,7 @@ def read_rows(
         reading: as its schema was made with.
 
     Raises:
-        InputError: if a required column is missing.
-        DataError: if the file cannot be read, or a value is not of its column's type.
+        DataError: if a required column is missing, the file cannot be read, or a value is not of its column's type.
     """
     whole = (reading or Reading()).whole
     try:
@@ -230,7 +228,7 @@ def read_rows(
             _require(required, batch, file)
             arrays = [_column(batch, one, file, is_whole=one.name in whole) for one in schema]
             yield pa.RecordBatch.from_arrays(arrays, schema=schema)
-    except InputError:
+    except DataError:
         raise
     except (OSError, ValueError, pa.ArrowException) as error:
         raise unreadable(file, error) from error
@@ -239,7 +237,7 @@ def read_rows(
 def _require(columns: Collection[str], batch: pa.RecordBatch, file: RowFile) -> None:
     lacking = [name for name in columns if name not in batch.schema.names and name not in file.constants]
     if lacking:
-        raise InputError(f"{file.path}: missing columns: {', '.join(lacking)}; it has: {', '.join(batch.schema.names)}")
+        raise DataError(f"{file.path}: missing columns: {', '.join(lacking)}; it has: {', '.join(batch.schema.names)}")
 
 
 def unreadable(file: RowFile, error: Exception) -> DataError:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import SpecError
-from pipeline.grouping.periods import MONTHS, SECONDS, UNITS, Period, from_wall_clock
+from pipeline.periods import MONTHS, SECONDS, UNITS, Period, from_wall_clock
 
 moments = st.datetimes(min_value=pd.Timestamp("1990-01-01"), max_value=pd.Timestamp("2060-01-01")).map(lambda m: pd.Timestamp(m).as_unit("us"))
 counts = st.integers(0, 400)

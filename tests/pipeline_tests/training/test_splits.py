@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.grouping.splits import FIT, GAP, REPORT, TUNE, Cutoffs, resolve_cutoffs
 from pipeline.spec import SplitsSpec
+from pipeline.training.splits import FIT, GAP, REPORT, TUNE, Cutoffs, resolve_cutoffs
 
 START, MIDDLE, END = pd.Timestamp("2024-10-01"), pd.Timestamp("2024-12-01"), pd.Timestamp("2025-01-01")
 CUTOFFS = Cutoffs(as_of=END, tune_start=START, report_start=MIDDLE)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.training.start import CrossSelection, Start, Winner
+from pipeline.models.start import CrossSelection, Start, Winner
 
 parameters = st.dictionaries(st.sampled_from(["learning_rate", "num_leaves", "lambda_l2"]), st.floats(0, 100) | st.integers(0, 100))
 tuned = st.builds(Start, trials=st.lists(parameters, max_size=3).map(tuple), max_trials=st.none() | st.integers(1, 9), judge=st.booleans())

@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 
 from pipeline.errors import DataError
-from pipeline.grouping.fingerprints import fingerprint
-from pipeline.grouping.periods import Period
+from pipeline.models.start import CrossSelection, Start
+from pipeline.periods import Period
+from pipeline.runs.fingerprints import fingerprint
 from pipeline.training.outcome import NO_TARGET, NOT_LISTED, NOT_POOLED, TOO_FEW_ROWS, VANISHED, WITH_BOOSTER
-from pipeline.training.start import CrossSelection, Start
 
 Retrain = Literal["changed", "stale", "listed", "all"]
 GroupKey = tuple[int, str]
@@ -127,7 +127,7 @@ class TrainingPlan:
             n_report; action: `train`, `refresh` (refit with known parameters), `reuse` (an earlier run's booster), `keep` (done
             before this run was interrupted) or `inherit` (its parent answers); reason; started_from (JSON, see `Start`);
             fingerprint; cost_seconds (of one thread); wave and task (-1 where not trained) as they come if these seconds are right:
-            a run lays out its waves by what it learns (see `pipeline.grouping.schedule`).
+            a run lays out its waves by what it learns (see `pipeline.runs.schedule`).
         slots: tasks that run at once.
         cost_model: that foresaw the seconds.
     """
