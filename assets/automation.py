@@ -8,7 +8,7 @@ from typing import Any
 
 import dagster as dg
 
-from assets.link import FleetFiles, link_key
+from assets.settings import FleetFiles, asset_key
 from pipeline.errors import DataError, FleetError, SpecError
 from pipeline.reading.sources import source_state
 from pipeline.spec import FleetSpec, SourceSpec
@@ -68,7 +68,7 @@ def _score_job(spec: FleetSpec) -> Any:
     links = [*(source.name for source in spec.sources), "features", "predictions"]
     return dg.define_asset_job(
         f"{spec.name}_score",
-        selection=dg.AssetSelection.assets(*(link_key(spec, name) for name in links)),
+        selection=dg.AssetSelection.assets(*(asset_key(spec, name) for name in links)),
         description="Raw tables, features and predictions, answered by the champion that serves; nothing is trained.",
         tags=_tags(spec),
     )
@@ -88,7 +88,7 @@ def _new_files_sensor(spec: FleetSpec, files: FleetFiles) -> dg.SensorDefinition
 
     @dg.sensor(
         name=f"{spec.name}_new_files",
-        target=[link_key(spec, source.name) for source in spec.sources],
+        target=[asset_key(spec, source.name) for source in spec.sources],
         minimum_interval_seconds=LOOK_SECONDS,
         description=f"New or changed files of a source: its raw table is read again. {spec.name}_follow then makes features and predictions.",
     )
@@ -130,7 +130,7 @@ def changes(spec: FleetSpec, seen: Mapping[str, str | None], cursor: str | None)
         after[name] = {"seen": state, **read}
     request = dg.RunRequest(
         run_key=_digest(json.dumps(changed, sort_keys=True)),
-        asset_selection=[link_key(spec, name) for name in changed],
+        asset_selection=[asset_key(spec, name) for name in changed],
         tags=_tags(spec),
     )
     return [request] if changed else [], json.dumps(after, sort_keys=True)
@@ -153,7 +153,7 @@ def _digest(text: str) -> str:
 def _follow_sensor(spec: FleetSpec) -> dg.AutomationConditionSensorDefinition:
     return dg.AutomationConditionSensorDefinition(
         f"{spec.name}_follow",
-        target=dg.AssetSelection.assets(link_key(spec, "features"), link_key(spec, "predictions")),
+        target=dg.AssetSelection.assets(asset_key(spec, "features"), asset_key(spec, "predictions")),
         run_tags=_tags(spec),
         description="Features and predictions are made again when what they are made of was.",
     )

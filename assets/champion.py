@@ -11,12 +11,10 @@ import dagster as dg
 import pandas as pd
 import pyarrow as pa
 
-from assets.link import link_key, link_settings, png, prefixed, readable_failures
-from assets.meta_model import pack_spec
 from assets.mosaic import register_mosaic
-from assets.newest_run import features_of, ledger_of
 from assets.progress import no_progress, progress_lines
-from assets.refits import is_older, refit
+from assets.refits import refit
+from assets.settings import asset_key, asset_settings, png, prefixed, readable_failures
 from pipeline.crash_points import crash_point
 from pipeline.errors import ModelNotFound, SpecError, StoreError
 from pipeline.models.meta_model import FleetModel, PackError
@@ -40,9 +38,10 @@ from pipeline.models.promotion import (
 )
 from pipeline.reporting.plots import decision_plot
 from pipeline.reporting.summary import markdown_table
+from pipeline.runs.fleet_tables import FleetTables
+from pipeline.runs.manifest import RunManifest
 from pipeline.runs.plan import refuse_unknown
 from pipeline.spark.comparison import Contest, judge
-from pipeline.spark.fleet_training import Cluster, read_runs
 from pipeline.spec import FleetSpec
 from pipeline.tables import DECISIONS
 from resources.delta_tables import DeltaTables, contract_metadata
@@ -59,8 +58,7 @@ class _Parts:
     """What deciding takes."""
 
     spec: FleetSpec
-    namespace: str
-    tables: DeltaTables
+    tables: FleetTables
     registry: MlflowRegistry
     spark: SparkSessionResource
     launch: LaunchSettings
@@ -96,7 +94,7 @@ def champion_asset(spec: FleetSpec) -> dg.AssetsDefinition:
     """The serving version of a fleet."""
 
     @dg.asset(
-        **link_settings(
+        **asset_settings(
             spec,
             "champion",
             description="The version under the alias `champion`: each group is answered by the newest chain that is not worse than the one before. "
@@ -106,7 +104,7 @@ def champion_asset(spec: FleetSpec) -> dg.AssetsDefinition:
         ),
         check_specs=[
             dg.AssetCheckSpec(
-                "challenger_passed_its_gates", asset=link_key(spec, "champion"), description="The newest version is fit to serve, group by group."
+                "challenger_passed_its_gates", asset=asset_key(spec, "champion"), description="The newest version is fit to serve, group by group."
             )
         ],
     )
@@ -117,7 +115,7 @@ def champion_asset(spec: FleetSpec) -> dg.AssetsDefinition:
             scope = launch.scope(spec, tables, registry)
             if scope.note:
                 context.log.info(scope.note)
-            parts = _Parts(spec, scope.namespace, tables, registry, spark, launch, context.run.run_id, context.log)
+            parts = _Parts(spec, scope.tables, registry, spark, launch, context.run.run_id, context.log)
             _finish_what_was_killed(parts)
             done = _roll_back(parts) if launch.decision == "rollback" else _decide(parts)
             _carry_out(parts, done)
@@ -163,8 +161,8 @@ def _decide(parts: _Parts) -> _Outcome:
     Where nothing serves yet, the challenger does, whatever its gates say: its answers are better than none. A person may promote what the
     gates would not. Only a version that cannot answer serves in no case.
     """
-    registry, launch, options = parts.registry, parts.launch, parts.tables.storage_options
-    challenger, before = registry.get(parts.namespace, CHALLENGER), registry.find(parts.namespace, CHAMPION)
+    registry, launch, options = parts.registry, parts.launch, parts.tables.tables.storage_options
+    challenger, before = registry.get(parts.tables.namespace, CHALLENGER), registry.find(parts.tables.namespace, CHAMPION)
     if launch.decision == "keep" and before is None:
         raise SpecError("decision is keep, and no version is champion yet; expected judge or promote")
     serving_model = None if before is None else _serving_model(registry, before, options)
@@ -174,7 +172,7 @@ def _decide(parts: _Parts) -> _Outcome:
     except PackError as error:
         gate = Gate(CAN_OPEN, passed=False, found=str(error), expected="a pack that can be opened")
         return _Outcome(stays(serving), [gate], before, before, challenger)
-    ledger = ledger_of(parts.tables, parts.namespace, challenger.fleet_version)
+    ledger = parts.tables.ledger(challenger.fleet_version)
     refuse_unknown(launch.decision_groups, ledger["group_id"].tolist())
     gates = judge_challenger(ledger, model.groups())
     can_answer = all(gate.passed for gate in gates if gate.name == CAN_ANSWER)
@@ -192,9 +190,7 @@ def _decide(parts: _Parts) -> _Outcome:
         if judgement.changes_answers:
             models = [model, *refitted, *([] if serving_model is None else [serving_model])]
             parts.log.info(f"registering a version that combines {len(set(judgement.serving.values())):,} training runs")
-            after = register_mosaic(
-                parts.tables, registry, parts.spark, parts.spec, parts.namespace, judgement.serving, models, _columns(judgement.decisions)
-            )
+            after = register_mosaic(parts.tables, registry, parts.spark, parts.spec, judgement.serving, models, _columns(judgement.decisions))
     return _Outcome(_columns(judgement.decisions), gates, before, after, challenger)
 
 
@@ -204,9 +200,9 @@ def _contest(parts: _Parts, challenger: Version, ledger: pd.DataFrame, serving_m
     serving = {} if serving_model is None else serving_model.serving()
     specs = {} if serving_model is None else {str(spec["fleet_version"]): spec for spec in serving_model.generations}
     return Contest(
-        run=run.to_dict(),
-        challenger=Side.of_ledger(pack_spec(run), ledger),
-        champions={version: Side.of_ledger(specs[version], ledger_of(parts.tables, parts.namespace, version)) for version in set(serving.values())},
+        run=run,
+        challenger=Side.of_ledger(run.generation, ledger),
+        champions={version: Side.of_ledger(specs[version], parts.tables.ledger(version)) for version in set(serving.values())},
         serving=serving,
         rolled_back=_taken_back(parts, challenger.fleet_version),
     )
@@ -219,20 +215,19 @@ def _judged(parts: _Parts, contest: Contest) -> Judgement:
         n_new = kinds.count(NEW_RECIPE)
         beside = f"; beside {n_new:,} new recipes the earlier ones are fitted" if n_new else ""
         parts.log.info(f"comparing {len(kinds):,} groups with what answers them now{beside}")
-    features = features_of(parts.spark.session, parts.tables, parts.spec.name, pd.Series(contest.run))
-    cluster = Cluster(parts.spark.session, no_progress, parts.spark.group_memory_bytes)
-    judged = judge(cluster, parts.tables, parts.namespace, features, parts.spec, contest, parts.spark.slots, parts.spark.task_cpus)
+    features = parts.tables.features(parts.spark.session, contest.run.features_version)
+    context = parts.spark.training_context(no_progress)
+    judged = judge(context, parts.tables, features, parts.spec, contest)
     return overridden(judged, parts.launch.decision, parts.launch.decision_groups, contest.challenger.fleet_version)
 
 
 @contextmanager
 def _earlier_recipes_refitted(parts: _Parts, contest: Contest, judgement: Judgement) -> Iterator[tuple[Judgement, list[FleetModel]]]:
     """Fit the recipes that the challenger did not beat on its rows; the decisions then, and the models while they are needed."""
-    run = pd.Series(contest.run)
     models, refits = [], {}
     with tempfile.TemporaryDirectory() as folder:
         for number, recipes in enumerate(earlier_recipes(judgement.decisions, contest.champions, contest.challenger)):
-            if not is_older(parts.tables, parts.namespace, recipes.fleet_version, run):
+            if not contest.run.is_on_other_rows(parts.tables.run(recipes.fleet_version)):
                 continue
             parts.log.info(
                 f"fitting {len(recipes.starts):,} earlier recipes on newer rows: what is new is not better in {len(recipes.groups):,} groups"
@@ -243,8 +238,7 @@ def _earlier_recipes_refitted(parts: _Parts, contest: Contest, judgement: Judgem
                     parts.registry,
                     parts.spark,
                     parts.spec,
-                    parts.namespace,
-                    run,
+                    contest.run,
                     recipes,
                     run_id=f"{parts.launch_id}-{number}",
                     report=progress_lines(parts.log),
@@ -270,9 +264,9 @@ def _serving_model(registry: MlflowRegistry, champion: Version, options: Mapping
 
 def _roll_back(parts: _Parts) -> _Outcome:
     """Let what served before serve again, for the whole fleet or for some groups; nothing is trained."""
-    registry, options = parts.registry, parts.tables.storage_options
-    before = registry.get(parts.namespace, CHAMPION)
-    target = registry.get(parts.namespace, parts.launch.rollback_to or _number_before(parts, before))
+    registry, options = parts.registry, parts.tables.tables.storage_options
+    before = registry.get(parts.tables.namespace, CHAMPION)
+    target = registry.get(parts.tables.namespace, parts.launch.rollback_to or _number_before(parts, before))
     current, earlier = registry.open_pack(before, options), registry.open_pack(target, options)
     listed = parts.launch.decision_groups
     refuse_unknown(listed, sorted({group for _, group in [*current.groups(), *earlier.groups()]}))
@@ -281,7 +275,7 @@ def _roll_back(parts: _Parts) -> _Outcome:
     if listed:
         moved = {(int(row["grain"]), str(row["group_id"])): str(row["to_version"]) for row in decisions.to_dict("records")}
         serving = {**current.serving(), **moved}
-        after = register_mosaic(parts.tables, registry, parts.spark, parts.spec, parts.namespace, serving, [current, earlier], decisions)
+        after = register_mosaic(parts.tables, registry, parts.spark, parts.spec, serving, [current, earlier], decisions)
     return _Outcome(decisions, [], before, after, None)
 
 
@@ -299,9 +293,9 @@ def _alias_moves(parts: _Parts) -> pd.DataFrame:
     """One row per launch that decided, oldest first: the version that served before it and after it, and whether it was carried out."""
     columns = ["decision_id", "decided_at", "champion_before", "champion_after", "moved"]
     location = _decisions_at(parts)
-    if not parts.tables.exists(location):
+    if not parts.tables.tables.exists(location):
         return pd.DataFrame(columns=columns)
-    rows: pd.DataFrame = parts.tables.read_pandas(location, columns=columns)
+    rows: pd.DataFrame = parts.tables.tables.read_pandas(location, columns=columns)
     return rows.drop_duplicates("decision_id").sort_values("decided_at", ignore_index=True)
 
 
@@ -311,15 +305,15 @@ def _finish_what_was_killed(parts: _Parts) -> None:
     A launch that was killed after it had recorded its decision is carried out now, under its own who and why. An alias that is elsewhere
     than the last decision left it was moved by hand, or by a launch of an earlier release that was killed: it gets rows that say so.
     """
-    registry, current = parts.registry, parts.registry.find(parts.namespace, CHAMPION)
+    registry, current = parts.registry, parts.registry.find(parts.tables.namespace, CHAMPION)
     moves = _alias_moves(parts)
     last = moves.iloc[-1] if len(moves) else pd.Series({"champion_before": None, "champion_after": None, "moved": True})
-    recorded = None if pd.isna(last["champion_after"]) else registry.find(parts.namespace, str(last["champion_after"]))
+    recorded = None if pd.isna(last["champion_after"]) else registry.find(parts.tables.namespace, str(last["champion_after"]))
     serves = current.number if current else None
     where_it_may_be = (last["champion_before"], last["champion_after"])
     if recorded is not None and pd.isna(last["moved"]) and serves in where_it_may_be:
         registry.promote(recorded)
-        rows = parts.tables.read_pandas(_decisions_at(parts), where={"decision_id": str(last["decision_id"])})
+        rows = parts.tables.tables.read_pandas(_decisions_at(parts), where={"decision_id": str(last["decision_id"])})
         _write_decision(parts, rows.assign(moved=_differs(rows)))
     elif current is not None and serves != last["champion_after"]:
         _write_decision(parts, _found_elsewhere(parts, recorded, current).assign(decision_id=f"{parts.launch_id}-found"))
@@ -327,7 +321,7 @@ def _finish_what_was_killed(parts: _Parts) -> None:
 
 def _found_elsewhere(parts: _Parts, recorded: Version | None, current: Version) -> pd.DataFrame:
     """Decisions that say that the alias was found at a version to which no recorded launch moved it."""
-    options = parts.tables.storage_options
+    options = parts.tables.tables.storage_options
     models = [None if version is None else _serving_model(parts.registry, version, options) for version in (recorded, current)]
     before, after = ({} if model is None else model.serving() for model in models)
     # A version that cannot be opened answers nobody; the move itself is still recorded.
@@ -352,16 +346,14 @@ def _differs(rows: pd.DataFrame) -> "pd.Series[Any]":
     return rows["from_version"].fillna("") != rows["to_version"].fillna("")
 
 
-def _run_of(parts: _Parts, challenger: Version) -> "pd.Series[Any]":
-    runs = read_runs(parts.tables, parts.namespace)
-    found = runs[runs["run_id"] == challenger.fleet_version]
-    if found.empty:
+def _run_of(parts: _Parts, challenger: Version) -> RunManifest:
+    run = parts.tables.run(challenger.fleet_version)
+    if run is None:
         raise StoreError(
-            f"the tables at {parts.tables.location(parts.namespace)} do not know run {challenger.fleet_version} of version {challenger.number}: "
-            "registry and data root do not belong together; materialise models again"
+            f"the tables at {parts.tables.tables.location(parts.tables.namespace)} do not know run {challenger.fleet_version} "
+            f"of version {challenger.number}: registry and data root do not belong together; materialise models again"
         )
-    run = found.iloc[-1]
-    if run["spec_digest"] != parts.spec.training_digest:
+    if run.spec_digest != parts.spec.training_digest:
         raise SpecError(
             f"fleet {parts.spec.name!r} is described otherwise than when version {challenger.number} (run {challenger.fleet_version}) was trained; "
             "materialise models and meta_model first, or roll back"
@@ -371,10 +363,10 @@ def _run_of(parts: _Parts, challenger: Version) -> "pd.Series[Any]":
 
 def _taken_back(parts: _Parts, challenger: str) -> Any:
     location = _decisions_at(parts)
-    if not parts.tables.exists(location):
+    if not parts.tables.tables.exists(location):
         return frozenset()
     columns = ["decision", "moved", "from_version", "grain", "group_id"]
-    return taken_back(parts.tables.read_pandas(location, where={"decision": "rollback"}, columns=columns), challenger)
+    return taken_back(parts.tables.tables.read_pandas(location, where={"decision": "rollback"}, columns=columns), challenger)
 
 
 def _columns(decisions: pd.DataFrame) -> pd.DataFrame:
@@ -406,15 +398,15 @@ def _carry_out(parts: _Parts, done: _Outcome) -> None:
 
 
 def _decisions_at(parts: _Parts) -> str:
-    return parts.tables.location(parts.namespace, DECISIONS.name)
+    return parts.tables.location(DECISIONS)
 
 
 def _write_decision(parts: _Parts, rows: pd.DataFrame) -> None:
     """Let the table hold these rows for their decision, in one commit, instead of what it had for it."""
     location = _decisions_at(parts)
-    file = parts.tables.write_file(_arrow(rows), DECISIONS.schema, location)
+    file = parts.tables.tables.write_file(_arrow(rows), DECISIONS.schema, location)
     partition = {"decision_id": str(rows["decision_id"].iloc[0])}
-    parts.tables.commit(location, [file] if file else [], DECISIONS.schema, mode="overwrite", partition=partition)
+    parts.tables.tables.commit(location, [file] if file else [], DECISIONS.schema, mode="overwrite", partition=partition)
 
 
 def _arrow(rows: pd.DataFrame) -> pa.Table:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import dagster as dg
 
 from assets.automation import follows_its_inputs
-from assets.link import FleetFiles, link_key, link_settings, prefixed, readable_failures, since, unchanged
+from assets.settings import FleetFiles, asset_key, asset_settings, prefixed, readable_failures, since, unchanged
 from pipeline.errors import StoreError
 from pipeline.features.sql import check_features
 from pipeline.features.suspicions import columns_looked_at, find_suspicions
@@ -30,26 +30,26 @@ def features_asset(spec: FleetSpec, files: FleetFiles) -> dg.AssetsDefinition:
     sources = [source.name for source in spec.sources]
 
     @dg.asset(
-        **link_settings(
+        **asset_settings(
             spec, "features", description="One row per entity and time: keys, target, features.", kinds={"spark", "sql", "deltalake"}, deps=sources
         ),
         automation_condition=follows_its_inputs(spec),
         check_specs=[
-            dg.AssetCheckSpec("has_targets", asset=link_key(spec, "features"), blocking=True, description="Some row has a target."),
-            dg.AssetCheckSpec("no_feature_is_all_null", asset=link_key(spec, "features"), description="Every feature has a value somewhere."),
+            dg.AssetCheckSpec("has_targets", asset=asset_key(spec, "features"), blocking=True, description="Some row has a target."),
+            dg.AssetCheckSpec("no_feature_is_all_null", asset=asset_key(spec, "features"), description="Every feature has a value somewhere."),
             dg.AssetCheckSpec(
                 "lags_find_their_rows",
-                asset=link_key(spec, "features"),
+                asset=asset_key(spec, "features"),
                 description="No lag is null where the entity has a value in the wanted period.",
             ),
             dg.AssetCheckSpec(
                 "days_begin_at_midnight",
-                asset=link_key(spec, "features"),
+                asset=asset_key(spec, "features"),
                 description="Rows of days and longer do not lie at midnights of another time zone than the fleet's.",
             ),
             dg.AssetCheckSpec(
                 "no_column_looks_like_the_future",
-                asset=link_key(spec, "features"),
+                asset=asset_key(spec, "features"),
                 description="No column of features.columns equals the target of its own row, or follows each of its changes.",
             ),
         ],

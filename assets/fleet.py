@@ -14,11 +14,11 @@ from assets.broken_fleet import BrokenFleet, fleet_name, name_taken_by, shown_pa
 from assets.champion import champion_asset
 from assets.features import features_asset
 from assets.importance import importance_asset
-from assets.link import FleetFiles
 from assets.meta_model import meta_model_asset
 from assets.models import models_asset, models_checks
 from assets.predictions import predictions_asset
 from assets.raw import raw_asset
+from assets.settings import FleetFiles
 from pipeline.errors import SpecError
 from pipeline.features.sql import check_features
 from pipeline.spec import FleetSpec, parse_spec

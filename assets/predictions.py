@@ -6,13 +6,11 @@ import dagster as dg
 import pandas as pd
 
 from assets.automation import follows_its_inputs
-from assets.link import link_key, link_settings, png, prefixed, readable_failures
-from assets.newest_run import ledger_of, newest_run
+from assets.settings import asset_key, asset_settings, png, prefixed, readable_failures
 from pipeline.errors import DataError
 from pipeline.reporting.plots import prediction_plot
 from pipeline.reporting.summary import markdown_table, summarise
 from pipeline.spark.features import newest_known
-from pipeline.spark.fleet_training import newest_as_of
 from pipeline.spark.scoring import AnswerCounts, count_answers, rows_to_score, score_rows
 from pipeline.spec import FleetSpec
 from pipeline.tables import PREDICTIONS
@@ -26,7 +24,7 @@ def predictions_asset(spec: FleetSpec) -> dg.AssetsDefinition:
     """The scored table of a fleet."""
 
     @dg.asset(
-        **link_settings(
+        **asset_settings(
             spec,
             "predictions",
             description="One answer per row to score, with its interval and who answered; the rows of one as-of are replaced as a whole.",
@@ -37,7 +35,7 @@ def predictions_asset(spec: FleetSpec) -> dg.AssetsDefinition:
         check_specs=[
             dg.AssetCheckSpec(
                 "every_row_is_answered",
-                asset=link_key(spec, "predictions"),
+                asset=asset_key(spec, "predictions"),
                 blocking=True,
                 description="As many finite answers as rows to score, each row once.",
             )
@@ -48,23 +46,23 @@ def predictions_asset(spec: FleetSpec) -> dg.AssetsDefinition:
     ) -> dg.MaterializeResult:
         with readable_failures():
             scope = launch.scope(spec, tables, registry)
-            namespace = scope.namespace
-            location = tables.location(namespace, PREDICTIONS.name)
+            own, namespace = scope.tables, scope.namespace
+            location = own.location(PREDICTIONS)
             version = registry.get(namespace, CHAMPION)
-            features = tables.read_spark(spark.session, tables.location(spec.name, "features"))
+            features = own.features(spark.session)
             as_of = launch.moment(spec) or newest_known(features, spec.target.column)
             rows = rows_to_score(features, spec, as_of)
             model = registry.open_pack(version, tables.storage_options)
             answering_runs = [str(generation["fleet_version"]) for generation in model.generations]
-            _refuse_hindsight(version, newest_as_of(tables, namespace, answering_runs), as_of)
+            _refuse_hindsight(version, own.newest_as_of(answering_runs), as_of)
             context.log.info(f"answering the rows to score (score: {spec.scoring.score}) with version {version.number}, as of {as_of}")
             answers = score_rows(spark.session, rows, spec, model, as_of, tables.storage_options)
             partition = {"as_of": as_of.isoformat()}
             delta_version = tables.write_spark(answers, location, partition=partition)
             written = count_answers(tables.read_spark(spark.session, location), as_of)
             n_rows = rows.count()
-            served = ledger_of(tables, namespace, version.fleet_version)
-            trained = ledger_of(tables, namespace, str(newest_run(tables, namespace)["run_id"]))
+            served = own.ledger(version.fleet_version)
+            trained = own.ledger(own.newest_run().run_id)
             challenger = registry.find(namespace, CHALLENGER)
         if n_rows == 0:
             context.log.warning(

@@ -4,7 +4,7 @@ import time
 
 from dagster import DagsterLogManager
 
-from pipeline.spark.training import Done, Report
+from pipeline.spark.progress import Done, Report
 
 MOST_LINES = 80
 _MINUTE, _HOUR = 60, 3600

@@ -5,12 +5,12 @@ import datetime as dt
 import dagster as dg
 import pyarrow as pa
 
-from assets.link import FleetFiles, link_key, link_settings, prefixed, readable_failures, since, unchanged
+from assets.settings import FleetFiles, asset_key, asset_settings, prefixed, readable_failures, since, unchanged
 from pipeline.errors import DataError
 from pipeline.reading.sources import read_source, source_state
 from pipeline.recognition import DIGEST, raw_digest
-from pipeline.spark.files import WrittenFile
 from pipeline.spec import FleetSpec, SourceSpec
+from pipeline.storage import WrittenFile
 from pipeline.tables import RAW
 from resources.delta_tables import DeltaTables
 from resources.launch_settings import LaunchSettings
@@ -20,8 +20,8 @@ def raw_asset(spec: FleetSpec, source: SourceSpec, files: FleetFiles) -> dg.Asse
     """The raw table of one source."""
 
     @dg.asset(
-        **link_settings(spec, source.name, description=f"Raw table `{source.name}`, as ingested from `{source.uri}`.", kinds={"deltalake", "arrow"}),
-        check_specs=[dg.AssetCheckSpec("has_rows", asset=link_key(spec, source.name), description="The source is not empty.")],
+        **asset_settings(spec, source.name, description=f"Raw table `{source.name}`, as ingested from `{source.uri}`.", kinds={"deltalake", "arrow"}),
+        check_specs=[dg.AssetCheckSpec("has_rows", asset=asset_key(spec, source.name), description="The source is not empty.")],
     )
     def raw(context: dg.AssetExecutionContext, tables: DeltaTables, launch: LaunchSettings) -> dg.MaterializeResult:
         location = tables.location(spec.name, "raw", source.name)

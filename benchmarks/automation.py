@@ -23,7 +23,7 @@ from deltalake import DeltaTable
 from assets import automation
 from assets.fleet import DescribedFleet
 from assets.fleets import load_fleets
-from assets.link import FleetFiles
+from assets.settings import FleetFiles
 from benchmarks.runs import PROJECT, NotMeasured
 from pipeline.spec import parse_spec
 from resources.delta_tables import DeltaTables

@@ -15,8 +15,13 @@ from deltalake import DeltaTable
 
 from benchmarks.generated import GeneratedFleet, write_features
 from benchmarks.runs import NotMeasured
-from pipeline.spark.fleet_training import Cluster, History, PlannedRun, Request, plan_run, train_run
+from pipeline.runs.history import History
+from pipeline.runs.planned_run import PlannedRun
+from pipeline.runs.request import Request
+from pipeline.spark.planning import plan_run
+from pipeline.spark.training_run import train_run
 from pipeline.spec import FleetSpec
+from pipeline.testing.runs import own_tables, quiet_context
 from resources.delta_tables import DeltaTables
 from resources.lease import hold_lease
 from resources.spark_session import SparkSessionResource
@@ -98,19 +103,13 @@ class Engine:
         spark = self.spark.session
         started = time.monotonic()
         with hold_lease(self.tables, namespace, run_id) as lease:
-            run = plan_run(
-                self.tables.read_spark(spark, features),
-                spec,
-                Request(run_id, **request),
-                History.read(self.tables, namespace),
-                slots=self.slots,
-                threads=1,
-            )
+            own, ends = own_tables(self.tables, namespace), [0.0]
+            context = quiet_context(spark, report=lambda _: ends.append(time.monotonic()), slots=self.slots)
+            run = plan_run(context, self.tables.read_spark(spark, features), spec, Request(run_id, **request), History.read(own))
             planned = time.monotonic()
             print(f"  {namespace}: {run.plan.describe()}", flush=True)
             ends = [planned]
-            cluster = Cluster(spark, lambda *_: ends.append(time.monotonic()))
-            train_run(cluster, self.tables, namespace, run, spec, features_version=self.tables.version(features), lease=lease)
+            train_run(context, own, run, spec, features_version=self.tables.version(features), lease=lease)
         seconds = time.monotonic() - started
         tables = Path(self.tables.location(namespace))
         ledger = DeltaTable(tables / "ledger").to_pandas(filters=[("run_id", "=", run.run_id)])

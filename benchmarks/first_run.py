@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from assets.fleet import DescribedFleet
-from assets.link import FleetFiles
+from assets.settings import FleetFiles
 from benchmarks.engine import Engine
 from benchmarks.runs import NotMeasured, Runs
 from pipeline.spec import FleetSpec, parse_spec

@@ -20,7 +20,7 @@ from benchmarks.generated import GeneratedFleet, write_features
 from benchmarks.kills import SLOTS, Child, end_of, left_over, sleep_until, tables_of, train_told
 from benchmarks.runs import NotMeasured
 from pipeline.models.start import Start
-from pipeline.spark.fleet_training import PlannedRun
+from pipeline.runs.planned_run import PlannedRun
 from pipeline.spec import FleetSpec
 from pipeline.training.outcome import Outcome
 from pipeline.training.trainer import TrainingSettings, train_group

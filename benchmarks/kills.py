@@ -26,8 +26,14 @@ from benchmarks.generated import GeneratedFleet, write_features
 from benchmarks.invariants import check_fleet, compare_runs
 from benchmarks.runs import PROJECT, NotMeasured
 from pipeline import crash_points
-from pipeline.spark.fleet_training import Cluster, History, PlannedRun, Request, plan_run, train_run
+from pipeline.runs.history import History
+from pipeline.runs.planned_run import PlannedRun
+from pipeline.runs.request import Request
+from pipeline.spark.planning import plan_run
+from pipeline.spark.training_run import train_run
 from pipeline.spec import FleetSpec
+from pipeline.testing.runs import own_tables, quiet_context
+from pipeline.training.trainer import train_group
 from pipeline.training.worker import TrainGroup
 from resources.lease import hold_lease
 
@@ -87,12 +93,12 @@ def train_told(
             crash_points.crash_point("lease_taken")
             location = engine.tables.location(NAME, "features")
             version = engine.tables.version(location)
-            history = History.read(engine.tables, NAME)
+            history = History.read(own_tables(engine.tables, NAME))
             features = engine.tables.read_spark(spark, location, version)
-            run = planned(plan_run(features, spec, Request(run_id), history, slots=SLOTS, threads=1))
+            run = planned(plan_run(quiet_context(spark, slots=SLOTS), features, spec, Request(run_id), history))
             _tell(folder, "planned", run_id=run.run_id, resumed=run.is_resumed, waves=run.plan.n_waves, groups=len(run.plan.to_train))
-            cluster = Cluster(spark, lambda *_: None, engine.spark.group_memory_bytes, trainer)
-            train_run(cluster, engine.tables, NAME, run, spec, features_version=version, lease=lease)
+            cluster = quiet_context(spark, memory_bytes=engine.spark.group_memory_bytes, train=trainer or train_group)
+            train_run(cluster, own_tables(engine.tables, NAME), run, spec, features_version=version, lease=lease)
         _tell(folder, "trained")
 
 

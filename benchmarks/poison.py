@@ -18,8 +18,12 @@ from benchmarks.engine import Engine
 from benchmarks.generated import GeneratedFleet, write_features
 from benchmarks.invariants import check_fleet
 from pipeline.models.meta_model import group_id
-from pipeline.spark.fleet_training import Cluster, History, Request, plan_run, train_run
+from pipeline.runs.history import History
+from pipeline.runs.request import Request
+from pipeline.spark.planning import plan_run
+from pipeline.spark.training_run import train_run
 from pipeline.testing.doubles import FailingTrainer
+from pipeline.testing.runs import own_tables, quiet_context
 from resources.lease import hold_lease
 
 Rows = pd.DataFrame
@@ -151,11 +155,11 @@ def train_poisoned(folder: Path, poisons: Sequence[Poison] = POISONS, fleet: Gen
     started = time.monotonic()
     with Engine(folder) as engine, hold_lease(engine.tables, NAME, "run") as lease:
         spark, location = engine.spark.session, engine.tables.location(NAME, "features")
-        version, history = engine.tables.version(location), History.read(engine.tables, NAME)
+        version, history = engine.tables.version(location), History.read(own_tables(engine.tables, NAME))
         features = engine.tables.read_spark(spark, location, version)
-        run = plan_run(features, fleet.spec(tuning=TUNING), Request("run"), history, slots=engine.slots, threads=1)
-        cluster = Cluster(spark, lambda *_: None, GROUP_MEMORY_BYTES, train=harm)
-        train_run(cluster, engine.tables, NAME, run, fleet.spec(tuning=TUNING), features_version=version, lease=lease)
+        run = plan_run(quiet_context(spark, slots=engine.slots), features, fleet.spec(tuning=TUNING), Request("run"), history)
+        cluster = quiet_context(spark, memory_bytes=GROUP_MEMORY_BYTES, train=harm)
+        train_run(cluster, own_tables(engine.tables, NAME), run, fleet.spec(tuning=TUNING), features_version=version, lease=lease)
     seconds = time.monotonic() - started
     ledger = DeltaTable(tables / "ledger").to_pandas()
     return Poisoned(ledger, _judged(ledger, poisons), check_fleet(tables, features=tables / "features", grains=GRAINS), seconds)

@@ -4,14 +4,14 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from assets.meta_model import pack_spec
 from benchmarks.engine import Engine, Training
 from benchmarks.generated import GeneratedFleet
 from benchmarks.runs import NotMeasured, Runs
 from pipeline.models.promotion import NEW_RECIPE, Judgement, Side
+from pipeline.runs.manifest import RunManifest
 from pipeline.spark.comparison import Contest, judge
-from pipeline.spark.fleet_training import Cluster, read_runs
 from pipeline.spec import FleetSpec
+from pipeline.testing.runs import own_tables, quiet_context
 
 REPEATS = 20
 # Share of a fleet's groups that must be tested: where both recipes happen to give the same booster, there is nothing to test.
@@ -71,15 +71,17 @@ def _contest(engine: Engine, name: str, fleet: GeneratedFleet, before: Mapping[s
 def _judged(engine: Engine, name: str, location: str, spec: FleetSpec, contest: Contest) -> Judgement:
     spark = engine.spark.session
     features = engine.tables.read_spark(spark, location)
-    judged = judge(Cluster(spark, lambda *_: None), engine.tables, name, features, spec, contest, engine.slots, 1)
+    judged = judge(quiet_context(spark, slots=engine.slots), own_tables(engine.tables, name), features, spec, contest)
     print(f"    judged: {judged.decisions['reason'].value_counts().to_dict()}", flush=True)
     return judged
 
 
-def _run(engine: Engine, name: str, training: Training) -> "pd.Series[object]":
-    runs = read_runs(engine.tables, name)
-    return runs[runs["run_id"] == training.run.run_id].iloc[0]
+def _run(engine: Engine, name: str, training: Training) -> RunManifest:
+    found = own_tables(engine.tables, name).run(training.run.run_id)
+    if found is None:
+        raise NotMeasured(f"{name}: the tables do not know run {training.run.run_id}")
+    return found
 
 
 def _side(engine: Engine, name: str, training: Training) -> Side:
-    return Side.of_ledger(pack_spec(_run(engine, name, training)), training.ledger)
+    return Side.of_ledger(_run(engine, name, training).generation, training.ledger)

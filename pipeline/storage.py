@@ -1,16 +1,37 @@
-"""What training asks of the tables and of the lease; the adapters and the doubles have it."""
+"""What the library asks of tables, of the model registry and of the lease; the adapters and the doubles have it."""
 
 import datetime as dt
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import pandas as pd
 import pyarrow as pa
 
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, SparkSession
+
+Mode = Literal["append", "overwrite"]
+# By column: the value that rows have there, or the values that it is among.
+Where = Mapping[str, str | Sequence[str]]
 # The application whose transactions fence the commits of training runs, and how many numbers each holder of the lease has.
 TRAINING = "training"
 COMMITS_PER_LEASE = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """A file that was written below a table's root and that nobody has committed yet.
+
+    Args:
+        path: relative to the root.
+        size: bytes.
+        n_rows: rows.
+    """
+
+    path: str
+    size: int
+    n_rows: int
 
 
 class HeldLease(Protocol):
@@ -60,17 +81,21 @@ class Tables(Protocol):
     def exists(self, location: str) -> bool:
         """Whether there is a table."""
 
-    def write_file(self, table: pa.Table, schema: pa.Schema, location: str) -> Any:
+    def version(self, location: str) -> int:
+        """The number of a table's newest version."""
+
+    def write_file(self, table: pa.Table, schema: pa.Schema, location: str) -> WrittenFile | None:
         """Write one file without committing it; None for no rows."""
 
     def commit(
         self,
         location: str,
-        files: Sequence[Any],
+        files: Sequence[WrittenFile],
         schema: pa.Schema,
         *,
-        mode: Any,
+        mode: Mode,
         partition: Mapping[str, str] | None = None,
+        metadata: Mapping[str, str] | None = None,
         app: tuple[str, int] | None = None,
         fenced: bool = False,
     ) -> int:
@@ -92,8 +117,18 @@ class Tables(Protocol):
     def layout(self, location: str) -> tuple[pa.Schema, list[str]]:
         """A table's columns, and those of them that it is partitioned by."""
 
-    def read_pandas(self, location: str, *, where: Mapping[str, Any] | None = None, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    def read_arrow(self, location: str, *, where: Where | None = None, columns: Sequence[str] | None = None) -> pa.Table:
         """Rows whose columns equal, or are among, the values of `where`."""
 
-    def read_spark(self, spark: Any, location: str, version: int | None = None, *, partitions: Mapping[str, Sequence[str]] | None = None) -> Any:
+    def read_pandas(self, location: str, *, where: Where | None = None, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        """Rows whose columns equal, or are among, the values of `where`."""
+
+    def read_spark(
+        self,
+        spark: "SparkSession",
+        location: str,
+        version: int | None = None,
+        *,
+        partitions: Mapping[str, Sequence[str]] | None = None,
+    ) -> "DataFrame":
         """The rows of a version, of the named partitions, as a Spark data frame."""

@@ -20,8 +20,8 @@ from pyspark.sql import DataFrame, SparkSession
 from pipeline.errors import StoreError
 from pipeline.models.meta_model import filesystem_of
 from pipeline.reading.delta_log import refuse_strange_features, within
-from pipeline.spark.files import FileWriter, WrittenFile, read_files, write_files
-from pipeline.storage import Snapshot
+from pipeline.spark.files import FileWriter, read_files, write_files
+from pipeline.storage import Snapshot, WrittenFile
 from pipeline.tables import TableContract
 
 Mode = Literal["append", "overwrite"]

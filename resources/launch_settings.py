@@ -4,7 +4,7 @@ import getpass
 import json
 import os
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import dagster as dg
@@ -13,7 +13,8 @@ from pydantic import Field
 
 from pipeline.errors import SpecError
 from pipeline.periods import parse_moment
-from pipeline.spark.fleet_training import Request, newest_as_of
+from pipeline.runs.fleet_tables import FleetTables
+from pipeline.runs.request import Request
 from pipeline.spec import FleetSpec
 from resources.delta_tables import DeltaTables
 from resources.mlflow_registry import CHAMPION, MlflowRegistry
@@ -24,12 +25,17 @@ class Scope:
     """Where a launch keeps its tables and registered model.
 
     Args:
-        namespace: name of both: the fleet's, its trial's, or one of a backtest's own.
+        tables: under the name of the fleet, of its trial, or of a backtest.
         note: what a backtest leaves alone, for people; None for any other launch.
     """
 
-    namespace: str
+    tables: FleetTables
     note: str | None = None
+
+    @property
+    def namespace(self) -> str:
+        """Name of the tables' folder and of the registered model."""
+        return self.tables.namespace
 
 
 class LaunchSettings(dg.ConfigurableResource):
@@ -108,18 +114,18 @@ class LaunchSettings(dg.ConfigurableResource):
             tables: where the as-of of the version that serves is found.
             registry: knows which version that is.
         """
-        namespace, moment = self.namespace(spec), self.moment(spec)
+        own, moment = FleetTables(tables, self.namespace(spec), spec.name), self.moment(spec)
         is_about_what_serves = self.decision != "judge" and self.as_of is None
         if moment is None or is_about_what_serves:
-            return Scope(namespace)
-        champion = registry.find(namespace, CHAMPION)
-        served = None if champion is None else newest_as_of(tables, namespace, [champion.fleet_version])
+            return Scope(own)
+        champion = registry.find(own.namespace, CHAMPION)
+        served = None if champion is None else own.newest_as_of([champion.fleet_version])
         if champion is None or served is None or moment >= served:
-            return Scope(namespace)
+            return Scope(own)
         note = f"backtest as of {moment}: production serves version {champion.number} as of {served}, nothing of it changes"
         # A colon cannot stand in every store's paths.
         stamp = moment.isoformat().removesuffix("T00:00:00").replace(":", "")
-        return Scope(f"{namespace}-backtest-{stamp}", note)
+        return Scope(replace(own, namespace=f"{own.namespace}-backtest-{stamp}"), note)
 
     def command(self, spec: FleetSpec, **decision: str) -> str:
         """The command that launches `champion` alone, where this launch decides, with another decision."""

@@ -29,9 +29,8 @@ from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, create_table_with_add_actions
 
 from pipeline.errors import StoreError
-from pipeline.storage import COMMITS_PER_LEASE, TRAINING
+from pipeline.storage import COMMITS_PER_LEASE, TRAINING, Tables
 from pipeline.tables import BOOSTERS, HOLDOUT, LEASES, LEDGER, RUNS
-from resources.delta_tables import DeltaTables
 
 ATTEMPTS = 5
 RENEWALS = 4  # within one expiry
@@ -199,7 +198,7 @@ class Lease:
 
 @contextmanager
 def hold_lease(
-    tables: DeltaTables, namespace: str, run_id: str, *, expiry_seconds: float = 60.0, now: Callable[[], datetime] = _utc_now
+    tables: Tables, namespace: str, run_id: str, *, expiry_seconds: float = 60.0, now: Callable[[], datetime] = _utc_now
 ) -> Iterator[Lease]:
     """Hold the right to train a fleet, however the block is left.
 
@@ -230,7 +229,7 @@ def hold_lease(
         lease.release()
 
 
-def current_lease(tables: DeltaTables, namespace: str) -> LeaseRow | None:
+def current_lease(tables: Tables, namespace: str) -> LeaseRow | None:
     """Who may train the fleet, also where the lease ran out or was given back; None if nobody ever could.
 
     Raises:
@@ -283,11 +282,11 @@ class _Unreachable(StoreError):
 class _LeaseTable:
     """The table of one fleet, with a compare-and-set on its one row."""
 
-    def __init__(self, tables: DeltaTables, namespace: str) -> None:
+    def __init__(self, tables: Tables, namespace: str) -> None:
         self.namespace = namespace
         self.location = tables.location(namespace, LEASES.name)
         self._tables = tables
-        self._options = tables.storage_options or None
+        self._options = dict(tables.storage_options) or None
 
     def read(self) -> tuple[DeltaTable | None, LeaseRow | None]:
         """The newest version and its row."""

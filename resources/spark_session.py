@@ -20,6 +20,8 @@ from pyspark.sql import SparkSession
 
 from pipeline.errors import SpecError
 from pipeline.spark.archives import is_local
+from pipeline.spark.progress import Report
+from pipeline.spark.training import TrainingContext
 from resources.cluster import registered_executors, ship_code, wait_for_executors
 from resources.java import find_java
 from resources.process_environment import set_for_children
@@ -89,6 +91,20 @@ class SparkSessionResource(dg.ConfigurableResource):
         context = self.session.sparkContext
         n_cores = context.defaultParallelism if is_local(str(context.master)) else registered_executors(context).n_cores
         return max(1, n_cores // self.task_cpus)
+
+    def training_context(self, report: Report) -> TrainingContext:
+        """Where a run trains: this session, with the settings of its tasks.
+
+        Args:
+            report: called now and then with what is done.
+        """
+        return TrainingContext(
+            spark=self.session,
+            report=report,
+            memory_bytes=self.group_memory_bytes,
+            slots=self.slots,
+            threads=self.task_cpus,
+        )
 
     @property
     def group_memory_bytes(self) -> int | None:

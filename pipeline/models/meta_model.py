@@ -28,7 +28,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -66,6 +66,24 @@ TOP_FEATURES = 5
 MAX_SHOWN = 60
 
 Floats = npt.NDArray[np.float64]
+
+
+class GroupKey(NamedTuple):
+    """Which group, of which grain; equal to the plain tuple.
+
+    Args:
+        grain: index of the grain, 0 for the pooled group.
+        group_id: JSON array of the group's key values, see `group_id`.
+    """
+
+    grain: int
+    group_id: str
+
+    @classmethod
+    def of(cls, row: Mapping[Any, Any]) -> "GroupKey":
+        """The group of a table's row, whatever kind of number its grain is."""
+        return cls(int(row["grain"]), str(row["group_id"]))
+
 
 _ESCAPES = {code: f"\\u{code:04X}" for code in range(32)} | {
     ord("\b"): "\\b",

@@ -5,19 +5,19 @@ import heapq
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from pipeline.errors import DataError
+from pipeline.models.meta_model import GroupKey
 from pipeline.models.start import CrossSelection, Start
 from pipeline.periods import Period
 from pipeline.runs.fingerprints import fingerprint
+from pipeline.runs.history import EarlierRuns
+from pipeline.runs.request import Retrain
 from pipeline.training.outcome import NO_TARGET, NOT_LISTED, NOT_POOLED, TOO_FEW_ROWS, VANISHED, WITH_BOOSTER
-
-Retrain = Literal["changed", "stale", "listed", "all"]
-GroupKey = tuple[int, str]
 
 TASK_SECONDS = 3.0
 # The last task of a slot in parts: as one, it would leave the other slots idle where the guesses were wrong.
@@ -72,23 +72,6 @@ class CostModel:
 
 
 @dataclass(frozen=True)
-class Memory:
-    """What earlier runs left, for this run to build on.
-
-    Args:
-        kept: ledger rows of the very run that is resumed, by (grain, group id).
-        before: ledger rows of the newest finished run.
-        unfinished: ledger rows of runs that were never finished, newer than `before`.
-        same_spec: whether `before` was trained under the same spec, so that its parameters may be refitted without trials.
-    """
-
-    kept: Mapping[GroupKey, Mapping[str, Any]] = field(default_factory=dict)
-    before: Mapping[GroupKey, Mapping[str, Any]] = field(default_factory=dict)
-    unfinished: Mapping[GroupKey, Mapping[str, Any]] = field(default_factory=dict)
-    same_spec: bool = True
-
-
-@dataclass(frozen=True)
 class Policy:
     """Which groups are trained again.
 
@@ -115,7 +98,7 @@ class Policy:
     finest_only: bool = False
     corrects: bool = False
     max_trials: int | None = None
-    recipes: Mapping[GroupKey, Start] = field(default_factory=dict)
+    recipes: Mapping[tuple[int, str], Start] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -182,7 +165,7 @@ class TrainingPlan:
 def build_plan(
     counts: pd.DataFrame,
     policy: Policy,
-    memory: Memory,
+    earlier: EarlierRuns,
     *,
     shared: str,
     n_features: int,
@@ -196,18 +179,18 @@ def build_plan(
     Args:
         counts: one row per group: grain, group_id, parent_id, n_rows, n_target, n_invalid, n_fit, n_tune, n_report, rows_hash.
         policy: which groups are trained again.
-        memory: what earlier runs left.
+        earlier: what earlier runs left.
         shared: as from `shared_digest`.
         n_features: features per row.
         n_fits: trials per group that the tuning budget allows.
         slots: tasks that run at once.
         checkpoint_seconds: a kill costs at most twice as much work per slot.
-        cost_model: foresees seconds; by default learnt from `memory.before` by the caller, here the prior.
+        cost_model: foresees seconds; by default learnt from `earlier.before` by the caller, here the prior.
     """
     model = cost_model or CostModel()
-    groups = _with_vanished(counts.reset_index(drop=True), memory.before)
+    groups = _with_vanished(counts.reset_index(drop=True), earlier.before)
     finest = int(groups["grain"].max())
-    decisions = _decisions(groups.to_dict("records"), policy, memory, shared, finest)
+    decisions = _decisions(groups.to_dict("records"), policy, earlier, shared, finest)
     for name in ("action", "reason", "started_from", "fingerprint"):
         groups[name] = pd.Series([getattr(decision, name) for decision in decisions], dtype=object)
     works = groups["action"].isin([TRAIN, REFRESH])
@@ -244,53 +227,53 @@ class _Decision:
     fingerprint: str | None = None
 
 
-def _decisions(groups: Sequence[Mapping[Any, Any]], policy: Policy, memory: Memory, shared: str, finest: int) -> list[_Decision]:
+def _decisions(groups: Sequence[Mapping[Any, Any]], policy: Policy, earlier: EarlierRuns, shared: str, finest: int) -> list[_Decision]:
     """One decision per group, in the groups' order; parents first, because a child that corrects them changes with them."""
     found: dict[int, _Decision] = {}
     bases: dict[GroupKey, str | None] = {}
     listed: set[GroupKey] = set()
     for place in sorted(range(len(groups)), key=lambda place: groups[place]["grain"]):
         group = dict(groups[place])
-        key, parent = (int(group["grain"]), str(group["group_id"])), (int(group["grain"]) - 1, str(group["parent_id"]))
+        key, parent = GroupKey.of(group), GroupKey(int(group["grain"]) - 1, str(group["parent_id"]))
         if policy.corrects and group["rows_hash"] != VANISHED and (base := bases.get(parent)) is not None:
             group["rows_hash"] = f"{group['rows_hash']}+{base}"
         if key[1] in policy.listed or (policy.corrects and parent in listed):
             listed.add(key)
-        found[place] = _decide(group, policy, memory, shared, finest, is_listed=key in listed)
+        found[place] = _decide(group, policy, earlier, shared, finest, is_listed=key in listed)
         bases[key] = found[place].fingerprint or bases.get(parent)
     return [found[place] for place in range(len(groups))]
 
 
-def _decide(group: Mapping[Any, Any], policy: Policy, memory: Memory, shared: str, finest: int, *, is_listed: bool) -> _Decision:
+def _decide(group: Mapping[Any, Any], policy: Policy, earlier: EarlierRuns, shared: str, finest: int, *, is_listed: bool) -> _Decision:
     """What is to be done for one group."""
-    key = int(group["grain"]), str(group["group_id"])
-    before = memory.before.get(key)
+    key = GroupKey.of(group)
+    before = earlier.before.get(key)
     hashed = str(group["rows_hash"])
     if policy.recipes:
-        return _refit_or_not(key, policy.recipes.get(key), memory, hashed, shared)
+        return _refit_or_not(key, policy.recipes.get(key), earlier, hashed, shared)
     if hashed == VANISHED or (policy.retrain == "listed" and not is_listed):
         return _without_training(key[0], before, VANISHED if hashed == VANISHED else NOT_LISTED, hashed, shared)
     # The pooled group is sent to a worker in any case, if only to judge the rows that no model answers.
     if key[0] > 0 and (reason := _reason_to_inherit(group, policy, finest)) is not None:
         return _Decision(INHERIT, reason)
-    source = memory.kept.get(key)
+    source = earlier.kept.get(key)
     if source is not None and _is_unchanged(source, hashed, shared):
         return _Decision(KEEP, None, source["started_from"], source["fingerprint"])
-    source = next((row for row in (before, memory.unfinished.get(key)) if row and _may_be_reused(row, hashed, shared, policy)), None)
+    source = next((row for row in (before, earlier.unfinished.get(key)) if row and _may_be_reused(row, hashed, shared, policy)), None)
     if source is not None:
         return _Decision(REUSE, None, source["started_from"], source["fingerprint"])
-    start = _start(group, memory, policy, judge=policy.finest_only and key[0] != finest)
+    start = _start(group, earlier, policy, judge=policy.finest_only and key[0] != finest)
     started_from = start.to_json()
     return _Decision(TRAIN if start.refit is None else REFRESH, None, started_from, fingerprint(hashed, shared, started_from))
 
 
-def _refit_or_not(key: GroupKey, start: Start | None, memory: Memory, hashed: str, shared: str) -> _Decision:
+def _refit_or_not(key: GroupKey, start: Start | None, earlier: EarlierRuns, hashed: str, shared: str) -> _Decision:
     """Fit an earlier recipe, unless an interrupted run has done that."""
     if hashed == VANISHED or start is None or (start.judge and key[0] > 0):
         return _Decision(INHERIT, VANISHED if hashed == VANISHED else NOT_LISTED)
     started_from = start.to_json()
     wanted = fingerprint(hashed, shared, started_from)
-    for row, action in ((memory.kept.get(key), KEEP), (memory.unfinished.get(key), REUSE)):
+    for row, action in ((earlier.kept.get(key), KEEP), (earlier.unfinished.get(key), REUSE)):
         if row is not None and row["fingerprint"] == wanted:
             return _Decision(action, None, started_from, wanted)
     return _Decision(TRAIN if start.refit is None else REFRESH, None, started_from, wanted)
@@ -338,14 +321,14 @@ def _was_tuned_lately(row: Mapping[str, Any], policy: Policy) -> bool:
     return policy.retune_after.add(pd.Timestamp(row["tuned_as_of"]).tz_localize(None)) > policy.as_of
 
 
-def _start(group: Mapping[Any, Any], memory: Memory, policy: Policy, *, judge: bool) -> Start:
+def _start(group: Mapping[Any, Any], earlier: EarlierRuns, policy: Policy, *, judge: bool) -> Start:
     """From the group's own last parameters, then its parent's."""
     if judge:
         return Start(judge=True)
-    keys = (int(group["grain"]), str(group["group_id"])), (int(group["grain"]) - 1, str(group["parent_id"]))
-    own, parent = (row if row is not None and row["status"] in WITH_BOOSTER else None for row in map(memory.before.get, keys))
+    keys = GroupKey.of(group), GroupKey(int(group["grain"]) - 1, str(group["parent_id"]))
+    own, parent = (row if row is not None and row["status"] in WITH_BOOSTER else None for row in map(earlier.before.get, keys))
     # Without the winners of both halves, as in a ledger of an earlier release, tune rows would be predicted by what they chose.
-    is_refittable = own is not None and memory.same_spec and own.get("cross_selection") is not None
+    is_refittable = own is not None and earlier.same_spec and own.get("cross_selection") is not None
     if own is not None and is_refittable and policy.retrain in ("changed", "stale") and _was_tuned_lately(own, policy):
         cross = CrossSelection.from_json(own["cross_selection"])
         return Start(refit=json.loads(own["parameters"]), n_rounds=int(own["n_rounds"]), cross=cross)

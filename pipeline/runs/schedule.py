@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pipeline.runs.plan import DOUBT, WAVE_SHARE, GroupKey, pack_tasks
+from pipeline.models.meta_model import GroupKey
+from pipeline.runs.plan import DOUBT, WAVE_SHARE, pack_tasks
 
 # Waves that may be trained and not committed; a killed run loses those.
 WAVES_AT_ONCE = 2
@@ -165,7 +166,7 @@ class Schedule:
         for outcome in outcomes:
             seconds = outcome.get("seconds")
             if outcome["status"] in ("trained", "refreshed") and seconds:
-                self._planned.append(float(costs[int(outcome["grain"]), str(outcome["group_id"])]))
+                self._planned.append(float(costs[GroupKey.of(outcome)]))
                 self._real.append(float(seconds))
         self.pace = Pace.learnt(self._planned, self._real)
         back = set(not_started)
@@ -204,7 +205,7 @@ class Schedule:
 
 
 def _keys(groups: pd.DataFrame) -> list[GroupKey]:
-    return [(int(grain), str(group)) for grain, group in zip(groups["grain"], groups["group_id"], strict=True)]
+    return [GroupKey(int(grain), str(group)) for grain, group in zip(groups["grain"], groups["group_id"], strict=True)]
 
 
 def _longest_first(groups: pd.DataFrame) -> pd.DataFrame:

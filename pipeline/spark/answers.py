@@ -14,8 +14,8 @@ from pipeline.models.meta_model import FleetModel
 from pipeline.reading.files import Reading
 from pipeline.scoring.row_source import SCORED_AT, SCORED_PERIOD, RowSource, answer_schema, text_columns
 from pipeline.spark.archives import share_pack
+from pipeline.spark.execution import keep_imports
 from pipeline.spark.files import Batches, rows_reader
-from pipeline.spark.training import keep_imports
 
 # Rows are answered so many at once, or those of so many bytes: a group's models are asked once for all of its rows among them.
 ROWS_AT_ONCE, BYTES_AT_ONCE = 50_000, 64 << 20

@@ -23,18 +23,21 @@ from pipeline.models.promotion import (
     kind_of_change,
 )
 from pipeline.models.start import Start
+from pipeline.runs.fleet_tables import FleetTables
+from pipeline.runs.ledger import groups_with_model
+from pipeline.runs.manifest import RunManifest
 from pipeline.runs.sampling import sampling_exponents
 from pipeline.spark.evaluation import baseline_answer, baseline_answers, constant_column, judged_rows, nearest_predictions
-from pipeline.spark.fleet_training import Cluster, groups_with_model, held_out_rows, train_aside
+from pipeline.spark.judging import held_out_rows
 from pipeline.spark.losses import Paired, compare_answers, in_target_units, level_answers, row_loss
-from pipeline.spark.training import limited_rows, visible_rows
+from pipeline.spark.rows import limited_rows, visible_rows
+from pipeline.spark.training import TrainingContext, train_aside
 from pipeline.spec import MULTICLASS, FleetSpec
-from pipeline.storage import Tables
-from pipeline.tables import BY_CONSTANT, HOLDOUT
+from pipeline.tables import BY_CONSTANT
 from pipeline.training.blend import Constants
 from pipeline.training.objective import learning_goal
-from pipeline.training.splits import REPORT, Cutoffs
-from pipeline.training.trainer import TrainingSettings, fit_twin
+from pipeline.training.splits import REPORT
+from pipeline.training.trainer import TrainingSettings, fit_twin, train_group
 
 # Seconds of one fit where the ledger knows none.
 FIT_SECONDS = 0.2
@@ -45,32 +48,18 @@ class Contest:
     """A challenger, and who answers now.
 
     Args:
-        run: the challenger's row of `tables.RUNS`, by column.
+        run: the challenger's training run.
         challenger: its side.
         champions: the sides of the runs that answer now, by fleet version.
         serving: fleet version by group, as the champion answers now; empty where there is none.
         rolled_back: groups that were taken back from this challenger.
     """
 
-    run: Mapping[Any, Any]
+    run: RunManifest
     challenger: Side
     champions: Mapping[str, Side]
     serving: Mapping[Key, str]
     rolled_back: frozenset[Key] = frozenset()
-
-    @property
-    def cutoffs(self) -> Cutoffs:
-        """The challenger's dates."""
-        return Cutoffs(*(_naive(self.run[name]) for name in ("as_of", "tune_start", "report_start")))
-
-    @property
-    def constants(self) -> Constants:
-        """What the challenger answers without any model."""
-        found = (
-            0.0 if self.run[name] is None or pd.isna(self.run[name]) else float(self.run[name]) for name in ("constant", "constant_without_offset")
-        )
-        with_offset, without_offset = found
-        return Constants(with_offset, without_offset, tuple(self.challenger.spec["prior"]))
 
     def kinds(self) -> dict[Key, str]:
         """What each group of the challenger is, compared with what answers it now."""
@@ -81,36 +70,31 @@ class Contest:
         return found
 
 
-def judge(
-    cluster: Cluster, tables: Tables, namespace: str, features: DataFrame, spec: FleetSpec, contest: Contest, slots: int, threads: int
-) -> Judgement:
+def judge(context: TrainingContext, tables: FleetTables, features: DataFrame, spec: FleetSpec, contest: Contest) -> Judgement:
     """Compare every group of a challenger with what answers it now, and decide.
 
     Args:
-        cluster: where twins are fitted.
-        tables: where the fleet's tables are.
-        namespace: of the tables.
+        context: where twins are fitted.
+        tables: of the fleet.
         features: the version of the feature table that the challenger was trained on.
         spec: the fleet.
         contest: who is compared.
-        slots: tasks that run at once.
-        threads: LightGBM's, per task.
     """
-    spark, kinds = cluster.spark, contest.kinds()
+    spark, kinds = context.spark, contest.kinds()
     groups = contest.challenger.groups
     frame = pd.DataFrame([(*key, groups[key]["parent_id"], kind) for key, kind in kinds.items()], columns=["grain", "group_id", "parent_id", "kind"])
     frame["from_version"] = [contest.serving.get(key) for key in kinds]
-    held_out = held_out_rows(spark, tables, tables.location(namespace, HOLDOUT.name), groups.values())
+    held_out = held_out_rows(spark, tables, groups.values())
     frame["answered_by"] = [groups[key].get("answered_by") for key in kinds]
     losses, fleet = pd.DataFrame(columns=["grain", "group_id", *_MEASURED]), pd.DataFrame()
     if held_out is not None:
         has_model = groups_with_model(groups.values(), len(spec.grains))
-        judged = judged_rows(held_out, spec, contest.cutoffs, contest.constants, has_model).where(
+        judged = judged_rows(held_out, spec, contest.run.cutoffs, contest.run.constants, has_model).where(
             (sf.col("split") == REPORT) & sf.col("residual").isNotNull()
         )
-        rows = limited_rows(visible_rows(features, contest.cutoffs.as_of), spec, json.loads(contest.run["request"])["limit_groups"])
+        rows = limited_rows(visible_rows(features, contest.run.cutoffs.as_of), spec, contest.run.limit_groups)
         twins = {
-            version: fit_twins(_Workshop(cluster, tables, namespace, rows, spec, contest, slots, threads), side, held_out)
+            version: fit_twins(context, tables, rows, spec, contest, side, held_out)
             for version, side in contest.champions.items()
             if _is_compared(version, kinds, contest)
         }
@@ -130,20 +114,6 @@ def _is_compared(version: str, kinds: Mapping[Key, str], contest: Contest) -> bo
 
 
 @dataclass(frozen=True)
-class _Workshop:
-    """What fitting twins takes."""
-
-    cluster: Cluster
-    tables: Tables
-    namespace: str
-    rows: DataFrame
-    spec: FleetSpec
-    contest: Contest
-    slots: int
-    threads: int
-
-
-@dataclass(frozen=True)
 class Twins:
     """Recipes of one run, fitted on the challenger's fit and tune rows.
 
@@ -156,23 +126,51 @@ class Twins:
     holdout: DataFrame | None
 
 
-def fit_twins(shop: _Workshop, side: Side, held_out: DataFrame) -> Twins:
-    """Fit what answers now on the rows that the challenger's own twins were fitted on; where recipes are the same there is nothing to fit."""
-    there = set(shop.contest.challenger.groups)
-    keys = {key for key in side.groups if key in there and side.recipe(key) not in (None, shop.contest.challenger.recipe(key))}
-    lacking = [name for name in side.spec["features"] if name not in shop.rows.columns]
+def fit_twins(
+    context: TrainingContext,
+    tables: FleetTables,
+    rows: DataFrame,
+    spec: FleetSpec,
+    contest: Contest,
+    side: Side,
+    held_out: DataFrame,
+) -> Twins:
+    """Fit what answers now on the rows that the challenger's own twins were fitted on; where recipes are the same there is nothing to fit.
+
+    Args:
+        context: where they are fitted.
+        tables: of the fleet; nothing is committed to them.
+        rows: the challenger's visible rows.
+        spec: the fleet.
+        contest: who is compared.
+        side: the run whose recipes are fitted.
+        held_out: the challenger's held-out rows.
+    """
+    known = contest.challenger.groups
+    keys = {key for key in side.groups if key in known and side.recipe(key) not in (None, contest.challenger.recipe(key))}
+    lacking = [name for name in side.spec["features"] if name not in rows.columns]
     if not keys or lacking:
         return Twins(frozenset(keys), None)
-    corrects = side.spec["own"] == CORRECTION
+
+    def fit(chosen: Collection[Key], bases: DataFrame | None = None) -> DataFrame:
+        seen = twin_spec(spec, side.spec)
+        settings = _twin_settings(seen, contest, side, context.threads)
+        groups = _planned(seen, contest.challenger, side, sorted(chosen))
+        twin_context = context if context.train is not train_group else replace(context, train=fit_twin)
+        return train_aside(twin_context, tables, rows, seen, groups, settings, slots=context.slots, bases=bases)
+
+    if side.spec["own"] != CORRECTION:
+        return Twins(frozenset(keys), fit(keys))
     found: DataFrame | None = None
-    for chosen in [{key for key in keys if key[0] == grain} for grain in range(len(shop.spec.grains))] if corrects else [keys]:
+    for grain in range(len(spec.grains)):
+        chosen = {key for key in keys if key[0] == grain}
         if not chosen:
             continue
         bases = None
-        if corrects and min(chosen)[0]:
-            others = held_out.where(sf.col("grain") < min(chosen)[0])
-            bases = nearest_predictions(others if found is None else _instead(shop.cluster.spark, others, keys, found))
-        fitted = _fitted(shop, side, chosen, bases)
+        if grain:
+            others = held_out.where(sf.col("grain") < grain)
+            bases = nearest_predictions(others if found is None else _instead(context.spark, others, keys, found))
+        fitted = fit(chosen, bases)
         found = fitted if found is None else found.unionByName(fitted)
     return Twins(frozenset(keys), found)
 
@@ -183,22 +181,18 @@ def _instead(spark: SparkSession, held_out: DataFrame, keys: Collection[Key], tw
     return held_out.join(replaced, ["grain", "group_id"], "left_anti").unionByName(twins)
 
 
-def _fitted(shop: _Workshop, side: Side, keys: Collection[Key], bases: DataFrame | None) -> DataFrame:
-    """The held-out rows of some twins; one Spark job."""
-    spec, contest = twin_spec(shop.spec, side.spec), shop.contest
-    groups = _planned(spec, contest.challenger, side, sorted(keys))
-    settings = TrainingSettings(
+def _twin_settings(spec: FleetSpec, contest: Contest, side: Side, threads: int) -> TrainingSettings:
+    """What the twins of a run share: its model spec, the challenger's dates."""
+    return TrainingSettings(
         run_id=contest.challenger.fleet_version,
         model=side.spec,
         goal=learning_goal(spec, len(side.spec["classes"])),
         target=spec.target.column,
         weight=spec.target.weight,
         tuning=spec.tuning,
-        cutoffs=contest.cutoffs,
-        threads=shop.threads,
+        cutoffs=contest.run.cutoffs,
+        threads=threads,
     )
-    cluster = replace(shop.cluster, train=shop.cluster.train or fit_twin)
-    return train_aside(cluster, shop.tables, shop.namespace, shop.rows, spec, groups, settings, slots=shop.slots, bases=bases)
 
 
 def twin_spec(spec: FleetSpec, model: Mapping[str, Any]) -> FleetSpec:
@@ -260,7 +254,7 @@ def compare_runs(
             sf.broadcast(_weights_of(spark, grain, contest, versions, twins)), sf.col("group_ids")[grain] == sf.col(f"_g{grain}"), "left"
         )
     grains = range(n_grains)
-    constant = constant_column(contest.constants, contest.challenger.spec["classes"])
+    constant = constant_column(contest.run.constants, contest.challenger.spec["classes"])
     own, weights, is_cut = ([sf.col(f"{part}{grain}") for grain in grains] for part in ("p", "_c", "_k"))
     ours = level_answers(own, weights, is_cut, constant)
     theirs: list[Column] = [sf.lit(None).cast("double")] * n_grains
@@ -281,7 +275,7 @@ def compare_runs(
     for number in range(len(spec.all_baselines)):
         rivals[f"b{number}"] = row_loss(spec, baseline_answer(spec, number))
     whole = Paired(WHOLE_FLEET, sf.lit("[]"), loss(ours[-1]), rivals)
-    found = compare_answers(rows, spec, [*contests, whole], contest.cutoffs.report_start)
+    found = compare_answers(rows, spec, [*contests, whole], contest.run.cutoffs.report_start)
     is_whole = found["grain"] == WHOLE_FLEET
     titles = {"loss": "loss_challenger", "loss_sum": "loss_sum_challenger", f"gain_{CHAMPION}": "gain", f"gain_error_{CHAMPION}": "gain_error"}
     groups = found[~is_whole].rename(columns=titles)
@@ -347,8 +341,3 @@ def _constant_of(side: Side, spec: FleetSpec, challenger: Column) -> Column:
         return constant_column(Constants(0.0, 0.0, tuple(side.spec["prior"])), side.spec["classes"])
     constant = side.spec.get("constant")
     return challenger if constant is None else sf.lit(float(constant))
-
-
-def _naive(moment: Any) -> pd.Timestamp:
-    found = pd.Timestamp(moment)
-    return found.tz_convert("UTC").tz_localize(None) if found.tzinfo else found

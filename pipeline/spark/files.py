@@ -3,7 +3,6 @@
 import json
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -14,24 +13,10 @@ from pyspark.sql.types import StructType
 
 from pipeline.models.meta_model import filesystem_of
 from pipeline.reading.files import Reading, RowFile, read_rows
+from pipeline.storage import WrittenFile
 
 Batches = Iterator[pa.RecordBatch]
 FILE_COLUMNS = "path string, size long, n_rows long"
-
-
-@dataclass(frozen=True)
-class WrittenFile:
-    """A file that a task wrote below a table's root and nobody has committed yet.
-
-    Args:
-        path: relative to the root.
-        size: bytes.
-        n_rows: rows.
-    """
-
-    path: str
-    size: int
-    n_rows: int
 
 
 # Rows are gathered into row groups of about so many bytes: many small ones cost more than the rows.

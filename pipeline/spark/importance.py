@@ -13,12 +13,13 @@ from pyspark.sql.pandas.types import from_arrow_schema
 
 from pipeline.models.importance import SAMPLED_ROWS, group_importance
 from pipeline.models.meta_model import grain_name, load_booster
+from pipeline.runs.fleet_tables import FleetTables
+from pipeline.runs.manifest import RunManifest
+from pipeline.spark.execution import keep_imports, without_adaptive_execution
 from pipeline.spark.files import FileWriter, file_json, file_of_json
-from pipeline.spark.fleet_training import read_runs
 from pipeline.spark.keys import finite
-from pipeline.spark.training import grain_column, has_weight, keep_imports, limited_rows, visible_rows, without_adaptive_execution
+from pipeline.spark.rows import grain_column, has_weight, limited_rows, visible_rows
 from pipeline.spec import FleetSpec
-from pipeline.storage import Tables
 from pipeline.tables import BOOSTERS, IMPORTANCE
 from pipeline.training.worker import rows_in_pandas
 
@@ -28,7 +29,7 @@ _LOOKED_AT: Any = pa.schema([*IMPORTANCE.schema, pa.field("error", pa.string())]
 
 
 @dataclass(frozen=True)
-class LookedAt:
+class ImportanceResult:
     """What became of a run's boosters.
 
     Args:
@@ -43,8 +44,8 @@ class LookedAt:
 
 
 def write_importance(
-    spark: SparkSession, tables: Tables, namespace: str, features: DataFrame, spec: FleetSpec, run: Mapping[Any, Any], ledger: pd.DataFrame
-) -> LookedAt:
+    spark: SparkSession, tables: FleetTables, features: DataFrame, spec: FleetSpec, run: RunManifest, ledger: pd.DataFrame
+) -> ImportanceResult:
     """Look at every booster of a finished run, and commit `tables.IMPORTANCE` for it; what the table had for the run is replaced.
 
     A group whose booster is that of the run before has that run's rows. One that cannot be looked at has none, and the others are
@@ -52,61 +53,58 @@ def write_importance(
 
     Args:
         spark: the session.
-        tables: where the fleet's tables are.
-        namespace: of the tables.
+        tables: of the fleet.
         features: the feature table, in the version that the run read.
         spec: the fleet.
         run: the run manifest.
         ledger: the run's rows.
     """
-    run_id, model = str(run["run_id"]), json.loads(str(run["model_spec"]))
-    location = tables.location(namespace, IMPORTANCE.name)
+    run_id, model_spec, store = run.run_id, run.model_spec, tables.tables
+    location = tables.location(IMPORTANCE)
     having = ledger[ledger["booster_id"].notna()][[*GROUP, "wave", "booster_id"]]
-    before, known = _known(tables, namespace, location, run, model)
+    before, known = _known(tables, location, run)
     # A group's id tells its grain, too.
     is_known = pd.MultiIndex.from_frame(having[["group_id", "booster_id"]]).isin(known)
     copied, wanted = having[is_known], having[~is_known]
     parts = []
     if len(copied):
         named = spark.createDataFrame(copied[["group_id", "booster_id"]], "group_id string, booster_id string")
-        earlier = tables.read_spark(spark, location, partitions={"run_id": [before]})
+        earlier = store.read_spark(spark, location, partitions={"run_id": [before]})
         same = earlier.join(sf.broadcast(named), ["group_id", "booster_id"], "left_semi").withColumn("run_id", sf.lit(run_id))
         parts.append(same.withColumn("error", sf.lit(None).cast("string")).select(_LOOKED_AT.names))
     if len(wanted):
-        as_of = pd.Timestamp(run["as_of"]).tz_convert(None)
-        visible = visible_rows(features, as_of).where(has_weight(spec))
-        rows = limited_rows(visible, spec, json.loads(str(run["request"]))["limit_groups"])
-        store = tables.location(namespace, BOOSTERS.name)
-        boosters = tables.read_spark(spark, store, partitions={"wave": sorted(set(wanted["wave"]))})
-        parts.append(look_at_groups(rows, boosters, wanted, spec, model, run_id=run_id, where=store))
+        visible = visible_rows(features, run.cutoffs.as_of).where(has_weight(spec))
+        rows = limited_rows(visible, spec, run.limit_groups)
+        booster_store = tables.location(BOOSTERS)
+        boosters = store.read_spark(spark, booster_store, partitions={"wave": sorted(set(wanted["wave"]))})
+        parts.append(explain_groups(rows, boosters, wanted, spec, model_spec, run_id=run_id, where=booster_store))
     files, failed = [], {}
     if parts:
         frame = parts[0] if len(parts) == 1 else parts[0].unionByName(parts[1])
         with without_adaptive_execution(spark):
-            lines = frame.mapInArrow(_writer(location, dict(tables.storage_options)), "kind string, line string").collect()
+            lines = frame.mapInArrow(_writer(location, dict(store.storage_options)), "kind string, line string").collect()
         told = [(line["kind"], json.loads(line["line"])) for line in lines]
         files = [file_of_json(line) for kind, line in told if kind == "file"]
         failed = {line["group_id"]: line["error"] for kind, line in told if kind == "error"}
-    tables.commit(location, files, IMPORTANCE.schema, mode="overwrite", partition={"run_id": run_id})
-    return LookedAt(len(having), len(copied), failed)
+    store.commit(location, files, IMPORTANCE.schema, mode="overwrite", partition={"run_id": run_id})
+    return ImportanceResult(len(having), len(copied), failed)
 
 
-def _known(tables: Tables, namespace: str, location: str, run: Mapping[Any, Any], model: Mapping[str, Any]) -> tuple[str, pd.MultiIndex]:
+def _known(tables: FleetTables, location: str, run: RunManifest) -> tuple[str, pd.MultiIndex]:
     """The run before, and the groups and boosters that it has rows for, if its features are the same by name."""
     nothing = pd.MultiIndex.from_arrays([[], []])
-    before = run["previous_run_id"]
-    if not isinstance(before, str) or not tables.exists(location):
+    if run.previous_run_id is None or not tables.tables.exists(location):
         return "", nothing
-    runs = read_runs(tables, namespace)
-    features = [json.loads(text)["features"] for text in runs.loc[runs["run_id"] == before, "model_spec"]]
-    if features != [model["features"]]:
+    before = tables.run(run.previous_run_id)
+    if before is None or before.model_spec["features"] != run.model_spec["features"]:
         return "", nothing
-    first = str(model["features"][0])
-    found = tables.read_pandas(location, where={"run_id": before, "feature": first}, columns=["group_id", "booster_id"])
-    return before, pd.MultiIndex.from_frame(found)
+    first = str(run.model_spec["features"][0])
+    is_first = {"run_id": before.run_id, "feature": first}
+    found = tables.tables.read_pandas(location, where=is_first, columns=["group_id", "booster_id"])
+    return before.run_id, pd.MultiIndex.from_frame(found)
 
 
-def look_at_groups(
+def explain_groups(
     rows: DataFrame, boosters: DataFrame, wanted: pd.DataFrame, spec: FleetSpec, model: Mapping[str, Any], *, run_id: str, where: str
 ) -> DataFrame:
     """Importance of every feature in every wanted group.

@@ -12,7 +12,7 @@ from pipeline.models.meta_model import FleetModel, check_listed_once
 from pipeline.spark.answers import answer_rows
 from pipeline.spark.features import newest_time
 from pipeline.spark.keys import finite, moment_column
-from pipeline.spark.training import visible_rows
+from pipeline.spark.rows import visible_rows
 from pipeline.spec import FleetSpec
 
 PLOTTED_ROWS = 20_000

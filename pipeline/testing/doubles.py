@@ -22,24 +22,9 @@ import pyarrow.compute as pc
 from pipeline.errors import ModelNotFound, StoreError
 from pipeline.models.meta_model import FleetModel, group_ids
 from pipeline.models.start import Start
-from pipeline.storage import Snapshot
+from pipeline.storage import Snapshot, WrittenFile
 from pipeline.training.outcome import Outcome
 from pipeline.training.trainer import NO_START, TrainingSettings, train_group
-
-
-@dataclass(frozen=True)
-class MemoryFile:
-    """A file of `MemoryTables`, written and maybe not committed.
-
-    Args:
-        path: its name within the table.
-        size: bytes of its rows.
-        n_rows: rows.
-    """
-
-    path: str
-    size: int
-    n_rows: int
 
 
 @dataclass
@@ -62,12 +47,12 @@ class MemoryTables:
         """Root of one table."""
         return "/".join([self.root, namespace, *parts])
 
-    def write_file(self, table: pa.Table, schema: pa.Schema, location: str) -> MemoryFile | None:
+    def write_file(self, table: pa.Table, schema: pa.Schema, location: str) -> WrittenFile | None:
         """Keep rows without committing them; None for no rows."""
         if table.num_rows == 0:
             return None
         kept = table.select(schema.names).cast(schema)
-        file = MemoryFile(f"part-{len(self._written)}.parquet", kept.nbytes, kept.num_rows)
+        file = WrittenFile(f"part-{len(self._written)}.parquet", kept.nbytes, kept.num_rows)
         self._written[f"{location}/{file.path}"] = kept
         return file
 

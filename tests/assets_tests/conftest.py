@@ -13,11 +13,11 @@ import pytest
 from assets.champion import champion_asset
 from assets.features import features_asset
 from assets.importance import importance_asset
-from assets.link import FleetFiles
 from assets.meta_model import meta_model_asset
 from assets.models import models_asset, models_checks
 from assets.predictions import predictions_asset
 from assets.raw import raw_asset
+from assets.settings import FleetFiles
 from pipeline.spec import FleetSpec
 from pipeline.testing.doubles import MemoryRegistry
 from resources.delta_tables import DeltaTables

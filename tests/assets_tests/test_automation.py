@@ -11,7 +11,7 @@ import pytest
 
 from assets.automation import FLEET_TAG, automation, changes, kept_since
 from assets.fleet import DescribedFleet
-from assets.link import FleetFiles
+from assets.settings import FleetFiles
 from pipeline.spec import FleetSpec, parse_spec
 from pipeline.tables import LEDGER, RUNS
 from resources.delta_tables import DeltaTables

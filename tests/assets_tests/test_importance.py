@@ -42,7 +42,7 @@ def test_a_group_without_importance_is_a_warning_that_names_it_and_stops_nothing
     def wrong(spark: Any, tables: Any, namespace: str, features: Any, spec: Any, run: Any, ledger: Any) -> Any:
         absent = ledger["group_id"].isin(['["north"]', '["north","n1"]'])
         told = right(spark, tables, namespace, features, spec, run, ledger[~absent])
-        return module.LookedAt(9, 0, {'["north"]': "PackError: damaged"} | dict(told.failed))
+        return module.ImportanceResult(9, 0, {'["north"]': "PackError: damaged"} | dict(told.failed))
 
     monkeypatch.setattr(module, "write_importance", wrong)
     result = fleet.launch("importance")

@@ -7,7 +7,7 @@ import pytest
 
 from assets.console import _is_for_people
 from assets.progress import progress_lines, rough_duration
-from pipeline.spark.training import Done
+from pipeline.spark.progress import Done
 
 
 class Log:

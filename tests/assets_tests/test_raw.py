@@ -12,8 +12,8 @@ import pyarrow as pa
 import pytest
 from deltalake import write_deltalake
 
-from assets.link import FleetFiles
 from assets.raw import raw_asset
+from assets.settings import FleetFiles
 from pipeline.reading import sources
 from pipeline.spec import FleetSpec, SourceSpec
 from pipeline.testing.doubles import FailingTables, MemoryTables

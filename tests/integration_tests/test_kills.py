@@ -8,15 +8,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from pyspark.sql import SparkSession
 
 from benchmarks.generated import GeneratedFleet
 from benchmarks.kills import WAVES_REPEATED, Reference, Trial, kill_trials, random_trials, straight_run, survive
 from benchmarks.poison import POISONS, TRAINED, train_poisoned
 from pipeline.crash_points import POINTS
 from pipeline.runs.schedule import Schedule
-from pipeline.spark.fleet_training import _overlapping
-from pipeline.spark.training import TrainedFiles, Wave
+from pipeline.runs.wave import TrainedFiles, Wave, train_overlapping
 
 pytestmark = [pytest.mark.integration, pytest.mark.spark, pytest.mark.slow]
 
@@ -37,7 +35,7 @@ def test_a_run_killed_at_a_named_point_is_resumed(crash_at: str, reference: Refe
     assert survive(Trial("driver", crash_at=crash_at), reference, tmp_path) == []
 
 
-def test_however_slow_commits_are_two_waves_at_most_are_not_committed(spark: SparkSession) -> None:
+def test_however_slow_commits_are_two_waves_at_most_are_not_committed() -> None:
     trained: list[str] = []
 
     def train(wave: Wave) -> TrainedFiles:
@@ -47,7 +45,7 @@ def test_however_slow_commits_are_two_waves_at_most_are_not_committed(spark: Spa
     groups = pd.DataFrame({"grain": 1, "group_id": [f"g{number}" for number in range(24)], "cost_seconds": 1.0, "task": 0})
     schedule = Schedule(groups, slots=2, checkpoint_seconds=4.0, has_history=True)
     committed = []
-    for wave, _ in _overlapping(spark, schedule, "run", train):
+    for wave, _ in train_overlapping(schedule, "run", train, lambda: None):
         time.sleep(0.1)
         assert len(trained) <= len(committed) + WAVES_REPEATED
         schedule.ended(wave.groups, [])

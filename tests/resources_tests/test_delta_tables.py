@@ -16,7 +16,7 @@ from deltalake import DeltaTable, write_deltalake
 from pyspark.sql import DataFrame, SparkSession
 
 from pipeline.errors import StoreError
-from pipeline.spark.files import WrittenFile
+from pipeline.storage import WrittenFile
 from pipeline.tables import ALL, Column, TableContract, in_format
 from pipeline.testing.doubles import FailingTables, MemoryTables
 from resources.delta_tables import DeltaTables, contract_metadata

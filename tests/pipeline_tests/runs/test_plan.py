@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from pipeline.models.start import CrossSelection, Start, Winner
 from pipeline.periods import Period
 from pipeline.runs.fingerprints import fingerprint
-from pipeline.runs.plan import LAST_SHARES, TASK_SECONDS, CostModel, Memory, Policy, TrainingPlan, assign_waves, build_plan, pack_tasks
+from pipeline.runs.history import EarlierRuns
+from pipeline.runs.plan import LAST_SHARES, TASK_SECONDS, CostModel, Policy, TrainingPlan, assign_waves, build_plan, pack_tasks
 
 COUNTS = ["n_rows", "n_target", "n_fit", "n_tune", "n_report"]
 AS_OF = pd.Timestamp("2024-06-01")
@@ -52,12 +53,12 @@ def policy(**changes: Any) -> Policy:
     return Policy(**settings)
 
 
-NOTHING = Memory()
+NOTHING = EarlierRuns()
 
 
 def plan_of(
     counts: pd.DataFrame,
-    memory: Memory = NOTHING,
+    memory: EarlierRuns = NOTHING,
     *,
     slots: int = 2,
     checkpoint_seconds: float = 60,
@@ -124,7 +125,7 @@ def test_the_plan_does_not_depend_on_the_order_of_the_counts(rows: list[tuple[in
     counts = counted(rows)
     order = list(range(len(counts)))
     random.shuffle(order)
-    memory = Memory(before={(0, '["gone"]'): ledger_row("gone", "", 0), (2, '["2"]'): ledger_row("2", "other", 2)})
+    memory = EarlierRuns(before={(0, '["gone"]'): ledger_row("gone", "", 0), (2, '["2"]'): ledger_row("2", "other", 2)})
     plans = [plan_of(frame, memory).groups for frame in (counts, counts.iloc[order])]
     pd.testing.assert_frame_equal(*plans)
 
@@ -211,7 +212,7 @@ def test_a_plan_of_one_empty_group_is_a_plan() -> None:
 
 
 def test_a_plan_speaks_to_people() -> None:
-    memory = Memory(before={(2, '["2"]'): ledger_row("2", f"2-{2025}", 2)})
+    memory = EarlierRuns(before={(2, '["2"]'): ledger_row("2", f"2-{2025}", 2)})
     text = plan_of(counted([(2000, 20, 5), (0, 0, 0), (2000, 20, 5), (2000, 20, 5), (50, 20, 5)]), memory).describe()
     assert text.startswith("5 groups: 2 to train, 1 unchanged (reused), 1 ")
     assert "1 no_target" in text
@@ -254,7 +255,7 @@ SAME, OTHER = "1-555", "1-554"
 def decided(before: Row | None, *, parent: Row | None = None, kept: Row | None = None, unfinished: Row | None = None, **changes: Any) -> Row:
     """What is decided for the group ["1"] of grain 1, whose rows' hash is SAME."""
     key, over = (1, '["1"]'), (0, '["0"]')
-    memory = Memory(
+    memory = EarlierRuns(
         kept={} if kept is None else {key: kept},
         before={at: row for at, row in ((key, before), (over, parent)) if row is not None},
         unfinished={} if unfinished is None else {key: unfinished},
@@ -355,14 +356,14 @@ def test_the_pooled_group_judges_all_rows_even_where_only_others_are_listed() ->
     listed = {"retrain": "listed", "listed": ('["1"]',)}
     fresh = plan_of(counted([FIT, FIT]), **listed).groups.set_index("group_id").loc['["0"]']
     assert (fresh["action"], fresh["reason"], Start.from_json(fresh["started_from"]).judge) == ("train", "not_listed", True)
-    memory = Memory(before={(0, '["0"]'): ledger_row("0", "other", 0, status="inherited", reason="constant_target")})
+    memory = EarlierRuns(before={(0, '["0"]'): ledger_row("0", "other", 0, status="inherited", reason="constant_target")})
     later = plan_of(counted([FIT, FIT]), memory, **listed).groups.set_index("group_id").loc['["0"]']
     assert (later["action"], later["fingerprint"]) == ("reuse", memory.before[0, '["0"]']["fingerprint"])
 
 
 @pytest.mark.parametrize("status", ["trained", "refreshed", "reused"])
 def test_a_vanished_group_keeps_its_booster(status: str) -> None:
-    memory = Memory(before={(1, '["gone"]'): ledger_row("gone", "x", status=status)})
+    memory = EarlierRuns(before={(1, '["gone"]'): ledger_row("gone", "x", status=status)})
     groups = plan_of(counted([FIT, FIT]), memory).groups.set_index("group_id")
     assert len(groups) == 3
     gone = groups.loc['["gone"]']
@@ -371,7 +372,7 @@ def test_a_vanished_group_keeps_its_booster(status: str) -> None:
 
 @pytest.mark.parametrize("status", ["inherited", "failed", "crashed"])
 def test_a_vanished_group_without_a_booster_keeps_a_row(status: str) -> None:
-    memory = Memory(before={(1, '["gone"]'): ledger_row("gone", "x", status=status)})
+    memory = EarlierRuns(before={(1, '["gone"]'): ledger_row("gone", "x", status=status)})
     gone = plan_of(counted([FIT, FIT]), memory).groups.set_index("group_id").loc['["gone"]']
     assert (gone["action"], gone["reason"]) == ("inherit", "vanished")
 
@@ -481,5 +482,5 @@ def test_a_refit_takes_over_what_an_interrupted_one_has_fitted() -> None:
     counts = counted([(200, 40, 40)])
     (wanted,) = plan_of(counts, recipes=recipes).groups["fingerprint"]
     done = {(0, '["0"]'): {"fingerprint": wanted, "status": "refreshed"}}
-    assert plan_of(counts, Memory(kept=done), recipes=recipes).groups["action"].tolist() == ["keep"]
-    assert plan_of(counts, Memory(unfinished=done), recipes=recipes).groups["action"].tolist() == ["reuse"]
+    assert plan_of(counts, EarlierRuns(kept=done), recipes=recipes).groups["action"].tolist() == ["keep"]
+    assert plan_of(counts, EarlierRuns(unfinished=done), recipes=recipes).groups["action"].tolist() == ["reuse"]

@@ -11,12 +11,15 @@ import pytest
 from pyspark.sql import DataFrame, SparkSession
 
 from pipeline.models.promotion import NEW_RECIPE, REFRESH, UNCHANGED, Judgement, Side
+from pipeline.runs.history import History
+from pipeline.runs.request import Request
 from pipeline.spark.comparison import Contest, judge
-from pipeline.spark.fleet_training import Cluster, History, Request, plan_run, train_run
+from pipeline.spark.planning import plan_run
+from pipeline.spark.training_run import train_run
 from pipeline.spec import FleetSpec
-from pipeline.tables import RUNS, records
 from pipeline.testing.data import feature_rows, small_spec, with_classes
 from pipeline.testing.doubles import FreeLease
+from pipeline.testing.runs import own_tables, quiet_context
 from resources.delta_tables import DeltaTables
 
 pytestmark = [pytest.mark.spark, pytest.mark.slow]
@@ -35,17 +38,18 @@ def judged(
 ) -> tuple[Judgement, dict[str, pd.DataFrame]]:
     """Train by two specs, let the second challenge the first; the judgement, and both ledgers."""
     tables, ledgers, sides = DeltaTables(root=str(root)), {}, {}
-    cluster = Cluster(spark, lambda *_: None)
+    context = quiet_context(spark)
     for name, spec, seen in (("old", before, rows), ("new", after, rows if later is None else later)):
-        run = plan_run(in_spark(spark, seen), spec, Request(name), History.read(tables, spec.name), slots=2, threads=1)
-        ledgers[name] = train_run(cluster, tables, spec.name, run, spec, features_version=0, lease=FreeLease())
-    for found in records(tables.read_pandas(tables.location(after.name, RUNS.name))):
-        described = {**json.loads(found["model_spec"]), "fleet_version": found["run_id"], "constant": found["constant"]}
-        sides[found["run_id"]] = Side.of_ledger(described, ledgers[found["run_id"]]), found
+        run = plan_run(context, in_spark(spark, seen), spec, Request(name), History.read(own_tables(tables, spec.name)))
+        ledgers[name] = train_run(context, own_tables(tables, spec.name), run, spec, features_version=0, lease=FreeLease())
+    for name in ("old", "new"):
+        found = own_tables(tables, after.name).run(name)
+        assert found is not None
+        sides[name] = Side.of_ledger(found.generation, ledgers[name]), found
     (champion, _), (challenger, run) = sides["old"], sides["new"]
     contest = Contest(run, challenger, {"old": champion}, dict.fromkeys(champion.groups, "old"))
     features = in_spark(spark, rows if later is None else later)
-    return judge(cluster, tables, after.name, features, after, contest, slots=2, threads=1), ledgers
+    return judge(context, own_tables(tables, after.name), features, after, contest), ledgers
 
 
 @pytest.mark.parametrize(
@@ -91,7 +95,7 @@ def test_the_same_recipe_on_newer_rows_is_a_refresh_and_takes_no_fit(spark: Spar
     def fit(*_: Any) -> Any:
         raise AssertionError("a twin was fitted")
 
-    monkeypatch.setattr(comparison, "_fitted", fit)
+    monkeypatch.setattr(comparison, "train_aside", fit)
     spec, rows = small_spec(tuning=STUMPS), feature_rows(340)
     judgement, _ = judged(spark, tmp_path, spec, spec, rows[rows["time"] < "2024-12-01"], rows)
     decided = judgement.decisions

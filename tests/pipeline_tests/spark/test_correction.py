@@ -12,10 +12,16 @@ from pyspark.sql import DataFrame, SparkSession
 
 from pipeline.models.meta_model import CORRECTION, INDEPENDENT, FleetModel
 from pipeline.models.pack import Generation, write_pack
-from pipeline.spark.fleet_training import Cluster, History, PlannedRun, Request, choose_own, plan_run, train_run
+from pipeline.runs.history import History
+from pipeline.runs.planned_run import PlannedRun
+from pipeline.runs.request import Request
+from pipeline.spark.pilot import choose_own
+from pipeline.spark.planning import plan_run
+from pipeline.spark.training_run import train_run
 from pipeline.spec import FleetSpec
 from pipeline.testing.data import feature_rows, small_spec
 from pipeline.testing.doubles import FreeLease
+from pipeline.testing.runs import own_tables, quiet_context
 from resources.delta_tables import DeltaTables
 
 pytestmark = pytest.mark.spark
@@ -42,11 +48,11 @@ def in_spark(spark: SparkSession, rows: pd.DataFrame) -> DataFrame:
 
 
 def planned(tables: DeltaTables, features: DataFrame, spec: FleetSpec, run_id: str, **request: Any) -> PlannedRun:
-    return plan_run(features, spec, Request(run_id, **request), History.read(tables, spec.name), slots=2, threads=1)
+    return plan_run(quiet_context(features.sparkSession), features, spec, Request(run_id, **request), History.read(own_tables(tables, spec.name)))
 
 
 def trained(spark: SparkSession, tables: DeltaTables, run: PlannedRun, spec: FleetSpec) -> pd.DataFrame:
-    return train_run(Cluster(spark, lambda *_: None), tables, spec.name, run, spec, features_version=0, lease=FreeLease())
+    return train_run(quiet_context(spark), own_tables(tables, spec.name), run, spec, features_version=0, lease=FreeLease())
 
 
 @pytest.fixture(scope="module")
@@ -132,13 +138,13 @@ def test_auto_corrects_only_where_that_is_better_and_keeps_its_choice(spark: Spa
     spec = small_spec(own="auto", tuning={"max_trials": 1, "max_rounds": 30})
     run = planned(tables, features, spec, "first")
     assert run.must_choose
-    own, told = choose_own(Cluster(spark, lambda *_: None), tables, spec.name, run, spec)
+    own, told = choose_own(quiet_context(spark), own_tables(tables, spec.name), run, spec)
     errors = {name: float(number) for name, number in (part.split() for part in told.split(": ")[-1].split(", "))}
     assert set(errors) == {INDEPENDENT, CORRECTION}
     # A tie is no reason to correct.
     assert own == INDEPENDENT or errors[CORRECTION] < errors[INDEPENDENT]
     assert not tables.exists(tables.location(spec.name, "ledger"))
-    chosen = plan_run(features, spec, Request("first"), History.read(tables, spec.name), slots=2, threads=1, own=own)
+    chosen = plan_run(quiet_context(features.sparkSession), features, spec, Request("first"), History.read(own_tables(tables, spec.name)), own=own)
     trained(spark, tables, chosen, spec)
     later = planned(tables, features, spec, "second")
     assert (later.must_choose, later.settings.model["own"]) == (False, own)

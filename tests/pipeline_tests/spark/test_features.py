@@ -15,14 +15,17 @@ from pyspark.sql import functions as sf
 from pipeline.errors import DataError, SpecError
 from pipeline.features.history import add_history, plan_passes
 from pipeline.models.meta_model import design_matrix, group_id
+from pipeline.runs.history import History
+from pipeline.runs.request import Request
 from pipeline.spark.data_errors import readable_spark_errors
 from pipeline.spark.features import all_null_columns, build_features, check_feature_table, newest_known, newest_time
-from pipeline.spark.fleet_training import History, Request, plan_run
+from pipeline.spark.planning import plan_run
+from pipeline.spark.rows import visible_rows
 from pipeline.spark.scoring import rows_to_score
-from pipeline.spark.training import visible_rows
 from pipeline.spec import FleetSpec, parse_spec
 from pipeline.tables import LEDGER, RUNS
 from pipeline.testing.data import feature_rows, small_spec
+from pipeline.testing.runs import quiet_context
 
 pytestmark = pytest.mark.spark
 
@@ -329,10 +332,10 @@ def test_rows_that_wait_for_their_answer_move_neither_the_as_of_nor_the_splits(s
     features = spark.createDataFrame(table)
     spec = small_spec(scoring={"score": "new"})
     history = History(RUNS.schema.empty_table().to_pandas(), lambda _: LEDGER.schema.empty_table().to_pandas())
-    default = plan_run(features, spec, Request("run"), history, slots=2, threads=1)
+    default = plan_run(quiet_context(features.sparkSession), features, spec, Request("run"), history)
     assert default.cutoffs.as_of == last
     # An as-of that lets the waiting rows be seen leaves the splits where outcomes are.
-    late = plan_run(features, spec, Request("run", as_of=later.max()), history, slots=2, threads=1)
+    late = plan_run(quiet_context(features.sparkSession), features, spec, Request("run", as_of=later.max()), history)
     assert late.cutoffs.report_start == default.cutoffs.report_start == pd.Timestamp("2024-07-01")
     assert len(default.plan.to_train) == len(late.plan.to_train) == 7
     assert rows_to_score(features, spec, default.cutoffs.as_of).count() == len(waiting)

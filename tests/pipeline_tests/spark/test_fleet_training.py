@@ -16,22 +16,22 @@ from pyspark.sql import functions as sf
 from pipeline.errors import DataError
 from pipeline.models.meta_model import group_id, inverse_link, link
 from pipeline.models.start import Start
+from pipeline.runs.history import History
+from pipeline.runs.planned_run import PlannedRun
+from pipeline.runs.request import Request
+from pipeline.runs.wave import Wave
+from pipeline.spark.counting import count_categories, count_groups
 from pipeline.spark.evaluation import MIN_INTERVAL_ROWS, judged_rows
-from pipeline.spark.fleet_training import Cluster, History, PlannedRun, Request, manifest, plan_run, train_run
-from pipeline.spark.training import (
-    Done,
-    Progress,
-    Wave,
-    count_categories,
-    count_groups,
-    limited_rows,
-    placed_rows,
-    train_wave,
-    without_adaptive_execution,
-)
+from pipeline.spark.execution import without_adaptive_execution
+from pipeline.spark.planning import plan_run
+from pipeline.spark.progress import Done, Progress
+from pipeline.spark.rows import limited_rows
+from pipeline.spark.training import TrainingContext, placed_rows, train_wave
+from pipeline.spark.training_run import train_run
 from pipeline.spec import FleetSpec, parse_spec
 from pipeline.tables import BOOSTERS, HOLDOUT, LEDGER, RUNS
 from pipeline.testing.doubles import FailingTrainer, FreeLease
+from pipeline.testing.runs import own_tables, quiet_context
 from pipeline.training.blend import N_BLOCKS, Moments, learn_blend
 from pipeline.training.outcome import Outcome
 from pipeline.training.splits import REPORT, TUNE
@@ -114,7 +114,7 @@ NO_HISTORY = History(RUNS.schema.empty_table().to_pandas(), lambda _: LEDGER.sch
 
 
 def planned(features: DataFrame, spec: FleetSpec, **changes: Any) -> PlannedRun:
-    return plan_run(features, spec, Request(**{"run_id": "run-1", **changes}), NO_HISTORY, slots=2, threads=1)
+    return plan_run(quiet_context(features.sparkSession), features, spec, Request(**{"run_id": "run-1", **changes}), NO_HISTORY)
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +141,8 @@ def told() -> list[Done]:
 @pytest.fixture(scope="module")
 def finished(spark: SparkSession, run: PlannedRun, spec: FleetSpec, tmp_path_factory: pytest.TempPathFactory, told: list[Done]) -> Finished:
     tables = DeltaTables(root=str(tmp_path_factory.mktemp("tables [x] ü")))
-    cluster = Cluster(spark, told.append, train=FailingTrainer({FAILING: "raise"}))
-    return Finished(train_run(cluster, tables, "nasty", run, spec, features_version=4, lease=FreeLease()), tables)
+    cluster = TrainingContext(spark, told.append, train=FailingTrainer({FAILING: "raise"}))
+    return Finished(train_run(cluster, own_tables(tables, "nasty"), run, spec, features_version=4, lease=FreeLease()), tables)
 
 
 @pytest.fixture(scope="module")
@@ -431,8 +431,8 @@ def seen_by_workers(spark: SparkSession, placed: DataFrame, groups: pd.DataFrame
     def look(frame: pd.DataFrame, grain: int, settings: Any, start: Start) -> Outcome:
         return Outcome("inherited", "looked", {"rows": sorted(frame["row_key"]), "began": start.to_json(), "process": os.getpid()})
 
-    roots = {name: tables.location("looked", name) for name in ("boosters", "holdout")}
-    return train_wave(placed, Wave("looked", groups), run.settings, roots, {}, Progress(spark, lambda *_: None), look).outcomes
+    context = quiet_context(spark, train=look)
+    return train_wave(context, own_tables(tables, "looked"), placed, Wave("looked", groups), run.settings, Progress(spark, lambda *_: None)).outcomes
 
 
 @pytest.fixture
@@ -516,7 +516,7 @@ def test_task_ids_outside_the_plan_are_refused(spark: SparkSession, run: Planned
 def test_adaptive_execution_is_off_in_training_and_then_as_before(
     spark: SparkSession, run: PlannedRun, spec: FleetSpec, monkeypatch: pytest.MonkeyPatch, finished: Finished, adaptive: str
 ) -> None:
-    from pipeline.spark import fleet_training as module
+    from pipeline.spark import training_run as module
 
     during: list[str | None] = []
 
@@ -528,7 +528,7 @@ def test_adaptive_execution_is_off_in_training_and_then_as_before(
     monkeypatch.setattr(module, "train_wave", broken)
     try:
         with pytest.raises(KeyboardInterrupt):
-            train_run(Cluster(spark, lambda *_: None), finished.tables, "broken", run, spec, features_version=4, lease=FreeLease())
+            train_run(quiet_context(spark), own_tables(finished.tables, "broken"), run, spec, features_version=4, lease=FreeLease())
         assert set(during) == {"false"}
         assert spark.conf.get("spark.sql.adaptive.enabled") == adaptive
     finally:
@@ -576,7 +576,7 @@ def test_a_fleet_without_any_model_still_judges_its_rows(spark: SparkSession, fe
     run = planned(features, starved)
     spoilt = run.plan.groups[(run.plan.groups["n_invalid"] > 0) & (run.plan.groups["grain"] == 2)]
     assert set(run.plan.to_train["group_id"]) == {"[]", *spoilt["group_id"]}
-    ledger = train_run(Cluster(spark, lambda *_: None), finished.tables, "starved", run, starved, features_version=4, lease=FreeLease())
+    ledger = train_run(quiet_context(spark), own_tables(finished.tables, "starved"), run, starved, features_version=4, lease=FreeLease())
     assert set(ledger["status"]) == {"inherited"}
     assert not finished.tables.exists(finished.tables.location("starved", "boosters"))
     assert ledger["rmse"].notna().sum() == 18
@@ -584,7 +584,8 @@ def test_a_fleet_without_any_model_still_judges_its_rows(spark: SparkSession, fe
 
 
 def test_manifest_pins_the_run(run: PlannedRun, spec: FleetSpec) -> None:
-    row = manifest(run, spec, started_at=pd.Timestamp("2024-06-01", tz="UTC"), features_version=4)
+    started_at = pd.Timestamp("2024-06-01", tz="UTC")
+    row = run.manifest(spec, started_at=started_at, features_version=4).to_row()
     written = pa.Table.from_pylist([row], schema=RUNS.schema).to_pylist()[0]
     assert written["features_version"] == 4
     assert written["n_groups"] == len(run.plan.groups)
@@ -594,4 +595,4 @@ def test_manifest_pins_the_run(run: PlannedRun, spec: FleetSpec) -> None:
     assert (written["finished_at"], written["waves"], written["previous_run_id"]) == (None, None, None)
     assert json.loads(written["request"]) == {"limit_groups": None, "listed": [], "retrain": "changed"}
     assert written["data_digest"] == run.data_digest
-    assert manifest(replace(run, data_digest="other"), spec, started_at=row["started_at"], features_version=4)["data_digest"] == "other"
+    assert replace(run, data_digest="other").manifest(spec, started_at=started_at, features_version=4).data_digest == "other"

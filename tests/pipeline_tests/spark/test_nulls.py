@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from pyspark.sql import DataFrame, SparkSession
 
-from pipeline.spark.training import MASK_BITS, TrainingData, count_groups
+from pipeline.spark.counting import MASK_BITS, CountedGroups, count_groups
 from pipeline.spec import FleetSpec
 from pipeline.testing.data import feature_rows, small_spec
 from pipeline.training.splits import resolve_cutoffs
@@ -23,7 +23,7 @@ def in_spark(spark: SparkSession, rows: pd.DataFrame) -> DataFrame:
     return spark.createDataFrame(pa.Table.from_pandas(zoned, preserve_index=False).replace_schema_metadata())
 
 
-def counted(spark: SparkSession, rows: pd.DataFrame, spec: FleetSpec) -> TrainingData:
+def counted(spark: SparkSession, rows: pd.DataFrame, spec: FleetSpec) -> CountedGroups:
     newest = pd.Timestamp(rows["time"].max())
     return count_groups(in_spark(spark, rows), spec, resolve_cutoffs(spec.splits, newest, newest), CATEGORIES)
 

@@ -15,7 +15,7 @@ from pyspark.sql import DataFrame, SparkSession
 
 from pipeline.models.meta_model import design_matrix
 from pipeline.models.pack import model_spec
-from pipeline.spark.training import count_groups
+from pipeline.spark.counting import count_groups
 from pipeline.spec import parse_spec
 from pipeline.training.splits import Cutoffs
 

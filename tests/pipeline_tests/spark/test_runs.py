@@ -20,13 +20,20 @@ from pipeline.errors import DataError, StoreError
 from pipeline.models.meta_model import group_id, group_ids
 from pipeline.models.start import Start
 from pipeline.runs.fingerprints import fingerprint, shared_digest
-from pipeline.spark import fleet_training, training
-from pipeline.spark.fleet_training import Cluster, History, PlannedRun, Request, plan_run, train_run
-from pipeline.spark.training import placed_rows, without_adaptive_execution
+from pipeline.runs.history import History
+from pipeline.runs.planned_run import PlannedRun
+from pipeline.runs.request import Request
+from pipeline.runs.second_pass import plan_second_pass
+from pipeline.spark import training
+from pipeline.spark.execution import without_adaptive_execution
+from pipeline.spark.planning import plan_run
+from pipeline.spark.training import placed_rows
+from pipeline.spark.training_run import train_run
 from pipeline.spec import FleetSpec
 from pipeline.tables import LEDGER
 from pipeline.testing.data import feature_rows, small_spec
 from pipeline.testing.doubles import FailingTrainer, FreeLease
+from pipeline.testing.runs import own_tables, quiet_context
 from pipeline.training.outcome import Outcome
 from pipeline.training.trainer import RATE, train_group
 from resources.delta_tables import DeltaTables
@@ -55,12 +62,12 @@ class Fleet:
         self.tables = DeltaTables(root=str(self.root))
 
     def plan(self, rows: pd.DataFrame, run_id: str, **asked: Any) -> PlannedRun:
-        history = History.read(self.tables, "small")
-        return plan_run(self.frame(rows), self.spec, Request(run_id, **asked), history, slots=2, threads=1)
+        history = History.read(own_tables(self.tables, "small"))
+        return plan_run(quiet_context(self.spark), self.frame(rows), self.spec, Request(run_id, **asked), history)
 
     def train(self, run: PlannedRun, check: Callable[[], None] = lambda: None, **cluster: Any) -> pd.DataFrame:
         return train_run(
-            Cluster(self.spark, lambda *_: None, **cluster), self.tables, "small", run, self.spec, features_version=0, lease=FreeLease(check)
+            quiet_context(self.spark, **cluster), own_tables(self.tables, "small"), run, self.spec, features_version=0, lease=FreeLease(check)
         )
 
     def launch(self, rows: pd.DataFrame, run_id: str, **asked: Any) -> pd.DataFrame:
@@ -181,7 +188,7 @@ def test_a_first_run_of_listed_groups_judges_their_rows(empty: Fleet, rows: pd.D
 
 def test_a_run_of_an_earlier_as_of_does_not_build_on_what_saw_more(fleet: Fleet, rows: pd.DataFrame) -> None:
     earlier = fleet.plan(rows, "run-2", as_of=rows["known_at"].max() - pd.Timedelta(days=1))
-    assert (earlier.previous_run_id, earlier.memory.before) == (None, {})
+    assert (earlier.previous_run_id, earlier.earlier.before) == (None, {})
     assert {Start.from_json(text) for text in earlier.plan.to_train["started_from"]} == {Start()}
     same = fleet.plan(rows, "run-2", as_of=rows["known_at"].max())
     assert (same.previous_run_id, set(same.plan.groups["action"])) == ("run-1", {"reuse"})
@@ -402,7 +409,7 @@ def passes(run: PlannedRun, spec: FleetSpec, *, seconds: float = 1.0) -> Iterato
         }
         for number, (grain, group) in enumerate(zip(to_train["grain"], to_train["group_id"], strict=True))
     }  # fmt: skip
-    for plan in fleet_training._second_pass(run, spec, found):
+    for plan in plan_second_pass(run, spec, found):
         for key in zip(plan.groups["grain"], plan.groups["group_id"], strict=True):
             found[int(key[0]), str(key[1])] |= {"stopped_by": "patience", "seconds": 2 * seconds}
         yield plan.groups["group_id"].tolist(), found

@@ -18,13 +18,18 @@ from pipeline.models.pack import Generation, write_pack
 from pipeline.models.promotion import judge_challenger
 from pipeline.reporting.plots import prediction_plot, training_plot
 from pipeline.reporting.summary import fleet_errors, summarise
+from pipeline.runs.history import History
+from pipeline.runs.planned_run import PlannedRun
+from pipeline.runs.request import Request
+from pipeline.spark.counting import count_classes
 from pipeline.spark.evaluation import judged_rows
-from pipeline.spark.fleet_training import Cluster, History, PlannedRun, Request, plan_run, train_run
+from pipeline.spark.planning import plan_run
 from pipeline.spark.scoring import count_answers, rows_to_score, score_rows
-from pipeline.spark.training import count_classes
+from pipeline.spark.training_run import train_run
 from pipeline.spec import FleetSpec
 from pipeline.testing.data import feature_rows, small_spec, with_classes
 from pipeline.testing.doubles import FreeLease, MemoryTables
+from pipeline.testing.runs import own_tables, quiet_context
 from pipeline.training.blend import Moments, learn_blend
 from pipeline.training.splits import REPORT, TUNE
 from resources.delta_tables import DeltaTables
@@ -86,7 +91,7 @@ def frame_of(spark: SparkSession, rows: pd.DataFrame) -> DataFrame:
 
 
 def planned(features: DataFrame, spec: FleetSpec) -> PlannedRun:
-    return plan_run(features, spec, Request("run-1"), History.read(MemoryTables(), spec.name), slots=2, threads=1)
+    return plan_run(quiet_context(features.sparkSession), features, spec, Request("run-1"), History.read(own_tables(MemoryTables(), spec.name)))
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +105,7 @@ def trained(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Ca
             tables = DeltaTables(root=str(folder))
             features = frame_of(spark, rows_of(task))
             run = planned(features, spec)
-            ledger = train_run(Cluster(spark, lambda *_: None), tables, spec.name, run, spec, features_version=0, lease=FreeLease())
+            ledger = train_run(quiet_context(spark), own_tables(tables, spec.name), run, spec, features_version=0, lease=FreeLease())
             at = {name: tables.location(spec.name, name) for name in ("runs", "boosters", "holdout")}
             (manifest,) = tables.read_arrow(at["runs"]).to_pylist()
             constants = {name: manifest[name] for name in ("constant", "constant_without_offset")}

@@ -1,4 +1,4 @@
-"""What every link of the chain has in common: keys, tags, and errors that people can read."""
+"""What every asset of the chain has in common: its key, its settings, and errors that people can read."""
 
 import datetime as dt
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,20 +29,20 @@ class FleetFiles:
     sql: str
 
 
-def link_key(spec: FleetSpec, name: str) -> dg.AssetKey:
-    """The key of one link."""
+def asset_key(spec: FleetSpec, name: str) -> dg.AssetKey:
+    """The key of one asset of the fleet."""
     return dg.AssetKey([spec.name, name])
 
 
-def link_settings(spec: FleetSpec, name: str, *, description: str, kinds: set[str], deps: Sequence[str] = ()) -> dict[str, Any]:
-    """Arguments of `dg.asset` that every link has."""
+def asset_settings(spec: FleetSpec, name: str, *, description: str, kinds: set[str], deps: Sequence[str] = ()) -> dict[str, Any]:
+    """Arguments of `dg.asset` that every asset of the chain has."""
     return {
-        "key": link_key(spec, name),
+        "key": asset_key(spec, name),
         "group_name": spec.name,
         "description": description,
         "kinds": kinds,
         "owners": list(spec.owners) or None,
-        "deps": [link_key(spec, dep) for dep in deps],
+        "deps": [asset_key(spec, dep) for dep in deps],
     }
 
 
