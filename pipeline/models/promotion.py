@@ -36,7 +36,7 @@ MAX_FAILED = 0.1
 UNCHANGED, REFRESH, NEW_RECIPE, NEW_GROUP, NOT_COMPARABLE = "unchanged", "refresh", "new_recipe", "new_group", "not_comparable"
 # Why it is, or is not, promoted.
 NOT_WORSE, WORSE, BETTER, NOT_BETTER, FOLLOWS, UNMEASURED = "not_worse", "worse", "better", "not_better", "follows_parent", "unmeasured"
-ROLLED_BACK, OVERRIDE, GATES = "rolled_back", "override", "gates"
+ROLLED_BACK, OVERRIDE, GATES, UNKNOWN = "rolled_back", "override", "gates", "unknown"
 REFITTED = "earlier_recipe_refitted"
 # What nobody can override.
 CAN_OPEN, CAN_ANSWER = "the version can be opened", "every group has an answer chain"
@@ -338,7 +338,7 @@ def stays(serving: Mapping[Key, str]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["grain", "group_id", "from_version", "to_version"]).assign(reason=GATES)
 
 
-def taken_back(decisions: pd.DataFrame, challenger: str) -> frozenset[Key]:
+def groups_rolled_back(decisions: pd.DataFrame, challenger: str) -> frozenset[Key]:
     """Groups that were rolled back from that fleet version: only a person, or a newer version, moves them again.
 
     Args:
@@ -464,3 +464,57 @@ def _normal_below(z: float) -> float:
     from scipy.special import ndtr
 
     return float(ndtr(z))
+
+
+def may_serve(gates: Sequence[Gate], *, is_first: bool, decision: str) -> bool:
+    """Whether a challenger serves from now on, for the groups that were promoted.
+
+    Where nothing serves yet, the challenger does, whatever its gates say: its answers are better than none. A person may promote what
+    the gates would not. Only a version that cannot answer serves in no case.
+
+    Args:
+        gates: all that it was asked.
+        is_first: whether nothing serves yet.
+        decision: what the launch asks for.
+    """
+    can_answer = all(gate.passed for gate in gates if gate.name == CAN_ANSWER)
+    passed = all(gate.passed for gate in gates)
+    return can_answer and (passed or is_first or decision == "promote")
+
+
+def answers_differ(decisions: pd.DataFrame) -> "pd.Series[bool]":
+    """Per decision whether another fleet version answers the group."""
+    return decisions["from_version"].fillna("") != decisions["to_version"].fillna("")
+
+
+def number_before(moves: pd.DataFrame, number: str) -> str | None:
+    """The registered version that served before another; None where no decision tells.
+
+    Args:
+        moves: one row per launch that decided, oldest first: champion_before and champion_after.
+        number: of the version that serves.
+    """
+    earlier = moves[moves["champion_after"] == number]
+    earlier = earlier[earlier["champion_before"].notna() & (earlier["champion_before"] != number)]
+    return None if earlier.empty else str(earlier["champion_before"].iloc[-1])
+
+
+def found_elsewhere(before: Mapping[Key, str], after: Mapping[Key, str]) -> pd.DataFrame:
+    """Decisions that say that the alias was found at a version to which no recorded launch moved it.
+
+    Args:
+        before: fleet version by group, as the last recorded decision left them; empty where nobody can tell.
+        after: the same of the version that was found to serve.
+    """
+    # The move itself is recorded even where a version cannot be opened.
+    keys = sorted({**before, **after}) or [(0, "[]")]
+    rows = pd.DataFrame(keys, columns=["grain", "group_id"])
+    rows["from_version"] = [before.get(key) for key in keys]
+    rows["to_version"] = [after.get(key) for key in keys]
+    return rows.assign(
+        moved=answers_differ(rows),
+        reason=UNKNOWN,
+        decision=UNKNOWN,
+        decided_by=UNKNOWN,
+        why="the alias was moved by hand, or by a launch that was killed",
+    )

@@ -16,6 +16,7 @@ from pipeline.models.promotion import (
     Side,
     decide,
     earlier_recipes,
+    groups_rolled_back,
     judge_answers,
     judge_challenger,
     judge_rivals,
@@ -23,7 +24,6 @@ from pipeline.models.promotion import (
     losing_groups,
     overridden,
     rolled_back,
-    taken_back,
     with_refits,
 )
 from pipeline.models.start import Start
@@ -167,7 +167,7 @@ def test_a_group_that_was_taken_back_waits_for_another_challenger() -> None:
         [("rollback", True, "new", 1, '["1"]'), ("rollback", True, "older", 1, '["2"]'), ("judge", True, "new", 1, '["3"]')],
         columns=["decision", "moved", "from_version", "grain", "group_id"],
     )
-    held = taken_back(moves, "new")
+    held = groups_rolled_back(moves, "new")
     assert held == {(1, '["1"]')}
     better = (NEW_RECIPE, 900, 20, 5.0, 1.0)
     decided = decide(compared(POOLED_GOES, better, better), held)
