@@ -11,9 +11,10 @@ import dagster as dg
 from assets.settings import FleetFiles, asset_key
 from pipeline.errors import DataError, FleetError, SpecError
 from pipeline.reading.sources import source_state
+from pipeline.runs.fleet_tables import FleetTables
 from pipeline.spec import FleetSpec, SourceSpec
 from pipeline.spec_mistakes import Mistake
-from pipeline.tables import LEDGER, RUNS, in_format, records
+from pipeline.tables import records
 from resources.delta_tables import DeltaTables
 
 # Runs of one fleet wait for each other: see dagster.local.yaml.
@@ -183,15 +184,12 @@ def kept_since(tables: DeltaTables, moment: datetime) -> Iterator[str]:
         moment: with a zone.
     """
     for namespace in tables.namespaces():
-        location = tables.location(namespace, RUNS.name)
+        own = FleetTables(tables, namespace, namespace)
         try:
-            if not tables.exists(location):
-                continue
-            runs = in_format(tables.read_pandas(location), RUNS, location)
-            for run in records(runs[runs["finished_at"].isna() & (runs["started_at"] >= moment)]):
-                ledger = tables.location(namespace, LEDGER.name)
-                where = {"run_id": str(run["run_id"])}
-                n_kept = len(tables.read_pandas(ledger, where=where, columns=["group_id"])) if tables.exists(ledger) else 0
+            runs = own.runs()
+            is_open = runs["finished_at"].isna() & (runs["started_at"] >= moment)
+            for run in records(runs[is_open]):
+                n_kept = len(own.ledger(str(run["run_id"])))
                 kept = f"{n_kept:,} of {run['n_groups']:,} groups of {namespace} are kept"
                 yield f"the run's process is gone: {kept}; the next launch of the same resumes training run {run['run_id']}"
         except FleetError:  # another fleet's tables may be of another release

@@ -8,8 +8,10 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from assets.command_line import history_text, main
+from assets.command_line import main
+from pipeline.reporting.group_history import describe_history
 from pipeline.tables import IMPORTANCE, LEDGER, RUNS
+from pipeline.testing.runs import own_tables
 from resources.delta_tables import DeltaTables
 
 FIRST, SECOND = "aaaaaaaa-1111-2222", "bbbbbbbb-1111-2222"
@@ -184,7 +186,7 @@ def test_columns_that_a_table_lacks_or_has_beyond_ours_do_not_matter(tmp_path: P
     tables = DeltaTables(root=str(tmp_path))
     absent = ("weight", "parameters", "stopped_by", "error_class", "error_message", "fingerprint", "tuned_as_of", "started_from", "source_run_id")
     append(tables, "flights", LEDGER, [outcome(FIRST, [], status="crashed")], without=absent)
-    lines = history_text(tables, "flights", "[]").splitlines()
+    lines = describe_history(own_tables(tables, "flights"), "[]").splitlines()
     assert lines[3].split()[:8] == ["-", "aaaaaaaa", "crashed", "-", "1,234", "7", "-", "17.12"]
     assert "stopped by    -" in lines
     assert "parameters    -" in lines
@@ -192,14 +194,14 @@ def test_columns_that_a_table_lacks_or_has_beyond_ours_do_not_matter(tmp_path: P
     row = outcome(FIRST, [], metrics='{"fleet": {"pinball": 1.5, "rmse": null}}', fingerprint="f00", status="reused", beyond="ours")
     known = pa.Table.from_pylist([row], schema=pa.schema([*LEDGER.schema, ("beyond", pa.string())]))
     tables.write_arrow([known], known.schema, tables.location("retail", "ledger"), mode="append")
-    text = history_text(tables, "retail", "[]")
+    text = describe_history(own_tables(tables, "retail"), "[]")
     assert "metrics\n  fleet  pinball 1.5, rmse -" in text
     assert "fingerprint   f00" in text
 
 
 @pytest.mark.skipif("finished_at" not in RUNS.schema.names, reason="the runs table does not say when a run finished")
 def test_a_run_that_did_not_finish_is_named(tables: DeltaTables) -> None:
-    assert "not finished: aaaaaaaa, bbbbbbbb" in history_text(tables, "flights", "[]")
+    assert "not finished: aaaaaaaa, bbbbbbbb" in describe_history(own_tables(tables, "flights"), "[]")
 
 
 def test_a_refit_of_other_groups_is_no_line_of_a_groups_history(tables: DeltaTables) -> None:
@@ -207,8 +209,8 @@ def test_a_refit_of_other_groups_is_no_line_of_a_groups_history(tables: DeltaTab
     append(tables, "flights", RUNS, [refit])
     other = {"status": "inherited", "reason": "not_listed", "booster_id": None}
     append(tables, "flights", LEDGER, [outcome("dddddddd-0", ["JFK"], **other), outcome("dddddddd-0", ["EWR"], status="refreshed")])
-    assert "dddddddd" not in history_text(tables, "flights", '["JFK"]')
-    assert "dddddddd" in history_text(tables, "flights", '["EWR"]')
+    assert "dddddddd" not in describe_history(own_tables(tables, "flights"), '["JFK"]')
+    assert "dddddddd" in describe_history(own_tables(tables, "flights"), '["EWR"]')
 
 
 def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
