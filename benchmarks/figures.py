@@ -15,9 +15,10 @@ from benchmarks.kills import kills
 from benchmarks.mistakes import message_lines
 from benchmarks.poison import poison
 from benchmarks.promotion import false_promotions, true_promotions
-from benchmarks.runs import Runs
+from benchmarks.runs import PROJECT, Runs
 from benchmarks.scoring import score_vs_raw, score_vs_recipe, score_vs_spark_udf
 from benchmarks.serving import cache_memory, open_cold, pack_bytes, rest_latency, row_warm
+from benchmarks.shape import measure_shape
 from benchmarks.sql_escapes import sql_escapes
 from benchmarks.stream_kills import stream_kills
 from benchmarks.tampering import tampered
@@ -582,6 +583,20 @@ FIGURES = {
                 Value("seconds", "s"),
             ),
             lambda runs: poison(runs.new_folder()),
+        ),
+        Figure(
+            "shape",
+            "code under pipeline/, assets/ and resources/: long lines, density, long and wide functions, imports of a higher room",
+            0.1,
+            (
+                Value("over-100", "%", "<=", 1),
+                Value("comprehensions", "per-1000-lines", "<=", 25),
+                Value("conditionals", "per-1000-lines", "<=", 14),
+                Value("functions-over-60", "functions", "==", 0),
+                Value("parameters-over-6", "functions", "<=", 6),
+                Value("upward", "imports", "==", 0),
+            ),
+            lambda _: measure_shape(PROJECT),
         ),
     )
 }
