@@ -27,7 +27,8 @@ def importance_asset(spec: FleetSpec) -> dg.AssetsDefinition:
             spec,
             "importance",
             description=(
-                f"Gain, splits and mean absolute SHAP value (over at most {SAMPLED_ROWS} of its newest rows) of every feature in every group's own "
+                f"Gain, splits and mean absolute SHAP value (over at most {SAMPLED_ROWS} of its "
+                "newest rows) of every feature in every group's own "
                 "model. A group whose model is that of the run before keeps the rows it had."
             ),
             kinds={"spark", "lightgbm", "deltalake"},
@@ -35,7 +36,9 @@ def importance_asset(spec: FleetSpec) -> dg.AssetsDefinition:
         ),
         check_specs=[
             dg.AssetCheckSpec(
-                "every_model_has_importance", asset=asset_key(spec, "importance"), description="Every group with a booster has a row per feature."
+                "every_model_has_importance",
+                asset=asset_key(spec, "importance"),
+                description="Every group with a booster has a row per feature.",
             )
         ],
     )
@@ -51,13 +54,20 @@ def importance_asset(spec: FleetSpec) -> dg.AssetsDefinition:
             location, run = own.location(IMPORTANCE), own.newest_run()
             ledger = own.ledger(run.run_id)
             features = own.features(spark.session, run.features_version)
-            context.log.info(f"looking at what features do in {int(ledger['booster_id'].notna().sum()):,} models")
+            context.log.info(
+                f"looking at what features do in {int(ledger['booster_id'].notna().sum()):,} models"
+            )
             result = write_importance(spark.session, own, features, spec, run, ledger)
             columns = ["grain", "group_id", "feature", "gain_share", "rank"]
-            rows = tables.read_arrow(location, where={"run_id": run.run_id}, columns=columns).to_pandas(strings_to_categorical=True)
+            rows = tables.read_arrow(
+                location, where={"run_id": run.run_id}, columns=columns
+            ).to_pandas(strings_to_categorical=True)
         top = top_features(rows)
         first = ", ".join(top["feature"].head(3)) or "none"
-        context.log.info(f"{result.n_boosters - result.n_copied:,} models looked at, {result.n_copied:,} as before; most gain: {first}")
+        context.log.info(
+            f"{result.n_boosters - result.n_copied:,} models looked at, {result.n_copied:,} as "
+            f"before; most gain: {first}"
+        )
         return dg.MaterializeResult(
             metadata={
                 **contract_metadata(IMPORTANCE, location),
@@ -86,10 +96,18 @@ def _explained(own: str, spec: FleetSpec) -> str:
     return "the group's own model, before it is blended with its parent's"
 
 
-def _every_model_has_importance(ledger: pd.DataFrame, rows: pd.DataFrame, result: ImportanceResult) -> dg.AssetCheckResult:
+def _every_model_has_importance(
+    ledger: pd.DataFrame, rows: pd.DataFrame, result: ImportanceResult
+) -> dg.AssetCheckResult:
     wanted = set(ledger.loc[ledger["booster_id"].notna(), "group_id"])
     absent = sorted(wanted - set(rows["group_id"]))
-    shown = [{"group_id": group, "why": result.failed.get(group, "its booster and its rows are not there")} for group in absent[:SHOWN_GROUPS]]
+    shown = [
+        {
+            "group_id": group,
+            "why": result.failed.get(group, "its booster and its rows are not there"),
+        }
+        for group in absent[:SHOWN_GROUPS]
+    ]
     return dg.AssetCheckResult(
         check_name="every_model_has_importance",
         passed=not absent,
@@ -97,6 +115,8 @@ def _every_model_has_importance(ledger: pd.DataFrame, rows: pd.DataFrame, result
         metadata={
             "models": len(wanted),
             "absent": len(absent),
-            "examples": dg.MetadataValue.md(markdown_table(pd.DataFrame(shown, columns=["group_id", "why"]))),
+            "examples": dg.MetadataValue.md(
+                markdown_table(pd.DataFrame(shown, columns=["group_id", "why"]))
+            ),
         },
     )

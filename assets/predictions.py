@@ -27,7 +27,8 @@ def predictions_asset(spec: FleetSpec) -> dg.AssetsDefinition:
         **asset_settings(
             spec,
             "predictions",
-            description="One answer per row to score, with its interval and who answered; the rows of one as-of are replaced as a whole.",
+            description="One answer per row to score, with its interval and who answered; the rows "
+            "of one as-of are replaced as a whole.",
             kinds={"spark", "deltalake"},
             deps=["features", "champion"],
         ),
@@ -42,7 +43,11 @@ def predictions_asset(spec: FleetSpec) -> dg.AssetsDefinition:
         ],
     )
     def predictions(
-        context: dg.AssetExecutionContext, tables: DeltaTables, registry: MlflowRegistry, spark: SparkSessionResource, launch: LaunchSettings
+        context: dg.AssetExecutionContext,
+        tables: DeltaTables,
+        registry: MlflowRegistry,
+        spark: SparkSessionResource,
+        launch: LaunchSettings,
     ) -> dg.MaterializeResult:
         with readable_failures():
             scope = launch.scope(spec, tables, registry)
@@ -55,7 +60,10 @@ def predictions_asset(spec: FleetSpec) -> dg.AssetsDefinition:
             model = registry.open_pack(version, tables.storage_options)
             answering_runs = [str(generation["fleet_version"]) for generation in model.generations]
             _refuse_hindsight(version, own.newest_as_of(answering_runs), as_of)
-            context.log.info(f"answering the rows to score (score: {spec.scoring.score}) with version {version.number}, as of {as_of}")
+            context.log.info(
+                f"answering the rows to score (score: {spec.scoring.score}) with version "
+                f"{version.number}, as of {as_of}"
+            )
             answers = score_rows(spark.session, rows, spec, model, as_of, tables.storage_options)
             partition = {"as_of": as_of.isoformat()}
             delta_version = tables.write_spark(answers, location, partition=partition)
@@ -66,7 +74,8 @@ def predictions_asset(spec: FleetSpec) -> dg.AssetsDefinition:
             challenger = registry.find(namespace, CHALLENGER)
         if n_rows == 0:
             context.log.warning(
-                f"there is no row to score after {as_of} (score: {spec.scoring.score}); launch with an earlier as_of, or bring newer rows"
+                f"there is no row to score after {as_of} (score: {spec.scoring.score}); launch "
+                "with an earlier as_of, or bring newer rows"
             )
         facts = {
             **({"backtest": scope.note.removeprefix("backtest ")} if scope.note else {}),
@@ -76,7 +85,8 @@ def predictions_asset(spec: FleetSpec) -> dg.AssetsDefinition:
             "tables": tables.location(namespace),
             "look next": f"make ui, then Assets > {spec.name} > models: every group's state, worst groups, plots",
         }
-        # The report is of the run that was just paid for; where another serves, its errors on the rows of its own report stand beside.
+        # The report is of the run that was just paid for; where another serves, its errors on the
+        # rows of its own report stand beside.
         is_served = challenger is None or challenger.fleet_version == version.fleet_version
         beside = {} if is_served else {f"version {version.number}, which serves": served}
         context.log.info("\n" + summarise(trained, spec, facts, beside))
@@ -86,7 +96,12 @@ def predictions_asset(spec: FleetSpec) -> dg.AssetsDefinition:
                 **contract_metadata(PREDICTIONS, location),
                 "dagster/row_count": written.n_rows,
                 **prefixed(
-                    {"as_of": as_of.isoformat(), "version": version.number, "fleet_version": version.fleet_version, "delta_version": delta_version}
+                    {
+                        "as_of": as_of.isoformat(),
+                        "version": version.number,
+                        "fleet_version": version.fleet_version,
+                        "delta_version": delta_version,
+                    }
                 ),
                 "fleet/answered_by": dg.MetadataValue.md(markdown_table(by_grain)),
                 "fleet/plot": png(prediction_plot(written.sample, written.answered_by, spec)),
@@ -97,12 +112,16 @@ def predictions_asset(spec: FleetSpec) -> dg.AssetsDefinition:
     return predictions
 
 
-def _waiting(challenger: Version | None, champion: Version, launch: LaunchSettings, spec: FleetSpec) -> Mapping[str, str]:
+def _waiting(
+    challenger: Version | None, champion: Version, launch: LaunchSettings, spec: FleetSpec
+) -> Mapping[str, str]:
     """The line about a newer version that does not serve, if there is one."""
     if challenger is None or challenger.fleet_version == champion.fleet_version:
         return {}
     command = launch.command(spec, decision="promote", why="...")
-    return {"challenger": f"version {challenger.number}, run {challenger.fleet_version}, does not serve; to serve it: {command}"}
+    return {
+        "challenger": f"version {challenger.number}, run {challenger.fleet_version}, does not serve; to serve it: {command}"
+    }
 
 
 def _refuse_hindsight(version: Version, seen: pd.Timestamp | None, as_of: pd.Timestamp) -> None:
@@ -113,7 +132,8 @@ def _refuse_hindsight(version: Version, seen: pd.Timestamp | None, as_of: pd.Tim
     """
     if seen is not None and seen > as_of:
         raise DataError(
-            f"version {version.number} of {version.name!r} saw rows known until {seen}, and this launch is as of {as_of}: "
+            f"version {version.number} of {version.name!r} saw rows known until {seen}, and this "
+            f"launch is as of {as_of}: "
             f"its answers would know the future; launch with as_of {seen} or later, "
             f"or train as of {as_of} and serve that version (decision: promote)"
         )
@@ -123,5 +143,10 @@ def _every_row_is_answered(n_rows: int, written: AnswerCounts) -> dg.AssetCheckR
     return dg.AssetCheckResult(
         check_name="every_row_is_answered",
         passed=written.n_rows == n_rows and written.n_missing == 0 and written.n_doubled == 0,
-        metadata={"rows_to_score": n_rows, "answers": written.n_rows, "without_prediction": written.n_missing, "doubled": written.n_doubled},
+        metadata={
+            "rows_to_score": n_rows,
+            "answers": written.n_rows,
+            "without_prediction": written.n_missing,
+            "doubled": written.n_doubled,
+        },
     )

@@ -30,7 +30,10 @@ def progress_lines(log: DagsterLogManager) -> Report:
         last[:] = done.groups, last[1] + 1
         left = "" if done.seconds_left is None else f", {rough_duration(done.seconds_left)} left"
         elapsed = time.monotonic() - started
-        log.info(f"{done.groups:,} of {done.of:,} groups done, {done.failed:,} failed, {elapsed:.0f} s{left}")
+        log.info(
+            f"{done.groups:,} of {done.of:,} groups done, {done.failed:,} failed, {elapsed:.0f} "
+            f"s{left}"
+        )
 
     return report
 

@@ -34,7 +34,9 @@ def asset_key(spec: FleetSpec, name: str) -> dg.AssetKey:
     return dg.AssetKey([spec.name, name])
 
 
-def asset_settings(spec: FleetSpec, name: str, *, description: str, kinds: set[str], deps: Sequence[str] = ()) -> dict[str, Any]:
+def asset_settings(
+    spec: FleetSpec, name: str, *, description: str, kinds: set[str], deps: Sequence[str] = ()
+) -> dict[str, Any]:
     """Arguments of `dg.asset` that every asset of the chain has."""
     return {
         "key": asset_key(spec, name),
@@ -48,16 +50,26 @@ def asset_settings(spec: FleetSpec, name: str, *, description: str, kinds: set[s
 
 @contextmanager
 def readable_failures() -> Iterator[None]:
-    """Show an error of ours as the step's failure, in its own words; nothing that was written is lost."""
+    """Show an error of ours as the step's failure, in its own words.
+
+    Nothing that was written is lost.
+    """
     try:
         with readable_model_errors():
             yield
     except FleetError as error:
-        raise dg.Failure(description=str(error), metadata={"fleet/error": type(error).__name__}, allow_retries=False) from error
+        raise dg.Failure(
+            description=str(error),
+            metadata={"fleet/error": type(error).__name__},
+            allow_retries=False,
+        ) from error
 
 
 def unchanged(tables: Tables, location: str, digest: str | None) -> Snapshot | None:
-    """A table whose newest commit was made of just what it would be made of now; None where it is to be made again."""
+    """A table whose newest commit was made of just what it would be made of now.
+
+    None where it is to be made again.
+    """
     if digest is None:
         return None
     found = tables.snapshot(location)
@@ -75,7 +87,9 @@ def png(picture: bytes) -> dg.MarkdownMetadataValue:
     """A picture that the UI shows in place."""
     import base64
 
-    return dg.MetadataValue.md(f"![plot](data:image/png;base64,{base64.b64encode(picture).decode()})")
+    return dg.MetadataValue.md(
+        f"![plot](data:image/png;base64,{base64.b64encode(picture).decode()})"
+    )
 
 
 def prefixed(counts: Mapping[str, Any]) -> dict[str, Any]:

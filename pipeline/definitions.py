@@ -33,7 +33,10 @@ def _report_refused(message: str) -> None:
 
 
 def _settings() -> tuple[Profile, LaunchSettings]:
-    """The profile in force and the settings of a launch; where the environment has a mistake, settings that refuse every launch."""
+    """The profile in force and the settings of a launch.
+
+    Where the environment has a mistake, settings that refuse every launch.
+    """
     try:
         profile = current_profile(PROJECT)
         arm(profile.crash_at)

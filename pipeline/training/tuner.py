@@ -57,12 +57,25 @@ class Learnable:
 
     def rows(self, chosen: npt.NDArray[Any]) -> "Learnable":
         """The chosen rows (a mask or positions)."""
-        return Learnable(self.matrix[chosen], self.target[chosen], None if self.weight is None else self.weight[chosen])
+        return Learnable(
+            self.matrix[chosen],
+            self.target[chosen],
+            None if self.weight is None else self.weight[chosen],
+        )
 
-    def dataset(self, categoricals: list[int], *, reference: lgb.Dataset | None = None) -> lgb.Dataset:
+    def dataset(
+        self, categoricals: list[int], *, reference: lgb.Dataset | None = None
+    ) -> lgb.Dataset:
         """A LightGBM data set; with a reference its bins are the reference's."""
         settings = {"verbosity": -1, "feature_pre_filter": False, "max_bin": MAX_BIN}
-        return lgb.Dataset(self.matrix, self.target, weight=self.weight, categorical_feature=categoricals, reference=reference, params=settings)
+        return lgb.Dataset(
+            self.matrix,
+            self.target,
+            weight=self.weight,
+            categorical_feature=categoricals,
+            reference=reference,
+            params=settings,
+        )
 
     def __len__(self) -> int:
         return len(self.target)
@@ -81,8 +94,8 @@ class Tuned:
         parameters: the best trial's, less the fixed ones.
         n_rounds: boosting rounds of the best trial, at least 1.
         tune_loss: its loss on all tune rows: the goal's metric, in link space.
-        cross_predictions: per tune row the prediction (for multiclass one per class) of the (trial, round) that did best on the other
-            block of tune rows.
+        cross_predictions: per tune row the prediction (for multiclass one per class) of the (trial,
+            round) that did best on the other block of tune rows.
         earlier: the (trial, round) that did best on the first block; None where it has no rows.
         later: the same of the second block.
         n_trials: trials begun; n_pruned of them were given up early.
@@ -125,7 +138,8 @@ class _Boosting:
             if self.trial.should_prune():
                 raise optuna.TrialPruned
         if env.iteration - self.best_round >= self.patience:
-            # LightGBM drops the trees after the iteration named here; a block's own best round may be among them.
+            # LightGBM drops the trees after the iteration named here; a block's own best round may
+            # be among them.
             raise lgb.callback.EarlyStopException(env.iteration, [("tune", "loss", loss, False)])
 
 
@@ -167,7 +181,10 @@ class Study:
         self._blocks = [block for block in (blocks, ~blocks) if block.any()]
         with clock:
             self._fit_set = fit.dataset(categoricals)
-            self._tune_sets = [tune.rows(block).dataset(categoricals, reference=self._fit_set) for block in self._blocks]
+            self._tune_sets = [
+                tune.rows(block).dataset(categoricals, reference=self._fit_set)
+                for block in self._blocks
+            ]
         weights = [tune.rows(block).total_weight for block in self._blocks]
         self._shares = [weight / max(sum(weights), 1e-300) for weight in weights]
         self._best: tuple[Parameters, int, float] | None = None
@@ -181,10 +198,17 @@ class Study:
         self._deadline = time.monotonic() + (tuning.timeout_seconds or np.inf)
 
     def run(self) -> Tuned:
-        """Search, and return the best of what was tried; earlier runs' parameters are tried first, then the defaults."""
+        """Search, and return the best of what was tried.
+
+        Earlier runs' parameters are tried first, then the defaults.
+        """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        sampler = optuna.samplers.TPESampler(seed=self._tuning.seed, n_startup_trials=4, multivariate=True)
-        pruner = optuna.pruners.PercentilePruner(50.0, n_startup_trials=1, n_warmup_steps=2 * REPORT_EVERY)
+        sampler = optuna.samplers.TPESampler(
+            seed=self._tuning.seed, n_startup_trials=4, multivariate=True
+        )
+        pruner = optuna.pruners.PercentilePruner(
+            50.0, n_startup_trials=1, n_warmup_steps=2 * REPORT_EVERY
+        )
         study = optuna.create_study(sampler=sampler, pruner=pruner)
         for first in self._firsts:
             study.enqueue_trial(inside(first, self._space), skip_if_exists=True)
@@ -196,12 +220,24 @@ class Study:
         pruned = sum(trial.state == optuna.trial.TrialState.PRUNED for trial in ended)
         winners = iter(self._block_winners)
         earlier, later = (next(winners) if is_there else None for is_there in self._is_block)
-        return Tuned(parameters, n_rounds, loss, self._cross, earlier, later, len(ended), pruned, self._stopped_by)
+        return Tuned(
+            parameters,
+            n_rounds,
+            loss,
+            self._cross,
+            earlier,
+            later,
+            len(ended),
+            pruned,
+            self._stopped_by,
+        )
 
     def _run_trial(self, trial: optuna.Trial) -> float:
         parameters = suggest_parameters(trial, self._space)
         self._since_best += 1
-        boosting = _Boosting(trial, self._shares, early_stopping_rounds(parameters["learning_rate"]))
+        boosting = _Boosting(
+            trial, self._shares, early_stopping_rounds(parameters["learning_rate"])
+        )
         with self._clock:
             booster = lgb.train(
                 {**self._fixed, **parameters},
@@ -213,7 +249,9 @@ class Study:
             )
             if self._best is None or boosting.best_loss < self._best[2]:
                 misses = self._misses(booster, boosting.best_round + 1)
-                if self._best_misses is None or _is_beyond_noise(self._best_misses - misses, self._tune.weight):
+                if self._best_misses is None or _is_beyond_noise(
+                    self._best_misses - misses, self._tune.weight
+                ):
                     self._since_best = 0
                 self._best = parameters, boosting.best_round + 1, boosting.best_loss
                 self._best_misses = misses
@@ -222,10 +260,16 @@ class Study:
 
     def _misses(self, booster: lgb.Booster, n_rounds: int) -> Floats:
         """Loss of each tune row."""
-        return row_losses(self._goal, self._tune.target, self._predicted(booster, self._tune.matrix, n_rounds))
+        return row_losses(
+            self._goal, self._tune.target, self._predicted(booster, self._tune.matrix, n_rounds)
+        )
 
-    def _predicted(self, booster: lgb.Booster, matrix: npt.NDArray[np.float32], n_rounds: int) -> Floats:
-        return np.asarray(booster.predict(matrix, num_iteration=n_rounds, num_threads=self._fixed["num_threads"]))
+    def _predicted(
+        self, booster: lgb.Booster, matrix: npt.NDArray[np.float32], n_rounds: int
+    ) -> Floats:
+        return np.asarray(
+            booster.predict(matrix, num_iteration=n_rounds, num_threads=self._fixed["num_threads"])
+        )
 
     def _cross_select(self, booster: lgb.Booster, parameters: Parameters, losses: Floats) -> None:
         """Let each block of tune rows be predicted by the (trial, round) that did best on the other block."""
@@ -235,7 +279,9 @@ class Study:
                 self._block_best[number] = float(losses[best_round, number])
                 self._block_winners[number] = Winner(parameters, best_round + 1)
                 others = self._blocks[number - 1]  # with one block, itself
-                self._cross[others] = self._predicted(booster, self._tune.matrix[others], best_round + 1)
+                self._cross[others] = self._predicted(
+                    booster, self._tune.matrix[others], best_round + 1
+                )
 
     def _maybe_stop(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:  # noqa: ARG002
         if self._since_best >= self._tuning.patience:
@@ -247,12 +293,21 @@ class Study:
 
 
 def _is_beyond_noise(gains: Floats, weight: Floats | None) -> bool:
-    """Whether a gain, given per tune row, is larger than its own standard error; one row tells nothing."""
-    shares = np.full(len(gains), 1 / len(gains)) if weight is None else weight / max(float(weight.sum()), 1e-300)
+    """Whether a gain, given per tune row, is larger than its own standard error.
+
+    One row tells nothing.
+    """
+    shares = (
+        np.full(len(gains), 1 / len(gains))
+        if weight is None
+        else weight / max(float(weight.sum()), 1e-300)
+    )
     mean, n_counting = float(shares @ gains), int((shares > 0).sum())
     if n_counting < 2:  # noqa: PLR2004
         return False
-    return bool(mean > np.sqrt(n_counting / (n_counting - 1) * float((shares**2) @ (gains - mean) ** 2)))
+    return bool(
+        mean > np.sqrt(n_counting / (n_counting - 1) * float((shares**2) @ (gains - mean) ** 2))
+    )
 
 
 def fit_booster(
@@ -266,4 +321,6 @@ def fit_booster(
 ) -> lgb.Booster:
     """Fit once, with known parameters and rounds."""
     settings = {**fixed_parameters(tuning, goal, threads=threads), **parameters}
-    return lgb.train(settings, rows.dataset(categoricals), num_boost_round=n_rounds, keep_training_booster=True)
+    return lgb.train(
+        settings, rows.dataset(categoricals), num_boost_round=n_rounds, keep_training_booster=True
+    )

@@ -38,7 +38,9 @@ def count_upward(measure: Measure, importer: str, statement: str) -> float:
         "assets/__init__.py": "",
         "assets/raw.py": "",
     }
-    rooms = [room for room in ROOMS if room.startswith("pipeline.") and room != "pipeline.definitions"]
+    rooms = [
+        room for room in ROOMS if room.startswith("pipeline.") and room != "pipeline.definitions"
+    ]
     for room in rooms:
         folder = room.replace(".", "/")
         project[f"{folder}/__init__.py"] = ""
@@ -65,7 +67,9 @@ def test_long_lines_are_a_share_of_all_lines_by_characters(measure: Measure) -> 
     assert measure(files)["over-100"] == 20
 
 
-def test_comprehensions_of_all_four_kinds_count_per_thousand_lines_that_are_not_blank(measure: Measure) -> None:
+def test_comprehensions_of_all_four_kinds_count_per_thousand_lines_that_are_not_blank(
+    measure: Measure,
+) -> None:
     text = """
 rows = [1]
 
@@ -112,13 +116,20 @@ def function_of(n_lines: int, head: str = "def act() -> None:", indent: str = ""
         (function_of(61, "async def act() -> None:"), 1),
         ("@decorated\n" * 5 + function_of(60), 0),
         ("class Actor:\n" + function_of(61, indent="    "), 1),
-        ("class Actor:\n" + function_of(40, indent="    ") + function_of(40, "def two() -> None:", "    "), 0),
+        (
+            "class Actor:\n"
+            + function_of(40, indent="    ")
+            + function_of(40, "def two() -> None:", "    "),
+            0,
+        ),
         # A function in another adds to its length.
         ("def outer() -> None:\n" + function_of(60, indent="    "), 1),
         ('def act() -> None:\n    """Act.\n' + "\n" * 57 + '    """\n    return\n', 1),
     ],
 )
-def test_functions_of_more_than_60_lines_count_from_def_to_the_last_line(measure: Measure, text: str, expected: int) -> None:
+def test_functions_of_more_than_60_lines_count_from_def_to_the_last_line(
+    measure: Measure, text: str, expected: int
+) -> None:
     assert measure({"assets/a.py": text})["functions-over-60"] == expected
 
 
@@ -139,7 +150,9 @@ def test_functions_of_more_than_60_lines_count_from_def_to_the_last_line(measure
         ("a, b, c, d, e, f, self", 1),
     ],
 )
-def test_functions_of_more_than_six_parameters_count(measure: Measure, parameters: str, expected: int) -> None:
+def test_functions_of_more_than_six_parameters_count(
+    measure: Measure, parameters: str, expected: int
+) -> None:
     text = f"class Actor:\n    async def act({parameters}): ...\n    def also({parameters}): ...\n"
     assert measure({"pipeline/a.py": text})["parameters-over-6"] == 2 * expected
 
@@ -159,11 +172,23 @@ def test_functions_of_more_than_six_parameters_count(measure: Measure, parameter
         ("pipeline/runs/first.py", "from ..scoring.first import act", 1),
         ("pipeline/runs/__init__.py", "from .first import act", 0),
         ("pipeline/runs/__init__.py", "from .. import spark", 1),
-        ("pipeline/scoring/first.py", "def act() -> None:\n    from pipeline.reporting.first import act", 1),
-        ("pipeline/reporting/first.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from pipeline.spark.first import act", 1),
+        (
+            "pipeline/scoring/first.py",
+            "def act() -> None:\n    from pipeline.reporting.first import act",
+            1,
+        ),
+        (
+            "pipeline/reporting/first.py",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from pipeline.spark.first import act",
+            1,
+        ),
         ("pipeline/spark/first.py", "from pipeline.testing.first import act", 1),
         ("pipeline/spark/first.py", "import assets.raw, resources.tables, pipeline.errors", 2),
-        ("pipeline/testing/first.py", "from pipeline.spark.first import act\nimport pipeline.definitions", 0),
+        (
+            "pipeline/testing/first.py",
+            "from pipeline.spark.first import act\nimport pipeline.definitions",
+            0,
+        ),
         ("pipeline/testing/first.py", "from resources.tables import Tables", 1),
         ("resources/tables.py", "from pipeline.testing.first import act", 0),
         ("resources/tables.py", "from assets import raw", 1),
@@ -171,10 +196,16 @@ def test_functions_of_more_than_six_parameters_count(measure: Measure, parameter
         ("assets/raw.py", "from pipeline.definitions import defs", 1),
         ("pipeline/definitions.py", "import assets.raw", 0),
         ("pipeline/defs/__init__.py", "import assets.raw", 0),
-        ("pipeline/errors.py", "import pandas.pipeline.spark\nfrom pipelines.spark import first", 0),
+        (
+            "pipeline/errors.py",
+            "import pandas.pipeline.spark\nfrom pipelines.spark import first",
+            0,
+        ),
     ],
 )
-def test_imports_of_a_higher_room_count(measure: Measure, importer: str, statement: str, expected: int) -> None:
+def test_imports_of_a_higher_room_count(
+    measure: Measure, importer: str, statement: str, expected: int
+) -> None:
     assert count_upward(measure, importer, statement) == expected
 
 
@@ -205,11 +236,18 @@ def test_a_package_without_a_place_is_refused_by_name(measure: Measure) -> None:
 
 
 def test_other_folders_are_not_measured(measure: Measure) -> None:
-    files = {"tests/a.py": "#" * 200, "benchmarks/a.py": "#" * 200, "pipeline/a.sql": "-" * 200, "pipeline/a.py": "x = 1\n"}
+    files = {
+        "tests/a.py": "#" * 200,
+        "benchmarks/a.py": "#" * 200,
+        "pipeline/a.sql": "-" * 200,
+        "pipeline/a.py": "x = 1\n",
+    }
     assert measure(files)["over-100"] == 0
 
 
-def test_a_folder_without_code_and_a_file_that_is_not_python_have_no_shape(measure: Measure) -> None:
+def test_a_folder_without_code_and_a_file_that_is_not_python_have_no_shape(
+    measure: Measure,
+) -> None:
     with pytest.raises(NotMeasured, match="holds no Python code"):
         measure({"pipeline/a.py": "\n"})
     with pytest.raises(NotMeasured, match=r"assets/b\.py is not Python"):
@@ -223,7 +261,9 @@ def test_lines_end_where_an_editor_ends_them(tmp_path: Path) -> None:
     assert list(source.lines) == ["x = 1", "\x0c", "y = 2"]
 
 
-def test_the_worst_ten_places_of_each_kind_are_printed_largest_first(measure: Measure, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_worst_ten_places_of_each_kind_are_printed_largest_first(
+    measure: Measure, capsys: pytest.CaptureFixture[str]
+) -> None:
     lines = "".join("#" * (101 + number) + "\n" for number in range(11))
     functions = """
 class Actor:
@@ -236,7 +276,9 @@ class Actor:
 
         from assets import raw
 """
-    measure({"pipeline/a.py": lines, "pipeline/b.py": functions, "assets/raw.py": "x = 1 if y else 2\n"})
+    measure(
+        {"pipeline/a.py": lines, "pipeline/b.py": functions, "assets/raw.py": "x = 1 if y else 2\n"}
+    )
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "  characters of a line, largest first:"
     assert printed[1:11] == [f"    pipeline/a.py:{line} {100 + line}" for line in range(11, 1, -1)]
