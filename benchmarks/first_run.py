@@ -222,11 +222,8 @@ def generated_rows(kind: str, seed: int, n_waiting: int) -> pd.DataFrame:
             {"region": f"r{number % 5}", "shop": f"s{number}", "day": days, "x1": x1, "x2": x2}
         )
         part["known"] = np.cumsum(random.normal(size=n_days)) + random.normal(0, 10)
-        part["weight"] = np.where(
-            random.random(n_days) < 0.1,
-            0.0,
-            random.uniform(0.5, 2.0, n_days),  # noqa: PLR2004
-        )
+        is_weightless = random.random(n_days) < 0.1  # noqa: PLR2004 - one in ten
+        part["weight"] = np.where(is_weightless, 0.0, random.uniform(0.5, 2.0, n_days))
         is_constant = random.random() < 0.03  # noqa: PLR2004 - and one in thirty never changes
         part["y"] = target_of(
             kind, np.zeros(n_days) if is_constant else signal, part["known"].to_numpy(), random
@@ -258,11 +255,8 @@ def target_of(kind: str, signal: Floats, known: Floats, random: np.random.Genera
     if kind == "counts":
         target = random.poisson(np.exp(np.clip(0.5 * signal, -4, 6))).astype(float)
     elif kind == "zeros":
-        target = np.where(
-            random.random(n_days) < 0.7,
-            0.0,
-            random.gamma(2.0, np.exp(np.clip(signal, -4, 6))),  # noqa: PLR2004
-        )
+        is_zero = random.random(n_days) < 0.7  # noqa: PLR2004 - seven in ten
+        target = np.where(is_zero, 0.0, random.gamma(2.0, np.exp(np.clip(signal, -4, 6))))
     elif kind in ("heavy tails", "log of heavy tails"):
         target = np.exp(np.clip(2.0 * signal, -12, 12)) * (1 + random.pareto(1.5, n_days))
     elif kind == OFFSET:

@@ -190,12 +190,13 @@ class SparkSessionResource(dg.ConfigurableResource):
     def _settings(self) -> dict[str, Any]:
         # A laptop's JVM has a small heap and few cores, where the serial collector takes the least
         # memory, and a heap that is kept tight less still.
-        collector = (
-            " -XX:+UseSerialGC -XX:MinHeapFreeRatio=10 -XX:MaxHeapFreeRatio=25"
-            if is_local(self.master)
-            else ""
+        collector = ""
+        if is_local(self.master):
+            collector = " -XX:+UseSerialGC -XX:MinHeapFreeRatio=10 -XX:MaxHeapFreeRatio=25"
+        logging_options = (
+            f'-Dlog4j2.configurationFile="{LOG_SETTINGS.as_uri()}" '
+            f'-Dmany-models.logs="{self.scratch}/logs" -Dmany-models.pid={os.getpid()}'
         )
-        logging_options = f'-Dlog4j2.configurationFile="{LOG_SETTINGS.as_uri()}" -Dmany-models.logs="{self.scratch}/logs" -Dmany-models.pid={os.getpid()}'
         java_options = f"{logging_options} -XX:+IgnoreUnrecognizedVMOptions{collector}"
         return {
             "spark.master": self.master,

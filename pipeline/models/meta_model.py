@@ -1433,9 +1433,9 @@ def _register() -> None:
 
         def predict(
             self,
-            context: Any,
+            context: Any,  # noqa: ARG002 - as MLflow calls it
             model_input: pd.DataFrame,
-            params: dict[str, Any] | None = None,  # noqa: ARG002
+            params: dict[str, Any] | None = None,
         ) -> pd.DataFrame:
             try:
                 return as_json_takes_them(self.model.predict(model_input, **(params or {})))

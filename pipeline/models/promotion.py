@@ -249,11 +249,9 @@ def chance_of(gain: Floats, error: Floats, n_blocks: Floats) -> Floats:
 
     with np.errstate(invalid="ignore", divide="ignore"):
         t = np.where((gain == 0) & (error == 0), 0.0, gain / error)
-        return np.where(
-            np.isnan(gain) | (n_blocks < 2),
-            np.nan,
-            1.0 - stdtr(np.maximum(n_blocks - 1, 1), t),  # noqa: PLR2004
-        )
+        is_compared = ~np.isnan(gain) & (n_blocks > 1)
+        chance = 1.0 - stdtr(np.maximum(n_blocks - 1, 1), t)
+        return np.where(is_compared, chance, np.nan)
 
 
 @dataclass(frozen=True)
