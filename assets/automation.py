@@ -73,7 +73,10 @@ def check_automation(spec: FleetSpec) -> Iterator[Mistake]:
 
 
 def follows_its_inputs(spec: FleetSpec) -> dg.AutomationCondition[Any] | None:
-    """The condition of the feature table and of predictions: made again when what they are made of was; None where a fleet looks for no new files."""
+    """The condition that rebuilds the feature table and predictions when their inputs change.
+
+    None where a fleet does not look for new files.
+    """
     return dg.AutomationCondition.eager() if spec.automation.on_new_files else None
 
 
@@ -207,7 +210,7 @@ def what_dead_runs_kept(
 
 
 def kept_since(tables: DeltaTables, moment: datetime) -> Iterator[str]:
-    """Of each training that was begun, or resumed, since a moment and is not finished: what of it is kept.
+    """What is kept of each unfinished training that was begun, or resumed, since a moment.
 
     Args:
         tables: of all fleets.

@@ -1,4 +1,4 @@
-"""The terminal command `many-models`: fleets checked and launched, one group's history, rows to be answered, and tidying up."""
+"""The terminal command `many-models`: check, run, show, score, stream and clean."""
 
 import argparse
 import json

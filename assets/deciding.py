@@ -1,4 +1,4 @@
-"""What a launch of `champion` does with the registry: a challenger is judged, or what served before serves again."""
+"""What a launch of `champion` does with the registry: judge a challenger, or roll back."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -220,7 +220,11 @@ class Deciding:
         serving: FleetModel | None,
         before: Version | None,
     ) -> tuple[Judgement, Version | None]:
-        """Register a version that combines what was promoted with what stays, fitted on newer rows; the decisions, and who serves."""
+        """Register a version that combines promoted groups with those that stay.
+
+        Those that stay are fitted on newer rows. Returns the decisions, and the version that
+        serves.
+        """
         after = before
         with self._refitted_recipes(contest, judgement) as (decided, refitted):
             if decided.changes_answers:

@@ -1,4 +1,4 @@
-"""`many-models check` and `many-models run`: whether fleets are well described, and launching one."""
+"""`many-models check` and `many-models run`: checking fleets, and launching one."""
 
 import difflib
 import json

@@ -1,4 +1,4 @@
-"""`<fleet>/meta_model`: one registered model that answers for every group, the newest challenger."""
+"""`<fleet>/meta_model`: one registered model that answers for every group."""
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence

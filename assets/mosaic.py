@@ -27,7 +27,9 @@ def register_mosaic(
     models: Sequence[FleetModel],
     decisions: pd.DataFrame,
 ) -> Version:
-    """Register a version in which each group is answered by the fleet version that is named for it; it gets no alias.
+    """Register a version in which each group is answered by the named fleet version.
+
+    It gets no alias.
 
     Args:
         tables: of the fleet.

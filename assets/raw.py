@@ -134,7 +134,7 @@ def ingest(
 
 
 def _stamped(table: pa.Table, address: str, now: dt.datetime) -> pa.Table:
-    """The rows with where and when they were read, and times in microseconds, the one resolution that Delta has."""
+    """The rows with their origin and reading time, and times in microseconds as Delta has them."""
     table = table.cast(
         pa.schema([field.with_type(_in_microseconds(field.type)) for field in table.schema])
     )

@@ -1,4 +1,4 @@
-"""`many-models score` and `many-models stream`: rows of any table or folder, answered by a registered version."""
+"""`many-models score` and `stream`: rows answered by a registered version."""
 
 import hashlib
 import signal
@@ -71,7 +71,7 @@ class Scorer:
         period: str = ALL_ROWS,
         version: str = CHAMPION,
     ) -> str:
-        """Answer all rows of a source in one commit, instead of those that the target has of the same period.
+        """Answer all rows of a source in one commit, replacing those of the same period.
 
         Args:
             model_name: the fleet, or its trial.

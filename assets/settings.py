@@ -1,4 +1,4 @@
-"""What every asset of the chain has in common: its key, its settings, and errors that people can read."""
+"""What every asset of the chain shares: its key, its settings, and readable errors."""
 
 import datetime as dt
 from collections.abc import Iterator, Mapping, Sequence
@@ -77,7 +77,7 @@ def unchanged(tables: Tables, location: str, digest: str | None) -> Snapshot | N
 
 
 def since(found: Snapshot) -> str:
-    """When a version was committed, for people: local time, with the date where that is not today's."""
+    """When a version was committed, in local time, with the date where that is not today's."""
     committed = found.committed_at.astimezone()
     is_today = committed.date() == dt.datetime.now().astimezone().date()
     return committed.strftime("%H:%M" if is_today else "%Y-%m-%d %H:%M")

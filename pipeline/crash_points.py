@@ -1,4 +1,4 @@
-"""Named crash points: places where a run can be told to die, so that recovery is tested exactly and repeatably.
+"""Named crash points: places where a run can be told to die, to test recovery repeatably.
 
 ``FLEET_CRASH_AT=<point>:<signal>`` ends the process with that signal when it comes to the point,
 e.g. ``boosters_committed:KILL``; ``<point>#3:TERM`` the third time. `POINTS` lists those of a

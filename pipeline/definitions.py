@@ -1,4 +1,7 @@
-"""The code location: every fleet under defs/, with the resources of the profile in force. Imported by nobody."""
+"""The code location: every fleet under defs/, with the resources of the active profile.
+
+Imported by nobody.
+"""
 
 import sys
 from functools import cache

@@ -1,4 +1,4 @@
-"""Recognising what has not changed: digests of all that a raw table, or a feature table, is made of.
+"""Recognising what has not changed: digests of the inputs of raw and feature tables.
 
 A digest is kept in the commit that it describes. Where the newest commit has the digest that a new
 one would have, the table is left as it is. Anything doubtful has no digest, and is made again.
@@ -33,7 +33,10 @@ _NOT_IN_FEATURES = {
 
 @cache
 def code_digest() -> str:
-    """Hash of this library's code and of the libraries that compute rows: another release may read or compute otherwise."""
+    """Hash of this library's code and of the libraries that compute rows.
+
+    Another release may read or compute otherwise.
+    """
     root = Path(__file__).parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
@@ -56,7 +59,9 @@ def raw_digest(source: SourceSpec, state: str | None) -> str | None:
 def features_digest(
     spec: FleetSpec, sql: str, raw: Mapping[str, str], settings: Mapping[str, str]
 ) -> str:
-    """Digest of a fleet's feature table: the same inputs give the same rows, as SQL may not call what changes by itself.
+    """Digest of the inputs of a fleet's feature table.
+
+    The same inputs give the same rows, as SQL may not call anything that changes by itself.
 
     Args:
         spec: the fleet.

@@ -157,7 +157,10 @@ class LagSpec(Part):
 
 
 class RollingSpec(Part):
-    """Statistics of a column over what was known in a trailing window, as of the row's time less the horizon."""
+    """Statistics of a column over a trailing window of what was known at the row's time.
+
+    Known means by the row's time less the horizon.
+    """
 
     column: Identifier = Field(description="Column of features.sql to summarise, e.g. `arr_delay`.")
     window: LengthText = Field(
@@ -780,7 +783,7 @@ class FleetSpec(Part):
 
     @property
     def carried_columns(self) -> tuple[str, ...]:
-        """Columns of the feature table that are neither keys nor model features but are needed to train, blend or report."""
+        """Columns that are needed to train, blend or report, and are neither keys nor features."""
         target = self.target
         wanted = [target.offset, target.scale, target.weight, *self.all_baselines.values()]
         known = {*self.feature_columns, *self.key_columns, target.column}

@@ -1,4 +1,4 @@
-"""Mistakes in a fleet's description, in the words of whoever wrote it: line, field, what is expected, and the value."""
+"""Mistakes in a fleet's description: line, field, what is expected, and the value."""
 
 import difflib
 import re

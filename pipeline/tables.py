@@ -156,7 +156,7 @@ RECIPES = "recipes"
 
 
 def fleet_runs(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs that trained a whole fleet: without those that only refitted earlier recipes for some of its groups.
+    """The runs that trained a whole fleet, not only refitted earlier recipes.
 
     Args:
         runs: rows of `RUNS`, with their request.

@@ -1,4 +1,4 @@
-"""Reclaiming what no kept run of a fleet needs: rows of old runs, files of old table versions, and what interrupted runs left."""
+"""Reclaiming what no kept run needs: rows of old runs, old table versions, leftovers."""
 
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -291,7 +291,10 @@ def _let_go(
 def _pinned_features(
     tables: DeltaTables, namespace: str, runs: pd.DataFrame, kept: Collection[str], keep_runs: int
 ) -> list[int]:
-    """Versions of the feature table that kept runs were planned on, those of the fleet's trials and backtests, too."""
+    """Versions of the feature table that kept runs were planned on.
+
+    Those of the fleet's trials and backtests, too.
+    """
     pinned = set(runs.loc[runs["run_id"].isin(list(kept)), "features_version"])
     filesystem, root = filesystem_of(tables.root, tables.storage_options)
     for info in filesystem.get_file_info(pf.FileSelector(root)):

@@ -1,4 +1,4 @@
-"""What a Spark cluster needs beyond a local session: our code on the workers, and executors before their slots are counted."""
+"""What a Spark cluster needs: our code on the workers, and executors that have registered."""
 
 import sys
 import time

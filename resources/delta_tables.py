@@ -1,4 +1,4 @@
-"""Delta tables below one root: written by Spark tasks or the driver, one commit per write, read back by file list."""
+"""Delta tables below one root: written by Spark or the driver, one commit per write."""
 
 import datetime as dt
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -372,13 +372,13 @@ class DeltaTables(dg.ConfigurableResource):
     def read_pandas(
         self, location: str, *, where: Where | None = None, columns: Sequence[str] | None = None
     ) -> pd.DataFrame:
-        """A table, or its rows whose columns equal (or are among) the values of `where`, as pandas."""
+        """The rows of a table that have the values of `where`, as pandas."""
         return self.read_arrow(location, where=where, columns=columns).to_pandas()
 
     def read_arrow(
         self, location: str, *, where: Where | None = None, columns: Sequence[str] | None = None
     ) -> pa.Table:
-        """A table, or its rows whose columns equal (or are among) the values of `where`, as Arrow."""
+        """The rows of a table that have the values of `where`, as Arrow."""
         filters = [
             (name, "=", value) if isinstance(value, str) else (name, "in", list(value))
             for name, value in (where or {}).items()

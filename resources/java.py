@@ -1,4 +1,4 @@
-"""Finding a Java that Spark can use: the user's, the PATH's, or the one that a Python package carries."""
+"""Finding a Java for Spark: the user's, the PATH's, or the one in a Python package."""
 
 import os
 import re
@@ -17,7 +17,9 @@ _UNSUPPORTED = "--add-modules=jdk.incubator.vector"
 
 
 def find_java(scratch: Path) -> str:
-    """A JAVA_HOME for Spark: around JAVA_HOME's java, else the one on PATH, else the packaged runtime; version 17 or later.
+    """A JAVA_HOME for Spark with Java 17 or later.
+
+    Around JAVA_HOME's java, else the one on PATH, else the packaged runtime.
 
     The folder holds one small wrapper, which drops a flag of Spark's launcher: the packaged runtime
     does not know it, and others answer it with a warning at every start.

@@ -155,7 +155,7 @@ class LaunchSettings(dg.ConfigurableResource):
         return Scope(replace(own, namespace=f"{own.namespace}-backtest-{stamp}"), note)
 
     def command(self, spec: FleetSpec, **decision: str) -> str:
-        """The command that launches `champion` alone, where this launch decides, with another decision."""
+        """The command that launches `champion` alone, with another decision, where this launch decides."""
         place = {"as_of": self.as_of, "limit_groups": self.limit_groups}
         config = {**{name: value for name, value in place.items() if value is not None}, **decision}
         written = json.dumps({"resources": {"launch": {"config": config}}})
@@ -177,7 +177,10 @@ class LaunchSettings(dg.ConfigurableResource):
 
 
 class RefusedSettings(LaunchSettings):
-    """Settings that cannot be read from the environment: the code location loads, and every launch says why it cannot start."""
+    """Settings that cannot be read from the environment.
+
+    The code location loads, and every launch says why it cannot start.
+    """
 
     mistake: str = Field(
         description="Which variable has which value, what is allowed, and what to do."

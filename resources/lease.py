@@ -52,7 +52,10 @@ def _utc_now() -> datetime:
 
 
 def _moment(now: Callable[[], datetime]) -> datetime:
-    """The clock's time in whole microseconds, as the table keeps it: a pandas timestamp has nanoseconds."""
+    """The clock's time in whole microseconds, as the table keeps it.
+
+    A pandas timestamp has nanoseconds.
+    """
     return datetime.fromtimestamp(now().timestamp(), UTC)
 
 
@@ -91,7 +94,9 @@ class LeaseRow:
         return self.released or self.expires_at <= moment or self.owner_is_gone()
 
     def owner_is_gone(self) -> bool:
-        """Whether the process is known to be no more: it was on this machine, in this boot, and is gone or its pid is another's by now.
+        """Whether the process is known to be gone.
+
+        It ran on this machine, in this boot, and has ended or its pid belongs to another.
 
         Where the boot is unknown (not Linux) nobody is known to be gone.
         """
@@ -463,7 +468,10 @@ def _text(moment: datetime) -> str:
 
 
 def _boot_id() -> str:
-    """The boot, and the namespace that pids count in: containers of one machine share the boot, and a host's network its name, too."""
+    """The machine's boot, and the namespace that process ids count in.
+
+    Containers of one machine share the boot, and those in a host's network its name.
+    """
     try:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text(encoding='ascii').strip()} {Path('/proc/self/ns/pid').readlink()}"
     except OSError:

@@ -1,4 +1,4 @@
-"""The MLflow registry: one run and one registered version per training run, a constant number of calls."""
+"""The MLflow registry: one run and one version per training run, a constant number of calls."""
 
 import contextlib
 import fcntl
@@ -408,7 +408,9 @@ def interface(model: FleetModel, dtypes: Mapping[str, str]) -> dict[str, Any]:
 
 
 def input_types(names: Sequence[str], dtypes: Mapping[str, str]) -> dict[str, str]:
-    """What the columns that a model reads are to whoever asks it: every number, integer keys too, a double; the rest strings.
+    """MLflow types of the columns that a model reads.
+
+    Every number, integer keys included, is a double; the rest are strings.
 
     Args:
         names: of the columns.

@@ -86,7 +86,10 @@ def current_profile(project: Path) -> Profile:
 
 
 def fallback_profile(project: Path) -> Profile:
-    """A profile for a code location whose environment has a mistake: the places in it where they can be used, no launch setting."""
+    """A profile for a code location whose environment has a mistake.
+
+    Its places where they can be used, and no launch setting.
+    """
     places = {
         name: os.environ[name]
         for name in (PROFILE, DATA, SPARK_MASTER, TRACKING_URI)
@@ -142,7 +145,7 @@ def _cluster_master(environment: Mapping[str, str]) -> str:
 
 
 def _check_data_root(folder: str) -> None:
-    """Refuse a folder that some library would misread: it would write beside it, or not find what it wrote.
+    """Refuse a folder that some library would misread, writing beside it or losing what it wrote.
 
     SQLite addresses of Dagster and MLflow end at a question mark; deltalake decodes %41 as an A and
     takes a backslash for a slash.

@@ -1,4 +1,7 @@
-"""`python -m resources.spark_node master|worker ...`: Spark's standalone master or worker, with the Java that a session would take."""
+"""`python -m resources.spark_node master|worker ...`: Spark's standalone master or worker.
+
+With the Java that a session would take.
+"""
 
 import os
 import sys

@@ -31,7 +31,7 @@ _STARTING = threading.Lock()
 
 
 class SparkSessionResource(dg.ConfigurableResource):
-    """The Spark session of a run, started in the background when the run starts and stopped with it.
+    """The Spark session of a run, started in the background and stopped with the run.
 
     A session that the process has open already is used as it is, and left open: whoever opened it
     closes it. Built on `dagster_pyspark.LazyPySparkResource`, which makes the session from its

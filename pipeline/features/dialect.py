@@ -67,7 +67,7 @@ class PlainSpark(Spark):
         }
 
     class Generator(SparkGenerator):
-        """Writes what was read: no functions for operators, no casts for literals, no subqueries for clauses."""
+        """Writes what was read: no functions for operators, casts for literals or subqueries for clauses."""
 
         TRANSFORMS: ClassVar[dict[Any, Any]] = {
             **{

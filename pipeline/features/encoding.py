@@ -1,4 +1,7 @@
-"""The fleet's lists of categories: which values of a categorical feature get a number, learnt once for all groups."""
+"""The fleet's categories: which values of a categorical feature get a number.
+
+Learnt once for all groups.
+"""
 
 from collections.abc import Mapping, Sequence
 

@@ -1,4 +1,4 @@
-"""The functions that a fleet's SQL may call: Spark built-ins that compute from their arguments alone.
+"""Functions that a fleet's SQL may call: Spark built-ins that depend on their arguments alone.
 
 Names are Spark 4.3's, as `SHOW FUNCTIONS` lists them. What is neither allowed nor refused for good
 is left to the author of a fleet, who can add it with `sql.functions`.

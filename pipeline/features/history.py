@@ -149,7 +149,7 @@ def flags_of(table: pa.Table | pa.RecordBatch) -> Flags:
 def _row_at(
     codes: npt.NDArray[np.int64], time: Times, known_at: Times, deadline: Times, wanted: Times
 ) -> Indices:
-    """Per row the row with the same code at the wanted time, if it was known by the row's deadline; else -1."""
+    """Per row the row of the same code at the wanted time, if known by its deadline; else -1."""
     order = np.lexsort((time, codes))
     starts, ends = bounds_of(codes[order], codes)
     position = search_slices(time[order], starts, ends, wanted, side="left")
@@ -162,7 +162,9 @@ def _row_at(
 def _last_row_of_unit(
     codes: npt.NDArray[np.int64], time: Times, known_at: Times, deadline: Times, step: Period
 ) -> Indices:
-    """Per row the last row with the same code, of those known by its deadline, in the month, quarter or year a step before; else -1.
+    """Per row the last known row of the same code in the calendar unit one step before; else -1.
+
+    The unit is a month, quarter or year, and a row counts if it was known by the deadline.
 
     So a month's end finds the end of the month before, whichever day that is. Rows that were not
     known by then count for nothing: whether they are there must not show.
@@ -193,7 +195,7 @@ def _windowed(
     values: Floats,
     statistics: Sequence[Statistic],
 ) -> list[Floats]:
-    """Statistics, per row, of the values with the same code that became known in (start, deadline]."""
+    """Per row, statistics of the values with its code that became known in (start, deadline]."""
     observed = np.flatnonzero(~np.isnan(values) & ~np.isnat(known_at))
     order = observed[np.lexsort((values[observed], known_at[observed], codes[observed]))]
     sorted_codes, sorted_known, sorted_values = codes[order], known_at[order], values[order]
@@ -281,7 +283,10 @@ def _moments_of(values: Floats, low: Indices, high: Indices) -> tuple[Floats, Fl
 
 
 def _extreme(better: np.ufunc, values: Floats, low: Indices, high: Indices) -> Floats:
-    """Minimum or maximum of each slice, from a sparse table: two overlapping blocks of a power of two cover any slice."""
+    """Minimum or maximum of each slice, from a sparse table.
+
+    Two overlapping blocks of a power of two cover any slice.
+    """
     answer = np.full(len(low), np.nan)
     length = high - low
     level, block = values, 1

@@ -268,7 +268,10 @@ def _check_query(
 
 
 def _visible_ctes(table: exp.Table) -> Iterator[str]:
-    """Common table expressions that Spark sees from a table's place: those before the one it stands in, and outer statements'."""
+    """Common table expressions visible to Spark from a table's place.
+
+    Those before the one it stands in, and those of outer statements.
+    """
     inner: exp.Expr = table
     node = table.parent
     while node is not None:

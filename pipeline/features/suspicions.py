@@ -1,4 +1,7 @@
-"""What looks wrong in a feature table that keeps its contract: lags that miss rows, columns that look like the future."""
+"""What looks wrong in a feature table that keeps its contract.
+
+Lags that miss their rows, and columns that look like the future.
+"""
 
 from dataclasses import dataclass
 
@@ -91,7 +94,9 @@ def find_suspicions(table: pa.Table, spec: FleetSpec) -> Suspicions:
 
 
 def _other_midnights(time: Times, spec: FleetSpec) -> dict[str, str]:
-    """Series of days and longer whose every row lies at one hour of UTC that is not midnight, or at two next to each other.
+    """Series whose rows all lie at one hour of UTC that is not midnight, or at two adjacent ones.
+
+    Only series of days and longer.
 
     These are midnights of another time zone, the two hours its winter and summer; counted in UTC,
     days are cut in the wrong place and lags miss their rows after each change of the clocks.
@@ -125,7 +130,7 @@ def _quantities(spec: FleetSpec) -> list[str]:
 
 
 def _target(table: pa.Table, spec: FleetSpec) -> Floats:
-    """The target as numbers: classes that are numbers as these, others by their places in the alphabet."""
+    """The target as numbers: classes that are numbers as these, others by alphabetical place."""
     if not spec.is_class_task:
         return values_of(table, spec.target.column)
     classes = table[spec.target.column].to_pandas()
@@ -140,7 +145,10 @@ def _target(table: pa.Table, spec: FleetSpec) -> Floats:
 def _has_value_near(
     codes: Codes, time: Times, values: Floats, period: Period, periods: int
 ) -> Flags:
-    """Whether the entity has a value in the calendar unit so many periods before, or less than a fixed period from that moment."""
+    """Whether the entity has a value near the wanted moment.
+
+    In the calendar unit so many periods before, or less than a fixed period away from it.
+    """
     if period.is_calendar:
         clock = period.unit_numbers(time)
         first = clock - period.count * periods

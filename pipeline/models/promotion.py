@@ -1,4 +1,4 @@
-"""Which groups a challenger may answer instead of the champion, and the gates before the alias moves.
+"""Which groups a challenger may answer for, and the gates before the alias moves.
 
 Compared are twins: the recipes of both, fitted on the same fit and tune rows, judged on the same
 report rows (`pipeline.spark.comparison` adds the losses up). A recipe is a group's parameters,
@@ -116,7 +116,7 @@ class Side:
         return json.dumps(parts, sort_keys=True)
 
     def chain(self, key: Key) -> list[tuple[Key, float]]:
-        """The models that have a say in a group's answers, with their weights against their parents', coarsest first."""
+        """The models that contribute to a group's answers, coarsest first, with their blend weights."""
         found: list[tuple[Key, float]] = []
         for above in ancestry(key, self.spec["grains"]):
             row = self.groups.get(above)
@@ -138,7 +138,7 @@ class Side:
 
 
 def is_comparable(champion: Mapping[str, Any], challenger: Mapping[str, Any]) -> bool:
-    """Whether two specs describe the same question, so that one's recipes can be fitted beside the other's."""
+    """Whether two specs ask the same question, so that one's recipes can be fitted beside the other's."""
     return all(
         champion[name] == challenger[name]
         for name in ("grains", "task", "classes", "target", "is_count")
@@ -286,7 +286,7 @@ class Judgement:
 
     @property
     def changes_answers(self) -> bool:
-        """Whether a group gets another chain, and not just the same one under a newer version's name."""
+        """Whether a group gets another chain, not just the same one under a newer version's name."""
         rows = self.decisions
         return bool(
             (rows["promoted"] & (rows["kind"] != UNCHANGED)).any()
@@ -318,7 +318,9 @@ class EarlierRecipes:
 def earlier_recipes(
     decisions: pd.DataFrame, champions: Mapping[str, Side], challenger: Side
 ) -> list[EarlierRecipes]:
-    """The recipes that stay, one set per fleet version that has some: fitted on newer rows, they answer better than their old models.
+    """The recipes that stay, one set per fleet version that has some.
+
+    Fitted on newer rows, they answer better than their old models.
 
     A set is left out where the challenger's columns, or a ledger of an earlier release, do not
     allow to fit it.
@@ -436,7 +438,7 @@ def overridden(
 
 
 def held_back(judgement: Judgement) -> pd.DataFrame:
-    """The decisions of a judgement that the gates did not let happen: every group stays as it is."""
+    """The decisions of a judgement that the gates stopped: every group stays as it is."""
     rows = judgement.decisions
     would_move = rows["from_version"].fillna("") != rows["to_version"]
     return rows.assign(
@@ -459,7 +461,9 @@ def stays(serving: Mapping[Key, str]) -> pd.DataFrame:
 
 
 def groups_rolled_back(decisions: pd.DataFrame, challenger: str) -> frozenset[Key]:
-    """Groups that were rolled back from that fleet version: only a person, or a newer version, moves them again.
+    """Groups that were rolled back from a fleet version.
+
+    Only a person, or a newer version, moves them again.
 
     Args:
         decisions: rows of `tables.DECISIONS`.
@@ -502,7 +506,9 @@ def rolled_back(
 
 
 def losing_groups(measured: pd.DataFrame) -> dict[Key, str]:
-    """Groups whose answers are significantly worse than their parents' or the constant's, and which of the two answers them better.
+    """Groups whose answers are significantly worse than their parent's or the constant's.
+
+    And which of the two answers them better.
 
     Args:
         measured: one row per group, as from `losses.compare_answers`, with the rivals parent and
@@ -572,7 +578,7 @@ def judge_challenger(ledger: pd.DataFrame, groups_in_pack: Sequence[Key]) -> lis
 
 
 def judge_rivals(fleet: pd.DataFrame, titles: Mapping[str, str]) -> list[Gate]:
-    """Ask whether the fleet's answers are worse than those of its pooled model, its constant or a baseline.
+    """Ask whether the fleet answers worse than its pooled model, its constant or a baseline.
 
     A gate fails only where the fleet is significantly worse, by the paired test over stretches of
     time. A rival that answers few rows, or rows in few stretches, is not compared.
@@ -666,7 +672,7 @@ def number_before(moves: pd.DataFrame, number: str) -> str | None:
 
 
 def found_elsewhere(before: Mapping[Key, str], after: Mapping[Key, str]) -> pd.DataFrame:
-    """Decisions that say that the alias was found at a version to which no recorded launch moved it.
+    """Decisions that record an alias found where no recorded launch moved it.
 
     Args:
         before: fleet version by group, as the last recorded decision left them; empty where nobody

@@ -84,7 +84,10 @@ class Start:
 
     @property
     def predicts_what_chose_it(self) -> bool:
-        """Whether tune rows are predicted with parameters that these very rows chose: a weight learnt on that is too high."""
+        """Whether tune rows are predicted with parameters that these very rows chose.
+
+        A weight learnt on such predictions is too high.
+        """
         return self.refit is not None and self.cross is None
 
     def to_json(self) -> str:

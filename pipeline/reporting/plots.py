@@ -40,7 +40,7 @@ def training_plot(ledger: pd.DataFrame, spec: FleetSpec) -> bytes:
 
 
 def decision_plot(decisions: pd.DataFrame, spec: FleetSpec) -> bytes:
-    """Two panels: groups by reason, moved or not, and the tested groups' losses under champion and challenger.
+    """Two panels: groups by reason, and the tested groups' losses under champion and challenger.
 
     Args:
         decisions: rows of `tables.DECISIONS`; those of a rollback have no losses.
@@ -194,7 +194,7 @@ def prediction_plot(
 
 
 def importance_plot(top: pd.DataFrame, spec: FleetSpec) -> bytes:
-    """Features by their mean share of the gain, and by the number of groups in which they come first.
+    """Features by their mean share of the gain, and by the number of groups they lead.
 
     Args:
         top: as from `summary.top_features`.

@@ -218,7 +218,10 @@ def worst_groups(ledger: pd.DataFrame, n: int = WORST) -> pd.DataFrame:
 
 
 def worthwhile_groups(ledger: pd.DataFrame, n: int = WORST) -> pd.DataFrame:
-    """Groups below the pooled one whose own model takes most off their parent's squared error on report rows, and what each costs."""
+    """Groups whose own model reduces their parent's error on report rows most, and what each costs.
+
+    The pooled group is left out.
+    """
     below = ledger[
         (ledger["grain"] > 0)
         & ledger["report_parent"].notna()
@@ -245,7 +248,9 @@ def slowest_groups(ledger: pd.DataFrame, n: int = WORST) -> pd.DataFrame:
 
 
 def top_features(importance: pd.DataFrame, n: int = 20) -> pd.DataFrame:
-    """The fleet's features by their mean share of the gain over the groups of the finest grain that has models.
+    """The fleet's features by their mean share of the gain.
+
+    Over the groups of the finest grain that has models.
 
     Args:
         importance: one run's rows of `tables.IMPORTANCE`: grain, feature, gain_share, rank.

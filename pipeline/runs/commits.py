@@ -41,7 +41,7 @@ class Commits:
         self._replace_run(LEDGER, _ledger_table(rows))
 
     def wave(self, wave: Wave, trained: TrainedFiles, rows: pd.DataFrame) -> None:
-        """Commit a wave: boosters first, then held-out predictions, then the ledger rows that name them.
+        """Commit a wave: boosters, then held-out predictions, then the ledger rows that name them.
 
         Args:
             wave: that was trained.

@@ -56,7 +56,7 @@ class Decisions:
         return groups_rolled_back(rows, fleet_version)
 
     def write(self, rows: pd.DataFrame) -> None:
-        """Let the table hold these rows for their decision, in one commit, instead of what it had for it."""
+        """Replace the rows of one decision, in one commit."""
         file = self.tables.tables.write_file(_decision_table(rows), DECISIONS.schema, self.location)
         self.tables.tables.commit(
             self.location,

@@ -23,7 +23,9 @@ def shared_digest(
     cutoffs: Cutoffs,
     weight: str | None,
 ) -> str:
-    """Hash of what all groups of a run have in common: model spec, objective, budget and search space, dates, code and libraries.
+    """Hash of what all groups of a run have in common.
+
+    Model spec, objective, budget and search space, dates, code and libraries.
 
     The lists of categories are left out: a group's rows are hashed with the numbers that its own
     values have in them. So is what changes no booster: which columns a batch may lack, and the

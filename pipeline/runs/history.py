@@ -107,7 +107,7 @@ class EarlierRuns:
 
     @property
     def timed(self) -> pd.DataFrame:
-        """Groups whose seconds tell of the next run's: status, seconds and n_target of each that took any.
+        """Groups whose seconds predict the next run's: status, seconds and n_target of each.
 
         Those of the run before, and those that the resumed run trained before it was interrupted.
         """

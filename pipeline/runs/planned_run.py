@@ -182,7 +182,7 @@ def lay_out_run(
 
 
 def known_categories(spec: FleetSpec, before: RunManifest | None) -> Mapping[str, Sequence[str]]:
-    """The categories of the run before, where it was trained under the same spec: their order stays."""
+    """The categories of the run before, whose order stays under the same spec."""
     if before is None or before.spec_digest != spec.training_digest:
         return {}
     categories: Mapping[str, Sequence[str]] = before.model_spec["categories"]
@@ -253,7 +253,7 @@ def _interrupted_run(
 
 
 def _with_samples(counts: pd.DataFrame, spec: FleetSpec) -> pd.DataFrame:
-    """The groups with the exponent of their sampling rate, which is part of what they are trained from."""
+    """The groups with their sampling exponent, which is part of what they are trained from."""
     is_coarse = (counts["grain"] < len(spec.grains) - 1).to_numpy()
     n_target = counts["n_target"].to_numpy()
     exponents = sampling_exponents(n_target, is_coarse=is_coarse, max_rows=spec.tuning.max_rows)

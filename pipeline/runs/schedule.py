@@ -1,4 +1,7 @@
-"""Which groups start next while a run trains: waves laid out one at a time, from what the run has learnt of its own pace."""
+"""Which groups start next while a run trains.
+
+Waves are laid out one at a time, from what the run has learnt of its own pace.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

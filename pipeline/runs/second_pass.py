@@ -1,4 +1,4 @@
-"""Where the fleet has a budget of seconds: which groups are worth a longer search, once all have had a short one."""
+"""Which groups deserve a longer search, once all have had a short one within a budget of seconds."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -21,7 +21,9 @@ _REFITS = 2
 def plan_second_pass(
     run: PlannedRun, spec: FleetSpec, trained: dict[GroupKey, dict[str, Any]]
 ) -> Iterator[TrainingPlan]:
-    """Plans of about a wave for the groups with the largest rows x error, until the budget is spent; none without a budget.
+    """Plans of about one wave each, largest rows x error first, until the budget is spent.
+
+    None without a budget.
 
     Args:
         run: as planned.
@@ -77,7 +79,7 @@ def _next_groups(
     wave_seconds: float,
     longer: float,
 ) -> dict[GroupKey, float]:
-    """The groups of the next wave with their expected seconds, those with the largest rows x error first."""
+    """The groups of the next wave with their expected seconds, largest rows x error first."""
     chosen: dict[GroupKey, float] = {}
     cost = 0.0
     for key in sorted(left, key=lambda key: (-left[key]["n_tune"] * left[key]["tune_loss"], key)):

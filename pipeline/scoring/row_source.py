@@ -127,7 +127,7 @@ def answer_schema(task: str) -> pa.Schema:
 
 
 def target_schema(source: pa.Schema, task: str, added: Collection[str]) -> pa.Schema:
-    """The columns of a table of answers: the source's, the answers', and those of scoring that are added."""
+    """The columns of a table of answers: the source's, the answers', and scoring's own."""
     return pa.schema(
         [*source, *answer_schema(task), *(pa.field(name, _OF_SCORING[name]) for name in added)]
     )
@@ -191,7 +191,7 @@ def check_target(
     wanted: pa.Schema,
     partition_by: Sequence[str],
 ) -> None:
-    """Refuse a table that answers of this kind do not belong into, before anything is changed there.
+    """Refuse a table that holds another kind of answers, before anything is changed there.
 
     Args:
         target: address of the table.

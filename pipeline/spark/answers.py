@@ -76,7 +76,7 @@ def answer_rows(
 
 
 def opened_pack(fleet: str, name: str, options: Mapping[str, str]) -> FleetModel:
-    """The pack of that name in this worker: opened once, and instead of the one that the fleet had before.
+    """The pack of that name in this worker, opened once in place of the fleet's earlier one.
 
     Tasks must call it as a function of this module: what a task's own function refers to, Spark
     copies for each task.
@@ -126,7 +126,10 @@ def _answered(
 
 
 def asked_rows(rows: pa.Table, model: FleetModel) -> pd.DataFrame:
-    """Rows as the model takes them: integer keys as text, which pandas would round beside nulls, and decimals as floats."""
+    """Rows as the model takes them: integer keys as text, and decimals as floats.
+
+    In pandas integers beside nulls would be rounded.
+    """
     text = text_columns(model)
     columns = {}
     for name in (

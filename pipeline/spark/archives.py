@@ -1,4 +1,7 @@
-"""Folders of the driver that tasks read: in place where Spark is local, as an archive that every executor unpacks once on a cluster."""
+"""Folders of the driver that tasks read.
+
+In place where Spark is local; on a cluster as an archive that every executor unpacks once.
+"""
 
 import zipfile
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Challenger against champion on the report rows: twins are fitted, and every group's losses are added up by Spark."""
+"""Challenger against champion on report rows: twins are fitted, and Spark adds up the losses."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -235,7 +235,10 @@ def _twin_settings(spec: FleetSpec, contest: Contest, side: Side, threads: int) 
 
 
 def twin_spec(spec: FleetSpec, model: Mapping[str, Any]) -> FleetSpec:
-    """The fleet as a run with that model spec saw it: its features, all of them columns of the feature table by now."""
+    """The fleet as a run with that model spec saw it.
+
+    Its features are all columns of the feature table by now.
+    """
     names, categories = model["features"], list(model["categories"])
     monotone = {name: sign for name, sign in spec.features.monotone.items() if name in names}
     features = spec.features.model_copy(
@@ -284,7 +287,7 @@ def compare_runs(
     contest: Contest,
     twins: Mapping[str, Twins],
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Every group's losses on report rows, of the challenger and of what answers now, and the whole fleet's beside its rivals'.
+    """Losses of challenger and champion per group, and of the whole fleet beside its rivals.
 
     Args:
         spark: the session.
@@ -452,7 +455,7 @@ def _weights_of(
 
 
 def _weight(side: Side, key: Key) -> tuple[float | None, bool]:
-    """The weight of a group's own model, and whether the constant answers the group instead of its parent."""
+    """A group's weight, and whether the constant answers it instead of its parent."""
     row = side.groups.get(key)
     if row is None:
         return None, False

@@ -1,4 +1,4 @@
-"""What is counted of the visible rows before a run is planned: groups, classes and categories, in a few Spark jobs."""
+"""What is counted of the visible rows before a run is planned, in a few Spark jobs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -204,7 +204,10 @@ def count_groups(
 
 
 def _null_masks(spec: FleetSpec) -> list[Column]:
-    """Which features of a row are null or NaN, one bit each: a few whole numbers, which travel more cheaply than a column each."""
+    """Which features of a row are null or NaN, one bit each.
+
+    A few whole numbers travel more cheaply than a column each.
+    """
     masks = [sf.lit(0).cast("long") for _ in range(0, len(spec.feature_columns), MASK_BITS)]
     for place, name in enumerate(spec.feature_columns):
         value = sf.col(f"`{name}`")
@@ -234,7 +237,10 @@ def _whole(sums: "pd.Series[Any]") -> list[int]:
 
 
 def _with_category_numbers(rows: DataFrame, categories: Mapping[str, Sequence[str]]) -> DataFrame:
-    """Each categorical's number beside it, as training sees it: null for a value that is not in the fleet's list."""
+    """Each categorical's number beside it, as training sees it.
+
+    Null for a value that is not in the fleet's list.
+    """
     for name, values in categories.items():
         numbered = rows.sparkSession.createDataFrame(
             list(enumerate(values)), f"`_number_{name}` int, `_value_{name}` string"
@@ -245,7 +251,10 @@ def _with_category_numbers(rows: DataFrame, categories: Mapping[str, Sequence[st
 
 
 def _row_hash(spec: FleetSpec) -> Column:
-    """64-bit hash of all that training reads of a row, as it reads it: features in single precision, no difference between null and NaN."""
+    """64-bit hash of all that training reads of a row, as it reads it.
+
+    Features count in single precision, and null equals NaN.
+    """
 
     def number(name: str, kind: str) -> Column:
         value = sf.col(f"`{name}`").try_cast(kind)

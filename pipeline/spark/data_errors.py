@@ -1,4 +1,4 @@
-"""What Spark raises about a value or a statement, as an error that names source, column, value and remedy."""
+"""Spark's errors about values and statements, as errors that name source, column and remedy."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -31,7 +31,10 @@ _OURS: dict[str, type[FleetError]] = {
 
 
 def in_error_tree(error: Exception | None) -> FleetError | None:
-    """One of our errors, be it raised here, by the registered model, or in a Python process of Spark that only its text is left of.
+    """An error in our tree, whoever raised it.
+
+    It may come from here, from the registered model, or from a Python process of Spark that leaves
+    only its text.
 
     Args:
         error: what was raised.

@@ -1,4 +1,4 @@
-"""Judging a run on its holdout: sums for the blend, then every group's error against its baselines."""
+"""Judging a run on its held-out rows: sums for the blend, then errors against baselines."""
 
 import json
 import math
@@ -42,7 +42,9 @@ def judged_rows(
     constants: Constants,
     has_model: Sequence[Collection[str]] = (),
 ) -> DataFrame:
-    """One row per held-out row, for multiclass per row and class, with the own prediction of each grain side by side.
+    """One row per held-out row, with each grain's own prediction side by side.
+
+    For multiclass one per row and class.
 
     Args:
         holdout: as in `tables.HOLDOUT`, of one run.
@@ -183,7 +185,9 @@ def measure_groups(
     classes: Sequence[str],
     rows: DataFrame,
 ) -> pd.DataFrame:
-    """Every group's errors on report rows in target units, of the fleet, the pooled model, the constant and the baselines; one Spark job.
+    """Every group's errors on report rows, in target units; one Spark job.
+
+    Of the fleet, the pooled model, the constant and the baselines.
 
     Args:
         spark: the session.
@@ -261,7 +265,7 @@ def measure_groups(
 
 
 def baseline_answers(rows: DataFrame, spec: FleetSpec) -> DataFrame:
-    """What the fleet's baselines say of each row: row_key, and _b0, _b1, ... in the order in which they are declared.
+    """What the baselines say of each row: row_key, and _b0, _b1, ... as they are declared.
 
     A baseline that was declared after the table was made answers no row of it.
     """
@@ -284,7 +288,7 @@ def baseline_answer(spec: FleetSpec, number: int) -> Column:
 
 
 def half_widths(misses: DataFrame, levels: Sequence[float]) -> DataFrame:
-    """Half widths of every group's intervals: split conformal prediction, by exact order statistics.
+    """Half widths of every group's intervals: split conformal prediction, exact order statistics.
 
     Of n misses it is the k-th smallest, k = ceil((n + 1) level): if the rows to come are like these
     n, an answer misses by more in at most 1 - level of the cases, whatever the model and the

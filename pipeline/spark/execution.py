@@ -1,4 +1,4 @@
-"""How Spark's jobs run here: with the tasks that a plan has laid out, in Python workers that keep what they imported."""
+"""How Spark's jobs run here: tasks as planned, in Python workers that keep their imports."""
 
 import gc
 from collections.abc import Iterator

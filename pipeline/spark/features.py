@@ -1,4 +1,4 @@
-"""Building a feature table on Spark: the SQL, made-up future rows, features of the past, derived columns."""
+"""Building a feature table on Spark: SQL, future rows, features of the past, derived columns."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -148,7 +148,7 @@ def _not_a_number(spec: FleetSpec, rows: DataFrame, kind: str) -> str:
 
 
 def _text_columns(spec: FleetSpec) -> set[str]:
-    """Columns of the SQL that the feature table holds as text: categoricals, classes, and baselines that name a class."""
+    """Columns that the feature table holds as text: categoricals, classes, baselines naming a class."""
     classes = [spec.target.column] if spec.is_class_task else []
     return {
         *spec.features.categoricals,
@@ -202,7 +202,9 @@ def _shown(spec: FleetSpec, time: str = "time") -> Column:
 
 
 def _with_last_days(spec: FleetSpec, rows: DataFrame) -> DataFrame:
-    """Mark the rows of series that lie on last days of months throughout, where the period is a calendar one.
+    """Mark the rows of series that always lie on last days of months.
+
+    Only where the period is a calendar one.
 
     Such a series goes from 28 February to 31 March. Taken as the 28th of each month, its last row
     would not be known a month before its next.
@@ -372,7 +374,7 @@ def all_null_columns(rows: DataFrame, columns: Sequence[str]) -> list[str]:
 def rows_of_some_entities(
     rows: DataFrame, spec: FleetSpec, columns: Sequence[str], n_rows: int, n_wanted: int = 50_000
 ) -> pa.Table:
-    """All rows of a share of the entities, chosen by hash: about so many rows, but at least one entity's.
+    """All rows of some entities, chosen by hash: about so many rows, at least one entity's.
 
     Args:
         rows: a feature table.

@@ -1,4 +1,4 @@
-"""Parquet files between Spark and Delta: written by tasks, listed for the driver, which makes one commit of them."""
+"""Parquet files between Spark and Delta: written by tasks, committed by the driver."""
 
 import json
 import uuid

@@ -1,4 +1,4 @@
-"""Importance of features per group, on Spark: boosters and rows meet in the workers, nothing of them on the driver."""
+"""Feature importance per group, on Spark: boosters and rows meet in the workers."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -111,7 +111,10 @@ def write_importance(
 
 
 def _known(tables: FleetTables, location: str, run: RunManifest) -> tuple[str, pd.MultiIndex]:
-    """The run before, and the groups and boosters that it has rows for, if its features are the same by name."""
+    """The run before, and the groups and boosters that it has rows for.
+
+    None where its features have other names.
+    """
     nothing = pd.MultiIndex.from_arrays([[], []])
     if run.previous_run_id is None or not tables.tables.exists(location):
         return "", nothing
@@ -191,7 +194,9 @@ def explain_groups(
 def newest_rows(
     rows: DataFrame, groups: pd.DataFrame, spec: FleetSpec, n_rows: int = SAMPLED_ROWS
 ) -> DataFrame:
-    """The newest rows of each named group that its model could be asked about, at most so many: features, group and `_place`, from 1.
+    """The newest rows of each named group that its model could be asked about.
+
+    Features, group and `_place`, from 1.
 
     Rows go to their groups once, and of each group no task sends more than are wanted.
 

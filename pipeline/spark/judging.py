@@ -1,4 +1,4 @@
-"""Judging a run: weights and errors of its groups, from held-out predictions of whichever run trained each."""
+"""Judging a run: weights and errors of its groups, from held-out predictions."""
 
 from collections.abc import Iterable, Mapping, Sequence
 

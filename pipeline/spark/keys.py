@@ -1,4 +1,4 @@
-"""Spark expressions that equal, to the letter, their Python twins in `pipeline.models.meta_model`."""
+"""Spark expressions that give exactly what their twins in `pipeline.models.meta_model` give."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Ways to answer compared on the same report rows, in the loss that the fleet learns by, added up for paired tests."""
+"""Contenders compared on the same report rows, in the fleet's own loss, for paired tests."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class Paired:
 def level_answers(
     own: Sequence[Column], weights: Sequence[Column], is_cut: Sequence[Column], constant: Column
 ) -> list[Column]:
-    """Each level's blended answer, in link space less the offset, over the scale (for classes probabilities).
+    """Each level's blended answer, link space less offset, over scale (for classes probabilities).
 
     Args:
         own: prediction of each grain's own model; null without one.
@@ -66,7 +66,7 @@ def in_target_units(spec: FleetSpec, answer: Column) -> Column:
 
 
 def row_loss(spec: FleetSpec, answer: Column) -> Column:
-    """The loss of one row (for multiclass of one class of a row) that the fleet learns by, on the target's scale.
+    """The fleet's own loss of one row, on the target's scale; for multiclass of one class of a row.
 
     Args:
         spec: the fleet.
@@ -228,7 +228,7 @@ def answer_losers_otherwise(
     classes: Sequence[str],
     report_start: pd.Timestamp,
 ) -> dict[GroupKey, GroupSkill]:
-    """Leave to its parent, or to the constant, each finest group whose answer is significantly worse than theirs on report rows.
+    """Leave finest groups to their parent, or the constant, where that answers significantly better.
 
     Coarser groups stay as they are: what they do badly over all their rows, some finer group that
     leans on them may need.

@@ -25,7 +25,7 @@ def row_measures(spec: FleetSpec) -> tuple[str, ...]:
 
 
 def shown_measures(spec: FleetSpec) -> tuple[str, str]:
-    """The two measures that people compare ways by: the first one is smaller where the answers are better."""
+    """The two measures that people compare contenders by; smaller is better for the first."""
     return ("log_loss", "accuracy") if spec.is_class_task else ("rmse", "mape")
 
 
@@ -69,7 +69,10 @@ def row_errors(
 
 
 def _errors(way: str, spec: FleetSpec) -> dict[str, Column]:
-    """A way's error on a row (for multiclass: on a class of a row, to be added up), null where it gave no answer."""
+    """A contender's error on a row, null where it gave no answer.
+
+    For multiclass on a class of a row, to be added up.
+    """
     actual, answer = sf.col("actual"), sf.col(way)
     error = actual - answer
     # Clipped only where there is an answer: greatest() would take the bound for a null.
@@ -121,7 +124,7 @@ def row_means(spec: FleetSpec, ways: Sequence[str]) -> list[Column]:
 
 
 def baseline_measures(spec: FleetSpec, n_baselines: int) -> list[Column]:
-    """Per baseline the rows it answers, as `b0_n`, and the fleet's measures on those rows, as `b0_fleet_<measure>`."""
+    """Per baseline its rows (`b0_n`) and the fleet's measures on them (`b0_fleet_<measure>`)."""
     found = []
     for way in (f"b{number}" for number in range(n_baselines)):
         there = sf.col(f"{way}_{'brier' if spec.is_class_task else 'rmse'}").isNotNull()

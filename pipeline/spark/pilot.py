@@ -1,4 +1,4 @@
-"""`own: auto`: both forms of a group's own model are tried on some groups before the fleet is trained in one of them."""
+"""`own: auto`: a pilot tries both forms of a group's own model before the fleet is trained."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,7 +34,9 @@ def plan_with_pilot(
     request: Request,
     say: Callable[[str], None],
 ) -> PlannedRun:
-    """Plan a run, in the form of the groups' own models that a pilot shows to be better, where the spec leaves it open.
+    """Plan a run, in the form of the groups' own models that a pilot shows to be better.
+
+    There is no pilot where the spec, or an earlier run, has chosen.
 
     Args:
         context: where the pilot trains.
@@ -60,7 +62,7 @@ def plan_with_pilot(
 def choose_own(
     context: TrainingContext, tables: FleetTables, run: PlannedRun, spec: FleetSpec
 ) -> tuple[str, str]:
-    """Try both forms of `own` on some groups: which does better on their tune rows, and what was found, for people.
+    """Try both forms of `own` on some groups: the better one, and what was found, for people.
 
     Trains the pooled group once, and up to `PILOT_GROUPS` of the finest grain, small and large, in
     both forms. Nothing is committed.
@@ -103,7 +105,7 @@ def choose_own(
 
 
 def _tune_misses(holdout: DataFrame, spec: FleetSpec) -> "pd.Series[float]":
-    """Weighted mean squared error of each group's cross-selected predictions of its tune rows, link space."""
+    """Each group's weighted mean squared error on tune rows, cross-selected, link space."""
     rows = holdout.where((sf.col("split") == TUNE) & sf.col("prediction").isNotNull())
     target = (link_column(sf.col("actual"), spec.target.transform) - sf.col("offset")) / sf.col(
         "scale"

@@ -1,4 +1,4 @@
-"""Planning a training run: what Spark counts of the feature table, and the layout that follows from it."""
+"""Planning a training run: what Spark counts, and the layout that follows from it."""
 
 from pyspark.sql import DataFrame
 

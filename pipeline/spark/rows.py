@@ -64,7 +64,10 @@ def grain_column(spec: FleetSpec, grains: Sequence[int] | None = None) -> Column
 
 
 def is_learnt_from(spec: FleetSpec) -> Column:
-    """Whether a row counts, as the trainer sees it: its target is neither null nor NaN, and its weight is above 0."""
+    """Whether a row counts, as the trainer sees it: a known target, and a weight above 0.
+
+    A target of NaN is not known.
+    """
     target = sf.col(f"`{spec.target.column}`")
     has_target = target.isNotNull()
     if not spec.is_class_task:

@@ -211,7 +211,7 @@ def _check_readings(
 
 
 def _check_analyzed(rows: DataFrame, sources: Sequence[str], where: str) -> None:
-    """Spark resolved the relations to the sources' views, and every expression gives the same answer each time."""
+    """Check that Spark resolved relations to sources' views, and that expressions are repeatable."""
     declared = {name.lower() for name in sources}
     for kind, name in _analyzed_leaves(_queries(rows).analyzed()):
         if kind == "View":

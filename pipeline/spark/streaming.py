@@ -1,4 +1,6 @@
-"""Scoring as rows come: files of a folder, or versions of a Delta table, in micro batches that are each committed exactly once.
+"""Scoring as rows come, in micro batches that are each committed exactly once.
+
+From files of a folder, or versions of a Delta table.
 
 Spark writes down which rows a micro batch has before it begins; a batch that was interrupted is
 repeated with the same rows. Its answers are one commit of the target with an application
@@ -477,7 +479,10 @@ def run_stream(
 
 
 def readable_failure(error: StreamingQueryException, cause: Exception | None) -> Exception:
-    """What ended a stream, as it was raised: in the sink, or, as Spark tells it, in a Python process of its own."""
+    """What ended a stream, as it was raised.
+
+    In the sink or, as Spark reports it, in a Python process of its own.
+    """
     ours = in_error_tree(cause) or in_error_tree(error)
     if ours is not None:
         return ours

@@ -63,7 +63,7 @@ def placed_rows(
     groups: pd.DataFrame,
     bases: DataFrame | None = None,
 ) -> DataFrame:
-    """Every row once per grain whose group is trained, in the Spark partition that is its group's task; one exchange.
+    """Every row once per trained grain, in the Spark partition of its group's task; one exchange.
 
     Args:
         spark: the session.

@@ -1,4 +1,4 @@
-"""One training run of a fleet: train it in waves, blend it, account for every group, and finish what was interrupted."""
+"""One training run of a fleet: trained in waves, blended, accounted for, and resumable."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import closing
@@ -121,7 +121,7 @@ class _FleetTraining:
         return trained
 
     def _stages(self) -> Iterator[tuple[int, TrainingPlan]]:
-        """The whole plan at once (as grain 0), or grain by grain where each corrects the one before."""
+        """The whole plan at once (as grain 0), or by grain where each corrects the one before."""
         if self.run.settings.model["own"] != CORRECTION:
             yield 0, self.run.plan
             return
@@ -133,7 +133,7 @@ class _FleetTraining:
     def _parent_predictions(
         self, trained: Mapping[GroupKey, dict[str, Any]], grain: int
     ) -> DataFrame:
-        """Per row what the finest model coarser than a grain predicts of it, made without it: row_key and `_base`."""
+        """Per row what the finest coarser model predicts, made without that row: row_key and `_base`."""
         rows = ledger_rows(self.run, self.spec, trained)
         coarser = [row for row in rows if row["status"] in WITH_BOOSTER and row["grain"] < grain]
         held_out = held_out_rows(self.context.spark, self.tables, coarser)

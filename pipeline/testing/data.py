@@ -1,4 +1,4 @@
-"""A small fleet and its feature rows, made from a seed: daily sales of shops in cities in regions."""
+"""A small fleet and its feature rows, from a seed: daily sales of shops in cities in regions."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -110,7 +110,10 @@ def feature_rows(
 
 
 def with_classes(rows: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
-    """Rows with a column `label`: how the sales compare with the city's usual ones, in as many steps of equal size as there are names."""
+    """Rows with a column `label`: sales relative to the city's mean, in steps of equal size.
+
+    As many steps as there are names.
+    """
     steps = pd.qcut(
         rows["sales"] - rows.groupby(["region", "city"])["sales"].transform("mean"),
         len(names),
@@ -130,7 +133,7 @@ def group_rows(rows: pd.DataFrame, **keys: str) -> pd.DataFrame:
 def training_settings(
     spec: FleetSpec, rows: pd.DataFrame, *, run_id: str = "run-1", threads: int = 1
 ) -> TrainingSettings:
-    """What a run over these rows would pin: cutoffs from the newest row, categories from all of them."""
+    """What a run over these rows would pin: cutoffs and categories."""
     newest = pd.Timestamp(rows["time"].max())
     counts = {
         name: {

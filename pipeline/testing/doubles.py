@@ -30,7 +30,7 @@ from pipeline.training.trainer import NO_START, TrainingSettings, train_group
 
 @dataclass
 class MemoryTables:
-    """Delta tables without a disk: what is committed is a list of Arrow tables per location and version.
+    """Delta tables without a disk: Arrow tables per location and version.
 
     Args:
         root: first part of every location; nothing is written there.

@@ -1,4 +1,4 @@
-"""What a fleet's tables and packs say, less all that differs from launch to launch: run ids, clocks and durations."""
+"""What a fleet's tables and packs say, less run ids, clocks and durations."""
 
 import hashlib
 import json

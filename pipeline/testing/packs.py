@@ -97,7 +97,7 @@ def _booster_text(seed: int) -> str:
 
 
 def asked_rows(n: int, seed: int = 0, first: int = 0) -> pd.DataFrame:
-    """Rows to ask about: known and unseen stores mixed, nulls in every column, numbers that binary floats only come near to.
+    """Rows to ask about: known and unseen stores mixed, nulls everywhere, inexact binary floats.
 
     Returns:
         One row per question: row_id (unique, from `first` on), the columns of `INPUTS`, and a note

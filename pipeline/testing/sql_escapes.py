@@ -1,4 +1,4 @@
-"""Ways around the check of a fleet's SQL: sixty made by hand, and generated statements in which parsers may disagree.
+"""Ways around the check of a fleet's SQL: sixty made by hand, and generated statements.
 
 The statements read the source `sales` (region, city, day, price, target). Whoever runs one must
 find nothing in Spark's plan that the checked tree does not hold.

@@ -305,7 +305,7 @@ def choose_weights(
 
 
 def _steady_share(evidence: Evidence, step: Floats, prior: float) -> float:
-    """How much of a step from the prior weight to take: as little as is not clearly worse than the best.
+    """How much of a step from the prior weight to take: as little as is not clearly worse.
 
     The share c of the step gains 2 c A - c^2 S in squared error, with A and S summed over blocks of
     time; c* = A / S is best. A share that is u smaller loses 2 u (A_b - c* S_b) + u^2 S_b in block
@@ -329,7 +329,10 @@ def _halves(blocks: Floats) -> Floats:
 
 
 def _from_halves(gain: Floats, spread: Floats, common: float) -> tuple[float, float]:
-    """Noise per unit of spread, and variance between groups, from how weights change between the halves of the tune split."""
+    """Noise per unit of spread, and variance between groups.
+
+    From how weights change between the halves of the tune split.
+    """
     both = (spread > 0).all(axis=0)
     if not both.any():
         return 0.0, 0.0

@@ -1,4 +1,4 @@
-"""A process of its own for training: what a group does to it, it does not do to the worker or to other groups.
+"""A process of its own for training: a crash in one group cannot take the worker down.
 
 A native crash, an exhausted memory or a hang cannot be caught in the process they happen in. The
 worker therefore forks once and hands one group after another to its child. When the child dies, the
@@ -37,7 +37,10 @@ class GroupProcess:
         self._child: tuple[int, Connection, int] | None = None
 
     def run(self, message: bytes) -> bytes | Outcome:
-        """The function's answer, or what became of the group: `crashed` if the child died with it twice, `failed` if it hung."""
+        """The function's answer, or what became of the group.
+
+        `crashed` if the child died of it twice, `failed` if it hung.
+        """
         ending = ""
         for _ in range(ATTEMPTS):
             _, pipe, _ = self._child or self._fork()
@@ -104,7 +107,7 @@ class GroupProcess:
 
 
 def _die_with_parent(end: int) -> None:
-    """Wait for the other end of the pipe to be closed, which the parent does even when it is killed."""
+    """Wait for the other end of the pipe to close, which happens even when the parent is killed."""
     os.read(end, 1)
     os._exit(1)
 

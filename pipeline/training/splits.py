@@ -1,4 +1,4 @@
-"""Fit, tune and report: two absolute dates for the whole fleet, so that no group's future leaks into a parent."""
+"""Fit, tune and report: two dates for the whole fleet, so that no future leaks into a parent."""
 
 from dataclasses import dataclass
 

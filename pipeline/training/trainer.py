@@ -237,7 +237,9 @@ def _tune_predictors(
 def fit_twin(
     frame: pd.DataFrame, grain: int, settings: TrainingSettings, start: Start = NO_START
 ) -> Outcome:
-    """Judge a recipe as `train_group` judges its own: fit it on fit and tune rows, and predict the report rows; nothing is served.
+    """Judge a recipe as `train_group` judges its own; nothing is served.
+
+    It is fitted on fit and tune rows, and predicts the report rows.
 
     Args:
         frame: as for `train_group`.
@@ -279,7 +281,7 @@ def fit_twin(
 
 
 def judged_without_model(frame: pd.DataFrame, settings: TrainingSettings) -> pd.DataFrame:
-    """Holdout rows of a pooled group that has no model, so that the fleet's answers are judged anyway."""
+    """Holdout rows of a pooled group without a model, so that the fleet's answers are judged anyway."""
     rows = _prepare(frame, settings)
     return _holdout(rows, np.full(len(rows), np.nan), settings)
 
@@ -345,7 +347,9 @@ def _reason_not_to_train(
     is_coarse: bool,
     has_classes: bool,
 ) -> str | None:
-    """Why LightGBM must not see this group: it trains on such targets silently and then predicts nonsense.
+    """Why LightGBM must not see this group.
+
+    It trains on such targets silently, and then predicts nonsense.
 
     A coarse group is not lost to one bad group inside it: there, invalid rows are left out and
     counted.

@@ -272,7 +272,7 @@ class Study:
         )
 
     def _cross_select(self, booster: lgb.Booster, parameters: Parameters, losses: Floats) -> None:
-        """Let each block of tune rows be predicted by the (trial, round) that did best on the other block."""
+        """Predict each block of tune rows by the (trial, round) that did best on the other block."""
         for number in range(len(self._blocks)):
             best_round = int(losses[:, number].argmin())
             if losses[best_round, number] < self._block_best[number]:

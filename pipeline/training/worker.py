@@ -1,4 +1,4 @@
-"""The only body that Spark runs to train: one group's rows in, one row out, whatever happens to the group."""
+"""The only function that Spark runs to train: one group's rows in, one row out."""
 
 import json
 import traceback
@@ -143,7 +143,7 @@ def train_one(
 
 
 def rows_in_pandas(table: pa.Table, model: Mapping[str, Any]) -> pd.DataFrame:
-    """The rows in pandas: times in UTC without a zone, and integer keys, categories and classes beside nulls as text.
+    """The rows in pandas: times in UTC without a zone; keys, categories and classes as text.
 
     In pandas an integer beside nulls becomes a float, which above 2^53 is another integer.
     """

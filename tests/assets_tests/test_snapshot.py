@@ -35,7 +35,10 @@ def describe(definitions: dg.Definitions) -> dict[str, Any]:
             "sensors": sorted(name for name in sensors if find_fleet(name, fleets) is None),
             "resources": sorted(definitions.resources or ()),
         },
-        "tables": {contract.name: [[column.name, str(column.type)] for column in contract.columns] for contract in ALL},
+        "tables": {
+            contract.name: [[column.name, str(column.type)] for column in contract.columns]
+            for contract in ALL
+        },
     }
 
 
@@ -44,11 +47,15 @@ def describe_fleet(definitions: dg.Definitions, fleet: str, fleets: set[str]) ->
     assets: dict[str, list[str]] = {}
     for key in graph.get_all_asset_keys():
         if key.path[0] == fleet:
-            assets[key.to_user_string()] = sorted(parent.to_user_string() for parent in graph.get(key).parent_keys)
+            assets[key.to_user_string()] = sorted(
+                parent.to_user_string() for parent in graph.get(key).parent_keys
+            )
     checks: dict[str, Any] = {}
     for check in graph.asset_check_keys:
         if check.asset_key.path[0] == fleet:
-            checks[f"{check.asset_key.to_user_string()}:{check.name}"] = {"blocking": graph.get(check).blocking}
+            checks[f"{check.asset_key.to_user_string()}:{check.name}"] = {
+                "blocking": graph.get(check).blocking
+            }
     jobs: dict[str, list[str]] = {}
     for job in definitions.jobs or ():
         if find_fleet(job.name, fleets) == fleet:
@@ -113,7 +120,9 @@ def explain_difference(expected: Any, actual: Any) -> str:
 
 # Dagster 1.13 about its own code, where checks and assets of several fleets are put together.
 @pytest.mark.filterwarnings("ignore:Parameter `execution_type` of function")
-def test_names_of_assets_checks_jobs_resources_and_columns_are_those_of_the_snapshot(definitions: dg.Definitions) -> None:
+def test_names_of_assets_checks_jobs_resources_and_columns_are_those_of_the_snapshot(
+    definitions: dg.Definitions,
+) -> None:
     actual = describe(definitions)
     if os.environ.get(REWRITE):
         SNAPSHOT.parent.mkdir(exist_ok=True)
@@ -125,8 +134,14 @@ def test_names_of_assets_checks_jobs_resources_and_columns_are_those_of_the_snap
 
 
 def test_a_rename_is_told_as_what_was_added_and_what_was_removed() -> None:
-    before = {"assets": {"shop/models": ["shop/features"], "shop/sales": []}, "checks": {"shop/models:is_whole": {"blocking": True}}}
-    after = {"assets": {"shop/boosters": ["shop/features"], "shop/sales": []}, "checks": {"shop/models:is_whole": {"blocking": False}}}
+    before = {
+        "assets": {"shop/models": ["shop/features"], "shop/sales": []},
+        "checks": {"shop/models:is_whole": {"blocking": True}},
+    }
+    after = {
+        "assets": {"shop/boosters": ["shop/features"], "shop/sales": []},
+        "checks": {"shop/models:is_whole": {"blocking": False}},
+    }
     assert explain_difference(before, after).splitlines() == [
         "definitions.json differs from what is defined now.",
         "Added:",
@@ -140,8 +155,17 @@ def test_a_rename_is_told_as_what_was_added_and_what_was_removed() -> None:
 
 
 def test_columns_in_another_order_are_told() -> None:
-    before = {"runs": [["run_id", "string"], ["as_of", "string"], ["n_groups", "int64"]], "leases": []}
-    after = {"leases": [], "runs": [["as_of", "string"], ["run_id", "string"], ["n_groups", "int64"]]}
+    before = {
+        "runs": [["run_id", "string"], ["as_of", "string"], ["n_groups", "int64"]],
+        "leases": [],
+    }
+    after = {
+        "leases": [],
+        "runs": [["as_of", "string"], ["run_id", "string"], ["n_groups", "int64"]],
+    }
     message = explain_difference(before, after)
-    assert 'In another order:\n  runs > ["as_of", "string"]\n  runs > ["run_id", "string"]\nIf' in message
+    assert (
+        'In another order:\n  runs > ["as_of", "string"]\n  runs > ["run_id", "string"]\nIf'
+        in message
+    )
     assert explain_difference(before, before) == ""
