@@ -10,7 +10,7 @@ import dagster as dg
 import numpy as np
 import pandas as pd
 
-from assets.settings import asset_key, asset_settings, png, prefixed, readable_failures
+from assets.settings import asset_settings, check_specs, png, prefixed, readable_failures
 from pipeline.models.meta_model import FleetModel, PackError, filesystem_of
 from pipeline.models.pack import Generation, PackStore, answers_alike, write_pack
 from pipeline.reporting.plots import training_plot
@@ -33,6 +33,13 @@ SAMPLED_ROWS = 50
 SHARED = "shared"
 
 
+CHECKS = {
+    "registered_model_answers": "Loaded from the registry it gives the pack's answers.",
+    "registered_versions_are_whole": "Every file that the champion and the challenger answer from "
+    "is there, of the right size and with the right footer.",
+}
+
+
 def meta_model_asset(spec: FleetSpec) -> dg.AssetsDefinition:
     """The registered model of a fleet."""
 
@@ -45,20 +52,7 @@ def meta_model_asset(spec: FleetSpec) -> dg.AssetsDefinition:
             kinds={"mlflow", "lightgbm"},
             deps=["models"],
         ),
-        check_specs=[
-            dg.AssetCheckSpec(
-                "registered_model_answers",
-                asset=asset_key(spec, "meta_model"),
-                blocking=True,
-                description="Loaded from the registry it gives the pack's answers.",
-            ),
-            dg.AssetCheckSpec(
-                "registered_versions_are_whole",
-                asset=asset_key(spec, "meta_model"),
-                description="Every file that the champion and the challenger answer from is there, "
-                "of the right size and with the right footer.",
-            ),
-        ],
+        check_specs=check_specs(spec, "meta_model", CHECKS, blocking=["registered_model_answers"]),
     )
     def meta_model(
         context: dg.AssetExecutionContext,

@@ -1,14 +1,15 @@
 """`<fleet>/<source>`: a source, as ingested, in Delta."""
 
 import datetime as dt
+from typing import Any, NamedTuple
 
 import dagster as dg
 import pyarrow as pa
 
 from assets.settings import (
     FleetFiles,
-    asset_key,
     asset_settings,
+    check_specs,
     prefixed,
     readable_failures,
     since,
@@ -17,11 +18,14 @@ from assets.settings import (
 from pipeline.errors import DataError
 from pipeline.reading.sources import read_source, source_state
 from pipeline.recognition import DIGEST, raw_digest
+from pipeline.runs.fleet_tables import FleetTables
 from pipeline.spec import FleetSpec, SourceSpec
 from pipeline.storage import WrittenFile
 from pipeline.tables import RAW
 from resources.delta_tables import DeltaTables
 from resources.launch_settings import LaunchSettings
+
+CHECKS = {"has_rows": "The source is not empty."}
 
 
 def raw_asset(spec: FleetSpec, source: SourceSpec, files: FleetFiles) -> dg.AssetsDefinition:
@@ -34,67 +38,78 @@ def raw_asset(spec: FleetSpec, source: SourceSpec, files: FleetFiles) -> dg.Asse
             description=f"Raw table `{source.name}`, as ingested from `{source.uri}`.",
             kinds={"deltalake", "arrow"},
         ),
-        check_specs=[
-            dg.AssetCheckSpec(
-                "has_rows",
-                asset=asset_key(spec, source.name),
-                description="The source is not empty.",
-            )
-        ],
+        check_specs=check_specs(spec, source.name, CHECKS),
     )
     def raw(
         context: dg.AssetExecutionContext, tables: DeltaTables, launch: LaunchSettings
     ) -> dg.MaterializeResult:
-        location = tables.location(spec.name, "raw", source.name)
+        location = FleetTables(tables, spec.name, spec.name).raw_location(source.name)
         with readable_failures():
             # Before the files are read: one that changes meanwhile is another one the next time.
             digest = raw_digest(source, source_state(source, files.folder))
-            found = None if launch.retrain == "all" else unchanged(tables, location, digest)
-            if found is None:
-                written, schema = ingest(source, files, tables, location)
-                version = tables.commit(
-                    location,
-                    written,
-                    schema,
-                    mode="overwrite",
-                    metadata={DIGEST: digest} if digest else None,
-                )
-                n_files, n_rows = len(written), sum(file.n_rows for file in written)
-                context.log.info(f"{source.name}: {n_rows:,} rows from {source.uri}")
+            is_asked_for = launch.retrain == "all"
+            before = None if is_asked_for else unchanged(tables, location, digest)
+            if before is None:
+                table = _write(source, files, tables, location, digest)
+                context.log.info(f"{source.name}: {table.n_rows:,} rows from {source.uri}")
             else:
-                version, schema, n_files, n_rows = (
-                    found.version,
-                    found.schema,
-                    found.n_files,
-                    found.n_rows,
-                )
-                context.log.info(f"{source.name}: unchanged since {since(found)}, {n_rows:,} rows")
-        columns = [dg.TableColumn(field.name, str(field.type)) for field in schema]
+                table = _RawTable(before.version, before.schema, before.n_files, before.n_rows)
+                rows = f"unchanged since {since(before)}, {table.n_rows:,} rows"
+                context.log.info(f"{source.name}: {rows}")
         return dg.MaterializeResult(
-            metadata={
-                "dagster/row_count": n_rows,
-                "dagster/uri": location,
-                "dagster/column_schema": dg.TableSchema(columns=columns),
-                **prefixed(
-                    {
-                        "version": version,
-                        "source": source.uri,
-                        "files": n_files,
-                        "unchanged": found is not None,
-                    }
-                ),
-            },
-            check_results=[
-                dg.AssetCheckResult(
-                    check_name="has_rows",
-                    passed=n_rows > 0,
-                    severity=dg.AssetCheckSeverity.WARN,
-                    metadata={"rows": n_rows},
-                )
-            ],
+            metadata=_metadata(source, location, table, is_unchanged=before is not None),
+            check_results=[_has_rows(table)],
         )
 
     return raw
+
+
+class _RawTable(NamedTuple):
+    """A version of a raw table."""
+
+    version: int
+    schema: pa.Schema
+    n_files: int
+    n_rows: int
+
+
+def _write(
+    source: SourceSpec, files: FleetFiles, tables: DeltaTables, location: str, digest: str | None
+) -> _RawTable:
+    """Read the source, and let its table hold what it has now."""
+    written, schema = ingest(source, files, tables, location)
+    metadata = {DIGEST: digest} if digest else None
+    version = tables.commit(location, written, schema, mode="overwrite", metadata=metadata)
+    n_rows = sum(file.n_rows for file in written)
+    return _RawTable(version, schema, len(written), n_rows)
+
+
+def _metadata(
+    source: SourceSpec, location: str, table: _RawTable, *, is_unchanged: bool
+) -> dict[str, Any]:
+    """What the Dagster UI shows of the table."""
+    columns = [dg.TableColumn(field.name, str(field.type)) for field in table.schema]
+    facts = {
+        "version": table.version,
+        "source": source.uri,
+        "files": table.n_files,
+        "unchanged": is_unchanged,
+    }
+    return {
+        "dagster/row_count": table.n_rows,
+        "dagster/uri": location,
+        "dagster/column_schema": dg.TableSchema(columns=columns),
+        **prefixed(facts),
+    }
+
+
+def _has_rows(table: _RawTable) -> dg.AssetCheckResult:
+    return dg.AssetCheckResult(
+        check_name="has_rows",
+        passed=table.n_rows > 0,
+        severity=dg.AssetCheckSeverity.WARN,
+        metadata={"rows": table.n_rows},
+    )
 
 
 def ingest(

@@ -1,7 +1,7 @@
 """What every asset of the chain shares: its key, its settings, and readable errors."""
 
 import datetime as dt
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,28 @@ def asset_settings(
         "owners": list(spec.owners) or None,
         "deps": [asset_key(spec, dep) for dep in deps],
     }
+
+
+def check_specs(
+    spec: FleetSpec, name: str, descriptions: Mapping[str, str], *, blocking: Collection[str] = ()
+) -> list[dg.AssetCheckSpec]:
+    """The checks of one asset of the fleet.
+
+    Args:
+        spec: the fleet.
+        name: of the asset.
+        descriptions: what must hold, by name of the check.
+        blocking: names of the checks that end the run where they fail.
+    """
+    return [
+        dg.AssetCheckSpec(
+            check,
+            asset=asset_key(spec, name),
+            blocking=check in blocking,
+            description=description,
+        )
+        for check, description in descriptions.items()
+    ]
 
 
 @contextmanager

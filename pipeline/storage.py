@@ -4,7 +4,7 @@ The adapters and the doubles have it.
 """
 
 import datetime as dt
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -90,6 +90,21 @@ class Tables(Protocol):
 
     def write_file(self, table: pa.Table, schema: pa.Schema, location: str) -> WrittenFile | None:
         """Write one file without committing it; None for no rows."""
+
+    def write_spark(
+        self,
+        frame: "DataFrame",
+        location: str,
+        *,
+        mode: Mode = "overwrite",
+        partition: Mapping[str, str] | None = None,
+        before_commit: Callable[["DataFrame"], object] | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> int:
+        """Write a data frame from Spark's tasks and make one commit; the version.
+
+        `before_commit` is called with the written rows; if it raises, nothing is committed.
+        """
 
     def commit(
         self,
