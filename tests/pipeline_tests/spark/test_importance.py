@@ -1,6 +1,5 @@
 """Importance of features: the Spark path against the pandas path, what is copied, and what one bad group does."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -122,7 +121,7 @@ def test_spark_gives_what_pandas_gives(
 ) -> None:
     assert told == ImportanceResult(7, 0, {})
     run, ledger = first
-    found, model = importance(tables, spec, "first"), json.loads(run["model_spec"])
+    found, model = importance(tables, spec, "first"), dict(run.model_spec)
     stored = {
         row["booster_id"]: row
         for row in tables.read_arrow(tables.location(spec.name, BOOSTERS.name)).to_pylist()
@@ -318,9 +317,7 @@ def test_shap_of_classes_is_the_mean_over_their_scores(
     newest = labelled.sort_values(["time", "row_key"], ascending=False).head(SAMPLED_ROWS)
     (booster_id,) = ledger.loc[ledger["group_id"] == "[]", "booster_id"]
     expected = (
-        group_importance(
-            load_booster(stored[booster_id], "here"), newest, json.loads(run["model_spec"])
-        )
+        group_importance(load_booster(stored[booster_id], "here"), newest, dict(run.model_spec))
         .set_index("feature")
         .sort_index()
     )

@@ -20,7 +20,7 @@ from pipeline.testing.data import (
 from pipeline.training.outcome import Outcome
 from pipeline.training.splits import FIT, GAP, REPORT, TUNE
 from pipeline.training.trainer import RATE, TrainingSettings, judged_without_model, train_group
-from pipeline.training.tuner import Learnable, fit_booster
+from pipeline.training.tuner import Learner, TrainingSet
 
 FINEST = 2
 
@@ -299,15 +299,9 @@ def refitted(
         if name in settings.model["categories"]
     ]
     parameters = json.loads(outcome.ledger["parameters"])
-    return fit_booster(
-        Learnable(matrix, ordered["sales"].to_numpy(), None),
-        categoricals,
-        parameters,
-        outcome.ledger["n_rounds"],
-        settings.tuning,
-        1,
-        settings.goal,
-    )
+    rows = TrainingSet(matrix, ordered["sales"].to_numpy(), None)
+    learner = Learner(settings.goal, settings.tuning, categoricals)
+    return learner.fit(rows, parameters, outcome.ledger["n_rounds"])
 
 
 def test_the_served_booster_is_fitted_on_all_rows(
@@ -502,10 +496,8 @@ def test_the_library_trains_with_the_rounds_that_the_study_found(
     monkeypatch: pytest.MonkeyPatch, oslo: pd.DataFrame, fleet_settings: TrainingSettings
 ) -> None:
     rounds: list[int] = []
-    fit = fit_booster
-    monkeypatch.setattr(
-        trainer_module, "fit_booster", lambda *args: rounds.append(args[3]) or fit(*args)
-    )
+    fit = Learner.fit
+    monkeypatch.setattr(Learner, "fit", lambda *args: rounds.append(args[3]) or fit(*args))
     outcome = train_group(oslo, FINEST, fleet_settings)
     assert rounds == [outcome.ledger["n_rounds"]] * 2
 

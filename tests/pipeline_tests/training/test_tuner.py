@@ -20,17 +20,17 @@ from pipeline.training.objective import (
     search_space,
     suggest_parameters,
 )
-from pipeline.training.tuner import Clock, Learnable, Study, Tuned
+from pipeline.training.tuner import Clock, Learner, Study, TrainingSet, TuningResult
 
 RNG = np.random.default_rng(7)
 N_TUNE = 80
 
 
-def learnable(n: int, *, seed: int, noise: float = 1.0, weight: bool = False) -> Learnable:
+def learnable(n: int, *, seed: int, noise: float = 1.0, weight: bool = False) -> TrainingSet:
     rng = np.random.default_rng(seed)
     matrix = rng.normal(size=(n, 4)).astype(np.float32)
     target = 3 * matrix[:, 0] + 2 * np.sin(3 * matrix[:, 1]) + noise * rng.normal(size=n)
-    return Learnable(matrix, target, rng.uniform(0.1, 3, n) if weight else None)
+    return TrainingSet(matrix, target, rng.uniform(0.1, 3, n) if weight else None)
 
 
 FIT_ROWS, TUNE_ROWS = learnable(300, seed=1), learnable(N_TUNE, seed=2)
@@ -64,20 +64,19 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
 
 def studied(
-    fit: Learnable = FIT_ROWS,
-    tune: Learnable = TUNE_ROWS,
+    fit: TrainingSet = FIT_ROWS,
+    tune: TrainingSet = TUNE_ROWS,
     blocks: Any = BLOCKS,
     goal: Any = SQUARES,
     start: Start | None = None,
     **tuning: Any,
-) -> Tuned:
+) -> TuningResult:
     settings = {"max_trials": 5, "patience": 5, "max_rounds": 120, **tuning}
-    return Study(
-        fit, tune, blocks, [], TuningSpec(**settings), 1, goal, start or Start(), Clock()
-    ).run()
+    learner = Learner(goal, TuningSpec(**settings))
+    return Study(fit, tune, blocks, learner, start or Start()).run()
 
 
-def mean_squares(booster: lgb.Booster, rows: Learnable, n_rounds: int) -> float:
+def mean_squares(booster: lgb.Booster, rows: TrainingSet, n_rounds: int) -> float:
     return float(
         np.average(
             (rows.target - booster.predict(rows.matrix, num_iteration=n_rounds)) ** 2,
@@ -99,7 +98,7 @@ def test_the_best_rounds_are_the_best_round_and_one(recorder: Recorder) -> None:
 
 
 def test_a_model_that_gets_worse_from_the_first_round_on_has_one_round() -> None:
-    backwards = Learnable(
+    backwards = TrainingSet(
         TUNE_ROWS.matrix, -FIT_ROWS.target.mean() - 5 * TUNE_ROWS.matrix[:, 0], None
     )
     found = studied(tune=backwards, max_trials=1)
@@ -146,7 +145,7 @@ def test_a_half_without_tune_rows_has_no_winner() -> None:
 
 def test_a_blocks_own_outcomes_do_not_choose_its_predictions() -> None:
     found = studied(max_trials=1)
-    changed = Learnable(
+    changed = TrainingSet(
         TUNE_ROWS.matrix,
         np.where(BLOCKS, TUNE_ROWS.target + RNG.normal(size=N_TUNE), TUNE_ROWS.target),
         None,
@@ -237,9 +236,9 @@ def test_a_study_is_the_same_for_the_same_seed() -> None:
 
 def test_the_data_set_is_built_once_for_all_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[int] = []
-    dataset = Learnable.dataset
+    dataset = TrainingSet.dataset
     monkeypatch.setattr(
-        Learnable,
+        TrainingSet,
         "dataset",
         lambda rows, *args, **kwargs: built.append(len(rows)) or dataset(rows, *args, **kwargs),
     )
@@ -268,7 +267,7 @@ def goal_of(name: str) -> dict[str, Any]:
     return learning_goal(small_spec(baselines=None, **GOALS[name]), n_classes=3)
 
 
-def suited(rows: Learnable, name: str) -> Learnable:
+def suited(rows: TrainingSet, name: str) -> TrainingSet:
     """The rows with a target that the goal takes."""
     steps = np.digitize(rows.target, [-2.0, 2.0]).astype(float)
     target = {
@@ -277,7 +276,7 @@ def suited(rows: Learnable, name: str) -> Learnable:
         "poisson": steps,
         "tweedie": steps,
     }.get(name, rows.target)
-    return Learnable(rows.matrix, target, rows.weight)
+    return TrainingSet(rows.matrix, target, rows.weight)
 
 
 @pytest.mark.parametrize("name", GOALS)
@@ -531,11 +530,7 @@ def test_the_clock_counts_what_is_inside_lightgbm() -> None:
         FIT_ROWS,
         TUNE_ROWS,
         BLOCKS,
-        [],
-        TuningSpec(max_trials=1, max_rounds=20),
-        1,
-        goal_of("l2"),
+        Learner(goal_of("l2"), TuningSpec(max_trials=1, max_rounds=20), clock=clock),
         Start(),
-        clock,
     ).run()
     assert clock.seconds > 0
