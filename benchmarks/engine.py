@@ -174,7 +174,7 @@ def report_answers(training: Training, grains: int) -> pd.DataFrame:
 
     Returns:
         One row per report row: row_key, finest (its group of the finest grain), actual, answer,
-            target units.
+        target units.
     """
     ledger, runs = training.ledger, DeltaTable(training.tables / "runs").to_pandas()
     constant = float(runs.loc[runs["run_id"] == training.run.run_id, "constant"].iloc[0])

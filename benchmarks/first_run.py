@@ -207,7 +207,7 @@ def generated_rows(kind: str, seed: int, n_waiting: int) -> pd.DataFrame:
 
     Returns:
         One row per shop and day: region, shop, day, x1, x2, known (an offset for those who want
-            one), weight (0 in a tenth of the rows) and y.
+        one), weight (0 in a tenth of the rows) and y.
     """
     random = np.random.default_rng(seed)
     n_groups = int(np.exp(random.uniform(np.log(FEWEST_GROUPS), np.log(MOST_GROUPS))))

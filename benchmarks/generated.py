@@ -117,9 +117,9 @@ class GeneratedFleet:
 
         Returns:
             One row per group and time: group (text), time and known_at (equal; UTC without a zone,
-                microseconds), is_future (false),
-            row_key (JSON array of group and time), x0, x1, ..., y (float64, no unit). A group's
-            times are evenly spaced over 200 days and end with their last second.
+            microseconds), is_future (false), row_key (JSON array of group and time), x0, x1, ..., y
+            (float64, no unit). A group's times are evenly spaced over 200 days and end with their
+            last second.
         """
         sizes = self.sizes()[first:last]
         names = np.repeat(np.array(self.groups[first:last], dtype=object), sizes)

@@ -110,8 +110,8 @@ def judge(run: Run, facts: FleetFacts) -> pd.DataFrame:
 
     Returns:
         One row per row of the truth that was held out for the report: actual, fleet, pooled, per
-            group (the finest model
-        alone, null without one), one column per rival, target units; and group_ids, a list.
+        group (the finest model alone, null without one), one column per rival, target units; and
+        group_ids, a list.
 
     Raises:
         NotMeasured: if a row was reported on that is not in the truth, or an error differs from
@@ -177,9 +177,8 @@ def group_errors(judged: pd.DataFrame, grain: int) -> pd.DataFrame:
 
     Returns:
         Per group: n; for the fleet, the pooled model and every rival its rmse (target units) and
-            mape (percent, of rows with an
-        actual other than 0), as `fleet rmse`; and the fleet's own on the rows that a rival answers,
-        as `fleet on last value rmse`.
+        mape (percent, of rows with an actual other than 0), as `fleet rmse`; and the fleet's own on
+        the rows that a rival answers, as `fleet on last value rmse`.
     """
     ways = {name: judged[name] for name in ("fleet", "pooled", *rivals(judged))}
     ways |= {

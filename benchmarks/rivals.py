@@ -303,8 +303,8 @@ def tuned_per_group(
 
     Returns:
         One row per group: its keys, status (trained or too_few_rows), n_fit, n_tune, n_report
-            (rows), squared_error (sum over the
-        report rows, squared target units; null where there is none), n_rounds, seconds.
+        (rows), squared_error (sum over the report rows, squared target units; null where there is
+        none), n_rounds, seconds.
     """
     found = []
     for keys, frame in _per_group(rows, problem):
@@ -356,8 +356,7 @@ def pooled_model(
 
     Returns:
         One row per group that has report rows: its keys, n_report (rows), squared_error (sum over
-            them, squared target units). The
-        error over all of them is `overall_rmse` of it.
+        them, squared target units). The error over all of them is `overall_rmse` of it.
 
     Raises:
         ValueError: if there are too few rows to train one model, or none to report on.
@@ -466,9 +465,9 @@ def usual_recipe(
 
     Returns:
         One row per group: its keys, status (trained, too_few_rows, or failed: and why), n_fit,
-            n_tune, n_report (rows),
-        squared_error (sum over the report rows, squared target units; null where there is none),
-        n_rounds, seconds (of training), log_seconds (of logging), run_id (of MLflow).
+        n_tune, n_report (rows), squared_error (sum over the report rows, squared target units; null
+        where there is none), n_rounds, seconds (of training), log_seconds (of logging), run_id (of
+        MLflow).
     """
     from pyspark.sql import types as st
 

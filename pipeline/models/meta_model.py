@@ -704,15 +704,14 @@ class FleetModel:
 
         Returns:
             One row per row and in its order: prediction, lower, upper (target units), answered_by
-                (grain, or "constant"),
-            booster_id (null for the constant), fleet_version. Where an offset or scale leads to a
-            prediction that no double holds, it is NaN and answered_by "none (not finite)". For
-            binary the prediction is the probability of the last class; for multiclass it is the
-            likeliest class (of equal ones the first). Both have a column more: probabilities, a
-            list in the order of the spec's classes; lower and upper are null. With `explain` a last
-            column, contributions: a list of {feature, contribution}, as from `told_contributions`,
-            whose sum is the prediction in link space; for classes it is the probability of the
-            answer (for binary, of the last class).
+            (grain, or "constant"), booster_id (null for the constant), fleet_version. Where an
+            offset or scale leads to a prediction that no double holds, it is NaN and answered_by
+            "none (not finite)". For binary the prediction is the probability of the last class; for
+            multiclass it is the likeliest class (of equal ones the first). Both have a column more:
+            probabilities, a list in the order of the spec's classes; lower and upper are null. With
+            `explain` a last column, contributions: a list of {feature, contribution}, as from
+            `told_contributions`, whose sum is the prediction in link space; for classes it is the
+            probability of the answer (for binary, of the last class).
 
         Raises:
             InputError: if a required column is missing, a column is listed twice or holds what it

@@ -299,10 +299,10 @@ def compare_runs(
 
     Returns:
         One row per group with report rows: grain, group_id, n_rows, n_blocks, loss_champion and
-            loss_challenger (weighted means, in the
-        loss that the fleet learns by), loss_sum_champion and loss_sum_challenger, gain (champion's
-        mean loss less the challenger's) and gain_error; null where nothing answers now. And one
-        row, as from `losses.compare_answers`, of the challenger beside `rival_titles`.
+        loss_challenger (weighted means, in the loss that the fleet learns by), loss_sum_champion
+        and loss_sum_challenger, gain (champion's mean loss less the challenger's) and gain_error;
+        null where nothing answers now. And one row, as from `losses.compare_answers`, of the
+        challenger beside `rival_titles`.
     """
     versions = list(twins)
     n_grains = len(spec.grains)

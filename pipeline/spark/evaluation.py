@@ -57,8 +57,8 @@ def judged_rows(
 
     Returns:
         Beside the columns of the holdout: p0, p1, ... (the grains' predictions), residual (the
-            target as models see it), block
-        (stretch of the tune split), blend_weight (the row's weight where the blend is learnt).
+        target as models see it), block (stretch of the tune split), blend_weight (the row's weight
+        where the blend is learnt).
     """
     shared = ("time", "actual", "offset", "scale", "group_ids")
     predictions = [
@@ -202,8 +202,8 @@ def measure_groups(
 
     Returns:
         One row per group with report rows: grain, group_id, report_rows, and the ledger's rmse,
-            mae, mape, pooled_rmse, pooled_mape,
-        intervals (JSON; null for classes), baselines and metrics (JSON).
+        mae, mape, pooled_rmse, pooled_mape, intervals (JSON; null for classes), baselines and
+        metrics (JSON).
     """
     constant, plain_constant = constant_column(constants, classes), sf.lit(constants.without_offset)
     report = judged.where("split = 'report'")
@@ -305,8 +305,7 @@ def half_widths(misses: DataFrame, levels: Sequence[float]) -> DataFrame:
 
     Returns:
         One row per group with a miss: grain, group_id and half_widths, one per level; null where k
-            is more than n, and in groups
-        of fewer rows than `MIN_INTERVAL_ROWS`.
+        is more than n, and in groups of fewer rows than `MIN_INTERVAL_ROWS`.
     """
     group = Window.partitionBy("grain", "group_id")
     rank, n_rows = sf.row_number().over(group.orderBy("miss")), sf.count("*").over(group)

@@ -115,10 +115,9 @@ def compare_answers(
 
     Returns:
         One row per group with such rows: grain, group_id, n_rows, n_blocks (stretches with rows),
-            loss and loss_sum (of ours, weighted);
-        and for each rival, on the rows that it answers: loss_<rival>, loss_sum_<rival>,
-            gain_<rival> (its mean loss less ours),
-        gain_error_<rival> (standard error of that), n_rows_<rival> and n_blocks_<rival>.
+        loss and loss_sum (of ours, weighted); and for each rival, on the rows that it answers:
+        loss_<rival>, loss_sum_<rival>, gain_<rival> (its mean loss less ours), gain_error_<rival>
+        (standard error of that), n_rows_<rival> and n_blocks_<rival>.
 
     Source: ratio estimator over clusters, Cochran (1977), section 6.4.
     """

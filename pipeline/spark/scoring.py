@@ -55,7 +55,7 @@ def score_rows(
 
     Returns:
         One row per row: the columns of `tables.PREDICTIONS` and the fleet's keys; lower and upper
-            at the spec's level.
+        at the spec's level.
 
     Raises:
         SpecError: if the version has no intervals of that level.

@@ -101,7 +101,7 @@ def asked_rows(n: int, seed: int = 0, first: int = 0) -> pd.DataFrame:
 
     Returns:
         One row per question: row_id (unique, from `first` on), the columns of `INPUTS`, and a note
-            that no model needs.
+        that no model needs.
     """
     rng = np.random.default_rng([seed, first])
     stores = [*STORES, ("north", 77), ("west", 1), (None, 2), ("south", None)]
