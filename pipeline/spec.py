@@ -49,7 +49,7 @@ DEFAULT_ALPHA = {QUANTILE: 0.5, HUBER: 0.9}
 MAX_CLASSES = 100
 SEASONAL_NAIVE = "seasonal naive"
 # Ways to answer that are measured in every fleet.
-WAYS = ("fleet", "pooled", "constant")
+CONTENDERS = ("fleet", "pooled", "constant")
 
 _IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,99}")
 # Columns that feature tables and training add to a row.
@@ -922,7 +922,7 @@ class FleetSpec(Part):
         yield from (
             f"baselines: {title!r} is a way to answer that is always reported; choose another name"
             for title in self.baselines
-            if title in WAYS
+            if title in CONTENDERS
         )
         if self.target.column in self.key_columns:
             yield f"target.column: {self.target.column!r} is a key (grains or entity) and cannot be predicted"

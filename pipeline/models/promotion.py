@@ -205,39 +205,48 @@ def decide(
     )
     p_better = chance_of(gain, error, n_blocks)
     enough = (n_rows >= MIN_ROWS) & (n_blocks >= MIN_BLOCKS) & np.isfinite(p_better)
-    found: dict[Key, tuple[bool, str]] = {}
+    verdicts: dict[Key, tuple[bool, str]] = {}
     p_values: list[float | None] = []
     keys = zip(ordered["grain"].astype(int), ordered["group_id"], strict=True)
-    for key, parent, kind, judged, better in zip(
+    for key, parent, kind, is_judged, better in zip(
         keys, ordered["parent_id"], ordered["kind"], enough, p_better, strict=True
     ):
-        tested: float | None = None
-        if (
-            key in rolled_back and kind != NEW_GROUP
-        ):  # what nothing answers cannot stay with anything
+        p_value: float | None = None
+        if key in rolled_back and kind != NEW_GROUP:
+            # What nothing answers cannot stay with anything.
             verdict = False, ROLLED_BACK
         elif kind in (UNCHANGED, NEW_GROUP, NOT_COMPARABLE):
             verdict = True, kind
-        elif not judged:
-            verdict = (found[key[0] - 1, parent][0], FOLLOWS) if key[0] else (True, UNMEASURED)
-        elif kind == REFRESH:
-            tested = 1.0 - better
-            verdict = (False, WORSE) if tested < LEVEL else (True, NOT_WORSE)
+        elif not is_judged and key[0] == 0:
+            verdict = True, UNMEASURED
+        elif not is_judged:
+            verdict = verdicts[key[0] - 1, parent][0], FOLLOWS
         else:
-            tested = better
-            verdict = (True, BETTER) if tested < LEVEL else (False, NOT_BETTER)
-        found[key] = verdict
-        p_values.append(tested)
-    promoted, reason = zip(*found.values(), strict=True) if found else ((), ())
+            verdict, p_value = _tested_verdict(kind, better)
+        verdicts[key] = verdict
+        p_values.append(p_value)
+    promoted = [goes for goes, _ in verdicts.values()]
+    reasons = [reason for _, reason in verdicts.values()]
     if "answered_by" in ordered:
-        answered_by = ordered["answered_by"].tolist()
-        reason = tuple(
-            f"answered_by_{by}" if goes and isinstance(by, str) else why
-            for goes, why, by in zip(promoted, reason, answered_by, strict=True)
-        )
+        for place, answered_by in enumerate(ordered["answered_by"]):
+            if promoted[place] and isinstance(answered_by, str):
+                reasons[place] = f"answered_by_{answered_by}"
     return ordered.assign(
-        promoted=list(promoted), reason=list(reason), p_value=pd.Series(p_values, dtype=float)
+        promoted=promoted, reason=reasons, p_value=pd.Series(p_values, dtype=float)
     )
+
+
+def _tested_verdict(kind: str, p_better: float) -> tuple[tuple[bool, str], float]:
+    """Whether a compared group is promoted, why, and the p-value of the test that says so.
+
+    Args:
+        kind: what it is in the challenger.
+        p_better: of the test that the challenger is better.
+    """
+    if kind == REFRESH:
+        p_worse = 1.0 - p_better
+        return ((False, WORSE) if p_worse < LEVEL else (True, NOT_WORSE)), p_worse
+    return ((True, BETTER) if p_better < LEVEL else (False, NOT_BETTER)), p_better
 
 
 def chance_of(gain: Floats, error: Floats, n_blocks: Floats) -> Floats:

@@ -260,17 +260,8 @@ def _planned(spec: FleetSpec, challenger: Side, side: Side, keys: Sequence[Key])
     """Some twins, as `train_aside` takes them."""
     rows = [challenger.groups[key] for key in keys]
     groups = pd.DataFrame(keys, columns=["grain", "group_id"])
-    groups["started_from"] = [
-        Start(
-            refit=json.loads(side.groups[key]["parameters"]),
-            n_rounds=int(side.groups[key]["n_rounds"]),
-        ).to_json()
-        for key in keys
-    ]
-    groups["cost_seconds"] = [
-        float(row["seconds"] or 0.0) / (float(row["n_trials"] or 0.0) + 2) or FIT_SECONDS
-        for row in rows
-    ]
+    groups["started_from"] = [_refit(side.groups[key]) for key in keys]
+    groups["cost_seconds"] = [_fit_seconds(row) for row in rows]
     n_target = np.array([int(row["n_target"] or 0) for row in rows], dtype=np.int64)
     groups["exponent"] = sampling_exponents(
         n_target,
@@ -278,6 +269,18 @@ def _planned(spec: FleetSpec, challenger: Side, side: Side, keys: Sequence[Key])
         max_rows=spec.tuning.max_rows,
     )
     return groups
+
+
+def _refit(row: Mapping[str, Any]) -> str:
+    """How the recipe of a ledger row is fitted, as in a plan."""
+    parameters = json.loads(row["parameters"])
+    return Start(refit=parameters, n_rounds=int(row["n_rounds"])).to_json()
+
+
+def _fit_seconds(row: Mapping[str, Any]) -> float:
+    """About how long one fit takes."""
+    n_fits = float(row["n_trials"] or 0.0) + 2
+    return float(row["seconds"] or 0.0) / n_fits or FIT_SECONDS
 
 
 def compare_runs(
@@ -304,41 +307,18 @@ def compare_runs(
         null where nothing answers now. And one row, as from `losses.compare_answers`, of the
         challenger beside `rival_titles`.
     """
-    versions = list(twins)
-    n_grains = len(spec.grains)
+    versions, n_grains = list(twins), len(spec.grains)
     rows = judged
     for number, version in enumerate(versions):
         rows = _with_twins(rows, twins[version].holdout, number, n_grains)
     for grain in range(n_grains):
-        rows = rows.join(
-            sf.broadcast(_weights_of(spark, grain, contest, versions, twins)),
-            sf.col("group_ids")[grain] == sf.col(f"_g{grain}"),
-            "left",
-        )
-    grains = range(n_grains)
+        weights = sf.broadcast(_weights_of(spark, grain, contest, versions, twins))
+        rows = rows.join(weights, sf.col("group_ids")[grain] == sf.col(f"_g{grain}"), "left")
     constant = constant_column(contest.run.constants, contest.challenger.spec["classes"])
-    own, weights, is_cut = (
-        [sf.col(f"{part}{grain}") for grain in grains] for part in ("p", "_c", "_k")
+    ours = level_answers(
+        _of_grains("p", n_grains), _of_grains("_c", n_grains), _of_grains("_k", n_grains), constant
     )
-    ours = level_answers(own, weights, is_cut, constant)
-    theirs: list[Column] = [sf.lit(None).cast("double")] * n_grains
-    for number, version in enumerate(versions):
-        twin = [
-            sf.when(sf.col(f"_t{number}_{grain}"), sf.col(f"q{number}_{grain}")).otherwise(
-                sf.col(f"p{grain}")
-            )
-            for grain in grains
-        ]
-        weights, is_cut = (
-            [sf.col(f"{part}{number}_{grain}") for grain in grains] for part in ("_w", "_k")
-        )
-        answers = level_answers(
-            twin, weights, is_cut, _constant_of(contest.champions[version], spec, constant)
-        )
-        theirs = [
-            sf.when(sf.col(f"_v{grain}") == number, answer).otherwise(before)
-            for grain, (answer, before) in enumerate(zip(answers, theirs, strict=True))
-        ]
+    theirs = _answers_now(spec, contest, versions, constant)
 
     def loss(answer: Column) -> Column:
         return row_loss(spec, in_target_units(spec, answer))
@@ -347,7 +327,7 @@ def compare_runs(
         Paired(
             grain, sf.col("group_ids")[grain], loss(ours[grain]), {CHAMPION: loss(theirs[grain])}
         )
-        for grain in grains
+        for grain in range(n_grains)
     ]
     rivals = {POOLED: loss(sf.coalesce(sf.col("p0"), constant)), CONSTANT: loss(constant)}
     for number in range(len(spec.all_baselines)):
@@ -363,6 +343,35 @@ def compare_runs(
     }
     groups = found[~is_whole].rename(columns=titles)
     return groups.reindex(columns=["grain", "group_id", *_MEASURED]), found[is_whole]
+
+
+def _of_grains(name: str, n_grains: int) -> list[Column]:
+    """One column per grain, from coarse to fine."""
+    return [sf.col(f"{name}{grain}") for grain in range(n_grains)]
+
+
+def _answers_now(
+    spec: FleetSpec, contest: Contest, versions: Sequence[str], constant: Column
+) -> list[Column]:
+    """Per grain the answer of the version that answers the row's group now, null without one."""
+    n_grains = len(spec.grains)
+    theirs: list[Column] = [sf.lit(None).cast("double")] * n_grains
+    for number, version in enumerate(versions):
+        twin = []
+        for grain in range(n_grains):
+            has_twin = sf.col(f"_t{number}_{grain}")
+            fitted, same = sf.col(f"q{number}_{grain}"), sf.col(f"p{grain}")
+            twin.append(sf.when(has_twin, fitted).otherwise(same))
+        answers = level_answers(
+            twin,
+            _of_grains(f"_w{number}_", n_grains),
+            _of_grains(f"_k{number}_", n_grains),
+            _constant_of(contest.champions[version], spec, constant),
+        )
+        for grain, answer in enumerate(answers):
+            is_theirs = sf.col(f"_v{grain}") == number
+            theirs[grain] = sf.when(is_theirs, answer).otherwise(theirs[grain])
+    return theirs
 
 
 def rival_titles(spec: FleetSpec) -> dict[str, str]:

@@ -20,7 +20,7 @@ from pipeline.spark.measures import (
     row_measures,
     shown_measures,
 )
-from pipeline.spec import MULTICLASS, QUANTILE, WAYS, FleetSpec
+from pipeline.spec import CONTENDERS, MULTICLASS, QUANTILE, FleetSpec
 from pipeline.training.blend import N_BLOCKS, Constants, GroupSkill, Moments
 from pipeline.training.splits import REPORT, TUNE, Cutoffs
 
@@ -60,48 +60,54 @@ def judged_rows(
         target as models see it), block (stretch of the tune split), blend_weight (the row's weight
         where the blend is learnt).
     """
-    shared = ("time", "actual", "offset", "scale", "group_ids")
-    predictions = [
-        sf.max(sf.when(sf.col("grain") == grain, sf.col("prediction"))).alias(f"p{grain}")
-        for grain in range(len(spec.grains))
-    ]
-    # In a coarse group's sample a row weighs more, as it stands for others.
-    weight = sf.max("weight").alias("weight")
-    tune_start, report_start = (
-        moment_column(moment) for moment in (cutoffs.tune_start, cutoffs.report_start)
-    )
+    tune_start = moment_column(cutoffs.tune_start)
+    report_start = moment_column(cutoffs.report_start)
     now = sf.when(sf.col("time") >= report_start, REPORT).when(sf.col("time") >= tune_start, TUNE)
     # Out-of-fold predictions of fit rows are for children to correct. A group that kept an older
     # model was held out at older dates: what chose its parameters then may not report on it now.
     is_honest = sf.col("split").isin(TUNE, REPORT) & ~((sf.col("split") == TUNE) & (now == REPORT))
-    counts = now.isNotNull() & (
-        sf.col("weight") > 0
-    )  # an earlier release held out rows of weight 0, too
+    # An earlier release held out rows of weight 0, too.
+    counts = now.isNotNull() & (sf.col("weight") > 0)
     held_out = holdout.where(is_honest & counts).withColumn("split", now)
-    wide = held_out.groupBy("row_key", "split", "class_name").agg(
-        *(sf.first(name).alias(name) for name in shared), weight, *predictions
-    )
+    judged = _side_by_side(held_out, len(spec.grains))
     linked = link_column(sf.col("actual"), spec.target.transform)
+    residual = finite((linked - sf.col("offset")) / sf.col("scale"))
     start, end = tune_start.cast("double"), report_start.cast("double")
     block = sf.floor((sf.col("time").cast("double") - start) / (end - start) * N_BLOCKS).cast("int")
     block = sf.when(sf.col("split") == TUNE, block).otherwise(0)
-    judged = wide.withColumn(
-        "residual", finite((linked - sf.col("offset")) / sf.col("scale"))
-    ).withColumn("block", block)
+    judged = judged.withColumn("residual", residual).withColumn("block", block)
     for grain, groups in enumerate(has_model):
-        named = holdout.sparkSession.createDataFrame(
-            [(group,) for group in sorted(groups)], f"_m{grain} string"
-        )
-        judged = judged.join(
-            sf.broadcast(named), sf.col("group_ids")[grain] == sf.col(f"_m{grain}"), "left"
-        )
-        is_answered = (
-            sf.col(f"_m{grain}").isNull()
-            | sf.col(f"p{grain}").isNotNull()
-            | sf.col("residual").isNull()
-        )
-        judged = judged.where(is_answered).drop(f"_m{grain}")
+        judged = _without_unanswered(judged, grain, groups)
     return judged.withColumn("blend_weight", _blend_weight(spec, constants))
+
+
+def _side_by_side(held_out: DataFrame, n_grains: int) -> DataFrame:
+    """One row per held-out row, with each grain's own prediction."""
+    shared = ("time", "actual", "offset", "scale", "group_ids")
+    predictions = []
+    for grain in range(n_grains):
+        own = sf.when(sf.col("grain") == grain, sf.col("prediction"))
+        predictions.append(sf.max(own).alias(f"p{grain}"))
+    return held_out.groupBy("row_key", "split", "class_name").agg(
+        *(sf.first(name).alias(name) for name in shared),
+        # In a coarse group's sample a row weighs more, as it stands for others.
+        sf.max("weight").alias("weight"),
+        *predictions,
+    )
+
+
+def _without_unanswered(judged: DataFrame, grain: int, groups: Collection[str]) -> DataFrame:
+    """The rows without those that a group with a model has not held out."""
+    named = judged.sparkSession.createDataFrame(
+        [(group,) for group in sorted(groups)], f"_m{grain} string"
+    )
+    is_own = sf.col("group_ids")[grain] == sf.col(f"_m{grain}")
+    is_answered = (
+        sf.col(f"_m{grain}").isNull()
+        | sf.col(f"p{grain}").isNotNull()
+        | sf.col("residual").isNull()
+    )
+    return judged.join(sf.broadcast(named), is_own, "left").where(is_answered).drop(f"_m{grain}")
 
 
 def _blend_weight(spec: FleetSpec, constants: Constants) -> Column:
@@ -205,63 +211,69 @@ def measure_groups(
         mae, mape, pooled_rmse, pooled_mape, intervals (JSON; null for classes), baselines and
         metrics (JSON).
     """
-    constant, plain_constant = constant_column(constants, classes), sf.lit(constants.without_offset)
+    constant = constant_column(constants, classes)
     report = judged.where("split = 'report'")
-    residual_answer: Column = constant
-    for grain in range(len(spec.grains)):
-        weights = [
-            (group, skill.weight, skill.is_cut)
-            for (level, group), skill in skills.items()
-            if level == grain and (group in has_model[grain] or skill.is_cut)
-        ]
-        table = sf.broadcast(
-            spark.createDataFrame(
-                weights, f"_g{grain} string, _w{grain} double, _cut{grain} boolean"
-            )
-        )
-        report = report.join(table, sf.col("group_ids")[grain] == sf.col(f"_g{grain}"), "left")
-        weight, own = sf.coalesce(sf.col(f"_w{grain}"), sf.lit(0.0)), sf.col(f"p{grain}")
-        blended = sf.when(own.isNull(), residual_answer).otherwise(
-            weight * own + (1 - weight) * residual_answer
-        )
-        residual_answer = sf.when(sf.col(f"_cut{grain}"), constant).otherwise(blended)
+    report, fleet = _with_blended_answer(spark, report, spec, skills, has_model, constant)
+    titles = list(spec.all_baselines)
+    if titles:
+        report = report.join(baseline_answers(rows, spec), "row_key", "left")
+    baselines = {f"b{number}": baseline_answer(spec, number) for number in range(len(titles))}
+    contenders = [*CONTENDERS, *baselines]
     anchored = sf.col("offset").isNotNull() & sf.col("scale").isNotNull()
 
     def answer(residual: Column) -> Column:
-        linked = sf.when(anchored, sf.col("offset") + sf.col("scale") * residual).otherwise(
-            plain_constant
-        )
+        linked = sf.col("offset") + sf.col("scale") * residual
+        linked = sf.when(anchored, linked).otherwise(sf.lit(constants.without_offset))
         return inverse_link_column(linked, spec.target.transform)
 
-    titles = list(spec.all_baselines)
-    report = report.join(baseline_answers(rows, spec), "row_key", "left") if titles else report
-    ways = [*WAYS, *(f"b{number}" for number in range(len(titles)))]
     answered = report.select(
         "row_key",
         "class_name",
         "actual",
         "group_ids",
-        answer(residual_answer).alias("fleet"),
+        answer(fleet).alias("fleet"),
         answer(sf.coalesce(sf.col("p0"), constant)).alias("pooled"),
         answer(constant).alias("constant"),
-        *(baseline_answer(spec, number).alias(f"b{number}") for number in range(len(titles))),
-        sf.when(anchored, sf.abs(sf.col("residual") - residual_answer)).alias("miss"),
+        *(column.alias(name) for name, column in baselines.items()),
+        sf.when(anchored, sf.abs(sf.col("residual") - fleet)).alias("miss"),
     )
-    errors = row_errors(answered, spec, ways, classes)
-    groups = errors.select("*", sf.posexplode("group_ids").alias("grain", "group_id")).groupBy(
-        "grain", "group_id"
-    )
-    measured = groups.agg(
+    errors = row_errors(answered, spec, contenders, classes)
+    by_level = errors.select("*", sf.posexplode("group_ids").alias("grain", "group_id"))
+    measured = by_level.groupBy("grain", "group_id").agg(
         sf.count("*").alias("report_rows"),
-        *row_means(spec, ways),
+        *row_means(spec, contenders),
         *baseline_measures(spec, len(titles)),
     )
     if not spec.is_class_task:
         misses = errors.select("miss", sf.posexplode("group_ids").alias("grain", "group_id"))
-        measured = measured.join(
-            half_widths(misses, spec.scoring.levels), ["grain", "group_id"], "left"
-        )
+        widths = half_widths(misses, spec.scoring.levels)
+        measured = measured.join(widths, ["grain", "group_id"], "left")
     return _as_ledger(measured.toPandas(), spec, titles)
+
+
+def _with_blended_answer(
+    spark: SparkSession,
+    report: DataFrame,
+    spec: FleetSpec,
+    skills: Mapping[GroupKey, GroupSkill],
+    has_model: Sequence[set[str]],
+    constant: Column,
+) -> tuple[DataFrame, Column]:
+    """The rows with their groups' weights beside them, and the fleet's answer to each of them."""
+    answer = constant
+    for grain in range(len(spec.grains)):
+        weights = []
+        for (level, group), skill in skills.items():
+            if level == grain and (group in has_model[grain] or skill.is_cut):
+                weights.append((group, skill.weight, skill.is_cut))
+        columns = f"_g{grain} string, _w{grain} double, _cut{grain} boolean"
+        table = sf.broadcast(spark.createDataFrame(weights, columns))
+        report = report.join(table, sf.col("group_ids")[grain] == sf.col(f"_g{grain}"), "left")
+        weight, own = sf.coalesce(sf.col(f"_w{grain}"), sf.lit(0.0)), sf.col(f"p{grain}")
+        blended = weight * own + (1 - weight) * answer
+        blended = sf.when(own.isNull(), answer).otherwise(blended)
+        answer = sf.when(sf.col(f"_cut{grain}"), constant).otherwise(blended)
+    return report, answer
 
 
 def baseline_answers(rows: DataFrame, spec: FleetSpec) -> DataFrame:
@@ -325,7 +337,7 @@ def _as_ledger(found: pd.DataFrame, spec: FleetSpec, titles: Sequence[str]) -> p
     names = row_measures(spec)
     columns = found[["grain", "group_id", "report_rows"]].copy()
     shown = {
-        **dict(zip(WAYS, WAYS, strict=True)),
+        **dict(zip(CONTENDERS, CONTENDERS, strict=True)),
         **{title: f"b{number}" for number, title in enumerate(titles)},
     }
     columns["metrics"] = [

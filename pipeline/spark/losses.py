@@ -126,62 +126,69 @@ def compare_answers(
     newest = rows.agg(sf.unix_micros(sf.max("time"))).collect()[0][0]
     if newest is None:
         return pd.DataFrame(columns=["grain", "group_id", *_measured(rivals)])
-    start, end = (
-        moment_column(moment).cast("double") for moment in (report_start, moment_of(newest))
-    )
+    start = moment_column(report_start).cast("double")
+    end = moment_column(moment_of(newest)).cast("double")
     place = sf.floor((sf.col("time").cast("double") - start) / (end - start + 1) * N_STRETCHES)
-    levels = []
-    for contest in contests:
-        losses = [
-            contest.rivals.get(name, sf.lit(None)).cast("double").alias(name) for name in rivals
-        ]
-        group = contest.group.alias("group_id")
-        levels.append(
-            sf.struct(
-                sf.lit(contest.grain).alias("grain"), group, contest.ours.alias("ours"), *losses
-            )
-        )
     counted = sf.col("actual") if spec.task == MULTICLASS else sf.lit(1.0)
+    levels = [_level_of(contest, rivals) for contest in contests]
     exploded = rows.select(
         sf.least(place, sf.lit(N_STRETCHES - 1)).alias("stretch"),
         sf.col("weight"),
         counted.alias("counted"),
         sf.explode(sf.array(*levels)).alias("level"),
     )
-    weight, ours = sf.col("weight"), sf.col("level.ours")
+    groups = exploded.groupBy("level.grain", "level.group_id", "stretch")
+    stretches = groups.agg(*_sums_of_rows(rivals))
+    totals = stretches.groupBy("grain", "group_id").agg(
+        sf.count("*").alias("n_blocks"), *_sums_of_stretches(rivals)
+    )
+    return _as_measured(totals.toPandas(), rivals)
+
+
+def _level_of(contest: Paired, rivals: Sequence[str]) -> Column:
+    """One contest of a row: its grain and group, our loss, and each rival's, null where it has none."""
+    nothing = sf.lit(None)
+    losses = []
+    for name in rivals:
+        losses.append(contest.rivals.get(name, nothing).cast("double").alias(name))
+    group, ours = contest.group.alias("group_id"), contest.ours.alias("ours")
+    return sf.struct(sf.lit(contest.grain).alias("grain"), group, ours, *losses)
+
+
+def _sums_of_rows(rivals: Sequence[str]) -> list[Column]:
+    """Sums over the rows of a stretch: ours, and each rival's on the rows that both answer."""
+    counted, weight, ours = sf.col("counted"), sf.col("weight"), sf.col("level.ours")
     sums = [
-        sf.sum("counted").alias("n_rows"),
-        sf.sum(weight * sf.col("counted")).alias("weight"),
+        sf.sum(counted).alias("n_rows"),
+        sf.sum(weight * counted).alias("weight"),
         sf.sum(weight * ours).alias("ours"),
     ]
     for name in rivals:
         theirs = sf.col(f"level.`{name}`")
         answered = theirs.isNotNull() & ours.isNotNull()
         sums += [
-            sf.sum(sf.when(answered, sf.col("counted"))).alias(f"n_{name}"),
-            sf.sum(sf.when(answered, weight * sf.col("counted"))).alias(f"w_{name}"),
+            sf.sum(sf.when(answered, counted)).alias(f"n_{name}"),
+            sf.sum(sf.when(answered, weight * counted)).alias(f"w_{name}"),
             sf.sum(sf.when(answered, weight * theirs)).alias(f"l_{name}"),
             sf.sum(sf.when(answered, weight * (theirs - ours))).alias(f"d_{name}"),
         ]
-    stretches = exploded.groupBy("level.grain", "level.group_id", "stretch").agg(*sums)
-    totals = [sf.sum(name).alias(name) for name in ("n_rows", "weight", "ours")]
+    return sums
+
+
+def _sums_of_stretches(rivals: Sequence[str]) -> list[Column]:
+    """Sums over the stretches of a group, with the products that a ratio's standard error needs."""
+    sums = [sf.sum(name).alias(name) for name in ("n_rows", "weight", "ours")]
     for name in rivals:
         d, w = sf.col(f"d_{name}"), sf.col(f"w_{name}")
-        totals += [
-            sf.sum(f"{part}_{name}").alias(f"{part}_{name}") for part in ("n", "w", "l", "d")
-        ]
-        totals += [
+        for part in ("n", "w", "l", "d"):
+            sums.append(sf.sum(f"{part}_{name}").alias(f"{part}_{name}"))
+        sums += [
             sf.count(d).alias(f"b_{name}"),
             sf.sum(d * d).alias(f"dd_{name}"),
             sf.sum(d * w).alias(f"dw_{name}"),
             sf.sum(w * w).alias(f"ww_{name}"),
         ]
-    found = (
-        stretches.groupBy("grain", "group_id")
-        .agg(sf.count("*").alias("n_blocks"), *totals)
-        .toPandas()
-    )
-    return _as_measured(found, rivals)
+    return sums
 
 
 def _measured(rivals: Sequence[str]) -> list[str]:

@@ -158,37 +158,53 @@ def learn_blend(
         own[:, 2 + grain] = 1.0
         codes, names = pd.factorize(moments.groups[:, grain])
         trained = np.array([name in has_model[grain] for name in names], dtype=bool)
-        tune = _Sums(moments, codes, len(names), moments.split == TUNE)
-        blocks = [
-            _Sums(moments, codes, len(names), (moments.split == TUNE) & (moments.block == block))
-            for block in range(N_BLOCKS)
-        ]
-        evidence = Evidence(
-            gain=np.stack([block.of(target - answer, own - answer) for block in blocks]),
-            spread=np.stack([block.of(own - answer, own - answer) for block in blocks]),
-            miss=tune.of(target - answer, target - answer),
-            n_rows=tune.n_rows,
-        )
-        weights = choose_weights(evidence, trained, pooling, prior=1.0 if grain == 0 else 0.0)
-        report = _Sums(moments, codes, len(names), moments.split == REPORT)
         parent = answer
+        evidence = _evidence(moments, codes, len(names), target - parent, own - parent)
+        weights = choose_weights(evidence, trained, pooling, prior=1.0 if grain == 0 else 0.0)
         answer = parent + weights[codes][:, None] * (own - parent)
-        columns = (
-            tune.rmse(target - own),
-            tune.rmse(target - parent),
-            report.rmse(target - own),
-            report.rmse(target - parent),
-            report.rmse(target - answer),
-            report.rmse(target - constant_answer),
-        )
-        for number, name in enumerate(names):
-            errors = [
-                None if np.isnan(column[number]) else float(column[number]) for column in columns
+        tune = _Sums(moments, codes, len(names), moments.split == TUNE)
+        report = _Sums(moments, codes, len(names), moments.split == REPORT)
+        errors = np.column_stack(
+            [
+                tune.rmse(target - own),
+                tune.rmse(target - parent),
+                report.rmse(target - own),
+                report.rmse(target - parent),
+                report.rmse(target - answer),
+                report.rmse(target - constant_answer),
             ]
-            if not trained[number]:
-                errors[0] = errors[2] = None
-            skills[GroupKey(grain, str(name))] = GroupSkill(float(weights[number]), *errors)
+        )
+        # A group without a model has no errors of its own.
+        errors[~trained, 0] = errors[~trained, 2] = np.nan
+        for name, weight, row in zip(names, weights, errors, strict=True):
+            known = [None if np.isnan(error) else float(error) for error in row]
+            skills[GroupKey(grain, str(name))] = GroupSkill(float(weight), *known)
     return skills
+
+
+def _evidence(
+    moments: Moments, codes: npt.NDArray[np.intp], n_groups: int, miss: Floats, step: Floats
+) -> "Evidence":
+    """What tune rows say of one grain's groups.
+
+    Args:
+        moments: tune and report rows.
+        codes: the group of each entry.
+        n_groups: of the grain.
+        miss: the target less the parent's answer, as combinations of v per entry.
+        step: the own prediction less it, likewise.
+    """
+    is_tune = moments.split == TUNE
+    blocks = []
+    for block in range(N_BLOCKS):
+        blocks.append(_Sums(moments, codes, n_groups, is_tune & (moments.block == block)))
+    whole = _Sums(moments, codes, n_groups, is_tune)
+    return Evidence(
+        gain=np.stack([block.of(miss, step) for block in blocks]),
+        spread=np.stack([block.of(step, step) for block in blocks]),
+        miss=whole.of(miss, miss),
+        n_rows=whole.n_rows,
+    )
 
 
 class _Sums:
@@ -280,28 +296,31 @@ def choose_weights(
     if not used.any():
         weights[trained] = prior
         return weights
-    own = gain[used] / spread[used]
-    common = gain[used].sum() / spread[used].sum()
-    row_noise = (
-        evidence.miss[used] - 2 * common * gain[used] + common**2 * spread[used]
-    ).sum() / evidence.n_rows[used].sum()
-    half_noise, between = _from_halves(
-        _halves(evidence.gain[:, used]), _halves(evidence.spread[:, used]), common
-    )
-    # Never quite 0, so that a perfect fit on a row or two is a number, too.
-    least_noise = DISCERNIBLE * evidence.miss[used].sum() / evidence.n_rows[used].sum() + 1e-200
-    variance = max(row_noise, half_noise, least_noise) / spread[used]
-    certainty = 1 / (variance + between)
-    mean = float((certainty * own).sum() / certainty.sum())
-    weights[used] = (own * between + mean * variance) / (between + variance)
+    weights[used], mean = _shrunken_weights(evidence, used)
     # A model without a tune row that tells it from its parent is trusted like its fleet.
     weights[trained & ~used] = mean
-    weights[trained] = prior + _steady_share(evidence, weights - prior, prior) * (
-        weights[trained] - prior
-    )
+    share = _steady_share(evidence, weights - prior, prior)
+    weights[trained] = prior + share * (weights[trained] - prior)
     # Sums over files in another order differ in their last digits; weights do not.
     rounded: Floats = np.round(np.clip(weights, 0.0, 1.0), DECIMALS).astype(np.float64)
     return rounded
+
+
+def _shrunken_weights(evidence: Evidence, used: npt.NDArray[np.bool_]) -> tuple[Floats, float]:
+    """Weights of the used groups, shrunk towards their mean, and that mean."""
+    gain, spread = evidence.gain.sum(axis=0)[used], evidence.spread.sum(axis=0)[used]
+    miss, n_rows = evidence.miss[used], evidence.n_rows[used].sum()
+    common = gain.sum() / spread.sum()
+    row_noise = (miss - 2 * common * gain + common**2 * spread).sum() / n_rows
+    gain_of_halves = _halves(evidence.gain[:, used])
+    half_noise, between = _from_halves(gain_of_halves, _halves(evidence.spread[:, used]), common)
+    # Never quite 0, so that a perfect fit on a row or two is a number, too.
+    least_noise = DISCERNIBLE * miss.sum() / n_rows + 1e-200
+    variance = max(row_noise, half_noise, least_noise) / spread
+    certainty = 1 / (variance + between)
+    own = gain / spread
+    mean = float((certainty * own).sum() / certainty.sum())
+    return (own * between + mean * variance) / (between + variance), mean
 
 
 def _steady_share(evidence: Evidence, step: Floats, prior: float) -> float:
