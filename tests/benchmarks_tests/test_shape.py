@@ -228,6 +228,8 @@ def test_rooms_are_in_this_order() -> None:
     places = [ROOMS.index(find_room(module)) for module in modules]
     assert places == sorted(places)
     assert len(set(places)) == len(modules)
+    # A file whose name only begins like a room's is ground.
+    assert find_room("pipeline.spark_names") == find_room("pipeline.errors") == "pipeline"
 
 
 def test_a_package_without_a_place_is_refused_by_name(measure: Measure) -> None:
