@@ -1,4 +1,7 @@
-"""`<fleet>/champion`: the version that serves; each group moves to the challenger only if the paired tests, or a person, say so."""
+"""`<fleet>/champion`: the version that serves.
+
+Each group moves to the challenger only if the paired tests, or a person, say so.
+"""
 
 from typing import Any
 
@@ -27,8 +30,10 @@ def champion_asset(spec: FleetSpec) -> dg.AssetsDefinition:
         **asset_settings(
             spec,
             "champion",
-            description="The version under the alias `champion`: each group is answered by the newest chain that is not worse than the one before. "
-            "A challenger that fails a gate leaves it where it is. Launch it alone with `decision` to override or to roll back.",
+            description="The version under the alias `champion`: each group is answered by the "
+            "newest chain that is not worse than the one before. "
+            "A challenger that fails a gate leaves it where it is. Launch it alone with `decision` "
+            "to override or to roll back.",
             kinds={"mlflow", "spark"},
             deps=["meta_model"],
         ),
@@ -51,7 +56,9 @@ def champion_asset(spec: FleetSpec) -> dg.AssetsDefinition:
             scope = launch.scope(spec, tables, registry)
             if scope.note:
                 context.log.info(scope.note)
-            deciding = Deciding(spec, scope.tables, registry, spark, launch, context.run.run_id, context.log)
+            deciding = Deciding(
+                spec, scope.tables, registry, spark, launch, context.run.run_id, context.log
+            )
             outcome = deciding.run()
         promote = launch.command(spec, decision="promote", why="...")
         summary = describe_outcome(outcome, promote)
@@ -105,7 +112,11 @@ def _challenger_passed_its_gates(outcome: Outcome, summary: str) -> dg.AssetChec
 
 def _count_reasons(groups: pd.DataFrame) -> pd.DataFrame:
     """Groups by what became of them, and why."""
-    counted = groups.groupby(["moved", "reason", "to_version"], dropna=False).size().reset_index(name="groups")
+    counted = (
+        groups.groupby(["moved", "reason", "to_version"], dropna=False)
+        .size()
+        .reset_index(name="groups")
+    )
     return counted.sort_values("groups", ascending=False, ignore_index=True)
 
 
@@ -115,7 +126,9 @@ def _clearest_tests(groups: pd.DataFrame) -> pd.DataFrame:
         return pd.DataFrame()
     is_tested = groups["p_value"].notna()
     tested = groups[is_tested].sort_values(["p_value", "group_id"]).head(MAX_ROWS_SHOWN)
-    return tested[["group_id", "moved", "reason", "n_rows", "loss_champion", "loss_challenger", "p_value"]]
+    return tested[
+        ["group_id", "moved", "reason", "n_rows", "loss_champion", "loss_challenger", "p_value"]
+    ]
 
 
 def describe_outcome(outcome: Outcome, promote: str) -> str:
@@ -130,7 +143,9 @@ def describe_outcome(outcome: Outcome, promote: str) -> str:
         n_moved = int(outcome.moved.sum())
         return f"rolled back: {n_moved:,} groups; champion is version {after}, before {version_number(outcome.before)}"
     version = f"version {outcome.challenger.number}"
-    failed = "; ".join(f"{gate.name} ({gate.found}, expected {gate.expected})" for gate in outcome.failed_gates)
+    failed = "; ".join(
+        f"{gate.name} ({gate.found}, expected {gate.expected})" for gate in outcome.failed_gates
+    )
     if outcome.is_refused:
         cannot_answer = any(gate.name in (CAN_OPEN, CAN_ANSWER) for gate in outcome.failed_gates)
         next_step = f"To let it serve anyway: {promote}"
@@ -144,7 +159,9 @@ def describe_outcome(outcome: Outcome, promote: str) -> str:
         return f"{judged}; it is champion nevertheless" if failed else f"{judged} and is champion"
     if not outcome.moved.any():
         return f"{judged}, and no group is better off with it; champion is {after}"
-    return f"{judged}: {_describe_groups(outcome)}; champion is version {after}, which combines them"
+    return (
+        f"{judged}: {_describe_groups(outcome)}; champion is version {after}, which combines them"
+    )
 
 
 def _describe_groups(outcome: Outcome) -> str:

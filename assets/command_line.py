@@ -1,4 +1,4 @@
-"""The terminal command `many-models`: fleets checked and launched, one group's history, rows to be answered, and tidying up."""
+"""The terminal command `many-models`: check, run, show, score, stream and clean."""
 
 import argparse
 import json
@@ -67,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: its words; by default those of the process.
 
     Returns:
-        0; the launch's own for `run`; 1 where rows or tables cannot be read or the settings are wrong; 2 for an unknown fleet, group or version.
+        0; the launch's own for `run`; 1 where rows or tables cannot be read or the settings are
+        wrong; 2 for an unknown fleet, group or version.
     """
     told = _parser().parse_args(argv)
     logs: Path | None = None
@@ -108,7 +109,16 @@ def _run(profile: Profile, told: argparse.Namespace) -> int:
         if not tables.exists(tables.location(namespace, LEDGER.name)):
             raise ModelNotFound(_unknown_fleet(tables, namespace))
         keep = timedelta(hours=told.keep_hours)
-        _say(clean(tables, built.registry, namespace, keep=keep, keep_runs=told.keep_runs, dry_run=told.dry_run).text)
+        _say(
+            clean(
+                tables,
+                built.registry,
+                namespace,
+                keep=keep,
+                keep_runs=told.keep_runs,
+                dry_run=told.dry_run,
+            ).text
+        )
     else:
         _answer(profile, namespace, told)
     return 0
@@ -126,13 +136,18 @@ def _say(text: str) -> None:
 
 def _answer(profile: Profile, namespace: str, told: argparse.Namespace) -> None:
     """Score, or stream."""
-    # Spark, its Python side and MLflow take a second to import, which the other commands do without.
+    # Spark, its Python side and MLflow take a second to import, which the other commands do
+    # without.
     from assets.scoring_commands import Scorer, stop_signals
 
     arm(profile.crash_at)
     scorer = Scorer.of(profile)
     if told.command == "score":
-        _say(scorer.score(namespace, told.source, told.target, period=told.period, version=told.version))
+        _say(
+            scorer.score(
+                namespace, told.source, told.target, period=told.period, version=told.version
+            )
+        )
         return
     with stop_signals() as stopping:
         scorer.stream(
@@ -151,43 +166,120 @@ def _answer(profile: Profile, namespace: str, told: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog="many-models", description="Look into the tables of a fleet, answer rows, and tidy up.", epilog=EXAMPLES, formatter_class=raw
+        prog="many-models",
+        description="Look into the tables of a fleet, answer rows, and tidy up.",
+        epilog=EXAMPLES,
+        formatter_class=raw,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="check|run|show|score|stream|clean")
-    check = commands.add_parser("check", help="find mistakes in the descriptions of fleets", description=CHECK)
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="check|run|show|score|stream|clean"
+    )
+    check = commands.add_parser(
+        "check", help="find mistakes in the descriptions of fleets", description=CHECK
+    )
     check.add_argument("fleet", metavar="FLEET", nargs="?", help="one fleet (default: all)")
-    run = commands.add_parser("run", help="build a fleet, raw tables to predictions", description=RUN)
+    run = commands.add_parser(
+        "run", help="build a fleet, raw tables to predictions", description=RUN
+    )
     run.add_argument("fleet", metavar="FLEET", help="name of the fleet, or its folder")
-    show = commands.add_parser("show", help="print the history of one group", description="Print the history of one group.", epilog=EXAMPLES)
-    clean_ = commands.add_parser("clean", help="remove what no kept run needs", description=CLEAN, epilog=EXAMPLES)
-    score = commands.add_parser("score", help="answer every row of a table or of files", description=SCORE, epilog=EXAMPLES)
-    stream = commands.add_parser("stream", help="answer rows as they come", description=STREAM, epilog=EXAMPLES)
+    show = commands.add_parser(
+        "show",
+        help="print the history of one group",
+        description="Print the history of one group.",
+        epilog=EXAMPLES,
+    )
+    clean_ = commands.add_parser(
+        "clean", help="remove what no kept run needs", description=CLEAN, epilog=EXAMPLES
+    )
+    score = commands.add_parser(
+        "score", help="answer every row of a table or of files", description=SCORE, epilog=EXAMPLES
+    )
+    stream = commands.add_parser(
+        "stream", help="answer rows as they come", description=STREAM, epilog=EXAMPLES
+    )
     for command in (show, score, stream, clean_):
         command.formatter_class = raw
         command.add_argument("fleet", metavar="FLEET", help="name of the fleet")
-        command.add_argument("--trial", action="store_true", help="the tables of the fleet's trial, <fleet>-trial")
+        command.add_argument(
+            "--trial", action="store_true", help="the tables of the fleet's trial, <fleet>-trial"
+        )
     show.add_argument(
-        "keys", metavar="KEY", nargs="*", help="the group's keys in the grain's order; null for null, none for the pooled group; -- before a -KEY"
+        "keys",
+        metavar="KEY",
+        nargs="*",
+        help="the group's keys in the grain's order; null for null, none for the pooled group; -- "
+        "before a -KEY",
     )
-    show.add_argument("--group-id", metavar="JSON", help="the group as a JSON array of its keys, instead of KEYs")
+    show.add_argument(
+        "--group-id", metavar="JSON", help="the group as a JSON array of its keys, instead of KEYs"
+    )
     for command in (score, stream):
         command.add_argument(
-            "--from", dest="source", required=True, metavar="SOURCE", help="a Delta table, or a folder or glob of Parquet, CSV or JSON files"
+            "--from",
+            dest="source",
+            required=True,
+            metavar="SOURCE",
+            help="a Delta table, or a folder or glob of Parquet, CSV or JSON files",
         )
-        command.add_argument("--to", dest="target", required=True, metavar="TABLE", help="Delta table of the answers; made if it is not there")
-    score.add_argument("--period", default="all", metavar="NAME", help="what the rows are called in the table; replaced as a whole (default: all)")
+        command.add_argument(
+            "--to",
+            dest="target",
+            required=True,
+            metavar="TABLE",
+            help="Delta table of the answers; made if it is not there",
+        )
     score.add_argument(
-        "--version", type=_version, default=CHAMPION, metavar="VERSION", help=f"{CHAMPION}, {CHALLENGER} or a number (default: {CHAMPION})"
+        "--period",
+        default="all",
+        metavar="NAME",
+        help="what the rows are called in the table; replaced as a whole (default: all)",
     )
-    stream.add_argument("--checkpoint", metavar="DIR", help="remembers what was answered (default: one per fleet, source and table in the data root)")
-    stream.add_argument("--every", type=_seconds, metavar="SECONDS", help="go on until interrupted, looking so often (default: answer what is there)")
-    stream.add_argument("--max-files", type=_files, default=1000, metavar="N", help="files of a micro batch (default: 1000)")
-    stream.add_argument("--skip-changes", action="store_true", help="pass over versions of a Delta table that remove or rewrite rows")
+    score.add_argument(
+        "--version",
+        type=_version,
+        default=CHAMPION,
+        metavar="VERSION",
+        help=f"{CHAMPION}, {CHALLENGER} or a number (default: {CHAMPION})",
+    )
+    stream.add_argument(
+        "--checkpoint",
+        metavar="DIR",
+        help="remembers what was answered (default: one per fleet, source and table in the data "
+        "root)",
+    )
+    stream.add_argument(
+        "--every",
+        type=_seconds,
+        metavar="SECONDS",
+        help="go on until interrupted, looking so often (default: answer what is there)",
+    )
+    stream.add_argument(
+        "--max-files",
+        type=_files,
+        default=1000,
+        metavar="N",
+        help="files of a micro batch (default: 1000)",
+    )
+    stream.add_argument(
+        "--skip-changes",
+        action="store_true",
+        help="pass over versions of a Delta table that remove or rewrite rows",
+    )
     clean_.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     clean_.add_argument(
-        "--keep-hours", type=_hours, default=24.0, metavar="HOURS", help="keep files that were written or needed so lately (default: 24)"
+        "--keep-hours",
+        type=_hours,
+        default=24.0,
+        metavar="HOURS",
+        help="keep files that were written or needed so lately (default: 24)",
     )
-    clean_.add_argument("--keep-runs", type=_runs_kept, default=KEPT_RUNS, metavar="N", help=f"keep all of the newest N runs (default: {KEPT_RUNS})")
+    clean_.add_argument(
+        "--keep-runs",
+        type=_runs_kept,
+        default=KEPT_RUNS,
+        metavar="N",
+        help=f"keep all of the newest N runs (default: {KEPT_RUNS})",
+    )
     return parser
 
 
@@ -213,7 +305,9 @@ def _seconds(text: str) -> float:
     except ValueError:
         seconds = math.nan
     if not 0.001 <= seconds < math.inf:  # noqa: PLR2004 - Spark counts milliseconds
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds; expected more than 0")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number of seconds; expected more than 0"
+        )
     return seconds
 
 
@@ -225,7 +319,9 @@ def _files(text: str) -> int:
 
 def _version(text: str) -> str:
     if text not in (CHAMPION, CHALLENGER) and not (text.isdecimal() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is no version; expected {CHAMPION}, {CHALLENGER} or a number")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no version; expected {CHAMPION}, {CHALLENGER} or a number"
+        )
     return text
 
 
@@ -233,27 +329,41 @@ def _asked_id(keys: Sequence[str], written: str | None) -> str:
     if written is None:
         return group_id([None if key == "null" else key for key in keys])
     if keys:
-        raise SpecError(f"both the keys {shlex.join(keys)} and --group-id {written} were given; give one of them")
+        raise SpecError(
+            f"both the keys {shlex.join(keys)} and --group-id {written} were given; give one of "
+            "them"
+        )
     try:
         values = json.loads(written)
     except ValueError:
         values = None
-    if not isinstance(values, list) or not all(value is None or isinstance(value, str) for value in values):
-        raise SpecError(f'--group-id is {written!r}; expected a JSON array of strings or null, such as ["EWR","IAH"]')
+    if not isinstance(values, list) or not all(
+        value is None or isinstance(value, str) for value in values
+    ):
+        raise SpecError(
+            f'--group-id is {written!r}; expected a JSON array of strings or null, such as ["EWR","IAH"]'
+        )
     return group_id(values)
 
 
 def _unknown_fleet(tables: DeltaTables, namespace: str) -> str:
-    trained = [name for name in tables.namespaces() if tables.exists(tables.location(name, LEDGER.name))]
+    trained = [
+        name for name in tables.namespaces() if tables.exists(tables.location(name, LEDGER.name))
+    ]
     return (
-        f"no group of a fleet {namespace!r} was trained below {tables.root}; {close_matches(namespace, {name: name for name in trained})}"
-        f"there is: {', '.join(trained) or 'nothing'}; materialise {namespace.removesuffix('-trial')}/models to train it"
+        f"no group of a fleet {namespace!r} was trained below {tables.root}; "
+        f"{close_matches(namespace, {name: name for name in trained})}"
+        f"there is: {', '.join(trained) or 'nothing'}; materialise "
+        f"{namespace.removesuffix('-trial')}/models to train it"
     )
 
 
 def _printable(text: str) -> str:
     """Without control characters: a key or a message may carry some that a terminal obeys."""
-    return "".join(character if character.isprintable() or character == "\n" else repr(character)[1:-1] for character in text)
+    return "".join(
+        character if character.isprintable() or character == "\n" else repr(character)[1:-1]
+        for character in text
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a launch of `champion` does with the registry: a challenger is judged, or what served before serves again."""
+"""What a launch of `champion` does with the registry: judge a challenger, or roll back."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -133,12 +133,16 @@ class Deciding:
         challenger = self.registry.get(self._namespace, CHALLENGER)
         before = self.registry.find(self._namespace, CHAMPION)
         if self.launch.decision == "keep" and before is None:
-            raise SpecError("decision is keep, and no version is champion yet; expected judge or promote")
+            raise SpecError(
+                "decision is keep, and no version is champion yet; expected judge or promote"
+            )
         serving_model = self._serving_model(before)
         try:
             model = self._open(challenger)
         except PackError as error:
-            gate = Gate(CAN_OPEN, passed=False, found=str(error), expected="a pack that can be opened")
+            gate = Gate(
+                CAN_OPEN, passed=False, found=str(error), expected="a pack that can be opened"
+            )
             serving = {} if serving_model is None else serving_model.serving()
             return Outcome(stays(serving), [gate], before, before, challenger)
         ledger = self.tables.ledger(challenger.fleet_version)
@@ -147,13 +151,17 @@ class Deciding:
         judgement = self._judgement(contest)
         gates = [*judge_challenger(ledger, model.groups()), *judgement.gates]
         if not may_serve(gates, is_first=serving_model is None, decision=self.launch.decision):
-            return Outcome(_decision_columns(held_back(judgement)), gates, before, before, challenger)
+            return Outcome(
+                _decision_columns(held_back(judgement)), gates, before, before, challenger
+            )
         after: Version | None = challenger
         if not judgement.is_whole:
             judgement, after = self._combine(contest, judgement, model, serving_model, before)
         return Outcome(_decision_columns(judgement.decisions), gates, before, after, challenger)
 
-    def _contest(self, challenger: Version, ledger: pd.DataFrame, serving_model: FleetModel | None) -> Contest:
+    def _contest(
+        self, challenger: Version, ledger: pd.DataFrame, serving_model: FleetModel | None
+    ) -> Contest:
         """The challenger, and who answers now."""
         run = self._run_of(challenger)
         serving: dict[Any, str] = {}
@@ -177,13 +185,16 @@ class Deciding:
         if run is None:
             location = self.tables.tables.location(self._namespace)
             raise StoreError(
-                f"the tables at {location} do not know run {challenger.fleet_version} of version {challenger.number}: "
+                f"the tables at {location} do not know run {challenger.fleet_version} of version "
+                f"{challenger.number}: "
                 "registry and data root do not belong together; materialise models again"
             )
         if run.spec_digest != self.spec.training_digest:
             raise SpecError(
-                f"fleet {self.spec.name!r} is described otherwise than when version {challenger.number} "
-                f"(run {challenger.fleet_version}) was trained; materialise models and meta_model first, or roll back"
+                f"fleet {self.spec.name!r} is described otherwise than when version "
+                f"{challenger.number} "
+                f"(run {challenger.fleet_version}) was trained; materialise models and meta_model "
+                "first, or roll back"
             )
         return run
 
@@ -195,7 +206,9 @@ class Deciding:
             beside = f"; beside {n_new:,} new recipes the earlier ones are fitted" if n_new else ""
             self.log.info(f"comparing {len(kinds):,} groups with what answers them now{beside}")
         features = self.tables.features(self.spark.session, contest.run.features_version)
-        judged = judge(self.spark.training_context(no_progress), self.tables, features, self.spec, contest)
+        judged = judge(
+            self.spark.training_context(no_progress), self.tables, features, self.spec, contest
+        )
         decision, groups = self.launch.decision, self.launch.decision_groups
         return overridden(judged, decision, groups, contest.challenger.fleet_version)
 
@@ -207,19 +220,30 @@ class Deciding:
         serving: FleetModel | None,
         before: Version | None,
     ) -> tuple[Judgement, Version | None]:
-        """Register a version that combines what was promoted with what stays, fitted on newer rows; the decisions, and who serves."""
+        """Register a version that combines promoted groups with those that stay.
+
+        Those that stay are fitted on newer rows. Returns the decisions, and the version that
+        serves.
+        """
         after = before
         with self._refitted_recipes(contest, judgement) as (decided, refitted):
             if decided.changes_answers:
                 models = [challenger, *refitted, *([] if serving is None else [serving])]
                 n_runs = len(set(decided.serving.values()))
                 self.log.info(f"registering a version that combines {n_runs:,} training runs")
-                after = self._register(decided.serving, models, _decision_columns(decided.decisions))
+                after = self._register(
+                    decided.serving, models, _decision_columns(decided.decisions)
+                )
         return decided, after
 
     @contextmanager
-    def _refitted_recipes(self, contest: Contest, judgement: Judgement) -> Iterator[tuple[Judgement, list[FleetModel]]]:
-        """Fit the recipes that the challenger did not beat on its rows; the decisions then, and the models while they are needed."""
+    def _refitted_recipes(
+        self, contest: Contest, judgement: Judgement
+    ) -> Iterator[tuple[Judgement, list[FleetModel]]]:
+        """Fit the recipes that the challenger did not beat on its rows.
+
+        The decisions then, and the models while they are needed.
+        """
         models: list[FleetModel] = []
         refits = {}
         staying = earlier_recipes(judgement.decisions, contest.champions, contest.challenger)
@@ -228,7 +252,8 @@ class Deciding:
                 if not contest.run.is_on_other_rows(self.tables.run(recipes.fleet_version)):
                     continue
                 self.log.info(
-                    f"fitting {len(recipes.starts):,} earlier recipes on newer rows: what is new is not better in {len(recipes.groups):,} groups"
+                    f"fitting {len(recipes.starts):,} earlier recipes on newer rows: what is new "
+                    f"is not better in {len(recipes.groups):,} groups"
                 )
                 try:
                     model = refit(
@@ -243,7 +268,8 @@ class Deciding:
                         folder=Path(folder) / str(number),
                     )
                 except StoreError as error:
-                    # Another training of the fleet, for one: the next launch decides the same, and fits them.
+                    # Another training of the fleet, for one: the next launch decides the same, and
+                    # fits them.
                     self.log.warning(f"these groups keep their models on older rows: {error}")
                     continue
                 models.append(model)
@@ -251,16 +277,25 @@ class Deciding:
             yield with_refits(judgement, refits), models
 
     def _roll_back(self) -> Outcome:
-        """Let what served before serve again, for the whole fleet or for some groups; nothing is trained."""
+        """Let what served before serve again, for the whole fleet or for some groups.
+
+        Nothing is trained.
+        """
         before = self.registry.get(self._namespace, CHAMPION)
-        target = self.registry.get(self._namespace, self.launch.rollback_to or self._number_before(before))
+        target = self.registry.get(
+            self._namespace, self.launch.rollback_to or self._number_before(before)
+        )
         current, earlier = self._open(before), self._open(target)
         listed = self.launch.decision_groups
-        refuse_unknown(listed, sorted({group for _, group in [*current.groups(), *earlier.groups()]}))
+        refuse_unknown(
+            listed, sorted({group for _, group in [*current.groups(), *earlier.groups()]})
+        )
         decisions = rolled_back(current.serving(), earlier.serving(), listed)
         after = target
         if listed:
-            moved = {GroupKey.of(row): str(row["to_version"]) for row in decisions.to_dict("records")}
+            moved = {
+                GroupKey.of(row): str(row["to_version"]) for row in decisions.to_dict("records")
+            }
             after = self._register({**current.serving(), **moved}, [current, earlier], decisions)
         return Outcome(decisions, [], before, after, None)
 
@@ -269,26 +304,35 @@ class Deciding:
         number = number_before(self._decisions.alias_moves(), champion.number)
         if number is None:
             raise ModelNotFound(
-                f"no version served before version {champion.number}, according to {self._decisions.location}; name one in rollback_to"
+                f"no version served before version {champion.number}, according to "
+                f"{self._decisions.location}; name one in rollback_to"
             )
         return number
 
     def _finish_killed_launch(self) -> None:
         """Bring the alias and the table of decisions together again.
 
-        A launch that was killed after it had recorded its decision is carried out now, under its own who and why. An alias that is
-        elsewhere than the last decision left it was moved by hand, or by a launch of an earlier release that was killed: it gets rows that
-        say so.
+        A launch that was killed after it had recorded its decision is carried out now, under its
+        own who and why. An alias that is elsewhere than the last decision left it was moved by
+        hand, or by a launch of an earlier release that was killed: it gets rows that say so.
         """
         current = self.registry.find(self._namespace, CHAMPION)
         serves = current.number if current else None
         moves = self._decisions.alias_moves()
-        last = moves.iloc[-1] if len(moves) else pd.Series({"champion_before": None, "champion_after": None, "moved": True})
+        last = (
+            moves.iloc[-1]
+            if len(moves)
+            else pd.Series({"champion_before": None, "champion_after": None, "moved": True})
+        )
         recorded = None
         if not pd.isna(last["champion_after"]):
             recorded = self.registry.find(self._namespace, str(last["champion_after"]))
         was_killed = recorded is not None and pd.isna(last["moved"])
-        if recorded is not None and was_killed and serves in (last["champion_before"], last["champion_after"]):
+        if (
+            recorded is not None
+            and was_killed
+            and serves in (last["champion_before"], last["champion_after"])
+        ):
             self.registry.promote(recorded)
             rows = self._decisions.rows_of(str(last["decision_id"]))
             self._decisions.write(rows.assign(moved=answers_differ(rows)))
@@ -305,7 +349,8 @@ class Deciding:
     def _carry_out(self, outcome: Outcome) -> None:
         """Record the decision, move the alias, and mark the decision as carried out.
 
-        Who and why are written before the alias moves, so that a kill loses neither: the next launch finishes what it finds unmarked.
+        Who and why are written before the alias moves, so that a kill loses neither: the next
+        launch finishes what it finds unmarked.
         """
         rows = outcome.decisions.assign(
             decision_id=self.launch_id,
@@ -328,7 +373,11 @@ class Deciding:
         return self.registry.open_pack(version, self.tables.tables.storage_options)
 
     def _serving_model(self, champion: Version | None) -> FleetModel | None:
-        """The champion's model; None where there is none, or its pack cannot be opened: it answers nobody, and is not compared."""
+        """The champion's model.
+
+        None where there is none, or its pack cannot be opened: it answers nobody, and is not
+        compared.
+        """
         if champion is None:
             return None
         try:
@@ -338,12 +387,19 @@ class Deciding:
             return None
 
     def _serving(self, version: Version | None) -> dict[tuple[int, str], str]:
-        """The fleet version that answers each group in a version; a version that cannot be opened answers nobody."""
+        """The fleet version that answers each group in a version.
+
+        A version that cannot be opened answers nobody.
+        """
         model = self._serving_model(version)
         return {} if model is None else dict(model.serving())
 
-    def _register(self, serving: Any, models: Sequence[FleetModel], decisions: pd.DataFrame) -> Version:
-        return register_mosaic(self.tables, self.registry, self.spark, self.spec, serving, models, decisions)
+    def _register(
+        self, serving: Any, models: Sequence[FleetModel], decisions: pd.DataFrame
+    ) -> Version:
+        return register_mosaic(
+            self.tables, self.registry, self.spark, self.spec, serving, models, decisions
+        )
 
 
 def _decision_columns(decisions: pd.DataFrame) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""`<fleet>/meta_model`: one registered model that answers for every group, the newest challenger."""
+"""`<fleet>/meta_model`: one registered model that answers for every group."""
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +10,7 @@ import dagster as dg
 import numpy as np
 import pandas as pd
 
-from assets.settings import asset_key, asset_settings, png, prefixed, readable_failures
+from assets.settings import asset_settings, check_specs, png, prefixed, readable_failures
 from pipeline.models.meta_model import FleetModel, PackError, filesystem_of
 from pipeline.models.pack import Generation, PackStore, answers_alike, write_pack
 from pipeline.reporting.plots import training_plot
@@ -33,6 +33,13 @@ SAMPLED_ROWS = 50
 SHARED = "shared"
 
 
+CHECKS = {
+    "registered_model_answers": "Loaded from the registry it gives the pack's answers.",
+    "registered_versions_are_whole": "Every file that the champion and the challenger answer from "
+    "is there, of the right size and with the right footer.",
+}
+
+
 def meta_model_asset(spec: FleetSpec) -> dg.AssetsDefinition:
     """The registered model of a fleet."""
 
@@ -40,23 +47,12 @@ def meta_model_asset(spec: FleetSpec) -> dg.AssetsDefinition:
         **asset_settings(
             spec,
             "meta_model",
-            description="One MLflow model version that answers for every group: all boosters, weights and categories in one pack.",
+            description="One MLflow model version that answers for every group: all boosters, "
+            "weights and categories in one pack.",
             kinds={"mlflow", "lightgbm"},
             deps=["models"],
         ),
-        check_specs=[
-            dg.AssetCheckSpec(
-                "registered_model_answers",
-                asset=asset_key(spec, "meta_model"),
-                blocking=True,
-                description="Loaded from the registry it gives the pack's answers.",
-            ),
-            dg.AssetCheckSpec(
-                "registered_versions_are_whole",
-                asset=asset_key(spec, "meta_model"),
-                description="Every file that the champion and the challenger answer from is there, of the right size and with the right footer.",
-            ),
-        ],
+        check_specs=check_specs(spec, "meta_model", CHECKS, blocking=["registered_model_answers"]),
     )
     def meta_model(
         context: dg.AssetExecutionContext,
@@ -71,7 +67,9 @@ def meta_model_asset(spec: FleetSpec) -> dg.AssetsDefinition:
             ledger = own.ledger(run.run_id)
             features = own.features(spark.session, run.features_version)
             plot = training_plot(ledger, spec)
-            registered = _register(context.log, Path(folder) / "pack", own, registry, spec, run, ledger, features, plot)
+            registered = _register(
+                context.log, Path(folder) / "pack", own, registry, spec, run, ledger, features, plot
+            )
             checks = [
                 _registered_model_answers(registered, registry, features, tables.storage_options),
                 _registered_versions_are_whole(registry, own.namespace, tables.storage_options),
@@ -119,7 +117,9 @@ def _register(
         answering = f"{namespace} version {version.number} (run {version.fleet_version}) answers as run {run.run_id} does"
         log.info(f"nothing changed: {answering}, {same.pack_bytes / 1e6:.1f} MB")
         return same
-    log.info(f"packing {ledger['booster_id'].nunique():,} models into one version, and registering it")
+    log.info(
+        f"packing {ledger['booster_id'].nunique():,} models into one version, and registering it"
+    )
     model = pack_run(folder, tables, registry, spec, run, ledger)
     dtypes = {field.name: field.dataType.simpleString() for field in features.schema}
     version = registry.register(
@@ -134,11 +134,15 @@ def _register(
     )
     registered = _Registered(version, model)
     size = f"{registered.pack_bytes / 1e6:.1f} MB"
-    log.info(f"registered {namespace} version {version.number} (run {run.run_id}) as challenger, {size}")
+    log.info(
+        f"registered {namespace} version {version.number} (run {run.run_id}) as challenger, {size}"
+    )
     return registered
 
 
-def _metadata(registered: _Registered, ledger: pd.DataFrame, spec: FleetSpec, plot: bytes) -> dict[str, Any]:
+def _metadata(
+    registered: _Registered, ledger: pd.DataFrame, spec: FleetSpec, plot: bytes
+) -> dict[str, Any]:
     """What the Dagster UI shows of the newest version."""
     version = registered.version
     errors = pd.DataFrame([vars(error) for error in fleet_errors(ledger, spec)])
@@ -191,9 +195,16 @@ def pack_run(
 
 
 def _version_of_the_same_answers(
-    tables: FleetTables, registry: MlflowRegistry, spec: FleetSpec, run: RunManifest, ledger: pd.DataFrame
+    tables: FleetTables,
+    registry: MlflowRegistry,
+    spec: FleetSpec,
+    run: RunManifest,
+    ledger: pd.DataFrame,
 ) -> Version | None:
-    """The newest version, if it gives the answers of this run; None where it does not, or is not whole."""
+    """The newest version, if it gives the answers of this run.
+
+    None where it does not, or is not whole.
+    """
     version = registry.find(tables.namespace, CHALLENGER)
     before = None if version is None else tables.run(version.fleet_version)
     if version is None or before is None or before.spec_digest != run.spec_digest:
@@ -213,7 +224,9 @@ def _version_of_the_same_answers(
 def run_parameters(run: RunManifest, spec: FleetSpec) -> dict[str, Any]:
     """What the MLflow run shows as parameters."""
     row = run.to_row()
-    moments = {name: str(row[name].tz_localize("UTC")) for name in ("as_of", "tune_start", "report_start")}
+    moments = {
+        name: str(row[name].tz_localize("UTC")) for name in ("as_of", "tune_start", "report_start")
+    }
     numbers = {name: str(row[name]) for name in ("features_version", "n_groups", "spec_digest")}
     pinned = {**moments, **numbers}
     return {
@@ -228,10 +241,17 @@ def run_parameters(run: RunManifest, spec: FleetSpec) -> dict[str, Any]:
 
 def run_metrics(ledger: pd.DataFrame, spec: FleetSpec) -> dict[str, float]:
     """Aggregate metrics of a run; what was not measured is absent."""
-    metrics = {f"groups_{status}": float(count) for status, count in ledger["status"].value_counts().items()}
+    metrics = {
+        f"groups_{status}": float(count)
+        for status, count in ledger["status"].value_counts().items()
+    }
     for error in fleet_errors(ledger, spec):
         name = error.name.replace(" ", "_")
-        metrics |= {f"{name}_{unit}": value for unit, value in shown_measures(error).items() if value is not None}
+        metrics |= {
+            f"{name}_{unit}": value
+            for unit, value in shown_measures(error).items()
+            if value is not None
+        }
     return metrics
 
 
@@ -243,8 +263,13 @@ def pack_store(tables: FleetTables, spec: FleetSpec) -> PackStore | None:
     return PackStore(root, *filesystem_of(root, tables.tables.storage_options))
 
 
-def _challenger(registry: MlflowRegistry, namespace: str, options: Mapping[str, str]) -> list[FleetModel]:
-    """The newest version, whose boosters need not be stored again; none where there is none that can be opened, as one of an earlier release."""
+def _challenger(
+    registry: MlflowRegistry, namespace: str, options: Mapping[str, str]
+) -> list[FleetModel]:
+    """The newest version, whose boosters need not be stored again.
+
+    None where there is none that can be opened, as one of an earlier release.
+    """
     version = registry.find(namespace, CHALLENGER)
     try:
         return [] if version is None else [registry.open_pack(version, options)]
@@ -252,7 +277,9 @@ def _challenger(registry: MlflowRegistry, namespace: str, options: Mapping[str, 
         return []
 
 
-def _registered_versions_are_whole(registry: MlflowRegistry, namespace: str, options: Mapping[str, str]) -> dg.AssetCheckResult:
+def _registered_versions_are_whole(
+    registry: MlflowRegistry, namespace: str, options: Mapping[str, str]
+) -> dg.AssetCheckResult:
     found, is_whole = {}, True
     for alias in (CHAMPION, CHALLENGER):
         version = registry.find(namespace, alias)
@@ -272,7 +299,10 @@ def _registered_versions_are_whole(registry: MlflowRegistry, namespace: str, opt
 
 
 def _registered_model_answers(
-    registered: _Registered, registry: MlflowRegistry, features: "DataFrame", options: Mapping[str, str]
+    registered: _Registered,
+    registry: MlflowRegistry,
+    features: "DataFrame",
+    options: Mapping[str, str],
 ) -> dg.AssetCheckResult:
     sample = features.limit(SAMPLED_ROWS).toPandas()
     loaded = registry.open_pack(registered.version, options)
@@ -288,4 +318,8 @@ def _registered_model_answers(
 def _numbers_of(model: FleetModel, sample: pd.DataFrame) -> "np.ndarray[Any, Any]":
     """A model's answers: predictions, or for classes their probabilities."""
     answers = model.predict(sample)
-    return np.stack(answers["probabilities"].to_list()) if "probabilities" in answers else answers["prediction"].to_numpy()
+    return (
+        np.stack(answers["probabilities"].to_list())
+        if "probabilities" in answers
+        else answers["prediction"].to_numpy()
+    )

@@ -13,7 +13,14 @@ from assets.settings import asset_key, asset_settings, png, prefixed, readable_f
 from pipeline.crash_points import crash_point
 from pipeline.models.meta_model import PackError, decode_booster
 from pipeline.reporting.plots import plan_plot, training_plot
-from pipeline.reporting.summary import fleet_errors, markdown_table, slowest_groups, status_counts, worst_groups, worthwhile_groups
+from pipeline.reporting.summary import (
+    fleet_errors,
+    markdown_table,
+    slowest_groups,
+    status_counts,
+    worst_groups,
+    worthwhile_groups,
+)
 from pipeline.runs.fleet_tables import FleetTables
 from pipeline.runs.history import History
 from pipeline.runs.manifest import RunManifest
@@ -45,7 +52,8 @@ def models_asset(spec: FleetSpec) -> dg.AssetsDefinition:
         **asset_settings(
             spec,
             "models",
-            description="One tuned LightGBM model per group that has rows enough, and one ledger row per group whatever happened to it.",
+            description="One tuned LightGBM model per group that has rows enough, and one ledger "
+            "row per group whatever happened to it.",
             kinds={"spark", "lightgbm", "optuna", "deltalake"},
             deps=["features"],
         ),
@@ -75,29 +83,42 @@ def models_asset(spec: FleetSpec) -> dg.AssetsDefinition:
 
 
 def models_checks(spec: FleetSpec) -> dg.AssetChecksDefinition:
-    """What must hold of every training run, read back from its tables; a dry run has nothing to check."""
+    """What must hold of every training run, read back from its tables.
+
+    A dry run has nothing to check.
+    """
 
     def check(name: str, description: str, *, blocking: bool = False) -> dg.AssetCheckSpec:
-        return dg.AssetCheckSpec(name, asset=asset_key(spec, "models"), blocking=blocking, description=description)
+        return dg.AssetCheckSpec(
+            name, asset=asset_key(spec, "models"), blocking=blocking, description=description
+        )
 
     @dg.multi_asset_check(
         name=f"{spec.name}__models_checks",
         specs=[
-            check("every_group_has_an_outcome", "The ledger has exactly one row per group of the plan.", blocking=True),
+            check(
+                "every_group_has_an_outcome",
+                "The ledger has exactly one row per group of the plan.",
+                blocking=True,
+            ),
             check(
                 "boosters_match_the_ledger",
-                "Boosters in the store have the digests and ids that the ledger names (all, or 200 of them).",
+                "Boosters in the store have the digests and ids that the ledger names (all, or 200 "
+                "of them).",
                 blocking=True,
             ),
             check(
                 "every_judged_group_is_measured",
-                "Every held-out row belongs to a group of the ledger, and every group with report rows has its errors.",
+                "Every held-out row belongs to a group of the ledger, and every group with report "
+                "rows has its errors.",
                 blocking=True,
             ),
             check("no_group_failed", "No group ended in an error or killed its process."),
         ],
     )
-    def checks(tables: DeltaTables, registry: MlflowRegistry, launch: LaunchSettings) -> Iterator[dg.AssetCheckResult]:
+    def checks(
+        tables: DeltaTables, registry: MlflowRegistry, launch: LaunchSettings
+    ) -> Iterator[dg.AssetCheckResult]:
         with readable_failures():
             own = launch.scope(spec, tables, registry).tables
             run = own.newest_run()
@@ -128,7 +149,13 @@ class _Trained:
     features_version: int
 
 
-def _plan_only(log: dg.DagsterLogManager, spec: FleetSpec, tables: FleetTables, spark: SparkSessionResource, request: Request) -> None:
+def _plan_only(
+    log: dg.DagsterLogManager,
+    spec: FleetSpec,
+    tables: FleetTables,
+    spark: SparkSessionResource,
+    request: Request,
+) -> None:
     """Say what a launch would do."""
     context, history = spark.training_context(no_progress), History.read(tables)
     run = plan_run(context, tables.features(spark.session), spec, request, history)
@@ -155,7 +182,9 @@ def _train(
     if run.is_resumed:
         log.info(f"resuming run {run.run_id}, which was interrupted")
     with _explained_interruption(log, tables, run):
-        ledger = train_run(context, tables, run, spec, features_version=features_version, lease=lease)
+        ledger = train_run(
+            context, tables, run, spec, features_version=features_version, lease=lease
+        )
     return _Trained(run, ledger, features_version)
 
 
@@ -176,9 +205,13 @@ def _metadata(trained: _Trained, spec: FleetSpec, tables: FleetTables) -> dict[s
         "dagster/row_count": len(ledger),
         "fleet/status": dg.MetadataValue.md(markdown_table(status_counts(ledger))),
         "fleet/errors": dg.MetadataValue.md(markdown_table(errors)),
-        "fleet/worst_groups": dg.MetadataValue.md(markdown_table(worst_groups(ledger, MAX_ROWS_SHOWN))),
+        "fleet/worst_groups": dg.MetadataValue.md(
+            markdown_table(worst_groups(ledger, MAX_ROWS_SHOWN))
+        ),
         "fleet/slowest_groups": dg.MetadataValue.md(markdown_table(slowest_groups(ledger))),
-        "fleet/own_models": dg.MetadataValue.md(markdown_table(worthwhile_groups(ledger, MAX_ROWS_SHOWN))),
+        "fleet/own_models": dg.MetadataValue.md(
+            markdown_table(worthwhile_groups(ledger, MAX_ROWS_SHOWN))
+        ),
         "fleet/plot": png(training_plot(ledger, spec)),
         "fleet/planned_against_real": png(plan_plot(ledger)),
         **prefixed(facts),
@@ -194,7 +227,9 @@ def _plan_text(run: PlannedRun, spec: FleetSpec) -> str:
 
 
 @contextmanager
-def _explained_interruption(log: dg.DagsterLogManager, tables: FleetTables, run: PlannedRun) -> Iterator[None]:
+def _explained_interruption(
+    log: dg.DagsterLogManager, tables: FleetTables, run: PlannedRun
+) -> Iterator[None]:
     """Tell somebody who ends a run what of it is kept, and how to go on."""
     try:
         yield
@@ -212,7 +247,16 @@ def _kept_text(n_kept: int, run: PlannedRun) -> str:
 
 
 def _largest_groups(run: PlannedRun) -> str:
-    columns = ["group_id", "action", "reason", "n_rows", "n_fit", "n_tune", "n_report", "cost_seconds"]
+    columns = [
+        "group_id",
+        "action",
+        "reason",
+        "n_rows",
+        "n_fit",
+        "n_tune",
+        "n_report",
+        "cost_seconds",
+    ]
     shown = run.plan.groups.head(10)[columns]
     return str(shown.fillna("").to_string(index=False, float_format=lambda value: f"{value:.1f}"))
 
@@ -229,18 +273,31 @@ def _every_group_has_an_outcome(n_groups: int, ledger: pd.DataFrame) -> dg.Asset
     return dg.AssetCheckResult(
         check_name="every_group_has_an_outcome",
         passed=len(ledger) == n_groups and n_doubled == 0 and not unknown,
-        metadata={"groups": n_groups, "ledger_rows": len(ledger), "doubled": n_doubled, "unknown_status": ", ".join(unknown) or "none"},
+        metadata={
+            "groups": n_groups,
+            "ledger_rows": len(ledger),
+            "doubled": n_doubled,
+            "unknown_status": ", ".join(unknown) or "none",
+        },
     )
 
 
-def _boosters_match(tables: DeltaTables, location: str, ledger: pd.DataFrame, waves: Sequence[str]) -> dg.AssetCheckResult:
+def _boosters_match(
+    tables: DeltaTables, location: str, ledger: pd.DataFrame, waves: Sequence[str]
+) -> dg.AssetCheckResult:
     wanted = set(ledger["booster_id"].dropna())
     stored: list[str] = []
     damaged = []
     if wanted and tables.exists(location):
-        stored = tables.read_arrow(location, where={"wave": list(waves)}, columns=["booster_id"]).column(0).to_pylist()
+        stored = (
+            tables.read_arrow(location, where={"wave": list(waves)}, columns=["booster_id"])
+            .column(0)
+            .to_pylist()
+        )
         sampled = sorted(wanted.intersection(stored))[:CHECKED_BOOSTERS]
-        for row in tables.read_arrow(location, where={"wave": list(waves), "booster_id": sampled}).to_pylist():
+        for row in tables.read_arrow(
+            location, where={"wave": list(waves), "booster_id": sampled}
+        ).to_pylist():
             try:
                 decode_booster(row, location)
             except PackError as error:
@@ -249,7 +306,11 @@ def _boosters_match(tables: DeltaTables, location: str, ledger: pd.DataFrame, wa
     return dg.AssetCheckResult(
         check_name="boosters_match_the_ledger",
         passed=not absent and not damaged,
-        metadata={"boosters": len(wanted), "absent": str(absent[:10]), "damaged": str(damaged[:10])},
+        metadata={
+            "boosters": len(wanted),
+            "absent": str(absent[:10]),
+            "damaged": str(damaged[:10]),
+        },
     )
 
 
@@ -269,8 +330,9 @@ def _every_judged_group_is_measured(run: RunManifest, ledger: pd.DataFrame) -> d
 def _unmeasured_groups(ledger: pd.DataFrame) -> list[str]:
     """Groups with report rows and no errors on them.
 
-    Some may be without errors for a good reason: rows that an ancestor has not held out are not judged, be it that it kept an
-    older model, that it is so large that it learns from a sample, or that it took its worker down.
+    Some may be without errors for a good reason: rows that an ancestor has not held out are not
+    judged, be it that it kept an older model, that it is so large that it learns from a sample, or
+    that it took its worker down.
     """
     pooled = ledger[ledger["grain"] == 0]
     if ledger["reason"].eq(NOT_LISTED).any() or pooled["status"].eq("crashed").any():

@@ -27,7 +27,9 @@ def register_mosaic(
     models: Sequence[FleetModel],
     decisions: pd.DataFrame,
 ) -> Version:
-    """Register a version in which each group is answered by the fleet version that is named for it; it gets no alias.
+    """Register a version in which each group is answered by the named fleet version.
+
+    It gets no alias.
 
     Args:
         tables: of the fleet.
@@ -35,7 +37,8 @@ def register_mosaic(
         spark: for the types of the columns that it needs.
         spec: the fleet.
         serving: fleet version by group.
-        models: packs that together hold these chains; the first one's own version names the new one.
+        models: packs that together hold these chains; the first one's own version names the new
+            one.
         decisions: logged with it.
     """
     options = tables.tables.storage_options
@@ -50,7 +53,9 @@ def register_mosaic(
     with tempfile.TemporaryDirectory() as folder:
         pack = Path(folder) / "pack"
         generations = mosaic(serving, models)
-        digest = write_pack(pack, generations, boosters, store=pack_store(tables, spec), before=models)
+        digest = write_pack(
+            pack, generations, boosters, store=pack_store(tables, spec), before=models
+        )
         answering = FleetModel(pack, digest=digest, options=options)
         features = tables.features(spark.session)
         dtypes = {field.name: field.dataType.simpleString() for field in features.schema}
@@ -60,7 +65,11 @@ def register_mosaic(
             answering.fleet_version,
             pack=pack,
             **interface(answering, dtypes),
-            parameters={"combines": ", ".join(f"{version} ({count} groups)" for version, count in counts.items())[:MOST_CHARACTERS]},
+            parameters={
+                "combines": ", ".join(
+                    f"{version} ({count} groups)" for version, count in counts.items()
+                )[:MOST_CHARACTERS]
+            },
             metrics={"generations": float(len(generations)), "groups": float(len(serving))},
             tables={"decisions.json": decisions.head(DECISIONS_LOGGED)},
             plots={},

@@ -1,4 +1,7 @@
-"""Earlier recipes that a challenger did not beat, fitted on its rows: their groups get newer models without newer recipes."""
+"""Earlier recipes that a challenger did not beat, fitted on its rows.
+
+Their groups get newer models without newer recipes.
+"""
 
 from pathlib import Path
 
@@ -30,7 +33,7 @@ def refit(
     report: Report,
     folder: Path,
 ) -> FleetModel:
-    """Fit recipes on the rows of a challenger, as a training run of their groups and of those above them.
+    """Fit recipes on a challenger's rows, as a training run of their groups and of those above.
 
     A refit that is killed is finished by the next launch that decides the same.
 

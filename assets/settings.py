@@ -1,7 +1,7 @@
-"""What every asset of the chain has in common: its key, its settings, and errors that people can read."""
+"""What every asset of the chain shares: its key, its settings, and readable errors."""
 
 import datetime as dt
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,9 @@ def asset_key(spec: FleetSpec, name: str) -> dg.AssetKey:
     return dg.AssetKey([spec.name, name])
 
 
-def asset_settings(spec: FleetSpec, name: str, *, description: str, kinds: set[str], deps: Sequence[str] = ()) -> dict[str, Any]:
+def asset_settings(
+    spec: FleetSpec, name: str, *, description: str, kinds: set[str], deps: Sequence[str] = ()
+) -> dict[str, Any]:
     """Arguments of `dg.asset` that every asset of the chain has."""
     return {
         "key": asset_key(spec, name),
@@ -46,18 +48,50 @@ def asset_settings(spec: FleetSpec, name: str, *, description: str, kinds: set[s
     }
 
 
+def check_specs(
+    spec: FleetSpec, name: str, descriptions: Mapping[str, str], *, blocking: Collection[str] = ()
+) -> list[dg.AssetCheckSpec]:
+    """The checks of one asset of the fleet.
+
+    Args:
+        spec: the fleet.
+        name: of the asset.
+        descriptions: what must hold, by name of the check.
+        blocking: names of the checks that end the run where they fail.
+    """
+    return [
+        dg.AssetCheckSpec(
+            check,
+            asset=asset_key(spec, name),
+            blocking=check in blocking,
+            description=description,
+        )
+        for check, description in descriptions.items()
+    ]
+
+
 @contextmanager
 def readable_failures() -> Iterator[None]:
-    """Show an error of ours as the step's failure, in its own words; nothing that was written is lost."""
+    """Show an error of ours as the step's failure, in its own words.
+
+    Nothing that was written is lost.
+    """
     try:
         with readable_model_errors():
             yield
     except FleetError as error:
-        raise dg.Failure(description=str(error), metadata={"fleet/error": type(error).__name__}, allow_retries=False) from error
+        raise dg.Failure(
+            description=str(error),
+            metadata={"fleet/error": type(error).__name__},
+            allow_retries=False,
+        ) from error
 
 
 def unchanged(tables: Tables, location: str, digest: str | None) -> Snapshot | None:
-    """A table whose newest commit was made of just what it would be made of now; None where it is to be made again."""
+    """A table whose newest commit was made of just what it would be made of now.
+
+    None where it is to be made again.
+    """
     if digest is None:
         return None
     found = tables.snapshot(location)
@@ -65,7 +99,7 @@ def unchanged(tables: Tables, location: str, digest: str | None) -> Snapshot | N
 
 
 def since(found: Snapshot) -> str:
-    """When a version was committed, for people: local time, with the date where that is not today's."""
+    """When a version was committed, in local time, with the date where that is not today's."""
     committed = found.committed_at.astimezone()
     is_today = committed.date() == dt.datetime.now().astimezone().date()
     return committed.strftime("%H:%M" if is_today else "%Y-%m-%d %H:%M")
@@ -75,7 +109,9 @@ def png(picture: bytes) -> dg.MarkdownMetadataValue:
     """A picture that the UI shows in place."""
     import base64
 
-    return dg.MetadataValue.md(f"![plot](data:image/png;base64,{base64.b64encode(picture).decode()})")
+    return dg.MetadataValue.md(
+        f"![plot](data:image/png;base64,{base64.b64encode(picture).decode()})"
+    )
 
 
 def prefixed(counts: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,10 @@
-"""What the library asks of tables, of the model registry and of the lease; the adapters and the doubles have it."""
+"""What the library asks of tables, of the model registry and of the lease.
+
+The adapters and the doubles have it.
+"""
 
 import datetime as dt
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -14,7 +17,8 @@ if TYPE_CHECKING:
 Mode = Literal["append", "overwrite"]
 # By column: the value that rows have there, or the values that it is among.
 Where = Mapping[str, str | Sequence[str]]
-# The application whose transactions fence the commits of training runs, and how many numbers each holder of the lease has.
+# The application whose transactions fence the commits of training runs, and how many numbers each
+# holder of the lease has.
 TRAINING = "training"
 COMMITS_PER_LEASE = 1_000_000_000
 
@@ -87,6 +91,21 @@ class Tables(Protocol):
     def write_file(self, table: pa.Table, schema: pa.Schema, location: str) -> WrittenFile | None:
         """Write one file without committing it; None for no rows."""
 
+    def write_spark(
+        self,
+        frame: "DataFrame",
+        location: str,
+        *,
+        mode: Mode = "overwrite",
+        partition: Mapping[str, str] | None = None,
+        before_commit: Callable[["DataFrame"], object] | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> int:
+        """Write a data frame from Spark's tasks and make one commit; the version.
+
+        `before_commit` is called with the written rows; if it raises, nothing is committed.
+        """
+
     def commit(
         self,
         location: str,
@@ -101,8 +120,8 @@ class Tables(Protocol):
     ) -> int:
         """Make one commit of written files; overwriting with a partition replaces only it.
 
-        A commit whose application transaction the table has seen is not made again. A fenced one is refused where the table has
-        seen a later transaction.
+        A commit whose application transaction the table has seen is not made again. A fenced one is
+        refused where the table has seen a later transaction.
         """
 
     def create(self, location: str, schema: pa.Schema, *, partition_by: Sequence[str] = ()) -> None:
@@ -112,15 +131,22 @@ class Tables(Protocol):
         """The last number that an application committed; None for none."""
 
     def snapshot(self, location: str) -> Snapshot | None:
-        """The newest version, if all its files are there as they were written; None otherwise, or where there is no table."""
+        """The newest version, if all its files are there as they were written.
+
+        None otherwise, or where there is no table.
+        """
 
     def layout(self, location: str) -> tuple[pa.Schema, list[str]]:
         """A table's columns, and those of them that it is partitioned by."""
 
-    def read_arrow(self, location: str, *, where: Where | None = None, columns: Sequence[str] | None = None) -> pa.Table:
+    def read_arrow(
+        self, location: str, *, where: Where | None = None, columns: Sequence[str] | None = None
+    ) -> pa.Table:
         """Rows whose columns equal, or are among, the values of `where`."""
 
-    def read_pandas(self, location: str, *, where: Where | None = None, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    def read_pandas(
+        self, location: str, *, where: Where | None = None, columns: Sequence[str] | None = None
+    ) -> pd.DataFrame:
         """Rows whose columns equal, or are among, the values of `where`."""
 
     def read_spark(

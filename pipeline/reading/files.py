@@ -1,6 +1,7 @@
 """Files with rows to score: which there are, what columns they have, and their rows under one schema, by name.
 
-Rows are read by pyarrow wherever they are needed, on the driver or in a task, so that every way to score reads a file alike.
+Rows are read by pyarrow wherever they are needed, on the driver or in a task, so that every way to
+score reads a file alike.
 """
 
 import glob
@@ -53,7 +54,8 @@ class RowFile:
     Args:
         path: on its file system.
         kind: its format.
-        constants: values of columns that its folders (`day=2024-01-01`) or its table's log give; text, or as the log has them.
+        constants: values of columns that its folders (`day=2024-01-01`) or its table's log give;
+            text, or as the log has them.
     """
 
     path: str
@@ -67,7 +69,8 @@ class Reading:
 
     Args:
         numbers: columns that are numbers.
-        whole: columns of text that training knew as numbers: `7.0`, as pandas writes an integer beside nulls, is `7`.
+        whole: columns of text that training knew as numbers: `7.0`, as pandas writes an integer
+            beside nulls, is `7`.
     """
 
     numbers: frozenset[str] = frozenset()
@@ -96,19 +99,30 @@ def local_files(address: str) -> list[RowFile]:
     """
     root = root_of(address)
     if Path(address).is_dir():
-        paths = sorted(str(path) for path in Path(address).rglob("*") if path.is_file() and not is_hidden(str(path.relative_to(address))))
+        paths = sorted(
+            str(path)
+            for path in Path(address).rglob("*")
+            if path.is_file() and not is_hidden(str(path.relative_to(address)))
+        )
     else:
         # A file whose own name holds glob characters is meant literally.
-        paths = [address] if Path(address).is_file() else sorted(path for path in glob.glob(address, recursive=True) if Path(path).is_file())  # noqa: PTH207 - Path.glob takes no absolute pattern
+        paths = (
+            [address]
+            if Path(address).is_file()
+            else sorted(path for path in glob.glob(address, recursive=True) if Path(path).is_file())  # noqa: PTH207 - Path.glob takes no absolute pattern
+        )
     told = sorted({suffix_of(path) for path in paths} - {""})
     kinds = {SUFFIXES[suffix] for suffix in told}
     if len(kinds) > 1:
-        raise DataError(f"{address} has files of several formats ({', '.join(told)}); expected one: name them by a glob such as {address}/*{told[0]}")
+        raise DataError(
+            f"{address} has files of several formats ({', '.join(told)}); expected one: name them "
+            f"by a glob such as {address}/*{told[0]}"
+        )
     found = [row_file(path, root) for path in paths if suffix_of(path)]
     if not found:
         raise DataError(
-            f"no rows are at {address}; expected a Delta table, or a file, folder or glob of {', '.join(SUFFIXES)}"
-            + (f"; there is: {', '.join(paths[:3])}" if paths else "")
+            f"no rows are at {address}; expected a Delta table, or a file, folder or glob of "
+            f"{', '.join(SUFFIXES)}" + (f"; there is: {', '.join(paths[:3])}" if paths else "")
         )
     return found
 
@@ -120,15 +134,29 @@ def root_of(address: str) -> str:
     if Path(address).is_file():
         return str(Path(address).parent)
     parts = PurePosixPath(address).parts
-    fixed = next((number for number, part in enumerate(parts) if any(character in part for character in "*?[")), len(parts) - 1)
+    fixed = next(
+        (
+            number
+            for number, part in enumerate(parts)
+            if any(character in part for character in "*?[")
+        ),
+        len(parts) - 1,
+    )
     return str(PurePosixPath(*parts[:fixed])) if fixed else ""
 
 
 def row_file(path: str, root: str) -> RowFile:
     """A local file of a known format, with what the folders between it and a root say."""
-    within = PurePosixPath(path).relative_to(root) if root and path.startswith(f"{root.rstrip('/')}/") else PurePosixPath(PurePosixPath(path).name)
+    within = (
+        PurePosixPath(path).relative_to(root)
+        if root and path.startswith(f"{root.rstrip('/')}/")
+        else PurePosixPath(PurePosixPath(path).name)
+    )
     pairs = (part.partition("=") for part in within.parts[:-1] if "=" in part)
-    constants = {unquote(name): None if value == _NO_PARTITION else unquote(value) for name, _, value in pairs}
+    constants = {
+        unquote(name): None if value == _NO_PARTITION else unquote(value)
+        for name, _, value in pairs
+    }
     return RowFile(path, SUFFIXES[suffix_of(path)], constants)
 
 
@@ -141,7 +169,8 @@ def schema_of(
 ) -> pa.Schema:
     """The columns that any of the files has.
 
-    Columns of CSV are text unless they are to be read as numbers; JSON tells numbers and text, but no moments.
+    Columns of CSV are text unless they are to be read as numbers; JSON tells numbers and text, but
+    no moments.
 
     Args:
         files: at least one.
@@ -150,7 +179,8 @@ def schema_of(
         leave_out: passes over files that cannot be read, as long as one can.
 
     Raises:
-        DataError: naming a file that cannot be read, or a column that is of types that do not go together.
+        DataError: naming a file that cannot be read, or a column that is of types that do not go
+            together.
     """
     schemas, failures = [], []
     for file in files:
@@ -164,7 +194,8 @@ def schema_of(
         return pa.unify_schemas(schemas, promote_options="permissive").remove_metadata()
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise DataError(
-            f"{files[0].path} and {len(files) - 1} other files have no schema in common: {error}; cast the column in the files"
+            f"{files[0].path} and {len(files) - 1} other files have no schema in common: {error}; "
+            "cast the column in the files"
         ) from error
 
 
@@ -177,12 +208,20 @@ def _own_schema(file: RowFile, reading: Reading, filesystem: pf.FileSystem) -> p
             fields = [pa.field(one.name, plain_type(one.type)) for one in found]
         else:
             with _opened(file, filesystem) as stream:
-                found = pv.open_csv(stream).schema if file.kind == "csv" else pj.open_json(stream, pj.ReadOptions(block_size=JSON_BLOCK_BYTES)).schema
+                found = (
+                    pv.open_csv(stream).schema
+                    if file.kind == "csv"
+                    else pj.open_json(stream, pj.ReadOptions(block_size=JSON_BLOCK_BYTES)).schema
+                )
             fields = [pa.field(one.name, _told_type(one, file.kind, reading)) for one in found]
     except (OSError, ValueError, pa.ArrowException) as error:
         raise unreadable(file, error) from error
     there = {one.name for one in fields}
-    constants = [pa.field(name, pa.float64() if name in reading.numbers else pa.string()) for name in file.constants if name not in there]
+    constants = [
+        pa.field(name, pa.float64() if name in reading.numbers else pa.string())
+        for name in file.constants
+        if name not in there
+    ]
     return pa.schema([*fields, *constants])
 
 
@@ -202,25 +241,36 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
         return pa.timestamp("us", tz="UTC" if kind.tz else None)
     if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         return pa.string()
-    if pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind) or pa.types.is_fixed_size_binary(kind):
+    if (
+        pa.types.is_large_binary(kind)
+        or pa.types.is_binary_view(kind)
+        or pa.types.is_fixed_size_binary(kind)
+    ):
         return pa.binary()
     return _WIDER.get(kind, kind)
 
 
 def read_rows(
-    file: RowFile, schema: pa.Schema, filesystem: pf.FileSystem, *, required: Collection[str] = (), reading: Reading | None = None
+    file: RowFile,
+    schema: pa.Schema,
+    filesystem: pf.FileSystem,
+    *,
+    required: Collection[str] = (),
+    reading: Reading | None = None,
 ) -> Iterator[pa.RecordBatch]:
     """The rows of a file under a schema: columns by name in whatever order the file has them.
 
     Args:
         file: to be read.
-        schema: of the rows given; a column that the file lacks is null, one that it has more is left out.
+        schema: of the rows given; a column that the file lacks is null, one that it has more is
+            left out.
         filesystem: that holds it.
         required: columns that it must have.
         reading: as its schema was made with.
 
     Raises:
-        DataError: if a required column is missing, the file cannot be read, or a value is not of its column's type.
+        DataError: if a required column is missing, the file cannot be read, or a value is not of
+            its column's type.
     """
     whole = (reading or Reading()).whole
     try:
@@ -235,29 +285,48 @@ def read_rows(
 
 
 def _require(columns: Collection[str], batch: pa.RecordBatch, file: RowFile) -> None:
-    lacking = [name for name in columns if name not in batch.schema.names and name not in file.constants]
+    lacking = [
+        name for name in columns if name not in batch.schema.names and name not in file.constants
+    ]
     if lacking:
-        raise DataError(f"{file.path}: missing columns: {', '.join(lacking)}; it has: {', '.join(batch.schema.names)}")
+        raise DataError(
+            f"{file.path}: missing columns: {', '.join(lacking)}; it has: "
+            f"{', '.join(batch.schema.names)}"
+        )
 
 
 def unreadable(file: RowFile, error: Exception) -> DataError:
     """What is said of a file that cannot be read."""
-    return DataError(f"{file.path} cannot be read as {file.kind} ({error}); repair or remove the file")
+    return DataError(
+        f"{file.path} cannot be read as {file.kind} ({error}); repair or remove the file"
+    )
 
 
 def _opened(file: RowFile, filesystem: pf.FileSystem) -> pa.NativeFile:
-    return filesystem.open_input_stream(file.path, compression="gzip" if file.path.lower().endswith(".gz") else None)
+    return filesystem.open_input_stream(
+        file.path, compression="gzip" if file.path.lower().endswith(".gz") else None
+    )
 
 
-def _batches(file: RowFile, schema: pa.Schema, filesystem: pf.FileSystem) -> Iterator[pa.RecordBatch]:
+def _batches(
+    file: RowFile, schema: pa.Schema, filesystem: pf.FileSystem
+) -> Iterator[pa.RecordBatch]:
     if file.kind == "parquet":
-        with pq.ParquetFile(file.path, filesystem=filesystem, coerce_int96_timestamp_unit="us") as opened:
+        with pq.ParquetFile(
+            file.path, filesystem=filesystem, coerce_int96_timestamp_unit="us"
+        ) as opened:
             yield from opened.iter_batches(batch_size=ROWS_PER_BATCH)
         return
     with _opened(file, filesystem) as stream:
         if file.kind == "csv":
-            convert = pv.ConvertOptions(column_types=schema, null_values=list(NULL_TEXTS), strings_can_be_null=True)
-            batches = pv.open_csv(stream, convert_options=convert, parse_options=pv.ParseOptions(newlines_in_values=True))
+            convert = pv.ConvertOptions(
+                column_types=schema, null_values=list(NULL_TEXTS), strings_can_be_null=True
+            )
+            batches = pv.open_csv(
+                stream,
+                convert_options=convert,
+                parse_options=pv.ParseOptions(newlines_in_values=True),
+            )
         else:
             parse = pj.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
             batches = pj.open_json(stream, pj.ReadOptions(block_size=JSON_BLOCK_BYTES), parse)

@@ -21,11 +21,28 @@ from pipeline.errors import DataError, SpecError
 from pipeline.spec import SourceSpec
 
 PACKAGE = "package://"
-# A file changed within so many seconds may change again without a new time; stores count in seconds, by a clock of their own.
+# A file changed within so many seconds may change again without a new time; stores count in
+# seconds, by a clock of their own.
 LOCAL_DOUBT_SECONDS, REMOTE_DOUBT_SECONDS = 2.0, 60.0
-# What a damaged or different file makes its reader raise; RuntimeError is a zip archive's, if it wants a password.
-_UNREADABLE = (pa.ArrowException, OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error)
-SUFFIXES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
+# What a damaged or different file makes its reader raise; RuntimeError is a zip archive's, if it
+# wants a password.
+_UNREADABLE = (
+    pa.ArrowException,
+    OSError,
+    EOFError,
+    ValueError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+SUFFIXES = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+}
 _TYPES = {
     "string": pa.string(),
     "long": pa.int64(),
@@ -44,7 +61,8 @@ def read_source(source: SourceSpec, folder: Path) -> Iterator[tuple[str, pa.Tabl
         folder: of the defs.yaml; a relative path counts from there, or from the repository's root.
 
     Yields:
-        The file's address and its rows; all tables of one source share a schema only as far as the files do.
+        The file's address and its rows; all tables of one source share a schema only as far as the
+        files do.
 
     Raises:
         SpecError: if the uri names no package, or the format cannot be told.
@@ -61,23 +79,25 @@ def read_source(source: SourceSpec, folder: Path) -> Iterator[tuple[str, pa.Tabl
                 yield path, _readers()[kind](_plain_bytes(stream, path, kind), source)
         except _UNREADABLE as error:
             raise DataError(
-                f"source {source.name!r}: {path} cannot be read as {kind} ({error}); correct the file, or the source's format or types"
+                f"source {source.name!r}: {path} cannot be read as {kind} ({error}); correct the "
+                "file, or the source's format or types"
             ) from error
 
 
 def source_state(source: SourceSpec, folder: Path) -> str | None:
     """What tells that a source's files are those of another time, without reading them.
 
-    Of a file on this machine: path, size, inode, and when its content and its entry were changed; in an object store: path, size and
-    time; of a Delta table: its id and version.
+    Of a file on this machine: path, size, inode, and when its content and its entry were changed;
+    in an object store: path, size and time; of a Delta table: its id and version.
 
     Args:
         source: what is to be read.
         folder: folder of the defs.yaml, from which a relative path counts.
 
     Returns:
-        Text that differs wherever a file does. None where that is doubtful: a store that keeps no times, or a file changed so
-        lately that it could be changed once more within the resolution of its time.
+        Text that differs wherever a file does. None where that is doubtful: a store that keeps no
+        times, or a file changed so lately that it could be changed once more within the resolution
+        of its time.
 
     Raises:
         SpecError, DataError: as `read_source`.
@@ -87,8 +107,14 @@ def source_state(source: SourceSpec, folder: Path) -> str | None:
     filesystem, paths = _locate(source, folder)
     if isinstance(filesystem, pf.LocalFileSystem):
         stats = [Path(path).stat() for path in paths]
-        newest, window = max(max(stat.st_mtime, stat.st_ctime) for stat in stats), LOCAL_DOUBT_SECONDS
-        told = [[path, stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns] for path, stat in zip(paths, stats, strict=True)]
+        newest, window = (
+            max(max(stat.st_mtime, stat.st_ctime) for stat in stats),
+            LOCAL_DOUBT_SECONDS,
+        )
+        told = [
+            [path, stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
+            for path, stat in zip(paths, stats, strict=True)
+        ]
     else:
         infos = filesystem.get_file_info(paths)
         if any(info.mtime_ns is None for info in infos):
@@ -115,7 +141,8 @@ def _format_of(source: SourceSpec) -> str:
     suffix = Path(name).suffix.lower()
     if suffix not in SUFFIXES:
         raise SpecError(
-            f"source {source.name!r}: format of {source.uri!r} cannot be told from its ending; set format to csv, parquet, delta or jsonl"
+            f"source {source.name!r}: format of {source.uri!r} cannot be told from its ending; set "
+            "format to csv, parquet, delta or jsonl"
         )
     return SUFFIXES[suffix]
 
@@ -128,7 +155,14 @@ def _locate(source: SourceSpec, folder: Path) -> tuple[pf.FileSystem, list[str]]
         info = filesystem.get_file_info(path)
         if info.type == pf.FileType.Directory:
             found = filesystem.get_file_info(pf.FileSelector(path, recursive=True))
-            return filesystem, _found(source, sorted(entry.path for entry in found if entry.is_file and not _hidden(entry.path.removeprefix(path))))
+            return filesystem, _found(
+                source,
+                sorted(
+                    entry.path
+                    for entry in found
+                    if entry.is_file and not _hidden(entry.path.removeprefix(path))
+                ),
+            )
         return filesystem, _found(source, [path] if info.type == pf.FileType.File else [])
     tried = []
     for root, name in _places(source, folder):
@@ -151,7 +185,9 @@ def _places(source: SourceSpec, folder: Path) -> list[tuple[Path, str]]:
 
 def _repository(folder: Path) -> Path | None:
     """The nearest folder around a fleet's that has a pyproject.toml."""
-    around = (parent for parent in folder.absolute().parents if (parent / "pyproject.toml").is_file())
+    around = (
+        parent for parent in folder.absolute().parents if (parent / "pyproject.toml").is_file()
+    )
     return next(around, None)
 
 
@@ -174,7 +210,10 @@ def _hidden(path: str) -> bool:
 def _found(source: SourceSpec, paths: list[str], tried: Sequence[str] = ()) -> list[str]:
     if not paths:
         places = "".join(f"\n  tried: {place}" for place in tried)
-        raise DataError(f"source {source.name!r}: nothing is at {source.uri!r}; expected a file, a folder or a glob that matches something{places}")
+        raise DataError(
+            f"source {source.name!r}: nothing is at {source.uri!r}; expected a file, a folder or a "
+            f"glob that matches something{places}"
+        )
     return paths
 
 
@@ -191,7 +230,10 @@ def _package_folder(source: SourceSpec) -> Path:
     except (ImportError, ValueError):
         found = None
     if found is None or not found.submodule_search_locations:
-        raise SpecError(f"source {source.name!r}: package {package!r} of {source.uri!r} is not installed; add it to the project's dependencies")
+        raise SpecError(
+            f"source {source.name!r}: package {package!r} of {source.uri!r} is not installed; add "
+            "it to the project's dependencies"
+        )
     return Path(next(iter(found.submodule_search_locations)))
 
 
@@ -202,9 +244,15 @@ def _plain_bytes(stream: pa.NativeFile, path: str, kind: str) -> io.IOBase | pa.
         return gzip.open(stream)
     if path.endswith(".zip"):
         archive = zipfile.ZipFile(stream)
-        files = [name for name in archive.namelist() if not name.endswith("/") and not _hidden(name) and "__MACOSX" not in name]
+        files = [
+            name
+            for name in archive.namelist()
+            if not name.endswith("/") and not _hidden(name) and "__MACOSX" not in name
+        ]
         if len(files) != 1:
-            raise ValueError(f"the archive holds {len(files)} files, expected one: {', '.join(files)}")
+            raise ValueError(
+                f"the archive holds {len(files)} files, expected one: {', '.join(files)}"
+            )
         return io.BytesIO(archive.read(files[0]))
     return stream
 
@@ -215,10 +263,19 @@ def _readers() -> dict[str, Callable[..., pa.Table]]:
 
 def _read_csv(stream: io.IOBase, source: SourceSpec) -> pa.Table:
     # Timestamps are read as text first: with a zone or without one.
-    types = {name: pa.string() if kind == "timestamp" else _TYPES[kind] for name, kind in source.types.items()}
-    options = pc.ConvertOptions(column_types=types, null_values=list(source.null_values), strings_can_be_null=True)
+    types = {
+        name: pa.string() if kind == "timestamp" else _TYPES[kind]
+        for name, kind in source.types.items()
+    }
+    options = pc.ConvertOptions(
+        column_types=types, null_values=list(source.null_values), strings_can_be_null=True
+    )
     delimiter = "\t" if ".tsv" in source.uri else ","
-    table = pc.read_csv(stream, convert_options=options, parse_options=pc.ParseOptions(delimiter=delimiter, newlines_in_values=True))
+    table = pc.read_csv(
+        stream,
+        convert_options=options,
+        parse_options=pc.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+    )
     binary = [field.name for field in table.schema if pa.types.is_binary(field.type)]
     if binary:
         raise ValueError(f"text of {', '.join(binary)} is not UTF-8")
@@ -241,7 +298,10 @@ def _read_delta(source: SourceSpec, folder: Path) -> pa.Table:
     try:
         return _typed(DeltaTable(_first_table(uris)).to_pyarrow_table(), source)
     except (DeltaError, OSError) as error:
-        raise DataError(f"source {source.name!r}: {source.uri!r} cannot be read as a Delta table ({error}); tried: {', '.join(uris)}") from error
+        raise DataError(
+            f"source {source.name!r}: {source.uri!r} cannot be read as a Delta table ({error}); "
+            f"tried: {', '.join(uris)}"
+        ) from error
 
 
 def _delta_uris(source: SourceSpec, folder: Path) -> list[str]:

@@ -40,11 +40,17 @@ def describe_history(tables: FleetTables, group_id: str) -> str:
     if "request" in runs:
         is_refit = rows["run_id"].isin(set(runs["run_id"]) - set(fleet_runs(runs)["run_id"]))
         rows = rows[~(is_refit & rows["reason"].eq(NOT_LISTED))]
-    rows = rows.merge(runs.drop_duplicates("run_id", keep="last"), on="run_id", how="left").sort_values("started_at", kind="stable")
+    rows = rows.merge(
+        runs.drop_duplicates("run_id", keep="last"), on="run_id", how="left"
+    ).sort_values("started_at", kind="stable")
     past = records(rows)
     history, newest = [_history_line(row) for row in past], past[-1]
     run = read_pandas(location, where={"run_id": newest["run_id"]})
-    unfinished = [str(row["run_id"])[:SHOWN_ID] for row in past if "finished_at" in row and row["finished_at"] is None]
+    unfinished = [
+        str(row["run_id"])[:SHOWN_ID]
+        for row in past
+        if "finished_at" in row and row["finished_at"] is None
+    ]
     parts = [
         f"fleet {tables.namespace}, group {group_id}, grain {_text(newest, 'grain_name')}",
         text_table(list(_COLUMNS), history),
@@ -57,10 +63,19 @@ def describe_history(tables: FleetTables, group_id: str) -> str:
 
 
 def _read_runs(tables: FleetTables) -> pd.DataFrame:
-    """Run, as-of, start and, where the table has it, end; tables of earlier releases are read as they are."""
+    """Run, as-of, start and, where the table has it, end.
+
+    Tables of earlier releases are read as they are.
+    """
     location = tables.location(RUNS)
     found = tables.tables.read_pandas(location) if tables.tables.exists(location) else no_rows(RUNS)
-    return found[[name for name in ("run_id", "as_of", "started_at", "finished_at", "request") if name in found.columns]]
+    return found[
+        [
+            name
+            for name in ("run_id", "as_of", "started_at", "finished_at", "request")
+            if name in found.columns
+        ]
+    ]
 
 
 Record = Mapping[str, Any]
@@ -135,14 +150,19 @@ def _json_lines(title: str, written: object) -> str:
     if not isinstance(found, dict) or not found:
         return f"{title:<13} {NONE if found is None else found}"
     width = max(len(name) for name in found)
-    return "\n".join([title, *(f"  {name:<{width}}  {_entry(value)}" for name, value in found.items())])
+    return "\n".join(
+        [title, *(f"  {name:<{width}}  {_entry(value)}" for name, value in found.items())]
+    )
 
 
 def _entry(value: object) -> str:
     """One value; the measures of one way to answer side by side."""
     if not isinstance(value, dict):
         return str(value)
-    return ", ".join(f"{name} {NONE if number is None else format(number, '.6g')}" for name, number in value.items())
+    return ", ".join(
+        f"{name} {NONE if number is None else format(number, '.6g')}"
+        for name, number in value.items()
+    )
 
 
 def _importance_text(tables: FleetTables, row: Record) -> str:
@@ -150,13 +170,22 @@ def _importance_text(tables: FleetTables, row: Record) -> str:
     location = tables.location(IMPORTANCE)
     if not tables.tables.exists(location):
         return ""
-    found = tables.tables.read_pandas(location, where={"run_id": str(row["run_id"]), "group_id": str(row["group_id"])})
+    found = tables.tables.read_pandas(
+        location, where={"run_id": str(row["run_id"]), "group_id": str(row["group_id"])}
+    )
     top = records(found[found["rank"] <= SHOWN_FEATURES].sort_values("rank"))
-    return text_table(["top features", "gain %", "splits", "shap"], [_importance_line(one) for one in top])
+    return text_table(
+        ["top features", "gain %", "splits", "shap"], [_importance_line(one) for one in top]
+    )
 
 
 def _importance_line(row: Record) -> list[str]:
-    return [_text(row, "feature"), f"{100 * row['gain_share']:.1f}", _count(row, "n_splits"), _number(row, "shap")]
+    return [
+        _text(row, "feature"),
+        f"{100 * row['gain_share']:.1f}",
+        _count(row, "n_splits"),
+        _number(row, "shap"),
+    ]
 
 
 def _ancestors_text(row: Record, run: Sequence[Record]) -> str:
@@ -166,7 +195,17 @@ def _ancestors_text(row: Record, run: Sequence[Record]) -> str:
     while parent is not None and grain is not None and grain > 0:
         grain -= 1
         found = by_group.get((grain, parent), {})
-        lines.append([str(parent), *(_text(found, "status"), _number(found, "weight"), _number(found, "rmse"), _short(found, "booster_id"))])
+        lines.append(
+            [
+                str(parent),
+                *(
+                    _text(found, "status"),
+                    _number(found, "weight"),
+                    _number(found, "rmse"),
+                    _short(found, "booster_id"),
+                ),
+            ]
+        )
         parent = found.get("parent_id")
     return text_table(["ancestors", "status", "weight", "rmse", "booster"], lines)
 
@@ -177,9 +216,13 @@ def _unknown_group(ledger: pd.DataFrame, namespace: str, wanted: str) -> str:
     for (_, name), rows in ledger.groupby(["grain", "grain_name"]):
         groups = sorted(rows["group_id"].unique())
         examples = "; ".join(_keys_as_words(group) or "(no key)" for group in groups[:3])
-        grains.append(f"  {name}: {len(groups):,} group{'s' * (len(groups) > 1)}, such as {examples}")
+        grains.append(
+            f"  {name}: {len(groups):,} group{'s' * (len(groups) > 1)}, such as {examples}"
+        )
     near = close_matches(_keys_as_words(wanted), {_keys_as_words(found): found for found in ids})
-    return f"fleet {namespace!r} has no group {wanted}; {near}there is, by grain:\n" + "\n".join(grains)
+    return f"fleet {namespace!r} has no group {wanted}; {near}there is, by grain:\n" + "\n".join(
+        grains
+    )
 
 
 def _keys_as_words(written: str) -> str:

@@ -16,8 +16,9 @@ from pipeline.tables import BOOSTERS, HOLDOUT, LEDGER, RUNS, TableContract
 class Commits:
     """Commits what a run leaves.
 
-    The lease is asked before a commit, but a process may sleep for hours between the answer and the commit. So each commit carries
-    a number that grows with the lease: a table that holds a later holder's commit refuses it.
+    The lease is asked before a commit, but a process may sleep for hours between the answer and the
+    commit. So each commit carries a number that grows with the lease: a table that holds a later
+    holder's commit refuses it.
 
     Args:
         tables: of the fleet.
@@ -40,7 +41,7 @@ class Commits:
         self._replace_run(LEDGER, _ledger_table(rows))
 
     def wave(self, wave: Wave, trained: TrainedFiles, rows: pd.DataFrame) -> None:
-        """Commit a wave: boosters first, then held-out predictions, then the ledger rows that name them.
+        """Commit a wave: boosters, then held-out predictions, then the ledger rows that name them.
 
         Args:
             wave: that was trained.
@@ -64,7 +65,9 @@ class Commits:
         self._commit(contract, files, mode="overwrite", partition={"run_id": self._run_id})
 
     def _write(self, contract: TableContract, rows: pa.Table) -> list[WrittenFile]:
-        file = self._tables.tables.write_file(rows, contract.schema, self._tables.location(contract))
+        file = self._tables.tables.write_file(
+            rows, contract.schema, self._tables.location(contract)
+        )
         return [] if file is None else [file]
 
     def _commit(
@@ -78,7 +81,9 @@ class Commits:
         self._n_commits += 1
         app = (TRAINING, self._lease.fence * COMMITS_PER_LEASE + self._n_commits)
         location = self._tables.location(contract)
-        self._tables.tables.commit(location, files, contract.schema, mode=mode, partition=partition, app=app, fenced=True)
+        self._tables.tables.commit(
+            location, files, contract.schema, mode=mode, partition=partition, app=app, fenced=True
+        )
 
 
 def _ledger_table(rows: pd.DataFrame) -> pa.Table:

@@ -32,7 +32,8 @@ class Decisions:
         """One row per launch that decided, oldest first.
 
         Returns:
-            decision_id, decided_at, champion_before and champion_after (registered versions), and whether it was carried out (moved).
+            decision_id, decided_at, champion_before and champion_after (registered versions), and
+            whether it was carried out (moved).
         """
         columns = ["decision_id", "decided_at", "champion_before", "champion_after", "moved"]
         if not self.tables.tables.exists(self.location):
@@ -49,11 +50,13 @@ class Decisions:
         if not self.tables.tables.exists(self.location):
             return frozenset()
         columns = ["decision", "moved", "from_version", "grain", "group_id"]
-        rows = self.tables.tables.read_pandas(self.location, where={"decision": "rollback"}, columns=columns)
+        rows = self.tables.tables.read_pandas(
+            self.location, where={"decision": "rollback"}, columns=columns
+        )
         return groups_rolled_back(rows, fleet_version)
 
     def write(self, rows: pd.DataFrame) -> None:
-        """Let the table hold these rows for their decision, in one commit, instead of what it had for it."""
+        """Replace the rows of one decision, in one commit."""
         file = self.tables.tables.write_file(_decision_table(rows), DECISIONS.schema, self.location)
         self.tables.tables.commit(
             self.location,

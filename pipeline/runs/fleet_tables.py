@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 class FleetTables:
     """The tables of a fleet, of its trial, or of one of its backtests.
 
-    Raw tables and features are the fleet's own whatever the namespace: a trial and a backtest read them, and write everything else beside.
+    Raw tables and features are the fleet's own whatever the namespace: a trial and a backtest read
+    them, and write everything else beside.
 
     Args:
         tables: where they are kept.
@@ -82,14 +83,21 @@ class FleetTables:
         runs = fleet_runs(self.runs())
         asset = f"{self.namespace}/models"
         if runs.empty:
-            raise StoreError(f"{self.namespace!r} has no finished training run; materialise {asset} first")
+            raise StoreError(
+                f"{self.namespace!r} has no finished training run; materialise {asset} first"
+            )
         finished = runs[runs["finished_at"].notna()].sort_values("finished_at")
         if finished.empty:
-            raise StoreError(f"{self.namespace!r} has no finished training run, only interrupted ones; materialise {asset} again: it resumes")
+            raise StoreError(
+                f"{self.namespace!r} has no finished training run, only interrupted ones; "
+                f"materialise {asset} again: it resumes"
+            )
         return RunManifest.from_row(records(finished)[-1])
 
     def newest_as_of(self, run_ids: list[str]) -> pd.Timestamp | None:
-        """The latest as-of of some runs, UTC without a zone; None where the tables know none of them.
+        """The latest as-of of some runs, UTC without a zone.
+
+        None where the tables know none of them.
 
         Args:
             run_ids: the training runs, e.g. those whose chains a version answers from.
@@ -107,7 +115,9 @@ class FleetTables:
         location = self.location(LEDGER)
         if not self.tables.exists(location):
             return no_rows(LEDGER)
-        return in_format(self.tables.read_pandas(location, where={"run_id": run_id}), LEDGER, location)
+        return in_format(
+            self.tables.read_pandas(location, where={"run_id": run_id}), LEDGER, location
+        )
 
 
 def no_rows(contract: TableContract) -> pd.DataFrame:

@@ -62,7 +62,8 @@ class EarlierRuns:
         kept: of the very run that is resumed.
         before: of the newest finished run.
         unfinished: of runs that were never finished, newer than `before`.
-        same_spec: whether `before` was trained under the same spec, so that its parameters may be refitted without trials.
+        same_spec: whether `before` was trained under the same spec, so that its parameters may be
+            refitted without trials.
     """
 
     kept: Mapping[GroupKey, LedgerRow] = field(default_factory=dict)
@@ -106,13 +107,15 @@ class EarlierRuns:
 
     @property
     def timed(self) -> pd.DataFrame:
-        """Groups whose seconds tell of the next run's: status, seconds and n_target of each that took any.
+        """Groups whose seconds predict the next run's: status, seconds and n_target of each.
 
         Those of the run before, and those that the resumed run trained before it was interrupted.
         """
         columns = ["status", "seconds", "n_target"]
         rows = [row for row in (*self.before.values(), *self.kept.values()) if row["seconds"]]
-        found = pd.DataFrame([{name: row[name] for name in columns} for row in rows], columns=columns)
+        found = pd.DataFrame(
+            [{name: row[name] for name in columns} for row in rows], columns=columns
+        )
         return found.astype({"seconds": float, "n_target": float})
 
 

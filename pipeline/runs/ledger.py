@@ -82,7 +82,9 @@ def trained_row(
     }
 
 
-def ledger_rows(run: PlannedRun, spec: FleetSpec, trained: Mapping[GroupKey, LedgerRow]) -> list[dict[str, Any]]:
+def ledger_rows(
+    run: PlannedRun, spec: FleetSpec, trained: Mapping[GroupKey, LedgerRow]
+) -> list[dict[str, Any]]:
     """One row per group that is trained by now or need not be, weights and errors still missing.
 
     Args:
@@ -102,7 +104,9 @@ def ledger_rows(run: PlannedRun, spec: FleetSpec, trained: Mapping[GroupKey, Led
             source = run.earlier.source_of(key, planned["fingerprint"])
             rows.append({**_planned_row(planned, run, spec), **_reused(source)})
         elif action == INHERIT:
-            rows.append({**_planned_row(planned, run, spec), "status": "inherited", "planned_seconds": None})
+            rows.append(
+                {**_planned_row(planned, run, spec), "status": "inherited", "planned_seconds": None}
+            )
     return rows
 
 

@@ -83,7 +83,10 @@ class RunManifest:
         )
 
     def to_row(self) -> dict[str, Any]:
-        """The values of the columns of `tables.RUNS`; the lists of a run that is not finished are null."""
+        """The values of the columns of `tables.RUNS`.
+
+        The lists of a run that is not finished are null.
+        """
         is_finished = self.finished_at is not None
         has_constant = not self.constants.prior
         return {
@@ -104,10 +107,14 @@ class RunManifest:
             "model_spec": json.dumps(self.model_spec, ensure_ascii=False),
             "versions": json.dumps(self.versions),
             "waves": json.dumps(self.waves) if is_finished else None,
-            "unknown_groups": json.dumps(self.unknown_groups, ensure_ascii=False) if is_finished else None,
+            "unknown_groups": json.dumps(self.unknown_groups, ensure_ascii=False)
+            if is_finished
+            else None,
         }
 
-    def finished(self, *, n_groups: int, waves: tuple[str, ...], unknown_groups: tuple[str, ...]) -> Self:
+    def finished(
+        self, *, n_groups: int, waves: tuple[str, ...], unknown_groups: tuple[str, ...]
+    ) -> Self:
         """The same run, come to its end now.
 
         Args:
@@ -131,14 +138,17 @@ class RunManifest:
 
     @property
     def is_refit(self) -> bool:
-        """Whether the run only fitted earlier recipes of some groups, and so is not the fleet's newest training."""
+        """Whether the run only refitted earlier recipes, and so is not the fleet's newest training."""
         return RECIPES in json.loads(self.request)
 
     def is_on_other_rows(self, other: "RunManifest | None") -> bool:
         """Whether another run was fitted on other rows; also where nobody knows it any more."""
         if other is None:
             return True
-        return (self.cutoffs.as_of, self.features_version) != (other.cutoffs.as_of, other.features_version)
+        return (self.cutoffs.as_of, self.features_version) != (
+            other.cutoffs.as_of,
+            other.features_version,
+        )
 
     @property
     def generation(self) -> dict[str, Any]:

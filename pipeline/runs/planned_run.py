@@ -1,4 +1,7 @@
-"""Laying out one training run from what was counted and what earlier runs left; nothing is trained."""
+"""Laying out one training run from what was counted and what earlier runs left.
+
+Nothing is trained.
+"""
 
 import hashlib
 import platform
@@ -40,9 +43,10 @@ class CountedRows:
         cutoffs: the run's dates.
         categories: values per categorical feature, in order.
         classes: of the target, in order; empty for regression.
-        counts: one row per group of every grain, with its counts, its parent, and the hash of its training rows.
-        constants: what answers without a model: mean of the fit rows (their quantile where one is learnt; classes' shares), 0 where
-            there is none.
+        counts: one row per group of every grain, with its counts, its parent, and the hash of its
+            training rows.
+        constants: what answers without a model: mean of the fit rows (their quantile where one is
+            learnt; classes' shares), 0 where there is none.
         nullable: features in which a row that is learnt from has a null.
     """
 
@@ -70,7 +74,8 @@ class PlannedRun:
         previous_run_id: the newest run finished before it.
         data_digest: hash of the rows.
         is_resumed: whether an interrupted run is taken up again.
-        must_choose: whether `own` is auto and nobody has chosen yet: the plan is that of independent models.
+        must_choose: whether `own` is auto and nobody has chosen yet: the plan is that of
+            independent models.
     """
 
     run_id: str
@@ -86,7 +91,9 @@ class PlannedRun:
     is_resumed: bool = False
     must_choose: bool = False
 
-    def manifest(self, spec: FleetSpec, *, started_at: pd.Timestamp, features_version: int) -> RunManifest:
+    def manifest(
+        self, spec: FleetSpec, *, started_at: pd.Timestamp, features_version: int
+    ) -> RunManifest:
         """What the run pins, for its row of `tables.RUNS`; not finished.
 
         Args:
@@ -135,7 +142,8 @@ def lay_out_run(
         history: earlier runs.
         slots: tasks that run at once.
         threads: LightGBM's, per task.
-        own: `independent` or `correction`, where the spec leaves it open; by default that of the run before.
+        own: `independent` or `correction`, where the spec leaves it open; by default that of the
+            run before.
 
     Raises:
         DataError: if a listed group does not exist.
@@ -146,12 +154,16 @@ def lay_out_run(
     open_runs = history.unfinished(before)
     chosen = _chosen_own(spec, before, open_runs, own)
     settings = _settings(counted, spec, request.run_id, chosen or INDEPENDENT, threads)
-    shared = shared_digest(settings.model, settings.goal, spec.tuning, counted.cutoffs, spec.target.weight)
+    shared = shared_digest(
+        settings.model, settings.goal, spec.tuning, counted.cutoffs, spec.target.weight
+    )
     data_digest = _data_digest(counted.counts, shared, as_of)
     previous_run_id = None if before is None else before.run_id
     resumed = _interrupted_run(open_runs, request, spec, data_digest, previous_run_id)
     earlier = EarlierRuns.read(history, before, resumed, spec)
-    plan = _plan(_with_samples(counted.counts, spec), spec, request, earlier, shared, as_of, chosen, slots)
+    plan = _plan(
+        _with_samples(counted.counts, spec), spec, request, earlier, shared, as_of, chosen, slots
+    )
     run_id = request.run_id if resumed is None else resumed.run_id
     return PlannedRun(
         run_id=run_id,
@@ -170,25 +182,43 @@ def lay_out_run(
 
 
 def known_categories(spec: FleetSpec, before: RunManifest | None) -> Mapping[str, Sequence[str]]:
-    """The categories of the run before, where it was trained under the same spec: their order stays."""
+    """The categories of the run before, whose order stays under the same spec."""
     if before is None or before.spec_digest != spec.training_digest:
         return {}
     categories: Mapping[str, Sequence[str]] = before.model_spec["categories"]
     return categories
 
 
-def _chosen_own(spec: FleetSpec, before: RunManifest | None, open_runs: Sequence[RunManifest], own: str | None) -> str | None:
-    """The form of the groups' models; None where `own` is auto and neither the caller nor an earlier run of this spec has chosen."""
+def _chosen_own(
+    spec: FleetSpec, before: RunManifest | None, open_runs: Sequence[RunManifest], own: str | None
+) -> str | None:
+    """The form of the groups' models.
+
+    None where `own` is auto and neither the caller nor an earlier run of this spec has chosen.
+    """
     if spec.own != "auto":
         return spec.own
     if own is not None:
         return own
-    known = [run for run in (before, *open_runs) if run is not None and run.spec_digest == spec.training_digest]
+    known = [
+        run
+        for run in (before, *open_runs)
+        if run is not None and run.spec_digest == spec.training_digest
+    ]
     return str(known[-1].model_spec["own"]) if known else None
 
 
-def _settings(counted: CountedRows, spec: FleetSpec, run_id: str, own: str, threads: int) -> TrainingSettings:
-    model = model_spec(spec, counted.categories, list(counted.classes), counted.constants.prior, own, counted.nullable)
+def _settings(
+    counted: CountedRows, spec: FleetSpec, run_id: str, own: str, threads: int
+) -> TrainingSettings:
+    model = model_spec(
+        spec,
+        counted.categories,
+        list(counted.classes),
+        counted.constants.prior,
+        own,
+        counted.nullable,
+    )
     return TrainingSettings(
         run_id=run_id,
         model=model,
@@ -223,7 +253,7 @@ def _interrupted_run(
 
 
 def _with_samples(counts: pd.DataFrame, spec: FleetSpec) -> pd.DataFrame:
-    """The groups with the exponent of their sampling rate, which is part of what they are trained from."""
+    """The groups with their sampling exponent, which is part of what they are trained from."""
     is_coarse = (counts["grain"] < len(spec.grains) - 1).to_numpy()
     n_target = counts["n_target"].to_numpy()
     exponents = sampling_exponents(n_target, is_coarse=is_coarse, max_rows=spec.tuning.max_rows)

@@ -25,7 +25,8 @@ class Request:
         limit_groups: only so many finest groups; None is all.
         retrain: which groups are trained again, see `Policy`.
         listed: group ids, for `retrain: listed`.
-        recipes: earlier recipes by group; where there are any, they are refitted and nothing else is trained.
+        recipes: earlier recipes by group; where there are any, they are refitted and nothing else
+            is trained.
     """
 
     run_id: str
@@ -36,7 +37,9 @@ class Request:
     recipes: Mapping[tuple[int, str], Start] = field(default_factory=dict)
 
     @classmethod
-    def of_refit(cls, run_id: str, challenger: RunManifest, recipes: Mapping[tuple[int, str], Start]) -> "Request":
+    def of_refit(
+        cls, run_id: str, challenger: RunManifest, recipes: Mapping[tuple[int, str], Start]
+    ) -> "Request":
         """For a run that fits earlier recipes on the rows of another run.
 
         Args:

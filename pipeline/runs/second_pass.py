@@ -1,4 +1,4 @@
-"""Where the fleet has a budget of seconds: which groups are worth a longer search, once all have had a short one."""
+"""Which groups deserve a longer search, once all have had a short one within a budget of seconds."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -18,14 +18,18 @@ from pipeline.spec import FleetSpec
 _REFITS = 2
 
 
-def plan_second_pass(run: PlannedRun, spec: FleetSpec, trained: dict[GroupKey, dict[str, Any]]) -> Iterator[TrainingPlan]:
-    """Plans of about a wave for the groups with the largest rows x error, until the budget is spent; none without a budget.
+def plan_second_pass(
+    run: PlannedRun, spec: FleetSpec, trained: dict[GroupKey, dict[str, Any]]
+) -> Iterator[TrainingPlan]:
+    """Plans of about one wave each, largest rows x error first, until the budget is spent.
+
+    None without a budget.
 
     Args:
         run: as planned.
         spec: the fleet.
-        trained: ledger rows of what has been trained; the caller adds each plan's before asking for the next. What could be tuned
-            further is marked as stopped by the budget.
+        trained: ledger rows of what has been trained; the caller adds each plan's before asking for
+            the next. What could be tuned further is marked as stopped by the budget.
     """
     budget = spec.tuning.budget_seconds
     if budget is None:
@@ -41,9 +45,13 @@ def plan_second_pass(run: PlannedRun, spec: FleetSpec, trained: dict[GroupKey, d
     # All seconds count, those of groups trained twice, too.
     spent = sum(_seconds(row) for row in trained.values())
     wave_seconds = spec.tuning.checkpoint_seconds * run.plan.slots
-    shared = shared_digest(run.settings.model, run.settings.goal, spec.tuning, run.cutoffs, spec.target.weight)
+    shared = shared_digest(
+        run.settings.model, run.settings.goal, spec.tuning, run.cutoffs, spec.target.weight
+    )
     while left:
-        chosen = _next_groups({key: trained[key] for key in left}, budget - spent, wave_seconds, longer)
+        chosen = _next_groups(
+            {key: trained[key] for key in left}, budget - spent, wave_seconds, longer
+        )
         if not chosen:
             return
         left -= set(chosen)
@@ -51,15 +59,27 @@ def plan_second_pass(run: PlannedRun, spec: FleetSpec, trained: dict[GroupKey, d
         for key, seconds in chosen.items():
             start = Start(trials=(json.loads(trained[key]["parameters"]),)).to_json()
             again = fingerprint(str(planned[key]["rows_hash"]), shared, start)
-            rows.append({**planned[key], "started_from": start, "fingerprint": again, "cost_seconds": seconds})
+            rows.append(
+                {
+                    **planned[key],
+                    "started_from": start,
+                    "fingerprint": again,
+                    "cost_seconds": seconds,
+                }
+            )
         groups = pd.DataFrame(rows).sort_values("cost_seconds", ascending=False, ignore_index=True)
         # These seconds are those of the first pass.
         yield TrainingPlan(groups, run.plan.slots, CostModel(learnt_from=len(planned)))
         spent += sum(_seconds(trained[key]) for key in chosen)
 
 
-def _next_groups(left: Mapping[GroupKey, Mapping[str, Any]], seconds_left: float, wave_seconds: float, longer: float) -> dict[GroupKey, float]:
-    """The groups of the next wave with their expected seconds, those with the largest rows x error first."""
+def _next_groups(
+    left: Mapping[GroupKey, Mapping[str, Any]],
+    seconds_left: float,
+    wave_seconds: float,
+    longer: float,
+) -> dict[GroupKey, float]:
+    """The groups of the next wave with their expected seconds, largest rows x error first."""
     chosen: dict[GroupKey, float] = {}
     cost = 0.0
     for key in sorted(left, key=lambda key: (-left[key]["n_tune"] * left[key]["tune_loss"], key)):

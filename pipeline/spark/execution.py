@@ -1,4 +1,4 @@
-"""How Spark's jobs run here: with the tasks that a plan has laid out, in Python workers that keep what they imported."""
+"""How Spark's jobs run here: tasks as planned, in Python workers that keep their imports."""
 
 import gc
 from collections.abc import Iterator
@@ -21,7 +21,8 @@ def without_adaptive_execution(spark: SparkSession) -> Iterator[None]:
 def keep_imports() -> None:
     """Let Python's collector pass over what a worker holds by now, that is, its imports.
 
-    Spark collects garbage after every task, which takes a worker a tenth of a second with all that training imports.
+    Spark collects garbage after every task, which takes a worker a tenth of a second with all that
+    training imports.
     """
     if not gc.get_freeze_count():
         gc.freeze()

@@ -1,4 +1,4 @@
-"""Judging a run: weights and errors of its groups, from held-out predictions of whichever run trained each."""
+"""Judging a run: weights and errors of its groups, from held-out predictions."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -18,7 +18,8 @@ from pipeline.spec import FleetSpec
 from pipeline.tables import HOLDOUT
 from pipeline.training.blend import GroupSkill, learn_blend
 
-# Group ids that a run's row names where held-out rows belong to groups that the ledger does not know.
+# Group ids that a run's row names where held-out rows belong to groups that the ledger does not
+# know.
 MAX_UNKNOWN_GROUPS = 20
 
 
@@ -39,8 +40,8 @@ def judge_run(
         rows: of the ledger, one per group, weights and errors still missing.
 
     Returns:
-        The complete ledger, and groups of held-out rows that it does not know: keys that were read in two ways, whose rows would count
-        for nobody.
+        The complete ledger, and groups of held-out rows that it does not know: keys that were read
+        in two ways, whose rows would count for nobody.
     """
     has_model = groups_with_model(rows, len(spec.grains))
     skills: Mapping[GroupKey, GroupSkill] = {}
@@ -59,20 +60,32 @@ def judge_run(
 
 
 def _judge(
-    spark: SparkSession, judged: DataFrame, run: PlannedRun, spec: FleetSpec, has_model: Sequence[set[str]]
+    spark: SparkSession,
+    judged: DataFrame,
+    run: PlannedRun,
+    spec: FleetSpec,
+    has_model: Sequence[set[str]],
 ) -> tuple[Mapping[GroupKey, GroupSkill], pd.DataFrame]:
     """Weights of the groups, and their errors on report rows."""
     classes = run.settings.model["classes"]
     moments = sum_moments(judged, len(spec.grains), run.constants, classes)
     skills = learn_blend(moments, has_model, run.constants[0], spec.pooling)
-    skills = answer_losers_otherwise(judged, spec, skills, has_model, run.constants, classes, run.cutoffs.report_start)
+    skills = answer_losers_otherwise(
+        judged, spec, skills, has_model, run.constants, classes, run.cutoffs.report_start
+    )
     report_rows = run.rows.where(sf.col("time") >= moment_column(run.cutoffs.report_start))
-    measures = measure_groups(spark, judged, spec, skills, run.constants, has_model, classes, report_rows)
+    measures = measure_groups(
+        spark, judged, spec, skills, run.constants, has_model, classes, report_rows
+    )
     return skills, measures
 
 
-def held_out_rows(spark: SparkSession, tables: FleetTables, rows: Iterable[LedgerRow]) -> DataFrame | None:
-    """The held-out rows of groups whose ledger row names their wave; what an interrupted wave left is not among them.
+def held_out_rows(
+    spark: SparkSession, tables: FleetTables, rows: Iterable[LedgerRow]
+) -> DataFrame | None:
+    """The held-out rows of groups whose ledger row names their wave.
+
+    What an interrupted wave left is not among them.
 
     Args:
         spark: the session.

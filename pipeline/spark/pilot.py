@@ -1,4 +1,4 @@
-"""`own: auto`: both forms of a group's own model are tried on some groups before the fleet is trained in one of them."""
+"""`own: auto`: a pilot tries both forms of a group's own model before the fleet is trained."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,7 +34,9 @@ def plan_with_pilot(
     request: Request,
     say: Callable[[str], None],
 ) -> PlannedRun:
-    """Plan a run, in the form of the groups' own models that a pilot shows to be better, where the spec leaves it open.
+    """Plan a run, in the form of the groups' own models that a pilot shows to be better.
+
+    There is no pilot where the spec, or an earlier run, has chosen.
 
     Args:
         context: where the pilot trains.
@@ -57,10 +59,13 @@ def plan_with_pilot(
     return plan_run(context, features, spec, request, history, own=own)
 
 
-def choose_own(context: TrainingContext, tables: FleetTables, run: PlannedRun, spec: FleetSpec) -> tuple[str, str]:
-    """Try both forms of `own` on some groups: which does better on their tune rows, and what was found, for people.
+def choose_own(
+    context: TrainingContext, tables: FleetTables, run: PlannedRun, spec: FleetSpec
+) -> tuple[str, str]:
+    """Try both forms of `own` on some groups: the better one, and what was found, for people.
 
-    Trains the pooled group once, and up to `PILOT_GROUPS` of the finest grain, small and large, in both forms. Nothing is committed.
+    Trains the pooled group once, and up to `PILOT_GROUPS` of the finest grain, small and large, in
+    both forms. Nothing is committed.
 
     Args:
         context: where it trains.
@@ -78,7 +83,9 @@ def choose_own(context: TrainingContext, tables: FleetTables, run: PlannedRun, s
 
     def try_form(groups: pd.DataFrame, own: str, bases: DataFrame | None = None) -> DataFrame:
         settings = replace(run.settings, model={**run.settings.model, "own": own})
-        return train_aside(context, tables, run.rows, spec, groups, settings, slots=run.plan.slots, bases=bases)
+        return train_aside(
+            context, tables, run.rows, spec, groups, settings, slots=run.plan.slots, bases=bases
+        )
 
     one_trial = Start(max_trials=1).to_json()
     bases = nearest_predictions(try_form(pooled.assign(started_from=one_trial), CORRECTION))
@@ -93,13 +100,16 @@ def choose_own(context: TrainingContext, tables: FleetTables, run: PlannedRun, s
     is_better = gain.sum() > STANDARD_ERRORS * np.sqrt(len(gain) * gain.var())
     best = CORRECTION if is_better else INDEPENDENT
     errors = ", ".join(f"{own} {misses[own].mean():.5g}" for own in misses)
-    return best, f"own: auto is {best}: mean squared error on the tune rows of {len(misses)} groups: {errors}"
+    where = f"the tune rows of {len(misses)} groups"
+    return best, f"own: auto is {best}: mean squared error on {where}: {errors}"
 
 
 def _tune_misses(holdout: DataFrame, spec: FleetSpec) -> "pd.Series[float]":
-    """Weighted mean squared error of each group's cross-selected predictions of its tune rows, link space."""
+    """Each group's weighted mean squared error on tune rows, cross-selected, link space."""
     rows = holdout.where((sf.col("split") == TUNE) & sf.col("prediction").isNotNull())
-    target = (link_column(sf.col("actual"), spec.target.transform) - sf.col("offset")) / sf.col("scale")
+    target = (link_column(sf.col("actual"), spec.target.transform) - sf.col("offset")) / sf.col(
+        "scale"
+    )
     miss = sf.col("weight") * (target - sf.col("prediction")) ** 2
     mean = sf.sum(miss) / sf.nullif(sf.sum("weight"), sf.lit(0.0))
     found = rows.groupBy("group_id").agg(mean.alias("miss")).toPandas()

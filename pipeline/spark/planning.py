@@ -1,4 +1,4 @@
-"""Planning a training run: what Spark counts of the feature table, and the layout that follows from it."""
+"""Planning a training run: what Spark counts, and the layout that follows from it."""
 
 from pyspark.sql import DataFrame
 
@@ -24,7 +24,9 @@ def plan_run(
     *,
     own: str | None = None,
 ) -> PlannedRun:
-    """Count the groups, fix the dates, find what earlier runs left, and lay out the work; nothing is trained.
+    """Count the groups, fix the dates, find what earlier runs left, and lay out the work.
+
+    Nothing is trained.
 
     Args:
         context: where the run is going to train.
@@ -32,18 +34,27 @@ def plan_run(
         spec: the fleet.
         request: what the launch asks for.
         history: earlier runs.
-        own: `independent` or `correction`, where the spec leaves it open (see `choose_own`); by default that of the run before.
+        own: `independent` or `correction`, where the spec leaves it open (see `choose_own`); by
+            default that of the run before.
 
     Raises:
-        DataError: if no row is visible at the as-of, or a listed group does not exist, or the classes are not what the task needs.
+        DataError: if no row is visible at the as-of, or a listed group does not exist, or the
+            classes are not what the task needs.
     """
-    as_of = request.as_of if request.as_of is not None else newest_known(features, spec.target.column)
+    as_of = (
+        request.as_of if request.as_of is not None else newest_known(features, spec.target.column)
+    )
     rows = limited_rows(visible_rows(features, as_of), spec, request.limit_groups)
     newest = newest_time(rows, spec.target.column)
     if newest is None:
-        known = features.where("NOT is_future").selectExpr("string(min(known_at))", "string(max(known_at))")
+        known = features.where("NOT is_future").selectExpr(
+            "string(min(known_at))", "string(max(known_at))"
+        )
         earliest, latest = known.collect()[0]
-        raise DataError(f"as of {as_of} no row is known yet; known_at runs from {earliest} to {latest}: choose an as-of within or after it")
+        raise DataError(
+            f"as of {as_of} no row is known yet; known_at runs from {earliest} to {latest}: choose "
+            "an as-of within or after it"
+        )
     cutoffs = resolve_cutoffs(spec.splits, as_of, newest, spec.timezone)
     categories = choose_categories(
         count_categories(rows, spec, cutoffs),

@@ -20,16 +20,32 @@ def limited_rows(rows: DataFrame, spec: FleetSpec, limit_groups: int | None) -> 
     """Only the rows of that many finest groups, the same ones each time (by hash)."""
     if limit_groups is None:
         return rows
-    groups = rows.select(group_id_column(spec.finest).alias("_group")).distinct().orderBy(sf.xxhash64("_group"), "_group").limit(limit_groups)
-    return rows.withColumn("_group", group_id_column(spec.finest)).join(sf.broadcast(groups), "_group", "left_semi").drop("_group")
+    groups = (
+        rows.select(group_id_column(spec.finest).alias("_group"))
+        .distinct()
+        .orderBy(sf.xxhash64("_group"), "_group")
+        .limit(limit_groups)
+    )
+    return (
+        rows.withColumn("_group", group_id_column(spec.finest))
+        .join(sf.broadcast(groups), "_group", "left_semi")
+        .drop("_group")
+    )
 
 
 def split_column(cutoffs: Cutoffs) -> Column:
     """The twin of `Cutoffs.assign`."""
-    tune_start, report_start = (moment_column(moment) for moment in (cutoffs.tune_start, cutoffs.report_start))
+    tune_start, report_start = (
+        moment_column(moment) for moment in (cutoffs.tune_start, cutoffs.report_start)
+    )
     return (
         sf.when((sf.col("time") < tune_start) & (sf.col("known_at") < tune_start), FIT)
-        .when((sf.col("time") >= tune_start) & (sf.col("time") < report_start) & (sf.col("known_at") < report_start), TUNE)
+        .when(
+            (sf.col("time") >= tune_start)
+            & (sf.col("time") < report_start)
+            & (sf.col("known_at") < report_start),
+            TUNE,
+        )
         .when(sf.col("time") >= report_start, REPORT)
         .otherwise(GAP)
     )
@@ -48,7 +64,10 @@ def grain_column(spec: FleetSpec, grains: Sequence[int] | None = None) -> Column
 
 
 def is_learnt_from(spec: FleetSpec) -> Column:
-    """Whether a row counts, as the trainer sees it: its target is neither null nor NaN, and its weight is above 0."""
+    """Whether a row counts, as the trainer sees it: a known target, and a weight above 0.
+
+    A target of NaN is not known.
+    """
     target = sf.col(f"`{spec.target.column}`")
     has_target = target.isNotNull()
     if not spec.is_class_task:

@@ -26,7 +26,13 @@ from pipeline.spark.rows import grain_column, is_learnt_from
 from pipeline.spec import FleetSpec
 from pipeline.tables import BOOSTERS, HOLDOUT
 from pipeline.training.trainer import RATE, TrainingSettings, train_group
-from pipeline.training.worker import NOT_STARTED, OUTCOME_SCHEMA, TaskWorker, TrainGroup, not_started
+from pipeline.training.worker import (
+    NOT_STARTED,
+    OUTCOME_SCHEMA,
+    TaskWorker,
+    TrainGroup,
+    not_started,
+)
 
 
 @dataclass(frozen=True)
@@ -50,41 +56,72 @@ class TrainingContext:
     threads: int = 1
 
 
-def placed_rows(spark: SparkSession, rows: DataFrame, spec: FleetSpec, groups: pd.DataFrame, bases: DataFrame | None = None) -> DataFrame:
-    """Every row once per grain whose group is trained, in the Spark partition that is its group's task; one exchange.
+def placed_rows(
+    spark: SparkSession,
+    rows: DataFrame,
+    spec: FleetSpec,
+    groups: pd.DataFrame,
+    bases: DataFrame | None = None,
+) -> DataFrame:
+    """Every row once per trained grain, in the Spark partition of its group's task; one exchange.
 
     Args:
         spark: the session.
         rows: the visible rows.
         spec: the fleet.
-        groups: what is trained: grain, group_id, task (from 0, without gaps) and, for a sampled group, exponent (see `pipeline.runs.sampling`).
-        bases: what the groups' trees correct: row_key and the parent's prediction, `_base`; None where they correct nothing.
+        groups: what is trained: grain, group_id, task (from 0, without gaps) and, for a sampled
+            group, exponent (see `pipeline.runs.sampling`).
+        bases: what the groups' trees correct: row_key and the parent's prediction, `_base`; None
+            where they correct nothing.
 
     Returns:
-        The columns that training reads, grain, group_id, task and, where a group is sampled, the row's sampling rate.
+        The columns that training reads, grain, group_id, task and, where a group is sampled, the
+        row's sampling rate.
     """
     n_tasks = int(groups["task"].max()) + 1
     if groups["task"].min() < 0:
         # Ids outside the range would wrap around silently.
-        raise AssertionError(f"task ids {groups['task'].min()}..{groups['task'].max()} are not within 0..{n_tasks - 1}")
+        raise AssertionError(
+            f"task ids {groups['task'].min()}..{groups['task'].max()} are not within "
+            f"0..{n_tasks - 1}"
+        )
     columns = {"grain": "int32", "group_id": "str", "task": "int32", "exponent": "int32"}
     schema = "grain int, group_id string, task int, exponent int"
     where = spark.createDataFrame(groups[list(columns)].astype(columns), schema)
     target = spec.target
-    learnt = [name for name in (target.column, target.offset, target.scale, target.weight) if name is not None]
-    needed = list(dict.fromkeys([*spec.finest, *spec.feature_columns, *learnt, "time", "known_at", "row_key"]))
+    learnt = [
+        name
+        for name in (target.column, target.offset, target.scale, target.weight)
+        if name is not None
+    ]
+    needed = list(
+        dict.fromkeys([*spec.finest, *spec.feature_columns, *learnt, "time", "known_at", "row_key"])
+    )
     known = rows.where(is_learnt_from(spec))
     extra: list[str] = []
     if groups["exponent"].any():
         known, extra = _with_rates(known, spec), ["_finest_rows"]
     levels = sf.col("_level")
-    exploded = known.select(grain_column(spec, sorted(set(groups["grain"]))).alias("_level"), *(f"`{name}`" for name in [*needed, *extra]))
-    flat = exploded.select(levels["grain"].alias("grain"), levels["group_id"].alias("group_id"), *(f"`{name}`" for name in [*needed, *extra]))
+    exploded = known.select(
+        grain_column(spec, sorted(set(groups["grain"]))).alias("_level"),
+        *(f"`{name}`" for name in [*needed, *extra]),
+    )
+    flat = exploded.select(
+        levels["grain"].alias("grain"),
+        levels["group_id"].alias("group_id"),
+        *(f"`{name}`" for name in [*needed, *extra]),
+    )
     placed = flat.join(sf.broadcast(where), ["grain", "group_id"])
     if extra:
-        # The share of its finest group's rows that stays: 1, 1/2, 1/4 ..., but never less than SAMPLED_WHOLE rows.
-        rate = sf.greatest(sf.pow(sf.lit(0.5), sf.col("exponent")), sf.pow(sf.lit(2.0), sf.ceil(sf.log2(SAMPLED_WHOLE / sf.col("_finest_rows")))))
-        placed = placed.withColumn(RATE, sf.when(sf.col("exponent") > 0, sf.least(sf.lit(1.0), rate)).otherwise(1.0))
+        # The share of its finest group's rows that stays: 1, 1/2, 1/4 ..., but never less than
+        # SAMPLED_WHOLE rows.
+        rate = sf.greatest(
+            sf.pow(sf.lit(0.5), sf.col("exponent")),
+            sf.pow(sf.lit(2.0), sf.ceil(sf.log2(SAMPLED_WHOLE / sf.col("_finest_rows")))),
+        )
+        placed = placed.withColumn(
+            RATE, sf.when(sf.col("exponent") > 0, sf.least(sf.lit(1.0), rate)).otherwise(1.0)
+        )
         # By the row's own hash, so that a row that is in a sample stays in it from run to run.
         share = sf.pmod(sf.xxhash64("row_key"), sf.lit(1 << 30)) / float(1 << 30)
         placed = placed.where(share < sf.col(RATE)).drop("_finest_rows")
@@ -94,10 +131,16 @@ def placed_rows(spark: SparkSession, rows: DataFrame, spec: FleetSpec, groups: p
 
 
 def _with_rates(rows: DataFrame, spec: FleetSpec) -> DataFrame:
-    """The number of rows of its finest group beside each row; another exchange, only for fleets that are sampled."""
-    # Other names for the keys: joined with what comes of them, columns of the same names could not be told apart.
+    """The number of rows of its finest group beside each row.
+
+    Another exchange, only for fleets that are sampled.
+    """
+    # Other names for the keys: joined with what comes of them, columns of the same names could not
+    # be told apart.
     keys = {f"_key_{number}": sf.col(f"`{key}`") for number, key in enumerate(spec.finest)}
-    counted = rows.groupBy(*(column.alias(name) for name, column in keys.items())).agg(sf.count("*").alias("_finest_rows"))
+    counted = rows.groupBy(*(column.alias(name) for name, column in keys.items())).agg(
+        sf.count("*").alias("_finest_rows")
+    )
     same = [column.eqNullSafe(sf.col(name)) for name, column in keys.items()]
     joined = rows.join(counted, same, "left") if keys else rows.crossJoin(counted)
     return joined.drop(*keys)
@@ -122,9 +165,16 @@ def train_wave(
         progress: counts what is done.
     """
     roots = {contract.name: tables.location(contract) for contract in (BOOSTERS, HOLDOUT)}
-    options, train, memory_bytes = dict(tables.tables.storage_options), context.train, context.memory_bytes
+    options, train, memory_bytes = (
+        dict(tables.tables.storage_options),
+        context.train,
+        context.memory_bytes,
+    )
     groups = wave.groups
-    keys = [(int(grain), str(group)) for grain, group in zip(groups["grain"], groups["group_id"], strict=True)]
+    keys = [
+        (int(grain), str(group))
+        for grain, group in zip(groups["grain"], groups["group_id"], strict=True)
+    ]
     starts = dict(zip(keys, groups["started_from"], strict=True))
     costs = dict(zip(keys, groups["cost_seconds"].astype(float), strict=True))
     name, run_id, start_seconds = wave.name, settings.run_id, wave.start_seconds
@@ -149,26 +199,49 @@ def train_wave(
         for batch in batches:
             rows = pa.Table.from_batches([batch])
             trained = rows.filter(rows["text"].is_valid())
-            boosters.write(_marked(trained.select([field.name for field in OUTCOME_SCHEMA if field.name in BOOSTERS.schema.names]), name, run_id))
-            streams = [pa.ipc.open_stream(part).read_all() for part in rows["holdout"].drop_null().to_pylist()]
+            boosters.write(
+                _marked(
+                    trained.select(
+                        [
+                            field.name
+                            for field in OUTCOME_SCHEMA
+                            if field.name in BOOSTERS.schema.names
+                        ]
+                    ),
+                    name,
+                    run_id,
+                )
+            )
+            streams = [
+                pa.ipc.open_stream(part).read_all()
+                for part in rows["holdout"].drop_null().to_pylist()
+            ]
             if streams:
                 holdout.write(_marked(pa.concat_tables(streams), name, run_id))
             lines = [
                 {"grain": row["grain"], "group_id": row["group_id"], **json.loads(row["ledger"])}
                 for row in rows.select(["grain", "group_id", "ledger"]).to_pylist()
             ]
-            yield pa.RecordBatch.from_pydict({"kind": ["outcome"] * len(lines), "line": [json.dumps(line) for line in lines]})
+            yield pa.RecordBatch.from_pydict(
+                {"kind": ["outcome"] * len(lines), "line": [json.dumps(line) for line in lines]}
+            )
         for table, writer in (("boosters", boosters), ("holdout", holdout)):
             if (written := writer.close()) is not None:
-                yield pa.RecordBatch.from_pydict({"kind": ["file"], "line": [file_json(table, written)]})
+                yield pa.RecordBatch.from_pydict(
+                    {"kind": ["file"], "line": [file_json(table, written)]}
+                )
 
-    trained = placed.groupBy("task", "grain", "group_id").applyInArrow(train_one, from_arrow_schema(OUTCOME_SCHEMA))
+    trained = placed.groupBy("task", "grain", "group_id").applyInArrow(
+        train_one, from_arrow_schema(OUTCOME_SCHEMA)
+    )
     rows = trained.mapInArrow(write, "kind string, line string").collect()
     files = [json.loads(row["line"]) for row in rows if row["kind"] == "file"]
     outcomes = [json.loads(row["line"]) for row in rows if row["kind"] == "outcome"]
     return TrainedFiles(
         outcomes=[outcome for outcome in outcomes if outcome["status"] != NOT_STARTED],
-        not_started=[GroupKey.of(outcome) for outcome in outcomes if outcome["status"] == NOT_STARTED],
+        not_started=[
+            GroupKey.of(outcome) for outcome in outcomes if outcome["status"] == NOT_STARTED
+        ],
         boosters=[file_of_json(file) for file in files if file["table"] == "boosters"],
         holdout=[file_of_json(file) for file in files if file["table"] == "holdout"],
     )
@@ -200,7 +273,9 @@ def train_aside(
     Returns:
         Their held-out rows, as in `tables.HOLDOUT`.
     """
-    packed = groups.sort_values(["cost_seconds", "group_id"], ascending=[False, True], ignore_index=True)
+    packed = groups.sort_values(
+        ["cost_seconds", "group_id"], ascending=[False, True], ignore_index=True
+    )
     packed = packed.assign(task=pack_tasks(packed["cost_seconds"].tolist(), slots=slots))
     placed = placed_rows(context.spark, rows, spec, packed, bases)
     # A worker knows a wave's settings by its name, which is therefore never given twice.
@@ -221,10 +296,13 @@ def _marked(rows: pa.Table, wave: str, run_id: str) -> pa.Table:
 
 
 def _is_over(wave: str, start_seconds: float) -> bool:
-    """Whether this executor began a wave longer ago than that; a task that Spark repeats starts all its groups.
+    """Whether this executor began a wave longer ago than that.
 
-    Its tasks run in several processes, which share a file in the executor's own folder, and the machine's clock, which
-    no other machine has to agree with. The first to come writes the file: every wave starts a group at least.
+    A task that Spark repeats starts all its groups.
+
+    Its tasks run in several processes, which share a file in the executor's own folder, and the
+    machine's clock, which no other machine has to agree with. The first to come writes the file:
+    every wave starts a group at least.
     """
     context = TaskContext.get()
     if context is not None and context.attemptNumber() > 0:
@@ -245,7 +323,11 @@ _workers: dict[str, TaskWorker] = {}
 
 
 def _worker_of(
-    wave: str, settings: TrainingSettings, starts: Mapping[tuple[int, str], str], train: TrainGroup, memory_bytes: int | None
+    wave: str,
+    settings: TrainingSettings,
+    starts: Mapping[tuple[int, str], str],
+    train: TrainGroup,
+    memory_bytes: int | None,
 ) -> TaskWorker:
     if wave not in _workers:
         keep_imports()

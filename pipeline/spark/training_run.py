@@ -1,4 +1,4 @@
-"""One training run of a fleet: train it in waves, blend it, account for every group, and finish what was interrupted."""
+"""One training run of a fleet: trained in waves, blended, accounted for, and resumable."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import closing
@@ -45,9 +45,9 @@ def train_run(
 ) -> pd.DataFrame:
     """Train every planned group, learn the blend, and commit one ledger row per group.
 
-    Waves are committed as they end: boosters, then held-out predictions, then ledger rows. At the end the run's ledger rows are
-    replaced, in one commit, by complete ones. A run that is killed at any moment is finished by the next one that asks for the
-    same of the same data.
+    Waves are committed as they end: boosters, then held-out predictions, then ledger rows. At the
+    end the run's ledger rows are replaced, in one commit, by complete ones. A run that is killed at
+    any moment is finished by the next one that asks for the same of the same data.
 
     Args:
         context: where it trains.
@@ -55,7 +55,8 @@ def train_run(
         run: as planned.
         spec: the fleet.
         features_version: version of the feature table that was planned on.
-        lease: the right to train the fleet. It is asked before each commit, and each commit carries its fence.
+        lease: the right to train the fleet. It is asked before each commit, and each commit carries
+            its fence.
 
     Returns:
         The ledger.
@@ -73,7 +74,11 @@ def train_run(
     crash_point("blend_learnt")
     commits.ledger(ledger)
     crash_point("ledger_committed")
-    commits.manifest(manifest.finished(n_groups=len(ledger), waves=tuple(waves_of(rows)), unknown_groups=unknown_groups))
+    commits.manifest(
+        manifest.finished(
+            n_groups=len(ledger), waves=tuple(waves_of(rows)), unknown_groups=unknown_groups
+        )
+    )
     crash_point("run_committed")
     return ledger
 
@@ -97,7 +102,10 @@ class _FleetTraining:
     commits: Commits
 
     def train(self) -> TrainedRows:
-        """Train the plan's waves, and commit each; the ledger row so far of every group that was trained."""
+        """Train the plan's waves, and commit each.
+
+        The ledger row so far of every group that was trained.
+        """
         spark, run = self.context.spark, self.run
         progress = Progress(spark, self.context.report, run.plan.slots)
         progress.expect(run.plan.to_train)
@@ -113,7 +121,7 @@ class _FleetTraining:
         return trained
 
     def _stages(self) -> Iterator[tuple[int, TrainingPlan]]:
-        """The whole plan at once (as grain 0), or grain by grain where each corrects the one before."""
+        """The whole plan at once (as grain 0), or by grain where each corrects the one before."""
         if self.run.settings.model["own"] != CORRECTION:
             yield 0, self.run.plan
             return
@@ -122,17 +130,26 @@ class _FleetTraining:
             if len(plan.groups):
                 yield grain, plan
 
-    def _parent_predictions(self, trained: Mapping[GroupKey, dict[str, Any]], grain: int) -> DataFrame:
-        """Per row what the finest model coarser than a grain predicts of it, made without it: row_key and `_base`."""
+    def _parent_predictions(
+        self, trained: Mapping[GroupKey, dict[str, Any]], grain: int
+    ) -> DataFrame:
+        """Per row what the finest coarser model predicts, made without that row: row_key and `_base`."""
         rows = ledger_rows(self.run, self.spec, trained)
         coarser = [row for row in rows if row["status"] in WITH_BOOSTER and row["grain"] < grain]
         held_out = held_out_rows(self.context.spark, self.tables, coarser)
         if held_out is None:
-            return self.run.rows.select("row_key", sf.lit(self.run.constants.with_offset).alias("_base"))
+            return self.run.rows.select(
+                "row_key", sf.lit(self.run.constants.with_offset).alias("_base")
+            )
         return nearest_predictions(held_out)
 
-    def _train_plan(self, plan: TrainingPlan, progress: Progress, bases: DataFrame | None = None) -> TrainedRows:
-        """Train a plan's groups wave by wave, and commit each wave as it ends; the ledger rows so far."""
+    def _train_plan(
+        self, plan: TrainingPlan, progress: Progress, bases: DataFrame | None = None
+    ) -> TrainedRows:
+        """Train a plan's groups wave by wave, and commit each wave as it ends.
+
+        The ledger rows so far.
+        """
         spark, run = self.context.spark, self.run
         schedule = Schedule(
             plan.to_train,
@@ -150,7 +167,11 @@ class _FleetTraining:
         with closing(waves):
             for wave, trained in waves:
                 rows = self._rows_of(wave, trained)
-                self.commits.wave(wave, trained, pd.DataFrame(list(rows.values())).reindex(columns=LEDGER.schema.names))
+                self.commits.wave(
+                    wave,
+                    trained,
+                    pd.DataFrame(list(rows.values())).reindex(columns=LEDGER.schema.names),
+                )
                 trained_rows |= rows
                 schedule.ended(wave.groups, trained.outcomes, trained.not_started)
                 progress.pace = schedule.pace
@@ -167,8 +188,13 @@ class _FleetTraining:
                 rows[key] = trained_row(planned, outcomes.get(key), wave.name, self.run, self.spec)
         return rows
 
-    def _train_wave(self, wave: Wave, progress: Progress, bases: DataFrame | None) -> TrainedFiles | None:
-        """One Spark job; None if a group of several kills it, and if it was alone, it is `crashed`."""
+    def _train_wave(
+        self, wave: Wave, progress: Progress, bases: DataFrame | None
+    ) -> TrainedFiles | None:
+        """One Spark job.
+
+        None if a group of several kills it, and if it was alone, it is `crashed`.
+        """
         spark, run = self.context.spark, self.run
         placed = placed_rows(spark, run.rows, self.spec, wave.groups, bases)
         try:

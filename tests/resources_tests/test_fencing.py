@@ -47,8 +47,12 @@ class Writer:
 
     def train(self) -> None:
         wave = Wave(f"{RUN}-{self.name}-0", pd.DataFrame())
-        booster = pa.Table.from_pylist([{"wave": wave.name, "booster_id": self.name}], schema=BOOSTERS.schema)
-        file = self.tables.write_file(booster, BOOSTERS.schema, self.tables.location(FLEET, BOOSTERS.name))
+        booster = pa.Table.from_pylist(
+            [{"wave": wave.name, "booster_id": self.name}], schema=BOOSTERS.schema
+        )
+        file = self.tables.write_file(
+            booster, BOOSTERS.schema, self.tables.location(FLEET, BOOSTERS.name)
+        )
         self.commits.wave(wave, TrainedFiles([], [file], []), self.ledger())
 
     def judge(self) -> None:
@@ -76,7 +80,9 @@ class Writer:
         )
 
     def ledger(self) -> pd.DataFrame:
-        rows = [{"run_id": RUN, "grain": 1, "group_id": group, "status": self.name} for group in GROUPS]
+        rows = [
+            {"run_id": RUN, "grain": 1, "group_id": group, "status": self.name} for group in GROUPS
+        ]
         return pa.Table.from_pylist(rows, schema=LEDGER.schema).to_pandas()
 
 
@@ -137,24 +143,32 @@ def tables(tmp_path: Path) -> DeltaTables:
 
 def finish_elsewhere(tables: DeltaTables) -> None:
     """Another machine, whose clock says that the lease has expired, finishes the run."""
-    with hold_lease(tables, FLEET, RUN, now=lambda: datetime.now(UTC) + timedelta(hours=5)) as lease:
+    with hold_lease(
+        tables, FLEET, RUN, now=lambda: datetime.now(UTC) + timedelta(hours=5)
+    ) as lease:
         for step in Writer("later", tables, lease).steps():
             step()
 
 
 @pytest.mark.parametrize("number", range(4))
-def test_a_writer_that_sleeps_after_its_check_is_refused_once_another_has_finished_its_run(tables: DeltaTables, number: int) -> None:
+def test_a_writer_that_sleeps_after_its_check_is_refused_once_another_has_finished_its_run(
+    tables: DeltaTables, number: int
+) -> None:
     with hold_lease(tables, FLEET, RUN, expiry_seconds=3600) as lease:
         awake = Writer("stale", tables, lease).steps()
         for step in awake[:number]:
             step()
         sleepy = Writer("stale", tables, StallingLease(lease, lambda: finish_elsewhere(tables)))
-        with pytest.raises(StoreError, match=r"another run has taken the fleet over and committed since.*run again"):
+        with pytest.raises(
+            StoreError, match=r"another run has taken the fleet over and committed since.*run again"
+        ):
             sleepy.steps()[number]()
     assert outcomes(tables) == [(group, "later") for group in GROUPS]
 
 
-def test_a_writer_whose_commit_another_overtakes_is_refused_when_it_looks_again(tables: DeltaTables, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_writer_whose_commit_another_overtakes_is_refused_when_it_looks_again(
+    tables: DeltaTables, monkeypatch: pytest.MonkeyPatch
+) -> None:
     commit = DeltaTable.create_write_transaction
     with hold_lease(tables, FLEET, RUN, expiry_seconds=3600) as lease:
         stale = Writer("stale", tables, lease)
@@ -172,8 +186,12 @@ def test_a_writer_whose_commit_another_overtakes_is_refused_when_it_looks_again(
     assert outcomes(tables) == [(group, "later") for group in GROUPS]
 
 
-@pytest.mark.parametrize("lost", [OSError("connection reset"), DeltaError("Generic S3 error: connection reset")])
-def test_a_commit_whose_answer_was_lost_is_known_to_have_landed(tables: DeltaTables, monkeypatch: pytest.MonkeyPatch, lost: Exception) -> None:
+@pytest.mark.parametrize(
+    "lost", [OSError("connection reset"), DeltaError("Generic S3 error: connection reset")]
+)
+def test_a_commit_whose_answer_was_lost_is_known_to_have_landed(
+    tables: DeltaTables, monkeypatch: pytest.MonkeyPatch, lost: Exception
+) -> None:
     commit = DeltaTable.create_write_transaction
 
     def deaf(table: DeltaTable, *args: Any, **more: Any) -> None:
@@ -191,7 +209,9 @@ def test_a_commit_whose_answer_was_lost_is_known_to_have_landed(tables: DeltaTab
     assert outcomes(tables) == [(group, "only") for group in GROUPS]
 
 
-def test_a_commit_that_was_lost_is_an_error(tables: DeltaTables, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_commit_that_was_lost_is_an_error(
+    tables: DeltaTables, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refused(*_: Any, **__: Any) -> None:
         raise OSError("connection refused")
 

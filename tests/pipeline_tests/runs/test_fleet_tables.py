@@ -134,11 +134,19 @@ def test_a_ledger_has_the_rows_of_one_run() -> None:
 
 def test_a_ledger_of_an_earlier_format_is_refused_with_the_next_step() -> None:
     tables: Any = MemoryTables()
-    schema = pa.schema([pa.field("interval", pa.float64()) if field.name == "intervals" else field for field in LEDGER.schema])
+    schema = pa.schema(
+        [
+            pa.field("interval", pa.float64()) if field.name == "intervals" else field
+            for field in LEDGER.schema
+        ]
+    )
     location = tables.location("shop", LEDGER.name)
     row = pa.Table.from_pylist([{"run_id": "run-1", "interval": 1.0}], schema=schema)
     tables.commit(location, [tables.write_file(row, schema, location)], schema, mode="append")
-    with pytest.raises(StoreError, match="has no column intervals, expected format 3 of the table 'ledger'; move it away"):
+    with pytest.raises(
+        StoreError,
+        match="has no column intervals, expected format 3 of the table 'ledger'; move it away",
+    ):
         own_tables(tables, "shop").ledger("run-1")
 
 
