@@ -35,7 +35,9 @@ class RecordingTables(MemoryTables):
         application, number = settings["app"]
         assert (application, settings["fenced"]) == (TRAINING, True)
         self.numbers.append(number)
-        self.committed.append((location.rpartition("/")[2], settings["mode"], settings["partition"]))
+        self.committed.append(
+            (location.rpartition("/")[2], settings["mode"], settings["partition"])
+        )
         return version
 
 
@@ -46,11 +48,19 @@ def make_commits(tables: Any, lease: FreeLease | None = None) -> Commits:
 def write_files(tables: Any) -> TrainedFiles:
     """The files of one wave, written and not committed."""
     booster = {"wave": WAVE.name, "booster_id": "booster", "run_id": "run-1"}
-    prediction = {"wave": WAVE.name, "run_id": "run-1", "grain": 2, "group_id": '["north","oslo"]', "row_key": "[1]"}
+    prediction = {
+        "wave": WAVE.name,
+        "run_id": "run-1",
+        "grain": 2,
+        "group_id": '["north","oslo"]',
+        "row_key": "[1]",
+    }
     files = []
     for contract, row in ((BOOSTERS, booster), (HOLDOUT, prediction)):
         table = pa.Table.from_pylist([row], schema=contract.schema)
-        files.append(tables.write_file(table, contract.schema, tables.location("small", contract.name)))
+        files.append(
+            tables.write_file(table, contract.schema, tables.location("small", contract.name))
+        )
     return TrainedFiles([], [files[0]], [files[1]])
 
 
@@ -92,7 +102,9 @@ def test_a_wave_commits_boosters_then_held_out_rows_then_the_ledger_that_names_t
 
 def test_a_wave_without_boosters_commits_the_ledger_only() -> None:
     tables = RecordingTables()
-    make_commits(tables).wave(WAVE, TrainedFiles([], [], []), ledger_of(make_ledger_row(status="failed")))
+    make_commits(tables).wave(
+        WAVE, TrainedFiles([], [], []), ledger_of(make_ledger_row(status="failed"))
+    )
     assert [name for name, *_ in tables.committed] == ["ledger"]
 
 
@@ -107,7 +119,10 @@ def test_each_commit_carries_a_number_that_grows_with_the_lease() -> None:
 
 def test_every_commit_of_a_later_holder_is_above_all_of_an_earlier_one() -> None:
     tables = RecordingTables()
-    first, second = make_commits(tables, FreeLease(fence=1)), make_commits(tables, FreeLease(fence=2))
+    first, second = (
+        make_commits(tables, FreeLease(fence=1)),
+        make_commits(tables, FreeLease(fence=2)),
+    )
     for _ in range(3):
         first.manifest(make_manifest())
     second.manifest(make_manifest("run-2"))
@@ -141,7 +156,9 @@ def test_the_complete_ledger_replaces_what_the_waves_left() -> None:
     tables: Any = MemoryTables()
     commits = make_commits(tables)
     commits.wave(WAVE, write_files(tables), ROWS)
-    commits.ledger(ledger_of(make_ledger_row(weight=0.75), make_ledger_row(0, "[]", status="reused")))
+    commits.ledger(
+        ledger_of(make_ledger_row(weight=0.75), make_ledger_row(0, "[]", status="reused"))
+    )
     ledger = fleet_of(tables).ledger("run-1")
     assert ledger["weight"].tolist() == [0.75, 0.5]
 
@@ -173,7 +190,9 @@ def test_a_lease_that_is_lost_within_a_wave_leaves_no_ledger_row() -> None:
 
 
 @pytest.mark.parametrize("refused", [0, 1, 2])
-def test_a_commit_that_fails_within_a_wave_leaves_no_ledger_row_that_names_absent_boosters(refused: int) -> None:
+def test_a_commit_that_fails_within_a_wave_leaves_no_ledger_row_that_names_absent_boosters(
+    refused: int,
+) -> None:
     tables = RecordingTables(refused=refused)
     with pytest.raises(StoreError, match="no space left"):
         make_commits(tables).wave(WAVE, write_files(tables), ROWS)

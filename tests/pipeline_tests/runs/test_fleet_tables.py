@@ -40,7 +40,9 @@ def tables_with(*runs: RunManifest) -> FleetTables:
 
 
 @pytest.mark.parametrize("contract", ALL, ids=lambda contract: contract.name)
-def test_only_raw_tables_and_features_belong_to_the_fleet_whatever_the_namespace(contract: Any) -> None:
+def test_only_raw_tables_and_features_belong_to_the_fleet_whatever_the_namespace(
+    contract: Any,
+) -> None:
     tables: Any = MemoryTables()
     trial = FleetTables(tables, TRIAL, "small")
     owner = "small" if contract in (RAW, FEATURES) else TRIAL
@@ -79,7 +81,9 @@ def test_where_there_is_no_table_there_are_no_rows_but_all_columns() -> None:
     assert fleet.ledger("run-1").empty
     assert fleet.run("run-1") is None
     assert fleet.newest_as_of(["run-1"]) is None
-    with pytest.raises(StoreError, match="'small' has no finished training run; materialise small/models first"):
+    with pytest.raises(
+        StoreError, match="'small' has no finished training run; materialise small/models first"
+    ):
         fleet.newest_run()
 
 
@@ -100,7 +104,9 @@ def test_the_newest_run_is_the_one_that_finished_last() -> None:
 
 def test_where_every_run_was_interrupted_the_message_says_that_it_resumes() -> None:
     fleet = tables_with(make_manifest("run-1", finished_at=None))
-    with pytest.raises(StoreError, match="only interrupted ones; materialise small/models again: it resumes"):
+    with pytest.raises(
+        StoreError, match="only interrupted ones; materialise small/models again: it resumes"
+    ):
         fleet.newest_run()
 
 
@@ -108,7 +114,9 @@ def test_a_run_that_only_refitted_recipes_is_not_the_newest() -> None:
     whole = make_manifest("whole", finished_at=at_hour(8))
     refit = make_manifest("refit", finished_at=at_hour(9), request=REFIT)
     assert tables_with(whole, refit).newest_run().run_id == "whole"
-    with pytest.raises(StoreError, match="has no finished training run; materialise small/models first"):
+    with pytest.raises(
+        StoreError, match="has no finished training run; materialise small/models first"
+    ):
         tables_with(refit).newest_run()
 
 
@@ -161,7 +169,9 @@ def test_runs_of_an_earlier_format_are_refused_and_a_late_column_is_null() -> No
     assert run is not None
     assert run.unknown_groups == ()
     lacking = pa.schema([field for field in RUNS.schema if field.name != "waves"])
-    tables.write_arrow([pa.Table.from_pylist([row], schema=lacking)], lacking, location, mode="overwrite")
+    tables.write_arrow(
+        [pa.Table.from_pylist([row], schema=lacking)], lacking, location, mode="overwrite"
+    )
     with pytest.raises(StoreError, match="has no column waves"):
         fleet.runs()
 

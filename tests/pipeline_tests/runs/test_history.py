@@ -14,7 +14,13 @@ from pipeline.runs.request import Request
 from pipeline.tables import LEDGER, RUNS
 from pipeline.testing.data import small_spec
 from pipeline.testing.doubles import MemoryTables
-from pipeline.testing.run_parts import CUTOFFS, commit_rows, make_history, make_ledger_row, make_manifest
+from pipeline.testing.run_parts import (
+    CUTOFFS,
+    commit_rows,
+    make_history,
+    make_ledger_row,
+    make_manifest,
+)
 from pipeline.testing.runs import own_tables
 from pipeline.training.splits import Cutoffs
 
@@ -47,9 +53,13 @@ def test_the_run_before_is_the_newest_finished_one() -> None:
     assert newest_of(*runs) == "run-2"
 
 
-@pytest.mark.parametrize(("day", "expected"), [(24, None), (25, "earlier"), (26, "later"), (27, "later")])
+@pytest.mark.parametrize(
+    ("day", "expected"), [(24, None), (25, "earlier"), (26, "later"), (27, "later")]
+)
 def test_a_run_does_not_build_on_what_saw_more_than_it_may(day: int, expected: str | None) -> None:
-    assert newest_of(make_run("earlier", 1, day=25), make_run("later", 2, day=26), day=day) == expected
+    assert (
+        newest_of(make_run("earlier", 1, day=25), make_run("later", 2, day=26), day=day) == expected
+    )
 
 
 def test_a_run_that_only_refitted_recipes_is_passed_over() -> None:
@@ -62,7 +72,10 @@ def test_a_run_that_only_refitted_recipes_is_passed_over() -> None:
 
 def test_interrupted_runs_are_those_started_after_the_run_before_newest_last() -> None:
     before = make_run("before", 3)
-    open_runs = [make_run(name, hour, finished_at=None) for name, hour in (("long ago", 2), ("first", 4), ("last", 5))]
+    open_runs = [
+        make_run(name, hour, finished_at=None)
+        for name, hour in (("long ago", 2), ("first", 4), ("last", 5))
+    ]
     history = make_history([open_runs[0], before, *open_runs[1:]])
     assert [run.run_id for run in history.unfinished(before)] == ["first", "last"]
     assert [run.run_id for run in history.unfinished(None)] == ["long ago", "first", "last"]
@@ -98,7 +111,9 @@ def test_a_ledger_of_another_format_is_refused_even_where_no_run_asks_for_its_ro
 # What groups may build on
 
 
-def read_earlier(before: RunManifest | None, resumed: RunManifest | None, **ledgers: list[dict[str, Any]]) -> EarlierRuns:
+def read_earlier(
+    before: RunManifest | None, resumed: RunManifest | None, **ledgers: list[dict[str, Any]]
+) -> EarlierRuns:
     """What a run may take from runs a (finished), b and c (interrupted, c the newest)."""
     runs = [
         make_run("a", 1),
@@ -135,7 +150,9 @@ def test_of_two_interrupted_runs_the_newer_row_of_a_group_counts() -> None:
         (make_run("a", 1, spec_digest="another"), False),
     ],
 )
-def test_parameters_may_be_refitted_only_under_the_spec_that_chose_them(before: RunManifest | None, expected: bool) -> None:
+def test_parameters_may_be_refitted_only_under_the_spec_that_chose_them(
+    before: RunManifest | None, expected: bool
+) -> None:
     assert read_earlier(before, None).same_spec == expected
 
 
@@ -150,11 +167,24 @@ def test_a_group_is_reused_from_the_row_that_has_its_fingerprint() -> None:
 
 
 def test_seconds_are_learnt_from_the_run_before_and_the_resumed_one() -> None:
-    before = by_group(pd.DataFrame([make_ledger_row(0, "[]", seconds=3.0, n_target=30), make_ledger_row(1, '["north"]', seconds=None)]))
-    kept = by_group(pd.DataFrame([make_ledger_row(2, OSLO, seconds=5.0, n_target=50, status="refreshed")]))
+    before = by_group(
+        pd.DataFrame(
+            [
+                make_ledger_row(0, "[]", seconds=3.0, n_target=30),
+                make_ledger_row(1, '["north"]', seconds=None),
+            ]
+        )
+    )
+    kept = by_group(
+        pd.DataFrame([make_ledger_row(2, OSLO, seconds=5.0, n_target=50, status="refreshed")])
+    )
     unfinished = by_group(pd.DataFrame([make_ledger_row(2, ROMA, seconds=7.0)]))
     timed = EarlierRuns(kept=kept, before=before, unfinished=unfinished).timed
-    assert timed.to_dict("list") == {"status": ["trained", "refreshed"], "seconds": [3.0, 5.0], "n_target": [30.0, 50.0]}
+    assert timed.to_dict("list") == {
+        "status": ["trained", "refreshed"],
+        "seconds": [3.0, 5.0],
+        "n_target": [30.0, 50.0],
+    }
 
 
 def test_without_earlier_groups_no_seconds_are_known() -> None:

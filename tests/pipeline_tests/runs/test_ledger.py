@@ -7,7 +7,15 @@ import pytest
 
 from pipeline.models.meta_model import GroupKey
 from pipeline.runs.history import EarlierRuns
-from pipeline.runs.ledger import CRASHED_ALONE, LOST, complete_ledger, groups_with_model, ledger_rows, trained_row, waves_of
+from pipeline.runs.ledger import (
+    CRASHED_ALONE,
+    LOST,
+    complete_ledger,
+    groups_with_model,
+    ledger_rows,
+    trained_row,
+    waves_of,
+)
 from pipeline.tables import LEDGER
 from pipeline.testing.data import small_spec
 from pipeline.testing.run_parts import CUTOFFS, make_ledger_row, make_planned_run
@@ -23,18 +31,30 @@ NO_MEASURES = pd.DataFrame(columns=["grain", "group_id"])
 
 def plan_group(action: str, group: str = OSLO, grain: int = 2, **changes: Any) -> dict[str, Any]:
     """A group's row of a plan."""
-    row = {"grain": grain, "group_id": group, "parent_id": '["north"]', "n_rows": 300, "n_target": 299, "n_fit": 213, "action": action}
+    row = {
+        "grain": grain,
+        "group_id": group,
+        "parent_id": '["north"]',
+        "n_rows": 300,
+        "n_target": 299,
+        "n_fit": 213,
+        "action": action,
+    }
     return {**row, **changes}
 
 
-def row_of_trained(outcome: dict[str, Any] | None, earlier: EarlierRuns | None = None, **changes: Any) -> dict[str, Any]:
+def row_of_trained(
+    outcome: dict[str, Any] | None, earlier: EarlierRuns | None = None, **changes: Any
+) -> dict[str, Any]:
     """The ledger row of a single group that was trained."""
     run = make_planned_run([plan_group("train", **changes)], earlier)
     (planned,) = run.plan.groups.to_dict("records")
     return trained_row(planned, outcome, "run-2-wave-1", run, SPEC)
 
 
-def rows_of(action: str, earlier: EarlierRuns | None = None, **changes: Any) -> list[dict[str, Any]]:
+def rows_of(
+    action: str, earlier: EarlierRuns | None = None, **changes: Any
+) -> list[dict[str, Any]]:
     """The ledger rows of a run whose plan is that of one group, before anything is trained."""
     return ledger_rows(make_planned_run([plan_group(action, **changes)], earlier), SPEC, {})
 
@@ -72,7 +92,11 @@ def test_a_group_without_an_outcome_has_failed() -> None:
 
 def test_a_group_that_killed_its_workers_has_crashed() -> None:
     row = row_of_trained(dict(CRASHED_ALONE))
-    assert (row["status"], row["reason"], row["error_class"]) == ("crashed", "native_crash", "ExecutorLost")
+    assert (row["status"], row["reason"], row["error_class"]) == (
+        "crashed",
+        "native_crash",
+        "ExecutorLost",
+    )
 
 
 def test_a_refitted_group_keeps_the_date_of_the_run_that_chose_its_parameters() -> None:
@@ -107,11 +131,30 @@ def test_a_group_that_was_done_before_the_interruption_keeps_its_row() -> None:
 
 def test_a_reused_group_takes_its_booster_over_and_no_seconds() -> None:
     source = make_ledger_row(
-        run_id="run-1", source_run_id="run-0", wave="run-0-wave-3", tuned_as_of=LONG_AGO, weight=0.75, cross_selection="{}", n_fit=99, n_rows=1
+        run_id="run-1",
+        source_run_id="run-0",
+        wave="run-0-wave-3",
+        tuned_as_of=LONG_AGO,
+        weight=0.75,
+        cross_selection="{}",
+        n_fit=99,
+        n_rows=1,
     )
-    (row,) = rows_of("reuse", EarlierRuns(before={GroupKey(2, OSLO): source}), fingerprint=source["fingerprint"])
+    (row,) = rows_of(
+        "reuse", EarlierRuns(before={GroupKey(2, OSLO): source}), fingerprint=source["fingerprint"]
+    )
     assert (row["run_id"], row["status"], row["reason"]) == ("run-2", "reused", None)
-    taken_over = ("booster_id", "source_run_id", "wave", "tuned_as_of", "weight", "parameters", "cross_selection", "n_fit", "tune_loss")
+    taken_over = (
+        "booster_id",
+        "source_run_id",
+        "wave",
+        "tuned_as_of",
+        "weight",
+        "parameters",
+        "cross_selection",
+        "n_fit",
+        "tune_loss",
+    )
     assert {name: row[name] for name in taken_over} == {name: source[name] for name in taken_over}
     # What is counted now is counted now.
     assert (row["n_rows"], row["n_target"]) == (300, 299)
@@ -128,15 +171,28 @@ def test_a_reused_group_keeps_the_reason_of_the_plan() -> None:
 @pytest.mark.parametrize("status", ["refreshed", "reused", "trained"])
 def test_a_group_whose_model_is_reused_is_reused(status: str) -> None:
     source = make_ledger_row(status=status)
-    (row,) = rows_of("reuse", EarlierRuns(before={GroupKey(2, OSLO): source}), fingerprint=source["fingerprint"])
+    (row,) = rows_of(
+        "reuse", EarlierRuns(before={GroupKey(2, OSLO): source}), fingerprint=source["fingerprint"]
+    )
     assert row["status"] == "reused"
 
 
-@pytest.mark.parametrize(("status", "reason"), [("crashed", "native_crash"), ("inherited", "constant_target")])
-def test_a_group_without_a_model_that_is_reused_says_why_it_has_none(status: str, reason: str) -> None:
+@pytest.mark.parametrize(
+    ("status", "reason"), [("crashed", "native_crash"), ("inherited", "constant_target")]
+)
+def test_a_group_without_a_model_that_is_reused_says_why_it_has_none(
+    status: str, reason: str
+) -> None:
     source = make_ledger_row(status=status, reason=reason, booster_id=None, error_class="SIGKILL")
-    (row,) = rows_of("reuse", EarlierRuns(before={GroupKey(2, OSLO): source}), fingerprint=source["fingerprint"])
-    assert (row["status"], row["reason"], row["error_class"], row["booster_id"]) == (status, reason, "SIGKILL", None)
+    (row,) = rows_of(
+        "reuse", EarlierRuns(before={GroupKey(2, OSLO): source}), fingerprint=source["fingerprint"]
+    )
+    assert (row["status"], row["reason"], row["error_class"], row["booster_id"]) == (
+        status,
+        reason,
+        "SIGKILL",
+        None,
+    )
 
 
 def test_a_group_is_reused_from_an_interrupted_run_where_that_has_its_fingerprint() -> None:
@@ -165,7 +221,10 @@ def test_there_is_one_row_per_group_in_the_order_of_the_plan() -> None:
 def test_rows_that_are_given_out_are_nobody_elses() -> None:
     kept = make_ledger_row()
     trained = {"grain": 0, "group_id": POOLED, "status": "trained"}
-    run = make_planned_run([plan_group("keep"), plan_group("train", POOLED, 0)], EarlierRuns(kept={GroupKey(2, OSLO): kept}))
+    run = make_planned_run(
+        [plan_group("keep"), plan_group("train", POOLED, 0)],
+        EarlierRuns(kept={GroupKey(2, OSLO): kept}),
+    )
     for row in ledger_rows(run, SPEC, {GroupKey(0, POOLED): trained}):
         row["status"] = "changed"
     assert (kept["status"], trained["status"]) == ("trained", "trained")
@@ -181,14 +240,26 @@ def skill(weight: float, **changes: Any) -> GroupSkill:
 def test_a_complete_ledger_has_weights_errors_and_measures_by_group() -> None:
     rows = [make_ledger_row(2, OSLO), make_ledger_row(0, POOLED)]
     skills = {GroupKey(2, OSLO): skill(0.25, answered_by="parent"), GroupKey(0, POOLED): skill(1.0)}
-    measures = pd.DataFrame([{"grain": 0, "group_id": POOLED, "rmse": 7.0}, {"grain": 2, "group_id": OSLO, "rmse": 8.0}])
+    measures = pd.DataFrame(
+        [{"grain": 0, "group_id": POOLED, "rmse": 7.0}, {"grain": 2, "group_id": OSLO, "rmse": 8.0}]
+    )
     ledger = complete_ledger(rows, SPEC, skills, measures)
     assert list(ledger.columns) == LEDGER.schema.names
     found = ledger.set_index("group_id")
     assert found.index.tolist() == [POOLED, OSLO]
     assert found["weight"].to_dict() == {POOLED: 1.0, OSLO: 0.25}
     assert found["rmse"].to_dict() == {POOLED: 7.0, OSLO: 8.0}
-    assert found.loc[OSLO, ["tune_own", "tune_parent", "report_own", "report_parent", "report_blend", "report_constant"]].tolist() == [
+    assert found.loc[
+        OSLO,
+        [
+            "tune_own",
+            "tune_parent",
+            "report_own",
+            "report_parent",
+            "report_blend",
+            "report_constant",
+        ],
+    ].tolist() == [
         1,
         2,
         3,
@@ -201,14 +272,20 @@ def test_a_complete_ledger_has_weights_errors_and_measures_by_group() -> None:
 
 @pytest.mark.parametrize("status", ["inherited", "failed", "crashed"])
 def test_a_group_without_a_model_has_no_weight_whatever_its_rows_say(status: str) -> None:
-    ledger = complete_ledger([make_ledger_row(status=status)], SPEC, {GroupKey(2, OSLO): skill(0.8)}, NO_MEASURES)
+    ledger = complete_ledger(
+        [make_ledger_row(status=status)], SPEC, {GroupKey(2, OSLO): skill(0.8)}, NO_MEASURES
+    )
     assert ledger["weight"].tolist() == [0.0]
     assert ledger["report_blend"].tolist() == [5.0]
 
 
 @pytest.mark.parametrize(("weight", "expected"), [(0.75, 0.75), (0.0, 0.0), (None, 0.0)])
-def test_a_group_without_rows_that_judge_it_keeps_its_weight(weight: float | None, expected: float) -> None:
-    ledger = complete_ledger([make_ledger_row(status="reused", weight=weight)], SPEC, {}, NO_MEASURES)
+def test_a_group_without_rows_that_judge_it_keeps_its_weight(
+    weight: float | None, expected: float
+) -> None:
+    ledger = complete_ledger(
+        [make_ledger_row(status="reused", weight=weight)], SPEC, {}, NO_MEASURES
+    )
     assert ledger["weight"].tolist() == [expected]
     assert ledger["report_own"].isna().all()
 

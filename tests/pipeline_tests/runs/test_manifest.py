@@ -37,7 +37,9 @@ def read_back(manifest: RunManifest) -> RunManifest:
 @pytest.mark.parametrize("target", [{}, OF_CLASSES], ids=["regression", "multiclass"])
 @pytest.mark.parametrize("end", [{}, UNFINISHED], ids=["finished", "unfinished"])
 @pytest.mark.parametrize("before", [None, "run-0"])
-def test_a_manifest_comes_back_from_its_row(target: dict[str, Any], end: dict[str, Any], before: str | None) -> None:
+def test_a_manifest_comes_back_from_its_row(
+    target: dict[str, Any], end: dict[str, Any], before: str | None
+) -> None:
     fields = {"previous_run_id": before, "unknown_groups": ('["å"]',), **target, **end}
     manifest = make_manifest(**fields)
     assert RunManifest.from_row(manifest.to_row()) == manifest
@@ -117,7 +119,9 @@ def test_the_json_of_a_model_spec_keeps_its_order() -> None:
 
 def test_the_text_of_a_request_is_sorted_and_leaves_out_the_run_and_its_as_of() -> None:
     request = Request("run-1", CUTOFFS.as_of, 5, "listed", ('["b"]', '["å"]', '["a"]'))
-    assert request.text == ('{"limit_groups": 5, "listed": ["[\\"a\\"]", "[\\"b\\"]", "[\\"\\u00e5\\"]"], "retrain": "listed"}')
+    assert request.text == (
+        '{"limit_groups": 5, "listed": ["[\\"a\\"]", "[\\"b\\"]", "[\\"\\u00e5\\"]"], "retrain": "listed"}'
+    )
     assert request.text == replace(request, run_id="run-2", as_of=None).text
     assert request.text == replace(request, listed=('["å"]', '["a"]', '["b"]')).text
 

@@ -15,7 +15,14 @@ from pipeline.runs.planned_run import PACKAGES, CountedRows, PlannedRun, known_c
 from pipeline.runs.request import Request
 from pipeline.spec import FleetSpec
 from pipeline.testing.data import small_spec
-from pipeline.testing.run_parts import CATEGORIES, CUTOFFS, count_rows, lay_out, make_history, make_ledger_row
+from pipeline.testing.run_parts import (
+    CATEGORIES,
+    CUTOFFS,
+    count_rows,
+    lay_out,
+    make_history,
+    make_ledger_row,
+)
 from pipeline.training.blend import Constants
 from pipeline.training.splits import Cutoffs
 
@@ -26,13 +33,21 @@ FINISHED = pd.Timestamp("2024-10-27 09:00", tz="UTC")
 
 def pin(run: PlannedRun, spec: FleetSpec | None = None, **changes: Any) -> RunManifest:
     """The manifest that a run leaves at its start."""
-    return replace(run.manifest(spec or small_spec(), started_at=STARTED, features_version=3), **changes)
+    return replace(
+        run.manifest(spec or small_spec(), started_at=STARTED, features_version=3), **changes
+    )
 
 
 def ledger_of(run: PlannedRun, **changes: Any) -> list[dict[str, Any]]:
     """Ledger rows of a run that trained every group it planned."""
     return [
-        make_ledger_row(group["grain"], group["group_id"], fingerprint=group["fingerprint"], started_from=group["started_from"], **changes)
+        make_ledger_row(
+            group["grain"],
+            group["group_id"],
+            fingerprint=group["fingerprint"],
+            started_from=group["started_from"],
+            **changes,
+        )
         for group in run.plan.to_train.to_dict("records")
     ]
 
@@ -59,7 +74,12 @@ def with_changed_rows(*groups: str) -> CountedRows:
 
 def test_a_first_run_trains_every_group_and_pins_where_it_begins() -> None:
     run = lay_out(request=Request("run-1"))
-    assert (run.run_id, run.previous_run_id, run.is_resumed, run.must_choose) == ("run-1", None, False, False)
+    assert (run.run_id, run.previous_run_id, run.is_resumed, run.must_choose) == (
+        "run-1",
+        None,
+        False,
+        False,
+    )
     assert set(by_group_id(run, "action").values()) == {"train"}
     assert (run.settings.run_id, run.settings.threads, run.plan.slots) == ("run-1", 1, 2)
     assert run.settings.model["categories"] == {"kind": ["large", "small"]}
@@ -81,13 +101,18 @@ def test_a_manifest_says_what_the_run_pinned_and_that_it_is_not_finished() -> No
 
 def test_a_listed_group_that_does_not_exist_is_refused() -> None:
     request = Request("run-1", retrain="listed", listed=('["north","oslp"]',))
-    with pytest.raises(DataError, match=r"there is no group .*oslp.*; did you mean \[\"north\",\"oslo\"\]"):
+    with pytest.raises(
+        DataError, match=r"there is no group .*oslp.*; did you mean \[\"north\",\"oslo\"\]"
+    ):
         lay_out(request=request)
 
 
 def test_a_listed_group_is_trained_and_the_others_are_not() -> None:
     run = lay_out(request=Request("run-1", retrain="listed", listed=(OSLO,)))
-    assert by_group_id(run, "action") == dict.fromkeys(by_group_id(run, "action"), "inherit") | {POOLED: "train", OSLO: "train"}
+    assert by_group_id(run, "action") == dict.fromkeys(by_group_id(run, "action"), "inherit") | {
+        POOLED: "train",
+        OSLO: "train",
+    }
     starts = by_group_id(run, "started_from")
     assert Start.from_json(starts[POOLED]).judge
     assert not Start.from_json(starts[OSLO]).judge
@@ -105,7 +130,9 @@ def test_an_interrupted_run_of_the_same_is_resumed_under_its_own_id() -> None:
     run = lay_out(request=Request("run-2"), history=history)
     assert (run.is_resumed, run.run_id, run.settings.run_id) == (True, "run-1", "run-1")
     actions = by_group_id(run, "action")
-    assert {group for group, action in actions.items() if action == "keep"} == {row["group_id"] for row in left}
+    assert {group for group, action in actions.items() if action == "keep"} == {
+        row["group_id"] for row in left
+    }
     assert set(actions.values()) == {"keep", "train"}
     assert run.earlier.unfinished == {}
     assert run.data_digest == interrupted.data_digest
@@ -155,7 +182,11 @@ def test_another_budget_alone_does_not_keep_a_run_from_being_resumed() -> None:
 
 def test_of_two_interrupted_runs_of_the_same_the_newer_is_resumed() -> None:
     first = lay_out(request=Request("run-1"))
-    runs = [pin(first), pin(first, run_id="run-b"), pin(first, run_id="run-c", data_digest="another")]
+    runs = [
+        pin(first),
+        pin(first, run_id="run-b"),
+        pin(first, run_id="run-c", data_digest="another"),
+    ]
     assert lay_out(history=make_history(runs)).run_id == "run-b"
 
 
@@ -181,7 +212,11 @@ def test_only_groups_whose_rows_changed_are_trained_again() -> None:
     history = history_after(lay_out(request=Request("run-1")), finished_at=FINISHED)
     run = lay_out(history=history, counted=with_changed_rows(POOLED, NORTH, OSLO))
     actions = by_group_id(run, "action")
-    assert {group for group, action in actions.items() if action == "train"} == {POOLED, NORTH, OSLO}
+    assert {group for group, action in actions.items() if action == "train"} == {
+        POOLED,
+        NORTH,
+        OSLO,
+    }
     assert set(actions.values()) == {"train", "reuse"}
 
 
@@ -189,7 +224,9 @@ def test_a_run_of_an_earlier_as_of_does_not_build_on_what_saw_more() -> None:
     later = lay_out(request=Request("run-1"), counted=count_rows(cutoffs=LATER))
     run = lay_out(history=history_after(later, finished_at=FINISHED))
     assert (run.previous_run_id, run.earlier.before) == (None, {})
-    assert {Start.from_json(text) for text in by_group_id(run, "started_from").values()} == {Start()}
+    assert {Start.from_json(text) for text in by_group_id(run, "started_from").values()} == {
+        Start()
+    }
 
 
 def test_groups_under_another_spec_begin_with_what_was_found_under_the_last() -> None:
@@ -234,14 +271,20 @@ def test_what_an_earlier_run_of_the_spec_chose_stays(own: str, end: dict[str, An
 
 
 def test_the_newest_choice_counts() -> None:
-    old = pin(lay_out(spec=AUTO, request=Request("run-1"), own=CORRECTION), AUTO, finished_at=FINISHED)
-    new = pin(lay_out(spec=AUTO, request=Request("run-b"), own=INDEPENDENT), AUTO, started_at=FINISHED)
+    old = pin(
+        lay_out(spec=AUTO, request=Request("run-1"), own=CORRECTION), AUTO, finished_at=FINISHED
+    )
+    new = pin(
+        lay_out(spec=AUTO, request=Request("run-b"), own=INDEPENDENT), AUTO, started_at=FINISHED
+    )
     assert lay_out(spec=AUTO, history=make_history([old, new])).settings.model["own"] == INDEPENDENT
 
 
 def test_what_was_chosen_under_another_spec_is_chosen_again() -> None:
     other = small_spec(own="auto", tuning={"seed": 9})
-    history = history_after(lay_out(spec=other, request=Request("run-1"), own=CORRECTION), other, finished_at=FINISHED)
+    history = history_after(
+        lay_out(spec=other, request=Request("run-1"), own=CORRECTION), other, finished_at=FINISHED
+    )
     run = lay_out(spec=AUTO, history=history)
     assert (run.settings.model["own"], run.must_choose) == (INDEPENDENT, True)
 
@@ -271,16 +314,24 @@ def test_groups_that_are_too_large_are_sampled_and_their_hash_says_so() -> None:
 
 
 @pytest.mark.parametrize(("budget", "expected"), [(None, None), (60.0, 1)])
-def test_a_fleet_with_a_budget_of_seconds_begins_with_one_trial_per_group(budget: float | None, expected: int | None) -> None:
-    run = lay_out(spec=small_spec(tuning={"budget_seconds": budget, "max_trials": 9, "patience": 9}))
-    starts = {Start.from_json(text).max_trials for text in by_group_id(run, "started_from").values()}
+def test_a_fleet_with_a_budget_of_seconds_begins_with_one_trial_per_group(
+    budget: float | None, expected: int | None
+) -> None:
+    run = lay_out(
+        spec=small_spec(tuning={"budget_seconds": budget, "max_trials": 9, "patience": 9})
+    )
+    starts = {
+        Start.from_json(text).max_trials for text in by_group_id(run, "started_from").values()
+    }
     assert starts == {expected}
 
 
 def test_a_first_pass_is_expected_to_be_shorter() -> None:
     tuning = {"max_trials": 9, "patience": 9}
     whole = lay_out(spec=small_spec(tuning=tuning)).plan.predicted_seconds
-    first_pass = lay_out(spec=small_spec(tuning={**tuning, "budget_seconds": 60.0})).plan.predicted_seconds
+    first_pass = lay_out(
+        spec=small_spec(tuning={**tuning, "budget_seconds": 60.0})
+    ).plan.predicted_seconds
     # One trial and two refits, instead of nine and two.
     assert first_pass == pytest.approx(whole * 3 / 11)
 
@@ -295,9 +346,14 @@ def test_a_run_that_refits_recipes_trains_nothing_else() -> None:
 
 def test_seconds_of_the_run_before_foresee_those_of_this_one() -> None:
     counts = count_rows().counts
-    many = pd.concat([counts, counts.assign(group_id=counts["group_id"] + "'").query("grain == 2")], ignore_index=True)
+    many = pd.concat(
+        [counts, counts.assign(group_id=counts["group_id"] + "'").query("grain == 2")],
+        ignore_index=True,
+    )
     first = lay_out(request=Request("run-1"), counted=count_rows(counts=many))
-    history = make_history([pin(first, finished_at=FINISHED)], {"run-1": ledger_of(first, seconds=2.0)})
+    history = make_history(
+        [pin(first, finished_at=FINISHED)], {"run-1": ledger_of(first, seconds=2.0)}
+    )
     run = lay_out(history=history, request=Request("run-2", retrain="all"))
     assert run.plan.cost_model.learnt_from == len(many)
 
@@ -308,7 +364,12 @@ def test_a_group_that_is_gone_is_in_the_plan_and_keeps_its_booster() -> None:
     left = count_rows(counts=counts[counts["group_id"] != NAPOLI].reset_index(drop=True))
     run = lay_out(history=history, counted=left)
     gone = run.plan.groups.set_index("group_id").loc[NAPOLI]
-    assert (gone["action"], gone["reason"], gone["n_rows"], gone["exponent"]) == ("reuse", "vanished", 0, 0)
+    assert (gone["action"], gone["reason"], gone["n_rows"], gone["exponent"]) == (
+        "reuse",
+        "vanished",
+        0,
+        0,
+    )
     assert run.earlier.source_of(GroupKey(2, NAPOLI), gone["fingerprint"])["group_id"] == NAPOLI
 
 
