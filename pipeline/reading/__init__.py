@@ -1,0 +1,1 @@
+"""Files from outside: their formats, where sources are, and the logs of Delta tables."""

@@ -1,0 +1,184 @@
+"""A Delta table's log: the files of a version, and what single versions added or took away."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+from urllib.parse import unquote
+
+import pyarrow as pa
+import pyarrow.fs as pf
+from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError
+
+from pipeline.errors import DataError, StoreError
+from pipeline.reading.files import RowFile, plain_type
+
+READABLE_FEATURES = frozenset(
+    {
+        "appendOnly",
+        "invariants",
+        "timestampNtz",
+        "checkConstraints",
+        "generatedColumns",
+        "v2Checkpoint",
+    }
+)
+
+
+def refuse_strange_features(table: DeltaTable, location: str) -> None:
+    """Refuse a table that uses features that are not read here, such as deletion vectors.
+
+    Raises:
+        StoreError: naming them.
+    """
+    strange = set(table.protocol().reader_features or ()) - READABLE_FEATURES
+    if (
+        table.metadata().configuration.get("delta.columnMapping.mode", "none") != "none"
+    ):  # older tables name no features
+        strange.add("columnMapping")
+    if strange:
+        raise StoreError(
+            f"{location} uses Delta features that are not read here: {', '.join(sorted(strange))}; "
+            "rewrite the table without them"
+        )
+
+
+def is_delta(location: str, options: Mapping[str, str]) -> bool:
+    """Whether a Delta table is there."""
+    try:
+        return bool(DeltaTable.is_deltatable(location, dict(options) or None))
+    except (DeltaError, OSError, ValueError):
+        return False
+
+
+def open_delta(location: str, options: Mapping[str, str], version: int | None = None) -> DeltaTable:
+    """A table at its newest or a given version.
+
+    Raises:
+        StoreError: if it cannot be read, or uses features that are not read here.
+    """
+    try:
+        table = DeltaTable(location, version=version, storage_options=dict(options) or None)
+    except (DeltaError, OSError) as error:
+        raise StoreError(
+            f"{location}: {error}; check that the table is there and can be reached, then run again"
+        ) from error
+    refuse_strange_features(table, location)
+    return table
+
+
+def schema_of_table(table: DeltaTable) -> pa.Schema:
+    """A table's columns, in types that Spark has."""
+    return pa.schema(
+        [
+            pa.field(column.name, plain_type(column.type))
+            for column in pa.schema(table.schema().to_arrow())
+        ]
+    )
+
+
+def live_files(table: DeltaTable, location: str, root: str) -> list[RowFile]:
+    """The files of a table's version, with the values of its partition columns.
+
+    Args:
+        table: opened at that version.
+        location: its address, for messages.
+        root: its path on its file system, below which the files are.
+    """
+    names = table.metadata().partition_columns
+    actions = pa.table(table.get_add_actions(flatten=True)).to_pylist()
+    return [
+        RowFile(
+            f"{root}/{within(unquote(action['path']), location)}",
+            "parquet",
+            {name: action[f"partition.{name}"] for name in names},
+        )
+        for action in sorted(actions, key=lambda action: str(action["path"]))
+    ]
+
+
+def within(path: str, location: str) -> str:
+    """A path as a log names it.
+
+    Raises:
+        StoreError: if it leads out of the table.
+    """
+    if "://" in path or path.startswith("/") or ".." in PurePosixPath(path).parts:
+        raise StoreError(
+            f"{location}: a commit names a file outside the table: {path}; the table's log is not "
+            "to be trusted"
+        )
+    return path
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What one version changed.
+
+    Args:
+        version: of the table.
+        operation: as its writer calls it; empty where it does not say.
+        added: files with new rows.
+        takes_away: whether rows of earlier versions were removed or rewritten.
+    """
+
+    version: int
+    operation: str
+    added: tuple[RowFile, ...]
+    takes_away: bool
+
+
+def read_commit(filesystem: pf.FileSystem, root: str, location: str, version: int) -> Commit:
+    """What one version changed; files that compaction merely rewrote do not count.
+
+    Args:
+        filesystem: that holds the table.
+        root: its path there.
+        location: its address, for messages.
+        version: of the table.
+
+    Raises:
+        DataError: if the version is no longer in the log, or uses deletion vectors.
+        StoreError: if the log cannot be read.
+    """
+    added: list[RowFile] = []
+    takes_away, operation = False, ""
+    for action in _actions(filesystem, root, version, location):
+        if "commitInfo" in action:
+            operation = str(action["commitInfo"].get("operation", ""))
+        elif (add := action.get("add")) is not None and add.get("dataChange", True):
+            if add.get("deletionVector"):
+                raise DataError(
+                    f"{location}: version {version} uses deletion vectors, which are not read "
+                    "here; rewrite the table without them"
+                )
+            path = within(unquote(add["path"]), location)
+            added.append(
+                RowFile(f"{root}/{path}", "parquet", dict(add.get("partitionValues") or {}))
+            )
+        elif (remove := action.get("remove")) is not None and remove.get("dataChange", True):
+            takes_away = True
+    return Commit(version, operation, tuple(added), takes_away)
+
+
+def _actions(
+    filesystem: pf.FileSystem, root: str, version: int, location: str
+) -> Iterator[dict[str, Any]]:
+    path = f"{root}/_delta_log/{version:020}.json"
+    try:
+        with filesystem.open_input_stream(path) as stream:
+            lines = stream.read().decode().splitlines()
+        yield from (json.loads(line) for line in lines if line.strip())
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{location}: version {version} is no longer in the table's log, so what it added "
+            "cannot be told; "
+            "start again with a new checkpoint and a new target, which answers the table as it is "
+            "now"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise StoreError(
+            f"{path}: {error}; check that the table can be reached, then run again"
+        ) from error
