@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 from pyspark import SparkFiles, TaskContext
@@ -24,11 +25,12 @@ from pipeline.grouping.schedule import Pace, seconds_left
 from pipeline.grouping.splits import FIT, GAP, REPORT, TUNE, Cutoffs
 from pipeline.spark.files import FileWriter, WrittenFile, file_json, file_of_json
 from pipeline.spark.keys import finite, group_id_column, link_column, moment_column
+from pipeline.spark.placement import SALT, find_salts, group_placed, place_by_salt, restore_rows, travel_types
 from pipeline.spec import BINARY, COUNTED, MAX_CLASSES, MULTICLASS, QUANTILE, FleetSpec
 from pipeline.tables import BOOSTERS, HOLDOUT
 from pipeline.training.blend import Constants
 from pipeline.training.trainer import RATE, TrainingSettings, train_group
-from pipeline.training.worker import NOT_STARTED, OUTCOME_SCHEMA, TaskWorker, TrainGroup, not_started
+from pipeline.training.worker import NOT_STARTED, OUTCOME_SCHEMA, TaskWorker, TrainGroup, named_columns, not_started
 
 Report = Callable[["Done"], None]
 # Constants and weights keep so many significant digits: sums over files in another order differ in the last ones.
@@ -307,15 +309,16 @@ def placed_rows(spark: SparkSession, rows: DataFrame, spec: FleetSpec, groups: p
         bases: what the groups' trees correct: row_key and the parent's prediction, `_base`; None where they correct nothing.
 
     Returns:
-        The columns that training reads, grain, group_id, task and, where a group is sampled, the row's sampling rate.
+        The columns that training reads, grain, group_id, task and its salt and, where a group is sampled, the row's sampling rate.
     """
     n_tasks = int(groups["task"].max()) + 1
     if groups["task"].min() < 0:
-        # Ids outside the range would wrap around silently.
+        # A negative id would be given another task's salt, silently.
         raise AssertionError(f"task ids {groups['task'].min()}..{groups['task'].max()} are not within 0..{n_tasks - 1}")
-    columns = {"grain": "int32", "group_id": "str", "task": "int32", "exponent": "int32"}
-    schema = "grain int, group_id string, task int, exponent int"
-    where = spark.createDataFrame(groups[list(columns)].astype(columns), schema)
+    columns = {"grain": "int32", "group_id": "str", "task": "int32", SALT: "int32", "exponent": "int32"}
+    schema = f"grain int, group_id string, task int, {SALT} int, exponent int"
+    salted = groups.assign(**{SALT: find_salts(n_tasks)[groups["task"].to_numpy(dtype=np.int64)]})
+    where = spark.createDataFrame(salted[list(columns)].astype(columns), schema)
     target = spec.target
     learnt = [name for name in (target.column, target.offset, target.scale, target.weight) if name is not None]
     needed = list(dict.fromkeys([*spec.finest, *spec.feature_columns, *learnt, "time", "known_at", "row_key"]))
@@ -336,7 +339,7 @@ def placed_rows(spark: SparkSession, rows: DataFrame, spec: FleetSpec, groups: p
         placed = placed.where(share < sf.col(RATE)).drop("_finest_rows")
     if bases is not None:
         placed = placed.join(bases, "row_key", "left")
-    return placed.drop("exponent").repartitionById(n_tasks, "task")
+    return place_by_salt(placed.drop("exponent"), n_tasks)
 
 
 def _with_rates(rows: DataFrame, spec: FleetSpec) -> DataFrame:
@@ -483,16 +486,17 @@ def train_wave(
     costs = dict(zip(keys, groups["cost_seconds"].astype(float), strict=True))
     name, run_id, start_seconds = wave.name, settings.run_id, wave.start_seconds
     done, failed, worked, spent = progress.done, progress.failed, progress.worked, progress.spent
+    travelling, moments = travel_types(placed, named_columns(settings.model))
 
-    def train_one(rows: pa.Table) -> pa.Table:
+    def train_one(rows: pd.DataFrame) -> pd.DataFrame:
         if start_seconds is not None and _is_over(name, start_seconds):
             return not_started(rows)
-        outcome = _worker_of(name, settings, starts, train, memory_bytes).train(rows)
-        ledger = json.loads(outcome["ledger"][0].as_py())
+        outcome = _worker_of(name, settings, starts, train, memory_bytes).train(restore_rows(rows, moments))
+        ledger = json.loads(outcome["ledger"].iloc[0])
         done.add(1)
         if ledger["status"] in ("failed", "crashed"):
             failed.add(1)
-        worked.add(costs[outcome["grain"][0].as_py(), outcome["group_id"][0].as_py()])
+        worked.add(costs[int(outcome["grain"].iloc[0]), str(outcome["group_id"].iloc[0])])
         spent.add(float(ledger.get("seconds") or 0.0))
         return outcome
 
@@ -516,7 +520,7 @@ def train_wave(
             if (written := writer.close()) is not None:
                 yield pa.RecordBatch.from_pydict({"kind": ["file"], "line": [file_json(table, written)]})
 
-    trained = placed.groupBy("task", "grain", "group_id").applyInArrow(train_one, from_arrow_schema(OUTCOME_SCHEMA))
+    trained = group_placed(travelling).applyInPandas(train_one, from_arrow_schema(OUTCOME_SCHEMA))
     rows = trained.mapInArrow(write, "kind string, line string").collect()
     files = [json.loads(row["line"]) for row in rows if row["kind"] == "file"]
     outcomes = [json.loads(row["line"]) for row in rows if row["kind"] == "outcome"]

@@ -1,6 +1,7 @@
 """The only body that Spark runs to train: one group's rows in, one row out, whatever happens to the group."""
 
 import json
+import pickle
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -30,6 +31,8 @@ OUTCOME_SCHEMA: Any = pa.schema(
 _MESSAGE_LENGTH = 2000
 # Status of a group that a worker did not start; it is trained by a later wave, and has no ledger row yet.
 NOT_STARTED = "not_started"
+# What tells where the rows belong, and is the same in each of them.
+_PLACE = ("grain", "group_id", "task")
 
 TrainGroup = Callable[[pd.DataFrame, int, TrainingSettings, Start], Outcome]
 
@@ -56,45 +59,62 @@ class TaskWorker:
         self._train = train
         self._process = GroupProcess(self._answer, limit_seconds=settings.tuning.kill_after_seconds, memory_bytes=memory_bytes)
 
-    def train(self, rows: pa.Table) -> pa.Table:
+    def train(self, rows: pd.DataFrame) -> pd.DataFrame:
         """Train one group; never raises for what the group does.
 
         Args:
             rows: the group's rows, with grain, group_id and task beside the features.
 
         Returns:
-            One row of OUTCOME_SCHEMA; the ledger part as JSON, the holdout part as an Arrow stream.
+            One row with the columns of OUTCOME_SCHEMA; the ledger part as JSON, the holdout part as an Arrow stream.
         """
-        grain, group, task = (rows[name][0].as_py() for name in ("grain", "group_id", "task"))
-        answer = self._process.run(
-            _stream(rows.drop_columns(["grain", "group_id", "task"]).replace_schema_metadata({"key": json.dumps([grain, group])}))
-        )
+        grain, group = _key_of(rows)
+        task = int(rows["task"].iloc[0])
+        answer = self._process.run(_pack_rows(rows, grain, group))
         if isinstance(answer, Outcome):
             if grain == POOLED:
-                answer = replace(answer, holdout=_judged_anyway(rows_in_pandas(rows, self._settings.model), self._settings))
-            answer = _stream(_outcome_table(answer, grain, group))
-        outcome = pa.ipc.open_stream(answer).read_all()
-        ledger = {"task": task, **json.loads(outcome["ledger"][0].as_py())}
-        return outcome.set_column(2, "ledger", pa.array([json.dumps(ledger)]))
+                answer = replace(answer, holdout=_judged_anyway(rows, self._settings))
+            outcome = _outcome_row(answer, grain, group)
+        else:
+            outcome = pickle.loads(answer)  # noqa: S301 - from our own child
+        outcome["ledger"] = json.dumps({"task": task, **json.loads(outcome["ledger"])})
+        return _outcome_frame(outcome)
 
     def close(self) -> None:
         """End the child process."""
         self._process.close()
 
     def _answer(self, message: bytes) -> bytes:
-        table = pa.ipc.open_stream(message).read_all()
-        grain, group = json.loads(table.schema.metadata[b"key"])
+        grain, group, frame = _unpack_rows(message)
         start = Start.from_json(self._starts.get((grain, group), "{}"))
-        frame = rows_in_pandas(table, self._settings.model)
         outcome = train_one(frame, grain, self._settings, start, self._train)
-        return _stream(_outcome_table(outcome, grain, group))
+        return pickle.dumps(_outcome_row(outcome, grain, group), protocol=pickle.HIGHEST_PROTOCOL)
 
 
-def not_started(rows: pa.Table) -> pa.Table:
-    """One row of OUTCOME_SCHEMA for a group that is left to a later wave."""
-    grain, group = (rows[name][0].as_py() for name in ("grain", "group_id"))
-    row = {"grain": grain, "group_id": group, "ledger": json.dumps({"status": NOT_STARTED})}
-    return pa.Table.from_pylist([row], schema=OUTCOME_SCHEMA)
+def not_started(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row with the columns of OUTCOME_SCHEMA for a group that is left to a later wave."""
+    grain, group = _key_of(rows)
+    return _outcome_frame({"grain": grain, "group_id": group, "ledger": json.dumps({"status": NOT_STARTED})})
+
+
+def _key_of(rows: pd.DataFrame) -> tuple[int, str]:
+    return int(rows["grain"].iloc[0]), str(rows["group_id"].iloc[0])
+
+
+def _outcome_frame(row: Mapping[str, Any]) -> pd.DataFrame:
+    """One row in pandas; as objects, so that a number that is missing turns no other into a float."""
+    return pd.DataFrame({name: [row.get(name)] for name in OUTCOME_SCHEMA.names}, dtype=object)
+
+
+def _pack_rows(rows: pd.DataFrame, grain: int, group: str) -> bytes:
+    """The group's rows for the child, column by column: numbers as they lie in memory, converted no more."""
+    columns = {name: rows[name].to_numpy() for name in rows.columns if name not in _PLACE}
+    return pickle.dumps((grain, group, columns), protocol=pickle.HIGHEST_PROTOCOL)
+
+
+def _unpack_rows(message: bytes) -> tuple[int, str, pd.DataFrame]:
+    grain, group, columns = pickle.loads(message)  # noqa: S301 - from our own parent
+    return grain, group, pd.DataFrame(columns, copy=False)
 
 
 def train_one(frame: pd.DataFrame, grain: int, settings: TrainingSettings, start: Start = NO_START, train: TrainGroup = train_group) -> Outcome:
@@ -108,14 +128,19 @@ def train_one(frame: pd.DataFrame, grain: int, settings: TrainingSettings, start
         return Outcome("failed", ERROR, {"error_class": type(error).__name__, "error_message": message}, None, holdout)
 
 
+def named_columns(model: Mapping[str, Any]) -> set[str]:
+    """Columns whose values are names to the model: keys, categories and classes."""
+    keys = {key for grain in model["grains"] for key in grain}
+    labels = {model["target"]["column"]} if model["classes"] else set()
+    return keys | set(model["categories"]) | labels
+
+
 def rows_in_pandas(table: pa.Table, model: Mapping[str, Any]) -> pd.DataFrame:
     """The rows in pandas: times in UTC without a zone, and integer keys, categories and classes beside nulls as text.
 
     In pandas an integer beside nulls becomes a float, which above 2^53 is another integer.
     """
-    keys = {key for grain in model["grains"] for key in grain}
-    labels = {model["target"]["column"]} if model["classes"] else set()
-    named = keys | set(model["categories"]) | labels
+    named = named_columns(model)
     for position, field in enumerate(table.schema):
         column = table.column(position)
         if pa.types.is_timestamp(field.type) and field.type.tz:
@@ -129,9 +154,10 @@ def rows_in_pandas(table: pa.Table, model: Mapping[str, Any]) -> pd.DataFrame:
     return frame
 
 
-def _outcome_table(outcome: Outcome, grain: int, group: str) -> pa.Table:
+def _outcome_row(outcome: Outcome, grain: int, group: str) -> dict[str, Any]:
+    """Values for OUTCOME_SCHEMA."""
     booster = outcome.booster
-    row = {
+    return {
         "grain": grain,
         "group_id": group,
         "ledger": json.dumps({"status": outcome.status, "reason": outcome.reason, **outcome.ledger}),
@@ -141,7 +167,6 @@ def _outcome_table(outcome: Outcome, grain: int, group: str) -> pa.Table:
         "text": booster.text if booster else None,
         "holdout": _holdout_stream(outcome.holdout, grain, group),
     }
-    return pa.Table.from_pylist([row], schema=OUTCOME_SCHEMA)
 
 
 def _text_of(error: Exception) -> str:

@@ -18,6 +18,7 @@ from pipeline.grouping.splits import REPORT, TUNE
 from pipeline.models.meta_model import group_id, inverse_link, link
 from pipeline.spark.evaluation import MIN_INTERVAL_ROWS, judged_rows
 from pipeline.spark.fleet_training import Cluster, History, PlannedRun, Request, manifest, plan_run, train_run
+from pipeline.spark.placement import SALT, group_placed
 from pipeline.spark.training import (
     Done,
     Progress,
@@ -489,14 +490,14 @@ def exchanges(frame: DataFrame) -> list[str]:
 
 
 def grouped(placed: DataFrame) -> DataFrame:
-    return placed.groupBy("task", "grain", "group_id").applyInArrow(lambda table: table.select(["task"]).slice(0, 1), "task int")
+    return group_placed(placed).applyInPandas(lambda rows: rows[["task"]].head(1), "task int")
 
 
-def test_rows_are_exchanged_once_by_the_plans_task(spark: SparkSession, run: PlannedRun, spec: FleetSpec) -> None:
+def test_rows_are_exchanged_once_by_the_salt_of_the_plans_task(spark: SparkSession, run: PlannedRun, spec: FleetSpec) -> None:
     with without_adaptive_execution(spark):
         found = exchanges(grouped(placed_rows(spark, run.rows, spec, run.plan.to_train)))
     assert len(found) == 1, found
-    assert "task" in found[0]
+    assert f"hashpartitioning({SALT}" in found[0]
 
 
 def test_only_a_fleet_that_is_sampled_exchanges_rows_to_count_them(spark: SparkSession, run: PlannedRun, spec: FleetSpec) -> None:
