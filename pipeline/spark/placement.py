@@ -86,7 +86,7 @@ def travel_types(rows: DataFrame, named: Collection[str]) -> tuple[DataFrame, li
         named: keys, categories and classes: columns whose integers are names, and travel as text.
 
     Returns:
-        The rows, and the columns that are moments and travel as microseconds since 1970, UTC (see `restore_rows`).
+        The rows, and the columns that are moments and travel as microseconds since 1970, UTC (see `restore_moments`).
     """
     moments = [field.name for field in rows.schema if isinstance(field.dataType, TimestampType | TimestampNTZType)]
     columns = [_travelling(field.name, field.dataType, named) for field in rows.schema]
@@ -103,14 +103,13 @@ def _travelling(name: str, kind: DataType, named: Collection[str]) -> Column:
     return column
 
 
-def restore_rows(frame: pd.DataFrame, moments: Sequence[str]) -> pd.DataFrame:
-    """The rows as they were placed: moments as moments, without a zone (UTC), and no salt; in place, as nothing else holds the frame.
+def restore_moments(frame: pd.DataFrame, moments: Sequence[str]) -> pd.DataFrame:
+    """The rows with their moments as moments, without a zone (UTC); in place, as nothing else holds the frame.
 
     Args:
         frame: as it comes out of Spark.
         moments: columns that travelled as microseconds, as from `travel_types`.
     """
-    del frame[SALT]
     for name in moments:
         frame[name] = frame[name].to_numpy(dtype=np.int64).view("datetime64[us]")
     return frame

@@ -25,7 +25,7 @@ from pipeline.grouping.schedule import Pace, seconds_left
 from pipeline.grouping.splits import FIT, GAP, REPORT, TUNE, Cutoffs
 from pipeline.spark.files import FileWriter, WrittenFile, file_json, file_of_json
 from pipeline.spark.keys import finite, group_id_column, link_column, moment_column
-from pipeline.spark.placement import SALT, find_salts, group_placed, place_by_salt, restore_rows, travel_types
+from pipeline.spark.placement import SALT, find_salts, group_placed, place_by_salt, restore_moments, travel_types
 from pipeline.spec import BINARY, COUNTED, MAX_CLASSES, MULTICLASS, QUANTILE, FleetSpec
 from pipeline.tables import BOOSTERS, HOLDOUT
 from pipeline.training.blend import Constants
@@ -491,7 +491,7 @@ def train_wave(
     def train_one(rows: pd.DataFrame) -> pd.DataFrame:
         if start_seconds is not None and _is_over(name, start_seconds):
             return not_started(rows)
-        outcome = _worker_of(name, settings, starts, train, memory_bytes).train(restore_rows(rows, moments))
+        outcome = _worker_of(name, settings, starts, train, memory_bytes).train(restore_moments(rows, moments))
         ledger = json.loads(outcome["ledger"].iloc[0])
         done.add(1)
         if ledger["status"] in ("failed", "crashed"):

@@ -31,8 +31,6 @@ OUTCOME_SCHEMA: Any = pa.schema(
 _MESSAGE_LENGTH = 2000
 # Status of a group that a worker did not start; it is trained by a later wave, and has no ledger row yet.
 NOT_STARTED = "not_started"
-# What tells where the rows belong, and is the same in each of them.
-_PLACE = ("grain", "group_id", "task")
 
 TrainGroup = Callable[[pd.DataFrame, int, TrainingSettings, Start], Outcome]
 
@@ -70,7 +68,8 @@ class TaskWorker:
         """
         grain, group = _key_of(rows)
         task = int(rows["task"].iloc[0])
-        answer = self._process.run(_pack_rows(rows, grain, group))
+        # As they lie in memory: nothing is converted once more on the way to the child.
+        answer = self._process.run(pickle.dumps(rows, protocol=pickle.HIGHEST_PROTOCOL))
         if isinstance(answer, Outcome):
             if grain == POOLED:
                 answer = replace(answer, holdout=_judged_anyway(rows, self._settings))
@@ -85,7 +84,8 @@ class TaskWorker:
         self._process.close()
 
     def _answer(self, message: bytes) -> bytes:
-        grain, group, frame = _unpack_rows(message)
+        frame: pd.DataFrame = pickle.loads(message)  # noqa: S301 - from our own parent
+        grain, group = _key_of(frame)
         start = Start.from_json(self._starts.get((grain, group), "{}"))
         outcome = train_one(frame, grain, self._settings, start, self._train)
         return pickle.dumps(_outcome_row(outcome, grain, group), protocol=pickle.HIGHEST_PROTOCOL)
@@ -104,17 +104,6 @@ def _key_of(rows: pd.DataFrame) -> tuple[int, str]:
 def _outcome_frame(row: Mapping[str, Any]) -> pd.DataFrame:
     """One row in pandas; as objects, so that a number that is missing turns no other into a float."""
     return pd.DataFrame({name: [row.get(name)] for name in OUTCOME_SCHEMA.names}, dtype=object)
-
-
-def _pack_rows(rows: pd.DataFrame, grain: int, group: str) -> bytes:
-    """The group's rows for the child, column by column: numbers as they lie in memory, converted no more."""
-    columns = {name: rows[name].to_numpy() for name in rows.columns if name not in _PLACE}
-    return pickle.dumps((grain, group, columns), protocol=pickle.HIGHEST_PROTOCOL)
-
-
-def _unpack_rows(message: bytes) -> tuple[int, str, pd.DataFrame]:
-    grain, group, columns = pickle.loads(message)  # noqa: S301 - from our own parent
-    return grain, group, pd.DataFrame(columns, copy=False)
 
 
 def train_one(frame: pd.DataFrame, grain: int, settings: TrainingSettings, start: Start = NO_START, train: TrainGroup = train_group) -> Outcome:

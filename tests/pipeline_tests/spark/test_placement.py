@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as sf
 
-from pipeline.spark.placement import SALT, find_salts, hash_integers, place_by_salt, restore_rows, travel_types
+from pipeline.spark.placement import SALT, find_salts, hash_integers, place_by_salt, restore_moments, travel_types
 from pipeline.spark.training import without_adaptive_execution
 
 pytestmark = pytest.mark.spark
@@ -57,9 +57,9 @@ def test_moments_and_names_come_out_of_spark_as_they_were(spark: SparkSession, z
         rows = rows.select(sf.lit(1).alias(SALT), "micros", sf.timestamp_micros("micros").alias("moment"), "name")
         travelling, columns = travel_types(rows, {"name", "moment"})
         assert columns == ["moment"]
-        found = restore_rows(travelling.toPandas(), columns)
+        found = restore_moments(travelling.toPandas(), columns)
     finally:
         spark.conf.set("spark.sql.session.timeZone", str(before))
-    assert list(found.columns) == ["micros", "moment", "name"]
+    assert list(found.columns) == [SALT, "micros", "moment", "name"]
     np.testing.assert_array_equal(found["moment"].to_numpy(), moments)
     assert found["name"].tolist() == [None if name is None else str(name) for name in names]
