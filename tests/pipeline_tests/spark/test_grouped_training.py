@@ -4,6 +4,7 @@ import datetime as dt
 import os
 import subprocess
 import sys
+import uuid
 from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -144,9 +145,11 @@ def groups(run: PlannedRun, spec: FleetSpec) -> dict[tuple[int, str], pa.Table]:
     return found
 
 
-def trained(spark: SparkSession, run: PlannedRun, spec: FleetSpec, tables: DeltaTables, name: str, train: TrainGroup = train_group) -> TrainedFiles:
+def trained(spark: SparkSession, run: PlannedRun, spec: FleetSpec, tables: DeltaTables, train: TrainGroup = train_group) -> TrainedFiles:
     groups = run.plan.to_train.assign(task=np.arange(len(run.plan.to_train)) % 3)
     roots = {table: tables.location("kinds", table) for table in ("boosters", "holdout")}
+    # A worker of Spark knows a wave's settings by its name.
+    name = f"kinds-{uuid.uuid4().hex}"
     with without_adaptive_execution(spark):
         placed = placed_rows(spark, run.rows, spec, groups)
         return train_wave(placed, Wave(name, groups), run.settings, roots, {}, Progress(spark, lambda *_: None), train)
@@ -161,7 +164,7 @@ def test_spark_trains_on_every_kind_of_column_what_pandas_trains(
     spark: SparkSession, run: PlannedRun, spec: FleetSpec, groups: dict[tuple[int, str], pa.Table], tmp_path: Path
 ) -> None:
     tables = DeltaTables(root=str(tmp_path))
-    files = trained(spark, run, spec, tables, "boosters-are-equal")
+    files = trained(spark, run, spec, tables)
     holdout = stored(tables, files.holdout, "holdout")
     outcomes = {(outcome["grain"], outcome["group_id"]): outcome for outcome in files.outcomes}
     assert set(outcomes) == set(groups)
@@ -195,7 +198,7 @@ def test_trainers_are_given_the_values_that_arrow_holds(
         return Outcome("inherited", "looked", {})
 
     model = run.settings.model
-    trained(spark, run, spec, DeltaTables(root=str(tmp_path)), "values-are-equal", keep)
+    trained(spark, run, spec, DeltaTables(root=str(tmp_path)), keep)
     for (grain, _), rows in groups.items():
         found = pd.read_pickle(tmp_path / f"{grain}-{pc.min(rows['row_key'])}.pickle").sort_values("row_key", ignore_index=True)  # noqa: S301
         wanted = rows_in_pandas(rows.sort_by("row_key"), model)
