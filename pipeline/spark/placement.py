@@ -1,7 +1,8 @@
-"""Where the rows of a training job go: every group into the task that the plan gave it, and from there into pandas unharmed.
+"""Puts every group's rows into the task that the plan chose, and takes them unharmed into pandas.
 
-Spark puts a row into the partition `pmod(hash(column), n)` of the column that it repartitions by. The plan says which task a
-group belongs to, so the column must hold an integer whose hash leads to that task: its salt.
+Spark puts a row into partition `pmod(hash(column), n)` of the column that it repartitions by. The
+plan says which task a group belongs to, so that column holds an integer whose hash leads to the
+task: its salt.
 """
 
 from collections.abc import Collection, Sequence
@@ -16,9 +17,9 @@ from pyspark.sql.types import DataType, IntegralType, TimestampNTZType, Timestam
 SALT = "_salt"
 # The seed of the hash that Spark partitions by.
 _SEED = 42
-# Integers that are hashed at a time, per task: about as many as chance needs for a few thousand tasks.
+# Integers hashed at a time, per task: about as many as chance needs for a few thousand tasks.
 _CANDIDATES_PER_TASK = 12
-# What numpy takes for a moment that is missing.
+# The integer behind numpy's NaT.
 _NO_MOMENT = np.iinfo(np.int64).min
 
 
@@ -26,7 +27,7 @@ def find_salts(n_tasks: int) -> npt.NDArray[np.int32]:
     """For each task the smallest integer, from 0, that Spark's hash partitioning puts into it.
 
     Args:
-        n_tasks: partitions of the exchange.
+        n_tasks: partitions of the exchange; a salt leads to its task only among as many.
     """
     salts = np.full(n_tasks, -1, dtype=np.int32)
     n_candidates = _CANDIDATES_PER_TASK * n_tasks
@@ -43,7 +44,8 @@ def find_salts(n_tasks: int) -> npt.NDArray[np.int32]:
 def hash_integers(values: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
     """Spark's `hash` of an int column: Murmur3 of 32 bits, one block of four bytes.
 
-    Source: `Murmur3_x86_32.hashInt` in Spark; the constants are those of Austin Appleby's MurmurHash3.
+    Source: `Murmur3_x86_32.hashInt` in Spark; the constants are those of Austin Appleby's
+    MurmurHash3.
     """
     mixed = values.astype(np.uint32) * np.uint32(0xCC9E2D51)
     mixed = _rotated(mixed, 15) * np.uint32(0x1B873593)
@@ -64,29 +66,33 @@ def place_by_salt(rows: DataFrame, n_tasks: int) -> DataFrame:
     """The rows in the Spark partition that is their task; one exchange.
 
     Args:
-        rows: with the salt of their task in `_salt`, as from `find_salts` for the same number of tasks.
-        n_tasks: partitions.
+        rows: with the salt of their task in `_salt`, from `find_salts(n_tasks)`.
+        n_tasks: partitions of the result.
     """
     return rows.repartition(n_tasks, SALT)
 
 
 def group_placed(placed: DataFrame) -> GroupedData:
-    """The placed rows by group, ready for `applyInPandas`; the salt is among the keys, so that no row moves again."""
+    """The placed rows by group, for `applyInPandas`.
+
+    The salt is among the keys, which tells Spark that groups are together already: no row moves.
+    """
     return placed.groupBy(SALT, "grain", "group_id")
 
 
 def travel_types(rows: DataFrame, named: Collection[str]) -> tuple[DataFrame, list[str]]:
     """The rows in types that Spark hands to pandas as they are.
 
-    In pandas an integer beside nulls becomes a float, which above 2^53 is another integer; Spark writes moments in
-    nanoseconds and the session's zone, which end in 2262 and move with the zone.
+    In pandas an integer beside nulls becomes a float, which above 2^53 is another integer. Moments
+    Spark converts to nanoseconds, which end in 2262, on the clocks of the session's zone.
 
     Args:
         rows: the placed rows.
-        named: keys, categories and classes: columns whose integers are names, and travel as text.
+        named: keys, categories and classes; where these are integers, they travel as text.
 
     Returns:
-        The rows, and the columns that are moments and travel as microseconds since 1970, UTC (see `restore_moments`).
+        The rows, and which columns are moments: they travel as microseconds since 1970, UTC, and
+        `restore_moments` makes moments of them again.
     """
     moments = [field.name for field in rows.schema if isinstance(field.dataType, TimestampType | TimestampNTZType)]
     columns = [_travelling(field.name, field.dataType, named) for field in rows.schema]
@@ -104,10 +110,10 @@ def _travelling(name: str, kind: DataType, named: Collection[str]) -> Column:
 
 
 def restore_moments(frame: pd.DataFrame, moments: Sequence[str]) -> pd.DataFrame:
-    """The rows with their moments as moments, without a zone (UTC); in place, as nothing else holds the frame.
+    """The rows with moments as moments, in UTC without a zone.
 
     Args:
-        frame: as it comes out of Spark.
+        frame: as it comes out of Spark; it is changed in place, as nothing else holds it.
         moments: columns that travelled as microseconds, as from `travel_types`.
     """
     for name in moments:

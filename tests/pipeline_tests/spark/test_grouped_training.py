@@ -1,4 +1,4 @@
-"""Rows of every kind of column reach the trainer as they are: Spark and pandas train the same boosters."""
+"""Columns of every kind reach the trainer as they are: Spark and pandas train the same boosters."""
 
 import datetime as dt
 import os
