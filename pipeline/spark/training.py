@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 from pyspark import SparkFiles, TaskContext
@@ -21,6 +22,14 @@ from pipeline.runs.sampling import SAMPLED_WHOLE
 from pipeline.runs.wave import TrainedFiles, Wave
 from pipeline.spark.execution import keep_imports, without_adaptive_execution
 from pipeline.spark.files import FileWriter, file_json, file_of_json, read_files
+from pipeline.spark.placement import (
+    SALT,
+    find_salts,
+    group_placed,
+    place_by_salt,
+    restore_moments,
+    travel_types,
+)
 from pipeline.spark.progress import Progress, Report
 from pipeline.spark.rows import grain_column, is_learnt_from
 from pipeline.spec import FleetSpec
@@ -31,6 +40,7 @@ from pipeline.training.worker import (
     OUTCOME_SCHEMA,
     TaskWorker,
     TrainGroup,
+    named_columns,
     not_started,
 )
 
@@ -75,19 +85,25 @@ def placed_rows(
             where they correct nothing.
 
     Returns:
-        The columns that training reads, grain, group_id, task and, where a group is sampled, the
-        row's sampling rate.
+        The columns that training reads, grain, group_id, task and its salt and, where a group is
+        sampled, the row's sampling rate.
     """
     n_tasks = int(groups["task"].max()) + 1
     if groups["task"].min() < 0:
-        # Ids outside the range would wrap around silently.
+        # A negative id would be given another task's salt, silently.
         raise AssertionError(
-            f"task ids {groups['task'].min()}..{groups['task'].max()} are not within "
-            f"0..{n_tasks - 1}"
+            f"task ids {groups['task'].min()}..{groups['task'].max()} are not within 0..{n_tasks - 1}"
         )
-    columns = {"grain": "int32", "group_id": "str", "task": "int32", "exponent": "int32"}
-    schema = "grain int, group_id string, task int, exponent int"
-    where = spark.createDataFrame(groups[list(columns)].astype(columns), schema)
+    columns = {
+        "grain": "int32",
+        "group_id": "str",
+        "task": "int32",
+        SALT: "int32",
+        "exponent": "int32",
+    }
+    schema = f"grain int, group_id string, task int, {SALT} int, exponent int"
+    salted = groups.assign(**{SALT: find_salts(n_tasks)[groups["task"].to_numpy(dtype=np.int64)]})
+    where = spark.createDataFrame(salted[list(columns)].astype(columns), schema)
     target = spec.target
     learnt = [
         name
@@ -127,7 +143,7 @@ def placed_rows(
         placed = placed.where(share < sf.col(RATE)).drop("_finest_rows")
     if bases is not None:
         placed = placed.join(bases, "row_key", "left")
-    return placed.drop("exponent").repartitionById(n_tasks, "task")
+    return place_by_salt(placed.drop("exponent"), n_tasks)
 
 
 def _with_rates(rows: DataFrame, spec: FleetSpec) -> DataFrame:
@@ -179,16 +195,19 @@ def train_wave(
     costs = dict(zip(keys, groups["cost_seconds"].astype(float), strict=True))
     name, run_id, start_seconds = wave.name, settings.run_id, wave.start_seconds
     done, failed, worked, spent = progress.done, progress.failed, progress.worked, progress.spent
+    travelling, moments = travel_types(placed, named_columns(settings.model))
 
-    def train_one(rows: pa.Table) -> pa.Table:
+    def train_one(rows: pd.DataFrame) -> pd.DataFrame:
         if start_seconds is not None and _is_over(name, start_seconds):
             return not_started(rows)
-        outcome = _worker_of(name, settings, starts, train, memory_bytes).train(rows)
-        ledger = json.loads(outcome["ledger"][0].as_py())
+        outcome = _worker_of(name, settings, starts, train, memory_bytes).train(
+            restore_moments(rows, moments)
+        )
+        ledger = json.loads(outcome["ledger"].iloc[0])
         done.add(1)
         if ledger["status"] in ("failed", "crashed"):
             failed.add(1)
-        worked.add(costs[outcome["grain"][0].as_py(), outcome["group_id"][0].as_py()])
+        worked.add(costs[int(outcome["grain"].iloc[0]), str(outcome["group_id"].iloc[0])])
         spent.add(float(ledger.get("seconds") or 0.0))
         return outcome
 
@@ -231,9 +250,7 @@ def train_wave(
                     {"kind": ["file"], "line": [file_json(table, written)]}
                 )
 
-    trained = placed.groupBy("task", "grain", "group_id").applyInArrow(
-        train_one, from_arrow_schema(OUTCOME_SCHEMA)
-    )
+    trained = group_placed(travelling).applyInPandas(train_one, from_arrow_schema(OUTCOME_SCHEMA))
     rows = trained.mapInArrow(write, "kind string, line string").collect()
     files = [json.loads(row["line"]) for row in rows if row["kind"] == "file"]
     outcomes = [json.loads(row["line"]) for row in rows if row["kind"] == "outcome"]

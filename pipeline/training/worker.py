@@ -1,6 +1,7 @@
 """The only function that Spark runs to train: one group's rows in, one row out."""
 
 import json
+import pickle
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -69,54 +70,56 @@ class TaskWorker:
             memory_bytes=memory_bytes,
         )
 
-    def train(self, rows: pa.Table) -> pa.Table:
+    def train(self, rows: pd.DataFrame) -> pd.DataFrame:
         """Train one group; never raises for what the group does.
 
         Args:
             rows: the group's rows, with grain, group_id and task beside the features.
 
         Returns:
-            One row of OUTCOME_SCHEMA; the ledger part as JSON, the holdout part as an Arrow stream.
+            One row with the columns of OUTCOME_SCHEMA; the ledger part as JSON, the holdout part as
+            an Arrow stream.
         """
-        grain, group, task = (rows[name][0].as_py() for name in ("grain", "group_id", "task"))
-        answer = self._process.run(
-            _stream(
-                rows.drop_columns(["grain", "group_id", "task"]).replace_schema_metadata(
-                    {"key": json.dumps([grain, group])}
-                )
-            )
-        )
+        grain, group = _key_of(rows)
+        task = int(rows["task"].iloc[0])
+        # As they lie in memory: nothing is converted once more on the way to the child.
+        answer = self._process.run(pickle.dumps(rows, protocol=pickle.HIGHEST_PROTOCOL))
         if isinstance(answer, Outcome):
             if grain == POOLED:
-                answer = replace(
-                    answer,
-                    holdout=_judged_anyway(
-                        rows_in_pandas(rows, self._settings.model), self._settings
-                    ),
-                )
-            answer = _stream(_outcome_table(answer, grain, group))
-        outcome = pa.ipc.open_stream(answer).read_all()
-        ledger = {"task": task, **json.loads(outcome["ledger"][0].as_py())}
-        return outcome.set_column(2, "ledger", pa.array([json.dumps(ledger)]))
+                answer = replace(answer, holdout=_judged_anyway(rows, self._settings))
+            outcome = _outcome_row(answer, grain, group)
+        else:
+            outcome = pickle.loads(answer)  # noqa: S301 - from our own child
+        outcome["ledger"] = json.dumps({"task": task, **json.loads(outcome["ledger"])})
+        return _outcome_frame(outcome)
 
     def close(self) -> None:
         """End the child process."""
         self._process.close()
 
     def _answer(self, message: bytes) -> bytes:
-        table = pa.ipc.open_stream(message).read_all()
-        grain, group = json.loads(table.schema.metadata[b"key"])
+        frame: pd.DataFrame = pickle.loads(message)  # noqa: S301 - from our own parent
+        grain, group = _key_of(frame)
         start = Start.from_json(self._starts.get((grain, group), "{}"))
-        frame = rows_in_pandas(table, self._settings.model)
         outcome = train_one(frame, grain, self._settings, start, self._train)
-        return _stream(_outcome_table(outcome, grain, group))
+        return pickle.dumps(_outcome_row(outcome, grain, group), protocol=pickle.HIGHEST_PROTOCOL)
 
 
-def not_started(rows: pa.Table) -> pa.Table:
-    """One row of OUTCOME_SCHEMA for a group that is left to a later wave."""
-    grain, group = (rows[name][0].as_py() for name in ("grain", "group_id"))
-    row = {"grain": grain, "group_id": group, "ledger": json.dumps({"status": NOT_STARTED})}
-    return pa.Table.from_pylist([row], schema=OUTCOME_SCHEMA)
+def not_started(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row with the columns of OUTCOME_SCHEMA for a group that is left to a later wave."""
+    grain, group = _key_of(rows)
+    return _outcome_frame(
+        {"grain": grain, "group_id": group, "ledger": json.dumps({"status": NOT_STARTED})}
+    )
+
+
+def _key_of(rows: pd.DataFrame) -> tuple[int, str]:
+    return int(rows["grain"].iloc[0]), str(rows["group_id"].iloc[0])
+
+
+def _outcome_frame(row: Mapping[str, Any]) -> pd.DataFrame:
+    """One row in pandas; as objects, so that a number that is missing turns no other into a float."""
+    return pd.DataFrame({name: [row.get(name)] for name in OUTCOME_SCHEMA.names}, dtype=object)
 
 
 def train_one(
@@ -142,14 +145,19 @@ def train_one(
         )
 
 
+def named_columns(model: Mapping[str, Any]) -> set[str]:
+    """Columns whose values are names to the model: keys, categories and classes."""
+    keys = {key for grain in model["grains"] for key in grain}
+    labels = {model["target"]["column"]} if model["classes"] else set()
+    return keys | set(model["categories"]) | labels
+
+
 def rows_in_pandas(table: pa.Table, model: Mapping[str, Any]) -> pd.DataFrame:
     """The rows in pandas: times in UTC without a zone; keys, categories and classes as text.
 
     In pandas an integer beside nulls becomes a float, which above 2^53 is another integer.
     """
-    keys = {key for grain in model["grains"] for key in grain}
-    labels = {model["target"]["column"]} if model["classes"] else set()
-    named = keys | set(model["categories"]) | labels
+    named = named_columns(model)
     for position, field in enumerate(table.schema):
         column = table.column(position)
         if pa.types.is_timestamp(field.type) and field.type.tz:
@@ -163,9 +171,10 @@ def rows_in_pandas(table: pa.Table, model: Mapping[str, Any]) -> pd.DataFrame:
     return frame
 
 
-def _outcome_table(outcome: Outcome, grain: int, group: str) -> pa.Table:
+def _outcome_row(outcome: Outcome, grain: int, group: str) -> dict[str, Any]:
+    """Values for OUTCOME_SCHEMA."""
     booster = outcome.booster
-    row = {
+    return {
         "grain": grain,
         "group_id": group,
         "ledger": json.dumps(
@@ -177,7 +186,6 @@ def _outcome_table(outcome: Outcome, grain: int, group: str) -> pa.Table:
         "text": booster.text if booster else None,
         "holdout": _holdout_stream(outcome.holdout, grain, group),
     }
-    return pa.Table.from_pylist([row], schema=OUTCOME_SCHEMA)
 
 
 def _text_of(error: Exception) -> str:

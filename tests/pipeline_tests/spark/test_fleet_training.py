@@ -23,6 +23,7 @@ from pipeline.runs.wave import Wave
 from pipeline.spark.counting import count_categories, count_groups
 from pipeline.spark.evaluation import MIN_INTERVAL_ROWS, judged_rows
 from pipeline.spark.execution import without_adaptive_execution
+from pipeline.spark.placement import SALT, group_placed
 from pipeline.spark.planning import plan_run
 from pipeline.spark.progress import Done, Progress
 from pipeline.spark.rows import limited_rows
@@ -685,18 +686,16 @@ def exchanges(frame: DataFrame) -> list[str]:
 
 
 def grouped(placed: DataFrame) -> DataFrame:
-    return placed.groupBy("task", "grain", "group_id").applyInArrow(
-        lambda table: table.select(["task"]).slice(0, 1), "task int"
-    )
+    return group_placed(placed).applyInPandas(lambda rows: rows[["task"]].head(1), "task int")
 
 
-def test_rows_are_exchanged_once_by_the_plans_task(
+def test_rows_are_exchanged_once_by_the_salt_of_the_plans_task(
     spark: SparkSession, run: PlannedRun, spec: FleetSpec
 ) -> None:
     with without_adaptive_execution(spark):
         found = exchanges(grouped(placed_rows(spark, run.rows, spec, run.plan.to_train)))
     assert len(found) == 1, found
-    assert "task" in found[0]
+    assert f"hashpartitioning({SALT}" in found[0]
 
 
 def test_only_a_fleet_that_is_sampled_exchanges_rows_to_count_them(

@@ -45,23 +45,14 @@ def run_group(
     settings: TrainingSettings,
     train: TrainGroup = train_group,
     starts: Mapping[tuple[int, str], str] | None = None,
-) -> pa.Table:
+) -> pd.DataFrame:
     with closing(TaskWorker(settings, starts or {}, train)) as worker:
-        return worker.train(table_of(frame))
+        return worker.train(frame)
 
 
-def table_of(frame: pd.DataFrame) -> pa.Table:
-    """The rows as Spark hands them over: times in UTC."""
-    zoned = frame.assign(
-        **{name: frame[name].dt.tz_localize("UTC") for name in ("time", "known_at")}
-    )
-    return pa.Table.from_pandas(zoned, preserve_index=False)
-
-
-def only_row(found: pa.Table) -> dict[str, Any]:
-    assert found.schema.names == OUTCOME_SCHEMA.names
-    assert found.schema.types == OUTCOME_SCHEMA.types
-    [row] = found.to_pylist()
+def only_row(found: pd.DataFrame) -> dict[str, Any]:
+    assert list(found.columns) == OUTCOME_SCHEMA.names
+    [row] = pa.Table.from_pandas(found, schema=OUTCOME_SCHEMA, preserve_index=False).to_pylist()
     return dict(row)
 
 
@@ -230,19 +221,19 @@ def worker(fleet_settings: TrainingSettings) -> Iterator[TaskWorker]:
 def test_a_group_that_dies_or_hangs_is_one_row_and_others_are_trained(
     worker: TaskWorker, placed: pd.DataFrame, price: int, status: str, reason: str
 ) -> None:
-    bad = only_row(worker.train(table_of(placed.assign(price=float(price)))))
+    bad = only_row(worker.train(placed.assign(price=float(price))))
     ledger = json.loads(bad["ledger"])
     assert (ledger["status"], ledger["reason"], ledger["task"]) == (status, reason, 7)
     assert (bad["grain"], bad["group_id"], bad["text"], bad["holdout"]) == (*KEY, None, None)
     for _ in range(2):
-        assert json.loads(only_row(worker.train(table_of(placed)))["ledger"])["status"] == "trained"
+        assert json.loads(only_row(worker.train(placed))["ledger"])["status"] == "trained"
 
 
 def test_rows_of_a_crashed_pooled_group_are_judged_all_the_same(
     worker: TaskWorker, rows: pd.DataFrame
 ) -> None:
     frame = rows.assign(grain=0, group_id="[]", task=0, price=-float(signal.SIGKILL))
-    row = only_row(worker.train(table_of(frame)))
+    row = only_row(worker.train(frame))
     assert json.loads(row["ledger"])["status"] == "crashed"
     judged = pa.ipc.open_stream(row["holdout"]).read_all()
     assert judged.num_rows > 0
