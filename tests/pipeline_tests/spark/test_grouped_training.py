@@ -31,6 +31,7 @@ from pipeline.spark.rows import is_learnt_from
 from pipeline.spark.training import placed_rows, train_wave
 from pipeline.spec import FleetSpec, parse_spec
 from pipeline.tables import LEDGER, RUNS
+from pipeline.testing.runs import own_tables, quiet_context
 from pipeline.training.outcome import Outcome
 from pipeline.training.trainer import TrainingSettings, train_group
 from pipeline.training.worker import TrainGroup, named_columns, rows_in_pandas
