@@ -11,7 +11,7 @@ from pyspark.sql.pandas.types import from_arrow_schema
 from pyspark.sql.types import StructField, StructType
 
 from pipeline.models.meta_model import FleetModel
-from pipeline.reading.files import Reading
+from pipeline.reading.files import ColumnTypes
 from pipeline.scoring.row_source import SCORED_AT, SCORED_PERIOD, RowSource, answer_schema, text_columns
 from pipeline.spark.archives import share_pack
 from pipeline.spark.files import Batches, rows_reader
@@ -109,14 +109,21 @@ def asked_rows(rows: pa.Table, model: FleetModel) -> pd.DataFrame:
     return asked
 
 
-def score_source(spark: SparkSession, source: RowSource, model: FleetModel, reading: Reading, period: str, options: Mapping[str, str]) -> DataFrame:
+def score_source(
+    spark: SparkSession,
+    source: RowSource,
+    model: FleetModel,
+    column_types: ColumnTypes,
+    period: str,
+    options: Mapping[str, str],
+) -> DataFrame:
     """Answer all rows of a source, which tasks read one file at a time.
 
     Args:
         spark: the session.
         source: as it was found.
         model: that answers.
-        reading: as the source was found with.
+        column_types: as the source was found with.
         period: what the rows are called.
         options: of the object store.
 
@@ -124,14 +131,20 @@ def score_source(spark: SparkSession, source: RowSource, model: FleetModel, read
         One row per row: the source's columns, the answers, when, and the period.
     """
     shape = from_arrow_schema(source.schema)
-    answers = answer_rows(spark, _rows_of(spark, source, shape, reading, options), model, options)
+    answers = answer_rows(spark, _rows_of(spark, source, shape, column_types, options), model, options)
     return answers.withColumn(SCORED_AT, sf.current_timestamp()).withColumn(SCORED_PERIOD, sf.lit(period))
 
 
-def _rows_of(spark: SparkSession, source: RowSource, shape: StructType, reading: Reading, options: Mapping[str, str]) -> DataFrame:
+def _rows_of(
+    spark: SparkSession,
+    source: RowSource,
+    shape: StructType,
+    column_types: ColumnTypes,
+    options: Mapping[str, str],
+) -> DataFrame:
     if not source.files:
         return spark.createDataFrame([], shape)
-    files, rows = list(source.files), rows_reader(shape, source.address, options, reading)
+    files, rows = list(source.files), rows_reader(shape, source.address, options, column_types)
 
     def read(batches: Batches) -> Batches:
         for batch in batches:
