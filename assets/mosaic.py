@@ -12,35 +12,36 @@ from assets.meta_model import pack_store
 from pipeline.models.meta_model import FleetModel
 from pipeline.models.pack import mosaic, write_pack
 from pipeline.models.promotion import Key
+from pipeline.runs.fleet_tables import FleetTables
 from pipeline.spec import FleetSpec
-from resources.delta_tables import DeltaTables
 from resources.mlflow_registry import MlflowRegistry, Version, interface
 from resources.spark_session import SparkSessionResource
 
 
 def register_mosaic(
-    tables: DeltaTables,
+    tables: FleetTables,
     registry: MlflowRegistry,
     spark: SparkSessionResource,
     spec: FleetSpec,
-    namespace: str,
     serving: Mapping[Key, str],
     models: Sequence[FleetModel],
     decisions: pd.DataFrame,
 ) -> Version:
-    """Register a version in which each group is answered by the fleet version that is named for it; it gets no alias.
+    """Register a version in which each group is answered by the named fleet version.
+
+    It gets no alias.
 
     Args:
-        tables: where the fleet's tables are.
+        tables: of the fleet.
         registry: where it is registered.
         spark: for the types of the columns that it needs.
         spec: the fleet.
-        namespace: name of the registered model.
         serving: fleet version by group.
-        models: packs that together hold these chains; the first one's own version names the new one.
+        models: packs that together hold these chains; the first one's own version names the new
+            one.
         decisions: logged with it.
     """
-    options = tables.storage_options
+    options = tables.tables.storage_options
 
     def boosters(names: Sequence[str]) -> Iterator[Mapping[str, Any]]:
         found: set[str] = set()
@@ -52,17 +53,23 @@ def register_mosaic(
     with tempfile.TemporaryDirectory() as folder:
         pack = Path(folder) / "pack"
         generations = mosaic(serving, models)
-        digest = write_pack(pack, generations, boosters, store=pack_store(tables, namespace, spec), before=models)
+        digest = write_pack(
+            pack, generations, boosters, store=pack_store(tables, spec), before=models
+        )
         answering = FleetModel(pack, digest=digest, options=options)
-        features = tables.read_spark(spark.session, tables.location(spec.name, "features"))
+        features = tables.features(spark.session)
         dtypes = {field.name: field.dataType.simpleString() for field in features.schema}
         counts = pd.Series(serving).value_counts()
         return registry.register(
-            namespace,
+            tables.namespace,
             answering.fleet_version,
             pack=pack,
             **interface(answering, dtypes),
-            parameters={"combines": ", ".join(f"{version} ({count} groups)" for version, count in counts.items())[:MOST_CHARACTERS]},
+            parameters={
+                "combines": ", ".join(
+                    f"{version} ({count} groups)" for version, count in counts.items()
+                )[:MOST_CHARACTERS]
+            },
             metrics={"generations": float(len(generations)), "groups": float(len(serving))},
             tables={"decisions.json": decisions.head(DECISIONS_LOGGED)},
             plots={},

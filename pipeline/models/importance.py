@@ -21,9 +21,10 @@ def group_importance(booster: Any, rows: pd.DataFrame, model: Mapping[str, Any])
         model: as in a pack's spec.json: features and categories.
 
     Returns:
-        One row per feature, in the spec's order: feature, gain, gain_share, n_splits, shap, n_rows and rank, as in `tables.IMPORTANCE`.
-        SHAP values are those of Lundberg, Erion and Lee 2018 ("Consistent individualized feature attribution for tree ensembles"), as
-        LightGBM computes them.
+        One row per feature, in the spec's order: feature, gain, gain_share, n_splits, shap, n_rows
+        and rank, as in `tables.IMPORTANCE`. SHAP values are those of Lundberg, Erion and Lee 2018
+        ("Consistent individualized feature attribution for tree ensembles"), as LightGBM computes
+        them.
     """
     gain: Floats = np.asarray(booster.feature_importance("gain"), dtype=np.float64)
     total = gain.sum()
@@ -35,13 +36,19 @@ def group_importance(booster: Any, rows: pd.DataFrame, model: Mapping[str, Any])
             "n_splits": np.asarray(booster.feature_importance("split"), dtype=np.int64),
             "shap": mean_shap(booster, rows, model),
             "n_rows": len(rows),
-            "rank": pd.Series(gain).rank(method="first", ascending=False).where(gain > 0).astype("Int32"),
+            "rank": pd.Series(gain)
+            .rank(method="first", ascending=False)
+            .where(gain > 0)
+            .astype("Int32"),
         }
     )
 
 
 def mean_shap(booster: Any, rows: pd.DataFrame, model: Mapping[str, Any]) -> Floats:
-    """Mean absolute SHAP value of each feature over rows and, for multiclass, classes; NaN without rows."""
+    """Mean absolute SHAP value of each feature over rows and, for multiclass, classes.
+
+    NaN without rows.
+    """
     n_features = len(model["features"])
     if rows.empty:
         return np.full(n_features, np.nan)

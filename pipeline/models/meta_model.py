@@ -1,8 +1,9 @@
 """Everything that decides an answer, in one file that needs only numpy, pandas, pyarrow and lightgbm.
 
-MLflow registers this file as the model's code ("models from code"), so it imports nothing of this repository: wherever the
-registered version is loaded, this text travels with it. Training and batch scoring import the same functions from here, so
-that a group's id, its design matrix and its blended answer have one implementation.
+MLflow registers this file as the model's code ("models from code"), so it imports nothing of this
+repository: wherever the registered version is loaded, this text travels with it. Training and batch
+scoring import the same functions from here, so that a group's id, its design matrix and its blended
+answer have one implementation.
 
 A pack is a folder:
 
@@ -10,11 +11,13 @@ A pack is a folder:
 - ``spec.json``: one entry per generation, that is per training run whose boosters serve: grains, features, categories, target,
   task, classes, constants, levels of intervals;
 - ``chains.parquet``: one row per generation and group, sorted by grain, group and generation: weight, half widths of intervals (link
-  units, one per level), and where its booster is: file, offset, stored size, size and SHA-256 of the text;
+  units, one per level), and where its booster is: file, offset, stored size, size and SHA-256 of
+  the text;
 - ``boosters.parquet``: one row per booster: booster_id and the text, zstd-compressed, each as one run of bytes that is read alone.
 
-A group is answered by the generation that serves it, with the ancestors, categories and constants of that generation. So a
-version may put together groups of several training runs, and changing one group's generation changes no other group's answers.
+A group is answered by the generation that serves it, with the ancestors, categories and constants
+of that generation. So a version may put together groups of several training runs, and changing one
+group's generation changes no other group's answers.
 """
 
 import datetime as dt
@@ -28,7 +31,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -67,6 +70,24 @@ MAX_SHOWN = 60
 
 Floats = npt.NDArray[np.float64]
 
+
+class GroupKey(NamedTuple):
+    """Which group, of which grain; equal to the plain tuple.
+
+    Args:
+        grain: index of the grain, 0 for the pooled group.
+        group_id: JSON array of the group's key values, see `group_id`.
+    """
+
+    grain: int
+    group_id: str
+
+    @classmethod
+    def of(cls, row: Mapping[Any, Any]) -> "GroupKey":
+        """The group of a table's row, whatever kind of number its grain is."""
+        return cls(int(row["grain"]), str(row["group_id"]))
+
+
 _ESCAPES = {code: f"\\u{code:04X}" for code in range(32)} | {
     ord("\b"): "\\b",
     ord("\f"): "\\f",
@@ -82,7 +103,10 @@ _AGAIN = "fetch the version again, or materialise meta_model and champion again"
 
 
 class PackError(Exception):
-    """A pack is damaged, of another format, or not the one that was promised; names the file and what differs."""
+    """A pack is damaged, of another format, or not the one that was promised.
+
+    Names the file and what differs.
+    """
 
 
 class InputError(ValueError):
@@ -94,13 +118,19 @@ class InputError(ValueError):
 
 def answer_columns(task: str) -> dict[str, str]:
     """Columns of an answer and their types: double, string, or array<double>."""
-    columns = {"prediction": "string" if task == MULTICLASS else "double", "lower": "double", "upper": "double"}
+    columns = {
+        "prediction": "string" if task == MULTICLASS else "double",
+        "lower": "double",
+        "upper": "double",
+    }
     if task != REGRESSION:
         columns["probabilities"] = "array<double>"
     return {**columns, "answered_by": "string", "booster_id": "string", "fleet_version": "string"}
 
 
-def check_listed_once(columns: Sequence[object], read: Collection[str], where: str = "the batch") -> None:
+def check_listed_once(
+    columns: Sequence[object], read: Collection[str], where: str = "the batch"
+) -> None:
     """Refuse a batch in which a column that is read is listed twice: no one can say which of them is meant.
 
     Raises:
@@ -110,15 +140,17 @@ def check_listed_once(columns: Sequence[object], read: Collection[str], where: s
     doubled = [name for name, count in counts.items() if count > 1 and name in read]
     if doubled:
         names = ", ".join(map(str, doubled))
-        raise InputError(f"{where}: columns listed more than once: {names}; rename or remove all but one of each")
+        raise InputError(
+            f"{where}: columns listed more than once: {names}; rename or remove all but one of each"
+        )
 
 
 def key_text(value: object) -> str | None:
     """One key value or category as text: numbers by their value, booleans in lower case, null as None.
 
-    A float or decimal that is a whole number reads as that integer, because pandas and MLflow turn nullable
-    integers into floats; a moment at midnight reads as its date, because pandas has no dates. Moments with a
-    zone are told in UTC.
+    A float or decimal that is a whole number reads as that integer, because pandas and MLflow turn
+    nullable integers into floats; a moment at midnight reads as its date, because pandas has no
+    dates. Moments with a zone are told in UTC.
     """
     if value is None or value is pd.NaT or value is pd.NA:
         return None
@@ -160,7 +192,11 @@ def group_id(values: Sequence[object]) -> str:
     Equal, to the letter, to what Spark's ``to_json(array(...))`` gives for the same keys.
     """
     texts = (key_text(value) for value in values)
-    return "[" + ",".join("null" if text is None else f'"{text.translate(_ESCAPES)}"' for text in texts) + "]"
+    return (
+        "["
+        + ",".join("null" if text is None else f'"{text.translate(_ESCAPES)}"' for text in texts)
+        + "]"
+    )
 
 
 def group_ids(frame: pd.DataFrame, keys: Sequence[str]) -> npt.NDArray[np.object_]:
@@ -174,7 +210,9 @@ def group_ids(frame: pd.DataFrame, keys: Sequence[str]) -> npt.NDArray[np.object
     return found
 
 
-def _combinations(columns: Sequence[pd.Series]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def _combinations(
+    columns: Sequence[pd.Series],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """A number per row for its combination of values, and the first row of each number."""
     codes = np.zeros(len(columns[0]), dtype=np.int64)
     for column in columns:
@@ -187,8 +225,9 @@ def _combinations(columns: Sequence[pd.Series]) -> tuple[npt.NDArray[np.int64], 
 def design_matrix(frame: pd.DataFrame, spec: Mapping[str, Any]) -> npt.NDArray[np.float32]:
     """What LightGBM sees: one row per row, one float32 column per feature in the spec's order.
 
-    Categories become their number in the fleet's list; unseen ones, rare ones and null become NaN, as do infinities. Single
-    precision keeps the last digits of a float, which differ from machine to machine, out of the trees.
+    Categories become their number in the fleet's list; unseen ones, rare ones and null become NaN,
+    as do infinities. Single precision keeps the last digits of a float, which differ from machine
+    to machine, out of the trees.
     """
     matrix = np.empty((len(frame), len(spec["features"])), dtype=np.float32)
     for position, name in enumerate(spec["features"]):
@@ -207,12 +246,19 @@ def design_matrix(frame: pd.DataFrame, spec: Mapping[str, Any]) -> npt.NDArray[n
 def _category_numbers(values: pd.Series, categories: Sequence[str]) -> Floats:
     numbers = {text: float(number) for number, text in enumerate(categories)}
     codes, distinct = _factorized(values)
-    lookup = np.array([numbers.get(key_text(value) or "", np.nan) for value in distinct] + [np.nan], dtype=np.float64)
+    lookup = np.array(
+        [numbers.get(key_text(value) or "", np.nan) for value in distinct] + [np.nan],
+        dtype=np.float64,
+    )
     found: Floats = lookup[codes]
     return found
 
 
-_LINKS: dict[str, tuple[Any, Any]] = {"none": (np.asarray, np.asarray), "log": (np.log, np.exp), "log1p": (np.log1p, np.expm1)}
+_LINKS: dict[str, tuple[Any, Any]] = {
+    "none": (np.asarray, np.asarray),
+    "log": (np.log, np.exp),
+    "log1p": (np.log1p, np.expm1),
+}
 
 
 def link(values: Floats, transform: str) -> Floats:
@@ -230,7 +276,10 @@ def inverse_link(values: Floats, transform: str) -> Floats:
 
 
 def offset_and_scale(frame: pd.DataFrame, target: Mapping[str, Any]) -> tuple[Floats, Floats]:
-    """Per row the offset and scale in link space; NaN where a declared one is missing, infinite or (scale) not positive."""
+    """Per row the offset and scale in link space.
+
+    NaN where a declared one is missing, infinite or (scale) not positive.
+    """
     n_rows = len(frame)
     offset = _numbers(frame, target["offset"]) if target["offset"] else np.zeros(n_rows)
     scale = _numbers(frame, target["scale"]) if target["scale"] else np.ones(n_rows)
@@ -246,7 +295,9 @@ def _numbers(frame: pd.DataFrame, name: str) -> Floats:
 
 
 def numbers_in(column: "pd.Series[Any]") -> Floats:
-    """A numeric column as a batch brings it: NaN for null; booleans are 0 and 1, and text of a number is that number.
+    """A numeric column as a batch brings it: NaN for null.
+
+    Booleans are 0 and 1, and text of a number is that number.
 
     Raises:
         InputError: naming the column and its first value that is neither a number nor null.
@@ -279,7 +330,10 @@ def _factorized(values: "pd.Series[Any]") -> tuple[npt.NDArray[np.int64], Any]:
         codes, distinct = pd.factorize(values, use_na_sentinel=True)
     except TypeError as error:  # not hashable
         value = next(value for value in values if isinstance(value, list | dict | set | np.ndarray))
-        raise InputError(f"{values.name}: {_shown(value)} is not a value of a key or category; expected text, a number, or null") from error
+        raise InputError(
+            f"{values.name}: {_shown(value)} is not a value of a key or category; expected text, a "
+            "number, or null"
+        ) from error
     return codes, distinct
 
 
@@ -302,7 +356,10 @@ def load_booster(row: Mapping[str, Any], where: str) -> Any:
             return lightgbm.Booster(model_str=text)
         except (lightgbm.basic.LightGBMError, ValueError) as error:
             fault = str(error)
-    raise PackError(f"{where}: booster {row['booster_id']} is not a LightGBM model that can be loaded: {fault}; train again")
+    raise PackError(
+        f"{where}: booster {row['booster_id']} is not a LightGBM model that can be loaded: "
+        f"{fault}; train again"
+    )
 
 
 def decode_booster(row: Mapping[str, Any], where: str) -> str:
@@ -317,14 +374,22 @@ def decode_booster(row: Mapping[str, Any], where: str) -> str:
     """
     name, size = row["booster_id"], row.get("n_bytes")
     if not isinstance(size, int) or not 0 < size <= MAX_BOOSTER_BYTES:
-        raise PackError(f"{where}: booster {name} claims {size} bytes, expected 1 to {MAX_BOOSTER_BYTES}")
+        raise PackError(
+            f"{where}: booster {name} claims {size} bytes, expected 1 to {MAX_BOOSTER_BYTES}"
+        )
     try:
         raw: bytes = pa.Codec("zstd").decompress(row["text"], decompressed_size=size).to_pybytes()
     except (OSError, ValueError, TypeError, KeyError, pa.ArrowException) as error:
-        raise PackError(f"{where}: booster {name} cannot be decompressed ({error}); restore the file or train again") from error
+        raise PackError(
+            f"{where}: booster {name} cannot be decompressed ({error}); restore the file or train "
+            "again"
+        ) from error
     digest = hashlib.sha256(raw).hexdigest()
     if digest != row.get("sha256"):
-        raise PackError(f"{where}: booster {name} is damaged: its digest is {digest}, expected {row.get('sha256')}; restore the file or train again")
+        raise PackError(
+            f"{where}: booster {name} is damaged: its digest is {digest}, expected "
+            f"{row.get('sha256')}; restore the file or train again"
+        )
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
@@ -332,7 +397,8 @@ def decode_booster(row: Mapping[str, Any], where: str) -> str:
 
 
 _HEADER = re.compile(r"tree\nversion=v4\n(?:\w+(?:=[^\n]*)?\n)+\n", re.ASCII)
-# Lines of a tree with so many numbers as it has leaves, or inner nodes; those of a tree of one leaf may be empty.
+# Lines of a tree with so many numbers as it has leaves, or inner nodes; those of a tree of one leaf
+# may be empty.
 _OF_LEAVES = {"leaf_value": np.float64, "leaf_weight": np.float64, "leaf_count": np.int64}
 _OF_NODES = {
     "split_feature": np.int64,
@@ -362,13 +428,19 @@ _MAX_DECISION = 11  # one bit for categories, one for the default side, two for 
 def structure_fault(text: str) -> str | None:
     """What is wrong with a LightGBM text that could end the process, hang it, or let it read what is not there; None if nothing is.
 
-    Every tree has the size that the header says and as many nodes and leaves as it says, splits by features and categories that
-    there are, and each of its nodes and leaves has exactly one parent, which comes before it.
+    Every tree has the size that the header says and as many nodes and leaves as it says, splits by
+    features and categories that there are, and each of its nodes and leaves has exactly one parent,
+    which comes before it.
     """
     try:
         trees, n_features = _trees_of(text)
         _check_trees(trees, n_features)
-    except (ValueError, OverflowError, KeyError, DeprecationWarning) as error:  # the last is how numpy says that a text is no number
+    except (
+        ValueError,
+        OverflowError,
+        KeyError,
+        DeprecationWarning,
+    ) as error:  # the last is how numpy says that a text is no number
         return str(error)
     return None
 
@@ -384,11 +456,17 @@ def _trees_of(text: str) -> tuple[list[re.Match[str]], int]:
     if header is None:
         raise ValueError("its header is not that of a model of version v4")
     settings = dict(line.partition("=")[::2] for line in header[0].splitlines())
-    n_features, per_iteration = int(settings["max_feature_idx"]) + 1, int(settings["num_tree_per_iteration"])
+    n_features, per_iteration = (
+        int(settings["max_feature_idx"]) + 1,
+        int(settings["num_tree_per_iteration"]),
+    )
     described = [len(settings[name].split(" ")) for name in ("feature_names", "feature_infos")]
     _demand(described == [n_features] * 2, f"its header describes other than {n_features} features")
     sizes = [int(size) for size in settings["tree_sizes"].split()]
-    _demand(per_iteration > 0 and len(sizes) % per_iteration == 0, f"{len(sizes)} trees cannot be {per_iteration} per iteration")
+    _demand(
+        per_iteration > 0 and len(sizes) % per_iteration == 0,
+        f"{len(sizes)} trees cannot be {per_iteration} per iteration",
+    )
     trees, start = [], header.end()
     for number, size in enumerate(sizes):
         tree = _TREE.match(text, start)
@@ -396,13 +474,19 @@ def _trees_of(text: str) -> tuple[list[re.Match[str]], int]:
             raise ValueError(f"tree {number} is not a tree of the size that the header says")
         trees.append(tree)
         start = tree.end()
-    _demand(_TAIL.fullmatch(text, start), "what follows its trees is not their end, importances and parameters")
+    _demand(
+        _TAIL.fullmatch(text, start),
+        "what follows its trees is not their end, importances and parameters",
+    )
     return trees, n_features
 
 
 def _check_trees(trees: Sequence[re.Match[str]], n_features: int) -> None:
     """Look at all trees at once: arrays hold the numbers of one tree after those of another."""
-    n_leaves, n_cat = (np.array([int(tree[name]) for tree in trees], dtype=np.int64) for name in ("n_leaves", "n_cat"))
+    n_leaves, n_cat = (
+        np.array([int(tree[name]) for tree in trees], dtype=np.int64)
+        for name in ("n_leaves", "n_cat")
+    )
     _demand((n_leaves >= 1).all(), "a tree has no leaf")
     n_nodes = n_leaves - 1
     stumps = n_leaves == 1
@@ -426,14 +510,22 @@ def _check_trees(trees: Sequence[re.Match[str]], n_features: int) -> None:
     _check_categories(trees, n_cat, tree[chosen], nodes["threshold"][chosen])
 
 
-def _check_categories(trees: Sequence[re.Match[str]], n_cat: npt.NDArray[np.int64], tree: npt.NDArray[np.int64], wanted: Floats) -> None:
+def _check_categories(
+    trees: Sequence[re.Match[str]],
+    n_cat: npt.NDArray[np.int64],
+    tree: npt.NDArray[np.int64],
+    wanted: Floats,
+) -> None:
     """Each set of categories begins where the one before it ends, and each node that asks for one asks for one of its tree's."""
     has = n_cat > 0
     boundaries = _numbers_of(trees, "cat_boundaries", np.where(has, n_cat + 1, 0))
     last = np.cumsum((n_cat + 1)[has]) - 1
     grows = np.diff(boundaries) >= 0
     grows[last[:-1]] = True  # from the last of one tree to the first of the next
-    _demand(grows.all() and not boundaries[last - n_cat[has]].any(), "the categories of a tree are not as many as it says")
+    _demand(
+        grows.all() and not boundaries[last - n_cat[has]].any(),
+        "the categories of a tree are not as many as it says",
+    )
     n_words = np.zeros(len(trees), dtype=np.int64)
     n_words[has] = boundaries[last]
     _numbers_of(trees, "cat_threshold", n_words)
@@ -443,11 +535,18 @@ def _check_categories(trees: Sequence[re.Match[str]], n_cat: npt.NDArray[np.int6
     )
 
 
-def _numbers_of(trees: Sequence[re.Match[str]], name: str, counts: npt.NDArray[np.int64], kind: type = np.int64) -> npt.NDArray[Any]:
+def _numbers_of(
+    trees: Sequence[re.Match[str]], name: str, counts: npt.NDArray[np.int64], kind: type = np.int64
+) -> npt.NDArray[Any]:
     """A line of every tree as numbers, which must be so many in each."""
     texts = [tree[name] or "" for tree in trees]
-    _demand([len(text.split(" ")) if text else 0 for text in texts] == counts.tolist(), f"{name} of a tree has too few or too many numbers")
-    numbers: npt.NDArray[Any] = np.fromstring(" ".join(text for text in texts if text), dtype=kind, sep=" ")
+    _demand(
+        [len(text.split(" ")) if text else 0 for text in texts] == counts.tolist(),
+        f"{name} of a tree has too few or too many numbers",
+    )
+    numbers: npt.NDArray[Any] = np.fromstring(
+        " ".join(text for text in texts if text), dtype=kind, sep=" "
+    )
     _demand(len(numbers) == counts.sum(), f"{name} of a tree is not made of numbers")
     return numbers
 
@@ -458,7 +557,8 @@ class Chain:
 
     Args:
         weight: of its own booster against its parent's answer.
-        intervals: half width per level of the generation, in link units over scale; None leaves a level, or all of them, to the parent.
+        intervals: half width per level of the generation, in link units over scale; None leaves a
+            level, or all of them, to the parent.
         booster_id: None without a model of its own.
         place: number of the file, offset and stored size of the booster.
         n_bytes: size of its text.
@@ -482,21 +582,28 @@ class Chain:
 class FleetModel:
     """Answers for every group of one fleet version, from a pack.
 
-    Opening reads the index and the specs. Chains are read by row group, and boosters alone, at first use; boosters stay in a cache
-    that is bounded in bytes of text. One instance may be used by several threads.
+    Opening reads the index and the specs. Chains are read by row group, and boosters alone, at
+    first use; boosters stay in a cache that is bounded in bytes of text. One instance may be used
+    by several threads.
 
     Args:
         folder: the pack.
         cache_bytes: bound of the booster cache.
         digest: of the index, where it is known which pack this must be.
-        options: of the object store that a shared pack is in, as deltalake takes them; what is not there Arrow finds as AWS tools do.
+        options: of the object store that a shared pack is in, as deltalake takes them; what is not
+            there Arrow finds as AWS tools do.
 
     Raises:
-        PackError: if a file of the pack is missing, unreadable, of another format, or not the one that the index names.
+        PackError: if a file of the pack is missing, unreadable, of another format, or not the one
+            that the index names.
     """
 
     def __init__(
-        self, folder: str | Path, cache_bytes: int = CACHE_BYTES, digest: str | None = None, options: Mapping[str, str] | None = None
+        self,
+        folder: str | Path,
+        cache_bytes: int = CACHE_BYTES,
+        digest: str | None = None,
+        options: Mapping[str, str] | None = None,
     ) -> None:
         self._options = dict(options or {})
         self.folder = Path(folder)
@@ -508,11 +615,22 @@ class FleetModel:
             written = json.loads(content)
             self.generations: list[dict[str, Any]] = written["generations"]
             # Packs of an earlier release have no such groups.
-            self._cut = [{(grain, group) for grain, group in spec.get("answered_by_constant", [])} for spec in self.generations]
-            self._first_keys = [(int(grain), str(group)) for grain, group in index["chains.parquet"]["first"]]
+            self._cut = [
+                {(grain, group) for grain, group in spec.get("answered_by_constant", [])}
+                for spec in self.generations
+            ]
+            self._first_keys = [
+                (int(grain), str(group)) for grain, group in index["chains.parquet"]["first"]
+            ]
             check_footer(self.folder / "chains.parquet", index["chains.parquet"])
-            self._chains_file = pq.ParquetFile(self.folder / "chains.parquet", page_checksum_verification=True)
-            _require(self._chains_file.schema_arrow.equals(CHAINS), self.folder / "chains.parquet", "not a table of chains")
+            self._chains_file = pq.ParquetFile(
+                self.folder / "chains.parquet", page_checksum_verification=True
+            )
+            _require(
+                self._chains_file.schema_arrow.equals(CHAINS),
+                self.folder / "chains.parquet",
+                "not a table of chains",
+            )
             self.root, self.files = index["boosters"]["root"], index["boosters"]["files"]
             if self.root is None:
                 self.check_files()
@@ -520,7 +638,9 @@ class FleetModel:
             raise PackError(f"{self.folder}: not a readable pack ({error})") from error
         self.fleet: str = index["fleet"]
         self.fleet_version: str = index["fleet_version"]
-        self.required = list(dict.fromkeys(name for spec in self.generations for name in spec["required"]))
+        self.required = list(
+            dict.fromkeys(name for spec in self.generations for name in spec["required"])
+        )
         optional = dict.fromkeys(name for spec in self.generations for name in spec["optional"])
         self.optional = [name for name in optional if name not in self.required]
         self._serving: dict[tuple[int, str], int] = {}
@@ -569,28 +689,33 @@ class FleetModel:
             self._read_chains(number)
         return sorted(self._serving)
 
-    def predict(self, frame: pd.DataFrame, *, explain: bool = False, interval: float | None = None) -> pd.DataFrame:
+    def predict(
+        self, frame: pd.DataFrame, *, explain: bool = False, interval: float | None = None
+    ) -> pd.DataFrame:
         """Answer every row.
 
         Args:
-            frame: one row per question, with the required columns in any order; a batch may mix groups and unseen ones. An optional column
-                that is not there is null in every row.
+            frame: one row per question, with the required columns in any order; a batch may mix
+                groups and unseen ones. An optional column that is not there is null in every row.
             explain: say what made each answer, too; takes several times as long.
-            interval: share of answers that lower and upper should contain, one of the version's levels; by default the spec's. A row's
-                nearest ancestor that has a half width at that level gives it; it is never below one that the row has at a lower level.
+            interval: share of answers that lower and upper should contain, one of the version's
+                levels; by default the spec's. A row's nearest ancestor that has a half width at
+                that level gives it; it is never below one that the row has at a lower level.
 
         Returns:
-            One row per row and in its order: prediction, lower, upper (target units), answered_by (grain, or "constant"),
-            booster_id (null for the constant), fleet_version. Where an offset or scale leads to a prediction that no double
-            holds, it is NaN and answered_by "none (not finite)". For binary the prediction is the probability of the last class; for
-            multiclass it is the likeliest class (of equal ones the first). Both have a column more: probabilities, a list in the
-            order of the spec's classes; lower and upper are null.
-            With `explain` a last column, contributions: a list of {feature, contribution}, as from `told_contributions`, whose sum is the
-            prediction in link space; for classes it is the probability of the answer (for binary, of the last class).
+            One row per row and in its order: prediction, lower, upper (target units), answered_by
+            (grain, or "constant"), booster_id (null for the constant), fleet_version. Where an
+            offset or scale leads to a prediction that no double holds, it is NaN and answered_by
+            "none (not finite)". For binary the prediction is the probability of the last class; for
+            multiclass it is the likeliest class (of equal ones the first). Both have a column more:
+            probabilities, a list in the order of the spec's classes; lower and upper are null. With
+            `explain` a last column, contributions: a list of {feature, contribution}, as from
+            `told_contributions`, whose sum is the prediction in link space; for classes it is the
+            probability of the answer (for binary, of the last class).
 
         Raises:
-            InputError: if a required column is missing, a column is listed twice or holds what it cannot, or the version has no
-                intervals of that level.
+            InputError: if a required column is missing, a column is listed twice or holds what it
+                cannot, or the version has no intervals of that level.
             PackError: if a booster that is needed is damaged.
         """
         self._check_columns(frame)
@@ -602,10 +727,18 @@ class FleetModel:
         for number in np.unique(generation):
             rows = np.flatnonzero(generation == number)
             whole = len(rows) == len(frame)
-            part, levels_of_part = (frame, levels) if whole else (frame.iloc[rows], _levels_of(levels, rows))
-            parts.append(self._answer(part, levels_of_part, int(number), rows, explain=explain, interval=level))
+            part, levels_of_part = (
+                (frame, levels) if whole else (frame.iloc[rows], _levels_of(levels, rows))
+            )
+            parts.append(
+                self._answer(
+                    part, levels_of_part, int(number), rows, explain=explain, interval=level
+                )
+            )
         if not parts:
-            parts.append(self._answer(frame, levels, 0, np.arange(0), explain=explain, interval=level))
+            parts.append(
+                self._answer(frame, levels, 0, np.arange(0), explain=explain, interval=level)
+            )
         answers = parts[0] if len(parts) == 1 else pd.concat(parts).sort_index()
         answers.index = frame.index
         return answers
@@ -618,7 +751,8 @@ class FleetModel:
         if missing:
             optional = f", and may lack: {', '.join(self.optional)}" if self.optional else ""
             raise InputError(
-                f"missing columns: {', '.join(missing)}; the batch has: {', '.join(map(str, frame.columns))}; "
+                f"missing columns: {', '.join(missing)}; the batch has: "
+                f"{', '.join(map(str, frame.columns))}; "
                 f"fleet {self.fleet!r} needs: {', '.join(self.required)}{optional}"
             )
 
@@ -627,17 +761,32 @@ class FleetModel:
         if interval is None:
             return self.interval
         if interval not in self.intervals:
-            there = f"has intervals of {', '.join(map(repr, self.intervals))}" if self.intervals else "answers with classes, which have no interval"
-            raise InputError(f"interval: {interval!r}; version {self.fleet_version!r} of fleet {self.fleet!r} {there}")
+            there = (
+                f"has intervals of {', '.join(map(repr, self.intervals))}"
+                if self.intervals
+                else "answers with classes, which have no interval"
+            )
+            raise InputError(
+                f"interval: {interval!r}; version {self.fleet_version!r} of fleet {self.fleet!r} "
+                f"{there}"
+            )
         return float(interval)
 
-    def _generations_of(self, levels: Sequence[tuple[Any, Any]], n_rows: int) -> npt.NDArray[np.int64]:
+    def _generations_of(
+        self, levels: Sequence[tuple[Any, Any]], n_rows: int
+    ) -> npt.NDArray[np.int64]:
         """Per row the generation that serves its finest known group."""
         generation = np.zeros(n_rows, dtype=np.int64)
         if len(self.generations) == 1:
             return generation
         for grain, (codes, ids) in enumerate(levels):
-            serving = np.array([-1 if (found := self._serving_of(grain, group)) is None else found for group in ids] or [-1])[codes]
+            serving = np.array(
+                [
+                    -1 if (found := self._serving_of(grain, group)) is None else found
+                    for group in ids
+                ]
+                or [-1]
+            )[codes]
             generation = np.where(serving >= 0, serving, generation)
         return generation
 
@@ -659,8 +808,15 @@ class FleetModel:
         # What the nearest ancestor's own model says, to which a correction adds.
         base = answer.copy()
         corrects = spec["own"] == CORRECTION
-        # Half widths at the levels up to the one that is asked for; none where this generation does not have that one.
-        halves = np.full((len(frame), spec["intervals"].index(interval) + 1 if interval in spec["intervals"] else 0), np.nan)
+        # Half widths at the levels up to the one that is asked for; none where this generation does
+        # not have that one.
+        halves = np.full(
+            (
+                len(frame),
+                spec["intervals"].index(interval) + 1 if interval in spec["intervals"] else 0,
+            ),
+            np.nan,
+        )
         answered_by = np.full(len(frame), CONSTANT, dtype=object)
         booster_id = np.full(len(frame), None, dtype=object)
         matrix = design_matrix(frame, spec)
@@ -676,7 +832,14 @@ class FleetModel:
                 chain.put_half_widths(halves, rows)
                 if (grain, group) in self._cut[generation]:
                     # Its own answer, and those above it, are worse than the constant.
-                    start_again(rows, first_answer(spec, len(rows)), answer, answered_by, booster_id, made_of)
+                    start_again(
+                        rows,
+                        first_answer(spec, len(rows)),
+                        answer,
+                        answered_by,
+                        booster_id,
+                        made_of,
+                    )
                 rows = rows[anchored[rows]]
                 weight = chain.weight
                 if chain.booster_id is None or not len(rows) or (weight == 0.0 and not corrects):
@@ -684,7 +847,13 @@ class FleetModel:
                 booster = self._booster(chain)
                 own = booster.predict(matrix[rows], num_threads=1)
                 if made_of is not None:
-                    made_of.add(rows, booster.predict(matrix[rows], pred_contrib=True, num_threads=1), own, weight, corrects=corrects and grain > 0)
+                    made_of.add(
+                        rows,
+                        booster.predict(matrix[rows], pred_contrib=True, num_threads=1),
+                        own,
+                        weight,
+                        corrects=corrects and grain > 0,
+                    )
                 if corrects:
                     own = own + base[rows] if grain else own
                     base[rows] = own
@@ -693,10 +862,21 @@ class FleetModel:
                     continue
                 answered_by[rows] = grain_name(spec["grains"][grain])
                 booster_id[rows] = chain.booster_id
-        values = numbers_of(spec, answer, anchored, offset, scale, widest(halves)) if spec["task"] == REGRESSION else classes_of(spec, answer)
+        values = (
+            numbers_of(spec, answer, anchored, offset, scale, widest(halves))
+            if spec["task"] == REGRESSION
+            else classes_of(spec, answer)
+        )
         mark_not_finite(values["prediction"], answered_by, booster_id)
-        answered = {**values, "answered_by": answered_by, "booster_id": booster_id, "fleet_version": spec["fleet_version"]}
-        answers = pd.DataFrame({name: answered[name] for name in answer_columns(spec["task"])}, index=rows_of_batch)
+        answered = {
+            **values,
+            "answered_by": answered_by,
+            "booster_id": booster_id,
+            "fleet_version": spec["fleet_version"],
+        }
+        answers = pd.DataFrame(
+            {name: answered[name] for name in answer_columns(spec["task"])}, index=rows_of_batch
+        )
         if made_of is not None:
             told = made_of.told(answers["prediction"], anchored, offset, scale)
             answers["contributions"] = pd.Series(told, index=answers.index, dtype=object)
@@ -705,7 +885,8 @@ class FleetModel:
     def check_files(self) -> None:
         """Look at every file of boosters: there, of the right size and with the right footer.
 
-        Opening looks only at those in the pack's own folder; those in a store are otherwise opened when a booster in them is needed.
+        Opening looks only at those in the pack's own folder; those in a store are otherwise opened
+        when a booster in them is needed.
 
         Raises:
             PackError: naming the file.
@@ -716,7 +897,10 @@ class FleetModel:
                 with open_boosters(self.folder, self.root, file, self._options) as opened:
                     found = _footer(opened, name)
             except (OSError, ValueError) as error:
-                raise PackError(f"{name}: cannot be read ({error}); restore the file, or materialise meta_model again") from error
+                raise PackError(
+                    f"{name}: cannot be read ({error}); restore the file, or materialise "
+                    "meta_model again"
+                ) from error
             _compare(found, file, name)
 
     def _serving_of(self, grain: int, group: str) -> int | None:
@@ -741,10 +925,28 @@ class FleetModel:
             try:
                 columns = self._chains_file.read_row_group(number).to_pydict()
             except (OSError, IndexError, ValueError, pa.ArrowException) as error:
-                raise PackError(f"{where}: row group {number} cannot be read ({error}); restore the file or train again") from error
-            for grain, group, generation, serves, weight, halves, name, file, offset, stored, size, digest in zip(*columns.values(), strict=True):
+                raise PackError(
+                    f"{where}: row group {number} cannot be read ({error}); restore the file or "
+                    "train again"
+                ) from error
+            for (
+                grain,
+                group,
+                generation,
+                serves,
+                weight,
+                halves,
+                name,
+                file,
+                offset,
+                stored,
+                size,
+                digest,
+            ) in zip(*columns.values(), strict=True):
                 place = (file, offset, stored)
-                self._chains[grain, group, generation] = Chain(weight, halves, name, place, size, digest)
+                self._chains[grain, group, generation] = Chain(
+                    weight, halves, name, place, size, digest
+                )
                 if serves:
                     self._serving[grain, group] = generation
             self._read.add(number)
@@ -765,17 +967,28 @@ class FleetModel:
 
     def chain_rows(self) -> pd.DataFrame:
         """The rows of ``chains.parquet``, less where the boosters are."""
-        names = [name for name in CHAINS.names if name not in ("file", "offset", "stored_bytes", "n_bytes", "sha256")]
-        rows: pd.DataFrame = pq.read_table(self.folder / "chains.parquet", columns=names, page_checksum_verification=True).to_pandas()
+        names = [
+            name
+            for name in CHAINS.names
+            if name not in ("file", "offset", "stored_bytes", "n_bytes", "sha256")
+        ]
+        rows: pd.DataFrame = pq.read_table(
+            self.folder / "chains.parquet", columns=names, page_checksum_verification=True
+        ).to_pandas()
         return rows
 
     def serving(self) -> dict[tuple[int, str], str]:
         """The fleet version that answers each group: by grain index and group id."""
         self.groups()
-        return {key: str(self.generations[number]["fleet_version"]) for key, number in self._serving.items()}
+        return {
+            key: str(self.generations[number]["fleet_version"])
+            for key, number in self._serving.items()
+        }
 
     def stored_boosters(self, names: Collection[str]) -> Iterator[dict[str, Any]]:
-        """Boosters as they are stored, for another pack: rows as `decode_booster` takes them; of those that are not here, none.
+        """Boosters as they are stored, for another pack: rows as `decode_booster` takes them.
+
+        Of those that are not here, none.
 
         Raises:
             PackError: if one cannot be read.
@@ -787,27 +1000,42 @@ class FleetModel:
                 yield self._stored(chain)
 
     def _load(self, chain: Chain) -> Any:
-        return load_booster(self._stored(chain), f"{self.folder}/{self.files[chain.place[0]]['path']}")
+        return load_booster(
+            self._stored(chain), f"{self.folder}/{self.files[chain.place[0]]['path']}"
+        )
 
     def _stored(self, chain: Chain) -> dict[str, Any]:
         number, offset, stored = chain.place
         try:
             if number not in self._open_files:
-                self._open_files[number] = open_boosters(self.folder, self.root, self.files[number], self._options)
+                self._open_files[number] = open_boosters(
+                    self.folder, self.root, self.files[number], self._options
+                )
             within = stored > 0 and 0 <= offset <= self.files[number]["n_bytes"] - stored
-            _demand(within, f"{stored} bytes at {offset} are not within {self.files[number]['path']}")
+            _demand(
+                within, f"{stored} bytes at {offset} are not within {self.files[number]['path']}"
+            )
             text = self._open_files[number].read_at(stored, offset)
         except (OSError, IndexError, TypeError, ValueError, pa.ArrowException) as error:
-            raise PackError(f"{self.folder}: booster {chain.booster_id} cannot be read ({error}); restore the pack or train again") from error
-        return {"booster_id": chain.booster_id, "text": text, "n_bytes": chain.n_bytes, "sha256": chain.sha256}
+            raise PackError(
+                f"{self.folder}: booster {chain.booster_id} cannot be read ({error}); restore the "
+                "pack or train again"
+            ) from error
+        return {
+            "booster_id": chain.booster_id,
+            "text": text,
+            "n_bytes": chain.n_bytes,
+            "sha256": chain.sha256,
+        }
 
 
 class Contributions:
     """What each feature adds to blended answers.
 
-    A booster's contributions are SHAP values (Lundberg, Erion and Lee 2018, as LightGBM computes them), which add up to its raw score. Where
-    its output is another function of that score, a probability or a count, they are stretched to add up to the output. Those of a blend are
-    blended as the outputs are.
+    A booster's contributions are SHAP values (Lundberg, Erion and Lee 2018, as LightGBM computes
+    them), which add up to its raw score. Where its output is another function of that score, a
+    probability or a count, they are stretched to add up to the output. Those of a blend are blended
+    as the outputs are.
 
     Args:
         spec: of the generation.
@@ -818,7 +1046,9 @@ class Contributions:
         self._spec = spec
         self._n_features = len(spec["features"])
         # Per row and class: one number per feature, and last what is there without any.
-        self._parts = np.zeros((len(answer), answer.shape[1] if answer.ndim > 1 else 1, self._n_features + 1))
+        self._parts = np.zeros(
+            (len(answer), answer.shape[1] if answer.ndim > 1 else 1, self._n_features + 1)
+        )
         self._parts[:, :, -1] = answer.reshape(len(answer), -1)
         self._base = self._parts.copy()
         self._start = self._parts.copy()
@@ -827,7 +1057,15 @@ class Contributions:
         """Forget what has been blended in for rows that the constant answers."""
         self._parts[rows] = self._start[rows]
 
-    def add(self, rows: npt.NDArray[np.int64], shap: Floats, output: Floats, weight: float, *, corrects: bool) -> None:
+    def add(
+        self,
+        rows: npt.NDArray[np.int64],
+        shap: Floats,
+        output: Floats,
+        weight: float,
+        *,
+        corrects: bool,
+    ) -> None:
         """Blend a booster in.
 
         Args:
@@ -858,7 +1096,13 @@ class Contributions:
             return np.asarray(1.0 / (1.0 + np.exp(-score)))
         return np.exp(score) if self._spec.get("is_count") else score
 
-    def told(self, prediction: "pd.Series[Any]", anchored: npt.NDArray[np.bool_], offset: Floats, scale: Floats) -> list[list[dict[str, Any]]]:
+    def told(
+        self,
+        prediction: "pd.Series[Any]",
+        anchored: npt.NDArray[np.bool_],
+        offset: Floats,
+        scale: Floats,
+    ) -> list[list[dict[str, Any]]]:
         """The contributions of every row, for people."""
         spec, parts = self._spec, self._parts[:, 0, :]
         offsets = np.zeros(len(parts))
@@ -866,10 +1110,14 @@ class Contributions:
             place = {name: number for number, name in enumerate(spec["classes"])}
             parts = self._parts[np.arange(len(parts)), [place[name] for name in prediction]]
         elif spec["task"] == REGRESSION:
-            parts = np.where(anchored[:, None], np.where(anchored, scale, 0.0)[:, None] * parts, 0.0)
+            parts = np.where(
+                anchored[:, None], np.where(anchored, scale, 0.0)[:, None] * parts, 0.0
+            )
             parts[:, -1] = np.where(anchored, parts[:, -1], spec["constant_without_offset"])
             offsets = np.where(anchored, offset, 0.0)
-        return [told_contributions(spec, row, float(at)) for row, at in zip(parts, offsets, strict=True)]
+        return [
+            told_contributions(spec, row, float(at)) for row, at in zip(parts, offsets, strict=True)
+        ]
 
 
 def start_again(
@@ -880,7 +1128,9 @@ def start_again(
     booster_id: npt.NDArray[np.object_],
     made_of: Contributions | None,
 ) -> None:
-    """Let the constant answer some rows, whatever answered them so far; the arrays are changed in place.
+    """Let the constant answer some rows, whatever answered them so far.
+
+    The arrays are changed in place.
 
     Args:
         rows: places in the arrays.
@@ -897,7 +1147,9 @@ def start_again(
         made_of.start_again(rows)
 
 
-def told_contributions(spec: Mapping[str, Any], parts: Floats, offset: float) -> list[dict[str, Any]]:
+def told_contributions(
+    spec: Mapping[str, Any], parts: Floats, offset: float
+) -> list[dict[str, Any]]:
     """The features that contribute most, by size, then `(other features)`, `(offset)` where the target has one, and `(base)`.
 
     Args:
@@ -909,7 +1161,10 @@ def told_contributions(spec: Mapping[str, Any], parts: Floats, offset: float) ->
         One {feature, contribution} each; their sum is the sum of what came in.
     """
     order = np.argsort(-np.abs(parts[:-1]), kind="stable")
-    told = [{"feature": spec["features"][place], "contribution": float(parts[place])} for place in order[:TOP_FEATURES]]
+    told = [
+        {"feature": spec["features"][place], "contribution": float(parts[place])}
+        for place in order[:TOP_FEATURES]
+    ]
     rest = order[TOP_FEATURES:]
     if len(rest):
         told.append({"feature": "(other features)", "contribution": float(parts[rest].sum())})
@@ -918,7 +1173,9 @@ def told_contributions(spec: Mapping[str, Any], parts: Floats, offset: float) ->
     return [*told, {"feature": "(base)", "contribution": float(parts[-1])}]
 
 
-def _levels_of(levels: Sequence[tuple[Any, Any]], rows: npt.NDArray[np.int64]) -> list[tuple[Any, Any]]:
+def _levels_of(
+    levels: Sequence[tuple[Any, Any]], rows: npt.NDArray[np.int64]
+) -> list[tuple[Any, Any]]:
     """The groups of some rows only."""
     found = []
     for codes, ids in levels:
@@ -943,9 +1200,15 @@ def read_index(folder: Path, digest: str | None = None) -> dict[str, Any]:
         said, index = written["sha256"], written["index"]
         form, found = index["format"], index_digest(index)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        told = f"{path}: not the index of a readable pack ({type(error).__name__}: {error}); {_AGAIN}"
+        told = (
+            f"{path}: not the index of a readable pack ({type(error).__name__}: {error}); {_AGAIN}"
+        )
         raise PackError(told) from error
-    _require(form == PACK_FORMAT, path, f"format {form!r}, expected {PACK_FORMAT}: of another release of this package; {_AGAIN}")
+    _require(
+        form == PACK_FORMAT,
+        path,
+        f"format {form!r}, expected {PACK_FORMAT}: of another release of this package; {_AGAIN}",
+    )
     _require(found == said, path, f"damaged: its digest is {found}, expected {said}; {_AGAIN}")
     other = f"of fleet {index.get('fleet')!r}, version {index.get('fleet_version')!r}, not the pack that was registered"
     _require(digest in (None, said), path, f"{other}; {_AGAIN}")
@@ -954,7 +1217,9 @@ def read_index(folder: Path, digest: str | None = None) -> dict[str, Any]:
 
 def index_digest(index: Mapping[str, Any]) -> str:
     """SHA-256 of an index, as JSON without spaces, keys sorted."""
-    return hashlib.sha256(json.dumps(index, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(index, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    ).hexdigest()
 
 
 def footer_of(path: Path) -> dict[str, Any]:
@@ -972,8 +1237,14 @@ def _footer(file: pa.NativeFile, name: str) -> dict[str, Any]:
     size = file.size()
     end = file.read_at(8, size - 8) if size >= 12 else b""  # noqa: PLR2004 - two magic words and a length
     length = int.from_bytes(end[:4], "little")
-    _demand(end[4:] == b"PAR1" and 0 < length <= size - 12, f"{name}: {size} bytes that do not end as a Parquet file does")
-    return {"n_bytes": size, "footer_sha256": hashlib.sha256(file.read_at(length + 8, size - 8 - length)).hexdigest()}
+    _demand(
+        end[4:] == b"PAR1" and 0 < length <= size - 12,
+        f"{name}: {size} bytes that do not end as a Parquet file does",
+    )
+    return {
+        "n_bytes": size,
+        "footer_sha256": hashlib.sha256(file.read_at(length + 8, size - 8 - length)).hexdigest(),
+    }
 
 
 def check_footer(path: Path, expected: Mapping[str, Any]) -> None:
@@ -982,11 +1253,17 @@ def check_footer(path: Path, expected: Mapping[str, Any]) -> None:
 
 
 def _compare(found: Mapping[str, Any], expected: Mapping[str, Any], name: str) -> None:
-    differs = [f"{what} {found[what]}, expected {expected[what]}" for what in found if found[what] != expected[what]]
+    differs = [
+        f"{what} {found[what]}, expected {expected[what]}"
+        for what in found
+        if found[what] != expected[what]
+    ]
     _require(not differs, name, f"not the file of this pack ({'; '.join(differs)}); {_AGAIN}")
 
 
-def open_boosters(folder: Path, root: str | None, file: Mapping[str, Any], options: Mapping[str, str]) -> pa.NativeFile:
+def open_boosters(
+    folder: Path, root: str | None, file: Mapping[str, Any], options: Mapping[str, str]
+) -> pa.NativeFile:
     """A file of boosters, open for reading at any place: one of the pack, or of the store that a shared pack names."""
     if root is None:
         return pa.OSFile(str(folder / file["path"]))
@@ -1045,9 +1322,16 @@ def widest(halves: Floats) -> Floats:
 
 
 def numbers_of(
-    spec: Mapping[str, Any], answer: Floats, anchored: npt.NDArray[np.bool_], offset: Floats, scale: Floats, half: Floats
+    spec: Mapping[str, Any],
+    answer: Floats,
+    anchored: npt.NDArray[np.bool_],
+    offset: Floats,
+    scale: Floats,
+    half: Floats,
 ) -> dict[str, Any]:
-    """Blended answers in link space as prediction, lower and upper in target units; half widths are in link space over scale.
+    """Blended answers in link space as prediction, lower and upper in target units.
+
+    Half widths are in link space over scale.
 
     What is too large for a number is NaN.
     """
@@ -1057,11 +1341,20 @@ def numbers_of(
         bounds = {"prediction": linked, "lower": linked - width, "upper": linked + width}
     transform = spec["target"]["transform"]
     found = {name: inverse_link(bound, transform) for name, bound in bounds.items()}
-    return {name: np.where(np.isfinite(numbers), numbers, np.nan) for name, numbers in found.items()}
+    return {
+        name: np.where(np.isfinite(numbers), numbers, np.nan) for name, numbers in found.items()
+    }
 
 
-def mark_not_finite(predictions: npt.NDArray[Any], answered_by: npt.NDArray[np.object_], booster_id: npt.NDArray[np.object_]) -> None:
-    """Say in the rows whose prediction no double holds that nobody answered them; classes always have an answer."""
+def mark_not_finite(
+    predictions: npt.NDArray[Any],
+    answered_by: npt.NDArray[np.object_],
+    booster_id: npt.NDArray[np.object_],
+) -> None:
+    """Say in the rows whose prediction no double holds that nobody answered them.
+
+    Classes always have an answer.
+    """
     if predictions.dtype.kind == "f":
         lost = ~np.isfinite(predictions)
         answered_by[lost] = NOT_FINITE
@@ -1073,7 +1366,12 @@ def classes_of(spec: Mapping[str, Any], answer: Floats) -> dict[str, Any]:
     is_multiclass = spec["task"] == MULTICLASS
     probabilities = answer if is_multiclass else np.column_stack([1.0 - answer, answer])
     likeliest = np.array(spec["classes"], dtype=object)[probabilities.argmax(axis=1)]
-    return {"prediction": likeliest if is_multiclass else answer, "lower": np.nan, "upper": np.nan, "probabilities": list(probabilities)}
+    return {
+        "prediction": likeliest if is_multiclass else answer,
+        "lower": np.nan,
+        "upper": np.nan,
+        "probabilities": list(probabilities),
+    }
 
 
 def grain_name(keys: Sequence[str]) -> str:
@@ -1083,7 +1381,9 @@ def grain_name(keys: Sequence[str]) -> str:
 
 def booster_digest(text: str) -> str:
     """The id of a booster: SHA-256 of its text without the ``parameters:`` section, which holds settings such as the thread count."""
-    return hashlib.sha256(re.sub(r"\nparameters:\n.*?\nend of parameters\n", "\n", text, flags=re.DOTALL).encode()).hexdigest()
+    return hashlib.sha256(
+        re.sub(r"\nparameters:\n.*?\nend of parameters\n", "\n", text, flags=re.DOTALL).encode()
+    ).hexdigest()
 
 
 def as_json_takes_them(answers: pd.DataFrame) -> pd.DataFrame:
@@ -1124,9 +1424,18 @@ def _register() -> None:
 
         def load_context(self, context: Any) -> None:
             settings = context.model_config or {}
-            self.model = FleetModel(context.artifacts["pack"], digest=settings.get("pack_sha256"), options=settings.get("storage_options"))
+            self.model = FleetModel(
+                context.artifacts["pack"],
+                digest=settings.get("pack_sha256"),
+                options=settings.get("storage_options"),
+            )
 
-        def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:  # noqa: ARG002
+        def predict(
+            self,
+            context: Any,  # noqa: ARG002 - as MLflow calls it
+            model_input: pd.DataFrame,
+            params: dict[str, Any] | None = None,
+        ) -> pd.DataFrame:
             try:
                 return as_json_takes_them(self.model.predict(model_input, **(params or {})))
             except InputError as error:

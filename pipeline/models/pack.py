@@ -14,13 +14,26 @@ import pyarrow.fs as pf
 import pyarrow.parquet as pq
 
 from pipeline.errors import ModelNotFound, StoreError
-from pipeline.models.meta_model import CHAINS, INDEPENDENT, PACK_FORMAT, FleetModel, footer_of, group_id, index_digest
+from pipeline.models.meta_model import (
+    CHAINS,
+    INDEPENDENT,
+    PACK_FORMAT,
+    FleetModel,
+    footer_of,
+    group_id,
+    index_digest,
+)
 from pipeline.spec import COUNTED, FleetSpec
 from pipeline.tables import BY_CONSTANT, records
 
 CHAINS_PER_ROW_GROUP = 4096
 ROW_GROUP_BYTES = 16 << 20
-_BOOSTERS = pa.schema([pa.field("booster_id", pa.string(), nullable=False), pa.field("text", pa.binary(), nullable=False)])
+_BOOSTERS = pa.schema(
+    [
+        pa.field("booster_id", pa.string(), nullable=False),
+        pa.field("text", pa.binary(), nullable=False),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -28,9 +41,11 @@ class Generation:
     """What one training run gives to a version.
 
     Args:
-        spec: as from `model_spec`, with fleet_version, constant and constant_without_offset (None for multiclass).
-        ledger: rows of the run's ledger: grain, group_id, booster_id, weight, intervals (JSON), answered_by. Where a column `serves` is there
-            and false, the row is there for its finer groups alone.
+        spec: as from `model_spec`, with fleet_version, constant and constant_without_offset (None
+            for multiclass).
+        ledger: rows of the run's ledger: grain, group_id, booster_id, weight, intervals (JSON),
+            answered_by. Where a column `serves` is there and false, the row is there for its finer
+            groups alone.
     """
 
     spec: Mapping[str, Any]
@@ -44,10 +59,18 @@ def answers_alike(one: Generation, other: Generation) -> bool:
         one: a run.
         other: another, whatever its name.
     """
-    specs = [{name: value for name, value in generation.spec.items() if name != "fleet_version"} for generation in (one, other)]
-    constants = [np.array([spec.pop(name) for name in ("constant", "constant_without_offset")], dtype=float) for spec in specs]
+    specs = [
+        {name: value for name, value in generation.spec.items() if name != "fleet_version"}
+        for generation in (one, other)
+    ]
+    constants = [
+        np.array([spec.pop(name) for name in ("constant", "constant_without_offset")], dtype=float)
+        for spec in specs
+    ]
     # Sums over rows in another order differ in their last digits.
-    if specs[0] != specs[1] or not np.allclose(constants[0], constants[1], rtol=1e-9, equal_nan=True):
+    if specs[0] != specs[1] or not np.allclose(
+        constants[0], constants[1], rtol=1e-9, equal_nan=True
+    ):
         return False
     names = ["grain", "group_id", "booster_id", "intervals", "answered_by"]
     ledgers = [generation.ledger.sort_values(["grain", "group_id"]) for generation in (one, other)]
@@ -72,7 +95,8 @@ def model_spec(
         classes: of the target, in order; empty for regression.
         prior: each class's share of the fit rows; empty for regression.
         own: `independent`, or `correction` where a group's trees add to its parent's prediction.
-        nullable: features in which training saw a null: a batch may lack them, unless they are keys, offset or scale.
+        nullable: features in which training saw a null: a batch may lack them, unless they are
+            keys, offset or scale.
     """
     target, scoring = spec.target, spec.scoring
     told = [*spec.finest, *(name for name in (target.offset, target.scale) if name)]
@@ -90,7 +114,12 @@ def model_spec(
         "is_count": spec.objective in COUNTED,
         "classes": list(classes),
         "prior": list(prior),
-        "target": {"column": target.column, "transform": target.transform, "offset": target.offset, "scale": target.scale},
+        "target": {
+            "column": target.column,
+            "transform": target.transform,
+            "offset": target.offset,
+            "scale": target.scale,
+        },
         "interval": None if spec.is_class_task else scoring.interval,
         "intervals": [] if spec.is_class_task else list(scoring.levels),
     }
@@ -100,7 +129,8 @@ def model_spec(
 class PackStore:
     """Where shared packs keep their boosters: files that are written once and never changed.
 
-    It is no Delta table, so that nothing that tidies tables up (vacuum, optimize, deleting old runs) can take a registered version's boosters.
+    It is no Delta table, so that nothing that tidies tables up (vacuum, optimize, deleting old
+    runs) can take a registered version's boosters.
 
     Args:
         root: its address.
@@ -114,10 +144,18 @@ class PackStore:
 
     def add(self, file: Path) -> dict[str, Any]:
         """Keep a local file under a name made from its content; its entry in an index."""
-        listed = {**footer_of(file), "path": f"boosters-{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}.parquet"}
+        listed = {
+            **footer_of(file),
+            "path": f"boosters-{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}.parquet",
+        }
         self.filesystem.create_dir(self.path, recursive=True)
         # Another file of this name is the same one, whole or half written.
-        pf.copy_files(str(file), f"{self.path}/{listed['path']}", source_filesystem=pf.LocalFileSystem(), destination_filesystem=self.filesystem)
+        pf.copy_files(
+            str(file),
+            f"{self.path}/{listed['path']}",
+            source_filesystem=pf.LocalFileSystem(),
+            destination_filesystem=self.filesystem,
+        )
         return listed
 
 
@@ -134,7 +172,8 @@ def write_pack(
     Args:
         folder: empty or absent.
         generations: the version's own training run first.
-        boosters: rows of the booster store for ids; more than asked for do no harm, and are left out.
+        boosters: rows of the booster store for ids; more than asked for do no harm, and are left
+            out.
         store: where a shared pack keeps its boosters; None puts them into the folder.
         before: versions whose boosters need not be stored again, where they are in the same store.
 
@@ -150,25 +189,43 @@ def write_pack(
     files, known = _stored(before, store, wanted)
     new = [name for name in wanted if name not in known]
     asked = set(new)
-    found = {row["booster_id"]: row for row in boosters(new) if row["booster_id"] in asked} if new else {}
+    found = (
+        {row["booster_id"]: row for row in boosters(new) if row["booster_id"] in asked}
+        if new
+        else {}
+    )
     lacking = [name for name in new if name not in found]
     if lacking:
-        raise StoreError(f"booster store lacks {len(lacking)} boosters that the ledger names, e.g. {min(lacking)}; train again")
+        raise StoreError(
+            f"booster store lacks {len(lacking)} boosters that the ledger names, e.g. "
+            f"{min(lacking)}; train again"
+        )
     if new or store is None:
         path = folder / "boosters.parquet"
         places = write_boosters(path, [found[name] for name in new])
-        known |= {name: {**_place(len(files), *places[name]), "n_bytes": found[name]["n_bytes"], "sha256": found[name]["sha256"]} for name in new}
+        known |= {
+            name: {
+                **_place(len(files), *places[name]),
+                "n_bytes": found[name]["n_bytes"],
+                "sha256": found[name]["sha256"],
+            }
+            for name in new
+        }
         files.append({"path": path.name, **footer_of(path)} if store is None else store.add(path))
         if store is not None:
             path.unlink()
-    return _write_tables(folder, generations, chains, known, root=None if store is None else store.root, files=files)
+    return _write_tables(
+        folder, generations, chains, known, root=None if store is None else store.root, files=files
+    )
 
 
 def _place(file: int, offset: int, stored_bytes: int) -> dict[str, Any]:
     return {"file": file, "offset": offset, "stored_bytes": stored_bytes}
 
 
-def _stored(before: Sequence[FleetModel], store: PackStore | None, wanted: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+def _stored(
+    before: Sequence[FleetModel], store: PackStore | None, wanted: Sequence[str]
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
     """Files of the store, and where in them earlier versions have boosters that are wanted again."""
     asked, numbers = set(wanted), dict[str, int]()
     files: list[dict[str, Any]] = []
@@ -183,16 +240,23 @@ def _stored(before: Sequence[FleetModel], store: PackStore | None, wanted: Seque
         if path not in numbers:
             numbers[path] = len(files)
             files.append(dict(model.files[number]))
-        places[name] = {**_place(numbers[path], offset, stored_bytes), "n_bytes": chain.n_bytes, "sha256": chain.sha256}
+        places[name] = {
+            **_place(numbers[path], offset, stored_bytes),
+            "n_bytes": chain.n_bytes,
+            "sha256": chain.sha256,
+        }
     return files, places
 
 
-def mosaic(serving: Mapping[tuple[int, str], str], models: Sequence[FleetModel]) -> list[Generation]:
+def mosaic(
+    serving: Mapping[tuple[int, str], str], models: Sequence[FleetModel]
+) -> list[Generation]:
     """The generations of a version in which each group is answered by the training run that is named for it.
 
     Args:
         serving: fleet version by grain index and group id.
-        models: packs that together have the chains of these groups, and of their ancestors; of two that have the same the first is taken.
+        models: packs that together have the chains of these groups, and of their ancestors; of two
+            that have the same the first is taken.
 
     Returns:
         One generation per fleet version, in the order in which the packs have them.
@@ -204,7 +268,9 @@ def mosaic(serving: Mapping[tuple[int, str], str], models: Sequence[FleetModel])
     for model in models:
         rows = model.chain_rows()
         for number, spec in enumerate(model.generations):
-            parts.setdefault(str(spec["fleet_version"]), (spec, []))[1].append(rows[rows["generation"] == number])
+            parts.setdefault(str(spec["fleet_version"]), (spec, []))[1].append(
+                rows[rows["generation"] == number]
+            )
     served: dict[str, set[tuple[int, str]]] = {}
     for key, version in serving.items():
         served.setdefault(version, set()).add(key)
@@ -213,14 +279,23 @@ def mosaic(serving: Mapping[tuple[int, str], str], models: Sequence[FleetModel])
         if version not in served:
             continue
         rows = pd.concat(tables).drop_duplicates(["grain", "group_id"])
-        keys = pd.Series(list(zip(rows["grain"].astype(int), rows["group_id"], strict=True)), index=rows.index, dtype=object)
+        keys = pd.Series(
+            list(zip(rows["grain"].astype(int), rows["group_id"], strict=True)),
+            index=rows.index,
+            dtype=object,
+        )
         needed = {above for key in served[version] for above in ancestry(key, described["grains"])}
         rows = rows.assign(serves=keys.isin(served[version]))[keys.isin(needed)]
         found.append(Generation(described, rows.drop(columns="generation")))
         if lacking := served[version] - set(keys):
-            raise ModelNotFound(f"no pack has the chain that version {version} has for group {min(lacking)[1]}; {len(lacking)} groups lack theirs")
+            raise ModelNotFound(
+                f"no pack has the chain that version {version} has for group {min(lacking)[1]}; "
+                f"{len(lacking)} groups lack theirs"
+            )
     if lacking_versions := set(served) - set(parts):
-        raise ModelNotFound(f"no pack holds version {min(lacking_versions)}; there is: {', '.join(parts)}")
+        raise ModelNotFound(
+            f"no pack holds version {min(lacking_versions)}; there is: {', '.join(parts)}"
+        )
     return found
 
 
@@ -239,7 +314,8 @@ def ancestry(key: tuple[int, str], grains: Sequence[Sequence[str]]) -> list[tupl
 def write_boosters(path: Path, boosters: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, int]]:
     """Write boosters to a Parquet file in which each text is one run of bytes.
 
-    Texts are compressed already: their column is neither compressed nor encoded, so that a reader needs the offset alone.
+    Texts are compressed already: their column is neither compressed nor encoded, so that a reader
+    needs the offset alone.
 
     Args:
         path: of the file.
@@ -249,11 +325,23 @@ def write_boosters(path: Path, boosters: Sequence[Mapping[str, Any]]) -> dict[st
         Offset and size of each text in the file.
     """
     places: dict[str, tuple[int, int]] = {}
-    settings = {"compression": {"booster_id": "zstd", "text": "none"}, "use_dictionary": False, "write_page_checksum": True}
-    with pa.OSFile(str(path), "wb") as sink, pq.ParquetWriter(sink, _BOOSTERS, **settings) as writer:
+    settings = {
+        "compression": {"booster_id": "zstd", "text": "none"},
+        "use_dictionary": False,
+        "write_page_checksum": True,
+    }
+    with (
+        pa.OSFile(str(path), "wb") as sink,
+        pq.ParquetWriter(sink, _BOOSTERS, **settings) as writer,
+    ):
         for part in _row_groups(boosters):
             start = sink.tell()
-            writer.write_table(pa.Table.from_pylist([{name: row[name] for name in _BOOSTERS.names} for row in part], schema=_BOOSTERS))
+            writer.write_table(
+                pa.Table.from_pylist(
+                    [{name: row[name] for name in _BOOSTERS.names} for row in part],
+                    schema=_BOOSTERS,
+                )
+            )
             sink.flush()
             with path.open("rb") as written:
                 written.seek(start)
@@ -283,15 +371,25 @@ def _chains_of(generations: Sequence[Generation]) -> pd.DataFrame:
     """One row per generation and group, sorted as in the pack, without the places of the boosters."""
     parts = []
     for number, generation in enumerate(generations):
-        rows = generation.ledger[["grain", "group_id", "booster_id", "weight"]].assign(generation=number)
-        halves = [_half_widths(written, generation.spec["intervals"]) for written in generation.ledger["intervals"]]
-        rows = rows.assign(serves=generation.ledger.get("serves", True), weight=rows["weight"].fillna(0.0))
+        rows = generation.ledger[["grain", "group_id", "booster_id", "weight"]].assign(
+            generation=number
+        )
+        halves = [
+            _half_widths(written, generation.spec["intervals"])
+            for written in generation.ledger["intervals"]
+        ]
+        rows = rows.assign(
+            serves=generation.ledger.get("serves", True), weight=rows["weight"].fillna(0.0)
+        )
         parts.append(rows.assign(intervals=pd.Series(halves, index=rows.index, dtype=object)))
     return pd.concat(parts).sort_values(["grain", "group_id", "generation"], ignore_index=True)
 
 
 def _half_widths(written: object, levels: Sequence[float]) -> list[float | None] | None:
-    """One half width per level, from a ledger's JSON, or as a chain has them; None for a group that has none of its own."""
+    """One half width per level, from a ledger's JSON, or as a chain has them.
+
+    None for a group that has none of its own.
+    """
     if isinstance(written, list | np.ndarray):  # from a pack's chain
         return [None if half is None or np.isnan(half) else float(half) for half in written]
     if not isinstance(written, str):
@@ -311,13 +409,21 @@ def _write_tables(
 ) -> str:
     """Write chains, spec and index; the index's digest."""
     rows = [{**row, **places.get(row["booster_id"], {})} for row in records(chains)]
-    table = pa.Table.from_pylist([{field.name: row.get(field.name) for field in CHAINS} for row in rows], schema=CHAINS)
+    table = pa.Table.from_pylist(
+        [{field.name: row.get(field.name) for field in CHAINS} for row in rows], schema=CHAINS
+    )
     bounds = _bounds([(row["grain"], row["group_id"]) for row in rows])
-    with pq.ParquetWriter(folder / "chains.parquet", CHAINS, compression="zstd", write_page_checksum=True) as writer:
+    with pq.ParquetWriter(
+        folder / "chains.parquet", CHAINS, compression="zstd", write_page_checksum=True
+    ) as writer:
         for start, end in bounds:
             writer.write_table(table.slice(start, end - start), row_group_size=max(1, end - start))
     own = generations[0].spec
-    spec = json.dumps({"generations": [_described(generation) for generation in generations]}, ensure_ascii=False, indent=1).encode()
+    spec = json.dumps(
+        {"generations": [_described(generation) for generation in generations]},
+        ensure_ascii=False,
+        indent=1,
+    ).encode()
     (folder / "spec.json").write_bytes(spec)
     index = {
         "format": PACK_FORMAT,
@@ -326,20 +432,30 @@ def _write_tables(
         "n_chains": len(rows),
         "n_boosters": len(places),
         "spec.json": {"n_bytes": len(spec), "sha256": hashlib.sha256(spec).hexdigest()},
-        "chains.parquet": {**footer_of(folder / "chains.parquet"), "first": [[rows[start]["grain"], rows[start]["group_id"]] for start, _ in bounds]},
+        "chains.parquet": {
+            **footer_of(folder / "chains.parquet"),
+            "first": [[rows[start]["grain"], rows[start]["group_id"]] for start, _ in bounds],
+        },
         "boosters": {"root": root, "files": [dict(file) for file in files]},
     }
     digest = index_digest(index)
-    (folder / "index.json").write_text(json.dumps({"sha256": digest, "index": index}, ensure_ascii=False), encoding="utf-8")
+    (folder / "index.json").write_text(
+        json.dumps({"sha256": digest, "index": index}, ensure_ascii=False), encoding="utf-8"
+    )
     return digest
 
 
 def _described(generation: Generation) -> dict[str, Any]:
-    """A generation's entry in spec.json; one that comes from a pack says already which groups the constant answers."""
+    """A generation's entry in spec.json.
+
+    One that comes from a pack says already which groups the constant answers.
+    """
     spec, ledger = dict(generation.spec), generation.ledger
     if "answered_by" in ledger:
         cut = ledger[ledger["answered_by"] == BY_CONSTANT].sort_values(["grain", "group_id"])
-        spec["answered_by_constant"] = [[int(grain), group] for grain, group in zip(cut["grain"], cut["group_id"], strict=True)]
+        spec["answered_by_constant"] = [
+            [int(grain), group] for grain, group in zip(cut["grain"], cut["group_id"], strict=True)
+        ]
     return spec
 
 

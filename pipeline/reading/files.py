@@ -1,6 +1,7 @@
 """Files with rows to score: which there are, what columns they have, and their rows under one schema, by name.
 
-Rows are read by pyarrow wherever they are needed, on the driver or in a task, so that every way to score reads a file alike.
+Rows are read by pyarrow wherever they are needed, on the driver or in a task, so that every way to
+score reads a file alike.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -97,12 +98,14 @@ def local_files(address: str) -> list[RowFile]:
     if len({file.kind for file in files}) > 1:
         endings = sorted({suffix_of(file.path) for file in files})
         raise DataError(
-            f"{address} has files of several formats ({', '.join(endings)}); expected one: name them by a glob such as {address}/*{endings[0]}"
+            f"{address} has files of several formats ({', '.join(endings)}); "
+            f"expected one: name them by a glob such as {address}/*{endings[0]}"
         )
     if not files:
         shown = ", ".join(paths[:MAX_PATHS_SHOWN])
         raise DataError(
-            f"no rows are at {address}; expected a Delta table, or a file, folder or glob of {KNOWN_ENDINGS}" + (f"; found: {shown}" if shown else "")
+            f"no rows are at {address}; expected a Delta table, or a file, folder or glob of {KNOWN_ENDINGS}"
+            + (f"; found: {shown}" if shown else "")
         )
     return files
 
@@ -114,7 +117,14 @@ def root_of(address: str) -> str:
     if Path(address).is_file():
         return str(Path(address).parent)
     parts = PurePosixPath(address).parts
-    fixed = next((number for number, part in enumerate(parts) if any(character in part for character in "*?[")), len(parts) - 1)
+    fixed = next(
+        (
+            number
+            for number, part in enumerate(parts)
+            if any(character in part for character in "*?[")
+        ),
+        len(parts) - 1,
+    )
     return str(PurePosixPath(*parts[:fixed])) if fixed else ""
 
 
@@ -170,18 +180,24 @@ def schema_of(
         return pa.unify_schemas(schemas, promote_options="permissive").remove_metadata()
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise DataError(
-            f"{files[0].path} and {len(files) - 1} other files have no schema in common: {error}; cast the column in the files"
+            f"{files[0].path} and {len(files) - 1} other files have no schema in common: {error}; "
+            "cast the column in the files"
         ) from error
 
 
-def _schema_of_file(file: RowFile, column_types: ColumnTypes, filesystem: pf.FileSystem) -> pa.Schema:
+def _schema_of_file(
+    file: RowFile, column_types: ColumnTypes, filesystem: pf.FileSystem
+) -> pa.Schema:
     """The columns of one file, with those that its folders give."""
     try:
         with open_file(file.path, file.format, filesystem) as stream:
             own_schema = _own_schema(stream, file.format)
     except UNREADABLE as error:
         raise unreadable(file.path, file.kind, error) from error
-    fields = [pa.field(column.name, _type_to_read(column, file.kind, column_types)) for column in own_schema]
+    fields = [
+        pa.field(column.name, _type_to_read(column, file.kind, column_types))
+        for column in own_schema
+    ]
     for name in file.partition_values:
         if name not in own_schema.names:
             is_number = name in column_types.numeric
@@ -216,7 +232,11 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
         return pa.timestamp("us", tz="UTC" if kind.tz else None)
     if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         return pa.string()
-    if pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind) or pa.types.is_fixed_size_binary(kind):
+    if (
+        pa.types.is_large_binary(kind)
+        or pa.types.is_binary_view(kind)
+        or pa.types.is_fixed_size_binary(kind)
+    ):
         return pa.binary()
     return _WIDER.get(kind, kind)
 
@@ -246,7 +266,10 @@ def read_rows(
     try:
         for batch in _batches(file, schema, filesystem):
             _check_columns(required, batch, file)
-            arrays = [_column(batch, column, file, is_integer_key=column.name in integer_keys) for column in schema]
+            arrays = [
+                _column(batch, column, file, is_integer_key=column.name in integer_keys)
+                for column in schema
+            ]
             yield pa.RecordBatch.from_arrays(arrays, schema=schema)
     except DataError:
         raise
@@ -258,13 +281,20 @@ def _check_columns(required: Collection[str], batch: pa.RecordBatch, file: RowFi
     available = {*batch.schema.names, *file.partition_values}
     missing = [name for name in required if name not in available]
     if missing:
-        raise DataError(f"{file.path}: missing columns: {', '.join(missing)}; it has: {', '.join(batch.schema.names)}")
+        raise DataError(
+            f"{file.path}: missing columns: {', '.join(missing)}; "
+            f"it has: {', '.join(batch.schema.names)}"
+        )
 
 
-def _batches(file: RowFile, schema: pa.Schema, filesystem: pf.FileSystem) -> Iterator[pa.RecordBatch]:
+def _batches(
+    file: RowFile, schema: pa.Schema, filesystem: pf.FileSystem
+) -> Iterator[pa.RecordBatch]:
     """The rows of a file as its reader gives them, in batches of at most ROWS_PER_BATCH."""
     if file.kind == "parquet":
-        with pq.ParquetFile(file.path, filesystem=filesystem, coerce_int96_timestamp_unit="us") as opened:
+        with pq.ParquetFile(
+            file.path, filesystem=filesystem, coerce_int96_timestamp_unit="us"
+        ) as opened:
             yield from opened.iter_batches(batch_size=ROWS_PER_BATCH)
         return
     with open_file(file.path, file.format, filesystem) as stream:
@@ -273,20 +303,26 @@ def _batches(file: RowFile, schema: pa.Schema, filesystem: pf.FileSystem) -> Ite
                 yield batch.slice(start, ROWS_PER_BATCH)
 
 
-def _text_batches(stream: pa.NativeFile, file_format: Format, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+def _text_batches(
+    stream: pa.NativeFile, file_format: Format, schema: pa.Schema
+) -> Iterator[pa.RecordBatch]:
     if file_format.kind == "csv":
         # Processes that only read Parquet, such as those of a stream over a Delta table, need no spec.
         from pipeline.spec import NULL_TEXTS
 
         conversion = csv_conversion(schema, NULL_TEXTS)
-        reader = pv.open_csv(stream, convert_options=conversion, parse_options=csv_parsing(file_format))
+        reader = pv.open_csv(
+            stream, convert_options=conversion, parse_options=csv_parsing(file_format)
+        )
     else:
         parsing = pj.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
         reader = pj.open_json(stream, json_blocks(), parsing)
     yield from reader
 
 
-def _column(batch: pa.RecordBatch, field_to_fill: pa.Field, file: RowFile, *, is_integer_key: bool) -> pa.Array:
+def _column(
+    batch: pa.RecordBatch, field_to_fill: pa.Field, file: RowFile, *, is_integer_key: bool
+) -> pa.Array:
     name, kind = field_to_fill.name, field_to_fill.type
     if name in batch.schema.names:
         column = batch.column(name)

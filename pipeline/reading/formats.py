@@ -164,7 +164,9 @@ def csv_parsing(file_format: Format) -> pv.ParseOptions:
     return pv.ParseOptions(delimiter=file_format.delimiter, newlines_in_values=True)
 
 
-def csv_conversion(types: Mapping[str, pa.DataType] | pa.Schema, nulls: Sequence[str]) -> pv.ConvertOptions:
+def csv_conversion(
+    types: Mapping[str, pa.DataType] | pa.Schema, nulls: Sequence[str]
+) -> pv.ConvertOptions:
     """How the cells of separated text become values.
 
     Args:
@@ -179,7 +181,9 @@ def json_blocks() -> pj.ReadOptions:
     return pj.ReadOptions(block_size=JSON_BLOCK_BYTES)
 
 
-def unreadable(name: str, kind: Kind, error: Exception, next_step: str = "repair or remove the file") -> DataError:
+def unreadable(
+    name: str, kind: Kind, error: Exception, next_step: str = "repair or remove the file"
+) -> DataError:
     """The error about a file that cannot be read.
 
     Args:

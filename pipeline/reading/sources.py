@@ -32,7 +32,8 @@ from pipeline.reading.formats import (
 from pipeline.spec import SourceSpec
 
 PACKAGE = "package://"
-# A file changed within so many seconds may change again without a new time; stores count in seconds, by a clock of their own.
+# A file changed within so many seconds may change again without a new time; stores count in
+# seconds, by a clock of their own.
 LOCAL_DOUBT_SECONDS, REMOTE_DOUBT_SECONDS = 2.0, 60.0
 _TYPES = {
     "string": pa.string(),
@@ -52,7 +53,8 @@ def read_source(source: SourceSpec, folder: Path) -> Iterator[tuple[str, pa.Tabl
         folder: of the defs.yaml; a relative path counts from there, or from the repository's root.
 
     Yields:
-        The file's address and its rows; all tables of one source share a schema only as far as the files do.
+        The file's address and its rows; all tables of one source share a schema only as far as the
+        files do.
 
     Raises:
         SpecError: if the uri names no package, or the format cannot be told.
@@ -80,16 +82,17 @@ def read_source(source: SourceSpec, folder: Path) -> Iterator[tuple[str, pa.Tabl
 def source_state(source: SourceSpec, folder: Path) -> str | None:
     """What tells that a source's files are those of another time, without reading them.
 
-    Of a file on this machine: path, size, inode, and when its content and its entry were changed; in an object store: path, size and
-    time; of a Delta table: its id and version.
+    Of a file on this machine: path, size, inode, and when its content and its entry were changed;
+    in an object store: path, size and time; of a Delta table: its id and version.
 
     Args:
         source: what is to be read.
         folder: folder of the defs.yaml, from which a relative path counts.
 
     Returns:
-        Text that differs wherever a file does. None where that is doubtful: a store that keeps no times, or a file changed so
-        lately that it could be changed once more within the resolution of its time.
+        Text that differs wherever a file does. None where that is doubtful: a store that keeps no
+        times, or a file changed so lately that it could be changed once more within the resolution
+        of its time.
 
     Raises:
         SpecError, DataError: as `read_source`.
@@ -99,8 +102,14 @@ def source_state(source: SourceSpec, folder: Path) -> str | None:
     filesystem, paths = _locate(source, folder)
     if isinstance(filesystem, pf.LocalFileSystem):
         stats = [Path(path).stat() for path in paths]
-        newest, window = max(max(stat.st_mtime, stat.st_ctime) for stat in stats), LOCAL_DOUBT_SECONDS
-        told = [[path, stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns] for path, stat in zip(paths, stats, strict=True)]
+        newest, window = (
+            max(max(stat.st_mtime, stat.st_ctime) for stat in stats),
+            LOCAL_DOUBT_SECONDS,
+        )
+        told = [
+            [path, stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
+            for path, stat in zip(paths, stats, strict=True)
+        ]
     else:
         infos = filesystem.get_file_info(paths)
         if any(info.mtime_ns is None for info in infos):
@@ -128,7 +137,10 @@ def _kind_of(source: SourceSpec) -> Kind | Literal["delta"]:
         return "json" if source.format == "jsonl" else source.format
     file_format = format_of(source.uri)
     if file_format is None:
-        raise SpecError(f"source {source.name!r}: the ending of {source.uri!r} does not tell its format; set format to csv, parquet, delta or jsonl")
+        raise SpecError(
+            f"source {source.name!r}: the ending of {source.uri!r} does not tell its format; "
+            "set format to csv, parquet, delta or jsonl"
+        )
     return file_format.kind
 
 
@@ -147,7 +159,14 @@ def _locate(source: SourceSpec, folder: Path) -> tuple[pf.FileSystem, list[str]]
         info = filesystem.get_file_info(path)
         if info.type == pf.FileType.Directory:
             found = filesystem.get_file_info(pf.FileSelector(path, recursive=True))
-            return filesystem, _found(source, sorted(entry.path for entry in found if entry.is_file and not is_hidden(entry.path.removeprefix(path))))
+            return filesystem, _found(
+                source,
+                sorted(
+                    entry.path
+                    for entry in found
+                    if entry.is_file and not is_hidden(entry.path.removeprefix(path))
+                ),
+            )
         return filesystem, _found(source, [path] if info.type == pf.FileType.File else [])
     tried = []
     for root, name in _places(source, folder):
@@ -170,14 +189,19 @@ def _places(source: SourceSpec, folder: Path) -> list[tuple[Path, str]]:
 
 def _repository(folder: Path) -> Path | None:
     """The nearest folder around a fleet's that has a pyproject.toml."""
-    around = (parent for parent in folder.absolute().parents if (parent / "pyproject.toml").is_file())
+    around = (
+        parent for parent in folder.absolute().parents if (parent / "pyproject.toml").is_file()
+    )
     return next(around, None)
 
 
 def _found(source: SourceSpec, paths: list[str], tried: Sequence[str] = ()) -> list[str]:
     if not paths:
         places = "".join(f"\n  tried: {place}" for place in tried)
-        raise DataError(f"source {source.name!r}: nothing is at {source.uri!r}; expected a file, a folder or a glob that matches something{places}")
+        raise DataError(
+            f"source {source.name!r}: nothing is at {source.uri!r}; expected a file, a folder or a "
+            f"glob that matches something{places}"
+        )
     return paths
 
 
@@ -194,7 +218,10 @@ def _package_folder(source: SourceSpec) -> Path:
     except (ImportError, ValueError):
         found = None
     if found is None or not found.submodule_search_locations:
-        raise SpecError(f"source {source.name!r}: package {package!r} of {source.uri!r} is not installed; add it to the project's dependencies")
+        raise SpecError(
+            f"source {source.name!r}: package {package!r} of {source.uri!r} is not installed; add "
+            "it to the project's dependencies"
+        )
     return Path(next(iter(found.submodule_search_locations)))
 
 
@@ -231,7 +258,10 @@ def _read_delta(source: SourceSpec, folder: Path) -> pa.Table:
     try:
         return _typed(DeltaTable(_first_table(uris)).to_pyarrow_table(), source)
     except (DeltaError, OSError) as error:
-        raise DataError(f"source {source.name!r}: {source.uri!r} cannot be read as a Delta table ({error}); tried: {', '.join(uris)}") from error
+        raise DataError(
+            f"source {source.name!r}: {source.uri!r} cannot be read as a Delta table ({error}); "
+            f"tried: {', '.join(uris)}"
+        ) from error
 
 
 def _delta_uris(source: SourceSpec, folder: Path) -> list[str]:

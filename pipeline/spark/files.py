@@ -1,9 +1,8 @@
-"""Parquet files between Spark and Delta: written by tasks, listed for the driver, which makes one commit of them."""
+"""Parquet files between Spark and Delta: written by tasks, committed by the driver."""
 
 import json
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -14,24 +13,10 @@ from pyspark.sql.types import StructType
 
 from pipeline.models.meta_model import filesystem_of
 from pipeline.reading.files import ColumnTypes, RowFile, read_rows
+from pipeline.storage import WrittenFile
 
 Batches = Iterator[pa.RecordBatch]
 FILE_COLUMNS = "path string, size long, n_rows long"
-
-
-@dataclass(frozen=True)
-class WrittenFile:
-    """A file that a task wrote below a table's root and nobody has committed yet.
-
-    Args:
-        path: relative to the root.
-        size: bytes.
-        n_rows: rows.
-    """
-
-    path: str
-    size: int
-    n_rows: int
 
 
 # Rows are gathered into row groups of about so many bytes: many small ones cost more than the rows.
@@ -64,7 +49,12 @@ class FileWriter:
     def _flush(self) -> None:
         if self._writer is None:
             self._filesystem.create_dir(self._root, recursive=True)
-            self._writer = pq.ParquetWriter(f"{self._root}/{self._path}", self._schema, filesystem=self._filesystem, compression="zstd")
+            self._writer = pq.ParquetWriter(
+                f"{self._root}/{self._path}",
+                self._schema,
+                filesystem=self._filesystem,
+                compression="zstd",
+            )
         self._writer.write_table(pa.concat_tables(self._waiting))
         self._waiting, self._waiting_bytes = [], 0
 
@@ -79,8 +69,12 @@ class FileWriter:
         return WrittenFile(self._path, size, self._n_rows)
 
 
-def write_files(frame: DataFrame, root: str, options: Mapping[str, str]) -> tuple[list[WrittenFile], pa.Schema]:
-    """Write a data frame's partitions below a root, each as one file, without committing them; runs one Spark job.
+def write_files(
+    frame: DataFrame, root: str, options: Mapping[str, str]
+) -> tuple[list[WrittenFile], pa.Schema]:
+    """Write a data frame's partitions below a root, each as one file, without committing them.
+
+    Runs one Spark job.
 
     Returns:
         The files, and the schema they share.
@@ -99,7 +93,13 @@ def write_files(frame: DataFrame, root: str, options: Mapping[str, str]) -> tupl
     return [WrittenFile(row["path"], row["size"], row["n_rows"]) for row in rows], schema
 
 
-def read_files(spark: SparkSession, root: str, paths: Sequence[str], schema: pa.Schema, options: Mapping[str, str]) -> DataFrame:
+def read_files(
+    spark: SparkSession,
+    root: str,
+    paths: Sequence[str],
+    schema: pa.Schema,
+    options: Mapping[str, str],
+) -> DataFrame:
     """A data frame over listed files of a table.
 
     Args:
@@ -113,7 +113,9 @@ def read_files(spark: SparkSession, root: str, paths: Sequence[str], schema: pa.
     if not paths:
         return spark.createDataFrame([], spark_schema)
     if "://" not in root:
-        return spark.read.schema(spark_schema).parquet(*(escaped(f"{root}/{path}") for path in paths))
+        return spark.read.schema(spark_schema).parquet(
+            *(escaped(f"{root}/{path}") for path in paths)
+        )
     names = schema.names
 
     def read(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -125,7 +127,9 @@ def read_files(spark: SparkSession, root: str, paths: Sequence[str], schema: pa.
                     for rows in file.iter_batches():
                         yield _completed(pa.Table.from_batches([rows]), schema, names)
 
-    listed = spark.createDataFrame([(path,) for path in paths], "path string").repartition(len(paths))
+    listed = spark.createDataFrame([(path,) for path in paths], "path string").repartition(
+        len(paths)
+    )
     return listed.mapInArrow(read, spark_schema)
 
 

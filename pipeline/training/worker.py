@@ -1,4 +1,4 @@
-"""The only body that Spark runs to train: one group's rows in, one row out, whatever happens to the group."""
+"""The only function that Spark runs to train: one group's rows in, one row out."""
 
 import json
 import traceback
@@ -13,7 +13,13 @@ from pipeline.models.start import Start
 from pipeline.tables import HOLDOUT
 from pipeline.training.isolation import GroupProcess
 from pipeline.training.outcome import ERROR, Outcome
-from pipeline.training.trainer import NO_START, POOLED, TrainingSettings, judged_without_model, train_group
+from pipeline.training.trainer import (
+    NO_START,
+    POOLED,
+    TrainingSettings,
+    judged_without_model,
+    train_group,
+)
 
 OUTCOME_SCHEMA: Any = pa.schema(
     [
@@ -28,7 +34,8 @@ OUTCOME_SCHEMA: Any = pa.schema(
     ]
 )
 _MESSAGE_LENGTH = 2000
-# Status of a group that a worker did not start; it is trained by a later wave, and has no ledger row yet.
+# Status of a group that a worker did not start; it is trained by a later wave, and has no ledger
+# row yet.
 NOT_STARTED = "not_started"
 
 TrainGroup = Callable[[pd.DataFrame, int, TrainingSettings, Start], Outcome]
@@ -39,9 +46,11 @@ class TaskWorker:
 
     Args:
         settings: the run's.
-        starts: how each group begins, as JSON (see `Start`), by (grain, group id); those absent have nothing to start from.
+        starts: how each group begins, as JSON (see `Start`), by (grain, group id); those absent
+            have nothing to start from.
         train: what trains; another function only in tests.
-        memory_bytes: memory a group may take beyond what the process has at its start; None is unlimited.
+        memory_bytes: memory a group may take beyond what the process has at its start; None is
+            unlimited.
     """
 
     def __init__(
@@ -54,7 +63,11 @@ class TaskWorker:
         self._settings = settings
         self._starts = starts
         self._train = train
-        self._process = GroupProcess(self._answer, limit_seconds=settings.tuning.kill_after_seconds, memory_bytes=memory_bytes)
+        self._process = GroupProcess(
+            self._answer,
+            limit_seconds=settings.tuning.kill_after_seconds,
+            memory_bytes=memory_bytes,
+        )
 
     def train(self, rows: pa.Table) -> pa.Table:
         """Train one group; never raises for what the group does.
@@ -67,11 +80,20 @@ class TaskWorker:
         """
         grain, group, task = (rows[name][0].as_py() for name in ("grain", "group_id", "task"))
         answer = self._process.run(
-            _stream(rows.drop_columns(["grain", "group_id", "task"]).replace_schema_metadata({"key": json.dumps([grain, group])}))
+            _stream(
+                rows.drop_columns(["grain", "group_id", "task"]).replace_schema_metadata(
+                    {"key": json.dumps([grain, group])}
+                )
+            )
         )
         if isinstance(answer, Outcome):
             if grain == POOLED:
-                answer = replace(answer, holdout=_judged_anyway(rows_in_pandas(rows, self._settings.model), self._settings))
+                answer = replace(
+                    answer,
+                    holdout=_judged_anyway(
+                        rows_in_pandas(rows, self._settings.model), self._settings
+                    ),
+                )
             answer = _stream(_outcome_table(answer, grain, group))
         outcome = pa.ipc.open_stream(answer).read_all()
         ledger = {"task": task, **json.loads(outcome["ledger"][0].as_py())}
@@ -97,7 +119,13 @@ def not_started(rows: pa.Table) -> pa.Table:
     return pa.Table.from_pylist([row], schema=OUTCOME_SCHEMA)
 
 
-def train_one(frame: pd.DataFrame, grain: int, settings: TrainingSettings, start: Start = NO_START, train: TrainGroup = train_group) -> Outcome:
+def train_one(
+    frame: pd.DataFrame,
+    grain: int,
+    settings: TrainingSettings,
+    start: Start = NO_START,
+    train: TrainGroup = train_group,
+) -> Outcome:
     """Train one group and never raise: an exception is the group's outcome."""
     try:
         return train(frame, grain, settings, start)
@@ -105,11 +133,17 @@ def train_one(frame: pd.DataFrame, grain: int, settings: TrainingSettings, start
         origin = traceback.extract_tb(error.__traceback__)[-1]
         message = f"{_text_of(error)} ({origin.name}, line {origin.lineno})"[:_MESSAGE_LENGTH]
         holdout = _judged_anyway(frame, settings) if grain == POOLED else None
-        return Outcome("failed", ERROR, {"error_class": type(error).__name__, "error_message": message}, None, holdout)
+        return Outcome(
+            "failed",
+            ERROR,
+            {"error_class": type(error).__name__, "error_message": message},
+            None,
+            holdout,
+        )
 
 
 def rows_in_pandas(table: pa.Table, model: Mapping[str, Any]) -> pd.DataFrame:
-    """The rows in pandas: times in UTC without a zone, and integer keys, categories and classes beside nulls as text.
+    """The rows in pandas: times in UTC without a zone; keys, categories and classes as text.
 
     In pandas an integer beside nulls becomes a float, which above 2^53 is another integer.
     """
@@ -134,7 +168,9 @@ def _outcome_table(outcome: Outcome, grain: int, group: str) -> pa.Table:
     row = {
         "grain": grain,
         "group_id": group,
-        "ledger": json.dumps({"status": outcome.status, "reason": outcome.reason, **outcome.ledger}),
+        "ledger": json.dumps(
+            {"status": outcome.status, "reason": outcome.reason, **outcome.ledger}
+        ),
         "booster_id": booster.booster_id if booster else None,
         "sha256": booster.sha256 if booster else None,
         "n_bytes": booster.n_bytes if booster else None,
@@ -161,7 +197,11 @@ def _judged_anyway(frame: pd.DataFrame, settings: TrainingSettings) -> pd.DataFr
 def _holdout_stream(holdout: pd.DataFrame | None, grain: int, group: str) -> bytes | None:
     if holdout is None or not len(holdout):
         return None
-    return _stream(pa.Table.from_pandas(holdout.assign(grain=grain, group_id=group), schema=_HOLDOUT, preserve_index=False))
+    return _stream(
+        pa.Table.from_pandas(
+            holdout.assign(grain=grain, group_id=group), schema=_HOLDOUT, preserve_index=False
+        )
+    )
 
 
 def _stream(table: pa.Table) -> bytes:
@@ -172,4 +212,6 @@ def _stream(table: pa.Table) -> bytes:
 
 
 # The run and the wave are added where the rows are written.
-_HOLDOUT: Any = pa.schema([field for field in HOLDOUT.schema if field.name not in ("run_id", "wave")])
+_HOLDOUT: Any = pa.schema(
+    [field for field in HOLDOUT.schema if field.name not in ("run_id", "wave")]
+)

@@ -67,9 +67,13 @@ def read_to_score(address: Path | str) -> list[dict[str, Any]]:
 
 
 def test_the_table_of_formats_has_every_ending_that_is_documented() -> None:
-    compressed = [f"{ending}{compression}" for ending in TEXT_ENDINGS for compression in (".gz", ".zip")]
+    compressed = [
+        f"{ending}{compression}" for ending in TEXT_ENDINGS for compression in (".gz", ".zip")
+    ]
     assert {*TEXT_ENDINGS, *compressed, ".parquet", ".pq"} <= set(FORMATS)
-    assert all(ending in KNOWN_ENDINGS for ending in (*TEXT_ENDINGS, ".parquet", ".pq", ".gz", ".zip"))
+    assert all(
+        ending in KNOWN_ENDINGS for ending in (*TEXT_ENDINGS, ".parquet", ".pq", ".gz", ".zip")
+    )
 
 
 @pytest.mark.parametrize("ending", FORMATS)
@@ -110,13 +114,18 @@ def test_a_folder_that_is_called_tsv_is_separated_by_tabs(tmp_path: Path) -> Non
     assert read_to_train(tmp_path, "sales.tsv") == ROWS
 
 
-@pytest.mark.parametrize("ending", [".csv.gz", ".csv.zip", ".jsonl.gz", ".jsonl.zip", ".parquet", ".json"])
+@pytest.mark.parametrize(
+    "ending", [".csv.gz", ".csv.zip", ".jsonl.gz", ".jsonl.zip", ".parquet", ".json"]
+)
 def test_a_damaged_file_is_named_by_both_readers(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"rows{ending}"
     write(path, ending)
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2] + b"\xff" * 9)
-    with pytest.raises(DataError, match=r"source 'sales': .*rows\S+ cannot be read as .*; correct the file, or the source's"):
+    with pytest.raises(
+        DataError,
+        match=r"source 'sales': .*rows\S+ cannot be read as .*; correct the file, or the source's",
+    ):
         read_to_train(tmp_path, path.name)
     with pytest.raises(DataError, match=r"rows\S+ cannot be read as .*; repair or remove the file"):
         read_to_score(path)
@@ -127,14 +136,18 @@ def test_an_archive_of_several_files_is_refused_by_both_readers(tmp_path: Path) 
         for name in ("a.csv", "b.csv"):
             archive.writestr(name, text_of(".csv"))
     for read in (lambda: read_to_train(tmp_path, "rows.csv.zip"), lambda: read_to_score(tmp_path)):
-        with pytest.raises(DataError, match=r"the archive holds 2 files, expected one: a\.csv, b\.csv"):
+        with pytest.raises(
+            DataError, match=r"the archive holds 2 files, expected one: a\.csv, b\.csv"
+        ):
             read()
 
 
 def test_json_that_is_not_lines_is_told_what_is_expected(tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text(json.dumps(ROWS))
     for read in (lambda: read_to_train(tmp_path, "rows.json"), lambda: read_to_score(tmp_path)):
-        with pytest.raises(DataError, match=r"rows\.json cannot be read as JSON lines \(one object per line\)"):
+        with pytest.raises(
+            DataError, match=r"rows\.json cannot be read as JSON lines \(one object per line\)"
+        ):
             read()
 
 
@@ -152,11 +165,16 @@ def test_a_kind_that_is_known_from_elsewhere_leaves_compression_and_delimiter_to
     assert format_as("a/part-0", "csv") == Format("csv")
 
 
-@pytest.mark.parametrize("name", ["rows", "rows.zip", "rows.gz", "rows.txt", "rows.xlsx", "csv", "rows.csv.bak"])
+@pytest.mark.parametrize(
+    "name", ["rows", "rows.zip", "rows.gz", "rows.txt", "rows.xlsx", "csv", "rows.csv.bak"]
+)
 def test_other_names_tell_no_format(name: str) -> None:
     assert format_of(f"folder.csv/{name}") is None
 
 
-@pytest.mark.parametrize(("path", "expected"), [("a/b.csv", False), (".a.csv", True), ("_temporary/b.csv", True), ("a_b/c.csv", False)])
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [("a/b.csv", False), (".a.csv", True), ("_temporary/b.csv", True), ("a_b/c.csv", False)],
+)
 def test_names_with_a_dot_or_an_underscore_in_front_are_hidden(path: str, expected: bool) -> None:
     assert is_hidden(path) is expected
