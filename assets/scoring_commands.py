@@ -21,8 +21,8 @@ from pipeline.scoring.row_source import (
     check_columns,
     check_source,
     check_target,
+    choose_column_types,
     find_source,
-    reading_for,
     target_schema,
 )
 from pipeline.spark.answers import score_source
@@ -90,15 +90,17 @@ class Scorer:
         started, options = time.monotonic(), self.tables.storage_options
         source, target = absolute(source), absolute(target)
         found, model, number = self._model(model_name, version)
-        reading = reading_for(model, self.registry.inputs(found))
-        rows_found = find_source(source, reading, options)
+        column_types = choose_column_types(model, self.registry.inputs(found))
+        rows_found = find_source(source, column_types, options)
         added = (SCORED_AT, SCORED_PERIOD)
         check_source(rows_found, model, added)
         self._prepare(
             source, target, target_schema(rows_found.schema, model.task, added), [SCORED_PERIOD]
         )
         with self.spark.yield_for_execution(None):
-            answers = score_source(self.spark.session, rows_found, model, reading, period, options)
+            answers = score_source(
+                self.spark.session, rows_found, model, column_types, period, options
+            )
             files, schema = write_files(answers, target, options)
             told = {"source": str(rows_found), "fleet_version": found.fleet_version}
             committed = self.tables.commit(
@@ -199,8 +201,8 @@ class Scorer:
             stream.check_target(self.tables)
             self.tables.create(target, target_schema(stream.schema, model.task, [SCORED_AT]))
         else:
-            reading = reading_for(model, self.registry.inputs(version))
-            found = find_source(source, reading, self.tables.storage_options, leave_out=True)
+            column_types = choose_column_types(model, self.registry.inputs(version))
+            found = find_source(source, column_types, self.tables.storage_options, leave_out=True)
             if Path(source).is_file():
                 raise DataError(
                     f"{source} is one file, which `many-models score` answers; a stream takes a "
@@ -208,7 +210,7 @@ class Scorer:
                 )
             check_source(found, model, [SCORED_AT])
             self._prepare(source, target, target_schema(found.schema, model.task, [SCORED_AT]), [])
-            stream = Stream.begin(folder, model_name, found, reading, target)
+            stream = Stream.begin(folder, model_name, found, column_types, target)
         return stream
 
     def _prepare(self, source: str, target: str, wanted: Any, partition_by: list[str]) -> None:

@@ -113,6 +113,10 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+# CSV texts that mean null: in sources unless they say otherwise, and in rows to be scored.
+NULL_TEXTS = ("", "NA", "NaN", "null", "NULL")
+
+
 class SourceSpec(Part):
     """One raw table and where it comes from."""
 
@@ -122,21 +126,20 @@ class SourceSpec(Part):
     uri: str = Field(
         min_length=1,
         description="A path, a glob, an object-store URL, or a file of an installed package: "
-        "`data/sales-*.csv`, "
-        "`s3://bucket/sales/`, `package://plotnine/data/txhousing.csv`.",
+        "`data/sales-*.csv`, `s3://bucket/sales/`, `package://plotnine/data/txhousing.csv`. Its "
+        "ending tells the format: .csv, .tsv, .json, .jsonl or .ndjson (each also as .gz or .zip), "
+        ".parquet or .pq.",
     )
     format: Literal["csv", "parquet", "delta", "jsonl"] | None = Field(
         default=None,
-        description="csv (also .zip and .gz), parquet, delta or jsonl; by default told from the "
-        "file's ending.",
+        description="csv, parquet, delta or jsonl (one JSON object per line); needed where the "
+        "ending of `uri` does not tell it. Files whose names end in .gz or .zip are decompressed.",
     )
     types: Mapping[str, ColumnType] = Field(
         default_factory=dict,
         description="Types of columns that would be guessed wrongly, e.g. `{zip_code: string}`.",
     )
-    null_values: Sequence[str] = Field(
-        default=("", "NA", "NaN", "null", "NULL"), description="CSV texts that mean null."
-    )
+    null_values: Sequence[str] = Field(default=NULL_TEXTS, description="CSV texts that mean null.")
 
 
 class LagSpec(Part):

@@ -21,7 +21,8 @@ from pipeline.models.meta_model import (
     filesystem_of,
 )
 from pipeline.reading.delta_log import is_delta, live_files, open_delta, schema_of_table
-from pipeline.reading.files import Kind, Reading, RowFile, local_files, schema_of
+from pipeline.reading.files import ColumnTypes, RowFile, local_files, schema_of
+from pipeline.reading.formats import Kind
 
 DOUBLE = "double"
 SCORED_AT, SCORED_PERIOD = "scored_at", "scored_period"
@@ -67,13 +68,13 @@ def absolute(address: str) -> str:
 
 
 def find_source(
-    address: str, reading: Reading, options: Mapping[str, str], *, leave_out: bool = False
+    address: str, column_types: ColumnTypes, options: Mapping[str, str], *, leave_out: bool = False
 ) -> RowSource:
     """Look at a source: its files and columns.
 
     Args:
         address: absolute, as from `absolute`.
-        reading: how columns without types are read.
+        column_types: how columns without types are read.
         options: of the object store.
         leave_out: passes over files that cannot be read, as long as one can.
 
@@ -97,7 +98,7 @@ def find_source(
             "copy them, or write them as a Delta table"
         )
     files = local_files(address)
-    schema = schema_of(files, reading, pf.LocalFileSystem(), leave_out=leave_out)
+    schema = schema_of(files, column_types, pf.LocalFileSystem(), leave_out=leave_out)
     return RowSource(address, files[0].kind, schema, files, None)
 
 
@@ -107,7 +108,7 @@ def text_columns(model: FleetModel) -> frozenset[str]:
     return frozenset(keys | {name for spec in model.generations for name in spec["categories"]})
 
 
-def reading_for(model: FleetModel, inputs: Mapping[str, str]) -> Reading:
+def choose_column_types(model: FleetModel, inputs: Mapping[str, str]) -> ColumnTypes:
     """How a model's columns are read from files without types.
 
     Args:
@@ -116,7 +117,7 @@ def reading_for(model: FleetModel, inputs: Mapping[str, str]) -> Reading:
     """
     numbers = frozenset(name for name, kind in inputs.items() if kind == DOUBLE)
     text = text_columns(model)
-    return Reading(numbers - text, numbers & text)
+    return ColumnTypes(numeric=numbers - text, integer_keys=numbers & text)
 
 
 def answer_schema(task: str) -> pa.Schema:

@@ -14,7 +14,7 @@ from pyspark.sql.pandas.types import from_arrow_schema
 from pyspark.sql.types import StructField, StructType
 
 from pipeline.models.meta_model import FleetModel
-from pipeline.reading.files import Reading
+from pipeline.reading.files import ColumnTypes
 from pipeline.scoring.row_source import (
     SCORED_AT,
     SCORED_PERIOD,
@@ -150,7 +150,7 @@ def score_source(
     spark: SparkSession,
     source: RowSource,
     model: FleetModel,
-    reading: Reading,
+    column_types: ColumnTypes,
     period: str,
     options: Mapping[str, str],
 ) -> DataFrame:
@@ -160,7 +160,7 @@ def score_source(
         spark: the session.
         source: as it was found.
         model: that answers.
-        reading: as the source was found with.
+        column_types: as the source was found with.
         period: what the rows are called.
         options: of the object store.
 
@@ -168,7 +168,9 @@ def score_source(
         One row per row: the source's columns, the answers, when, and the period.
     """
     shape = from_arrow_schema(source.schema)
-    answers = answer_rows(spark, _rows_of(spark, source, shape, reading, options), model, options)
+    answers = answer_rows(
+        spark, _rows_of(spark, source, shape, column_types, options), model, options
+    )
     return answers.withColumn(SCORED_AT, sf.current_timestamp()).withColumn(
         SCORED_PERIOD, sf.lit(period)
     )
@@ -178,12 +180,12 @@ def _rows_of(
     spark: SparkSession,
     source: RowSource,
     shape: StructType,
-    reading: Reading,
+    column_types: ColumnTypes,
     options: Mapping[str, str],
 ) -> DataFrame:
     if not source.files:
         return spark.createDataFrame([], shape)
-    files, rows = list(source.files), rows_reader(shape, source.address, options, reading)
+    files, rows = list(source.files), rows_reader(shape, source.address, options, column_types)
 
     def read(batches: Batches) -> Batches:
         for batch in batches:

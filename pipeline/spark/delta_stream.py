@@ -21,7 +21,7 @@ from pyspark.sql.types import StructType
 from pipeline.errors import DataError
 from pipeline.models.meta_model import filesystem_of
 from pipeline.reading.delta_log import Commit, live_files, open_delta, read_commit
-from pipeline.reading.files import Reading, RowFile
+from pipeline.reading.files import ColumnTypes, RowFile
 from pipeline.spark.files import rows_reader
 
 PASSED_OVER = 100
@@ -144,7 +144,9 @@ class DeltaVersionsReader(DataSourceStreamReader, SupportsTriggerAvailableNow):
     def read(self, partition: InputPartition) -> Iterator[pa.RecordBatch]:
         """The rows of one file, in a task."""
         assert isinstance(partition, FilePartition)  # noqa: S101 - as from `partitions`
-        return rows_reader(self._shape, self._location, self._storage, Reading())(partition.file)
+        return rows_reader(self._shape, self._location, self._storage, ColumnTypes())(
+            partition.file
+        )
 
     def _newest(self) -> int:
         return int(open_delta(self._location, self._storage).version())

@@ -12,7 +12,7 @@ from pyspark.sql.pandas.types import from_arrow_schema, to_arrow_schema
 from pyspark.sql.types import StructType
 
 from pipeline.models.meta_model import filesystem_of
-from pipeline.reading.files import Reading, RowFile, read_rows
+from pipeline.reading.files import ColumnTypes, RowFile, read_rows
 from pipeline.storage import WrittenFile
 
 Batches = Iterator[pa.RecordBatch]
@@ -159,7 +159,7 @@ def rows_reader(
     shape: StructType,
     location: str,
     options: Mapping[str, str],
-    reading: Reading,
+    column_types: ColumnTypes,
     required: Sequence[str] = (),
 ) -> Callable[[RowFile], Batches]:
     """What reads a file's rows in a task, in the types that Spark wants.
@@ -168,13 +168,13 @@ def rows_reader(
         shape: of the rows.
         location: address that tells the file system.
         options: of the object store.
-        reading: of columns without types.
+        column_types: how columns without types are read.
         required: columns that every file must have.
     """
     schema = to_arrow_schema(shape, timezone="UTC")
 
     def rows(file: RowFile) -> Batches:
         filesystem, _ = filesystem_of(location, options)
-        return read_rows(file, schema, filesystem, required=required, reading=reading)
+        return read_rows(file, schema, filesystem, required=required, column_types=column_types)
 
     return rows

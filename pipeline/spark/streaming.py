@@ -30,7 +30,8 @@ from pyspark.sql.types import StructType
 from pipeline.crash_points import crash_point
 from pipeline.errors import DataError, SpecError, StoreError
 from pipeline.models.meta_model import FleetModel, InputError
-from pipeline.reading.files import SUFFIXES, Reading, root_of, row_file
+from pipeline.reading.files import ColumnTypes, root_of, row_file
+from pipeline.reading.formats import FORMATS
 from pipeline.scoring.row_source import SCORED_AT, RowSource, check_columns
 from pipeline.spark.answers import answer_rows
 from pipeline.spark.data_errors import in_error_tree
@@ -61,7 +62,7 @@ class Stream:
         source: absolute address of the rows.
         kind: their format.
         shape: their columns, pinned.
-        reading: how columns without types are read, pinned.
+        column_types: how columns without types are read, pinned.
         target: absolute address of the answers' table.
     """
 
@@ -71,7 +72,7 @@ class Stream:
     source: str
     kind: str
     shape: StructType
-    reading: Reading
+    column_types: ColumnTypes
     target: str
 
     @property
@@ -113,9 +114,14 @@ class Stream:
             return None
         try:
             told = json.loads(path.read_text(encoding="utf-8"))
-            reading = Reading(frozenset(told["numbers"]), frozenset(told["whole"]))
+            column_types = ColumnTypes(frozenset(told["numbers"]), frozenset(told["whole"]))
             names = {name: str(told[name]) for name in ("id", "fleet", "source", "kind", "target")}
-            return cls(folder, shape=StructType.fromJson(told["columns"]), reading=reading, **names)
+            return cls(
+                folder,
+                shape=StructType.fromJson(told["columns"]),
+                column_types=column_types,
+                **names,
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StoreError(
                 f"{path}: not what a stream pinned ({error}); give another --checkpoint, or "
@@ -124,18 +130,18 @@ class Stream:
 
     @classmethod
     def begin(
-        cls, folder: Path, fleet: str, source: RowSource, reading: Reading, target: str
+        cls, folder: Path, fleet: str, source: RowSource, column_types: ColumnTypes, target: str
     ) -> Self:
         """Pin a new stream."""
         stream = cls(
-            folder,
-            uuid.uuid4().hex,
-            fleet,
-            source.address,
-            source.kind,
-            _nullable(from_arrow_schema(source.schema)),
-            reading,
-            target,
+            folder=folder,
+            id=uuid.uuid4().hex,
+            fleet=fleet,
+            source=source.address,
+            kind=source.kind,
+            shape=_nullable(from_arrow_schema(source.schema)),
+            column_types=column_types,
+            target=target,
         )
         told: dict[str, Any] = {
             "id": stream.id,
@@ -144,7 +150,10 @@ class Stream:
             "kind": stream.kind,
             "target": target,
         }
-        told |= {"numbers": sorted(reading.numbers), "whole": sorted(reading.whole)}
+        told |= {
+            "numbers": sorted(column_types.numeric),
+            "whole": sorted(column_types.integer_keys),
+        }
         folder.mkdir(parents=True, exist_ok=True)
         written = folder / f"{PINNED}.{os.getpid()}"
         written.write_text(
@@ -242,9 +251,11 @@ def stream_rows(
             .options(**settings)
             .load(stream.source)
         )
-    endings = ",".join(
-        _either_case(suffix) for suffix, kind in SUFFIXES.items() if kind == stream.kind
-    )
+    endings = [
+        _either_case(ending)
+        for ending, file_format in FORMATS.items()
+        if file_format.kind == stream.kind
+    ]
     address = escaped(stream.source) if Path(stream.source).is_dir() else stream.source
     # Spark keeps book of the files; their rows are read as everywhere here, by name, whatever the
     # order of columns.
@@ -252,7 +263,7 @@ def stream_rows(
         "recursiveFileLookup": "true",
         "maxFileAge": NEVER_TOO_OLD,
         "maxFilesPerTrigger": str(max_files),
-        "pathGlobFilter": f"*{{{endings}}}",
+        "pathGlobFilter": f"*{{{','.join(endings)}}}",
     }
     listed = (
         spark.readStream.format("binaryFile")
@@ -272,7 +283,7 @@ def _read_listed(
     set_aside: SetAside | None,
 ) -> DataFrame:
     """The rows of listed files; one that cannot be read is set aside where that is asked for."""
-    rows = rows_reader(stream.shape, stream.source, options, stream.reading, required)
+    rows = rows_reader(stream.shape, stream.source, options, stream.column_types, required)
     root = root_of(stream.source)
 
     def read(batches: Batches) -> Batches:
@@ -400,7 +411,7 @@ class AnswerSink:
         if self._tables.transaction(stream.target, app) is None:
             required = self._champion()[1].required
             found = Path(entry.path).stat()
-            rows = rows_reader(stream.shape, stream.source, options, stream.reading, required)
+            rows = rows_reader(stream.shape, stream.source, options, stream.column_types, required)
             try:
                 for _ in rows(row_file(entry.path, root_of(stream.source))):
                     pass

@@ -11,8 +11,7 @@ import pytest
 
 from pipeline.errors import DataError
 from pipeline.reading.files import (
-    NULL_TEXTS,
-    Reading,
+    ColumnTypes,
     RowFile,
     constant_of,
     local_files,
@@ -21,17 +20,20 @@ from pipeline.reading.files import (
     row_file,
     schema_of,
 )
-from pipeline.spec import SourceSpec
 
-READING = Reading(numbers=frozenset({"price"}), whole=frozenset({"store"}))
+COLUMN_TYPES = ColumnTypes(numeric=frozenset({"price"}), integer_keys=frozenset({"store"}))
 LOCAL = pf.LocalFileSystem()
 
 
-def read(address: Path | str, reading: Reading = READING, **more: Any) -> pd.DataFrame:
+def read(
+    address: Path | str, column_types: ColumnTypes = COLUMN_TYPES, **more: Any
+) -> pd.DataFrame:
     files = local_files(str(address))
-    schema = schema_of(files, reading, LOCAL)
+    schema = schema_of(files, column_types, LOCAL)
     batches = [
-        batch for file in files for batch in read_rows(file, schema, LOCAL, reading=reading, **more)
+        batch
+        for file in files
+        for batch in read_rows(file, schema, LOCAL, column_types=column_types, **more)
     ]
     return pa.Table.from_batches(batches, schema=schema).to_pandas()
 
@@ -80,10 +82,6 @@ def test_a_number_that_is_none_is_an_error_that_names_the_file(tmp_path: Path) -
         DataError, match=r"a\.csv cannot be read as csv .*abc.*repair or remove the file"
     ):
         read(tmp_path)
-
-
-def test_the_same_texts_mean_null_as_in_the_sources_of_a_fleet() -> None:
-    assert tuple(SourceSpec.model_fields["null_values"].default) == NULL_TEXTS
 
 
 def test_json_lines_keep_text_that_looks_like_a_moment(tmp_path: Path) -> None:
