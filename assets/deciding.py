@@ -164,7 +164,7 @@ class Deciding:
     ) -> Contest:
         """The challenger, and who answers now."""
         run = self._run_of(challenger)
-        serving: dict[Any, str] = {}
+        serving: dict[GroupKey, str] = {}
         champions: dict[str, Side] = {}
         if serving_model is not None:
             serving = serving_model.serving()
@@ -386,7 +386,7 @@ class Deciding:
             self.log.warning(f"version {champion.number} serves, and cannot be opened: {error}")
             return None
 
-    def _serving(self, version: Version | None) -> dict[tuple[int, str], str]:
+    def _serving(self, version: Version | None) -> dict[GroupKey, str]:
         """The fleet version that answers each group in a version.
 
         A version that cannot be opened answers nobody.

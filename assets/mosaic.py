@@ -9,9 +9,8 @@ from typing import Any
 import pandas as pd
 
 from assets.meta_model import pack_store
-from pipeline.models.meta_model import FleetModel
+from pipeline.models.meta_model import FleetModel, GroupKey
 from pipeline.models.pack import mosaic, write_pack
-from pipeline.models.promotion import Key
 from pipeline.runs.fleet_tables import FleetTables
 from pipeline.spec import FleetSpec
 from resources.mlflow_registry import MlflowRegistry, Version, interface
@@ -23,7 +22,7 @@ def register_mosaic(
     registry: MlflowRegistry,
     spark: SparkSessionResource,
     spec: FleetSpec,
-    serving: Mapping[Key, str],
+    serving: Mapping[GroupKey, str],
     models: Sequence[FleetModel],
     decisions: pd.DataFrame,
 ) -> Version:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import pandas as pd
 import pyarrow as pa
 
+from pipeline.models.meta_model import GroupKey
 from pipeline.models.promotion import groups_rolled_back
 from pipeline.runs.fleet_tables import FleetTables
 from pipeline.tables import DECISIONS
@@ -45,7 +46,7 @@ class Decisions:
         """The rows of one launch."""
         return self.tables.tables.read_pandas(self.location, where={"decision_id": decision_id})
 
-    def rolled_back_from(self, fleet_version: str) -> frozenset[tuple[int, str]]:
+    def rolled_back_from(self, fleet_version: str) -> frozenset[GroupKey]:
         """Groups that were rolled back from that fleet version."""
         if not self.tables.tables.exists(self.location):
             return frozenset()

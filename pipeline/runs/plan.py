@@ -121,7 +121,7 @@ class Policy:
     finest_only: bool = False
     corrects: bool = False
     max_trials: int | None = None
-    recipes: Mapping[tuple[int, str], Start] = field(default_factory=dict)
+    recipes: Mapping[GroupKey, Start] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,7 @@ def _with_vanished(
     counts: pd.DataFrame, before: Mapping[GroupKey, Mapping[str, Any]]
 ) -> pd.DataFrame:
     """The groups of the data, and those of the run before that are not in it any more."""
-    there = set(zip(counts["grain"], counts["group_id"], strict=True))
+    there = set(GroupKey.of_rows(counts))
     gone = [row for key, row in sorted(before.items()) if key not in there]
     if not gone:
         return counts

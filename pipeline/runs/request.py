@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from pipeline.models.meta_model import GroupKey
 from pipeline.models.start import Start
 from pipeline.runs.manifest import RunManifest
 from pipeline.tables import RECIPES
@@ -34,11 +35,11 @@ class Request:
     limit_groups: int | None = None
     retrain: Retrain = "changed"
     listed: Collection[str] = ()
-    recipes: Mapping[tuple[int, str], Start] = field(default_factory=dict)
+    recipes: Mapping[GroupKey, Start] = field(default_factory=dict)
 
     @classmethod
     def of_refit(
-        cls, run_id: str, challenger: RunManifest, recipes: Mapping[tuple[int, str], Start]
+        cls, run_id: str, challenger: RunManifest, recipes: Mapping[GroupKey, Start]
     ) -> "Request":
         """For a run that fits earlier recipes on the rows of another run.
 

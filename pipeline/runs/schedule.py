@@ -169,7 +169,7 @@ class Schedule:
             not_started: the others.
         """
         self._freed(groups)
-        costs = dict(zip(_keys(groups), groups["cost_seconds"], strict=True))
+        costs = dict(zip(GroupKey.of_rows(groups), groups["cost_seconds"], strict=True))
         for outcome in outcomes:
             seconds = outcome.get("seconds")
             if outcome["status"] in ("trained", "refreshed") and seconds:
@@ -178,7 +178,7 @@ class Schedule:
         self.pace = Pace.learnt(self._planned, self._real)
         back = set(not_started)
         if back:
-            again = groups[[key in back for key in _keys(groups)]]
+            again = groups[[key in back for key in GroupKey.of_rows(groups)]]
             self._left = _longest_first(pd.concat([self._left, again]))
 
     def halve(self, groups: pd.DataFrame) -> None:
@@ -204,11 +204,11 @@ class Schedule:
         return self._started(chosen.assign(task=tasks), kind)
 
     def _started(self, groups: pd.DataFrame, kind: set[GroupKey]) -> pd.DataFrame:
-        kind.add(_keys(groups)[0])
+        kind.add(GroupKey.of_rows(groups)[0])
         return groups.assign(task=pd.factorize(groups["task"], sort=True)[0])
 
     def _freed(self, groups: pd.DataFrame) -> None:
-        first = _keys(groups)[0]
+        first = GroupKey.of_rows(groups)[0]
         self._alone.discard(first)
         self._shared.discard(first)
 

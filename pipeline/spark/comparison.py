@@ -10,13 +10,12 @@ import pandas as pd
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as sf
 
-from pipeline.models.meta_model import CORRECTION
+from pipeline.models.meta_model import CORRECTION, GroupKey
 from pipeline.models.promotion import (
     NEW_GROUP,
     NOT_COMPARABLE,
     UNCHANGED,
     Judgement,
-    Key,
     Side,
     decide,
     judge_rivals,
@@ -64,10 +63,10 @@ class Contest:
     run: RunManifest
     challenger: Side
     champions: Mapping[str, Side]
-    serving: Mapping[Key, str]
-    rolled_back: frozenset[Key] = frozenset()
+    serving: Mapping[GroupKey, str]
+    rolled_back: frozenset[GroupKey] = frozenset()
 
-    def kinds(self) -> dict[Key, str]:
+    def kinds(self) -> dict[GroupKey, str]:
         """What each group of the challenger is, compared with what answers it now."""
         found = {}
         for key in self.challenger.groups:
@@ -129,7 +128,7 @@ def judge(
     return Judgement(decided.assign(to_version=to_version), judge_rivals(fleet, rival_titles(spec)))
 
 
-def _is_compared(version: str, kinds: Mapping[Key, str], contest: Contest) -> bool:
+def _is_compared(version: str, kinds: Mapping[GroupKey, str], contest: Contest) -> bool:
     """Whether some group that the version answers now is compared with the challenger."""
     return any(
         contest.serving.get(key) == version and kind not in (UNCHANGED, NEW_GROUP, NOT_COMPARABLE)
@@ -147,7 +146,7 @@ class Twins:
             none.
     """
 
-    keys: frozenset[Key]
+    keys: frozenset[GroupKey]
     holdout: DataFrame | None
 
 
@@ -183,7 +182,7 @@ def fit_twins(
     if not keys or lacking:
         return Twins(frozenset(keys), None)
 
-    def fit(chosen: Collection[Key], bases: DataFrame | None = None) -> DataFrame:
+    def fit(chosen: Collection[GroupKey], bases: DataFrame | None = None) -> DataFrame:
         seen = twin_spec(spec, side.spec)
         settings = _twin_settings(seen, contest, side, context.threads)
         groups = _planned(seen, contest.challenger, side, sorted(chosen))
@@ -213,7 +212,7 @@ def fit_twins(
 
 
 def _instead(
-    spark: SparkSession, held_out: DataFrame, keys: Collection[Key], twins: DataFrame
+    spark: SparkSession, held_out: DataFrame, keys: Collection[GroupKey], twins: DataFrame
 ) -> DataFrame:
     """Held-out rows in which twins have taken the place of their groups."""
     replaced = sf.broadcast(spark.createDataFrame(sorted(keys), "grain int, group_id string"))
@@ -256,7 +255,9 @@ def twin_spec(spec: FleetSpec, model: Mapping[str, Any]) -> FleetSpec:
     return spec.model_copy(update={"features": features, "baselines": {}})
 
 
-def _planned(spec: FleetSpec, challenger: Side, side: Side, keys: Sequence[Key]) -> pd.DataFrame:
+def _planned(
+    spec: FleetSpec, challenger: Side, side: Side, keys: Sequence[GroupKey]
+) -> pd.DataFrame:
     """Some twins, as `train_aside` takes them."""
     rows = [challenger.groups[key] for key in keys]
     groups = pd.DataFrame(keys, columns=["grain", "group_id"])
@@ -463,7 +464,7 @@ def _weights_of(
     return spark.createDataFrame(table, ", ".join(columns))
 
 
-def _weight(side: Side, key: Key) -> tuple[float | None, bool]:
+def _weight(side: Side, key: GroupKey) -> tuple[float | None, bool]:
     """A group's weight, and whether the constant answers it instead of its parent."""
     row = side.groups.get(key)
     if row is None:

@@ -199,7 +199,7 @@ def measure_groups(
         spark: the session.
         judged: as from `judged_rows`.
         spec: the fleet.
-        skills: weights by (grain, group id).
+        skills: weights by group.
         constants: what answers without a model.
         has_model: per grain the groups that were trained.
         classes: of the target, in order; empty for regression.

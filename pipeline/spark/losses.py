@@ -242,7 +242,7 @@ def answer_losers_otherwise(
     Args:
         judged: rows as from `evaluation.judged_rows`.
         spec: the fleet.
-        skills: weights as learnt, by (grain, group id).
+        skills: weights as learnt, by group.
         has_model: per grain the groups that were trained.
         constants: what answers without a model.
         classes: of the target; empty for regression.

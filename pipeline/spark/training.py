@@ -187,10 +187,7 @@ def train_wave(
         context.memory_bytes,
     )
     groups = wave.groups
-    keys = [
-        (int(grain), str(group))
-        for grain, group in zip(groups["grain"], groups["group_id"], strict=True)
-    ]
+    keys = GroupKey.of_rows(groups)
     starts = dict(zip(keys, groups["started_from"], strict=True))
     costs = dict(zip(keys, groups["cost_seconds"].astype(float), strict=True))
     name, run_id, start_seconds = wave.name, settings.run_id, wave.start_seconds
@@ -207,7 +204,7 @@ def train_wave(
         done.add(1)
         if ledger["status"] in ("failed", "crashed"):
             failed.add(1)
-        worked.add(costs[int(outcome["grain"].iloc[0]), str(outcome["group_id"].iloc[0])])
+        worked.add(costs[GroupKey(int(outcome["grain"].iloc[0]), str(outcome["group_id"].iloc[0]))])
         spent.add(float(ledger.get("seconds") or 0.0))
         return outcome
 
@@ -342,7 +339,7 @@ _workers: dict[str, TaskWorker] = {}
 def _worker_of(
     wave: str,
     settings: TrainingSettings,
-    starts: Mapping[tuple[int, str], str],
+    starts: Mapping[GroupKey, str],
     train: TrainGroup,
     memory_bytes: int | None,
 ) -> TaskWorker:

@@ -143,7 +143,7 @@ def learn_blend(
             rows, else 0; `none`: 1.
 
     Returns:
-        Skill by (grain, group id).
+        Skill by group.
     """
     n_entries, n_grains = moments.groups.shape
     # The answer so far, as a linear combination of v, per entry.

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
+from pipeline.models.meta_model import GroupKey
 from pipeline.models.start import Start
 from pipeline.tables import HOLDOUT
 from pipeline.training.isolation import GroupProcess
@@ -47,8 +48,8 @@ class TaskWorker:
 
     Args:
         settings: the run's.
-        starts: how each group begins, as JSON (see `Start`), by (grain, group id); those absent
-            have nothing to start from.
+        starts: how each group begins, as JSON (see `Start`), by group; those absent have nothing to
+            start from.
         train: what trains; another function only in tests.
         memory_bytes: memory a group may take beyond what the process has at its start; None is
             unlimited.
@@ -57,7 +58,7 @@ class TaskWorker:
     def __init__(
         self,
         settings: TrainingSettings,
-        starts: Mapping[tuple[int, str], str],
+        starts: Mapping[GroupKey, str],
         train: TrainGroup = train_group,
         memory_bytes: int | None = None,
     ) -> None:
@@ -100,7 +101,7 @@ class TaskWorker:
     def _answer(self, message: bytes) -> bytes:
         frame: pd.DataFrame = pickle.loads(message)  # noqa: S301 - from our own parent
         grain, group = _key_of(frame)
-        start = Start.from_json(self._starts.get((grain, group), "{}"))
+        start = Start.from_json(self._starts.get(GroupKey(grain, group), "{}"))
         outcome = train_one(frame, grain, self._settings, start, self._train)
         return pickle.dumps(_outcome_row(outcome, grain, group), protocol=pickle.HIGHEST_PROTOCOL)
 
@@ -113,8 +114,8 @@ def not_started(rows: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _key_of(rows: pd.DataFrame) -> tuple[int, str]:
-    return int(rows["grain"].iloc[0]), str(rows["group_id"].iloc[0])
+def _key_of(rows: pd.DataFrame) -> GroupKey:
+    return GroupKey(int(rows["grain"].iloc[0]), str(rows["group_id"].iloc[0]))
 
 
 def _outcome_frame(row: Mapping[str, Any]) -> pd.DataFrame:

@@ -25,7 +25,6 @@ from deltalake.exceptions import CommitFailedError
 
 from pipeline.errors import StoreError
 from pipeline.runs.commits import Commits
-from pipeline.tables import RUNS
 from pipeline.testing.runs import own_tables
 from resources import lease as lease_module
 from resources.delta_tables import DeltaTables
@@ -563,9 +562,7 @@ def test_where_the_lease_was_removed_the_fence_goes_on_from_the_tables(local: De
     for _ in range(3):
         with hold_lease(local, "shop", "run-1") as lease:
             commits = Commits(own_tables(local, "shop"), "run-1", lease)
-            commits.replace_run(
-                RUNS, pa.Table.from_pylist([{"run_id": "run-1"}], schema=RUNS.schema)
-            )
+            commits.ledger(LEDGER.schema.empty_table().to_pandas())
     shutil.rmtree(local.location("shop", LEASES.name))
     with hold_lease(local, "shop", "run-2") as lease:
         assert lease.fence == 4
