@@ -219,7 +219,7 @@ def _parser() -> argparse.ArgumentParser:
             dest="source",
             required=True,
             metavar="SOURCE",
-            help="a Delta table, or a folder or glob of Parquet, CSV or JSON files",
+            help="a Delta table, or a folder or glob of Parquet, CSV, TSV or JSON files",
         )
         command.add_argument(
             "--to",

@@ -75,7 +75,7 @@ class Scorer:
 
         Args:
             model_name: the fleet, or its trial.
-            source: a Delta table, or a file, folder or glob of Parquet, CSV or JSON files.
+            source: a Delta table, or a file, folder or glob, in any format of a fleet's sources.
             target: Delta table of the answers.
             period: the rows' name in the target.
             version: an alias, or a number.
@@ -136,7 +136,7 @@ class Scorer:
 
         Args:
             model_name: the fleet, or its trial.
-            source: a Delta table, or a folder or glob of Parquet, CSV or JSON files.
+            source: a Delta table, or a folder or glob, in any format of a fleet's sources.
             target: Delta table of the answers.
             checkpoint: folder that remembers what was answered; by default one for each fleet,
                 source and target.

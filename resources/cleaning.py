@@ -1,15 +1,12 @@
 """Reclaiming what no kept run needs: rows of old runs, old table versions, leftovers."""
 
-import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
 from urllib.parse import unquote
 
 import pandas as pd
-import pyarrow as pa
 import pyarrow.fs as pf
 from deltalake import CommitProperties, DeltaTable, Transaction
 from deltalake.exceptions import DeltaError
@@ -17,6 +14,7 @@ from deltalake.exceptions import DeltaError
 from pipeline.crash_points import crash_point
 from pipeline.errors import StoreError
 from pipeline.models.meta_model import filesystem_of
+from pipeline.reading.delta_log import file_actions, read_actions
 from pipeline.reporting.summary import text_table
 from pipeline.storage import COMMITS_PER_LEASE, TRAINING
 from pipeline.tables import (
@@ -258,7 +256,7 @@ def _partitions(tables: DeltaTables, location: str) -> set[str]:
     columns = table.metadata().partition_columns
     if len(columns) != 1:  # as an earlier release made it
         return set()
-    found = pa.table(table.get_add_actions(flatten=True))[f"partition.{columns[0]}"].to_pylist()
+    found = file_actions(table)[f"partition.{columns[0]}"].to_pylist()
     return {str(value) for value in found if value is not None}
 
 
@@ -347,9 +345,7 @@ def _opened(tables: DeltaTables, location: str, version: int | None = None) -> D
 
 
 def _files_of(table: DeltaTable) -> set[str]:
-    return {
-        unquote(path) for path in pa.table(table.get_add_actions(flatten=True))["path"].to_pylist()
-    }
+    return {unquote(path) for path in file_actions(table)["path"].to_pylist()}
 
 
 def _files_of_version(tables: DeltaTables, location: str, version: int) -> set[str]:
@@ -369,11 +365,7 @@ def _removed(filesystem: pf.FileSystem, root: str) -> dict[str, datetime]:
     for info in filesystem.get_file_info(pf.FileSelector(f"{root}/_delta_log")):
         if info.extension != "json":
             continue
-        with filesystem.open_input_stream(info.path) as commit:
-            actions: list[dict[str, Any]] = [
-                json.loads(line) for line in commit.read().decode().splitlines() if line.strip()
-            ]
-        for action in actions:
+        for action in read_actions(filesystem, info.path):
             if "remove" in action:
                 gone = action["remove"]
                 milliseconds = gone.get("deletionTimestamp")

@@ -19,7 +19,7 @@ from pyspark.sql import DataFrame, SparkSession
 
 from pipeline.errors import StoreError
 from pipeline.models.meta_model import filesystem_of
-from pipeline.reading.delta_log import refuse_strange_features, within
+from pipeline.reading.delta_log import file_actions, refuse_strange_features, within
 from pipeline.spark.files import FileWriter, read_files, write_files
 from pipeline.storage import Snapshot, WrittenFile
 from pipeline.tables import TableContract
@@ -304,7 +304,7 @@ class DeltaTables(dg.ConfigurableResource):
             if not self.exists(location):
                 return None
             table = self._open(location, None)
-            actions = pa.table(table.get_add_actions(flatten=True)).to_pydict()
+            actions = file_actions(table).to_pydict()
             filesystem, root = filesystem_of(location, self.storage_options)
             infos = filesystem.get_file_info([f"{root}/{path}" for path in actions["path"]])
             if [info.size for info in infos] != actions["size_bytes"] or None in actions[
@@ -429,7 +429,7 @@ def _add_missing_columns(table: DeltaTable, schema: Schema) -> bool:
 
 
 def _paths(table: DeltaTable, location: str, partitions: Mapping[str, Sequence[str]]) -> list[str]:
-    actions = pa.table(table.get_add_actions(flatten=True))
+    actions = file_actions(table)
     for name, values in partitions.items():
         actions = actions.filter(
             pc.is_in(actions[f"partition.{name}"], value_set=pa.array(list(values), pa.string()))

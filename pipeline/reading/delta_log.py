@@ -79,6 +79,16 @@ def schema_of_table(table: DeltaTable) -> pa.Schema:
     )
 
 
+def file_actions(table: DeltaTable) -> pa.Table:
+    """The files of a table's version as its log has them.
+
+    Returns:
+        One row per file: `path` (relative to the table, special characters escaped), `size_bytes`,
+        `num_records` (null if its writer did not count), and `partition.<column>`.
+    """
+    return pa.table(table.get_add_actions(flatten=True))
+
+
 def live_files(table: DeltaTable, location: str, root: str) -> list[RowFile]:
     """The files of a table's version, with the values of its partition columns.
 
@@ -88,7 +98,7 @@ def live_files(table: DeltaTable, location: str, root: str) -> list[RowFile]:
         root: its path on its file system, below which the files are.
     """
     names = table.metadata().partition_columns
-    actions = pa.table(table.get_add_actions(flatten=True)).to_pylist()
+    actions = file_actions(table).to_pylist()
     return [
         RowFile(
             f"{root}/{within(unquote(action['path']), location)}",
@@ -163,14 +173,28 @@ def read_commit(filesystem: pf.FileSystem, root: str, location: str, version: in
     return Commit(version, operation, tuple(added), takes_away)
 
 
+def read_actions(filesystem: pf.FileSystem, path: str) -> list[dict[str, Any]]:
+    """The actions of one commit, each under its name (`add`, `remove`, `commitInfo`).
+
+    Args:
+        filesystem: that holds the table.
+        path: of a JSON file in a table's log.
+
+    Raises:
+        OSError: if the file cannot be read; FileNotFoundError if it is gone.
+        ValueError: if it is not lines of JSON.
+    """
+    with filesystem.open_input_stream(path) as stream:
+        lines = stream.read().decode().splitlines()
+    return [json.loads(line) for line in lines if line.strip()]
+
+
 def _actions(
     filesystem: pf.FileSystem, root: str, version: int, location: str
 ) -> Iterator[dict[str, Any]]:
     path = f"{root}/_delta_log/{version:020}.json"
     try:
-        with filesystem.open_input_stream(path) as stream:
-            lines = stream.read().decode().splitlines()
-        yield from (json.loads(line) for line in lines if line.strip())
+        yield from read_actions(filesystem, path)
     except FileNotFoundError as error:
         raise DataError(
             f"{location}: version {version} is no longer in the table's log, so what it added "

@@ -104,8 +104,8 @@ def local_files(address: str) -> list[RowFile]:
     if not files:
         shown = ", ".join(paths[:MAX_PATHS_SHOWN])
         raise DataError(
-            f"no rows are at {address}; expected a Delta table, or a file, folder or glob of {KNOWN_ENDINGS}"
-            + (f"; found: {shown}" if shown else "")
+            f"no rows are at {address}; expected a Delta table, or a file, folder or glob of "
+            f"{KNOWN_ENDINGS}" + (f"; found: {shown}" if shown else "")
         )
     return files
 
@@ -307,7 +307,7 @@ def _text_batches(
     stream: pa.NativeFile, file_format: Format, schema: pa.Schema
 ) -> Iterator[pa.RecordBatch]:
     if file_format.kind == "csv":
-        # Processes that only read Parquet, such as those of a stream over a Delta table, need no spec.
+        # Processes that only read Parquet, as a stream over a Delta table has, need no spec.
         from pipeline.spec import NULL_TEXTS
 
         conversion = csv_conversion(schema, NULL_TEXTS)

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from assets.command_line import main
 from assets.scoring_commands import Scorer
 from pipeline.errors import DataError, ModelNotFound, SpecError, StoreError
 from pipeline.models.meta_model import FleetModel, InputError
+from pipeline.reading.formats import FORMATS
 from pipeline.testing.packs import ASKED, asked_pack, asked_rows, register_asked
 from resources.delta_tables import DeltaTables
 from resources.mlflow_registry import MlflowRegistry
@@ -135,12 +137,19 @@ def put(folder: Path, name: str, rows: pd.DataFrame) -> None:
     """Write a file as is right for a stream: under a hidden name, then renamed."""
     folder.mkdir(exist_ok=True)
     hidden = folder / f".{name}"
-    if name.lower().endswith(".csv"):
-        rows.to_csv(hidden, index=False)
-    elif name.endswith(".parquet"):
+    endings = [ending.lower() for ending in hidden.suffixes]
+    compression = {".gz": "gzip", ".zip": {"method": "zip", "archive_name": "rows"}}.get(
+        endings[-1]
+    )
+    if ".csv" in endings or ".tsv" in endings:
+        separator = "\t" if ".tsv" in endings else ","
+        rows.to_csv(hidden, index=False, sep=separator, compression=compression)
+    elif ".parquet" in endings or ".pq" in endings:
         rows.to_parquet(hidden, index=False)
     else:
-        rows.to_json(hidden, orient="records", lines=True, double_precision=15)
+        rows.to_json(
+            hidden, orient="records", lines=True, double_precision=15, compression=compression
+        )
     hidden.rename(folder / name)
 
 
@@ -348,6 +357,38 @@ def test_files_of_a_folder_are_answered_once_each(fleet: Fleet, ending: str) -> 
     assert len(fleet.batches) == 3
     assert fleet.batches[0].startswith("batch 0: 200 rows in ")
     assert fleet.batches[0].endswith("answered by version 1 (run run-1)")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "json"])
+def test_files_of_every_ending_are_answered_in_batch_and_as_a_stream(
+    fleet: Fleet, kind: str
+) -> None:
+    endings = [ending for ending, file_format in FORMATS.items() if file_format.kind == kind]
+    rows, folder = asked_rows(20 * (len(endings) + 1)), fleet.folder / AWKWARD
+    for number, ending in enumerate([endings[0], *endings]):
+        if number == 1:  # the first file pins the stream's columns, the others come later
+            fleet.stream(folder)
+        name = f"{number}{ending.upper() if number % 2 else ending}"
+        put(folder, name, rows.iloc[20 * number : 20 * (number + 1)])
+    same_answers(fleet.stream(folder).astype({"row_id": "int64"}), fleet.expected(rows))
+    same_answers(fleet.score(folder).astype({"row_id": "int64"}), fleet.expected(rows))
+
+
+def test_an_archive_that_is_damaged_or_holds_several_files_is_set_aside(fleet: Fleet) -> None:
+    rows, folder = asked_rows(30), fleet.folder / "in"
+    for number, name in enumerate(("a.tsv.gz", "b.tsv.zip", "c.tsv.zip")):
+        put(folder, name, rows.iloc[10 * number : 10 * (number + 1)])
+    whole = (folder / "b.tsv.zip").read_bytes()
+    (folder / "b.tsv.zip").write_bytes(whole[: len(whole) // 2])
+    with zipfile.ZipFile(folder / "c.tsv.zip", "a") as archive:
+        archive.writestr("more", "x")
+    assert len(fleet.stream(folder)) == 10
+    set_aside = "\n".join(fleet.said)
+    assert f"{folder}/b.tsv.zip cannot be read as csv" in set_aside
+    assert f"{folder}/c.tsv.zip cannot be read as csv (the archive holds 2 files" in set_aside
+    (folder / "b.tsv.zip").write_bytes(whole)
+    found = fleet.stream(folder).astype({"row_id": "int64"})
+    same_answers(found, fleet.expected(rows.iloc[:20]))
 
 
 def test_a_folder_may_be_emptied_between_starts_but_not_be_gone(fleet: Fleet) -> None:
