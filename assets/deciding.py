@@ -169,7 +169,7 @@ class Deciding:
         if serving_model is not None:
             serving = serving_model.serving()
             for generation in serving_model.generations:
-                version = str(generation["fleet_version"])
+                version = generation.fleet_version
                 if version in serving.values():
                     champions[version] = Side.of_ledger(generation, self.tables.ledger(version))
         return Contest(

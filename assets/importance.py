@@ -90,7 +90,7 @@ def _metadata(
         "run_id": run.run_id,
         "groups": result.n_boosters,
         "copied": result.n_copied,
-        "explains": _explained(run.model_spec["own"], spec),
+        "explains": _explained(run.model_spec.own, spec),
     }
     return {
         **prefixed(facts),

@@ -12,7 +12,7 @@ import pandas as pd
 
 from assets.settings import asset_settings, check_specs, png, prefixed, readable_failures
 from pipeline.models.meta_model import FleetModel, PackError, filesystem_of
-from pipeline.models.pack import Generation, PackStore, answers_alike, write_pack
+from pipeline.models.pack import PackedRun, PackStore, answers_alike, write_pack
 from pipeline.reporting.plots import training_plot
 from pipeline.reporting.summary import fleet_errors, markdown_table, shown_measures
 from pipeline.runs.fleet_tables import FleetTables
@@ -186,7 +186,7 @@ def pack_run(
 
     digest = write_pack(
         folder,
-        [Generation(run.generation, ledger)],
+        [PackedRun(run.generation, ledger)],
         read_boosters,
         store=pack_store(tables, spec),
         before=_challenger(registry, tables.namespace, options) if spec.pack == SHARED else [],
@@ -209,8 +209,8 @@ def _version_of_the_same_answers(
     before = None if version is None else tables.run(version.fleet_version)
     if version is None or before is None or before.spec_digest != run.spec_digest:
         return None
-    earlier = Generation(before.generation, tables.ledger(before.run_id))
-    if not answers_alike(earlier, Generation(run.generation, ledger)):
+    earlier = PackedRun(before.generation, tables.ledger(before.run_id))
+    if not answers_alike(earlier, PackedRun(run.generation, ledger)):
         return None
     try:
         model = registry.open_pack(version, tables.tables.storage_options)

@@ -10,7 +10,7 @@ import pandas as pd
 
 from assets.meta_model import pack_store
 from pipeline.models.meta_model import FleetModel, GroupKey
-from pipeline.models.pack import mosaic, write_pack
+from pipeline.models.pack import combine_versions, write_pack
 from pipeline.runs.fleet_tables import FleetTables
 from pipeline.spec import FleetSpec
 from resources.mlflow_registry import MlflowRegistry, Version, interface
@@ -51,10 +51,8 @@ def register_mosaic(
 
     with tempfile.TemporaryDirectory() as folder:
         pack = Path(folder) / "pack"
-        generations = mosaic(serving, models)
-        digest = write_pack(
-            pack, generations, boosters, store=pack_store(tables, spec), before=models
-        )
+        runs = combine_versions(serving, models)
+        digest = write_pack(pack, runs, boosters, store=pack_store(tables, spec), before=models)
         answering = FleetModel(pack, digest=digest, options=options)
         features = tables.features(spark.session)
         dtypes = {field.name: field.dataType.simpleString() for field in features.schema}
@@ -69,7 +67,7 @@ def register_mosaic(
                     f"{version} ({count} groups)" for version, count in counts.items()
                 )[:MOST_CHARACTERS]
             },
-            metrics={"generations": float(len(generations)), "groups": float(len(serving))},
+            metrics={"generations": float(len(runs)), "groups": float(len(serving))},
             tables={"decisions.json": decisions.head(DECISIONS_LOGGED)},
             plots={},
             alias=None,

@@ -100,7 +100,7 @@ def _score(
     """
     features = tables.features(spark.session)
     as_of = launch.moment(spec) or newest_known(features, spec.target.column)
-    answering_runs = [str(generation["fleet_version"]) for generation in model.generations]
+    answering_runs = [generation.fleet_version for generation in model.generations]
     _refuse_hindsight(champion, tables.newest_as_of(answering_runs), as_of)
     which = f"the rows to score (score: {spec.scoring.score})"
     log.info(f"answering {which} with version {champion.number}, as of {as_of}")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from importlib.metadata import version as installed_version
 from typing import Any
 
+from pipeline.models.meta_model import ModelSpec
 from pipeline.spec import BUDGETS, TuningSpec
 from pipeline.training.splits import Cutoffs
 
@@ -17,7 +18,7 @@ _NOT_LEARNT_FROM = ("categories", "fleet", "interval", "intervals", "optional", 
 
 
 def shared_digest(
-    model: Mapping[str, Any],
+    model_spec: ModelSpec,
     goal: Mapping[str, Any],
     tuning: TuningSpec,
     cutoffs: Cutoffs,
@@ -32,9 +33,13 @@ def shared_digest(
     levels of intervals.
     """
     parts = {
-        "model": {name: part for name, part in model.items() if name not in _NOT_LEARNT_FROM},
+        "model": {
+            name: part
+            for name, part in model_spec.to_dict().items()
+            if name not in _NOT_LEARNT_FROM
+        },
         "goal": goal,
-        "categoricals": sorted(model["categories"]),
+        "categoricals": sorted(model_spec.categories),
         "weight": weight,
         "tuning": tuning.model_dump(mode="json", exclude=set(BUDGETS)),
         "cutoffs": [str(cutoffs.tune_start), str(cutoffs.report_start)],

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import pandas as pd
 
+from pipeline.models.meta_model import Generation, ModelSpec
 from pipeline.tables import RECIPES
 from pipeline.training.blend import Constants
 from pipeline.training.splits import Cutoffs
@@ -28,7 +29,7 @@ class RunManifest:
         spec_digest: hash of the part of the spec that matters to training.
         constants: what answers without a model.
         n_groups: groups of all grains.
-        model_spec: what training, packing and scoring share, as from `pack.model_spec`.
+        model_spec: what training, packing and scoring share, as from `pack.build_model_spec`.
         versions: of Python and of libraries, by name.
         waves: whose boosters and held-out rows its ledger refers to; none until it is finished.
         unknown_groups: groups of held-out rows that the ledger does not know.
@@ -45,7 +46,7 @@ class RunManifest:
     spec_digest: str
     constants: Constants
     n_groups: int
-    model_spec: Mapping[str, Any]
+    model_spec: ModelSpec
     versions: Mapping[str, str]
     waves: tuple[str, ...] = ()
     unknown_groups: tuple[str, ...] = ()
@@ -53,7 +54,7 @@ class RunManifest:
     @classmethod
     def from_row(cls, row: Mapping[Any, Any]) -> Self:
         """The inverse of `to_row`; what is null in the table may be None, NaN or NaT."""
-        model_spec = json.loads(row["model_spec"])
+        model_spec = ModelSpec.from_json(row["model_spec"])
         finished_at = row["finished_at"]
         previous = row["previous_run_id"]
         return cls(
@@ -73,7 +74,7 @@ class RunManifest:
             constants=Constants(
                 with_offset=_number(row["constant"]),
                 without_offset=_number(row["constant_without_offset"]),
-                prior=tuple(model_spec["prior"]),
+                prior=model_spec.prior,
             ),
             n_groups=int(row["n_groups"]),
             model_spec=model_spec,
@@ -104,7 +105,7 @@ class RunManifest:
             "constant": self.constants.with_offset if has_constant else None,
             "constant_without_offset": self.constants.without_offset if has_constant else None,
             "n_groups": self.n_groups,
-            "model_spec": json.dumps(self.model_spec, ensure_ascii=False),
+            "model_spec": self.model_spec.to_json(),
             "versions": json.dumps(self.versions),
             "waves": json.dumps(self.waves) if is_finished else None,
             "unknown_groups": json.dumps(self.unknown_groups, ensure_ascii=False)
@@ -151,15 +152,15 @@ class RunManifest:
         )
 
     @property
-    def generation(self) -> dict[str, Any]:
+    def generation(self) -> Generation:
         """What the spec.json of the run's pack says of it."""
-        row = self.to_row()
-        return {
-            **self.model_spec,
-            "fleet_version": self.run_id,
-            "constant": row["constant"],
-            "constant_without_offset": row["constant_without_offset"],
-        }
+        has_constant = not self.constants.prior
+        return Generation(
+            self.model_spec,
+            self.run_id,
+            self.constants.with_offset if has_constant else None,
+            self.constants.without_offset if has_constant else None,
+        )
 
 
 def _naive(moment: Any) -> pd.Timestamp:

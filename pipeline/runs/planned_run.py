@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from pipeline.models.meta_model import CORRECTION, INDEPENDENT
-from pipeline.models.pack import model_spec
+from pipeline.models.pack import build_model_spec
 from pipeline.periods import Period
 from pipeline.runs.fingerprints import shared_digest
 from pipeline.runs.history import EarlierRuns, History
@@ -113,7 +113,7 @@ class PlannedRun:
             spec_digest=spec.training_digest,
             constants=self.constants,
             n_groups=len(self.plan.groups),
-            model_spec=self.settings.model,
+            model_spec=self.settings.model_spec,
             versions={
                 "python": platform.python_version(),
                 **{package: installed_version(package) for package in PACKAGES},
@@ -155,7 +155,7 @@ def lay_out_run(
     chosen = _chosen_own(spec, before, open_runs, own)
     settings = _settings(counted, spec, request.run_id, chosen or INDEPENDENT, threads)
     shared = shared_digest(
-        settings.model, settings.goal, spec.tuning, counted.cutoffs, spec.target.weight
+        settings.model_spec, settings.goal, spec.tuning, counted.cutoffs, spec.target.weight
     )
     data_digest = _data_digest(counted.counts, shared, as_of)
     previous_run_id = None if before is None else before.run_id
@@ -185,8 +185,7 @@ def known_categories(spec: FleetSpec, before: RunManifest | None) -> Mapping[str
     """The categories of the run before, whose order stays under the same spec."""
     if before is None or before.spec_digest != spec.training_digest:
         return {}
-    categories: Mapping[str, Sequence[str]] = before.model_spec["categories"]
-    return categories
+    return before.model_spec.categories
 
 
 def _chosen_own(
@@ -205,13 +204,13 @@ def _chosen_own(
         for run in (before, *open_runs)
         if run is not None and run.spec_digest == spec.training_digest
     ]
-    return str(known[-1].model_spec["own"]) if known else None
+    return str(known[-1].model_spec.own) if known else None
 
 
 def _settings(
     counted: CountedRows, spec: FleetSpec, run_id: str, own: str, threads: int
 ) -> TrainingSettings:
-    model = model_spec(
+    model_spec = build_model_spec(
         spec,
         counted.categories,
         list(counted.classes),
@@ -221,7 +220,7 @@ def _settings(
     )
     return TrainingSettings(
         run_id=run_id,
-        model=model,
+        model_spec=model_spec,
         goal=learning_goal(spec, len(counted.classes)),
         target=spec.target.column,
         weight=spec.target.weight,

@@ -46,7 +46,7 @@ def plan_second_pass(
     spent = sum(_seconds(row) for row in trained.values())
     wave_seconds = spec.tuning.checkpoint_seconds * run.plan.slots
     shared = shared_digest(
-        run.settings.model, run.settings.goal, spec.tuning, run.cutoffs, spec.target.weight
+        run.settings.model_spec, run.settings.goal, spec.tuning, run.cutoffs, spec.target.weight
     )
     while left:
         chosen = _next_groups(

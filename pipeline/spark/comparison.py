@@ -10,7 +10,7 @@ import pandas as pd
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as sf
 
-from pipeline.models.meta_model import CORRECTION, GroupKey
+from pipeline.models.meta_model import GroupKey, ModelSpec
 from pipeline.models.promotion import (
     NEW_GROUP,
     NOT_COMPARABLE,
@@ -178,12 +178,12 @@ def fit_twins(
         for key in side.groups
         if key in known and side.recipe(key) not in (None, contest.challenger.recipe(key))
     }
-    lacking = [name for name in side.spec["features"] if name not in rows.columns]
+    lacking = [name for name in side.model_spec.features if name not in rows.columns]
     if not keys or lacking:
         return Twins(frozenset(keys), None)
 
     def fit(chosen: Collection[GroupKey], bases: DataFrame | None = None) -> DataFrame:
-        seen = twin_spec(spec, side.spec)
+        seen = twin_spec(spec, side.model_spec)
         settings = _twin_settings(seen, contest, side, context.threads)
         groups = _planned(seen, contest.challenger, side, sorted(chosen))
         twin_context = (
@@ -193,7 +193,7 @@ def fit_twins(
             twin_context, tables, rows, seen, groups, settings, slots=context.slots, bases=bases
         )
 
-    if side.spec["own"] != CORRECTION:
+    if not side.model_spec.corrects:
         return Twins(frozenset(keys), fit(keys))
     found: DataFrame | None = None
     for grain in range(len(spec.grains)):
@@ -223,8 +223,8 @@ def _twin_settings(spec: FleetSpec, contest: Contest, side: Side, threads: int) 
     """What the twins of a run share: its model spec, the challenger's dates."""
     return TrainingSettings(
         run_id=contest.challenger.fleet_version,
-        model=side.spec,
-        goal=learning_goal(spec, len(side.spec["classes"])),
+        model_spec=side.model_spec,
+        goal=learning_goal(spec, len(side.model_spec.classes)),
         target=spec.target.column,
         weight=spec.target.weight,
         tuning=spec.tuning,
@@ -233,17 +233,17 @@ def _twin_settings(spec: FleetSpec, contest: Contest, side: Side, threads: int) 
     )
 
 
-def twin_spec(spec: FleetSpec, model: Mapping[str, Any]) -> FleetSpec:
+def twin_spec(spec: FleetSpec, model_spec: ModelSpec) -> FleetSpec:
     """The fleet as a run with that model spec saw it.
 
     Its features are all columns of the feature table by now.
     """
-    names, categories = model["features"], list(model["categories"])
+    names, categories = model_spec.features, tuple(model_spec.categories)
     monotone = {name: sign for name, sign in spec.features.monotone.items() if name in names}
     features = spec.features.model_copy(
         update={
             "columns": tuple(name for name in names if name not in categories),
-            "categoricals": tuple(categories),
+            "categoricals": categories,
             "lags": (),
             "rolling": (),
             "derived": {},
@@ -315,7 +315,7 @@ def compare_runs(
     for grain in range(n_grains):
         weights = sf.broadcast(_weights_of(spark, grain, contest, versions, twins))
         rows = rows.join(weights, sf.col("group_ids")[grain] == sf.col(f"_g{grain}"), "left")
-    constant = constant_column(contest.run.constants, contest.challenger.spec["classes"])
+    constant = constant_column(contest.run.constants, contest.challenger.model_spec.classes)
     ours = level_answers(
         _of_grains("p", n_grains), _of_grains("_c", n_grains), _of_grains("_k", n_grains), constant
     )
@@ -476,6 +476,8 @@ def _weight(side: Side, key: GroupKey) -> tuple[float | None, bool]:
 def _constant_of(side: Side, spec: FleetSpec, challenger: Column) -> Column:
     """What a run answers without any model; its classes' shares are those of its own rows."""
     if spec.task == MULTICLASS:
-        return constant_column(Constants(0.0, 0.0, tuple(side.spec["prior"])), side.spec["classes"])
-    constant = side.spec.get("constant")
+        return constant_column(
+            Constants(0.0, 0.0, tuple(side.model_spec.prior)), side.model_spec.classes
+        )
+    constant = side.generation.constant
     return challenger if constant is None else sf.lit(float(constant))

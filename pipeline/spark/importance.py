@@ -12,7 +12,7 @@ from pyspark.sql import functions as sf
 from pyspark.sql.pandas.types import from_arrow_schema
 
 from pipeline.models.importance import SAMPLED_ROWS, group_importance
-from pipeline.models.meta_model import grain_name, load_booster
+from pipeline.models.meta_model import ModelSpec, grain_name, load_booster
 from pipeline.runs.fleet_tables import FleetTables
 from pipeline.runs.manifest import RunManifest
 from pipeline.spark.execution import keep_imports, without_adaptive_execution
@@ -119,9 +119,9 @@ def _known(tables: FleetTables, location: str, run: RunManifest) -> tuple[str, p
     if run.previous_run_id is None or not tables.tables.exists(location):
         return "", nothing
     before = tables.run(run.previous_run_id)
-    if before is None or before.model_spec["features"] != run.model_spec["features"]:
+    if before is None or before.model_spec.features != run.model_spec.features:
         return "", nothing
-    first = str(run.model_spec["features"][0])
+    first = str(run.model_spec.features[0])
     is_first = {"run_id": before.run_id, "feature": first}
     found = tables.tables.read_pandas(location, where=is_first, columns=["group_id", "booster_id"])
     return before.run_id, pd.MultiIndex.from_frame(found)
@@ -132,7 +132,7 @@ def explain_groups(
     boosters: DataFrame,
     wanted: pd.DataFrame,
     spec: FleetSpec,
-    model: Mapping[str, Any],
+    model_spec: ModelSpec,
     *,
     run_id: str,
     where: str,
@@ -144,7 +144,7 @@ def explain_groups(
         boosters: rows of the booster store.
         wanted: grain, group_id, wave and booster_id.
         spec: the fleet.
-        model: the run's model spec: features, categories, grains.
+        model_spec: of the run.
         run_id: of the run.
         where: the booster store, for messages.
 
@@ -161,7 +161,6 @@ def explain_groups(
         .join(named, ["wave", "booster_id"])
         .groupBy(*GROUP)
     )
-    kept = dict(model)
 
     def look(
         key: tuple[pa.Scalar, ...], rows_of_group: pa.Table, boosters_of_group: pa.Table
@@ -171,15 +170,15 @@ def explain_groups(
         told: dict[str, Any] = {
             "run_id": run_id,
             "grain": grain,
-            "grain_name": grain_name(kept["grains"][grain]),
+            "grain_name": grain_name(model_spec.grains[grain]),
             "group_id": group,
         }
         try:
             if not boosters_of_group.num_rows:
                 raise LookupError(f"{where} lacks the booster that the ledger names; train again")  # noqa: TRY301 - told as any other
             booster = boosters_of_group.slice(0, 1).to_pylist()[0]
-            sample = rows_in_pandas(rows_of_group.sort_by("_place"), kept)
-            found = group_importance(load_booster(booster, where), sample, kept).assign(
+            sample = rows_in_pandas(rows_of_group.sort_by("_place"), model_spec)
+            found = group_importance(load_booster(booster, where), sample, model_spec).assign(
                 **told, booster_id=booster["booster_id"], error=None
             )
             return pa.Table.from_pandas(found, schema=_LOOKED_AT, preserve_index=False)

@@ -67,7 +67,7 @@ def _judge(
     has_model: Sequence[set[str]],
 ) -> tuple[Mapping[GroupKey, GroupSkill], pd.DataFrame]:
     """Weights of the groups, and their errors on report rows."""
-    classes = run.settings.model["classes"]
+    classes = run.settings.model_spec.classes
     moments = sum_moments(judged, len(spec.grains), run.constants, classes)
     skills = learn_blend(moments, has_model, run.constants[0], spec.pooling)
     skills = answer_losers_otherwise(

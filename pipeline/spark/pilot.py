@@ -82,7 +82,7 @@ def choose_own(
     chosen = finest.iloc[sorted({round(place) for place in places})]
 
     def try_form(groups: pd.DataFrame, own: str, bases: DataFrame | None = None) -> DataFrame:
-        settings = replace(run.settings, model={**run.settings.model, "own": own})
+        settings = replace(run.settings, model_spec=replace(run.settings.model_spec, own=own))
         return train_aside(
             context, tables, run.rows, spec, groups, settings, slots=run.plan.slots, bases=bases
         )

@@ -192,7 +192,7 @@ def train_wave(
     costs = dict(zip(keys, groups["cost_seconds"].astype(float), strict=True))
     name, run_id, start_seconds = wave.name, settings.run_id, wave.start_seconds
     done, failed, worked, spent = progress.done, progress.failed, progress.worked, progress.spent
-    travelling, moments = travel_types(placed, named_columns(settings.model))
+    travelling, moments = travel_types(placed, named_columns(settings.model_spec))
 
     def train_one(rows: pd.DataFrame) -> pd.DataFrame:
         if start_seconds is not None and _is_over(name, start_seconds):

@@ -12,7 +12,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as sf
 
 from pipeline.crash_points import crash_point
-from pipeline.models.meta_model import CORRECTION, GroupKey
+from pipeline.models.meta_model import GroupKey
 from pipeline.runs.commits import Commits
 from pipeline.runs.fleet_tables import FleetTables
 from pipeline.runs.ledger import CRASHED_ALONE, ledger_rows, trained_row, waves_of
@@ -122,7 +122,7 @@ class _FleetTraining:
 
     def _stages(self) -> Iterator[tuple[int, TrainingPlan]]:
         """The whole plan at once (as grain 0), or by grain where each corrects the one before."""
-        if self.run.settings.model["own"] != CORRECTION:
+        if not self.run.settings.model_spec.corrects:
             yield 0, self.run.plan
             return
         for grain in range(len(self.spec.grains)):

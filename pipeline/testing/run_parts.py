@@ -7,7 +7,7 @@ import pandas as pd
 import pyarrow as pa
 
 from pipeline.models.meta_model import GroupKey, group_id
-from pipeline.models.pack import model_spec
+from pipeline.models.pack import build_model_spec
 from pipeline.runs.history import EarlierRuns, History
 from pipeline.runs.manifest import RunManifest
 from pipeline.runs.plan import TrainingPlan
@@ -25,7 +25,7 @@ CUTOFFS = Cutoffs(
     tune_start=pd.Timestamp("2024-08-01"),
     report_start=pd.Timestamp("2024-10-01"),
 )
-CATEGORIES: Mapping[str, Sequence[str]] = {"kind": ["large", "small"]}
+CATEGORIES: Mapping[str, Sequence[str]] = {"kind": ("large", "small")}
 
 
 def make_manifest(run_id: str = "run-1", **changes: Any) -> RunManifest:
@@ -43,7 +43,7 @@ def make_manifest(run_id: str = "run-1", **changes: Any) -> RunManifest:
         "spec_digest": spec.training_digest,
         "constants": Constants(97.5, 96.25),
         "n_groups": 7,
-        "model_spec": model_spec(spec, CATEGORIES),
+        "model_spec": build_model_spec(spec, CATEGORIES),
         "versions": {"python": "3.11.9", "lightgbm": "4.7.0"},
         "waves": (f"{run_id}-wave-0",),
         "unknown_groups": (),

@@ -13,8 +13,8 @@ import pandas as pd
 
 from pipeline.models.boosters import encode_booster
 from pipeline.models.meta_model import (
-    CORRECTION,
     Floats,
+    ModelSpec,
     design_matrix,
     group_ids,
     key_text,
@@ -22,7 +22,7 @@ from pipeline.models.meta_model import (
     offset_and_scale,
 )
 from pipeline.models.start import CrossSelection, Start, Winner
-from pipeline.spec import COUNTED, MULTICLASS, TuningSpec
+from pipeline.spec import COUNTED, TuningSpec
 from pipeline.training.outcome import (
     CONSTANT_TARGET,
     INFINITE_TARGET,
@@ -65,7 +65,7 @@ class TrainingSettings:
     """
 
     run_id: str
-    model: Mapping[str, Any]
+    model_spec: ModelSpec
     goal: Mapping[str, Any]
     target: str
     weight: str | None
@@ -159,11 +159,12 @@ class _GroupRows:
     @classmethod
     def prepare(cls, frame: pd.DataFrame, grain: int, settings: TrainingSettings) -> "_GroupRows":
         """From the rows as the worker has them."""
-        categoricals = []
-        for position, name in enumerate(settings.model["features"]):
-            if name in settings.model["categories"]:
-                categoricals.append(position)
-        learner = Learner(settings.goal, settings.tuning, categoricals, settings.threads)
+        learner = Learner(
+            settings.goal,
+            settings.tuning,
+            settings.model_spec.categorical_positions,
+            settings.threads,
+        )
         return cls(_prepare(frame, settings), grain, settings, learner)
 
     @cached_property
@@ -188,17 +189,17 @@ class _GroupRows:
     @property
     def is_coarse(self) -> bool:
         """Whether there are finer groups within this one."""
-        return self.grain < max(1, len(self.settings.model["grains"]) - 1)
+        return self.grain < max(1, len(self.settings.model_spec.grains) - 1)
 
     @property
     def is_corrected(self) -> bool:
         """Whether finer groups correct this one's predictions, and so need one for every row."""
-        return self.is_coarse and self.settings.model["own"] == CORRECTION
+        return self.is_coarse and self.settings.model_spec.corrects
 
     @cached_property
     def training_set(self) -> TrainingSet:
         """All rows as LightGBM takes them."""
-        matrix = design_matrix(self.rows, self.settings.model)
+        matrix = design_matrix(self.rows, self.settings.model_spec)
         return TrainingSet(
             matrix, self.rows["_target"].to_numpy(), _weights(self.rows, self.settings)
         )
@@ -252,7 +253,7 @@ class _GroupRows:
         if not len(rows):
             return NO_TARGET
         if not self.is_coarse and counts["n_invalid"] > MAX_INVALID * len(rows):
-            return UNKNOWN_CLASS if self.settings.model["classes"] else INFINITE_TARGET
+            return UNKNOWN_CLASS if self.settings.model_spec.classes else INFINITE_TARGET
         if counts["n_fit"] < tuning.fit_rows or counts["n_tune"] < tuning.tune_rows:
             return TOO_FEW_ROWS
         fit_target = rows.loc[self.usable_in(FIT), "_target"]
@@ -326,7 +327,7 @@ def fit_twin(
             to.
         start: parameters and rounds of the recipe, as `refit`.
     """
-    if settings.model["own"] == CORRECTION:  # finer groups correct predictions of all its rows
+    if settings.model_spec.corrects:  # finer groups correct predictions of all its rows
         return train_group(frame, grain, settings, start)
     group = _GroupRows.prepare(frame, grain, settings)
     is_learnt, is_report = group.usable_in(FIT, TUNE), group.usable_in(REPORT)
@@ -351,7 +352,7 @@ def _prepare(frame: pd.DataFrame, settings: TrainingSettings) -> pd.DataFrame:
     of the fleet's classes; usable if it also has an offset and a scale. Rows with a null target, or
     without a positive weight, are dropped.
     """
-    classes, labels = settings.model["classes"], frame[settings.target]
+    classes, labels = settings.model_spec.classes, frame[settings.target]
     has_target = labels if classes else pd.to_numeric(labels, errors="coerce")
     known = has_target.notna().to_numpy()
     if settings.weight is not None:
@@ -361,10 +362,10 @@ def _prepare(frame: pd.DataFrame, settings: TrainingSettings) -> pd.DataFrame:
         values = linked = _class_numbers(rows[settings.target], classes)
     else:
         values = pd.to_numeric(rows[settings.target]).to_numpy(dtype=np.float64)
-        linked = link(values, settings.model["target"]["transform"])
+        linked = link(values, settings.model_spec.target.transform)
     if settings.goal["objective"] in COUNTED:
         linked = np.where(values < 0, np.nan, linked)
-    offset, scale = offset_and_scale(rows, settings.model["target"])
+    offset, scale = offset_and_scale(rows, settings.model_spec.target)
     with np.errstate(invalid="ignore"):
         residual = (linked - offset) / scale
     if BASE in rows:
@@ -424,7 +425,7 @@ def _holdout(
     kept, predicted = rows[judged], predictions[judged]
     ids = np.empty((0, 1), dtype=object)
     if len(kept):
-        ids = np.stack([group_ids(kept, keys) for keys in settings.model["grains"]], axis=1)
+        ids = np.stack([group_ids(kept, keys) for keys in settings.model_spec.grains], axis=1)
     weight = _weights(kept, settings)
     found = pd.DataFrame(
         {
@@ -440,7 +441,7 @@ def _holdout(
             "group_ids": list(ids),
         }
     )
-    if settings.model["task"] != MULTICLASS:
+    if not settings.model_spec.is_multiclass:
         return found
     codes = kept["_actual"].to_numpy()
     of_classes = [
@@ -449,6 +450,6 @@ def _holdout(
             actual=np.where(codes == number, 1.0, 0.0),
             prediction=predicted[:, number] if predicted.ndim > 1 else np.nan,
         )
-        for number, name in enumerate(settings.model["classes"])
+        for number, name in enumerate(settings.model_spec.classes)
     ]
     return pd.concat(of_classes, ignore_index=True)

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-from pipeline.models.meta_model import GroupKey
+from pipeline.models.meta_model import GroupKey, ModelSpec
 from pipeline.models.start import Start
 from pipeline.tables import HOLDOUT
 from pipeline.training.isolation import GroupProcess
@@ -146,19 +146,18 @@ def train_one(
         )
 
 
-def named_columns(model: Mapping[str, Any]) -> set[str]:
+def named_columns(model_spec: ModelSpec) -> frozenset[str]:
     """Columns whose values are names to the model: keys, categories and classes."""
-    keys = {key for grain in model["grains"] for key in grain}
-    labels = {model["target"]["column"]} if model["classes"] else set()
-    return keys | set(model["categories"]) | labels
+    labels = {model_spec.target.column} if model_spec.classes else set()
+    return model_spec.text_columns | labels
 
 
-def rows_in_pandas(table: pa.Table, model: Mapping[str, Any]) -> pd.DataFrame:
+def rows_in_pandas(table: pa.Table, model_spec: ModelSpec) -> pd.DataFrame:
     """The rows in pandas: times in UTC without a zone; keys, categories and classes as text.
 
     In pandas an integer beside nulls becomes a float, which above 2^53 is another integer.
     """
-    named = named_columns(model)
+    named = named_columns(model_spec)
     for position, field in enumerate(table.schema):
         column = table.column(position)
         if pa.types.is_timestamp(field.type) and field.type.tz:

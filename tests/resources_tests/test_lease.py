@@ -25,6 +25,7 @@ from deltalake.exceptions import CommitFailedError
 
 from pipeline.errors import StoreError
 from pipeline.runs.commits import Commits
+from pipeline.tables import LEDGER
 from pipeline.testing.runs import own_tables
 from resources import lease as lease_module
 from resources.delta_tables import DeltaTables

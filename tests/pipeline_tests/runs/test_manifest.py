@@ -8,7 +8,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from pipeline.models.pack import model_spec
+from pipeline.models.pack import build_model_spec
 from pipeline.models.start import Start
 from pipeline.runs.manifest import RunManifest
 from pipeline.runs.request import Request
@@ -19,7 +19,14 @@ from pipeline.training.blend import Constants
 
 OF_CLASSES: dict[str, Any] = {
     "constants": Constants(0.0, 0.0, (0.25, 0.75)),
-    "model_spec": {"task": "multiclass", "classes": ["ål", "øl"], "prior": [0.25, 0.75]},
+    "model_spec": build_model_spec(
+        small_spec(
+            task="multiclass", target={"column": "label", "classes": ["ål", "øl"]}, baselines=None
+        ),
+        {},
+        ["ål", "øl"],
+        [0.25, 0.75],
+    ),
 }
 UNFINISHED: dict[str, Any] = {"finished_at": None, "waves": (), "unknown_groups": ()}
 
@@ -87,12 +94,12 @@ def test_dates_are_utc_without_a_zone(zone: str) -> None:
 
 def test_the_json_of_a_row_is_what_earlier_releases_wrote() -> None:
     row = make_manifest(
-        model_spec={"classes": ["ål"], "prior": []},
+        model_spec=build_model_spec(small_spec(), {"kind": ["ål"]}),
         versions={"python": "3.11", "numpy": "å"},
         waves=("run-1-a-0", "run-1-a-1"),
         unknown_groups=('["å"]',),
     ).to_row()
-    assert row["model_spec"] == '{"classes": ["ål"], "prior": []}'
+    assert '"categories": {"kind": ["ål"]}' in row["model_spec"]
     assert row["versions"] == '{"python": "3.11", "numpy": "\\u00e5"}'
     assert row["waves"] == '["run-1-a-0", "run-1-a-1"]'
     assert row["unknown_groups"] == '["[\\"å\\"]"]'
@@ -105,7 +112,7 @@ def test_a_finished_run_without_waves_says_so() -> None:
 
 def test_the_json_of_a_model_spec_keeps_its_order() -> None:
     spec = small_spec()
-    text = make_manifest(model_spec=model_spec(spec, {"kind": ["large", "small"]})).to_row()
+    text = make_manifest(model_spec=build_model_spec(spec, {"kind": ["large", "small"]})).to_row()
     assert text["model_spec"] == (
         '{"fleet": "small", "grains": [[], ["region"], ["region", "city"]], '
         '"features": ["price", "promotion", "day_of_week", "kind"], '
@@ -166,14 +173,14 @@ def test_runs_of_another_as_of_or_feature_version_are_on_other_rows() -> None:
 
 def test_a_generation_is_the_model_spec_with_its_version_and_constants() -> None:
     run = make_manifest()
-    assert run.generation == {
-        **run.model_spec,
+    assert run.generation.to_dict() == {
+        **run.model_spec.to_dict(),
         "fleet_version": "run-1",
         "constant": 97.5,
         "constant_without_offset": 96.25,
     }
     of_classes = make_manifest(**OF_CLASSES).generation
-    assert (of_classes["constant"], of_classes["prior"]) == (None, [0.25, 0.75])
+    assert (of_classes.constant, of_classes.model_spec.prior) == (None, (0.25, 0.75))
 
 
 def test_a_run_that_comes_to_its_end_pins_what_it_left() -> None:

@@ -82,7 +82,7 @@ def test_a_first_run_trains_every_group_and_pins_where_it_begins() -> None:
     )
     assert set(by_group_id(run, "action").values()) == {"train"}
     assert (run.settings.run_id, run.settings.threads, run.plan.slots) == ("run-1", 1, 2)
-    assert run.settings.model["categories"] == {"kind": ["large", "small"]}
+    assert run.settings.model_spec.categories == {"kind": ("large", "small")}
     assert (run.cutoffs, run.constants) == (CUTOFFS, Constants(97.5, 97.5))
 
 
@@ -94,7 +94,7 @@ def test_a_manifest_says_what_the_run_pinned_and_that_it_is_not_finished() -> No
     assert (manifest.request, manifest.data_digest) == (request.text, run.data_digest)
     assert (manifest.cutoffs, manifest.features_version, manifest.n_groups) == (CUTOFFS, 3, 7)
     assert manifest.spec_digest == small_spec().training_digest
-    assert manifest.model_spec == run.settings.model
+    assert manifest.model_spec == run.settings.model_spec
     assert set(manifest.versions) == {"python", *PACKAGES}
     assert (manifest.waves, manifest.unknown_groups) == ((), ())
 
@@ -246,18 +246,18 @@ AUTO = small_spec(own="auto")
 
 def test_a_spec_that_says_the_form_is_obeyed_whatever_the_caller_says() -> None:
     run = lay_out(spec=small_spec(own=CORRECTION), own=INDEPENDENT)
-    assert (run.settings.model["own"], run.must_choose) == (CORRECTION, False)
+    assert (run.settings.model_spec.own, run.must_choose) == (CORRECTION, False)
 
 
 def test_where_nobody_has_chosen_the_plan_is_that_of_independent_models() -> None:
     run = lay_out(spec=AUTO)
-    assert (run.settings.model["own"], run.must_choose) == (INDEPENDENT, True)
+    assert (run.settings.model_spec.own, run.must_choose) == (INDEPENDENT, True)
 
 
 @pytest.mark.parametrize("own", [INDEPENDENT, CORRECTION])
 def test_what_the_caller_chooses_is_taken(own: str) -> None:
     run = lay_out(spec=AUTO, own=own)
-    assert (run.settings.model["own"], run.must_choose) == (own, False)
+    assert (run.settings.model_spec.own, run.must_choose) == (own, False)
 
 
 @pytest.mark.parametrize("own", [INDEPENDENT, CORRECTION])
@@ -265,9 +265,9 @@ def test_what_the_caller_chooses_is_taken(own: str) -> None:
 def test_what_an_earlier_run_of_the_spec_chose_stays(own: str, end: dict[str, Any]) -> None:
     history = history_after(lay_out(spec=AUTO, request=Request("run-1"), own=own), AUTO, **end)
     run = lay_out(spec=AUTO, history=history)
-    assert (run.settings.model["own"], run.must_choose) == (own, False)
+    assert (run.settings.model_spec.own, run.must_choose) == (own, False)
     turned = INDEPENDENT if own == CORRECTION else CORRECTION
-    assert lay_out(spec=AUTO, history=history, own=turned).settings.model["own"] == turned
+    assert lay_out(spec=AUTO, history=history, own=turned).settings.model_spec.own == turned
 
 
 def test_the_newest_choice_counts() -> None:
@@ -277,7 +277,9 @@ def test_the_newest_choice_counts() -> None:
     new = pin(
         lay_out(spec=AUTO, request=Request("run-b"), own=INDEPENDENT), AUTO, started_at=FINISHED
     )
-    assert lay_out(spec=AUTO, history=make_history([old, new])).settings.model["own"] == INDEPENDENT
+    assert (
+        lay_out(spec=AUTO, history=make_history([old, new])).settings.model_spec.own == INDEPENDENT
+    )
 
 
 def test_what_was_chosen_under_another_spec_is_chosen_again() -> None:
@@ -286,7 +288,7 @@ def test_what_was_chosen_under_another_spec_is_chosen_again() -> None:
         lay_out(spec=other, request=Request("run-1"), own=CORRECTION), other, finished_at=FINISHED
     )
     run = lay_out(spec=AUTO, history=history)
-    assert (run.settings.model["own"], run.must_choose) == (INDEPENDENT, True)
+    assert (run.settings.model_spec.own, run.must_choose) == (INDEPENDENT, True)
 
 
 def test_a_group_that_corrects_its_parent_changes_with_it() -> None:

@@ -168,7 +168,7 @@ def test_a_longer_search_begins_with_the_parameters_that_were_found() -> None:
     [plan] = search_longer(spec, run, rows)
     planned_first = {GroupKey.of(planned): planned for planned in records(run.plan.to_train)}
     shared = shared_digest(
-        run.settings.model, run.settings.goal, spec.tuning, run.cutoffs, spec.target.weight
+        run.settings.model_spec, run.settings.goal, spec.tuning, run.cutoffs, spec.target.weight
     )
     for planned in records(plan.groups):
         key = GroupKey.of(planned)

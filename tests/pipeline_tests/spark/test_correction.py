@@ -1,6 +1,6 @@
 """own: correction and auto, on Spark, with real tables."""
 
-import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 from pyspark.sql import DataFrame, SparkSession
 
 from pipeline.models.meta_model import CORRECTION, INDEPENDENT, FleetModel
-from pipeline.models.pack import Generation, write_pack
+from pipeline.models.pack import Generation, PackedRun, write_pack
 from pipeline.runs.history import History
 from pipeline.runs.planned_run import PlannedRun
 from pipeline.runs.request import Request
@@ -96,16 +96,9 @@ def packed(
     folder: Path, tables: DeltaTables, spec: FleetSpec, ledger: pd.DataFrame, **changes: Any
 ) -> FleetModel:
     run = tables.read_pandas(tables.location(spec.name, "runs")).iloc[0]
-    constants = {
-        "constant": run["constant"],
-        "constant_without_offset": run["constant_without_offset"],
-        "fleet_version": run["run_id"],
-    }
-    write_pack(
-        folder,
-        [Generation({**json.loads(run["model_spec"]), **constants, **changes}, ledger)],
-        lambda _: boosters(tables, spec),
-    )
+    generation = Generation.of_run(run)
+    generation = replace(generation, model_spec=replace(generation.model_spec, **changes))
+    write_pack(folder, [PackedRun(generation, ledger)], lambda _: boosters(tables, spec))
     return FleetModel(folder)
 
 
@@ -237,5 +230,5 @@ def test_auto_corrects_only_where_that_is_better_and_keeps_its_choice(
     )
     trained(spark, tables, chosen, spec)
     later = planned(tables, features, spec, "second")
-    assert (later.must_choose, later.settings.model["own"]) == (False, own)
+    assert (later.must_choose, later.settings.model_spec.own) == (False, own)
     assert set(later.plan.groups["action"]) == {"reuse"}

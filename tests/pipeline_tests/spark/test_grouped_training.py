@@ -254,7 +254,7 @@ def test_spark_trains_on_every_kind_of_column_what_pandas_trains(
     assert set(outcomes) == set(groups)
     n_boosters = 0
     for (grain, group), rows in groups.items():
-        expected = train_group(rows_in_pandas(rows, run.settings.model), grain, run.settings)
+        expected = train_group(rows_in_pandas(rows, run.settings.model_spec), grain, run.settings)
         outcome = outcomes[grain, group]
         assert (outcome["status"], outcome["reason"]) == (expected.status, expected.reason), outcome
         for name in (
@@ -298,7 +298,7 @@ def test_trainers_are_given_the_values_that_arrow_holds(
         frame.to_pickle(tmp_path / f"{grain}-{frame['row_key'].min()}.pickle")
         return Outcome("inherited", "looked", {})
 
-    model = run.settings.model
+    model = run.settings.model_spec
     trained(spark, run, spec, DeltaTables(root=str(tmp_path)), keep)
     for (grain, _), rows in groups.items():
         path = tmp_path / f"{grain}-{pc.min(rows['row_key'])}.pickle"

@@ -121,7 +121,7 @@ def test_spark_gives_what_pandas_gives(
 ) -> None:
     assert told == ImportanceResult(7, 0, {})
     run, ledger = first
-    found, model = importance(tables, spec, "first"), dict(run.model_spec)
+    found, model_spec = importance(tables, spec, "first"), run.model_spec
     stored = {
         row["booster_id"]: row
         for row in tables.read_arrow(tables.location(spec.name, BOOSTERS.name)).to_pylist()
@@ -133,7 +133,7 @@ def test_spark_gives_what_pandas_gives(
             (booster_id,) = ledger.loc[ledger["group_id"] == group, "booster_id"]
             newest = of_group.sort_values(["time", "row_key"], ascending=False).head(SAMPLED_ROWS)
             expected = (
-                group_importance(load_booster(stored[booster_id], "here"), newest, model)
+                group_importance(load_booster(stored[booster_id], "here"), newest, model_spec)
                 .set_index("feature")
                 .sort_index()
             )
@@ -205,8 +205,10 @@ def test_a_group_whose_model_is_the_same_keeps_its_rows(
     )
     assert set(found.loc[OSLO, "booster_id"]) != set(before.loc[OSLO, "booster_id"])
     # A feature of another name is another feature, whatever the boosters say.
-    names = ["sales_lag_7" if name == "promotion" else name for name in run.model_spec["features"]]
-    renamed = replace(run, model_spec={**run.model_spec, "features": names})
+    names = tuple(
+        "sales_lag_7" if name == "promotion" else name for name in run.model_spec.features
+    )
+    renamed = replace(run, model_spec=replace(run.model_spec, features=names))
     assert (
         write_importance(
             spark, own_tables(tables, spec.name), features, spec, renamed, ledger
@@ -317,7 +319,7 @@ def test_shap_of_classes_is_the_mean_over_their_scores(
     newest = labelled.sort_values(["time", "row_key"], ascending=False).head(SAMPLED_ROWS)
     (booster_id,) = ledger.loc[ledger["group_id"] == "[]", "booster_id"]
     expected = (
-        group_importance(load_booster(stored[booster_id], "here"), newest, dict(run.model_spec))
+        group_importance(load_booster(stored[booster_id], "here"), newest, run.model_spec)
         .set_index("feature")
         .sort_index()
     )

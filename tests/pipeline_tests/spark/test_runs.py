@@ -291,7 +291,7 @@ def test_new_categories_leave_groups_alone_that_do_not_have_them(
     run = fleet.plan(
         rows.assign(kind=rows["kind"].where(~rows.index.isin(at), "a new kind")), "run-2"
     )
-    assert run.settings.model["categories"]["kind"] == ["large", "small", "a new kind"]
+    assert run.settings.model_spec.categories["kind"] == ("large", "small", "a new kind")
     assert {
         group for group, action in by_group(run.plan.groups, "action").items() if action != "reuse"
     } == {"[]", '["north"]', OSLO}
@@ -810,7 +810,7 @@ def test_digests_of_a_run_are_those_of_its_ledger(
     fleet, ledger = first
     run = fleet.plan(rows, "run-2")
     shared = shared_digest(
-        run.settings.model, run.settings.goal, run.settings.tuning, run.cutoffs, None
+        run.settings.model_spec, run.settings.goal, run.settings.tuning, run.cutoffs, None
     )
     hashes = by_group(run.plan.groups, "rows_hash")
     for row in ledger.to_dict("records"):

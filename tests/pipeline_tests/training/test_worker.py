@@ -11,9 +11,10 @@ import pyarrow as pa
 import pytest
 
 from pipeline.models.meta_model import decode_booster, group_ids
+from pipeline.models.pack import build_model_spec
 from pipeline.models.start import Start
 from pipeline.tables import HOLDOUT
-from pipeline.testing.data import group_rows
+from pipeline.testing.data import group_rows, small_spec
 from pipeline.training.outcome import Outcome
 from pipeline.training.trainer import NO_START, TrainingSettings, train_group
 from pipeline.training.worker import (
@@ -254,12 +255,15 @@ def test_integers_beside_nulls_keep_every_digit() -> None:
     large = [2**53 + 1, None, 2**53 + 3]
     whole = pa.array(large, pa.int64())
     table = pa.table({"store": whole, "brand": whole, "label": whole, "size": whole})
-    model = {
-        "grains": [[], ["store"]],
-        "categories": {"brand": []},
-        "classes": ["1", "2"],
-        "target": {"column": "label"},
-    }
+    spec = small_spec(
+        task="binary",
+        grains=[[], ["store"]],
+        entity=["store"],
+        target={"column": "label", "classes": ["1", "2"]},
+        features={"columns": ["size"], "calendar": [], "categoricals": ["brand"]},
+        baselines=None,
+    )
+    model = build_model_spec(spec, {"brand": []}, ["1", "2"])
     found = rows_in_pandas(table, model)
     texts = [None if number is None else str(number) for number in large]
     for name in ("store", "brand", "label"):
