@@ -26,7 +26,7 @@ from deltalake.exceptions import CommitFailedError
 
 from pipeline.errors import StoreError
 from pipeline.runs.commits import Commits
-from pipeline.tables import RUNS
+from pipeline.testing.run_parts import make_manifest
 from pipeline.testing.runs import own_tables
 from resources import lease as lease_module
 from resources.delta_tables import DeltaTables
@@ -563,10 +563,7 @@ def test_a_lease_of_an_earlier_release_has_no_fence_and_gains_one(local: DeltaTa
 def test_where_the_lease_was_removed_the_fence_goes_on_from_the_tables(local: DeltaTables) -> None:
     for _ in range(3):
         with hold_lease(local, "shop", "run-1") as lease:
-            commits = Commits(own_tables(local, "shop"), "run-1", lease)
-            commits.replace_run(
-                RUNS, pa.Table.from_pylist([{"run_id": "run-1"}], schema=RUNS.schema)
-            )
+            Commits(own_tables(local, "shop"), "run-1", lease).manifest(make_manifest("run-1"))
     shutil.rmtree(local.location("shop", LEASES.name))
     with hold_lease(local, "shop", "run-2") as lease:
         assert lease.fence == 4
