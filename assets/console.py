@@ -42,7 +42,7 @@ def console_logger(logs: Path) -> dg.LoggerDefinition:
         logger = logging.Logger("many-models", level=logging.INFO)  # noqa: LOG001
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(_Message(logs))
-        handler.addFilter(_is_for_people)
+        handler.addFilter(is_for_people)
         logger.addHandler(handler)
         return logger
 
@@ -64,7 +64,7 @@ _OF_LATER_STEPS = (
 )
 
 
-def _is_for_people(record: logging.LogRecord) -> bool:
+def is_for_people(record: logging.LogRecord) -> bool:
     """Whether a person wants to see it: what we say, and where something went wrong."""
     event = _event(record)
     meta = getattr(record, "dagster_meta", None) or {}

@@ -60,12 +60,12 @@ def launch_fleet(project: Path, fleet: str, *, dry_run: bool = False) -> int:
     check_fleets(project, name)
     launcher = str(Path(sys.executable).with_name("dg"))
     selection = f'+key:"{name}/models"' if dry_run else f'group:"{name}"'
-    return _run_apart(
+    return run_apart(
         [launcher, "launch", "--assets", selection, "--config-json", json.dumps(CONSOLE)]
     )
 
 
-def _run_apart(command: Sequence[str]) -> int:
+def run_apart(command: Sequence[str]) -> int:
     """Run a command that alone hears of Ctrl-C, not every process that it starts.
 
     A terminal sends Ctrl-C to all of them: Spark's JVM and the processes that bring a step's lines

@@ -99,7 +99,7 @@ def check_fleet(
         + _judged_groups(tables, runs, ledger)
         + _reused(ledger)
     )
-    return found + _hindsight(tables, runs) + _decisions(tables, champion)
+    return found + find_hindsight(tables, runs) + find_wrong_decisions(tables, champion)
 
 
 def compare_runs(left: Path, right: Path) -> list[str]:
@@ -548,7 +548,7 @@ def _reused(ledger: pd.DataFrame) -> list[str]:
     return found
 
 
-def _hindsight(tables: Path, runs: pd.DataFrame) -> list[str]:
+def find_hindsight(tables: Path, runs: pd.DataFrame) -> list[str]:
     """I10: no row is answered by a run that saw rows later than the row's as-of."""
     if not (tables / "predictions" / "_delta_log").exists():
         return []
@@ -572,7 +572,7 @@ def _hindsight(tables: Path, runs: pd.DataFrame) -> list[str]:
     return found
 
 
-def _decisions(tables: Path, champion: str | None) -> list[str]:
+def find_wrong_decisions(tables: Path, champion: str | None) -> list[str]:
     """I15: an alias that moved has its decision, and a decision that moved it was carried out."""
     columns = ["decision_id", "decided_at", "champion_before", "champion_after", "moved"]
     rows = pd.DataFrame(columns=columns)

@@ -38,7 +38,7 @@ from pipeline.tables import BOOSTERS, HOLDOUT, LEASES, LEDGER, RUNS
 ATTEMPTS = 5
 RENEWALS = 4  # within one expiry
 _ONCE = CommitProperties(max_commit_retries=0)
-_KEPT = {
+TABLE_SETTINGS = {
     "delta.checkpointInterval": "50",
     "delta.enableExpiredLogCleanup": "true",
     "delta.logRetentionDuration": "interval 1 hours",
@@ -100,7 +100,7 @@ class LeaseRow:
 
         Where the boot is unknown (not Linux) nobody is known to be gone.
         """
-        if not self.boot_id or (self.host, self.boot_id) != (socket.gethostname(), _boot_id()):
+        if not self.boot_id or (self.host, self.boot_id) != (socket.gethostname(), read_boot_id()):
             return False
         return not _is_running(self.pid, self.process_started)
 
@@ -117,7 +117,7 @@ class Lease:
     """The right to train a fleet, renewed in the background; made by `hold_lease`."""
 
     def __init__(
-        self, table: "_LeaseTable", row: LeaseRow, expiry: timedelta, now: Callable[[], datetime]
+        self, table: "LeaseTable", row: LeaseRow, expiry: timedelta, now: Callable[[], datetime]
     ) -> None:
         self._table = table
         self._row = row
@@ -265,7 +265,7 @@ def hold_lease(
     Raises:
         StoreError: if another run, or this very process, holds it, or the store refuses.
     """
-    table = _LeaseTable(tables, namespace)
+    table = LeaseTable(tables, namespace)
     expiry = timedelta(seconds=expiry_seconds)
     lease = Lease(table, _take(table, run_id, expiry, now), expiry, now)
     try:
@@ -284,11 +284,11 @@ def current_lease(tables: Tables, namespace: str) -> LeaseRow | None:
     Raises:
         StoreError: if the table cannot be read.
     """
-    return _LeaseTable(tables, namespace).read()[1]
+    return LeaseTable(tables, namespace).read()[1]
 
 
 def _take(
-    table: "_LeaseTable", run_id: str, expiry: timedelta, now: Callable[[], datetime]
+    table: "LeaseTable", run_id: str, expiry: timedelta, now: Callable[[], datetime]
 ) -> LeaseRow:
     host, pid = socket.gethostname(), os.getpid()
     for _ in range(ATTEMPTS):
@@ -303,9 +303,9 @@ def _take(
             run_id=run_id,
             owner=f"{host}:{pid}",
             host=host,
-            boot_id=_boot_id(),
+            boot_id=read_boot_id(),
             pid=pid,
-            process_started=_process_started(pid),
+            process_started=read_process_start(pid),
             taken_at=moment,
             heartbeat_at=moment,
             expires_at=moment + expiry,
@@ -324,7 +324,7 @@ def _held(namespace: str, there: LeaseRow) -> str:
     expiry = (there.expires_at - there.heartbeat_at).total_seconds()
     who = (
         "this very process"
-        if there.pid == os.getpid() and there.boot_id == _boot_id()
+        if there.pid == os.getpid() and there.boot_id == read_boot_id()
         else f"host {there.host}, pid {there.pid}"
     )
     return (
@@ -340,7 +340,7 @@ class _Unreachable(StoreError):
     """The store did not answer, or not with a lease; trying again may help."""
 
 
-class _LeaseTable:
+class LeaseTable:
     """The table of one fleet, with a compare-and-set on its one row."""
 
     def __init__(self, tables: Tables, namespace: str) -> None:
@@ -388,7 +388,7 @@ class _LeaseTable:
         version = -1 if handle is None else handle.version()
         refused: Exception | None = None
         try:
-            self._commit(handle, row)
+            self.commit(handle, row)
         except (DeltaError, OSError) as error:
             refused = error
         newest, there = self.read()
@@ -402,7 +402,8 @@ class _LeaseTable:
             ) from refused
         return there == row
 
-    def _commit(self, handle: DeltaTable | None, row: LeaseRow) -> None:
+    def commit(self, handle: DeltaTable | None, row: LeaseRow) -> None:
+        """Write the row as the version after the handle's, without a look at what became of it."""
         # Not write_deltalake: it panics where the root holds brackets.
         file = self._tables.write_file(
             pa.Table.from_pylist([asdict(row)], schema=LEASES.schema), LEASES.schema, self.location
@@ -426,7 +427,7 @@ class _LeaseTable:
                 schema,
                 actions,
                 mode="error",
-                configuration=_KEPT,
+                configuration=TABLE_SETTINGS,
                 storage_options=self._options,
                 commit_properties=_ONCE,
             )
@@ -467,7 +468,7 @@ def _text(moment: datetime) -> str:
     return f"{moment:%Y-%m-%d %H:%M:%S} UTC"
 
 
-def _boot_id() -> str:
+def read_boot_id() -> str:
     """The machine's boot, and the namespace that process ids count in.
 
     Containers of one machine share the boot, and those in a host's network its name.
@@ -485,17 +486,18 @@ def _is_running(pid: int, started: int) -> bool:
         return False
     except PermissionError:
         pass  # another user's
-    state, ticks = _process_state(pid)
+    state, ticks = read_process_state(pid)
     if state in ("Z", "X"):
         return False  # dead, only not yet waited for by its parent
     return started == ticks or 0 in (started, ticks)
 
 
-def _process_started(pid: int) -> int:
-    return _process_state(pid)[1]
+def read_process_start(pid: int) -> int:
+    """When a process started, in clock ticks since boot; 0 where /proc does not tell."""
+    return read_process_state(pid)[1]
 
 
-def _process_state(pid: int) -> tuple[str, int]:
+def read_process_state(pid: int) -> tuple[str, int]:
     """State letter and start in clock ticks since boot; empty and 0 where /proc does not tell.
 
     Source: proc_pid_stat(5), fields 3 and 22; the name before them is in parentheses and may hold

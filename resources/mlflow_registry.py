@@ -79,11 +79,12 @@ class MlflowRegistry(dg.ConfigurableResource):
 
     def _warm_up(self) -> None:
         try:
-            self._client().search_experiments(max_results=1)
+            self.make_client().search_experiments(max_results=1)
         except Exception:  # whoever needs the registry asks again and then reports
             logging.getLogger(__name__).debug("MLflow did not answer at start", exc_info=True)
 
-    def _client(self) -> Any:
+    def make_client(self) -> Any:
+        """An MLflow client of this registry, whose logs say no more than they must."""
         set_for_children(MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR="false")
         import mlflow
 
@@ -100,7 +101,7 @@ class MlflowRegistry(dg.ConfigurableResource):
     def _connected(self) -> Any:
         if self._starter is not None and threading.current_thread() is not self._starter:
             self._starter.join()
-        return self._client()
+        return self.make_client()
 
     def register(
         self,

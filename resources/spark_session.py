@@ -162,11 +162,13 @@ class SparkSessionResource(dg.ConfigurableResource):
                     set_for_children(LC_ALL="C.UTF-8")
                 java_home = find_java(Path(self.scratch))
                 set_for_children(
-                    PYSPARK_PYTHON=self._python(),
+                    PYSPARK_PYTHON=self.find_worker_python(),
                     PYSPARK_DRIVER_PYTHON=sys.executable,
                     JAVA_HOME=java_home,
                 )
-                self._session = LazyPySparkResource(spark_config=self._settings()).spark_session
+                self._session = LazyPySparkResource(
+                    spark_config=self.spark_settings()
+                ).spark_session
             context = self._session.sparkContext
             context.setLogLevel("ERROR")
             if not is_local(self.master):
@@ -181,13 +183,14 @@ class SparkSessionResource(dg.ConfigurableResource):
         except BaseException as error:  # noqa: BLE001 - raised again where the session is asked for
             self._failure = error
 
-    def _python(self) -> str:
+    def find_worker_python(self) -> str:
         """Python of the workers: on one machine always the driver's."""
         if is_local(self.master):
             return sys.executable
         return self.conf.get("spark.pyspark.python") or self.worker_python or sys.executable
 
-    def _settings(self) -> dict[str, Any]:
+    def spark_settings(self) -> dict[str, Any]:
+        """The configuration that the session is started with."""
         # A laptop's JVM has a small heap and few cores, where the serial collector takes the least
         # memory, and a heap that is kept tight less still.
         collector = ""

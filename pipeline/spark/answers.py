@@ -31,8 +31,8 @@ from pipeline.spark.files import Batches, rows_reader
 ROWS_AT_ONCE, BYTES_AT_ONCE = 50_000, 64 << 20
 # More tasks than that cost more than they share out.
 MAX_TASKS = 1_000
-# Of this Python worker: per fleet the pack it answers from.
-_opened: dict[str, tuple[str, FleetModel]] = {}
+# Of this Python worker: per fleet the name of the pack that it answers from, and its model.
+packs_of_worker: dict[str, tuple[str, FleetModel]] = {}
 
 
 def answer_rows(
@@ -81,10 +81,10 @@ def opened_pack(fleet: str, name: str, options: Mapping[str, str]) -> FleetModel
     Tasks must call it as a function of this module: what a task's own function refers to, Spark
     copies for each task.
     """
-    if fleet not in _opened or _opened[fleet][0] != name:
-        _opened.pop(fleet, None)
-        _opened[fleet] = name, FleetModel(SparkFiles.get(name), options=options)
-    return _opened[fleet][1]
+    if fleet not in packs_of_worker or packs_of_worker[fleet][0] != name:
+        packs_of_worker.pop(fleet, None)
+        packs_of_worker[fleet] = name, FleetModel(SparkFiles.get(name), options=options)
+    return packs_of_worker[fleet][1]
 
 
 def gathered(

@@ -140,7 +140,7 @@ def select_rows(
         frame.createOrReplaceTempView(name)
     try:
         rows = spark.sql(render(query))
-        _check_analyzed(rows, list(raw), file)
+        check_analyzed(rows, list(raw), file)
     except PySparkException as error:
         raise SpecError(f"{file}: {error.getMessage() or error}") from error
     finally:
@@ -210,7 +210,7 @@ def _check_readings(
         )
 
 
-def _check_analyzed(rows: DataFrame, sources: Sequence[str], where: str) -> None:
+def check_analyzed(rows: DataFrame, sources: Sequence[str], where: str) -> None:
     """Check that Spark resolved relations to sources' views, and that expressions are repeatable."""
     declared = {name.lower() for name in sources}
     for kind, name in _analyzed_leaves(_queries(rows).analyzed()):

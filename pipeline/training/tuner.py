@@ -295,7 +295,7 @@ class Study:
         """Whether the losses of a new best trial differ from those of the best before by more than noise."""
         if self._best_misses is None:
             return True
-        return _is_beyond_noise(self._best_misses - misses, self._tune.weight)
+        return is_beyond_noise(self._best_misses - misses, self._tune.weight)
 
     def _misses(self, booster: lgb.Booster, n_rounds: int) -> Floats:
         """Loss of each tune row."""
@@ -322,7 +322,7 @@ class Study:
             study.stop()
 
 
-def _is_beyond_noise(gains: Floats, weight: Floats | None) -> bool:
+def is_beyond_noise(gains: Floats, weight: Floats | None) -> bool:
     """Whether a gain, given per tune row, is larger than its own standard error.
 
     One row tells nothing.

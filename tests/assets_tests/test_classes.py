@@ -55,7 +55,7 @@ def test_a_fleet_of_classes_goes_from_rows_to_answers(
     assert "log_loss" in told["models"]["fleet/errors"]
     assert "log_loss" in told["models"]["fleet/worst_groups"]
     registry = fleet.resources["registry"]
-    client = registry._client()
+    client = registry.make_client()
     import mlflow
 
     (run,) = client.search_runs([client.get_experiment_by_name("shop").experiment_id])

@@ -51,7 +51,7 @@ def test_run_becomes_a_launch_of_the_fleets_group_found_by_name_or_folder(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched: list[list[str]] = []
-    monkeypatch.setattr(fleet_commands, "_run_apart", lambda command: launched.append(command) or 0)
+    monkeypatch.setattr(fleet_commands, "run_apart", lambda command: launched.append(command) or 0)
     for fleet in ("good", "my-good"):
         assert command_line.main(["run", fleet]) == 0
     assert {tuple(arguments[1:4]) for arguments in launched} == {
@@ -62,14 +62,14 @@ def test_run_becomes_a_launch_of_the_fleets_group_found_by_name_or_folder(
 
 @pytest.mark.parametrize(("script", "status"), [("exit 3", 3), ("kill -TERM $$", 143)])
 def test_run_ends_as_the_launch_does(script: str, status: int) -> None:
-    assert fleet_commands._run_apart(["sh", "-c", script]) == status
+    assert fleet_commands.run_apart(["sh", "-c", script]) == status
 
 
 def test_a_dry_run_launches_nothing_beyond_the_models(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched: list[list[str]] = []
-    monkeypatch.setattr(fleet_commands, "_run_apart", lambda command: launched.append(command) or 0)
+    monkeypatch.setattr(fleet_commands, "run_apart", lambda command: launched.append(command) or 0)
     monkeypatch.setenv("MANY_MODELS_DRY_RUN", "1")
     assert command_line.main(["run", "my-good"]) == 0
     assert launched[0][1:4] == ["launch", "--assets", '+key:"good/models"']
@@ -78,7 +78,7 @@ def test_a_dry_run_launches_nothing_beyond_the_models(
 def test_run_of_a_broken_or_unknown_fleet_launches_nothing(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(fleet_commands, "_run_apart", Mock(side_effect=AssertionError))
+    monkeypatch.setattr(fleet_commands, "run_apart", Mock(side_effect=AssertionError))
     assert command_line.main(["run", "bad"]) == 1
     assert "line 7: target" in capsys.readouterr().err
     assert command_line.main(["run", "goood"]) == 2

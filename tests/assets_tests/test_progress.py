@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from assets.console import _is_for_people
+from assets.console import is_for_people
 from assets.progress import progress_lines, rough_duration
 from pipeline.spark.progress import Done
 
@@ -73,6 +73,6 @@ def test_a_dry_run_prints_no_line_that_looks_like_a_fault() -> None:
         "Skipping step housing__importance due to skipped dependencies: ['housing__models.result']."
     )
     missing = "Blocking asset check 'housing/models:x' emitted no result in step 'housing__models_checks'; downstream step 'y' will proceed"
-    assert not _is_for_people(record(skipped))
-    assert not _is_for_people(record(missing, logging.WARNING))
-    assert _is_for_people(record("dry run: nothing was trained"))
+    assert not is_for_people(record(skipped))
+    assert not is_for_people(record(missing, logging.WARNING))
+    assert is_for_people(record("dry run: nothing was trained"))

@@ -576,7 +576,7 @@ def test_a_value_in_the_middle_of_a_file_that_cannot_be_read_sets_the_whole_file
 def test_a_pack_is_opened_once_per_worker_and_given_up_for_the_next(
     fleet: Fleet, spark_resource: SparkSessionResource
 ) -> None:
-    from pipeline.spark.answers import _opened, opened_pack
+    from pipeline.spark.answers import opened_pack, packs_of_worker
 
     spark = spark_resource.session
     models = [fleet.registry.open_pack(version) for version in fleet.versions]
@@ -592,7 +592,7 @@ def test_a_pack_is_opened_once_per_worker_and_given_up_for_the_next(
                 opened = opened_pack("looked at", name, {})
                 from pipeline.spark import answers
 
-                n = sum(fleet == "looked at" for fleet in answers._opened)
+                n = sum(fleet == "looked at" for fleet in answers.packs_of_worker)
                 yield pa.RecordBatch.from_pylist(
                     [{"pid": os.getpid(), "pack": id(opened), "n": n}] * min(1, batch.num_rows)
                 )
@@ -610,7 +610,7 @@ def test_a_pack_is_opened_once_per_worker_and_given_up_for_the_next(
     assert len(workers) < 8
     second = held(models[1])
     assert {n for _, _, n in first | second} == {1}
-    assert "looked at" not in _opened
+    assert "looked at" not in packs_of_worker
 
 
 # The terminal

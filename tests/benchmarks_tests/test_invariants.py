@@ -12,7 +12,13 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable, write_deltalake
 
-from benchmarks.invariants import _decisions, _hindsight, check_fleet, compare_runs, main
+from benchmarks.invariants import (
+    check_fleet,
+    compare_runs,
+    find_hindsight,
+    find_wrong_decisions,
+    main,
+)
 
 GRAINS = ((), ("shop", "size"))
 MOMENT = pd.Timestamp("2024-03-01", tz="UTC").as_unit("us")
@@ -498,7 +504,7 @@ def test_an_alias_that_moved_has_its_decision(
 ) -> None:
     table = pa.Table.from_pandas(decisions(*moves), preserve_index=False).replace_schema_metadata()
     write_deltalake(tmp_path / "decisions", table)
-    assert _decisions(tmp_path, champion) == expected
+    assert find_wrong_decisions(tmp_path, champion) == expected
 
 
 def test_no_row_is_answered_by_a_run_that_saw_later_rows(tmp_path: Path) -> None:
@@ -514,7 +520,7 @@ def test_no_row_is_answered_by_a_run_that_saw_later_rows(tmp_path: Path) -> None
             [dict(zip(("as_of", "fleet_version"), row, strict=True)) for row in answered]
         ),
     )
-    found = _hindsight(tmp_path, pd.DataFrame([{"run_id": "run", "as_of": MOMENT}]))
+    found = find_hindsight(tmp_path, pd.DataFrame([{"run_id": "run", "as_of": MOMENT}]))
     assert found == [
         "I10: rows as of 2024-02-29T00:00:00 are answered by run run, which saw rows until 2024-03-01 00:00:00+00:00",
         "I10: rows as of 2024-03-01T00:00:00 are answered by run lost, which is not in the table of runs",

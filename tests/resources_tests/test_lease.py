@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,11 +26,11 @@ from deltalake.exceptions import CommitFailedError
 
 from pipeline.errors import StoreError
 from pipeline.runs.commits import Commits
-from pipeline.tables import LEDGER
+from pipeline.testing.run_parts import make_manifest
 from pipeline.testing.runs import own_tables
 from resources import lease as lease_module
 from resources.delta_tables import DeltaTables
-from resources.lease import LEASES, Lease, LeaseRow, _LeaseTable, current_lease, hold_lease
+from resources.lease import LEASES, Lease, LeaseRow, LeaseTable, current_lease, hold_lease
 
 BUCKET = "fleets"
 START = datetime(2026, 11, 21, 9, tzinfo=UTC)
@@ -134,8 +135,8 @@ def row_of(**changes: Any) -> LeaseRow:
     pid = os.getpid()
     host, boot, ticks = (
         socket.gethostname(),
-        lease_module._boot_id(),
-        lease_module._process_started(pid),
+        lease_module.read_boot_id(),
+        lease_module.read_process_start(pid),
     )
     row = LeaseRow(
         "run-1",
@@ -155,7 +156,7 @@ def row_of(**changes: Any) -> LeaseRow:
 def left_behind(tables: DeltaTables, **changes: Any) -> LeaseRow:
     """The same, as the table's row."""
     row = row_of(**changes)
-    table = _LeaseTable(tables, "shop")
+    table = LeaseTable(tables, "shop")
     assert table.swap(table.read()[0], row)
     return row
 
@@ -194,7 +195,7 @@ def test_a_lease_is_held_within_the_block_and_free_after_it(tables: DeltaTables)
 
 
 def test_of_two_takers_who_read_the_same_version_one_lands(tables: DeltaTables) -> None:
-    one, other = _LeaseTable(tables, "shop"), _LeaseTable(tables, "shop")
+    one, other = LeaseTable(tables, "shop"), LeaseTable(tables, "shop")
     assert one.swap(None, row_of(run_id="first"))
     assert not other.swap(None, row_of(run_id="late"))
     (ours, _), (theirs, _) = one.read(), other.read()
@@ -243,7 +244,7 @@ def test_a_killed_run_is_followed_at_once(local: DeltaTables) -> None:
         for _ in range(
             100
         ):  # a zombie from then on: its parent, this process, has not waited for it
-            if lease_module._process_state(child.process.pid)[0] == "Z":
+            if lease_module.read_process_state(child.process.pid)[0] == "Z":
                 break
             time.sleep(0.05)
         with hold_lease(local, "shop", "next") as lease:
@@ -426,24 +427,24 @@ def test_a_lease_that_cannot_be_given_back_hides_no_error(
 def test_whatever_ends_the_block_gives_the_lease_back(
     local: DeltaTables, interrupt: type[BaseException]
 ) -> None:
-    with pytest.raises(interrupt), hold_lease(local, "shop", "run-1") as lease:
+    with pytest.raises(interrupt), hold_lease(local, "shop", "run-1"):
         raise interrupt
     row = current_lease(local, "shop")
     assert row is not None
     assert row.released
-    assert not lease._thread.is_alive()
+    assert "lease-shop" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_a_commit_whose_answer_was_lost_is_looked_up(
     local: DeltaTables, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    commit = _LeaseTable._commit
+    commit = LeaseTable.commit
 
     def landing(*told: Any) -> None:
         commit(*told)
         raise CommitFailedError("version exists already")
 
-    monkeypatch.setattr(_LeaseTable, "_commit", landing)
+    monkeypatch.setattr(LeaseTable, "commit", landing)
     for number in range(2):
         with hold_lease(local, "shop", f"run-{number}") as lease:
             lease.check()
@@ -453,7 +454,7 @@ def test_a_commit_whose_answer_was_lost_is_looked_up(
 def test_a_refused_commit_that_nobody_overtook_is_tried_again(
     local: DeltaTables, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    commit = _LeaseTable._commit
+    commit = LeaseTable.commit
     refusals = iter([CommitFailedError("409"), None, CommitFailedError("409"), None])
 
     def conflicting(*told: Any) -> None:
@@ -461,7 +462,7 @@ def test_a_refused_commit_that_nobody_overtook_is_tried_again(
             raise error
         commit(*told)
 
-    monkeypatch.setattr(_LeaseTable, "_commit", conflicting)
+    monkeypatch.setattr(LeaseTable, "commit", conflicting)
     with hold_lease(local, "shop", "run-1") as lease:
         lease.check()
     row = current_lease(local, "shop")
@@ -482,7 +483,7 @@ def test_a_store_that_refuses_every_write_is_an_error(
     def refusing(*told: Any) -> None:
         raise error
 
-    monkeypatch.setattr(_LeaseTable, "_commit", refusing)
+    monkeypatch.setattr(LeaseTable, "commit", refusing)
     with pytest.raises(StoreError, match=message):
         hold_lease(local, "shop", "run-1").__enter__()
 
@@ -491,12 +492,12 @@ def test_old_log_entries_go_and_a_stale_commit_in_their_place_is_not_believed(
     local: DeltaTables, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     none_kept = {
-        **lease_module._KEPT,
+        **lease_module.TABLE_SETTINGS,
         "delta.logRetentionDuration": "interval 0 seconds",
         "delta.deletedFileRetentionDuration": "interval 0 seconds",
     }
-    monkeypatch.setattr(lease_module, "_KEPT", none_kept)
-    table = _LeaseTable(local, "shop")
+    monkeypatch.setattr(lease_module, "TABLE_SETTINGS", none_kept)
+    table = LeaseTable(local, "shop")
     table.swap(None, row_of())
     stale, _ = table.read()
     for number in range(101):
@@ -562,8 +563,7 @@ def test_a_lease_of_an_earlier_release_has_no_fence_and_gains_one(local: DeltaTa
 def test_where_the_lease_was_removed_the_fence_goes_on_from_the_tables(local: DeltaTables) -> None:
     for _ in range(3):
         with hold_lease(local, "shop", "run-1") as lease:
-            commits = Commits(own_tables(local, "shop"), "run-1", lease)
-            commits.ledger(LEDGER.schema.empty_table().to_pandas())
+            Commits(own_tables(local, "shop"), "run-1", lease).manifest(make_manifest("run-1"))
     shutil.rmtree(local.location("shop", LEASES.name))
     with hold_lease(local, "shop", "run-2") as lease:
         assert lease.fence == 4

@@ -196,7 +196,7 @@ def test_a_run_says_what_it_was(
     register(
         mlflow_registry, "described", "run-7", pack_of(tmp_path / "pack", booster_text, 1, "run-7")
     )
-    client = mlflow_registry._client()
+    client = mlflow_registry.make_client()
     experiment = client.get_experiment_by_name("described")
     assert experiment.artifact_location.startswith(mlflow_registry.artifact_root)
     (run,) = client.search_runs([experiment.experiment_id])

@@ -111,7 +111,7 @@ def test_further_settings_win_over_ours() -> None:
         scratch="scratch",
         conf={"spark.sql.shuffle.partitions": "9", "spark.x": "y"},
     )
-    settings = resource._settings()
+    settings = resource.spark_settings()
     assert settings["spark.task.cpus"] == "3"
     assert settings["spark.sql.shuffle.partitions"] == "9"
     assert settings["spark.x"] == "y"
@@ -121,16 +121,16 @@ def test_only_executors_of_a_cluster_have_memory_and_an_environment_of_their_own
     cluster = SparkSessionResource(
         master="spark://host:7077", executor_memory="2g", scratch="scratch"
     )
-    settings = cluster._settings()
+    settings = cluster.spark_settings()
     assert settings["spark.executor.memory"] == "2g"
     assert settings["spark.executorEnv.MALLOC_ARENA_MAX"] == "2"
     assert "UseSerialGC" not in settings["spark.driver.extraJavaOptions"]
-    alone = cluster.model_copy(update={"master": "local[2,4]"})._settings()
+    alone = cluster.model_copy(update={"master": "local[2,4]"}).spark_settings()
     assert "UseSerialGC" in alone["spark.driver.extraJavaOptions"]
     assert not any(name.startswith("spark.executor") for name in alone)
     assert (
         "spark.executor.memory"
-        not in cluster.model_copy(update={"executor_memory": None})._settings()
+        not in cluster.model_copy(update={"executor_memory": None}).spark_settings()
     )
 
 
@@ -154,7 +154,10 @@ def test_only_executors_of_a_cluster_have_memory_and_an_environment_of_their_own
 def test_the_workers_python_is_the_users_on_a_cluster(
     master: str, settings: dict[str, Any], expected: str
 ) -> None:
-    assert SparkSessionResource(master=master, scratch="scratch", **settings)._python() == expected
+    assert (
+        SparkSessionResource(master=master, scratch="scratch", **settings).find_worker_python()
+        == expected
+    )
 
 
 def test_slots_are_tasks_at_once(spark_resource: SparkSessionResource) -> None:
@@ -169,6 +172,7 @@ def test_a_session_that_cannot_start_says_so_where_it_is_asked_for(
         raise OSError("no java today")
 
     monkeypatch.setattr("resources.spark_session.find_java", broken)
+    # Nothing public lets Spark forget the session of this process.
     monkeypatch.setattr("pyspark.SparkContext._active_spark_context", None)
     resource = SparkSessionResource(master="local[1]", scratch=str(tmp_path))
     for _ in range(2):

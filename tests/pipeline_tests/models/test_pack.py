@@ -16,7 +16,6 @@ from pipeline.models.meta_model import (
     Generation,
     PackError,
     filesystem_of,
-    open_boosters,
 )
 from pipeline.models.pack import (
     PackedRun,
@@ -141,12 +140,8 @@ def shared(
 
 def texts_of(model: FleetModel) -> dict[str, bytes]:
     """The stored text of every booster, as it is read."""
-    found = {}
-    for chain in model.chains():
-        number, offset, size = chain.place
-        with open_boosters(model.folder, model.root, model.files[number], model._options) as file:
-            found[str(chain.booster_id)] = file.read_at(size, offset)
-    return found
+    names = {str(chain.booster_id) for chain in model.chains()}
+    return {row["booster_id"]: row["text"] for row in model.stored_boosters(names)}
 
 
 def test_a_shared_pack_adds_only_its_new_boosters_to_the_store(tmp_path: Path) -> None:

@@ -678,7 +678,7 @@ def test_each_group_is_trained_on_its_rows_from_its_start_in_a_process_beside_th
 
 
 def exchanges(frame: DataFrame) -> list[str]:
-    plan = frame._jdf.queryExecution().executedPlan().toString()
+    plan = frame._jdf.queryExecution().executedPlan().toString()  # noqa: SLF001 - nothing public gives the plan
     assert "Adaptive" not in plan
     return [
         line for line in plan.splitlines() if "Exchange" in line and "BroadcastExchange" not in line

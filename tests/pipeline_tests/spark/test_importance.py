@@ -155,7 +155,7 @@ def test_the_newest_rows_that_a_model_could_be_asked_about_are_looked_at(
     groups = pd.DataFrame({"grain": [0, 2], "group_id": ["[]", OSLO]})
     newest = newest_rows(features, groups, spec, 5)
     # Each task sends no more rows of a group than are wanted.
-    plan = newest._jdf.queryExecution().executedPlan().toString()
+    plan = newest._jdf.queryExecution().executedPlan().toString()  # noqa: SLF001 - nothing public gives the plan
     assert "WindowGroupLimit" in plan.partition("Exchange hashpartitioning")[2], plan
     found = newest.toPandas().sort_values(["group_id", "_place"])
     assert found.groupby("group_id")["_place"].apply(list).to_dict() == {

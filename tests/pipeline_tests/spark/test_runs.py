@@ -5,7 +5,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from pipeline.runs.fingerprints import fingerprint, shared_digest
 from pipeline.runs.history import History
 from pipeline.runs.planned_run import PlannedRun
 from pipeline.runs.request import Request
-from pipeline.runs.second_pass import plan_second_pass
 from pipeline.spark import training
 from pipeline.spark.execution import without_adaptive_execution
 from pipeline.spark.planning import plan_run
@@ -497,19 +496,6 @@ def test_a_sampled_fleet_is_judged_on_the_rows_that_all_its_models_have_predicte
 # Budgets
 
 
-def test_a_spent_budget_leaves_every_group_its_first_model(
-    empty: Fleet, rows: pd.DataFrame
-) -> None:
-    empty.spec = small_spec(
-        tuning={"checkpoint_seconds": 600, "budget_seconds": 1e-6, "max_trials": 4}
-    )
-    ledger = empty.launch(rows, "run-1")
-    assert set(ledger["status"]) == {"trained"}
-    assert set(ledger["n_trials"]) == {1}
-    assert set(ledger["stopped_by"]) == {"budget"}
-    assert set(empty.plan(rows, "run-2").plan.groups["action"]) == {"reuse"}
-
-
 def test_what_is_left_of_a_budget_improves_groups(empty: Fleet, rows: pd.DataFrame) -> None:
     empty.spec = small_spec(
         tuning={"checkpoint_seconds": 600, "budget_seconds": 1e6, "max_trials": 3, "patience": 3}
@@ -523,55 +509,6 @@ def test_what_is_left_of_a_budget_improves_groups(empty: Fleet, rows: pd.DataFra
     assert len(set(ledger["wave"])) == 1
     assert len(empty.table("boosters")["wave"].unique()) == 2
     assert set(empty.plan(rows, "run-2").plan.groups["action"]) == {"reuse"}
-
-
-def passes(
-    run: PlannedRun, spec: FleetSpec, *, seconds: float = 1.0
-) -> Iterator[tuple[Sequence[str], dict[tuple[int, str], dict[str, Any]]]]:
-    """The groups of each second pass, and the rows so far; every group has taken those seconds."""
-    to_train = run.plan.to_train
-    found = {
-        (int(grain), str(group)): {
-            "status": "trained", "seconds": seconds, "n_tune": 10, "tune_loss": float(number), "parameters": "{}", "stopped_by": "max_trials"
-        }
-        for number, (grain, group) in enumerate(zip(to_train["grain"], to_train["group_id"], strict=True))
-    }  # fmt: skip
-    for plan in plan_second_pass(run, spec, found):
-        for key in zip(plan.groups["grain"], plan.groups["group_id"], strict=True):
-            found[int(key[0]), str(key[1])] |= {"stopped_by": "patience", "seconds": 2 * seconds}
-        yield plan.groups["group_id"].tolist(), found
-
-
-def test_a_budget_goes_to_the_largest_errors_first_and_is_kept(
-    first: tuple[Fleet, pd.DataFrame], rows: pd.DataFrame, empty: Fleet
-) -> None:
-    spec = small_spec(tuning={"max_trials": 4, "patience": 3, "budget_seconds": 11.0})
-    empty.spec = spec
-    run = empty.plan(rows, "run-1")
-    order = run.plan.to_train["group_id"].tolist()[::-1]  # the last has the largest error
-    # Seven seconds are spent; four are left, and a group takes two.
-    [(chosen, found)] = passes(run, spec)
-    assert sorted(chosen) == sorted(order[:2])
-    assert {key[1] for key, row in found.items() if row["stopped_by"] == "budget"} == set(order[2:])
-    plenty = spec.model_copy(
-        update={"tuning": spec.tuning.model_copy(update={"budget_seconds": 1e6})}
-    )
-    assert sorted(group for chosen, _ in passes(run, plenty) for group in chosen) == sorted(order)
-    waves = spec.model_copy(
-        update={"tuning": plenty.tuning.model_copy(update={"checkpoint_seconds": 1.0})}
-    )
-    assert [len(chosen) for chosen, _ in passes(run, waves)] == [1] * 7
-    assert (
-        list(
-            passes(
-                run,
-                spec.model_copy(
-                    update={"tuning": spec.tuning.model_copy(update={"budget_seconds": None})}
-                ),
-            )
-        )
-        == []
-    )
 
 
 # Harm

@@ -174,7 +174,7 @@ def test_scoring_needs_no_exchange(spark: SparkSession, pack: Path) -> None:
         [], "row_key string, time timestamp, store long, kind long, x double"
     )
     answers = score_rows(spark, rows, SPEC, FleetModel(pack), AS_OF, {})
-    assert "Exchange" not in answers._jdf.queryExecution().toString()
+    assert "Exchange" not in answers._jdf.queryExecution().toString()  # noqa: SLF001 - nothing public gives the plan
     assert answers.count() == 0
 
 
@@ -210,7 +210,7 @@ def test_a_worker_opens_a_pack_once_for_all_of_its_tasks(spark: SparkSession, pa
         from pipeline.spark import answers
 
         for batch in batches:
-            opened = answers._opened.get(fleet)
+            opened = answers.packs_of_worker.get(fleet)
             yield pa.RecordBatch.from_pydict(
                 {"cached": [-1 if opened is None else opened[1].cached_bytes] * batch.num_rows}
             )

@@ -12,7 +12,7 @@ from pipeline.errors import SpecError
 from pipeline.features.functions import ALLOWED
 from pipeline.features.sql import check_expression, parse_derived, parse_select, render
 from pipeline.spark.sql_plans import (
-    _check_analyzed,
+    check_analyzed,
     check_select,
     derived_column,
     excess,
@@ -117,7 +117,7 @@ def test_chance_and_other_relations_are_found_in_the_analyzed_plan(
         sales.createOrReplaceTempView(name)
     try:
         with pytest.raises(SpecError) as caught:
-            _check_analyzed(spark.sql(text), ["sales"], "features.sql")
+            check_analyzed(spark.sql(text), ["sales"], "features.sql")
     finally:
         for name in ("sales", "other"):
             spark.catalog.dropTempView(name)

@@ -20,7 +20,14 @@ from pipeline.training.objective import (
     search_space,
     suggest_parameters,
 )
-from pipeline.training.tuner import Clock, Learner, Study, TrainingSet, TuningResult
+from pipeline.training.tuner import (
+    Clock,
+    Learner,
+    Study,
+    TrainingSet,
+    TuningResult,
+    is_beyond_noise,
+)
 
 RNG = np.random.default_rng(7)
 N_TUNE = 80
@@ -44,17 +51,16 @@ class Recorder:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.trials: list[tuple[lgb.Booster, np.ndarray[Any, Any]]] = []
         self.parameters: list[dict[str, Any]] = []
-        select, train = Study._cross_select, lgb.train
-
-        def recorded(study: Study, booster: lgb.Booster, parameters: Any, losses: Any) -> None:
-            self.trials.append((booster, losses.copy()))
-            select(study, booster, parameters, losses)
+        train = lgb.train
 
         def recorded_train(parameters: dict[str, Any], *args: Any, **kwargs: Any) -> lgb.Booster:
             self.parameters.append(parameters)
-            return train(parameters, *args, **kwargs)
+            booster = train(parameters, *args, **kwargs)
+            # Only a trial is followed round by round.
+            for follower in kwargs.get("callbacks", ()):
+                self.trials.append((booster, np.asarray(follower.losses)))
+            return booster
 
-        monkeypatch.setattr(Study, "_cross_select", recorded)
         monkeypatch.setattr(lgb, "train", recorded_train)
 
 
@@ -476,14 +482,16 @@ def shifted(misses: Sequence[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let each trial be a little better than the last, and the tune rows be missed by these."""
     left, best = list(misses), iter(np.arange(1.0, 0.0, -0.001))
     loss = next(best)
+    train = lgb.train
 
-    def run(boosting: Any, env: Any) -> None:
-        boosting.losses.append([loss, loss])
-        boosting.best_loss, boosting.best_round = next(best), 0
-        raise lgb.callback.EarlyStopException(env.iteration, [("tune", "loss", loss, False)])
+    def train_one_round(*args: Any, callbacks: Sequence[Any], **kwargs: Any) -> lgb.Booster:
+        [follower] = callbacks
+        follower.losses.append([loss, loss])
+        follower.best_loss, follower.best_round = next(best), 0
+        return train(*args, **{**kwargs, "num_boost_round": 1})
 
-    monkeypatch.setattr(module._Boosting, "__call__", run)
-    monkeypatch.setattr(Study, "_misses", lambda *_: left.pop(0))
+    monkeypatch.setattr(lgb, "train", train_one_round)
+    monkeypatch.setattr(module, "row_losses", lambda *_: left.pop(0))
 
 
 SIGNS = np.where(np.arange(N_TUNE) % 2, 1.0, -1.0)
@@ -516,12 +524,12 @@ def test_a_gain_within_the_noise_is_taken_all_the_same(monkeypatch: pytest.Monke
 )
 def test_one_row_tells_nothing_of_noise(gains: list[float], expected: bool) -> None:
     values, ones, zeros = np.array(gains), np.ones(len(gains)), np.zeros(len(gains))
-    assert bool(module._is_beyond_noise(values, None)) is expected
-    assert bool(module._is_beyond_noise(values, 3.0 * ones)) is expected
+    assert bool(is_beyond_noise(values, None)) is expected
+    assert bool(is_beyond_noise(values, 3.0 * ones)) is expected
     # Rows of no weight are as if they were not there.
     beside = np.concatenate([values, 9.0 * ones]), np.concatenate([ones, zeros])
-    assert bool(module._is_beyond_noise(*beside)) is expected
-    assert not module._is_beyond_noise(values, zeros)
+    assert bool(is_beyond_noise(*beside)) is expected
+    assert not is_beyond_noise(values, zeros)
 
 
 def test_the_clock_counts_what_is_inside_lightgbm() -> None:
