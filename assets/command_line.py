@@ -226,7 +226,7 @@ def _parser() -> argparse.ArgumentParser:
             dest="target",
             required=True,
             metavar="TABLE",
-            help="Delta table of the answers; made if it is not there",
+            help="Delta table of the answers; created if it does not exist",
         )
     score.add_argument(
         "--period",
@@ -353,7 +353,7 @@ def _unknown_fleet(tables: DeltaTables, namespace: str) -> str:
     return (
         f"no group of a fleet {namespace!r} was trained below {tables.root}; "
         f"{close_matches(namespace, {name: name for name in trained})}"
-        f"there is: {', '.join(trained) or 'nothing'}; materialise "
+        f"available: {', '.join(trained) or 'nothing'}; materialise "
         f"{namespace.removesuffix('-trial')}/models to train it"
     )
 

@@ -114,7 +114,7 @@ def _every_model_has_importance(
     shown = [
         {
             "group_id": group,
-            "why": result.failed.get(group, "its booster and its rows are not there"),
+            "why": result.failed.get(group, "its booster or its rows are missing"),
         }
         for group in absent[:SHOWN_GROUPS]
     ]

@@ -240,7 +240,7 @@ def tracking_server(folder: Path) -> Iterator[TrackingServer]:
     """A real `mlflow server` on this machine, with SQLite and its own artifact store, behind a counting proxy.
 
     Args:
-        folder: where it keeps mlflow.db, artifacts and log.txt; made if it is not there.
+        folder: where it keeps mlflow.db, artifacts and log.txt; created if it does not exist.
 
     Raises:
         RuntimeError: if the server does not answer in time; says what it printed last.

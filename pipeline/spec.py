@@ -893,7 +893,7 @@ class FleetSpec(Part):
             for name in sorted(taken)
             if name.lower() in RESERVED
         )
-        yield from (f"features: {name!r} is made twice" for name in _doubled(computed))
+        yield from (f"features: {name!r} is defined twice" for name in _doubled(computed))
         given = {
             *self.key_columns,
             self.time,
@@ -902,7 +902,7 @@ class FleetSpec(Part):
             *self.features.columns,
             *self._summarised,
         }
-        lowered = {name.lower() for name in given}  # Spark tells no cases apart
+        lowered = {name.lower() for name in given}  # Spark column names are case-insensitive
         yield from (
             f"features: {name!r} is both made and a column of features.sql; rename one"
             for name in computed

@@ -443,7 +443,7 @@ class LeaseTable:
     def forget(self) -> None:
         """Remove data files older than an hour that the table does not name.
 
-        What cannot be removed is another time.
+        Anything that cannot be removed is left for the next run.
 
         In full: a checkpoint forgets what an hour ago was removed from the table.
         """

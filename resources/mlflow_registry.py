@@ -278,7 +278,7 @@ class MlflowRegistry(dg.ConfigurableResource):
                 )
                 raise ModelNotFound(
                     f"registered model {name!r} has no version {alias} at {self.tracking_uri}; "
-                    f"there is: {', '.join(known) or 'none'}"
+                    f"available: {', '.join(known) or 'none'}"
                 )
             raise ModelNotFound(
                 f"registered model {name!r} has no {alias} at {self.tracking_uri}; materialise "

@@ -1,4 +1,4 @@
-"""The ledger rows of a training run: one per group of every grain, whatever became of it."""
+"""The ledger rows of a training run: one per group of every grain, whatever happened to it."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

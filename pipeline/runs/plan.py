@@ -1,4 +1,4 @@
-"""Which group trains in which Spark task and in which wave, told before any work is done."""
+"""Which group trains in which Spark task and in which wave, shown before any work is done."""
 
 import difflib
 import heapq
@@ -68,7 +68,7 @@ class CostModel:
         """Learn from the groups that an earlier run trained; the prior where they are too few.
 
         Least squares of relative errors, so that small groups count as much as large ones; no part
-        is below a hundredth of the prior. It orders and packs the work and is told before it;
+        is below a hundredth of the prior. It orders and packs the work and is shown beforehand;
         results do not depend on it.
         """
         prior = cls()

@@ -236,5 +236,5 @@ def check_apart(source: str, target: str) -> None:
     )
     if is_row or f"{source}/".startswith(f"{target}/"):
         raise DataError(
-            f"--to {target} and --from {source} lie within each other; give a --to outside of it"
+            f"--to {target} and --from {source} overlap; choose another --to"
         )

@@ -265,7 +265,7 @@ def test_an_unknown_fleet_is_refused_with_near_names(
     told = refused(capsys, "show", "flihgts")
     assert "no group of a fleet 'flihgts' was trained" in told
     assert "did you mean: flights" in told
-    assert "there is: flights, flights-trial; materialise flihgts/models" in told
+    assert "available: flights, flights-trial; materialise flihgts/models" in told
     assert "no group of a fleet 'retail'" in refused(capsys, "clean", "retail")
 
 
@@ -273,7 +273,7 @@ def test_nothing_was_trained_yet(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MANY_MODELS_DATA", str(tmp_path))
-    assert "there is: nothing" in refused(capsys, "show", "flights")
+    assert "available: nothing" in refused(capsys, "show", "flights")
 
 
 def test_an_unknown_group_is_refused_with_near_groups(

@@ -70,7 +70,7 @@ def test_a_group_without_importance_is_a_warning_that_names_it_and_stops_nothing
     assert (check.metadata["models"].value, check.metadata["absent"].value) == (9, 2)
     text = check.metadata["examples"].value
     assert "PackError: damaged" in text
-    assert "its booster and its rows are not there" in text
+    assert "its booster or its rows are missing" in text
     monkeypatch.undo()
     assert checks(fleet.launch("importance"))["every_model_has_importance"].passed
 

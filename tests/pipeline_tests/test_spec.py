@@ -307,7 +307,7 @@ def test_a_source_cannot_take_the_name_of_a_link() -> None:
     ],
 )
 def test_a_feature_made_twice_is_refused(features: dict[str, Any]) -> None:
-    assert "is made twice" in refusal(features=features)
+    assert "is defined twice" in refusal(features=features)
 
 
 @pytest.mark.parametrize("name", ["sales", "city", "day", "price", "Price"])

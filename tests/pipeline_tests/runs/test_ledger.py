@@ -1,4 +1,4 @@
-"""One ledger row per group, whatever became of it."""
+"""One ledger row per group, whatever happened to it."""
 
 from typing import Any
 
