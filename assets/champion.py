@@ -19,7 +19,7 @@ from assets.progress import no_progress, progress_lines
 from assets.refits import is_older, refit
 from pipeline.crash_points import crash_point
 from pipeline.errors import ModelNotFound, SpecError, StoreError
-from pipeline.models.meta_model import FleetModel, PackError
+from pipeline.models.meta_model import FleetModel, GroupKey, PackError
 from pipeline.models.promotion import (
     CAN_ANSWER,
     CAN_OPEN,
@@ -279,7 +279,7 @@ def _roll_back(parts: _Parts) -> _Outcome:
     decisions = rolled_back(current.serving(), earlier.serving(), listed)
     after = target
     if listed:
-        moved = {(int(row["grain"]), str(row["group_id"])): str(row["to_version"]) for row in decisions.to_dict("records")}
+        moved = {GroupKey.of(row): str(row["to_version"]) for row in decisions.to_dict("records")}
         serving = {**current.serving(), **moved}
         after = register_mosaic(parts.tables, registry, parts.spark, parts.spec, parts.namespace, serving, [current, earlier], decisions)
     return _Outcome(decisions, [], before, after, None)
@@ -331,7 +331,7 @@ def _found_elsewhere(parts: _Parts, recorded: Version | None, current: Version) 
     models = [None if version is None else _serving_model(parts.registry, version, options) for version in (recorded, current)]
     before, after = ({} if model is None else model.serving() for model in models)
     # A version that cannot be opened answers nobody; the move itself is still recorded.
-    keys = sorted({**before, **after}) or [(0, "[]")]
+    keys = sorted({**before, **after}) or [GroupKey(0, "[]")]
     rows = pd.DataFrame(keys, columns=["grain", "group_id"])
     rows["from_version"] = [before.get(key) for key in keys]
     rows["to_version"] = [after.get(key) for key in keys]

@@ -9,9 +9,8 @@ from typing import Any
 import pandas as pd
 
 from assets.meta_model import pack_store
-from pipeline.models.meta_model import FleetModel
+from pipeline.models.meta_model import FleetModel, GroupKey
 from pipeline.models.pack import mosaic, write_pack
-from pipeline.models.promotion import Key
 from pipeline.spec import FleetSpec
 from resources.delta_tables import DeltaTables
 from resources.mlflow_registry import MlflowRegistry, Version, interface
@@ -24,7 +23,7 @@ def register_mosaic(
     spark: SparkSessionResource,
     spec: FleetSpec,
     namespace: str,
-    serving: Mapping[Key, str],
+    serving: Mapping[GroupKey, str],
     models: Sequence[FleetModel],
     decisions: pd.DataFrame,
 ) -> Version:

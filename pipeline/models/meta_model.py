@@ -28,7 +28,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -172,6 +172,33 @@ def group_ids(frame: pd.DataFrame, keys: Sequence[str]) -> npt.NDArray[np.object
     ids = np.array([group_id([column[row] for column in columns]) for row in first], dtype=object)
     found: npt.NDArray[np.object_] = ids[codes] if len(ids) else np.empty(0, dtype=object)
     return found
+
+
+class GroupKey(NamedTuple):
+    """What names one group of a fleet; equal to the plain tuple of both.
+
+    Args:
+        grain: index of the grain, 0 for the coarsest.
+        group_id: as from `group_id`.
+    """
+
+    grain: int
+    group_id: str
+
+    @classmethod
+    def of(cls, row: Mapping[Any, Any]) -> Self:
+        """The group that a row with the columns grain and group_id is about."""
+        return cls(int(row["grain"]), str(row["group_id"]))
+
+    @classmethod
+    def parent_of(cls, row: Mapping[Any, Any]) -> Self:
+        """The parent of the group that a row is about: its parent_id, one grain up."""
+        return cls(int(row["grain"]) - 1, str(row["parent_id"]))
+
+    @classmethod
+    def of_rows(cls, rows: pd.DataFrame) -> "list[Self]":
+        """The group of each row of a table with the columns grain and group_id, in its order."""
+        return [cls(int(grain), str(group)) for grain, group in zip(rows["grain"], rows["group_id"], strict=True)]
 
 
 def _combinations(columns: Sequence[pd.Series]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -508,8 +535,8 @@ class FleetModel:
             written = json.loads(content)
             self.generations: list[dict[str, Any]] = written["generations"]
             # Packs of an earlier release have no such groups.
-            self._cut = [{(grain, group) for grain, group in spec.get("answered_by_constant", [])} for spec in self.generations]
-            self._first_keys = [(int(grain), str(group)) for grain, group in index["chains.parquet"]["first"]]
+            self._cut = [{GroupKey(grain, group) for grain, group in spec.get("answered_by_constant", [])} for spec in self.generations]
+            self._first_keys = [GroupKey(int(grain), str(group)) for grain, group in index["chains.parquet"]["first"]]
             check_footer(self.folder / "chains.parquet", index["chains.parquet"])
             self._chains_file = pq.ParquetFile(self.folder / "chains.parquet", page_checksum_verification=True)
             _require(self._chains_file.schema_arrow.equals(CHAINS), self.folder / "chains.parquet", "not a table of chains")
@@ -523,7 +550,7 @@ class FleetModel:
         self.required = list(dict.fromkeys(name for spec in self.generations for name in spec["required"]))
         optional = dict.fromkeys(name for spec in self.generations for name in spec["optional"])
         self.optional = [name for name in optional if name not in self.required]
-        self._serving: dict[tuple[int, str], int] = {}
+        self._serving: dict[GroupKey, int] = {}
         self._chains: dict[tuple[int, str, int], Chain] = {}
         self._read: set[int] = set()
         self._open_files: dict[int, pa.NativeFile] = {}
@@ -563,8 +590,8 @@ class FleetModel:
         self.groups()
         return list(self._chains.values())
 
-    def groups(self) -> list[tuple[int, str]]:
-        """Grain index and id of every group that is served by a chain of its own."""
+    def groups(self) -> list[GroupKey]:
+        """Every group that is served by a chain of its own."""
         for number in range(len(self._first_keys)):
             self._read_chains(number)
         return sorted(self._serving)
@@ -721,7 +748,7 @@ class FleetModel:
 
     def _serving_of(self, grain: int, group: str) -> int | None:
         self._read_chains_of(grain, group)
-        return self._serving.get((grain, group))
+        return self._serving.get(GroupKey(grain, group))
 
     def _chain_of(self, grain: int, group: str, generation: int) -> Chain | None:
         self._read_chains_of(grain, group)
@@ -746,7 +773,7 @@ class FleetModel:
                 place = (file, offset, stored)
                 self._chains[grain, group, generation] = Chain(weight, halves, name, place, size, digest)
                 if serves:
-                    self._serving[grain, group] = generation
+                    self._serving[GroupKey(grain, group)] = generation
             self._read.add(number)
 
     def _booster(self, chain: Chain) -> Any:
@@ -769,8 +796,8 @@ class FleetModel:
         rows: pd.DataFrame = pq.read_table(self.folder / "chains.parquet", columns=names, page_checksum_verification=True).to_pandas()
         return rows
 
-    def serving(self) -> dict[tuple[int, str], str]:
-        """The fleet version that answers each group: by grain index and group id."""
+    def serving(self) -> dict[GroupKey, str]:
+        """The fleet version that answers each group."""
         self.groups()
         return {key: str(self.generations[number]["fleet_version"]) for key, number in self._serving.items()}
 

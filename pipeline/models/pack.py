@@ -14,7 +14,7 @@ import pyarrow.fs as pf
 import pyarrow.parquet as pq
 
 from pipeline.errors import ModelNotFound, StoreError
-from pipeline.models.meta_model import CHAINS, INDEPENDENT, PACK_FORMAT, FleetModel, footer_of, group_id, index_digest
+from pipeline.models.meta_model import CHAINS, INDEPENDENT, PACK_FORMAT, FleetModel, GroupKey, footer_of, group_id, index_digest
 from pipeline.spec import COUNTED, FleetSpec
 from pipeline.tables import BY_CONSTANT, records
 
@@ -187,11 +187,11 @@ def _stored(before: Sequence[FleetModel], store: PackStore | None, wanted: Seque
     return files, places
 
 
-def mosaic(serving: Mapping[tuple[int, str], str], models: Sequence[FleetModel]) -> list[Generation]:
+def mosaic(serving: Mapping[GroupKey, str], models: Sequence[FleetModel]) -> list[Generation]:
     """The generations of a version in which each group is answered by the training run that is named for it.
 
     Args:
-        serving: fleet version by grain index and group id.
+        serving: fleet version by group.
         models: packs that together have the chains of these groups, and of their ancestors; of two that have the same the first is taken.
 
     Returns:
@@ -205,7 +205,7 @@ def mosaic(serving: Mapping[tuple[int, str], str], models: Sequence[FleetModel])
         rows = model.chain_rows()
         for number, spec in enumerate(model.generations):
             parts.setdefault(str(spec["fleet_version"]), (spec, []))[1].append(rows[rows["generation"] == number])
-    served: dict[str, set[tuple[int, str]]] = {}
+    served: dict[str, set[GroupKey]] = {}
     for key, version in serving.items():
         served.setdefault(version, set()).add(key)
     found: list[Generation] = []
@@ -213,9 +213,10 @@ def mosaic(serving: Mapping[tuple[int, str], str], models: Sequence[FleetModel])
         if version not in served:
             continue
         rows = pd.concat(tables).drop_duplicates(["grain", "group_id"])
-        keys = pd.Series(list(zip(rows["grain"].astype(int), rows["group_id"], strict=True)), index=rows.index, dtype=object)
+        keys = GroupKey.of_rows(rows)
         needed = {above for key in served[version] for above in ancestry(key, described["grains"])}
-        rows = rows.assign(serves=keys.isin(served[version]))[keys.isin(needed)]
+        rows = rows.assign(serves=[key in served[version] for key in keys])
+        rows = rows[[key in needed for key in keys]]
         found.append(Generation(described, rows.drop(columns="generation")))
         if lacking := served[version] - set(keys):
             raise ModelNotFound(f"no pack has the chain that version {version} has for group {min(lacking)[1]}; {len(lacking)} groups lack theirs")
@@ -224,16 +225,16 @@ def mosaic(serving: Mapping[tuple[int, str], str], models: Sequence[FleetModel])
     return found
 
 
-def ancestry(key: tuple[int, str], grains: Sequence[Sequence[str]]) -> list[tuple[int, str]]:
+def ancestry(key: GroupKey, grains: Sequence[Sequence[str]]) -> list[GroupKey]:
     """A group and the groups above it, coarsest first.
 
     Args:
-        key: grain index and group id.
+        key: the group.
         grains: key columns of each grain.
     """
     grain, group = key
     values = json.loads(group)
-    return [*((level, group_id(values[: len(grains[level])])) for level in range(grain)), key]
+    return [*(GroupKey(level, group_id(values[: len(grains[level])])) for level in range(grain)), key]
 
 
 def write_boosters(path: Path, boosters: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, int]]:
@@ -312,7 +313,7 @@ def _write_tables(
     """Write chains, spec and index; the index's digest."""
     rows = [{**row, **places.get(row["booster_id"], {})} for row in records(chains)]
     table = pa.Table.from_pylist([{field.name: row.get(field.name) for field in CHAINS} for row in rows], schema=CHAINS)
-    bounds = _bounds([(row["grain"], row["group_id"]) for row in rows])
+    bounds = _bounds([GroupKey.of(row) for row in rows])
     with pq.ParquetWriter(folder / "chains.parquet", CHAINS, compression="zstd", write_page_checksum=True) as writer:
         for start, end in bounds:
             writer.write_table(table.slice(start, end - start), row_group_size=max(1, end - start))
@@ -343,7 +344,7 @@ def _described(generation: Generation) -> dict[str, Any]:
     return spec
 
 
-def _bounds(keys: Sequence[tuple[int, str]]) -> list[tuple[int, int]]:
+def _bounds(keys: Sequence[GroupKey]) -> list[tuple[int, int]]:
     """Where row groups start and end: about as many rows in each, all rows of a group in one."""
     starts = [0, *range(CHAINS_PER_ROW_GROUP, len(keys), CHAINS_PER_ROW_GROUP)] if keys else []
     for number in range(1, len(starts)):

@@ -14,12 +14,11 @@ import numpy.typing as npt
 import pandas as pd
 
 from pipeline.errors import DataError, StoreError
-from pipeline.models.meta_model import CORRECTION
+from pipeline.models.meta_model import CORRECTION, GroupKey
 from pipeline.models.pack import ancestry
 from pipeline.models.start import CrossSelection, Start
 from pipeline.tables import BY_CONSTANT, BY_PARENT, records
 
-Key = tuple[int, str]
 Floats = npt.NDArray[np.float64]
 
 # One-sided: a group without a real change is moved, or held back, by chance as often as that.
@@ -71,14 +70,14 @@ class Side:
 
     fleet_version: str
     spec: Mapping[str, Any]
-    groups: Mapping[Key, Mapping[str, Any]]
+    groups: Mapping[GroupKey, Mapping[str, Any]]
 
     @classmethod
     def of_ledger(cls, spec: Mapping[str, Any], ledger: pd.DataFrame) -> "Side":
         """From the rows of a run's ledger."""
-        return cls(str(spec["fleet_version"]), spec, {(int(row["grain"]), str(row["group_id"])): row for row in records(ledger)})
+        return cls(str(spec["fleet_version"]), spec, {GroupKey.of(row): row for row in records(ledger)})
 
-    def recipe(self, key: Key) -> str | None:
+    def recipe(self, key: GroupKey) -> str | None:
         """What the group's own model is made by; None where it has none. Rounds and categories come of the rows, not of the recipe."""
         row = self.groups.get(key)
         if row is None or row["booster_id"] is None:
@@ -88,9 +87,9 @@ class Side:
             parts += [self.recipe(above) for above in ancestry(key, self.spec["grains"])[:-1]]
         return json.dumps(parts, sort_keys=True)
 
-    def chain(self, key: Key) -> list[tuple[Key, float]]:
+    def chain(self, key: GroupKey) -> list[tuple[GroupKey, float]]:
         """The models that have a say in a group's answers, with their weights against their parents', coarsest first."""
-        found: list[tuple[Key, float]] = []
+        found: list[tuple[GroupKey, float]] = []
         for above in ancestry(key, self.spec["grains"]):
             row = self.groups.get(above)
             if row is not None and row.get("answered_by") == BY_CONSTANT:
@@ -107,7 +106,7 @@ def is_comparable(champion: Mapping[str, Any], challenger: Mapping[str, Any]) ->
     return all(champion[name] == challenger[name] for name in ("grains", "task", "classes", "target", "is_count"))
 
 
-def kind_of_change(key: Key, champion: Side | None, challenger: Side) -> str:
+def kind_of_change(key: GroupKey, champion: Side | None, challenger: Side) -> str:
     """What a group is in the challenger, compared with the run that answers it now.
 
     Args:
@@ -130,7 +129,7 @@ def kind_of_change(key: Key, champion: Side | None, challenger: Side) -> str:
     return REFRESH if all(champion.recipe(above) == challenger.recipe(above) for above, _ in before) else NEW_RECIPE
 
 
-def decide(groups: pd.DataFrame, rolled_back: "set[Key] | frozenset[Key]" = frozenset()) -> pd.DataFrame:
+def decide(groups: pd.DataFrame, rolled_back: "set[GroupKey] | frozenset[GroupKey]" = frozenset()) -> pd.DataFrame:
     """Say of every group whether the challenger answers it from now on.
 
     The same recipe on newer rows is promoted unless it is significantly worse, a new recipe only if it is significantly better; a
@@ -152,9 +151,9 @@ def decide(groups: pd.DataFrame, rolled_back: "set[Key] | frozenset[Key]" = froz
     n_rows, n_blocks, gain, error = (ordered[name].to_numpy(dtype=float) for name in ("n_rows", "n_blocks", "gain", "gain_error"))
     p_better = chance_of(gain, error, n_blocks)
     enough = (n_rows >= MIN_ROWS) & (n_blocks >= MIN_BLOCKS) & np.isfinite(p_better)
-    found: dict[Key, tuple[bool, str]] = {}
+    found: dict[GroupKey, tuple[bool, str]] = {}
     p_values: list[float | None] = []
-    keys = zip(ordered["grain"].astype(int), ordered["group_id"], strict=True)
+    keys = GroupKey.of_rows(ordered)
     for key, parent, kind, judged, better in zip(keys, ordered["parent_id"], ordered["kind"], enough, p_better, strict=True):
         tested: float | None = None
         if key in rolled_back and kind != NEW_GROUP:  # what nothing answers cannot stay with anything
@@ -162,7 +161,7 @@ def decide(groups: pd.DataFrame, rolled_back: "set[Key] | frozenset[Key]" = froz
         elif kind in (UNCHANGED, NEW_GROUP, NOT_COMPARABLE):
             verdict = True, kind
         elif not judged:
-            verdict = (found[key[0] - 1, parent][0], FOLLOWS) if key[0] else (True, UNMEASURED)
+            verdict = (found[GroupKey(key.grain - 1, parent)][0], FOLLOWS) if key.grain else (True, UNMEASURED)
         elif kind == REFRESH:
             tested = 1.0 - better
             verdict = (False, WORSE) if tested < LEVEL else (True, NOT_WORSE)
@@ -207,10 +206,10 @@ class Judgement:
         return [judge_answers(self.decisions), *self.rival_gates]
 
     @property
-    def serving(self) -> dict[Key, str]:
+    def serving(self) -> dict[GroupKey, str]:
         """The fleet version that answers each group from now on."""
         rows = self.decisions
-        return {(int(grain), str(group)): str(to) for grain, group, to in zip(rows["grain"], rows["group_id"], rows["to_version"], strict=True)}
+        return {key: str(version) for key, version in zip(GroupKey.of_rows(rows), rows["to_version"], strict=True)}
 
     @property
     def changes_answers(self) -> bool:
@@ -235,8 +234,8 @@ class EarlierRecipes:
     """
 
     fleet_version: str
-    groups: frozenset[Key]
-    starts: Mapping[Key, Start]
+    groups: frozenset[GroupKey]
+    starts: Mapping[GroupKey, Start]
 
 
 def earlier_recipes(decisions: pd.DataFrame, champions: Mapping[str, Side], challenger: Side) -> list[EarlierRecipes]:
@@ -249,11 +248,11 @@ def earlier_recipes(decisions: pd.DataFrame, champions: Mapping[str, Side], chal
         champions: the sides of the runs that answer now, by fleet version.
         challenger: the side of the run that is judged.
     """
-    staying: dict[str, set[Key]] = {}
-    not_better: set[Key] = set()
+    staying: dict[str, set[GroupKey]] = {}
+    not_better: set[GroupKey] = set()
     for row in records(decisions.sort_values("grain")):
-        key, parent = (int(row["grain"]), str(row["group_id"])), (int(row["grain"]) - 1, str(row["parent_id"]))
-        follows = row["reason"] == FOLLOWS and parent in not_better
+        key = GroupKey.of(row)
+        follows = row["reason"] == FOLLOWS and GroupKey.parent_of(row) in not_better
         if row["promoted"] or row["kind"] != NEW_RECIPE or not (row["reason"] == NOT_BETTER or follows):
             continue
         not_better.add(key)
@@ -269,7 +268,7 @@ def earlier_recipes(decisions: pd.DataFrame, champions: Mapping[str, Side], chal
     return found
 
 
-def _refit_of(side: Side, key: Key) -> Start | None:
+def _refit_of(side: Side, key: GroupKey) -> Start | None:
     """How the recipe of a group is fitted again; None where its ledger row does not say enough."""
     row = side.groups.get(key)
     if row is None or row["booster_id"] is None:
@@ -280,7 +279,7 @@ def _refit_of(side: Side, key: Key) -> Start | None:
     return Start(refit=json.loads(row["parameters"]), n_rounds=int(row["n_rounds"]), cross=cross)
 
 
-def with_refits(judgement: Judgement, refits: Mapping[str, Collection[Key]]) -> Judgement:
+def with_refits(judgement: Judgement, refits: Mapping[str, Collection[GroupKey]]) -> Judgement:
     """The decisions once earlier recipes have been fitted on the challenger's rows.
 
     Args:
@@ -289,7 +288,7 @@ def with_refits(judgement: Judgement, refits: Mapping[str, Collection[Key]]) -> 
     """
     by_group = {key: version for version, groups in refits.items() for key in groups}
     rows = judgement.decisions
-    answers = [by_group.get((int(grain), str(group))) for grain, group in zip(rows["grain"], rows["group_id"], strict=True)]
+    answers = [by_group.get(key) for key in GroupKey.of_rows(rows)]
     refitted = pd.Series(answers, index=rows.index, dtype=object)
     is_refitted = refitted.notna()
     changed = rows.assign(reason=rows["reason"].mask(is_refitted, REFITTED), to_version=rows["to_version"].mask(is_refitted, refitted))
@@ -327,18 +326,18 @@ def held_back(judgement: Judgement) -> pd.DataFrame:
     return rows.assign(reason=rows["reason"].mask(would_move, GATES), to_version=rows["from_version"])
 
 
-def stays(serving: Mapping[Key, str]) -> pd.DataFrame:
+def stays(serving: Mapping[GroupKey, str]) -> pd.DataFrame:
     """The decisions about a challenger that cannot even be looked at.
 
     Args:
         serving: fleet version by group, as the champion answers now; where it is empty, the pooled group stands for all.
     """
-    answering: Mapping[Key, str | None] = serving or {(0, "[]"): None}
+    answering: Mapping[GroupKey, str | None] = serving or {GroupKey(0, "[]"): None}
     rows = [(*key, version, version) for key, version in sorted(answering.items())]
     return pd.DataFrame(rows, columns=["grain", "group_id", "from_version", "to_version"]).assign(reason=GATES)
 
 
-def taken_back(decisions: pd.DataFrame, challenger: str) -> frozenset[Key]:
+def taken_back(decisions: pd.DataFrame, challenger: str) -> frozenset[GroupKey]:
     """Groups that were rolled back from that fleet version: only a person, or a newer version, moves them again.
 
     Args:
@@ -346,10 +345,10 @@ def taken_back(decisions: pd.DataFrame, challenger: str) -> frozenset[Key]:
         challenger: the fleet version.
     """
     rows = decisions[(decisions["decision"] == "rollback") & decisions["moved"].astype(bool) & (decisions["from_version"] == challenger)]
-    return frozenset(zip(rows["grain"].astype(int), rows["group_id"].astype(str), strict=True))
+    return frozenset(GroupKey.of_rows(rows))
 
 
-def rolled_back(current: Mapping[Key, str], target: Mapping[Key, str], listed: Collection[str]) -> pd.DataFrame:
+def rolled_back(current: Mapping[GroupKey, str], target: Mapping[GroupKey, str], listed: Collection[str]) -> pd.DataFrame:
     """The decisions of a rollback: grain, group_id, from_version, to_version and reason.
 
     Args:
@@ -370,7 +369,7 @@ def rolled_back(current: Mapping[Key, str], target: Mapping[Key, str], listed: C
     return pd.DataFrame(rows, columns=["grain", "group_id", "from_version", "to_version"]).assign(reason=OVERRIDE)
 
 
-def losing_groups(measured: pd.DataFrame) -> dict[Key, str]:
+def losing_groups(measured: pd.DataFrame) -> dict[GroupKey, str]:
     """Groups whose answers are significantly worse than their parents' or the constant's, and which of the two answers them better.
 
     Args:
@@ -384,10 +383,10 @@ def losing_groups(measured: pd.DataFrame) -> dict[Key, str]:
     level = FLEET_LEVEL / max(1, 2 * len(tested))
     is_worse = {rival: _is_worse(tested, rival, level) for rival in (BY_PARENT, BY_CONSTANT)}
     losers = tested[is_worse[BY_PARENT] | is_worse[BY_CONSTANT]]
-    found: dict[Key, str] = {}
+    found: dict[GroupKey, str] = {}
     for row in records(losers):
         by_constant = row["loss_constant"] < row["loss_parent"]
-        found[int(row["grain"]), str(row["group_id"])] = BY_CONSTANT if by_constant else BY_PARENT
+        found[GroupKey.of(row)] = BY_CONSTANT if by_constant else BY_PARENT
     return found
 
 
@@ -398,18 +397,18 @@ def _is_worse(measured: pd.DataFrame, rival: str, level: float) -> "pd.Series[bo
     return pd.Series(is_discernible & (1.0 - chance_of(gain, error, n_blocks) < level), index=measured.index)
 
 
-def judge_challenger(ledger: pd.DataFrame, groups_in_pack: Sequence[Key]) -> list[Gate]:
+def judge_challenger(ledger: pd.DataFrame, groups_in_pack: Sequence[GroupKey]) -> list[Gate]:
     """Ask whether a version is fit to serve, whatever served before it.
 
     Args:
         ledger: the rows of its training run.
-        groups_in_pack: grain index and id of every group that has an answer chain in it.
+        groups_in_pack: every group that has an answer chain in it.
 
     Raises:
         StoreError: if the ledger has no such run.
     """
     chains = set(groups_in_pack)
-    lacking = [key for key in zip(ledger["grain"], ledger["group_id"], strict=True) if (int(key[0]), key[1]) not in chains]
+    lacking = [key for key in GroupKey.of_rows(ledger) if key not in chains]
     if ledger[ledger["grain"] == 0].empty:
         raise StoreError("the ledger does not know the challenger's run: registry and data root do not belong together; materialise models again")
     n_failed = int((ledger["status"] == "failed").sum())

@@ -11,13 +11,13 @@ import numpy as np
 import pandas as pd
 
 from pipeline.errors import DataError
+from pipeline.models.meta_model import GroupKey
 from pipeline.models.start import CrossSelection, Start
 from pipeline.periods import Period
 from pipeline.runs.fingerprints import fingerprint
 from pipeline.training.outcome import NO_TARGET, NOT_LISTED, NOT_POOLED, TOO_FEW_ROWS, VANISHED, WITH_BOOSTER
 
 Retrain = Literal["changed", "stale", "listed", "all"]
-GroupKey = tuple[int, str]
 
 TASK_SECONDS = 3.0
 # The last task of a slot in parts: as one, it would leave the other slots idle where the guesses were wrong.
@@ -76,7 +76,7 @@ class Memory:
     """What earlier runs left, for this run to build on.
 
     Args:
-        kept: ledger rows of the very run that is resumed, by (grain, group id).
+        kept: ledger rows of the very run that is resumed, by group.
         before: ledger rows of the newest finished run.
         unfinished: ledger rows of runs that were never finished, newer than `before`.
         same_spec: whether `before` was trained under the same spec, so that its parameters may be refitted without trials.
@@ -224,7 +224,7 @@ def build_plan(
 
 def _with_vanished(counts: pd.DataFrame, before: Mapping[GroupKey, Mapping[str, Any]]) -> pd.DataFrame:
     """The groups of the data, and those of the run before that are not in it any more."""
-    there = set(zip(counts["grain"], counts["group_id"], strict=True))
+    there = set(GroupKey.of_rows(counts))
     gone = [row for key, row in sorted(before.items()) if key not in there]
     if not gone:
         return counts
@@ -251,7 +251,7 @@ def _decisions(groups: Sequence[Mapping[Any, Any]], policy: Policy, memory: Memo
     listed: set[GroupKey] = set()
     for place in sorted(range(len(groups)), key=lambda place: groups[place]["grain"]):
         group = dict(groups[place])
-        key, parent = (int(group["grain"]), str(group["group_id"])), (int(group["grain"]) - 1, str(group["parent_id"]))
+        key, parent = GroupKey.of(group), GroupKey.parent_of(group)
         if policy.corrects and group["rows_hash"] != VANISHED and (base := bases.get(parent)) is not None:
             group["rows_hash"] = f"{group['rows_hash']}+{base}"
         if key[1] in policy.listed or (policy.corrects and parent in listed):
@@ -263,7 +263,7 @@ def _decisions(groups: Sequence[Mapping[Any, Any]], policy: Policy, memory: Memo
 
 def _decide(group: Mapping[Any, Any], policy: Policy, memory: Memory, shared: str, finest: int, *, is_listed: bool) -> _Decision:
     """What is to be done for one group."""
-    key = int(group["grain"]), str(group["group_id"])
+    key = GroupKey.of(group)
     before = memory.before.get(key)
     hashed = str(group["rows_hash"])
     if policy.recipes:
@@ -342,7 +342,7 @@ def _start(group: Mapping[Any, Any], memory: Memory, policy: Policy, *, judge: b
     """From the group's own last parameters, then its parent's."""
     if judge:
         return Start(judge=True)
-    keys = (int(group["grain"]), str(group["group_id"])), (int(group["grain"]) - 1, str(group["parent_id"]))
+    keys = GroupKey.of(group), GroupKey.parent_of(group)
     own, parent = (row if row is not None and row["status"] in WITH_BOOSTER else None for row in map(memory.before.get, keys))
     # Without the winners of both halves, as in a ledger of an earlier release, tune rows would be predicted by what they chose.
     is_refittable = own is not None and memory.same_spec and own.get("cross_selection") is not None

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pipeline.runs.plan import DOUBT, WAVE_SHARE, GroupKey, pack_tasks
+from pipeline.models.meta_model import GroupKey
+from pipeline.runs.plan import DOUBT, WAVE_SHARE, pack_tasks
 
 # Waves that may be trained and not committed; a killed run loses those.
 WAVES_AT_ONCE = 2
@@ -161,16 +162,16 @@ class Schedule:
             not_started: the others.
         """
         self._freed(groups)
-        costs = dict(zip(_keys(groups), groups["cost_seconds"], strict=True))
+        costs = dict(zip(GroupKey.of_rows(groups), groups["cost_seconds"], strict=True))
         for outcome in outcomes:
             seconds = outcome.get("seconds")
             if outcome["status"] in ("trained", "refreshed") and seconds:
-                self._planned.append(float(costs[int(outcome["grain"]), str(outcome["group_id"])]))
+                self._planned.append(float(costs[GroupKey.of(outcome)]))
                 self._real.append(float(seconds))
         self.pace = Pace.learnt(self._planned, self._real)
         back = set(not_started)
         if back:
-            again = groups[[key in back for key in _keys(groups)]]
+            again = groups[[key in back for key in GroupKey.of_rows(groups)]]
             self._left = _longest_first(pd.concat([self._left, again]))
 
     def halve(self, groups: pd.DataFrame) -> None:
@@ -194,17 +195,13 @@ class Schedule:
         return self._started(chosen.assign(task=tasks), kind)
 
     def _started(self, groups: pd.DataFrame, kind: set[GroupKey]) -> pd.DataFrame:
-        kind.add(_keys(groups)[0])
+        kind.add(GroupKey.of_rows(groups)[0])
         return groups.assign(task=pd.factorize(groups["task"], sort=True)[0])
 
     def _freed(self, groups: pd.DataFrame) -> None:
-        first = _keys(groups)[0]
+        first = GroupKey.of_rows(groups)[0]
         self._alone.discard(first)
         self._shared.discard(first)
-
-
-def _keys(groups: pd.DataFrame) -> list[GroupKey]:
-    return [(int(grain), str(group)) for grain, group in zip(groups["grain"], groups["group_id"], strict=True)]
 
 
 def _longest_first(groups: pd.DataFrame) -> pd.DataFrame:

@@ -10,13 +10,12 @@ import pandas as pd
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as sf
 
-from pipeline.models.meta_model import CORRECTION
+from pipeline.models.meta_model import CORRECTION, GroupKey
 from pipeline.models.promotion import (
     NEW_GROUP,
     NOT_COMPARABLE,
     UNCHANGED,
     Judgement,
-    Key,
     Side,
     decide,
     judge_rivals,
@@ -55,8 +54,8 @@ class Contest:
     run: Mapping[Any, Any]
     challenger: Side
     champions: Mapping[str, Side]
-    serving: Mapping[Key, str]
-    rolled_back: frozenset[Key] = frozenset()
+    serving: Mapping[GroupKey, str]
+    rolled_back: frozenset[GroupKey] = frozenset()
 
     @property
     def cutoffs(self) -> Cutoffs:
@@ -72,7 +71,7 @@ class Contest:
         with_offset, without_offset = found
         return Constants(with_offset, without_offset, tuple(self.challenger.spec["prior"]))
 
-    def kinds(self) -> dict[Key, str]:
+    def kinds(self) -> dict[GroupKey, str]:
         """What each group of the challenger is, compared with what answers it now."""
         found = {}
         for key in self.challenger.groups:
@@ -124,7 +123,7 @@ def judge(
     return Judgement(decided.assign(to_version=to_version), judge_rivals(fleet, rival_titles(spec)))
 
 
-def _is_compared(version: str, kinds: Mapping[Key, str], contest: Contest) -> bool:
+def _is_compared(version: str, kinds: Mapping[GroupKey, str], contest: Contest) -> bool:
     """Whether some group that the version answers now is compared with the challenger."""
     return any(contest.serving.get(key) == version and kind not in (UNCHANGED, NEW_GROUP, NOT_COMPARABLE) for key, kind in kinds.items())
 
@@ -152,7 +151,7 @@ class Twins:
         holdout: what they predict of the report rows, as in `tables.HOLDOUT`; None where there are none.
     """
 
-    keys: frozenset[Key]
+    keys: frozenset[GroupKey]
     holdout: DataFrame | None
 
 
@@ -177,13 +176,13 @@ def fit_twins(shop: _Workshop, side: Side, held_out: DataFrame) -> Twins:
     return Twins(frozenset(keys), found)
 
 
-def _instead(spark: SparkSession, held_out: DataFrame, keys: Collection[Key], twins: DataFrame) -> DataFrame:
+def _instead(spark: SparkSession, held_out: DataFrame, keys: Collection[GroupKey], twins: DataFrame) -> DataFrame:
     """Held-out rows in which twins have taken the place of their groups."""
     replaced = sf.broadcast(spark.createDataFrame(sorted(keys), "grain int, group_id string"))
     return held_out.join(replaced, ["grain", "group_id"], "left_anti").unionByName(twins)
 
 
-def _fitted(shop: _Workshop, side: Side, keys: Collection[Key], bases: DataFrame | None) -> DataFrame:
+def _fitted(shop: _Workshop, side: Side, keys: Collection[GroupKey], bases: DataFrame | None) -> DataFrame:
     """The held-out rows of some twins; one Spark job."""
     spec, contest = twin_spec(shop.spec, side.spec), shop.contest
     groups = _planned(spec, contest.challenger, side, sorted(keys))
@@ -220,7 +219,7 @@ def twin_spec(spec: FleetSpec, model: Mapping[str, Any]) -> FleetSpec:
     return spec.model_copy(update={"features": features, "baselines": {}})
 
 
-def _planned(spec: FleetSpec, challenger: Side, side: Side, keys: Sequence[Key]) -> pd.DataFrame:
+def _planned(spec: FleetSpec, challenger: Side, side: Side, keys: Sequence[GroupKey]) -> pd.DataFrame:
     """Some twins, as `train_aside` takes them."""
     rows = [challenger.groups[key] for key in keys]
     groups = pd.DataFrame(keys, columns=["grain", "group_id"])
@@ -332,7 +331,7 @@ def _weights_of(spark: SparkSession, grain: int, contest: Contest, versions: Seq
     return spark.createDataFrame(table, ", ".join(columns))
 
 
-def _weight(side: Side, key: Key) -> tuple[float | None, bool]:
+def _weight(side: Side, key: GroupKey) -> tuple[float | None, bool]:
     """The weight of a group's own model, and whether the constant answers the group instead of its parent."""
     row = side.groups.get(key)
     if row is None:

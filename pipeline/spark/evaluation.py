@@ -11,6 +11,7 @@ import pandas as pd
 from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as sf
 
+from pipeline.models.meta_model import GroupKey
 from pipeline.spark.keys import finite, inverse_link_column, link_column, moment_column
 from pipeline.spark.measures import baseline_measures, row_errors, row_means, row_measures, shown_measures
 from pipeline.spec import MULTICLASS, QUANTILE, WAYS, FleetSpec
@@ -114,7 +115,7 @@ def measure_groups(
     spark: SparkSession,
     judged: DataFrame,
     spec: FleetSpec,
-    skills: Mapping[tuple[int, str], GroupSkill],
+    skills: Mapping[GroupKey, GroupSkill],
     constants: Constants,
     has_model: Sequence[set[str]],
     classes: Sequence[str],
@@ -126,7 +127,7 @@ def measure_groups(
         spark: the session.
         judged: as from `judged_rows`.
         spec: the fleet.
-        skills: weights by (grain, group id).
+        skills: weights by group.
         constants: what answers without a model.
         has_model: per grain the groups that were trained.
         classes: of the target, in order; empty for regression.

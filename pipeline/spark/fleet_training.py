@@ -23,7 +23,7 @@ from pyspark.sql import functions as sf
 from pipeline.crash_points import crash_point
 from pipeline.errors import DataError
 from pipeline.features.encoding import choose_categories
-from pipeline.models.meta_model import CORRECTION, INDEPENDENT, grain_name
+from pipeline.models.meta_model import CORRECTION, INDEPENDENT, GroupKey, grain_name
 from pipeline.models.pack import model_spec
 from pipeline.models.start import Start
 from pipeline.periods import Period
@@ -35,7 +35,6 @@ from pipeline.runs.plan import (
     REUSE,
     TRAIN,
     CostModel,
-    GroupKey,
     Memory,
     Policy,
     Retrain,
@@ -253,7 +252,7 @@ class History:
 
 
 def _by_group(ledger: pd.DataFrame) -> dict[GroupKey, Mapping[str, Any]]:
-    return {(int(row["grain"]), row["group_id"]): row for row in records(ledger)}
+    return {GroupKey.of(row): row for row in records(ledger)}
 
 
 def plan_run(
@@ -622,15 +621,11 @@ def _train_waves(
     # Closed at once where a commit fails, so that what is under way ends.
     with closing(_overlapping(cluster.spark, schedule, run.run_id, train)) as waves:
         for wave, trained in waves:
-            outcomes = {(int(outcome["grain"]), str(outcome["group_id"])): outcome for outcome in trained.outcomes}
+            outcomes = {GroupKey.of(outcome): outcome for outcome in trained.outcomes}
             left = set(trained.not_started)
-            rows = [
-                _trained_row(planned, outcomes, wave, run, spec)
-                for planned in records(wave.groups)
-                if (int(planned["grain"]), str(planned["group_id"])) not in left
-            ]
+            rows = [_trained_row(planned, outcomes, wave, run, spec) for planned in records(wave.groups) if GroupKey.of(planned) not in left]
             commits.wave(wave, trained, pd.DataFrame(rows).reindex(columns=LEDGER.schema.names))
-            found |= {(int(row["grain"]), str(row["group_id"])): row for row in rows}
+            found |= {GroupKey.of(row): row for row in rows}
             schedule.ended(wave.groups, trained.outcomes, trained.not_started)
             progress.pace = schedule.pace
     return found
@@ -707,10 +702,10 @@ def _trained_row(
 ) -> dict[str, Any]:
     """The ledger row of a group that was sent to a worker; `failed` if nothing came back."""
     lost = {"status": "failed", "reason": ERROR, "error_class": "LostOutcome", "error_message": "the worker gave no outcome for this group"}
-    outcome = outcomes.get((int(planned["grain"]), str(planned["group_id"])), lost)
+    outcome = outcomes.get(GroupKey.of(planned), lost)
     tuned = run.cutoffs.as_of
     if outcome["status"] == "refreshed":
-        tuned = pd.Timestamp(run.memory.before[int(planned["grain"]), str(planned["group_id"])]["tuned_as_of"]).tz_localize(None)
+        tuned = pd.Timestamp(run.memory.before[GroupKey.of(planned)]["tuned_as_of"]).tz_localize(None)
     return {
         **_planned_row(planned, run, spec),
         "source_run_id": run.run_id,
@@ -737,7 +732,7 @@ def _ledger_rows(run: PlannedRun, spec: FleetSpec, trained: Mapping[GroupKey, di
     """One row per group that is trained by now or need not be, weights and errors still missing."""
     rows = []
     for planned in records(run.plan.groups):
-        key = int(planned["grain"]), str(planned["group_id"])
+        key = GroupKey.of(planned)
         if planned["action"] in (TRAIN, REFRESH) and key not in trained:
             continue
         row = _planned_row(planned, run, spec)
@@ -790,7 +785,7 @@ def _judged(
             measures = measure_groups(spark, judged, spec, skills, run.constants, has_model, classes, rows)
         finally:
             judged.unpersist()
-    known = {(int(row["grain"]), str(row["group_id"])) for row in ledger_rows}
+    known = {GroupKey.of(row) for row in ledger_rows}
     judged_groups = {*skills, *_by_group(measures)}
     unknown = sorted({group for grain, group in judged_groups - known})
     return build_ledger(ledger_rows, spec, skills, measures), unknown[:MAX_UNKNOWN_GROUPS]
@@ -831,7 +826,7 @@ def build_ledger(rows: Sequence[Mapping[str, Any]], spec: FleetSpec, skills: Map
     measured = _by_group(measures)
     complete = []
     for row in rows:
-        key = int(row["grain"]), str(row["group_id"])
+        key = GroupKey.of(row)
         full = {**row, **(vars(skills[key]) if key in skills else {}), **measured.get(key, {})}
         if row["status"] not in WITH_BOOSTER:
             full["weight"] = 0.0
@@ -882,7 +877,7 @@ def _second_pass(run: PlannedRun, spec: FleetSpec, found: dict[GroupKey, dict[st
         return
     shared = shared_digest(run.settings.model, run.settings.goal, spec.tuning, run.cutoffs, spec.target.weight)
     slots, wave_seconds = run.plan.slots, spec.tuning.checkpoint_seconds
-    plans = {(int(row["grain"]), str(row["group_id"])): row for row in records(run.plan.to_train)}
+    plans = {GroupKey.of(row): row for row in records(run.plan.to_train)}
     left = {key for key, row in found.items() if row["status"] == "trained" and spec.tuning.max_trials > FIRST_PASS_TRIALS}
     longer = (min(spec.tuning.max_trials, spec.tuning.patience + 1) + 2) / (FIRST_PASS_TRIALS + 2)
     for key in left:
@@ -902,8 +897,8 @@ def _second_pass(run: PlannedRun, spec: FleetSpec, found: dict[GroupKey, dict[st
             cost += seconds
         if not chosen:
             return
-        left -= {(int(row["grain"]), str(row["group_id"])) for row in chosen}
+        left -= {GroupKey.of(row) for row in chosen}
         groups = pd.DataFrame(chosen).sort_values("cost_seconds", ascending=False, ignore_index=True)
         # These seconds are those of the first pass.
         yield TrainingPlan(groups, slots, CostModel(learnt_from=len(plans)))
-        spent += sum(float(found[int(row["grain"]), str(row["group_id"])]["seconds"] or 0.0) for row in chosen)
+        spent += sum(float(found[GroupKey.of(row)]["seconds"] or 0.0) for row in chosen)

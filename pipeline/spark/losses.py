@@ -7,7 +7,8 @@ import pandas as pd
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as sf
 
-from pipeline.models.promotion import Key, losing_groups
+from pipeline.models.meta_model import GroupKey
+from pipeline.models.promotion import losing_groups
 from pipeline.spark.evaluation import constant_column
 from pipeline.spark.keys import inverse_link_column, moment_column, moment_of
 from pipeline.spark.measures import SMALLEST, deviance
@@ -183,12 +184,12 @@ def _as_measured(sums: pd.DataFrame, rivals: Sequence[str]) -> pd.DataFrame:
 def answer_losers_otherwise(
     judged: DataFrame,
     spec: FleetSpec,
-    skills: Mapping[Key, GroupSkill],
+    skills: Mapping[GroupKey, GroupSkill],
     has_model: Sequence[Collection[str]],
     constants: Constants,
     classes: Sequence[str],
     report_start: pd.Timestamp,
-) -> dict[Key, GroupSkill]:
+) -> dict[GroupKey, GroupSkill]:
     """Leave to its parent, or to the constant, each finest group whose answer is significantly worse than theirs on report rows.
 
     Coarser groups stay as they are: what they do badly over all their rows, some finer group that leans on them may need.
@@ -196,7 +197,7 @@ def answer_losers_otherwise(
     Args:
         judged: rows as from `evaluation.judged_rows`.
         spec: the fleet.
-        skills: weights as learnt, by (grain, group id).
+        skills: weights as learnt, by group.
         has_model: per grain the groups that were trained.
         constants: what answers without a model.
         classes: of the target; empty for regression.
@@ -224,7 +225,7 @@ def _same_group(grain: int) -> Column:
     return sf.col("group_ids")[grain] == sf.col(f"_g{grain}")
 
 
-def _weight_table(rows: DataFrame, grain: int, skills: Mapping[Key, GroupSkill], has_model: Collection[str]) -> DataFrame:
+def _weight_table(rows: DataFrame, grain: int, skills: Mapping[GroupKey, GroupSkill], has_model: Collection[str]) -> DataFrame:
     """The weight of each group of a grain that has a model."""
     table = [(group, skill.weight) for (level, group), skill in skills.items() if level == grain and group in has_model]
     return rows.sparkSession.createDataFrame(table, f"_g{grain} string, _w{grain} double")

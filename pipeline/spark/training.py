@@ -18,7 +18,7 @@ from pyspark.sql import functions as sf
 from pyspark.sql.pandas.types import from_arrow_schema
 
 from pipeline.errors import DataError
-from pipeline.runs.plan import GroupKey
+from pipeline.models.meta_model import GroupKey
 from pipeline.runs.sampling import SAMPLED_WHOLE
 from pipeline.runs.schedule import Pace, seconds_left
 from pipeline.spark.files import FileWriter, WrittenFile, file_json, file_of_json
@@ -478,7 +478,7 @@ def train_wave(
         memory_bytes: memory one group may take.
     """
     groups = wave.groups
-    keys = [(int(grain), str(group)) for grain, group in zip(groups["grain"], groups["group_id"], strict=True)]
+    keys = GroupKey.of_rows(groups)
     starts = dict(zip(keys, groups["started_from"], strict=True))
     costs = dict(zip(keys, groups["cost_seconds"].astype(float), strict=True))
     name, run_id, start_seconds = wave.name, settings.run_id, wave.start_seconds
@@ -492,7 +492,7 @@ def train_wave(
         done.add(1)
         if ledger["status"] in ("failed", "crashed"):
             failed.add(1)
-        worked.add(costs[outcome["grain"][0].as_py(), outcome["group_id"][0].as_py()])
+        worked.add(costs[GroupKey(outcome["grain"][0].as_py(), outcome["group_id"][0].as_py())])
         spent.add(float(ledger.get("seconds") or 0.0))
         return outcome
 
@@ -522,7 +522,7 @@ def train_wave(
     outcomes = [json.loads(row["line"]) for row in rows if row["kind"] == "outcome"]
     return TrainedFiles(
         outcomes=[outcome for outcome in outcomes if outcome["status"] != NOT_STARTED],
-        not_started=[(outcome["grain"], outcome["group_id"]) for outcome in outcomes if outcome["status"] == NOT_STARTED],
+        not_started=[GroupKey.of(outcome) for outcome in outcomes if outcome["status"] == NOT_STARTED],
         boosters=[file_of_json(file) for file in files if file["table"] == "boosters"],
         holdout=[file_of_json(file) for file in files if file["table"] == "holdout"],
     )
@@ -569,7 +569,7 @@ _workers: dict[str, TaskWorker] = {}
 
 
 def _worker_of(
-    wave: str, settings: TrainingSettings, starts: Mapping[tuple[int, str], str], train: TrainGroup | None, memory_bytes: int | None
+    wave: str, settings: TrainingSettings, starts: Mapping[GroupKey, str], train: TrainGroup | None, memory_bytes: int | None
 ) -> TaskWorker:
     if wave not in _workers:
         keep_imports()

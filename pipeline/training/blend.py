@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from pipeline.models.meta_model import GroupKey
 from pipeline.tables import BY_CONSTANT
 from pipeline.training.splits import REPORT, TUNE
 
@@ -114,7 +115,7 @@ class GroupSkill:
 
 def learn_blend(
     moments: Moments, has_model: Sequence[set[str]], constant: float, pooling: Literal["blend", "select", "none"]
-) -> dict[tuple[int, str], GroupSkill]:
+) -> dict[GroupKey, GroupSkill]:
     """Choose the weight of every group that has judged rows.
 
     Least squares on cross-selected tune predictions, grain by grain from coarse to fine. A group's weight is shrunk towards its
@@ -128,7 +129,7 @@ def learn_blend(
         pooling: `blend`; `select`: weight 1 where the own model beats the parent's answer on tune rows, else 0; `none`: 1.
 
     Returns:
-        Skill by (grain, group id).
+        Skill by group.
     """
     n_entries, n_grains = moments.groups.shape
     # The answer so far, as a linear combination of v, per entry.
@@ -137,7 +138,7 @@ def learn_blend(
     constant_answer = answer.copy()
     target = np.zeros_like(answer)
     target[:, 1] = 1.0
-    skills: dict[tuple[int, str], GroupSkill] = {}
+    skills: dict[GroupKey, GroupSkill] = {}
     for grain in range(n_grains):
         own = np.zeros_like(answer)
         own[:, 2 + grain] = 1.0
@@ -167,7 +168,7 @@ def learn_blend(
             errors = [None if np.isnan(column[number]) else float(column[number]) for column in columns]
             if not trained[number]:
                 errors[0] = errors[2] = None
-            skills[grain, str(name)] = GroupSkill(float(weights[number]), *errors)
+            skills[GroupKey(grain, str(name))] = GroupSkill(float(weights[number]), *errors)
     return skills
 
 

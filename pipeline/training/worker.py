@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
+from pipeline.models.meta_model import GroupKey
 from pipeline.models.start import Start
 from pipeline.tables import HOLDOUT
 from pipeline.training.isolation import GroupProcess
@@ -39,7 +40,7 @@ class TaskWorker:
 
     Args:
         settings: the run's.
-        starts: how each group begins, as JSON (see `Start`), by (grain, group id); those absent have nothing to start from.
+        starts: how each group begins, as JSON (see `Start`), by group; those absent have nothing to start from.
         train: what trains; another function only in tests.
         memory_bytes: memory a group may take beyond what the process has at its start; None is unlimited.
     """
@@ -47,7 +48,7 @@ class TaskWorker:
     def __init__(
         self,
         settings: TrainingSettings,
-        starts: Mapping[tuple[int, str], str],
+        starts: Mapping[GroupKey, str],
         train: TrainGroup = train_group,
         memory_bytes: int | None = None,
     ) -> None:
@@ -84,7 +85,7 @@ class TaskWorker:
     def _answer(self, message: bytes) -> bytes:
         table = pa.ipc.open_stream(message).read_all()
         grain, group = json.loads(table.schema.metadata[b"key"])
-        start = Start.from_json(self._starts.get((grain, group), "{}"))
+        start = Start.from_json(self._starts.get(GroupKey(grain, group), "{}"))
         frame = rows_in_pandas(table, self._settings.model)
         outcome = train_one(frame, grain, self._settings, start, self._train)
         return _stream(_outcome_table(outcome, grain, group))

@@ -24,6 +24,7 @@ from pipeline.models.meta_model import (
     NOT_FINITE,
     Contributions,
     FleetModel,
+    GroupKey,
     InputError,
     PackError,
     answer_columns,
@@ -50,6 +51,15 @@ keys = st.one_of(st.none(), texts, st.sampled_from(NASTY))
 
 
 # Group ids
+
+
+def test_a_group_key_is_the_plain_tuple_of_grain_and_id() -> None:
+    row = {"grain": np.int32(1), "group_id": '["north"]', "parent_id": "[]", "n_rows": 3}
+    key = GroupKey.of(row)
+    assert (key, hash(key), {key: 1}[1, '["north"]']) == ((1, '["north"]'), hash((1, '["north"]')), 1)
+    assert (type(key.grain), key.group_id, json.dumps(key)) == (int, '["north"]', '[1, "[\\"north\\"]"]')
+    assert GroupKey.parent_of(row) == (0, "[]")
+    assert GroupKey.of_rows(pd.DataFrame([row, row])) == [key, key]
 
 
 @given(st.lists(st.one_of(st.none(), st.text(st.characters(exclude_categories=["Cc", "Cs"]))), max_size=4))
