@@ -12,14 +12,13 @@ import pandas as pd
 import pyarrow as pa
 
 from assets.link import link_key, link_settings, png, prefixed, readable_failures
-from assets.meta_model import pack_spec
 from assets.mosaic import register_mosaic
 from assets.newest_run import features_of, ledger_of
 from assets.progress import no_progress, progress_lines
 from assets.refits import is_older, refit
 from pipeline.crash_points import crash_point
 from pipeline.errors import ModelNotFound, SpecError, StoreError
-from pipeline.models.meta_model import FleetModel, GroupKey, PackError
+from pipeline.models.meta_model import FleetModel, Generation, GroupKey, PackError
 from pipeline.models.promotion import (
     CAN_ANSWER,
     CAN_OPEN,
@@ -202,11 +201,13 @@ def _contest(parts: _Parts, challenger: Version, ledger: pd.DataFrame, serving_m
     """The challenger, and who answers now."""
     run = _run_of(parts, challenger)
     serving = {} if serving_model is None else serving_model.serving()
-    specs = {} if serving_model is None else {str(spec["fleet_version"]): spec for spec in serving_model.generations}
+    generations = {} if serving_model is None else {generation.fleet_version: generation for generation in serving_model.generations}
     return Contest(
         run=run.to_dict(),
-        challenger=Side.of_ledger(pack_spec(run), ledger),
-        champions={version: Side.of_ledger(specs[version], ledger_of(parts.tables, parts.namespace, version)) for version in set(serving.values())},
+        challenger=Side.of_ledger(Generation.of_run(run), ledger),
+        champions={
+            version: Side.of_ledger(generations[version], ledger_of(parts.tables, parts.namespace, version)) for version in set(serving.values())
+        },
         serving=serving,
         rolled_back=_taken_back(parts, challenger.fleet_version),
     )

@@ -1,14 +1,12 @@
 """`<fleet>/importance`: what each feature does in each group's model."""
 
-import json
-
 import dagster as dg
 import pandas as pd
 
 from assets.link import link_key, link_settings, png, prefixed, readable_failures
 from assets.newest_run import features_of, ledger_of, newest_run
 from pipeline.models.importance import SAMPLED_ROWS
-from pipeline.models.meta_model import CORRECTION
+from pipeline.models.meta_model import CORRECTION, ModelSpec
 from pipeline.reporting.plots import importance_plot
 from pipeline.reporting.summary import markdown_table, top_features
 from pipeline.spark.importance import LookedAt, write_importance
@@ -72,7 +70,7 @@ def importance_asset(spec: FleetSpec) -> dg.AssetsDefinition:
                         "run_id": run_id,
                         "groups": told.n_boosters,
                         "copied": told.n_copied,
-                        "explains": _explained(json.loads(str(run["model_spec"]))["own"], spec),
+                        "explains": _explained(ModelSpec.from_json(str(run["model_spec"])).own, spec),
                     }
                 ),
                 "fleet/top_features": dg.MetadataValue.md(markdown_table(top)),

@@ -1,6 +1,5 @@
 """`<fleet>/meta_model`: one registered model that answers for every group, the newest challenger."""
 
-import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,8 +11,8 @@ import pandas as pd
 
 from assets.link import link_key, link_settings, png, prefixed, readable_failures
 from assets.newest_run import features_of, ledger_of, newest_run, waves_of
-from pipeline.models.meta_model import FleetModel, PackError, filesystem_of
-from pipeline.models.pack import Generation, PackStore, answers_alike, write_pack
+from pipeline.models.meta_model import FleetModel, Generation, PackError, filesystem_of
+from pipeline.models.pack import PackedRun, PackStore, answers_alike, write_pack
 from pipeline.reporting.plots import training_plot
 from pipeline.reporting.summary import fleet_errors, markdown_table, shown_measures
 from pipeline.spark.fleet_training import read_runs
@@ -124,7 +123,7 @@ def packed(
     options = tables.storage_options
     digest = write_pack(
         folder,
-        [Generation(pack_spec(run), ledger)],
+        [PackedRun(Generation.of_run(run), ledger)],
         lambda names: _boosters(tables, namespace, run, names),
         store=pack_store(tables, namespace, spec),
         before=_challenger(registry, namespace, options) if spec.pack == SHARED else [],
@@ -141,8 +140,8 @@ def _version_of_the_same_answers(
     before = runs[runs["run_id"] == (version.fleet_version if version else None)]
     if version is None or before.empty or before["spec_digest"].iloc[0] != run["spec_digest"]:
         return None
-    earlier = Generation(pack_spec(before.iloc[0]), ledger_of(tables, namespace, version.fleet_version))
-    if not answers_alike(earlier, Generation(pack_spec(run), ledger)):
+    earlier = PackedRun(Generation.of_run(before.iloc[0]), ledger_of(tables, namespace, version.fleet_version))
+    if not answers_alike(earlier, PackedRun(Generation.of_run(run), ledger)):
         return None
     try:
         model = registry.open_pack(version, tables.storage_options)
@@ -150,15 +149,6 @@ def _version_of_the_same_answers(
     except PackError:
         return None
     return version if (model.root is not None) == (spec.pack == SHARED) else None
-
-
-def pack_spec(run: "pd.Series[Any]") -> dict[str, Any]:
-    """The spec.json of the run's pack."""
-    return {
-        **json.loads(str(run["model_spec"])),
-        "fleet_version": run["run_id"],
-        **{name: None if pd.isna(run[name]) else float(run[name]) for name in ("constant", "constant_without_offset")},
-    }
 
 
 def run_parameters(run: "pd.Series[Any]", spec: FleetSpec) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from assets.meta_model import pack_store
 from pipeline.models.meta_model import FleetModel, GroupKey
-from pipeline.models.pack import mosaic, write_pack
+from pipeline.models.pack import combine_versions, write_pack
 from pipeline.spec import FleetSpec
 from resources.delta_tables import DeltaTables
 from resources.mlflow_registry import MlflowRegistry, Version, interface
@@ -50,8 +50,8 @@ def register_mosaic(
 
     with tempfile.TemporaryDirectory() as folder:
         pack = Path(folder) / "pack"
-        generations = mosaic(serving, models)
-        digest = write_pack(pack, generations, boosters, store=pack_store(tables, namespace, spec), before=models)
+        runs = combine_versions(serving, models)
+        digest = write_pack(pack, runs, boosters, store=pack_store(tables, namespace, spec), before=models)
         answering = FleetModel(pack, digest=digest, options=options)
         features = tables.read_spark(spark.session, tables.location(spec.name, "features"))
         dtypes = {field.name: field.dataType.simpleString() for field in features.schema}
@@ -62,7 +62,7 @@ def register_mosaic(
             pack=pack,
             **interface(answering, dtypes),
             parameters={"combines": ", ".join(f"{version} ({count} groups)" for version, count in counts.items())[:MOST_CHARACTERS]},
-            metrics={"generations": float(len(generations)), "groups": float(len(serving))},
+            metrics={"generations": float(len(runs)), "groups": float(len(serving))},
             tables={"decisions.json": decisions.head(DECISIONS_LOGGED)},
             plots={},
             alias=None,

@@ -55,7 +55,7 @@ def predictions_asset(spec: FleetSpec) -> dg.AssetsDefinition:
             as_of = launch.moment(spec) or newest_known(features, spec.target.column)
             rows = rows_to_score(features, spec, as_of)
             model = registry.open_pack(version, tables.storage_options)
-            answering_runs = [str(generation["fleet_version"]) for generation in model.generations]
+            answering_runs = [generation.fleet_version for generation in model.generations]
             _refuse_hindsight(version, newest_as_of(tables, namespace, answering_runs), as_of)
             context.log.info(f"answering the rows to score (score: {spec.scoring.score}) with version {version.number}, as of {as_of}")
             answers = score_rows(spark.session, rows, spec, model, as_of, tables.storage_options)

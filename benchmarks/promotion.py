@@ -4,10 +4,10 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from assets.meta_model import pack_spec
 from benchmarks.engine import Engine, Training
 from benchmarks.generated import GeneratedFleet
 from benchmarks.runs import NotMeasured, Runs
+from pipeline.models.meta_model import Generation
 from pipeline.models.promotion import NEW_RECIPE, Judgement, Side
 from pipeline.spark.comparison import Contest, judge
 from pipeline.spark.fleet_training import Cluster, read_runs
@@ -82,4 +82,4 @@ def _run(engine: Engine, name: str, training: Training) -> "pd.Series[object]":
 
 
 def _side(engine: Engine, name: str, training: Training) -> Side:
-    return Side.of_ledger(pack_spec(_run(engine, name, training)), training.ledger)
+    return Side.of_ledger(Generation.of_run(_run(engine, name, training)), training.ledger)

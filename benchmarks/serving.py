@@ -24,8 +24,8 @@ from benchmarks.counting_proxy import free_port
 from benchmarks.generated import SPLITS, GeneratedFleet
 from benchmarks.runs import PROJECT, NotMeasured, Runs
 from pipeline.models.boosters import encode_booster
-from pipeline.models.meta_model import FleetModel, filesystem_of, group_id
-from pipeline.models.pack import Generation, PackStore, model_spec, write_pack
+from pipeline.models.meta_model import FleetModel, Generation, filesystem_of, group_id
+from pipeline.models.pack import PackedRun, PackStore, build_model_spec, write_pack
 from pipeline.spec import FleetSpec, parse_spec
 from pipeline.testing.object_store import BUCKET, object_store
 from resources.mlflow_registry import MlflowRegistry, interface
@@ -66,7 +66,7 @@ def generated_pack(folder: Path, n_groups: int, store: PackStore | None = None) 
         n_groups: groups of the finest grain.
         store: where its boosters are kept; None is the folder.
     """
-    constants = {"fleet_version": "run", "constant": 0.0, "constant_without_offset": 0.0}
+    generation = Generation(build_model_spec(packed_spec(), {}), "run", constant=0.0, constant_without_offset=0.0)
     regions = sorted({region_of(number) for number in range(n_groups)})
     keys = [(0, ()), *((1, (region,)) for region in regions), *((2, (region_of(number), f"g{number:05d}")) for number in range(n_groups))]
     encoded = [encode_booster(text) for text in booster_texts(len(keys))]
@@ -79,7 +79,7 @@ def generated_pack(folder: Path, n_groups: int, store: PackStore | None = None) 
             "intervals": '{"0.8": 1.0, "0.95": 2.0}',
         }
     )
-    write_pack(folder, [Generation({**model_spec(packed_spec(), {}), **constants}, ledger)], lambda _: map(vars, encoded), store=store)
+    write_pack(folder, [PackedRun(generation, ledger)], lambda _: map(vars, encoded), store=store)
     return folder
 
 
@@ -201,7 +201,7 @@ def registered(pack: Path, scratch: Path) -> tuple[str, str]:
     """Tracking URI and model URI of a pack, registered as a fleet's is."""
     registry = MlflowRegistry(tracking_uri=f"sqlite:///{scratch}/mlflow.db", artifact_root=f"{scratch}/artifacts", scratch=str(scratch))
     model = FleetModel(pack)
-    dtypes = {name: "string" if name in model.spec["grains"][-1] else "double" for name in model.required}
+    dtypes = {name: "string" if name in model.model_spec.finest else "double" for name in model.required}
     nothing: dict[str, Any] = {"parameters": {}, "metrics": {}, "tables": {}, "plots": {}}
     version = registry.register(model.fleet, model.fleet_version, pack=pack, **interface(model, dtypes), **nothing)
     return registry.tracking_uri, f"models:/{version.name}/{version.number}"

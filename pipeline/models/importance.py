@@ -1,24 +1,23 @@
 """What each feature does in one group's model, as LightGBM itself tells it."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from pipeline.models.meta_model import Floats, design_matrix
+from pipeline.models.meta_model import Floats, ModelSpec, design_matrix
 
 # Rows per group that SHAP values are computed for; they take longer than predictions by far.
 SAMPLED_ROWS = 200
 
 
-def group_importance(booster: Any, rows: pd.DataFrame, model: Mapping[str, Any]) -> pd.DataFrame:
+def group_importance(booster: Any, rows: pd.DataFrame, model_spec: ModelSpec) -> pd.DataFrame:
     """Gain, splits and mean absolute SHAP value of every feature.
 
     Args:
         booster: of the group.
         rows: of the group, in a fixed order, with the features; may be none.
-        model: as in a pack's spec.json: features and categories.
+        model_spec: of the run: its features and categories.
 
     Returns:
         One row per feature, in the spec's order: feature, gain, gain_share, n_splits, shap, n_rows and rank, as in `tables.IMPORTANCE`.
@@ -29,23 +28,23 @@ def group_importance(booster: Any, rows: pd.DataFrame, model: Mapping[str, Any])
     total = gain.sum()
     return pd.DataFrame(
         {
-            "feature": list(model["features"]),
+            "feature": list(model_spec.features),
             "gain": gain,
             "gain_share": gain / total if total > 0 else np.nan,
             "n_splits": np.asarray(booster.feature_importance("split"), dtype=np.int64),
-            "shap": mean_shap(booster, rows, model),
+            "shap": mean_shap(booster, rows, model_spec),
             "n_rows": len(rows),
             "rank": pd.Series(gain).rank(method="first", ascending=False).where(gain > 0).astype("Int32"),
         }
     )
 
 
-def mean_shap(booster: Any, rows: pd.DataFrame, model: Mapping[str, Any]) -> Floats:
+def mean_shap(booster: Any, rows: pd.DataFrame, model_spec: ModelSpec) -> Floats:
     """Mean absolute SHAP value of each feature over rows and, for multiclass, classes; NaN without rows."""
-    n_features = len(model["features"])
+    n_features = len(model_spec.features)
     if rows.empty:
         return np.full(n_features, np.nan)
-    parts: Floats = booster.predict(design_matrix(rows, model), pred_contrib=True, num_threads=1)
+    parts: Floats = booster.predict(design_matrix(rows, model_spec), pred_contrib=True, num_threads=1)
     # Per row and class one number per feature, and last the expected score.
     mean: Floats = np.abs(parts.reshape(-1, n_features + 1)[:, :-1]).mean(axis=0)
     return mean

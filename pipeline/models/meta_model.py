@@ -211,15 +211,228 @@ def _combinations(columns: Sequence[pd.Series]) -> tuple[npt.NDArray[np.int64], 
     return codes.astype(np.int64), first.astype(np.int64)
 
 
-def design_matrix(frame: pd.DataFrame, spec: Mapping[str, Any]) -> npt.NDArray[np.float32]:
+@dataclass(frozen=True)
+class ModelTarget:
+    """How answers come from what boosters learn: the inverse of the transform, of offset plus scale times what they learn.
+
+    Args:
+        column: of the target.
+        transform: `none`, `log` or `log1p`.
+        offset: column that is added in link space; None without one.
+        scale: column that multiplies in link space; None without one.
+    """
+
+    column: str
+    transform: str
+    offset: str | None
+    scale: str | None
+
+    @classmethod
+    def from_dict(cls, written: Mapping[str, Any]) -> Self:
+        """From a model spec's JSON."""
+        return cls(written["column"], written["transform"], written["offset"], written["scale"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a model spec's JSON has it."""
+        return {"column": self.column, "transform": self.transform, "offset": self.offset, "scale": self.scale}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What training, packing and scoring share of a fleet.
+
+    Fingerprints, runs and packs hang on its JSON: keys, their order and their values stay as they are.
+
+    Args:
+        fleet: its name.
+        grains: key columns of each grain, coarse to fine.
+        features: columns of the design matrix, in order.
+        categories: values per categorical feature, in order.
+        required: columns that a batch must have.
+        optional: columns that a batch may lack.
+        task: `regression`, `binary` or `multiclass`.
+        own: `independent`, or `correction` where a group's trees add to its parent's prediction.
+        is_count: whether boosters give the exponential of their score; None where an earlier release did not say so.
+        classes: of the target, in order; empty for regression.
+        prior: each class's share of the fit rows; empty for regression.
+        target: how answers come from what boosters learn.
+        interval: level of the intervals where none is asked for; None for classes.
+        intervals: levels that may be asked for, rising; empty for classes.
+    """
+
+    fleet: str
+    grains: tuple[tuple[str, ...], ...]
+    features: tuple[str, ...]
+    categories: Mapping[str, tuple[str, ...]]
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    task: str
+    own: str
+    is_count: bool | None
+    classes: tuple[str, ...]
+    prior: tuple[float, ...]
+    target: ModelTarget
+    interval: float | None
+    intervals: tuple[float, ...]
+
+    @property
+    def is_regression(self) -> bool:
+        """Whether it answers with numbers in target units."""
+        return self.task == REGRESSION
+
+    @property
+    def is_multiclass(self) -> bool:
+        """Whether it answers with one of several classes."""
+        return self.task == MULTICLASS
+
+    @property
+    def corrects(self) -> bool:
+        """Whether a group's trees add to its parent's prediction."""
+        return self.own == CORRECTION
+
+    @property
+    def finest(self) -> tuple[str, ...]:
+        """Key columns of the finest grain."""
+        return self.grains[-1]
+
+    @property
+    def text_columns(self) -> frozenset[str]:
+        """Keys and categories: what is read as text, whatever its type."""
+        return frozenset(key for keys in self.grains for key in keys).union(self.categories)
+
+    @property
+    def categorical_positions(self) -> list[int]:
+        """Columns of the design matrix that hold categories."""
+        return [position for position, name in enumerate(self.features) if name in self.categories]
+
+    def count_levels(self, interval: float | None) -> int:
+        """How many levels of intervals there are up to this one; 0 where it is not among them."""
+        return 1 + self.intervals.index(interval) if interval in self.intervals else 0
+
+    @classmethod
+    def from_dict(cls, written: Mapping[str, Any]) -> Self:
+        """From its JSON, in which is_count may be absent.
+
+        Raises:
+            KeyError: if another key is absent.
+        """
+        return cls(
+            fleet=written["fleet"],
+            grains=tuple(tuple(keys) for keys in written["grains"]),
+            features=tuple(written["features"]),
+            categories={name: tuple(values) for name, values in written["categories"].items()},
+            required=tuple(written["required"]),
+            optional=tuple(written["optional"]),
+            task=written["task"],
+            own=written["own"],
+            is_count=written.get("is_count"),
+            classes=tuple(written["classes"]),
+            prior=tuple(written["prior"]),
+            target=ModelTarget.from_dict(written["target"]),
+            interval=written["interval"],
+            intervals=tuple(written["intervals"]),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """What its JSON is made from."""
+        written = {
+            "fleet": self.fleet,
+            "grains": [list(keys) for keys in self.grains],
+            "features": list(self.features),
+            "categories": {name: list(values) for name, values in self.categories.items()},
+            "required": list(self.required),
+            "optional": list(self.optional),
+            "task": self.task,
+            "own": self.own,
+            "is_count": self.is_count,
+            "classes": list(self.classes),
+            "prior": list(self.prior),
+            "target": self.target.to_dict(),
+            "interval": self.interval,
+            "intervals": list(self.intervals),
+        }
+        if self.is_count is None:
+            del written["is_count"]
+        return written
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """From the column model_spec of a run."""
+        return cls.from_dict(json.loads(text))
+
+    def to_json(self) -> str:
+        """The column model_spec of a run."""
+        return json.dumps(self.to_dict(), ensure_ascii=False)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one training run answers by, besides its boosters: an entry of a pack's ``spec.json``.
+
+    Args:
+        model_spec: of the run.
+        fleet_version: the run.
+        constant: what answers without a model, in link space less the offset; None for multiclass.
+        constant_without_offset: the same for rows without offset or scale, in link space; None for multiclass.
+        answered_by_constant: groups that the constant answers instead of their parents; None where an earlier release did not say so.
+    """
+
+    model_spec: ModelSpec
+    fleet_version: str
+    constant: float | None
+    constant_without_offset: float | None
+    answered_by_constant: tuple[GroupKey, ...] | None = None
+
+    @property
+    def plain_constant(self) -> float:
+        """What answers rows without offset or scale, in link space; NaN where that is unknown."""
+        return np.nan if self.constant_without_offset is None else self.constant_without_offset
+
+    @classmethod
+    def of_run(cls, run: "Mapping[Any, Any] | pd.Series[Any]") -> Self:
+        """From a run's row in the runs table."""
+        constant, without_offset = run["constant"], run["constant_without_offset"]
+        return cls(
+            model_spec=ModelSpec.from_json(str(run["model_spec"])),
+            fleet_version=str(run["run_id"]),
+            constant=None if pd.isna(constant) else float(constant),
+            constant_without_offset=None if pd.isna(without_offset) else float(without_offset),
+        )
+
+    @classmethod
+    def from_dict(cls, written: Mapping[str, Any]) -> Self:
+        """From its JSON, in which answered_by_constant may be absent."""
+        listed = written.get("answered_by_constant")
+        return cls(
+            model_spec=ModelSpec.from_dict(written),
+            fleet_version=written["fleet_version"],
+            constant=written["constant"],
+            constant_without_offset=written["constant_without_offset"],
+            answered_by_constant=None if listed is None else tuple(GroupKey(grain, group) for grain, group in listed),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """What its JSON is made from."""
+        written = {
+            **self.model_spec.to_dict(),
+            "fleet_version": self.fleet_version,
+            "constant": self.constant,
+            "constant_without_offset": self.constant_without_offset,
+        }
+        if self.answered_by_constant is not None:
+            written["answered_by_constant"] = [list(key) for key in self.answered_by_constant]
+        return written
+
+
+def design_matrix(frame: pd.DataFrame, model_spec: ModelSpec) -> npt.NDArray[np.float32]:
     """What LightGBM sees: one row per row, one float32 column per feature in the spec's order.
 
     Categories become their number in the fleet's list; unseen ones, rare ones and null become NaN, as do infinities. Single
     precision keeps the last digits of a float, which differ from machine to machine, out of the trees.
     """
-    matrix = np.empty((len(frame), len(spec["features"])), dtype=np.float32)
-    for position, name in enumerate(spec["features"]):
-        categories = spec["categories"].get(name)
+    matrix = np.empty((len(frame), len(model_spec.features)), dtype=np.float32)
+    for position, name in enumerate(model_spec.features):
+        categories = model_spec.categories.get(name)
         if name not in frame.columns:
             matrix[:, position] = np.nan
         elif categories is None:
@@ -256,11 +469,11 @@ def inverse_link(values: Floats, transform: str) -> Floats:
     return answers
 
 
-def offset_and_scale(frame: pd.DataFrame, target: Mapping[str, Any]) -> tuple[Floats, Floats]:
+def offset_and_scale(frame: pd.DataFrame, target: ModelTarget) -> tuple[Floats, Floats]:
     """Per row the offset and scale in link space; NaN where a declared one is missing, infinite or (scale) not positive."""
     n_rows = len(frame)
-    offset = _numbers(frame, target["offset"]) if target["offset"] else np.zeros(n_rows)
-    scale = _numbers(frame, target["scale"]) if target["scale"] else np.ones(n_rows)
+    offset = _numbers(frame, target.offset) if target.offset else np.zeros(n_rows)
+    scale = _numbers(frame, target.scale) if target.scale else np.ones(n_rows)
     offset = np.where(np.isfinite(offset), offset, np.nan)
     scale = np.where(np.isfinite(scale) & (scale > 0), scale, np.nan)
     return offset, scale
@@ -533,9 +746,9 @@ class FleetModel:
             same = hashlib.sha256(content).hexdigest() == index["spec.json"]["sha256"]
             _require(same, self.folder / "spec.json", f"not the file of this pack; {_AGAIN}")
             written = json.loads(content)
-            self.generations: list[dict[str, Any]] = written["generations"]
+            self.generations = [Generation.from_dict(entry) for entry in written["generations"]]
             # Packs of an earlier release have no such groups.
-            self._cut = [{GroupKey(grain, group) for grain, group in spec.get("answered_by_constant", [])} for spec in self.generations]
+            self._cut = [frozenset(generation.answered_by_constant or ()) for generation in self.generations]
             self._first_keys = [GroupKey(int(grain), str(group)) for grain, group in index["chains.parquet"]["first"]]
             check_footer(self.folder / "chains.parquet", index["chains.parquet"])
             self._chains_file = pq.ParquetFile(self.folder / "chains.parquet", page_checksum_verification=True)
@@ -547,8 +760,8 @@ class FleetModel:
             raise PackError(f"{self.folder}: not a readable pack ({error})") from error
         self.fleet: str = index["fleet"]
         self.fleet_version: str = index["fleet_version"]
-        self.required = list(dict.fromkeys(name for spec in self.generations for name in spec["required"]))
-        optional = dict.fromkeys(name for spec in self.generations for name in spec["optional"])
+        self.required = list(dict.fromkeys(name for generation in self.generations for name in generation.model_spec.required))
+        optional = dict.fromkeys(name for generation in self.generations for name in generation.model_spec.optional)
         self.optional = [name for name in optional if name not in self.required]
         self._serving: dict[GroupKey, int] = {}
         self._chains: dict[tuple[int, str, int], Chain] = {}
@@ -560,25 +773,24 @@ class FleetModel:
         self._lock = threading.RLock()
 
     @property
-    def spec(self) -> dict[str, Any]:
-        """The spec of the version's own training run."""
-        return self.generations[0]
+    def model_spec(self) -> ModelSpec:
+        """The model spec of the version's own training run."""
+        return self.generations[0].model_spec
 
     @property
     def task(self) -> str:
         """Regression, binary or multiclass."""
-        return str(self.spec["task"])
+        return self.model_spec.task
 
     @property
     def interval(self) -> float | None:
         """Level of the intervals where none is asked for; None for classes."""
-        level: float | None = self.spec["interval"]
-        return level
+        return self.model_spec.interval
 
     @property
     def intervals(self) -> list[float]:
         """Levels of the intervals that may be asked for, rising; none for classes."""
-        return list(self.spec["intervals"])
+        return list(self.model_spec.intervals)
 
     @property
     def cached_bytes(self) -> int:
@@ -623,7 +835,7 @@ class FleetModel:
         self._check_columns(frame)
         level = self._asked_level(interval)
         # Grains are the same in all generations.
-        levels = [pd.factorize(group_ids(frame, keys)) for keys in self.spec["grains"]]
+        levels = [pd.factorize(group_ids(frame, keys)) for keys in self.model_spec.grains]
         generation = self._generations_of(levels, len(frame))
         parts = []
         for number in np.unique(generation):
@@ -672,38 +884,39 @@ class FleetModel:
         self,
         frame: pd.DataFrame,
         levels: Sequence[tuple[Any, Any]],
-        generation: int,
+        number: int,
         rows_of_batch: npt.NDArray[np.int64],
         *,
         explain: bool,
         interval: float | None,
     ) -> pd.DataFrame:
         """The answers of one generation, indexed by the rows' places in the batch."""
-        spec = self.generations[generation]
-        offset, scale = offset_and_scale(frame, spec["target"])
+        generation = self.generations[number]
+        model_spec = generation.model_spec
+        offset, scale = offset_and_scale(frame, model_spec.target)
         anchored = np.isfinite(offset) & np.isfinite(scale)
-        answer = first_answer(spec, len(frame))
+        answer = first_answer(generation, len(frame))
         # What the nearest ancestor's own model says, to which a correction adds.
         base = answer.copy()
-        corrects = spec["own"] == CORRECTION
+        corrects = model_spec.corrects
         # Half widths at the levels up to the one that is asked for; none where this generation does not have that one.
-        halves = np.full((len(frame), spec["intervals"].index(interval) + 1 if interval in spec["intervals"] else 0), np.nan)
+        halves = np.full((len(frame), model_spec.count_levels(interval)), np.nan)
         answered_by = np.full(len(frame), CONSTANT, dtype=object)
         booster_id = np.full(len(frame), None, dtype=object)
-        matrix = design_matrix(frame, spec)
-        made_of = Contributions(spec, answer) if explain else None
+        matrix = design_matrix(frame, model_spec)
+        made_of = Contributions(generation, answer) if explain else None
         for grain, (codes, ids) in enumerate(levels):
             order = np.argsort(codes, kind="stable")
             bounds = np.searchsorted(codes[order], np.arange(len(ids) + 1))
-            for number, group in enumerate(ids):
-                chain = self._chain_of(grain, group, generation)
+            for place, group in enumerate(ids):
+                chain = self._chain_of(grain, group, number)
                 if chain is None:
                     continue
-                rows = order[bounds[number] : bounds[number + 1]]
+                rows = order[bounds[place] : bounds[place + 1]]
                 chain.put_half_widths(halves, rows)
-                if (grain, group) in self._cut[generation]:
+                if (grain, group) in self._cut[number]:
                     # Its own answer, and those above it, are worse than the constant.
-                    start_again(rows, first_answer(spec, len(rows)), answer, answered_by, booster_id, made_of)
+                    start_again(rows, first_answer(generation, len(rows)), answer, answered_by, booster_id, made_of)
                 rows = rows[anchored[rows]]
                 weight = chain.weight
                 if chain.booster_id is None or not len(rows) or (weight == 0.0 and not corrects):
@@ -718,12 +931,12 @@ class FleetModel:
                 answer[rows] = weight * own + (1.0 - weight) * answer[rows]
                 if weight == 0.0:
                     continue
-                answered_by[rows] = grain_name(spec["grains"][grain])
+                answered_by[rows] = grain_name(model_spec.grains[grain])
                 booster_id[rows] = chain.booster_id
-        values = numbers_of(spec, answer, anchored, offset, scale, widest(halves)) if spec["task"] == REGRESSION else classes_of(spec, answer)
+        values = finish_answers(generation, answer, anchored, offset, scale, halves)
         mark_not_finite(values["prediction"], answered_by, booster_id)
-        answered = {**values, "answered_by": answered_by, "booster_id": booster_id, "fleet_version": spec["fleet_version"]}
-        answers = pd.DataFrame({name: answered[name] for name in answer_columns(spec["task"])}, index=rows_of_batch)
+        answered = {**values, "answered_by": answered_by, "booster_id": booster_id, "fleet_version": generation.fleet_version}
+        answers = pd.DataFrame({name: answered[name] for name in answer_columns(model_spec.task)}, index=rows_of_batch)
         if made_of is not None:
             told = made_of.told(answers["prediction"], anchored, offset, scale)
             answers["contributions"] = pd.Series(told, index=answers.index, dtype=object)
@@ -799,7 +1012,7 @@ class FleetModel:
     def serving(self) -> dict[GroupKey, str]:
         """The fleet version that answers each group."""
         self.groups()
-        return {key: str(self.generations[number]["fleet_version"]) for key, number in self._serving.items()}
+        return {key: self.generations[number].fleet_version for key, number in self._serving.items()}
 
     def stored_boosters(self, names: Collection[str]) -> Iterator[dict[str, Any]]:
         """Boosters as they are stored, for another pack: rows as `decode_booster` takes them; of those that are not here, none.
@@ -837,13 +1050,14 @@ class Contributions:
     blended as the outputs are.
 
     Args:
-        spec: of the generation.
+        generation: that answers.
         answer: what answers before any model: per row, for multiclass per row and class.
     """
 
-    def __init__(self, spec: Mapping[str, Any], answer: Floats) -> None:
-        self._spec = spec
-        self._n_features = len(spec["features"])
+    def __init__(self, generation: Generation, answer: Floats) -> None:
+        self._generation = generation
+        self._model_spec = generation.model_spec
+        self._n_features = len(self._model_spec.features)
         # Per row and class: one number per feature, and last what is there without any.
         self._parts = np.zeros((len(answer), answer.shape[1] if answer.ndim > 1 else 1, self._n_features + 1))
         self._parts[:, :, -1] = answer.reshape(len(answer), -1)
@@ -878,25 +1092,25 @@ class Contributions:
 
     def _output_of(self, score: Floats) -> Floats:
         """What a booster gives for a raw score."""
-        if self._spec["task"] == MULTICLASS:
+        if self._model_spec.is_multiclass:
             odds = np.exp(score - score.max(axis=1, keepdims=True))
             return np.asarray(odds / odds.sum(axis=1, keepdims=True))
-        if self._spec["task"] != REGRESSION:
+        if not self._model_spec.is_regression:
             return np.asarray(1.0 / (1.0 + np.exp(-score)))
-        return np.exp(score) if self._spec.get("is_count") else score
+        return np.exp(score) if self._model_spec.is_count else score
 
     def told(self, prediction: "pd.Series[Any]", anchored: npt.NDArray[np.bool_], offset: Floats, scale: Floats) -> list[list[dict[str, Any]]]:
         """The contributions of every row, for people."""
-        spec, parts = self._spec, self._parts[:, 0, :]
+        model_spec, parts = self._model_spec, self._parts[:, 0, :]
         offsets = np.zeros(len(parts))
-        if spec["task"] == MULTICLASS:
-            place = {name: number for number, name in enumerate(spec["classes"])}
+        if model_spec.is_multiclass:
+            place = {name: number for number, name in enumerate(model_spec.classes)}
             parts = self._parts[np.arange(len(parts)), [place[name] for name in prediction]]
-        elif spec["task"] == REGRESSION:
+        elif model_spec.is_regression:
             parts = np.where(anchored[:, None], np.where(anchored, scale, 0.0)[:, None] * parts, 0.0)
-            parts[:, -1] = np.where(anchored, parts[:, -1], spec["constant_without_offset"])
+            parts[:, -1] = np.where(anchored, parts[:, -1], self._generation.plain_constant)
             offsets = np.where(anchored, offset, 0.0)
-        return [told_contributions(spec, row, float(at)) for row, at in zip(parts, offsets, strict=True)]
+        return [told_contributions(model_spec, row, float(at)) for row, at in zip(parts, offsets, strict=True)]
 
 
 def start_again(
@@ -924,11 +1138,11 @@ def start_again(
         made_of.start_again(rows)
 
 
-def told_contributions(spec: Mapping[str, Any], parts: Floats, offset: float) -> list[dict[str, Any]]:
+def told_contributions(model_spec: ModelSpec, parts: Floats, offset: float) -> list[dict[str, Any]]:
     """The features that contribute most, by size, then `(other features)`, `(offset)` where the target has one, and `(base)`.
 
     Args:
-        spec: of the generation.
+        model_spec: of the generation.
         parts: one number per feature, and last the base.
         offset: of the row, link space.
 
@@ -936,11 +1150,11 @@ def told_contributions(spec: Mapping[str, Any], parts: Floats, offset: float) ->
         One {feature, contribution} each; their sum is the sum of what came in.
     """
     order = np.argsort(-np.abs(parts[:-1]), kind="stable")
-    told = [{"feature": spec["features"][place], "contribution": float(parts[place])} for place in order[:TOP_FEATURES]]
+    told = [{"feature": model_spec.features[place], "contribution": float(parts[place])} for place in order[:TOP_FEATURES]]
     rest = order[TOP_FEATURES:]
     if len(rest):
         told.append({"feature": "(other features)", "contribution": float(parts[rest].sum())})
-    if spec["target"]["offset"]:
+    if model_spec.target.offset:
         told.append({"feature": "(offset)", "contribution": offset})
     return [*told, {"feature": "(base)", "contribution": float(parts[-1])}]
 
@@ -1050,11 +1264,11 @@ def _require(holds: object, path: Path | str, otherwise: str) -> None:
         raise PackError(f"{path}: {otherwise}")
 
 
-def first_answer(spec: Mapping[str, Any], n_rows: int) -> Floats:
+def first_answer(generation: Generation, n_rows: int) -> Floats:
     """The constant of every row; for multiclass one probability per class."""
-    if spec["task"] == MULTICLASS:
-        return np.tile(np.asarray(spec["prior"], dtype=np.float64), (n_rows, 1))
-    return np.full(n_rows, float(spec["constant"]))
+    if generation.model_spec.is_multiclass:
+        return np.tile(np.asarray(generation.model_spec.prior, dtype=np.float64), (n_rows, 1))
+    return np.full(n_rows, generation.constant, dtype=np.float64)
 
 
 def widest(halves: Floats) -> Floats:
@@ -1071,18 +1285,27 @@ def widest(halves: Floats) -> Floats:
     return np.where(np.isnan(halves[:, -1]), np.nan, np.fmax.reduce(halves, axis=1))
 
 
+def finish_answers(
+    generation: Generation, answer: Floats, anchored: npt.NDArray[np.bool_], offset: Floats, scale: Floats, halves: Floats
+) -> dict[str, Any]:
+    """Blended answers as prediction, lower and upper, and for classes probabilities."""
+    if generation.model_spec.is_regression:
+        return numbers_of(generation, answer, anchored, offset, scale, widest(halves))
+    return classes_of(generation.model_spec, answer)
+
+
 def numbers_of(
-    spec: Mapping[str, Any], answer: Floats, anchored: npt.NDArray[np.bool_], offset: Floats, scale: Floats, half: Floats
+    generation: Generation, answer: Floats, anchored: npt.NDArray[np.bool_], offset: Floats, scale: Floats, half: Floats
 ) -> dict[str, Any]:
     """Blended answers in link space as prediction, lower and upper in target units; half widths are in link space over scale.
 
     What is too large for a number is NaN.
     """
     with np.errstate(over="ignore", invalid="ignore"):
-        linked = np.where(anchored, offset + scale * answer, spec["constant_without_offset"])
+        linked = np.where(anchored, offset + scale * answer, generation.plain_constant)
         width = np.where(anchored, scale * half, np.nan)
         bounds = {"prediction": linked, "lower": linked - width, "upper": linked + width}
-    transform = spec["target"]["transform"]
+    transform = generation.model_spec.target.transform
     found = {name: inverse_link(bound, transform) for name, bound in bounds.items()}
     return {name: np.where(np.isfinite(numbers), numbers, np.nan) for name, numbers in found.items()}
 
@@ -1095,11 +1318,11 @@ def mark_not_finite(predictions: npt.NDArray[Any], answered_by: npt.NDArray[np.o
         booster_id[lost] = None
 
 
-def classes_of(spec: Mapping[str, Any], answer: Floats) -> dict[str, Any]:
+def classes_of(model_spec: ModelSpec, answer: Floats) -> dict[str, Any]:
     """Blended probabilities as prediction and probabilities."""
-    is_multiclass = spec["task"] == MULTICLASS
+    is_multiclass = model_spec.is_multiclass
     probabilities = answer if is_multiclass else np.column_stack([1.0 - answer, answer])
-    likeliest = np.array(spec["classes"], dtype=object)[probabilities.argmax(axis=1)]
+    likeliest = np.array(model_spec.classes, dtype=object)[probabilities.argmax(axis=1)]
     return {"prediction": likeliest if is_multiclass else answer, "lower": np.nan, "upper": np.nan, "probabilities": list(probabilities)}
 
 

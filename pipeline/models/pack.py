@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,19 @@ import pyarrow.fs as pf
 import pyarrow.parquet as pq
 
 from pipeline.errors import ModelNotFound, StoreError
-from pipeline.models.meta_model import CHAINS, INDEPENDENT, PACK_FORMAT, FleetModel, GroupKey, footer_of, group_id, index_digest
+from pipeline.models.meta_model import (
+    CHAINS,
+    INDEPENDENT,
+    PACK_FORMAT,
+    FleetModel,
+    Generation,
+    GroupKey,
+    ModelSpec,
+    ModelTarget,
+    footer_of,
+    group_id,
+    index_digest,
+)
 from pipeline.spec import COUNTED, FleetSpec
 from pipeline.tables import BY_CONSTANT, records
 
@@ -24,47 +36,50 @@ _BOOSTERS = pa.schema([pa.field("booster_id", pa.string(), nullable=False), pa.f
 
 
 @dataclass(frozen=True)
-class Generation:
+class PackedRun:
     """What one training run gives to a version.
 
     Args:
-        spec: as from `model_spec`, with fleet_version, constant and constant_without_offset (None for multiclass).
+        generation: what it answers by, besides its boosters.
         ledger: rows of the run's ledger: grain, group_id, booster_id, weight, intervals (JSON), answered_by. Where a column `serves` is there
             and false, the row is there for its finer groups alone.
     """
 
-    spec: Mapping[str, Any]
+    generation: Generation
     ledger: pd.DataFrame
 
 
-def answers_alike(one: Generation, other: Generation) -> bool:
+def answers_alike(one: PackedRun, other: PackedRun) -> bool:
     """Whether two training runs give every row the same answer, so that one version can stand for both.
 
     Args:
         one: a run.
         other: another, whatever its name.
     """
-    specs = [{name: value for name, value in generation.spec.items() if name != "fleet_version"} for generation in (one, other)]
-    constants = [np.array([spec.pop(name) for name in ("constant", "constant_without_offset")], dtype=float) for spec in specs]
+    if one.generation.model_spec != other.generation.model_spec:
+        return False
+    if one.generation.answered_by_constant != other.generation.answered_by_constant:
+        return False
+    constants = [np.array([run.generation.constant, run.generation.constant_without_offset], dtype=float) for run in (one, other)]
     # Sums over rows in another order differ in their last digits.
-    if specs[0] != specs[1] or not np.allclose(constants[0], constants[1], rtol=1e-9, equal_nan=True):
+    if not np.allclose(constants[0], constants[1], rtol=1e-9, equal_nan=True):
         return False
     names = ["grain", "group_id", "booster_id", "intervals", "answered_by"]
-    ledgers = [generation.ledger.sort_values(["grain", "group_id"]) for generation in (one, other)]
+    ledgers = [run.ledger.sort_values(["grain", "group_id"]) for run in (one, other)]
     chains = [records(ledger.reindex(columns=names)) for ledger in ledgers]
     weights = [ledger["weight"].to_numpy(dtype=float) for ledger in ledgers]
     return chains[0] == chains[1] and bool(np.allclose(weights[0], weights[1], atol=1e-8))
 
 
-def model_spec(
+def build_model_spec(
     spec: FleetSpec,
     categories: Mapping[str, Sequence[str]],
     classes: Sequence[str] = (),
     prior: Sequence[float] = (),
     own: str = INDEPENDENT,
     nullable: Collection[str] = (),
-) -> dict[str, Any]:
-    """The part of a spec.json that training, packing and scoring share.
+) -> ModelSpec:
+    """The part of a fleet's spec that training, packing and scoring share.
 
     Args:
         spec: the fleet.
@@ -75,25 +90,25 @@ def model_spec(
         nullable: features in which training saw a null: a batch may lack them, unless they are keys, offset or scale.
     """
     target, scoring = spec.target, spec.scoring
-    told = [*spec.finest, *(name for name in (target.offset, target.scale) if name)]
-    optional = [name for name in spec.feature_columns if name in nullable and name not in told]
-    needed = [*spec.finest, *spec.feature_columns, *told]
-    return {
-        "fleet": spec.name,
-        "grains": [list(grain) for grain in spec.grains],
-        "features": list(spec.feature_columns),
-        "categories": {name: list(values) for name, values in categories.items()},
-        "required": [name for name in dict.fromkeys(needed) if name not in optional],
-        "optional": optional,
-        "task": spec.task,
-        "own": own,
-        "is_count": spec.objective in COUNTED,
-        "classes": list(classes),
-        "prior": list(prior),
-        "target": {"column": target.column, "transform": target.transform, "offset": target.offset, "scale": target.scale},
-        "interval": None if spec.is_class_task else scoring.interval,
-        "intervals": [] if spec.is_class_task else list(scoring.levels),
-    }
+    always = [*spec.finest, *(name for name in (target.offset, target.scale) if name)]
+    optional = [name for name in spec.feature_columns if name in nullable and name not in always]
+    needed = dict.fromkeys([*spec.finest, *spec.feature_columns, *always])
+    return ModelSpec(
+        fleet=spec.name,
+        grains=tuple(tuple(grain) for grain in spec.grains),
+        features=tuple(spec.feature_columns),
+        categories={name: tuple(values) for name, values in categories.items()},
+        required=tuple(name for name in needed if name not in optional),
+        optional=tuple(optional),
+        task=spec.task,
+        own=own,
+        is_count=spec.objective in COUNTED,
+        classes=tuple(classes),
+        prior=tuple(prior),
+        target=ModelTarget(target.column, target.transform, target.offset, target.scale),
+        interval=None if spec.is_class_task else scoring.interval,
+        intervals=() if spec.is_class_task else tuple(scoring.levels),
+    )
 
 
 @dataclass(frozen=True)
@@ -123,7 +138,7 @@ class PackStore:
 
 def write_pack(
     folder: Path,
-    generations: Sequence[Generation],
+    runs: Sequence[PackedRun],
     boosters: Callable[[Sequence[str]], Iterable[Mapping[str, Any]]],
     *,
     store: PackStore | None = None,
@@ -133,7 +148,7 @@ def write_pack(
 
     Args:
         folder: empty or absent.
-        generations: the version's own training run first.
+        runs: the version's own training run first.
         boosters: rows of the booster store for ids; more than asked for do no harm, and are left out.
         store: where a shared pack keeps its boosters; None puts them into the folder.
         before: versions whose boosters need not be stored again, where they are in the same store.
@@ -145,7 +160,7 @@ def write_pack(
         StoreError: if a booster that a ledger names is not among them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    chains = _chains_of(generations)
+    chains = _chains_of(runs)
     wanted = list(dict.fromkeys(chains["booster_id"].dropna()))
     files, known = _stored(before, store, wanted)
     new = [name for name in wanted if name not in known]
@@ -161,7 +176,7 @@ def write_pack(
         files.append({"path": path.name, **footer_of(path)} if store is None else store.add(path))
         if store is not None:
             path.unlink()
-    return _write_tables(folder, generations, chains, known, root=None if store is None else store.root, files=files)
+    return _write_tables(folder, runs, chains, known, root=None if store is None else store.root, files=files)
 
 
 def _place(file: int, offset: int, stored_bytes: int) -> dict[str, Any]:
@@ -187,42 +202,46 @@ def _stored(before: Sequence[FleetModel], store: PackStore | None, wanted: Seque
     return files, places
 
 
-def mosaic(serving: Mapping[GroupKey, str], models: Sequence[FleetModel]) -> list[Generation]:
-    """The generations of a version in which each group is answered by the training run that is named for it.
+def combine_versions(serving: Mapping[GroupKey, str], models: Sequence[FleetModel]) -> list[PackedRun]:
+    """What a version consists of in which each group is answered by the training run that is named for it.
 
     Args:
         serving: fleet version by group.
         models: packs that together have the chains of these groups, and of their ancestors; of two that have the same the first is taken.
 
     Returns:
-        One generation per fleet version, in the order in which the packs have them.
+        One run per fleet version, in the order in which the packs have them.
 
     Raises:
         ModelNotFound: if no pack has a group's chain of the version that is named for it.
     """
-    parts: dict[str, tuple[Mapping[str, Any], list[pd.DataFrame]]] = {}
+    generations: dict[str, Generation] = {}
+    tables: dict[str, list[pd.DataFrame]] = {}
     for model in models:
         rows = model.chain_rows()
-        for number, spec in enumerate(model.generations):
-            parts.setdefault(str(spec["fleet_version"]), (spec, []))[1].append(rows[rows["generation"] == number])
-    served: dict[str, set[GroupKey]] = {}
+        for number, generation in enumerate(model.generations):
+            generations.setdefault(generation.fleet_version, generation)
+            tables.setdefault(generation.fleet_version, []).append(rows[rows["generation"] == number])
+    groups_of: dict[str, set[GroupKey]] = {}
     for key, version in serving.items():
-        served.setdefault(version, set()).add(key)
-    found: list[Generation] = []
-    for version, (described, tables) in parts.items():
-        if version not in served:
+        groups_of.setdefault(version, set()).add(key)
+    runs: list[PackedRun] = []
+    for version, generation in generations.items():
+        if version not in groups_of:
             continue
-        rows = pd.concat(tables).drop_duplicates(["grain", "group_id"])
+        served = groups_of[version]
+        rows = pd.concat(tables[version]).drop_duplicates(["grain", "group_id"])
         keys = GroupKey.of_rows(rows)
-        needed = {above for key in served[version] for above in ancestry(key, described["grains"])}
-        rows = rows.assign(serves=[key in served[version] for key in keys])
+        if lacking := served - set(keys):
+            first = min(lacking)[1]
+            raise ModelNotFound(f"no pack has the chain that version {version} has for group {first}; {len(lacking)} groups lack theirs")
+        needed = {above for key in served for above in ancestry(key, generation.model_spec.grains)}
+        rows = rows.assign(serves=[key in served for key in keys])
         rows = rows[[key in needed for key in keys]]
-        found.append(Generation(described, rows.drop(columns="generation")))
-        if lacking := served[version] - set(keys):
-            raise ModelNotFound(f"no pack has the chain that version {version} has for group {min(lacking)[1]}; {len(lacking)} groups lack theirs")
-    if lacking_versions := set(served) - set(parts):
-        raise ModelNotFound(f"no pack holds version {min(lacking_versions)}; there is: {', '.join(parts)}")
-    return found
+        runs.append(PackedRun(generation, rows.drop(columns="generation")))
+    if lacking_versions := set(groups_of) - set(generations):
+        raise ModelNotFound(f"no pack holds version {min(lacking_versions)}; available: {', '.join(generations)}")
+    return runs
 
 
 def ancestry(key: GroupKey, grains: Sequence[Sequence[str]]) -> list[GroupKey]:
@@ -280,13 +299,13 @@ def _row_groups(boosters: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[
         yield part
 
 
-def _chains_of(generations: Sequence[Generation]) -> pd.DataFrame:
+def _chains_of(runs: Sequence[PackedRun]) -> pd.DataFrame:
     """One row per generation and group, sorted as in the pack, without the places of the boosters."""
     parts = []
-    for number, generation in enumerate(generations):
-        rows = generation.ledger[["grain", "group_id", "booster_id", "weight"]].assign(generation=number)
-        halves = [_half_widths(written, generation.spec["intervals"]) for written in generation.ledger["intervals"]]
-        rows = rows.assign(serves=generation.ledger.get("serves", True), weight=rows["weight"].fillna(0.0))
+    for number, run in enumerate(runs):
+        rows = run.ledger[["grain", "group_id", "booster_id", "weight"]].assign(generation=number)
+        halves = [_half_widths(written, run.generation.model_spec.intervals) for written in run.ledger["intervals"]]
+        rows = rows.assign(serves=run.ledger.get("serves", True), weight=rows["weight"].fillna(0.0))
         parts.append(rows.assign(intervals=pd.Series(halves, index=rows.index, dtype=object)))
     return pd.concat(parts).sort_values(["grain", "group_id", "generation"], ignore_index=True)
 
@@ -303,7 +322,7 @@ def _half_widths(written: object, levels: Sequence[float]) -> list[float | None]
 
 def _write_tables(
     folder: Path,
-    generations: Sequence[Generation],
+    runs: Sequence[PackedRun],
     chains: pd.DataFrame,
     places: Mapping[str, Mapping[str, Any]],
     *,
@@ -317,13 +336,13 @@ def _write_tables(
     with pq.ParquetWriter(folder / "chains.parquet", CHAINS, compression="zstd", write_page_checksum=True) as writer:
         for start, end in bounds:
             writer.write_table(table.slice(start, end - start), row_group_size=max(1, end - start))
-    own = generations[0].spec
-    spec = json.dumps({"generations": [_described(generation) for generation in generations]}, ensure_ascii=False, indent=1).encode()
+    own = runs[0].generation
+    spec = json.dumps({"generations": [_entry_of(run).to_dict() for run in runs]}, ensure_ascii=False, indent=1).encode()
     (folder / "spec.json").write_bytes(spec)
     index = {
         "format": PACK_FORMAT,
-        "fleet": own["fleet"],
-        "fleet_version": own["fleet_version"],
+        "fleet": own.model_spec.fleet,
+        "fleet_version": own.fleet_version,
         "n_chains": len(rows),
         "n_boosters": len(places),
         "spec.json": {"n_bytes": len(spec), "sha256": hashlib.sha256(spec).hexdigest()},
@@ -335,13 +354,12 @@ def _write_tables(
     return digest
 
 
-def _described(generation: Generation) -> dict[str, Any]:
-    """A generation's entry in spec.json; one that comes from a pack says already which groups the constant answers."""
-    spec, ledger = dict(generation.spec), generation.ledger
-    if "answered_by" in ledger:
-        cut = ledger[ledger["answered_by"] == BY_CONSTANT].sort_values(["grain", "group_id"])
-        spec["answered_by_constant"] = [[int(grain), group] for grain, group in zip(cut["grain"], cut["group_id"], strict=True)]
-    return spec
+def _entry_of(run: PackedRun) -> Generation:
+    """A run's entry in spec.json; one that comes from a pack says already which groups the constant answers."""
+    if "answered_by" not in run.ledger:
+        return run.generation
+    rows = run.ledger[run.ledger["answered_by"] == BY_CONSTANT].sort_values(["grain", "group_id"])
+    return replace(run.generation, answered_by_constant=tuple(GroupKey.of_rows(rows)))
 
 
 def _bounds(keys: Sequence[GroupKey]) -> list[tuple[int, int]]:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from pipeline.errors import DataError, StoreError
-from pipeline.models.meta_model import CORRECTION, GroupKey
+from pipeline.models.meta_model import Generation, GroupKey, ModelSpec
 from pipeline.models.pack import ancestry
 from pipeline.models.start import CrossSelection, Start
 from pipeline.tables import BY_CONSTANT, BY_PARENT, records
@@ -63,47 +63,66 @@ class Side:
     """A training run as it is compared.
 
     Args:
-        fleet_version: the run.
-        spec: of its generation, as in a pack's spec.json.
+        generation: what it answers by, besides its boosters.
         groups: its ledger rows by group.
     """
 
-    fleet_version: str
-    spec: Mapping[str, Any]
+    generation: Generation
     groups: Mapping[GroupKey, Mapping[str, Any]]
 
+    @property
+    def fleet_version(self) -> str:
+        """The run."""
+        return self.generation.fleet_version
+
+    @property
+    def model_spec(self) -> ModelSpec:
+        """Of the run."""
+        return self.generation.model_spec
+
     @classmethod
-    def of_ledger(cls, spec: Mapping[str, Any], ledger: pd.DataFrame) -> "Side":
+    def of_ledger(cls, generation: Generation, ledger: pd.DataFrame) -> "Side":
         """From the rows of a run's ledger."""
-        return cls(str(spec["fleet_version"]), spec, {GroupKey.of(row): row for row in records(ledger)})
+        return cls(generation, {GroupKey.of(row): row for row in records(ledger)})
 
     def recipe(self, key: GroupKey) -> str | None:
         """What the group's own model is made by; None where it has none. Rounds and categories come of the rows, not of the recipe."""
         row = self.groups.get(key)
         if row is None or row["booster_id"] is None:
             return None
-        parts = [json.loads(row["parameters"]), self.spec["features"], sorted(self.spec["categories"]), self.spec["own"], self.spec["target"]]
-        if self.spec["own"] == CORRECTION:
-            parts += [self.recipe(above) for above in ancestry(key, self.spec["grains"])[:-1]]
+        model_spec = self.model_spec
+        parts = [
+            json.loads(row["parameters"]),
+            model_spec.features,
+            sorted(model_spec.categories),
+            model_spec.own,
+            model_spec.target.to_dict(),
+        ]
+        if model_spec.corrects:
+            parts += [self.recipe(above) for above in ancestry(key, self.model_spec.grains)[:-1]]
         return json.dumps(parts, sort_keys=True)
 
     def chain(self, key: GroupKey) -> list[tuple[GroupKey, float]]:
         """The models that have a say in a group's answers, with their weights against their parents', coarsest first."""
         found: list[tuple[GroupKey, float]] = []
-        for above in ancestry(key, self.spec["grains"]):
+        for above in ancestry(key, self.model_spec.grains):
             row = self.groups.get(above)
             if row is not None and row.get("answered_by") == BY_CONSTANT:
                 found = []
-            if row is None or row["booster_id"] is None or (not row["weight"] and self.spec["own"] != CORRECTION):
+            if row is None or row["booster_id"] is None or (not row["weight"] and not self.model_spec.corrects):
                 continue
             weight = float(row["weight"] or 0.0)
-            found = [(above, weight)] if weight == 1.0 and self.spec["own"] != CORRECTION else [*found, (above, weight)]
+            found = [(above, weight)] if weight == 1.0 and not self.model_spec.corrects else [*found, (above, weight)]
         return found
 
 
-def is_comparable(champion: Mapping[str, Any], challenger: Mapping[str, Any]) -> bool:
-    """Whether two specs describe the same question, so that one's recipes can be fitted beside the other's."""
-    return all(champion[name] == challenger[name] for name in ("grains", "task", "classes", "target", "is_count"))
+def is_comparable(champion: ModelSpec, challenger: ModelSpec) -> bool:
+    """Whether two model specs describe the same question, so that one's recipes can be fitted beside the other's."""
+    questions = [
+        (model_spec.grains, model_spec.task, model_spec.classes, model_spec.target, bool(model_spec.is_count))
+        for model_spec in (champion, challenger)
+    ]
+    return questions[0] == questions[1]
 
 
 def kind_of_change(key: GroupKey, champion: Side | None, challenger: Side) -> str:
@@ -118,7 +137,7 @@ def kind_of_change(key: GroupKey, champion: Side | None, challenger: Side) -> st
         return NEW_GROUP
     if champion.fleet_version == challenger.fleet_version:
         return UNCHANGED
-    if not champion.groups or not is_comparable(champion.spec, challenger.spec):
+    if not champion.groups or not is_comparable(champion.model_spec, challenger.model_spec):
         return NOT_COMPARABLE
     before, after = champion.chain(key), challenger.chain(key)
     if [above for above, _ in before] != [above for above, _ in after]:
@@ -260,8 +279,8 @@ def earlier_recipes(decisions: pd.DataFrame, champions: Mapping[str, Side], chal
     found = []
     for version, groups in sorted(staying.items()):
         side = champions[version]
-        starts = {above: _refit_of(side, above) for key in groups for above in ancestry(key, side.spec["grains"])}
-        can_be_fitted = all(side.spec[name] == challenger.spec[name] for name in ("features", "own", "target"))
+        starts = {above: _refit_of(side, above) for key in groups for above in ancestry(key, side.model_spec.grains)}
+        can_be_fitted = all(getattr(side.model_spec, name) == getattr(challenger.model_spec, name) for name in ("features", "own", "target"))
         if can_be_fitted and all(start is not None for start in starts.values()):
             refits = {key: start for key, start in starts.items() if start is not None}
             found.append(EarlierRecipes(version, frozenset(groups), refits))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from importlib.metadata import version as installed_version
 from typing import Any
 
+from pipeline.models.meta_model import ModelSpec
 from pipeline.spec import BUDGETS, TuningSpec
 from pipeline.training.splits import Cutoffs
 
@@ -16,16 +17,16 @@ _LIBRARIES = ("lightgbm", "numpy", "optuna")
 _NOT_LEARNT_FROM = ("categories", "fleet", "interval", "intervals", "optional", "prior", "required")
 
 
-def shared_digest(model: Mapping[str, Any], goal: Mapping[str, Any], tuning: TuningSpec, cutoffs: Cutoffs, weight: str | None) -> str:
+def shared_digest(model_spec: ModelSpec, goal: Mapping[str, Any], tuning: TuningSpec, cutoffs: Cutoffs, weight: str | None) -> str:
     """Hash of what all groups of a run have in common: model spec, objective, budget and search space, dates, code and libraries.
 
     The lists of categories are left out: a group's rows are hashed with the numbers that its own values have in them. So is what
     changes no booster: which columns a batch may lack, and the levels of intervals.
     """
     parts = {
-        "model": {name: part for name, part in model.items() if name not in _NOT_LEARNT_FROM},
+        "model": {name: part for name, part in model_spec.to_dict().items() if name not in _NOT_LEARNT_FROM},
         "goal": goal,
-        "categoricals": sorted(model["categories"]),
+        "categoricals": sorted(model_spec.categories),
         "weight": weight,
         "tuning": tuning.model_dump(mode="json", exclude=set(BUDGETS)),
         "cutoffs": [str(cutoffs.tune_start), str(cutoffs.report_start)],

@@ -77,8 +77,7 @@ def find_source(address: str, reading: Reading, options: Mapping[str, str], *, l
 
 def text_columns(model: FleetModel) -> frozenset[str]:
     """Keys and categories: what a model takes as text, whatever the type."""
-    keys = {key for spec in model.generations for grain in spec["grains"] for key in grain}
-    return frozenset(keys | {name for spec in model.generations for name in spec["categories"]})
+    return frozenset().union(*(generation.model_spec.text_columns for generation in model.generations))
 
 
 def reading_for(model: FleetModel, inputs: Mapping[str, str]) -> Reading:

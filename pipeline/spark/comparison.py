@@ -10,7 +10,7 @@ import pandas as pd
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as sf
 
-from pipeline.models.meta_model import CORRECTION, GroupKey
+from pipeline.models.meta_model import GroupKey, ModelSpec
 from pipeline.models.promotion import (
     NEW_GROUP,
     NOT_COMPARABLE,
@@ -69,7 +69,7 @@ class Contest:
             0.0 if self.run[name] is None or pd.isna(self.run[name]) else float(self.run[name]) for name in ("constant", "constant_without_offset")
         )
         with_offset, without_offset = found
-        return Constants(with_offset, without_offset, tuple(self.challenger.spec["prior"]))
+        return Constants(with_offset, without_offset, self.challenger.model_spec.prior)
 
     def kinds(self) -> dict[GroupKey, str]:
         """What each group of the challenger is, compared with what answers it now."""
@@ -159,10 +159,10 @@ def fit_twins(shop: _Workshop, side: Side, held_out: DataFrame) -> Twins:
     """Fit what answers now on the rows that the challenger's own twins were fitted on; where recipes are the same there is nothing to fit."""
     there = set(shop.contest.challenger.groups)
     keys = {key for key in side.groups if key in there and side.recipe(key) not in (None, shop.contest.challenger.recipe(key))}
-    lacking = [name for name in side.spec["features"] if name not in shop.rows.columns]
+    lacking = [name for name in side.model_spec.features if name not in shop.rows.columns]
     if not keys or lacking:
         return Twins(frozenset(keys), None)
-    corrects = side.spec["own"] == CORRECTION
+    corrects = side.model_spec.corrects
     found: DataFrame | None = None
     for chosen in [{key for key in keys if key[0] == grain} for grain in range(len(shop.spec.grains))] if corrects else [keys]:
         if not chosen:
@@ -184,12 +184,12 @@ def _instead(spark: SparkSession, held_out: DataFrame, keys: Collection[GroupKey
 
 def _fitted(shop: _Workshop, side: Side, keys: Collection[GroupKey], bases: DataFrame | None) -> DataFrame:
     """The held-out rows of some twins; one Spark job."""
-    spec, contest = twin_spec(shop.spec, side.spec), shop.contest
+    spec, contest = twin_spec(shop.spec, side.model_spec), shop.contest
     groups = _planned(spec, contest.challenger, side, sorted(keys))
     settings = TrainingSettings(
         run_id=contest.challenger.fleet_version,
-        model=side.spec,
-        goal=learning_goal(spec, len(side.spec["classes"])),
+        model_spec=side.model_spec,
+        goal=learning_goal(spec, len(side.model_spec.classes)),
         target=spec.target.column,
         weight=spec.target.weight,
         tuning=spec.tuning,
@@ -200,14 +200,14 @@ def _fitted(shop: _Workshop, side: Side, keys: Collection[GroupKey], bases: Data
     return train_aside(cluster, shop.tables, shop.namespace, shop.rows, spec, groups, settings, slots=shop.slots, bases=bases)
 
 
-def twin_spec(spec: FleetSpec, model: Mapping[str, Any]) -> FleetSpec:
+def twin_spec(spec: FleetSpec, model_spec: ModelSpec) -> FleetSpec:
     """The fleet as a run with that model spec saw it: its features, all of them columns of the feature table by now."""
-    names, categories = model["features"], list(model["categories"])
+    names, categories = model_spec.features, tuple(model_spec.categories)
     monotone = {name: sign for name, sign in spec.features.monotone.items() if name in names}
     features = spec.features.model_copy(
         update={
             "columns": tuple(name for name in names if name not in categories),
-            "categoricals": tuple(categories),
+            "categoricals": categories,
             "lags": (),
             "rolling": (),
             "derived": {},
@@ -259,7 +259,7 @@ def compare_runs(
             sf.broadcast(_weights_of(spark, grain, contest, versions, twins)), sf.col("group_ids")[grain] == sf.col(f"_g{grain}"), "left"
         )
     grains = range(n_grains)
-    constant = constant_column(contest.constants, contest.challenger.spec["classes"])
+    constant = constant_column(contest.constants, contest.challenger.model_spec.classes)
     own, weights, is_cut = ([sf.col(f"{part}{grain}") for grain in grains] for part in ("p", "_c", "_k"))
     ours = level_answers(own, weights, is_cut, constant)
     theirs: list[Column] = [sf.lit(None).cast("double")] * n_grains
@@ -343,9 +343,9 @@ def _weight(side: Side, key: GroupKey) -> tuple[float | None, bool]:
 def _constant_of(side: Side, spec: FleetSpec, challenger: Column) -> Column:
     """What a run answers without any model; its classes' shares are those of its own rows."""
     if spec.task == MULTICLASS:
-        return constant_column(Constants(0.0, 0.0, tuple(side.spec["prior"])), side.spec["classes"])
-    constant = side.spec.get("constant")
-    return challenger if constant is None else sf.lit(float(constant))
+        return constant_column(Constants(0.0, 0.0, side.model_spec.prior), side.model_spec.classes)
+    constant = side.generation.constant
+    return challenger if constant is None else sf.lit(constant)
 
 
 def _naive(moment: Any) -> pd.Timestamp:

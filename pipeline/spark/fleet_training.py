@@ -23,8 +23,8 @@ from pyspark.sql import functions as sf
 from pipeline.crash_points import crash_point
 from pipeline.errors import DataError
 from pipeline.features.encoding import choose_categories
-from pipeline.models.meta_model import CORRECTION, INDEPENDENT, GroupKey, grain_name
-from pipeline.models.pack import model_spec
+from pipeline.models.meta_model import CORRECTION, INDEPENDENT, GroupKey, ModelSpec, grain_name
+from pipeline.models.pack import build_model_spec
 from pipeline.models.start import Start
 from pipeline.periods import Period
 from pipeline.runs.fingerprints import fingerprint, shared_digest
@@ -281,7 +281,7 @@ def plan_run(
     cutoffs = resolve_cutoffs(spec.splits, moment, newest, spec.timezone)
     before = history.finished(moment)
     same_spec = before is not None and before["spec_digest"] == spec.training_digest
-    known = json.loads(before["model_spec"])["categories"] if before is not None and same_spec else {}
+    known = ModelSpec.from_json(before["model_spec"]).categories if before is not None and same_spec else {}
     categories = choose_categories(count_categories(rows, spec, cutoffs), spec.features.max_categories, known)
     classes = count_classes(rows, spec, cutoffs)
     data = count_groups(rows, spec, cutoffs, categories, classes)
@@ -291,7 +291,7 @@ def plan_run(
     chosen = spec.own if spec.own != "auto" else own or _own_of(spec, before, open_runs)
     settings = TrainingSettings(
         run_id=request.run_id,
-        model=model_spec(spec, categories, list(classes), data.constants.prior, chosen or INDEPENDENT, data.nullable),
+        model_spec=build_model_spec(spec, categories, list(classes), data.constants.prior, chosen or INDEPENDENT, data.nullable),
         goal=learning_goal(spec, len(classes)),
         target=spec.target.column,
         weight=spec.target.weight,
@@ -301,7 +301,7 @@ def plan_run(
     )
     previous_run_id = None if before is None else str(before["run_id"])
     pooled_hash = str(data.counts.loc[data.counts["grain"] == 0, "rows_hash"].iloc[0])
-    shared = shared_digest(settings.model, settings.goal, tuning, cutoffs, spec.target.weight)
+    shared = shared_digest(settings.model_spec, settings.goal, tuning, cutoffs, spec.target.weight)
     digest = hashlib.sha256(f"{pooled_hash}\n{shared}\n{moment}".encode()).hexdigest()
     resumed = next((run for run in reversed(records(open_runs)) if _is_same(run, request, spec, digest, previous_run_id)), None)
     ledger_before = _no_rows(LEDGER) if before is None else history.ledger(str(before["run_id"]))
@@ -370,7 +370,7 @@ def _own_of(spec: FleetSpec, before: "pd.Series[Any] | None", open_runs: pd.Data
     """What an earlier run of the same spec chose where `own` is auto; None if there is none."""
     known: list[Mapping[Any, Any]] = [*([] if before is None else [before.to_dict()]), *records(open_runs)]
     runs = [run for run in known if run["spec_digest"] == spec.training_digest]
-    return str(json.loads(runs[-1]["model_spec"])["own"]) if runs else None
+    return ModelSpec.from_json(runs[-1]["model_spec"]).own if runs else None
 
 
 def _is_same(run: Mapping[str, Any], request: Request, spec: FleetSpec, data_digest: str, previous_run_id: str | None) -> bool:
@@ -505,7 +505,7 @@ class _Stage:
 
 def _plans(run: PlannedRun, spec: FleetSpec) -> Iterator[_Stage]:
     """The whole plan at once, or grain by grain where each corrects the one before."""
-    if run.settings.model["own"] != CORRECTION:
+    if not run.settings.model_spec.corrects:
         yield _Stage(run.plan)
         return
     for grain in range(len(spec.grains)):
@@ -541,7 +541,7 @@ def choose_own(cluster: Cluster, tables: Tables, namespace: str, run: PlannedRun
     if finest.empty or pooled.empty:
         return INDEPENDENT, "no group to try both forms on"
     chosen = finest.iloc[sorted({round(place) for place in np.linspace(0, len(finest) - 1, PILOT_GROUPS)})]
-    settings = {own: replace(run.settings, model={**run.settings.model, "own": own}) for own in (INDEPENDENT, CORRECTION)}
+    settings = {own: replace(run.settings, model_spec=replace(run.settings.model_spec, own=own)) for own in (INDEPENDENT, CORRECTION)}
 
     def tried(groups: pd.DataFrame, own: str, bases: DataFrame | None) -> DataFrame:
         return train_aside(cluster, tables, namespace, run.rows, spec, groups, settings[own], slots=run.plan.slots, bases=bases)
@@ -773,7 +773,7 @@ def _judged(
     has_model = groups_with_model(ledger_rows, len(spec.grains))
     skills: Mapping[GroupKey, GroupSkill] = {}
     measures = pd.DataFrame(columns=["grain", "group_id"])
-    classes = run.settings.model["classes"]
+    classes = run.settings.model_spec.classes
     held_out = held_out_rows(spark, tables, tables.location(namespace, HOLDOUT.name), ledger_rows)
     if held_out is not None:
         judged = judged_rows(held_out, spec, run.cutoffs, run.constants, has_model).persist()
@@ -857,7 +857,7 @@ def manifest(run: PlannedRun, spec: FleetSpec, *, started_at: pd.Timestamp, feat
         "constant": None if run.constants.prior else run.constants.with_offset,
         "constant_without_offset": None if run.constants.prior else run.constants.without_offset,
         "n_groups": len(run.plan.groups),
-        "model_spec": json.dumps(run.settings.model, ensure_ascii=False),
+        "model_spec": run.settings.model_spec.to_json(),
         "versions": json.dumps(versions),
         "waves": None,
         "unknown_groups": None,
@@ -875,7 +875,7 @@ def _second_pass(run: PlannedRun, spec: FleetSpec, found: dict[GroupKey, dict[st
     budget = spec.tuning.budget_seconds
     if budget is None:
         return
-    shared = shared_digest(run.settings.model, run.settings.goal, spec.tuning, run.cutoffs, spec.target.weight)
+    shared = shared_digest(run.settings.model_spec, run.settings.goal, spec.tuning, run.cutoffs, spec.target.weight)
     slots, wave_seconds = run.plan.slots, spec.tuning.checkpoint_seconds
     plans = {GroupKey.of(row): row for row in records(run.plan.to_train)}
     left = {key for key, row in found.items() if row["status"] == "trained" and spec.tuning.max_trials > FIRST_PASS_TRIALS}

@@ -12,7 +12,7 @@ from pyspark.sql import functions as sf
 from pyspark.sql.pandas.types import from_arrow_schema
 
 from pipeline.models.importance import SAMPLED_ROWS, group_importance
-from pipeline.models.meta_model import grain_name, load_booster
+from pipeline.models.meta_model import ModelSpec, grain_name, load_booster
 from pipeline.spark.files import FileWriter, file_json, file_of_json
 from pipeline.spark.fleet_training import read_runs
 from pipeline.spark.keys import finite
@@ -59,10 +59,10 @@ def write_importance(
         run: the run manifest.
         ledger: the run's rows.
     """
-    run_id, model = str(run["run_id"]), json.loads(str(run["model_spec"]))
+    run_id, model_spec = str(run["run_id"]), ModelSpec.from_json(str(run["model_spec"]))
     location = tables.location(namespace, IMPORTANCE.name)
     having = ledger[ledger["booster_id"].notna()][[*GROUP, "wave", "booster_id"]]
-    before, known = _known(tables, namespace, location, run, model)
+    before, known = _known(tables, namespace, location, run, model_spec)
     # A group's id tells its grain, too.
     is_known = pd.MultiIndex.from_frame(having[["group_id", "booster_id"]]).isin(known)
     copied, wanted = having[is_known], having[~is_known]
@@ -78,7 +78,7 @@ def write_importance(
         rows = limited_rows(visible, spec, json.loads(str(run["request"]))["limit_groups"])
         store = tables.location(namespace, BOOSTERS.name)
         boosters = tables.read_spark(spark, store, partitions={"wave": sorted(set(wanted["wave"]))})
-        parts.append(look_at_groups(rows, boosters, wanted, spec, model, run_id=run_id, where=store))
+        parts.append(look_at_groups(rows, boosters, wanted, spec, model_spec, run_id=run_id, where=store))
     files, failed = [], {}
     if parts:
         frame = parts[0] if len(parts) == 1 else parts[0].unionByName(parts[1])
@@ -91,23 +91,23 @@ def write_importance(
     return LookedAt(len(having), len(copied), failed)
 
 
-def _known(tables: Tables, namespace: str, location: str, run: Mapping[Any, Any], model: Mapping[str, Any]) -> tuple[str, pd.MultiIndex]:
+def _known(tables: Tables, namespace: str, location: str, run: Mapping[Any, Any], model_spec: ModelSpec) -> tuple[str, pd.MultiIndex]:
     """The run before, and the groups and boosters that it has rows for, if its features are the same by name."""
     nothing = pd.MultiIndex.from_arrays([[], []])
     before = run["previous_run_id"]
     if not isinstance(before, str) or not tables.exists(location):
         return "", nothing
     runs = read_runs(tables, namespace)
-    features = [json.loads(text)["features"] for text in runs.loc[runs["run_id"] == before, "model_spec"]]
-    if features != [model["features"]]:
+    features = [ModelSpec.from_json(text).features for text in runs.loc[runs["run_id"] == before, "model_spec"]]
+    if features != [model_spec.features]:
         return "", nothing
-    first = str(model["features"][0])
+    first = model_spec.features[0]
     found = tables.read_pandas(location, where={"run_id": before, "feature": first}, columns=["group_id", "booster_id"])
     return before, pd.MultiIndex.from_frame(found)
 
 
 def look_at_groups(
-    rows: DataFrame, boosters: DataFrame, wanted: pd.DataFrame, spec: FleetSpec, model: Mapping[str, Any], *, run_id: str, where: str
+    rows: DataFrame, boosters: DataFrame, wanted: pd.DataFrame, spec: FleetSpec, model_spec: ModelSpec, *, run_id: str, where: str
 ) -> DataFrame:
     """Importance of every feature in every wanted group.
 
@@ -116,7 +116,7 @@ def look_at_groups(
         boosters: rows of the booster store.
         wanted: grain, group_id, wave and booster_id.
         spec: the fleet.
-        model: the run's model spec: features, categories, grains.
+        model_spec: of the run.
         run_id: of the run.
         where: the booster store, for messages.
 
@@ -128,18 +128,17 @@ def look_at_groups(
     named = sf.broadcast(spark.createDataFrame(wanted.astype({"grain": "int32"}), schema))
     asked = newest_rows(rows, wanted, spec).groupBy(*GROUP)
     stored = boosters.select("wave", "booster_id", "sha256", "n_bytes", "text").join(named, ["wave", "booster_id"]).groupBy(*GROUP)
-    kept = dict(model)
 
     def look(key: tuple[pa.Scalar, ...], rows_of_group: pa.Table, boosters_of_group: pa.Table) -> pa.Table:
         keep_imports()
         grain, group = (value.as_py() for value in key)
-        told: dict[str, Any] = {"run_id": run_id, "grain": grain, "grain_name": grain_name(kept["grains"][grain]), "group_id": group}
+        told: dict[str, Any] = {"run_id": run_id, "grain": grain, "grain_name": grain_name(model_spec.grains[grain]), "group_id": group}
         try:
             if not boosters_of_group.num_rows:
                 raise LookupError(f"{where} lacks the booster that the ledger names; train again")  # noqa: TRY301 - told as any other
             booster = boosters_of_group.slice(0, 1).to_pylist()[0]
-            sample = rows_in_pandas(rows_of_group.sort_by("_place"), kept)
-            found = group_importance(load_booster(booster, where), sample, kept).assign(**told, booster_id=booster["booster_id"], error=None)
+            sample = rows_in_pandas(rows_of_group.sort_by("_place"), model_spec)
+            found = group_importance(load_booster(booster, where), sample, model_spec).assign(**told, booster_id=booster["booster_id"], error=None)
             return pa.Table.from_pandas(found, schema=_LOOKED_AT, preserve_index=False)
         except Exception as error:  # noqa: BLE001 - one group ends nothing but itself
             return pa.Table.from_pylist([{**told, "error": f"{type(error).__name__}: {error}"}], schema=_LOOKED_AT)

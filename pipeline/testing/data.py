@@ -8,7 +8,7 @@ import pandas as pd
 
 from pipeline.features.encoding import choose_categories
 from pipeline.models.meta_model import group_id, key_text
-from pipeline.models.pack import model_spec
+from pipeline.models.pack import build_model_spec
 from pipeline.spec import FleetSpec, parse_spec
 from pipeline.training.objective import learning_goal
 from pipeline.training.splits import resolve_cutoffs
@@ -118,7 +118,7 @@ def training_settings(spec: FleetSpec, rows: pd.DataFrame, *, run_id: str = "run
     prior = [shares.get(name, 0.0) for name in classes]
     return TrainingSettings(
         run_id=run_id,
-        model=model_spec(spec, choose_categories(counts, spec.features.max_categories), classes, prior),
+        model_spec=build_model_spec(spec, choose_categories(counts, spec.features.max_categories), classes, prior),
         goal=learning_goal(spec, len(classes)),
         target=spec.target.column,
         weight=spec.target.weight,

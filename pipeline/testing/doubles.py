@@ -326,7 +326,7 @@ class FailingTrainer:
 
     def __call__(self, frame: pd.DataFrame, grain: int, settings: TrainingSettings, start: Start = NO_START) -> Outcome:
         """Train one group, or do harm."""
-        keys = settings.model["grains"][grain]
+        keys = settings.model_spec.grains[grain]
         group = str(group_ids(frame.head(1), keys)[0])
         harm = self.harm.get(group)
         if harm == "raise":

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 
 from pipeline.models.boosters import encode_booster
-from pipeline.models.meta_model import answer_columns, group_id
-from pipeline.models.pack import Generation, model_spec, write_pack
+from pipeline.models.meta_model import Generation, answer_columns, group_id
+from pipeline.models.pack import PackedRun, build_model_spec, write_pack
 from pipeline.spec import FleetSpec, parse_spec
 
 ASKED = "asked"
@@ -56,8 +56,8 @@ def asked_pack(folder: Path, fleet_version: str, seed: int = 0) -> Path:
             "intervals": '{"0.8": 0.25, "0.95": 0.5}',
         }
     )
-    spec = {**model_spec(asked_spec(), {"kind": KINDS}), "fleet_version": fleet_version, "constant": 0.1, "constant_without_offset": 1.0}
-    write_pack(folder, [Generation(spec, ledger)], lambda _: map(vars, encoded))
+    generation = Generation(build_model_spec(asked_spec(), {"kind": KINDS}), fleet_version, constant=0.1, constant_without_offset=1.0)
+    write_pack(folder, [PackedRun(generation, ledger)], lambda _: map(vars, encoded))
     return folder
 
 

@@ -11,9 +11,9 @@ import numpy.typing as npt
 import pandas as pd
 
 from pipeline.models.boosters import encode_booster
-from pipeline.models.meta_model import CORRECTION, Floats, design_matrix, group_ids, key_text, link, offset_and_scale
+from pipeline.models.meta_model import Floats, ModelSpec, design_matrix, group_ids, key_text, link, offset_and_scale
 from pipeline.models.start import CrossSelection, Start, Winner
-from pipeline.spec import COUNTED, MULTICLASS, TuningSpec
+from pipeline.spec import COUNTED, TuningSpec
 from pipeline.training.outcome import CONSTANT_TARGET, INFINITE_TARGET, NO_TARGET, NOT_POOLED, TOO_FEW_ROWS, UNKNOWN_CLASS, Outcome
 from pipeline.training.splits import FIT, GAP, REPORT, TUNE, Cutoffs
 from pipeline.training.tuner import Clock, Learnable, Study, fit_booster
@@ -42,7 +42,7 @@ class TrainingSettings:
     """
 
     run_id: str
-    model: Mapping[str, Any]
+    model_spec: ModelSpec
     goal: Mapping[str, Any]
     target: str
     weight: str | None
@@ -76,16 +76,16 @@ def train_group(frame: pd.DataFrame, grain: int, settings: TrainingSettings, sta
         "n_report": int((usable & (split == REPORT)).sum()),
         "n_invalid": int((~rows["_valid"]).sum()),
     }
-    is_coarse, has_classes = grain < max(1, len(settings.model["grains"]) - 1), bool(settings.model["classes"])
+    is_coarse, has_classes = grain < max(1, len(settings.model_spec.grains) - 1), bool(settings.model_spec.classes)
     reason = NOT_POOLED if start.judge else _reason_not_to_train(rows, ledger, settings.tuning, is_coarse=is_coarse, has_classes=has_classes)
     if reason is not None:
         holdout = _holdout(rows, np.full(len(rows), np.nan), settings) if grain == POOLED else None
         return Outcome("inherited", reason, {**ledger, "seconds": time.perf_counter() - started}, None, holdout)
 
     clock = Clock()
-    matrix = design_matrix(rows, settings.model)
+    matrix = design_matrix(rows, settings.model_spec)
     everything = Learnable(matrix, target, weight)
-    categoricals = [position for position, name in enumerate(settings.model["features"]) if name in settings.model["categories"]]
+    categoricals = settings.model_spec.categorical_positions
     is_fit, is_tune, is_report = (usable & (split == name) for name in (FIT, TUNE, REPORT))
     goal, n_classes = settings.goal, settings.goal.get("num_class")
 
@@ -114,7 +114,7 @@ def train_group(frame: pd.DataFrame, grain: int, settings: TrainingSettings, sta
         cross = CrossSelection(settings.cutoffs.tune_middle.isoformat(), tuned.earlier, tuned.later)
         found = {"n_trials": tuned.n_trials, "n_pruned": tuned.n_pruned, "stopped_by": tuned.stopped_by, "tune_loss": tuned.tune_loss}
     # Finer groups that correct this one's predictions need one for every row, made without that row.
-    is_corrected = is_coarse and settings.model["own"] == CORRECTION
+    is_corrected = is_coarse and settings.model_spec.corrects
     is_later = is_report | (usable & (split == GAP)) if is_corrected else is_report
     if is_later.any():
         predictions[is_later] = predicted(fitted_on(is_fit | is_tune, parameters, n_rounds), is_later)
@@ -162,12 +162,12 @@ def fit_twin(frame: pd.DataFrame, grain: int, settings: TrainingSettings, start:
         settings: those of the run whose rows these are, with the model spec that the recipe belongs to.
         start: parameters and rounds of the recipe, as `refit`.
     """
-    if settings.model["own"] == CORRECTION:  # finer groups correct predictions of all its rows
+    if settings.model_spec.corrects:  # finer groups correct predictions of all its rows
         return train_group(frame, grain, settings, start)
     rows = _prepare(frame, settings)
     usable, split = rows["_usable"].to_numpy(), rows["split"].to_numpy()
-    everything = Learnable(design_matrix(rows, settings.model), rows["_target"].to_numpy(), _weights(rows, settings))
-    categoricals = [position for position, name in enumerate(settings.model["features"]) if name in settings.model["categories"]]
+    everything = Learnable(design_matrix(rows, settings.model_spec), rows["_target"].to_numpy(), _weights(rows, settings))
+    categoricals = settings.model_spec.categorical_positions
     learnt, is_report = usable & np.isin(split, [FIT, TUNE]), usable & (split == REPORT)
     n_classes = settings.goal.get("num_class")
     predictions = np.full((len(rows), n_classes) if n_classes else len(rows), np.nan)
@@ -192,7 +192,7 @@ def _prepare(frame: pd.DataFrame, settings: TrainingSettings) -> pd.DataFrame:
     A row is valid if its target is finite and the transform and the objective take it, or it is one of the fleet's classes; usable
     if it also has an offset and a scale. Rows with a null target, or without a positive weight, are dropped.
     """
-    classes = settings.model["classes"]
+    classes = settings.model_spec.classes
     known = (frame[settings.target] if classes else pd.to_numeric(frame[settings.target], errors="coerce")).notna().to_numpy()
     if settings.weight is not None:
         known &= _row_weights(frame, settings.weight) > 0
@@ -201,10 +201,10 @@ def _prepare(frame: pd.DataFrame, settings: TrainingSettings) -> pd.DataFrame:
         values = linked = _class_numbers(rows[settings.target], classes)
     else:
         values = pd.to_numeric(rows[settings.target]).to_numpy(dtype=np.float64)
-        linked = link(values, settings.model["target"]["transform"])
+        linked = link(values, settings.model_spec.target.transform)
     if settings.goal["objective"] in COUNTED:
         linked = np.where(values < 0, np.nan, linked)
-    offset, scale = offset_and_scale(rows, settings.model["target"])
+    offset, scale = offset_and_scale(rows, settings.model_spec.target)
     with np.errstate(invalid="ignore"):
         residual = (linked - offset) / scale
     if BASE in rows:
@@ -263,7 +263,7 @@ def _holdout(rows: pd.DataFrame, predictions: Floats, settings: TrainingSettings
     """The judged rows: those of the tune and report splits (or of all) whose target is valid; for multiclass one per class."""
     judged = rows["_valid"].to_numpy() & (every_split | ~rows["split"].isin([FIT, GAP]).to_numpy())
     kept, predicted = rows[judged], predictions[judged]
-    ids = np.stack([group_ids(kept, keys) for keys in settings.model["grains"]], axis=1) if len(kept) else np.empty((0, 1), dtype=object)
+    ids = np.stack([group_ids(kept, keys) for keys in settings.model_spec.grains], axis=1) if len(kept) else np.empty((0, 1), dtype=object)
     weight = _weights(kept, settings)
     found = pd.DataFrame(
         {
@@ -279,7 +279,7 @@ def _holdout(rows: pd.DataFrame, predictions: Floats, settings: TrainingSettings
             "group_ids": list(ids),
         }
     )
-    if settings.model["task"] != MULTICLASS:
+    if not settings.model_spec.is_multiclass:
         return found
     codes = kept["_actual"].to_numpy()
     of_classes = [
@@ -288,6 +288,6 @@ def _holdout(rows: pd.DataFrame, predictions: Floats, settings: TrainingSettings
             actual=np.where(codes == number, 1.0, 0.0),
             prediction=predicted[:, number] if predicted.ndim > 1 else np.nan,
         )
-        for number, name in enumerate(settings.model["classes"])
+        for number, name in enumerate(settings.model_spec.classes)
     ]
     return pd.concat(of_classes, ignore_index=True)

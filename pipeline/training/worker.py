@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-from pipeline.models.meta_model import GroupKey
+from pipeline.models.meta_model import GroupKey, ModelSpec
 from pipeline.models.start import Start
 from pipeline.tables import HOLDOUT
 from pipeline.training.isolation import GroupProcess
@@ -72,7 +72,7 @@ class TaskWorker:
         )
         if isinstance(answer, Outcome):
             if grain == POOLED:
-                answer = replace(answer, holdout=_judged_anyway(rows_in_pandas(rows, self._settings.model), self._settings))
+                answer = replace(answer, holdout=_judged_anyway(rows_in_pandas(rows, self._settings.model_spec), self._settings))
             answer = _stream(_outcome_table(answer, grain, group))
         outcome = pa.ipc.open_stream(answer).read_all()
         ledger = {"task": task, **json.loads(outcome["ledger"][0].as_py())}
@@ -86,7 +86,7 @@ class TaskWorker:
         table = pa.ipc.open_stream(message).read_all()
         grain, group = json.loads(table.schema.metadata[b"key"])
         start = Start.from_json(self._starts.get(GroupKey(grain, group), "{}"))
-        frame = rows_in_pandas(table, self._settings.model)
+        frame = rows_in_pandas(table, self._settings.model_spec)
         outcome = train_one(frame, grain, self._settings, start, self._train)
         return _stream(_outcome_table(outcome, grain, group))
 
@@ -109,14 +109,13 @@ def train_one(frame: pd.DataFrame, grain: int, settings: TrainingSettings, start
         return Outcome("failed", ERROR, {"error_class": type(error).__name__, "error_message": message}, None, holdout)
 
 
-def rows_in_pandas(table: pa.Table, model: Mapping[str, Any]) -> pd.DataFrame:
+def rows_in_pandas(table: pa.Table, model_spec: ModelSpec) -> pd.DataFrame:
     """The rows in pandas: times in UTC without a zone, and integer keys, categories and classes beside nulls as text.
 
     In pandas an integer beside nulls becomes a float, which above 2^53 is another integer.
     """
-    keys = {key for grain in model["grains"] for key in grain}
-    labels = {model["target"]["column"]} if model["classes"] else set()
-    named = keys | set(model["categories"]) | labels
+    labels = {model_spec.target.column} if model_spec.classes else set()
+    named = model_spec.text_columns | labels
     for position, field in enumerate(table.schema):
         column = table.column(position)
         if pa.types.is_timestamp(field.type) and field.type.tz:

@@ -12,8 +12,8 @@ import pytest
 
 from pipeline.errors import ModelNotFound, StoreError
 from pipeline.models.boosters import encode_booster
-from pipeline.models.meta_model import answer_columns, group_id, index_digest, read_index
-from pipeline.models.pack import Generation, write_pack
+from pipeline.models.meta_model import Generation, answer_columns, group_id, index_digest, read_index
+from pipeline.models.pack import PackedRun, write_pack
 from pipeline.testing.doubles import MemoryRegistry
 from resources.mlflow_registry import CHALLENGER, CHAMPION, MlflowRegistry, input_types
 
@@ -28,6 +28,8 @@ SPEC = {
     "intervals": [0.8, 0.95],
     "task": "regression",
     "own": "independent",
+    "classes": [],
+    "prior": [],
     "target": {"column": "y", "transform": "none", "offset": None, "scale": None},
     "constant": 2.0,
     "constant_without_offset": 2.0,
@@ -54,7 +56,8 @@ def pack_of(folder: Path, booster_text: str, n_groups: int, fleet_version: str, 
             "intervals": ['{"0.8": 1.0, "0.95": 3.0}'] + [None] * n_groups,
         }
     )
-    write_pack(folder, [Generation({**SPEC, "fleet_version": fleet_version, **changes}, ledger)], lambda _: [vars(booster)])
+    generation = Generation.from_dict({**SPEC, "fleet_version": fleet_version, **changes})
+    write_pack(folder, [PackedRun(generation, ledger)], lambda _: [vars(booster)])
     return folder
 
 

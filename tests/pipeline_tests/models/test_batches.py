@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 
 from pipeline.models.boosters import EncodedBooster, encode_booster
-from pipeline.models.meta_model import FleetModel, group_id
-from pipeline.models.pack import Generation, model_spec, write_pack
+from pipeline.models.meta_model import FleetModel, Generation, group_id
+from pipeline.models.pack import PackedRun, build_model_spec, write_pack
 from pipeline.spec import parse_spec
 
 SPEC = parse_spec(
@@ -59,10 +59,10 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         }
     )
     ledger.loc[0, "intervals"] = '{"0.8": 0.5, "0.95": 0.75}'
-    spec = model_spec(SPEC, {"kind": KINDS}, own=request.param, nullable=["x", "kind"])
-    constants = {"fleet_version": "run-1", "constant": 0.125, "constant_without_offset": 0.25}
+    model_spec = build_model_spec(SPEC, {"kind": KINDS}, own=request.param, nullable=["x", "kind"])
+    generation = Generation(model_spec, "run-1", constant=0.125, constant_without_offset=0.25)
     folder = tmp_path_factory.mktemp("pack")
-    write_pack(folder, [Generation({**spec, **constants}, ledger)], lambda _: map(vars, boosters))
+    write_pack(folder, [PackedRun(generation, ledger)], lambda _: map(vars, boosters))
     return FleetModel(folder)
 
 

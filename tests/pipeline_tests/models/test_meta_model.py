@@ -4,6 +4,7 @@ import re
 import shutil
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ from pipeline.models.meta_model import (
     NOT_FINITE,
     Contributions,
     FleetModel,
+    Generation,
     GroupKey,
     InputError,
+    ModelTarget,
     PackError,
     answer_columns,
     as_json_takes_them,
@@ -42,7 +45,7 @@ from pipeline.models.meta_model import (
     structure_fault,
     told_contributions,
 )
-from pipeline.models.pack import Generation, model_spec, mosaic, write_pack
+from pipeline.models.pack import PackedRun, build_model_spec, combine_versions, write_pack
 from pipeline.testing.data import small_spec
 
 NASTY = ["../x", "a/b", "a\\b", "🦊", "", None, "\x00", "\x1f", "\n", '"', "null", '","', "[]", " ", "é", "e\u0301", "\u2028", "'", "%2F"]
@@ -134,7 +137,7 @@ def test_many_keys_of_many_values_do_not_collide() -> None:
 
 # The design matrix
 
-MATRIX_SPEC = {"features": ["price", "kind", "n"], "categories": {"kind": ["10", "large", "small"]}}
+MATRIX_SPEC = replace(build_model_spec(small_spec(), {"kind": ["10", "large", "small"]}), features=("price", "kind", "n"))
 
 
 def matrix(**columns: Any) -> list[list[float]]:
@@ -236,10 +239,10 @@ def test_what_a_transform_cannot_take_is_not_finite() -> None:
 
 def test_an_offset_or_scale_that_cannot_serve_is_missing() -> None:
     frame = pd.DataFrame({"o": [1.0, np.inf, np.nan, 2.0, 3.0], "s": [2.0, 1.0, 1.0, 0.0, -1.0]})
-    offset, scale = offset_and_scale(frame, {"offset": "o", "scale": "s"})
+    offset, scale = offset_and_scale(frame, ModelTarget("y", "none", "o", "s"))
     assert np.isfinite(offset).tolist() == [True, False, False, True, True]
     assert np.isfinite(scale).tolist() == [True, True, True, False, False]
-    assert np.isnan(offset_and_scale(frame, {"offset": "absent", "scale": None})[0]).all()
+    assert np.isnan(offset_and_scale(frame, ModelTarget("y", "none", "absent", None))[0]).all()
 
 
 # The fleet model
@@ -277,10 +280,10 @@ def ledger_of(chains: Sequence[tuple[Any, ...]]) -> pd.DataFrame:
 def make_pack(
     folder: Path, target: Mapping[str, Any] | None = None, chains: Sequence[tuple[Any, ...]] = CHAINS_OF, fleet_version: str = "run-1"
 ) -> Path:
-    spec = model_spec(small_spec(target=target or {}), {"kind": ["large", "small"]})
+    model_spec = build_model_spec(small_spec(target=target or {}), {"kind": ["large", "small"]})
     rows = [vars(encoded) for encoded in BOOSTERS.values()]
-    constants = {"constant": 100.0, "constant_without_offset": 7.0}
-    write_pack(folder, [Generation({**spec, "fleet_version": fleet_version, **constants}, ledger_of(chains))], lambda _: rows)
+    generation = Generation(model_spec, fleet_version, constant=100.0, constant_without_offset=7.0)
+    write_pack(folder, [PackedRun(generation, ledger_of(chains))], lambda _: rows)
     return folder
 
 
@@ -385,13 +388,13 @@ def test_a_level_that_nobody_has_rows_for_gives_no_interval(tmp_path: Path) -> N
 def test_the_same_share_is_answered_by_wider_intervals_at_higher_levels(tmp_path: Path) -> None:
     random = np.random.default_rng(7)
     levels = [0.5, 0.8, 0.9, 0.99]
-    spec = model_spec(small_spec(scoring={"intervals": levels}), {"kind": ["large", "small"]})
+    model_spec = build_model_spec(small_spec(scoring={"intervals": levels}), {"kind": ["large", "small"]})
     ids = [(0, "[]"), *((1, group_id([f"r{n}"])) for n in range(9)), *((2, group_id([f"r{n}", f"c{m}"])) for n in range(9) for m in range(9))]
     own = [dict(zip(map(repr, levels), np.sort(random.exponential(size=4)) + np.where(random.random(4) < 0.4, np.nan, 0), strict=True)) for _ in ids]
     written = [json.dumps({level: None if np.isnan(half) else half for level, half in halves.items()}) for halves in own]
     ledger = pd.DataFrame(ids, columns=["grain", "group_id"]).assign(booster_id=None, weight=0.0, intervals=written)
-    constants = {"fleet_version": "run-1", "constant": 1.0, "constant_without_offset": 1.0}
-    write_pack(tmp_path / "pack", [Generation({**spec, **constants}, ledger)], lambda _: [])
+    generation = Generation(model_spec, "run-1", constant=1.0, constant_without_offset=1.0)
+    write_pack(tmp_path / "pack", [PackedRun(generation, ledger)], lambda _: [])
     model = FleetModel(tmp_path / "pack")
     groups = [(f"r{n}", f"c{m}") for n in range(10) for m in range(10)]
     found = np.array([half_widths(model, *groups, interval=level) for level in levels])
@@ -402,11 +405,10 @@ def test_the_same_share_is_answered_by_wider_intervals_at_higher_levels(tmp_path
 
 
 def test_a_fleet_without_any_model_answers_with_its_constant(tmp_path: Path) -> None:
-    spec = model_spec(small_spec(), {"kind": []})
+    model_spec = build_model_spec(small_spec(), {"kind": []})
     ledger = pd.DataFrame({"grain": [0], "group_id": ["[]"], "booster_id": [None], "weight": [0.0], "intervals": [None]})
-    write_pack(
-        tmp_path / "pack", [Generation({**spec, "fleet_version": "run-1", "constant": 100.0, "constant_without_offset": 7.0}, ledger)], lambda _: []
-    )
+    generation = Generation(model_spec, "run-1", constant=100.0, constant_without_offset=7.0)
+    write_pack(tmp_path / "pack", [PackedRun(generation, ledger)], lambda _: [])
     found = FleetModel(tmp_path / "pack").predict(batch(("north", "oslo")))
     assert found["prediction"].tolist() == [100.0]
     assert found["answered_by"].tolist() == [CONSTANT]
@@ -456,9 +458,9 @@ def test_missing_columns_are_listed_with_those_that_are_there(pack: Path) -> Non
 
 
 def test_columns_that_may_be_missing_are_null_where_they_are(tmp_path: Path) -> None:
-    spec = model_spec(small_spec(), {"kind": ["large", "small"]}, nullable=["price", "kind"])
-    constants = {"fleet_version": "run-1", "constant": 1.0, "constant_without_offset": 1.0}
-    write_pack(tmp_path / "pack", [Generation({**spec, **constants}, ledger_of(CHAINS_OF))], lambda _: [vars(one) for one in BOOSTERS.values()])
+    model_spec = build_model_spec(small_spec(), {"kind": ["large", "small"]}, nullable=["price", "kind"])
+    generation = Generation(model_spec, "run-1", constant=1.0, constant_without_offset=1.0)
+    write_pack(tmp_path / "pack", [PackedRun(generation, ledger_of(CHAINS_OF))], lambda _: [vars(one) for one in BOOSTERS.values()])
     model = FleetModel(tmp_path / "pack")
     assert (model.required, model.optional) == (["region", "city", "promotion", "day_of_week"], ["price", "kind"])
     rows = batch(("north", "oslo"), ("east", "x"), ("north", "bergen"))
@@ -777,9 +779,10 @@ def test_a_booster_of_unsound_structure_never_reaches_lightgbm(model_text: str, 
 def test_a_group_that_the_constant_answers_leans_on_no_model(tmp_path: Path, explain: bool) -> None:
     cut = [None, None, None, "constant", None, "parent", None]
     ledger = ledger_of([(*chain[:3], 0.0, chain[4]) if by else chain for chain, by in zip(CHAINS_OF, cut, strict=True)])
-    spec = {**model_spec(small_spec(), {"kind": ["large", "small"]}), "fleet_version": "run-1", "constant": 100.0, "constant_without_offset": 7.0}
+    model_spec = build_model_spec(small_spec(), {"kind": ["large", "small"]})
+    generation = Generation(model_spec, "run-1", constant=100.0, constant_without_offset=7.0)
     rows = [vars(encoded) for encoded in BOOSTERS.values()]
-    write_pack(tmp_path / "pack", [Generation(spec, ledger.assign(answered_by=cut))], lambda _: rows)
+    write_pack(tmp_path / "pack", [PackedRun(generation, ledger.assign(answered_by=cut))], lambda _: rows)
     question = batch(("north", "oslo"), ("north", "bergen"), ("south", "roma"))
     model = FleetModel(tmp_path / "pack")
     found = model.predict(question, explain=explain)
@@ -790,7 +793,7 @@ def test_a_group_that_the_constant_answers_leans_on_no_model(tmp_path: Path, exp
     if explain:
         assert sum(part["contribution"] for part in found.loc[0, "contributions"]) == pytest.approx(100.0)
     # A version that is put together from this one's chains keeps it.
-    both = mosaic(model.serving(), [model])
+    both = combine_versions(model.serving(), [model])
     write_pack(tmp_path / "both", both, model.stored_boosters)
     pd.testing.assert_frame_equal(FleetModel(tmp_path / "both").predict(question, explain=explain), found)
 
@@ -798,9 +801,10 @@ def test_a_group_that_the_constant_answers_leans_on_no_model(tmp_path: Path, exp
 # Several generations in one version
 
 
-def generations(chains: Sequence[tuple[Any, ...]], version: str, constant: float, **columns: Any) -> Generation:
-    spec = model_spec(small_spec(), {"kind": ["large", "small"]})
-    return Generation({**spec, "fleet_version": version, "constant": constant, "constant_without_offset": 7.0}, ledger_of(chains).assign(**columns))
+def generations(chains: Sequence[tuple[Any, ...]], version: str, constant: float, **columns: Any) -> PackedRun:
+    model_spec = build_model_spec(small_spec(), {"kind": ["large", "small"]})
+    generation = Generation(model_spec, version, constant=constant, constant_without_offset=7.0)
+    return PackedRun(generation, ledger_of(chains).assign(**columns))
 
 
 def test_a_group_is_answered_by_its_generation_with_that_ones_ancestors(tmp_path: Path) -> None:
@@ -852,12 +856,12 @@ PRIORS = {"binary": [0.75, 0.25], "multiclass": [0.5, 0.3, 0.2]}
 
 def class_pack(folder: Path, task: str, weights: tuple[float, float] = (1.0, 0.5)) -> Path:
     names = CLASS_NAMES[task]
-    spec = model_spec(small_spec(task=task, baselines=None), {"kind": ["large", "small"]}, names, PRIORS[task])
+    model_spec = build_model_spec(small_spec(task=task, baselines=None), {"kind": ["large", "small"]}, names, PRIORS[task])
     booster = class_booster(len(names))
     ledger = pd.DataFrame({"grain": [0, 1], "group_id": ["[]", '["north"]'], "weight": weights, "intervals": [None, None]})
-    constant = {"constant": PRIORS[task][1] if task == "binary" else None}
-    whole = {**spec, **constant, "constant_without_offset": None, "fleet_version": "run-1"}
-    write_pack(folder, [Generation(whole, ledger.assign(booster_id=booster.booster_id))], lambda _: [vars(booster)])
+    constant = PRIORS[task][1] if task == "binary" else None
+    generation = Generation(model_spec, "run-1", constant=constant, constant_without_offset=None)
+    write_pack(folder, [PackedRun(generation, ledger.assign(booster_id=booster.booster_id))], lambda _: [vars(booster)])
     return folder
 
 
@@ -944,8 +948,9 @@ def test_contributions_of_classes_add_up_to_the_probability(tmp_path: Path, task
 
 @pytest.mark.parametrize("is_count", [True, False])
 def test_contributions_of_an_output_that_is_no_sum_are_stretched(is_count: bool) -> None:
-    spec = {"task": "regression", "features": ["a", "b"], "is_count": is_count, "target": {"offset": None}, "constant_without_offset": 0.0}
-    made_of = Contributions(spec, np.array([1.0, 1.0]))
+    model_spec = replace(build_model_spec(small_spec(), {}), features=("a", "b"), is_count=is_count)
+    generation = Generation(model_spec, "run-1", constant=1.0, constant_without_offset=0.0)
+    made_of = Contributions(generation, np.array([1.0, 1.0]))
     shap = np.array([[0.5, -0.2, 0.1], [0.0, 0.0, 0.1]])
     output = np.exp(shap.sum(axis=1)) if is_count else shap.sum(axis=1)
     made_of.add(np.arange(2), shap, output, 0.5, corrects=False)
@@ -955,7 +960,7 @@ def test_contributions_of_an_output_that_is_no_sum_are_stretched(is_count: bool)
 
 
 def test_few_features_are_told_and_the_others_summed_up() -> None:
-    spec = {"features": list("abcdefg"), "target": {"offset": "o"}}
-    told = told_contributions(spec, np.array([1.0, -7.0, 3.0, 0.5, 6.0, 5.0, 0.25, 10.0]), 2.0)
+    model_spec = replace(build_model_spec(small_spec(target={"offset": "o"}), {}), features=tuple("abcdefg"))
+    told = told_contributions(model_spec, np.array([1.0, -7.0, 3.0, 0.5, 6.0, 5.0, 0.25, 10.0]), 2.0)
     assert [part["feature"] for part in told] == ["b", "e", "f", "c", "a", "(other features)", "(offset)", "(base)"]
     assert sum(part["contribution"] for part in told) == 1.0 - 7.0 + 3.0 + 0.5 + 6.0 + 5.0 + 0.25 + 10.0 + 2.0

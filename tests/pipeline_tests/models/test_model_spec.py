@@ -3,14 +3,13 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
 
 import pipeline.runs.fingerprints as module
-from pipeline.models.meta_model import CORRECTION
-from pipeline.models.pack import Generation, model_spec, write_pack
+from pipeline.models.meta_model import CORRECTION, Generation, ModelSpec
+from pipeline.models.pack import PackedRun, build_model_spec, write_pack
 from pipeline.runs.fingerprints import shared_digest
 from pipeline.testing.data import small_spec
 from pipeline.training.objective import learning_goal
@@ -29,10 +28,10 @@ FLEETS = {
     "count": small_spec(tuning={"objective": "poisson"}),
 }
 MODEL_SPECS = {
-    "regression": model_spec(FLEETS["regression"], CATEGORIES, own=CORRECTION, nullable=["price", "usual_sales", "kind"]),
-    "binary": model_spec(FLEETS["binary"], CATEGORIES, ["no", "yes"]),
-    "multiclass": model_spec(FLEETS["multiclass"], {}, ["low", "mid", "tôp"], [0.25, 0.5, 0.1 + 0.15]),
-    "count": model_spec(FLEETS["count"], CATEGORIES),
+    "regression": build_model_spec(FLEETS["regression"], CATEGORIES, own=CORRECTION, nullable=["price", "usual_sales", "kind"]),
+    "binary": build_model_spec(FLEETS["binary"], CATEGORIES, ["no", "yes"]),
+    "multiclass": build_model_spec(FLEETS["multiclass"], {}, ["low", "mid", "tôp"], [0.25, 0.5, 0.1 + 0.15]),
+    "count": build_model_spec(FLEETS["count"], CATEGORIES),
 }
 TEXTS = {
     "regression": '{"fleet": "small", "grains": [[], ["region"], ["region", "city"]], "features": ["price", "promotion", "usual_sales", "day_of_week", "kind"], "categories": {"kind": ["große", "petit é", "🦊", "\\""]}, "required": ["region", "city", "promotion", "usual_sales", "day_of_week"], "optional": ["price", "kind"], "task": "regression", "own": "correction", "is_count": false, "classes": [], "prior": [], "target": {"column": "sales", "transform": "log1p", "offset": "usual_sales", "scale": "usual_sales"}, "interval": 0.9, "intervals": [0.5, 0.9, 0.99]}',
@@ -49,17 +48,12 @@ DIGESTS = {
 PACKED = "1ff7fe06e0be437c6d4213e136c9dd6e31e291f20dfac152ce53e0ca9cd34b89"
 
 
-def text_of(found: Any) -> str:
-    return json.dumps(found, ensure_ascii=False)
-
-
 def digest_of(task: str) -> str:
     spec, found = FLEETS[task], MODEL_SPECS[task]
-    return shared_digest(found, learning_goal(spec, len(found["classes"])), spec.tuning, CUTOFFS, spec.target.weight)
+    return shared_digest(found, learning_goal(spec, len(found.classes)), spec.tuning, CUTOFFS, spec.target.weight)
 
 
 def packed_text(folder: Path) -> str:
-    constants = {"constant": 0.1, "constant_without_offset": None}
     ledger = pd.DataFrame(
         {
             "grain": [0, 1],
@@ -70,15 +64,16 @@ def packed_text(folder: Path) -> str:
             "answered_by": [None, "constant"],
         }
     )
-    own = Generation({**MODEL_SPECS["regression"], "fleet_version": "run-1", **constants}, ledger)
-    other = Generation({**MODEL_SPECS["count"], "fleet_version": "run-0", **constants}, ledger.drop(columns="answered_by"))
+    own = PackedRun(Generation(MODEL_SPECS["regression"], "run-1", 0.1, None), ledger)
+    other = PackedRun(Generation(MODEL_SPECS["count"], "run-0", 0.1, None), ledger.drop(columns="answered_by"))
     write_pack(folder, [own, other], lambda _: [])
     return (folder / "spec.json").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("task", TEXTS)
 def test_the_text_of_a_model_spec(task: str) -> None:
-    assert text_of(MODEL_SPECS[task]) == TEXTS[task]
+    assert MODEL_SPECS[task].to_json() == TEXTS[task]
+    assert ModelSpec.from_json(TEXTS[task]) == MODEL_SPECS[task]
 
 
 @pytest.mark.parametrize("task", DIGESTS)
@@ -90,3 +85,19 @@ def test_what_all_fingerprints_of_a_run_share(task: str, monkeypatch: pytest.Mon
 
 def test_the_text_of_a_pack(tmp_path: Path) -> None:
     assert hashlib.sha256(packed_text(tmp_path / "pack").encode()).hexdigest() == PACKED
+
+
+def test_what_an_earlier_release_did_not_write_is_not_written_again() -> None:
+    described = json.loads(TEXTS["regression"])
+    del described["is_count"]
+    model_spec = ModelSpec.from_dict(described)
+    assert model_spec.is_count is None
+    assert model_spec.to_json() == json.dumps(described, ensure_ascii=False)
+    entry = {**described, "fleet_version": "run-1", "constant": 0.1, "constant_without_offset": None}
+    assert json.dumps(Generation.from_dict(entry).to_dict()) == json.dumps(entry)
+
+
+def test_a_runs_row_says_what_its_generation_is() -> None:
+    run = {"run_id": "run-1", "model_spec": TEXTS["multiclass"], "constant": float("nan"), "constant_without_offset": None}
+    assert Generation.of_run(run) == Generation(MODEL_SPECS["multiclass"], "run-1", None, None)
+    assert Generation.of_run(pd.Series({**run, "constant": 1})).constant == 1.0

@@ -1,5 +1,6 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ import pytest
 
 from pipeline.errors import StoreError
 from pipeline.models.boosters import EncodedBooster, encode_booster
-from pipeline.models.meta_model import FleetModel, PackError, filesystem_of, open_boosters
-from pipeline.models.pack import Generation, PackStore, answers_alike, model_spec, write_boosters, write_pack
+from pipeline.models.meta_model import FleetModel, Generation, PackError, filesystem_of, open_boosters
+from pipeline.models.pack import PackedRun, PackStore, answers_alike, build_model_spec, write_boosters, write_pack
 from pipeline.testing.data import small_spec
 
-SPEC = {**model_spec(small_spec(), {"kind": ["a"]}), "fleet_version": "run-1", "constant": 0.0, "constant_without_offset": 0.0}
+GENERATION = Generation(build_model_spec(small_spec(), {"kind": ["a"]}), "run-1", constant=0.0, constant_without_offset=0.0)
 ONE, TWO, OTHER = (encode_booster(text) for text in ("one", "two", "other"))
 
 
@@ -24,7 +25,7 @@ def ledger(*boosters: str | None) -> pd.DataFrame:
 
 
 def write(folder: Path, names: Sequence[str | None], boosters: Iterable[Mapping[str, Any]]) -> Path:
-    write_pack(folder, [Generation(SPEC, ledger(*names))], lambda _: boosters)
+    write_pack(folder, [PackedRun(GENERATION, ledger(*names))], lambda _: boosters)
     return folder
 
 
@@ -74,7 +75,8 @@ def test_a_pack_is_the_same_whichever_wave_wrote_its_boosters(tmp_path: Path) ->
 def test_runs_answer_alike_where_all_that_decides_an_answer_is_the_same(spec: dict[str, Any], rows: dict[str, Any], alike: bool) -> None:
     before = ledger(ONE.booster_id, TWO.booster_id)
     after = before.assign(**rows).iloc[::-1]
-    assert answers_alike(Generation(SPEC, before), Generation({**SPEC, **spec}, after)) is alike
+    generation = Generation.from_dict({**GENERATION.to_dict(), **spec})
+    assert answers_alike(PackedRun(GENERATION, before), PackedRun(generation, after)) is alike
 
 
 # Shared packs
@@ -87,7 +89,7 @@ def shared(folder: Path, root: Path, boosters: Sequence[EncodedBooster], before:
     def only_what_is_asked_for(asked: Sequence[str]) -> list[dict[str, Any]]:
         return [vars(one) for one in boosters if one.booster_id in asked]
 
-    write_pack(folder, [Generation(SPEC, ledger(*names))], only_what_is_asked_for, store=store, before=before)
+    write_pack(folder, [PackedRun(GENERATION, ledger(*names))], only_what_is_asked_for, store=store, before=before)
     return FleetModel(folder)
 
 
@@ -136,7 +138,7 @@ def test_a_file_that_the_store_has_lost_is_named(tmp_path: Path, damage: str) ->
 def test_a_shared_pack_may_be_in_an_object_store(tmp_path: Path, object_store: dict[str, str]) -> None:
     root = "s3://fleets/shared/packs"
     store = PackStore(root, *filesystem_of(root, object_store))
-    write_pack(tmp_path / "pack", [Generation(SPEC, ledger(ONE.booster_id))], lambda _: [vars(ONE)], store=store)
+    write_pack(tmp_path / "pack", [PackedRun(GENERATION, ledger(ONE.booster_id))], lambda _: [vars(ONE)], store=store)
     model = FleetModel(tmp_path / "pack", options=object_store)
     model.check_files()
     assert texts_of(model) == {ONE.booster_id: ONE.text}
@@ -156,7 +158,7 @@ def test_groups_without_a_booster_have_a_chain_all_the_same(tmp_path: Path) -> N
 @pytest.mark.parametrize("per_row_group", [1, 2, 3, 5, 100])
 def test_all_generations_of_a_group_are_in_one_row_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, per_row_group: int) -> None:
     monkeypatch.setattr("pipeline.models.pack.CHAINS_PER_ROW_GROUP", per_row_group)
-    write_pack(tmp_path / "pack", [Generation(SPEC, ledger(None, None, None))] * 3, lambda _: [])
+    write_pack(tmp_path / "pack", [PackedRun(GENERATION, ledger(None, None, None))] * 3, lambda _: [])
     file = pq.ParquetFile(tmp_path / "pack" / "chains.parquet")
     groups = [file.read_row_group(number).column("group_id").to_pylist() for number in range(file.num_row_groups)]
     assert sum(len(set(part)) for part in groups) == len(set().union(*groups)) == 3
@@ -168,22 +170,24 @@ NEEDS_MUCH = small_spec(target={"offset": "level", "scale": "price"}, features={
 
 
 def test_a_model_needs_keys_features_offset_and_scale_each_once() -> None:
-    spec = model_spec(NEEDS_MUCH, {})
-    assert spec["required"] == ["region", "city", "price", "promotion", "day_of_week", "kind", "level"]
-    assert spec["optional"] == []
-    assert "sales" not in spec["required"]
+    model_spec = build_model_spec(NEEDS_MUCH, {})
+    assert model_spec.required == ("region", "city", "price", "promotion", "day_of_week", "kind", "level")
+    assert model_spec.optional == ()
+    assert "sales" not in model_spec.required
 
 
 def test_what_training_saw_nulls_in_is_optional_but_for_keys_offset_and_scale() -> None:
-    spec = model_spec(NEEDS_MUCH, {}, nullable=("kind", "level", "price", "promotion", "region"))
-    assert spec["required"] == ["region", "city", "price", "day_of_week", "level"]
-    assert spec["optional"] == ["promotion", "kind"]
+    model_spec = build_model_spec(NEEDS_MUCH, {}, nullable=("kind", "level", "price", "promotion", "region"))
+    assert model_spec.required == ("region", "city", "price", "day_of_week", "level")
+    assert model_spec.optional == ("promotion", "kind")
 
 
 def test_half_widths_are_kept_in_the_order_of_the_levels(tmp_path: Path) -> None:
-    spec = {**SPEC, **model_spec(small_spec(scoring={"interval": 0.9, "intervals": [0.5, 0.99]}), {"kind": ["a"]})}
+    found = build_model_spec(small_spec(scoring={"interval": 0.9, "intervals": [0.5, 0.99]}), {"kind": ["a"]})
     written = ['{"0.5": 1.0, "0.9": 2.0, "0.99": null}', '{"0.99": 9.0}', None]
-    write_pack(tmp_path / "pack", [Generation(spec, ledger(None, None, None).assign(intervals=written))], lambda _: [])
+    write_pack(
+        tmp_path / "pack", [PackedRun(replace(GENERATION, model_spec=found), ledger(None, None, None).assign(intervals=written))], lambda _: []
+    )
     model = FleetModel(tmp_path / "pack")
     assert (model.interval, model.intervals) == (0.9, [0.5, 0.9, 0.99])
     assert [chain.intervals for chain in model.chains()] == [[1.0, 2.0, None], [None, None, 9.0], None]

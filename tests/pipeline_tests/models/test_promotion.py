@@ -1,4 +1,5 @@
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -6,6 +7,7 @@ import pandas as pd
 import pytest
 
 from pipeline.errors import DataError
+from pipeline.models.meta_model import Generation, ModelSpec, ModelTarget
 from pipeline.models.promotion import (
     NEW_GROUP,
     NEW_RECIPE,
@@ -62,15 +64,32 @@ def test_at_most_one_group_in_ten_may_fail(n_failed: int, passes: bool) -> None:
 # Group by group
 
 
-def side(version: str, boosters: Mapping[str, tuple[str, str, float]], **spec: Any) -> Side:
+MODEL_SPEC = ModelSpec(
+    fleet="shop",
+    grains=((), ("k",)),
+    features=("x",),
+    categories={},
+    required=("k", "x"),
+    optional=(),
+    task="regression",
+    own="independent",
+    is_count=False,
+    classes=(),
+    prior=(),
+    target=ModelTarget("y", "none", None, None),
+    interval=0.8,
+    intervals=(0.8,),
+)
+
+
+def side(version: str, boosters: Mapping[str, tuple[str, str, float]], **changes: Any) -> Side:
     """A run of two grains: per group id its booster, parameters and weight."""
-    model = {"grains": [[], ["k"]], "features": ["x"], "categories": {}, "own": "independent", "target": {"column": "y"}}
-    model |= {"task": "regression", "classes": [], "is_count": False, "fleet_version": version, **spec}
+    spec = replace(MODEL_SPEC, **changes)
     rows: dict[tuple[int, str], dict[str, Any]] = {
         (0 if group == "[]" else 1, group): {"booster_id": booster, "parameters": parameters, "weight": weight}
         for group, (booster, parameters, weight) in boosters.items()
     }
-    return Side(version, model, rows)
+    return Side(Generation(spec, version, constant=0.0, constant_without_offset=0.0), rows)
 
 
 A, B = '["a"]', '["b"]'
@@ -99,10 +118,10 @@ def test_a_change_is_told_by_what_has_a_say_in_the_answers(changes: dict[str, An
 
 def test_runs_that_answer_another_question_are_not_compared() -> None:
     boosters = {"[]": ("p1", '{"leaves": 3}', 1.0)}
-    assert kind_of_change((0, "[]"), OLD, side("new", boosters, target={"column": "z"})) == NOT_COMPARABLE
+    assert kind_of_change((0, "[]"), OLD, side("new", boosters, target=replace(MODEL_SPEC.target, column="z"))) == NOT_COMPARABLE
     assert kind_of_change((0, "[]"), side("old", {}), side("new", boosters)) == NOT_COMPARABLE
     assert kind_of_change((0, "[]"), None, side("new", boosters)) == NEW_GROUP
-    assert kind_of_change((0, "[]"), OLD, side("new", {"[]": ("p2", '{"leaves": 3}', 1.0)}, features=["x", "z"])) == NEW_RECIPE
+    assert kind_of_change((0, "[]"), OLD, side("new", {"[]": ("p2", '{"leaves": 3}', 1.0)}, features=("x", "z"))) == NEW_RECIPE
 
 
 def test_a_correction_is_of_another_recipe_when_its_parent_is() -> None:
@@ -320,7 +339,7 @@ CROSS = '{"earlier": null, "later": null, "middle": "2024-01-01"}'
 def refittable(found: Side) -> Side:
     """The same run, whose ledger says enough for its recipes to be fitted again."""
     rows = {key: {**row, "n_rounds": 5, "cross_selection": CROSS} for key, row in found.groups.items()}
-    return Side(found.fleet_version, found.spec, rows)
+    return Side(found.generation, rows)
 
 
 def decided_of(*rows: tuple[int, str, str, bool, str]) -> pd.DataFrame:
@@ -363,11 +382,11 @@ def test_a_group_without_an_own_recipe_is_left_to_those_above_it() -> None:
     assert found.starts[1, A] == Start(judge=True)
 
 
-@pytest.mark.parametrize("champion", [OLD, refittable(side("old", {"[]": ("p1", '{"leaves": 3}', 1.0)}, features=["x", "z"]))])
+@pytest.mark.parametrize("champion", [OLD, refittable(side("old", {"[]": ("p1", '{"leaves": 3}', 1.0)}, features=("x", "z")))])
 def test_a_recipe_that_cannot_be_fitted_any_more_is_left_out(champion: Side) -> None:
     """A ledger of an earlier release does not say how to predict tune rows; a column may be described no more."""
     rows = {key: {"cross_selection": None, "n_rounds": 5, **row} for key, row in champion.groups.items()}
-    assert earlier_recipes(BEATEN, {"old": Side("old", champion.spec, rows)}, NEW) == []
+    assert earlier_recipes(BEATEN, {"old": Side(champion.generation, rows)}, NEW) == []
 
 
 def test_what_was_fitted_answers_its_groups() -> None:

@@ -1,10 +1,11 @@
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 import pytest
 
 import pipeline.runs.fingerprints as module
-from pipeline.models.pack import model_spec
+from pipeline.models.pack import build_model_spec
 from pipeline.runs.fingerprints import fingerprint, shared_digest
 from pipeline.testing.data import small_spec
 from pipeline.training.objective import learning_goal
@@ -16,7 +17,7 @@ CATEGORIES = {"kind": ["large", "small"]}
 
 def digest(cutoffs: Cutoffs = CUTOFFS, categories: dict[str, list[str]] = CATEGORIES, **changes: Any) -> str:
     spec = small_spec(**changes)
-    return shared_digest(model_spec(spec, categories), learning_goal(spec, 0), spec.tuning, cutoffs, spec.target.weight)
+    return shared_digest(build_model_spec(spec, categories), learning_goal(spec, 0), spec.tuning, cutoffs, spec.target.weight)
 
 
 @pytest.mark.parametrize(
@@ -76,11 +77,10 @@ def test_the_as_of_and_new_categories_leave_groups_alone_that_do_not_have_them()
 
 def test_columns_that_a_batch_may_lack_and_levels_of_intervals_change_no_booster() -> None:
     spec = small_spec(scoring={"interval": 0.9, "intervals": [0.5]})
-    model = model_spec(spec, CATEGORIES, nullable=["price", "kind"])
-    assert model["optional"] == ["price", "kind"]
-    assert shared_digest(model, learning_goal(spec, 0), spec.tuning, CUTOFFS, spec.target.weight) == digest()
-    # As it was before a model spec said so.
-    old = {name: part for name, part in model.items() if name not in ("optional", "interval", "intervals")}
+    model_spec = build_model_spec(spec, CATEGORIES, nullable=["price", "kind"])
+    assert model_spec.optional == ("price", "kind")
+    assert shared_digest(model_spec, learning_goal(spec, 0), spec.tuning, CUTOFFS, spec.target.weight) == digest()
+    old = replace(model_spec, optional=(), interval=None, intervals=())
     assert shared_digest(old, learning_goal(spec, 0), spec.tuning, CUTOFFS, spec.target.weight) == digest()
 
 

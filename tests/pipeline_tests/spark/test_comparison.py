@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 from pyspark.sql import DataFrame, SparkSession
 
+from pipeline.models.meta_model import Generation
 from pipeline.models.promotion import NEW_RECIPE, REFRESH, UNCHANGED, Judgement, Side
 from pipeline.spark.comparison import Contest, judge
 from pipeline.spark.fleet_training import Cluster, History, Request, plan_run, train_run
@@ -40,8 +41,7 @@ def judged(
         run = plan_run(in_spark(spark, seen), spec, Request(name), History.read(tables, spec.name), slots=2, threads=1)
         ledgers[name] = train_run(cluster, tables, spec.name, run, spec, features_version=0, lease=FreeLease())
     for found in records(tables.read_pandas(tables.location(after.name, RUNS.name))):
-        described = {**json.loads(found["model_spec"]), "fleet_version": found["run_id"], "constant": found["constant"]}
-        sides[found["run_id"]] = Side.of_ledger(described, ledgers[found["run_id"]]), found
+        sides[found["run_id"]] = Side.of_ledger(Generation.of_run(found), ledgers[found["run_id"]]), found
     (champion, _), (challenger, run) = sides["old"], sides["new"]
     contest = Contest(run, challenger, {"old": champion}, dict.fromkeys(champion.groups, "old"))
     features = in_spark(spark, rows if later is None else later)

@@ -1,6 +1,6 @@
 """own: correction and auto, on Spark, with real tables."""
 
-import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,8 @@ import pyarrow as pa
 import pytest
 from pyspark.sql import DataFrame, SparkSession
 
-from pipeline.models.meta_model import CORRECTION, INDEPENDENT, FleetModel
-from pipeline.models.pack import Generation, write_pack
+from pipeline.models.meta_model import CORRECTION, INDEPENDENT, FleetModel, Generation
+from pipeline.models.pack import PackedRun, write_pack
 from pipeline.spark.fleet_training import Cluster, History, PlannedRun, Request, choose_own, plan_run, train_run
 from pipeline.spec import FleetSpec
 from pipeline.testing.data import feature_rows, small_spec
@@ -65,8 +65,9 @@ def boosters(tables: DeltaTables, spec: FleetSpec) -> list[dict[str, Any]]:
 
 def packed(folder: Path, tables: DeltaTables, spec: FleetSpec, ledger: pd.DataFrame, **changes: Any) -> FleetModel:
     run = tables.read_pandas(tables.location(spec.name, "runs")).iloc[0]
-    constants = {"constant": run["constant"], "constant_without_offset": run["constant_without_offset"], "fleet_version": run["run_id"]}
-    write_pack(folder, [Generation({**json.loads(run["model_spec"]), **constants, **changes}, ledger)], lambda _: boosters(tables, spec))
+    generation = Generation.of_run(run)
+    generation = replace(generation, model_spec=replace(generation.model_spec, **changes))
+    write_pack(folder, [PackedRun(generation, ledger)], lambda _: boosters(tables, spec))
     return FleetModel(folder)
 
 
@@ -141,5 +142,5 @@ def test_auto_corrects_only_where_that_is_better_and_keeps_its_choice(spark: Spa
     chosen = plan_run(features, spec, Request("first"), History.read(tables, spec.name), slots=2, threads=1, own=own)
     trained(spark, tables, chosen, spec)
     later = planned(tables, features, spec, "second")
-    assert (later.must_choose, later.settings.model["own"]) == (False, own)
+    assert (later.must_choose, later.settings.model_spec.own) == (False, own)
     assert set(later.plan.groups["action"]) == {"reuse"}

@@ -3,6 +3,7 @@ import datetime as dt
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from pyspark.sql import functions as sf
 from pipeline.errors import DataError, SpecError
 from pipeline.features.history import add_history, plan_passes
 from pipeline.models.meta_model import design_matrix, group_id
+from pipeline.models.pack import build_model_spec
 from pipeline.spark.data_errors import readable_spark_errors
 from pipeline.spark.features import all_null_columns, build_features, check_feature_table, newest_known, newest_time
 from pipeline.spark.fleet_training import History, Request, plan_run
@@ -277,8 +279,9 @@ def test_raw_categories_are_those_of_the_feature_table(spark: SparkSession, shop
     assert sorted(found["level"].dropna()) == ["1", "2.5"]
     assert set(found["since"]) == {"2020-01-01 01:30:00"}
     batch = spark.sql(sql).select("level", "since").toPandas()
-    model = {"features": ["level", "since"], "categories": {name: sorted(found[name].dropna().unique()) for name in found}}
-    numbers = design_matrix(batch, model)
+    categories = {name: sorted(found[name].dropna().unique()) for name in found}
+    model_spec = replace(build_model_spec(spec, categories), features=("level", "since"))
+    numbers = design_matrix(batch, model_spec)
     assert sorted(numbers[~np.isnan(numbers[:, 0]), 0]) == [0.0, 1.0]
     assert set(numbers[:, 1]) == {0.0}
     with pytest.raises(DataError, match=r"categorical 'level' is array<int>; expected text, a number, .*: cast it in features.sql"):

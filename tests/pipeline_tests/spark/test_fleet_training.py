@@ -14,7 +14,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as sf
 
 from pipeline.errors import DataError
-from pipeline.models.meta_model import group_id, inverse_link, link
+from pipeline.models.meta_model import ModelSpec, group_id, inverse_link, link
 from pipeline.models.start import Start
 from pipeline.spark.evaluation import MIN_INTERVAL_ROWS, judged_rows
 from pipeline.spark.fleet_training import Cluster, History, PlannedRun, Request, manifest, plan_run, train_run
@@ -422,7 +422,7 @@ def test_categories_are_counted_on_fit_rows_and_limited(run: PlannedRun, spec: F
     assert count_categories(run.rows, spec, run.cutoffs) == {"store": expected}
     two = spec.model_copy(update={"features": spec.features.model_copy(update={"max_categories": 2})})
     assert len(count_categories(run.rows, two, run.cutoffs)["store"]) == 2
-    assert run.settings.model["categories"]["store"] == sorted(expected)
+    assert run.settings.model_spec.categories["store"] == tuple(sorted(expected))
 
 
 def seen_by_workers(spark: SparkSession, placed: DataFrame, groups: pd.DataFrame, run: PlannedRun, tables: DeltaTables) -> list[dict[str, Any]]:
@@ -563,7 +563,7 @@ def test_a_limit_keeps_whole_groups_and_always_the_same(features: DataFrame, row
 
 
 def test_counts_say_whose_child_a_group_is(run: PlannedRun, spec: FleetSpec, groups: dict[tuple[int, str], pd.DataFrame]) -> None:
-    counts = count_groups(run.rows, spec, run.cutoffs, run.settings.model["categories"]).counts
+    counts = count_groups(run.rows, spec, run.cutoffs, run.settings.model_spec.categories).counts
     for row in counts.to_dict("records"):
         keys: Sequence[Any] = json.loads(row["group_id"])
         assert row["parent_id"] == (group_id(keys[:-1]) if keys else None)
@@ -588,7 +588,7 @@ def test_manifest_pins_the_run(run: PlannedRun, spec: FleetSpec) -> None:
     written = pa.Table.from_pylist([row], schema=RUNS.schema).to_pylist()[0]
     assert written["features_version"] == 4
     assert written["n_groups"] == len(run.plan.groups)
-    assert json.loads(written["model_spec"]) == run.settings.model
+    assert ModelSpec.from_json(written["model_spec"]) == run.settings.model_spec
     assert written["spec_digest"] == spec.training_digest
     assert json.loads(written["versions"]).keys() >= {"python", "lightgbm", "pyspark"}
     assert (written["finished_at"], written["waves"], written["previous_run_id"]) == (None, None, None)

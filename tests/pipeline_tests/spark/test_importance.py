@@ -1,6 +1,5 @@
 """Importance of features: the Spark path against the pandas path, what is copied, and what one bad group does."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 from pyspark.sql import DataFrame, SparkSession
 
 from pipeline.models.importance import SAMPLED_ROWS, group_importance
-from pipeline.models.meta_model import group_ids, load_booster
+from pipeline.models.meta_model import ModelSpec, group_ids, load_booster
 from pipeline.spark.fleet_training import Cluster, History, Request, plan_run, train_run
 from pipeline.spark.importance import LookedAt, newest_rows, write_importance
 from pipeline.spec import FleetSpec
@@ -84,7 +83,7 @@ def test_spark_gives_what_pandas_gives(
 ) -> None:
     assert told == LookedAt(7, 0, {})
     run, ledger = first
-    found, model = importance(tables, spec, "first"), json.loads(run["model_spec"])
+    found, model_spec = importance(tables, spec, "first"), ModelSpec.from_json(run["model_spec"])
     stored = {row["booster_id"]: row for row in tables.read_arrow(tables.location(spec.name, BOOSTERS.name)).to_pylist()}
     anchored = rows[rows["usual_sales"].notna()]
     compared = 0
@@ -92,7 +91,7 @@ def test_spark_gives_what_pandas_gives(
         for group, of_group in anchored.groupby(group_ids(anchored, keys)):
             (booster_id,) = ledger.loc[ledger["group_id"] == group, "booster_id"]
             newest = of_group.sort_values(["time", "row_key"], ascending=False).head(SAMPLED_ROWS)
-            expected = group_importance(load_booster(stored[booster_id], "here"), newest, model).set_index("feature").sort_index()
+            expected = group_importance(load_booster(stored[booster_id], "here"), newest, model_spec).set_index("feature").sort_index()
             there = found.loc[str(group)]
             assert set(there["grain"]) == {grain}
             assert set(there["booster_id"]) == {booster_id}
@@ -203,6 +202,8 @@ def test_shap_of_classes_is_the_mean_over_their_scores(spark: SparkSession, rows
     stored = {row["booster_id"]: row for row in tables.read_arrow(tables.location(spec.name, BOOSTERS.name)).to_pylist()}
     newest = labelled.sort_values(["time", "row_key"], ascending=False).head(SAMPLED_ROWS)
     (booster_id,) = ledger.loc[ledger["group_id"] == "[]", "booster_id"]
-    expected = group_importance(load_booster(stored[booster_id], "here"), newest, json.loads(run["model_spec"])).set_index("feature").sort_index()
+    expected = (
+        group_importance(load_booster(stored[booster_id], "here"), newest, ModelSpec.from_json(run["model_spec"])).set_index("feature").sort_index()
+    )
     assert (expected["shap"] > 0).any()
     pd.testing.assert_series_equal(found.loc["[]", "shap"], expected["shap"], check_exact=True)

@@ -14,7 +14,7 @@ import pytest
 from pyspark.sql import DataFrame, SparkSession
 
 from pipeline.models.meta_model import design_matrix
-from pipeline.models.pack import model_spec
+from pipeline.models.pack import build_model_spec
 from pipeline.spark.training import count_groups
 from pipeline.spec import parse_spec
 from pipeline.training.splits import Cutoffs
@@ -65,7 +65,7 @@ class Groups:
     def seen_by_training(self) -> npt.NDArray[np.int64]:
         """Per group the sorted numbers of its rows' canonical forms: equal rows have equal numbers."""
         frame = pd.DataFrame({name: pd.Series(values).mask(self.is_null[name]) for name, values in self.cells.items()})
-        matrix = design_matrix(frame, model_spec(SPEC, CATEGORIES)).astype(np.float64)
+        matrix = design_matrix(frame, build_model_spec(SPEC, CATEGORIES)).astype(np.float64)
         exact = frame[EXACT].to_numpy(dtype=np.float64)
         exact[~np.isfinite(exact)] = np.nan
         target = frame["y"].to_numpy(dtype=np.float64)

@@ -199,7 +199,7 @@ def test_another_spec_begins_with_what_was_found_under_the_last(fleet: Fleet, ro
 def test_new_categories_leave_groups_alone_that_do_not_have_them(fleet: Fleet, rows: pd.DataFrame) -> None:
     at = rows.index[rows["city"] == "oslo"][:40]
     run = fleet.plan(rows.assign(kind=rows["kind"].where(~rows.index.isin(at), "a new kind")), "run-2")
-    assert run.settings.model["categories"]["kind"] == ["large", "small", "a new kind"]
+    assert run.settings.model_spec.categories["kind"] == ("large", "small", "a new kind")
     assert {group for group, action in by_group(run.plan.groups, "action").items() if action != "reuse"} == {"[]", '["north"]', OSLO}
 
 
@@ -596,7 +596,7 @@ def test_without_pooling_the_finest_groups_are_trained_alone_and_all_rows_judged
 def test_digests_of_a_run_are_those_of_its_ledger(first: tuple[Fleet, pd.DataFrame], rows: pd.DataFrame) -> None:
     fleet, ledger = first
     run = fleet.plan(rows, "run-2")
-    shared = shared_digest(run.settings.model, run.settings.goal, run.settings.tuning, run.cutoffs, None)
+    shared = shared_digest(run.settings.model_spec, run.settings.goal, run.settings.tuning, run.cutoffs, None)
     hashes = by_group(run.plan.groups, "rows_hash")
     for row in ledger.to_dict("records"):
         assert row["fingerprint"] == fingerprint(hashes[row["group_id"]], shared, row["started_from"])

@@ -11,8 +11,8 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as sf
 
 from pipeline.models.boosters import encode_booster
-from pipeline.models.meta_model import FleetModel, InputError, group_id
-from pipeline.models.pack import Generation, model_spec, write_pack
+from pipeline.models.meta_model import FleetModel, Generation, InputError, group_id
+from pipeline.models.pack import PackedRun, build_model_spec, write_pack
 from pipeline.scoring.row_source import check_columns
 from pipeline.spark.answers import asked_rows, gathered
 from pipeline.spark.scoring import score_rows
@@ -104,9 +104,9 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "intervals": ['{"0.8": 1.0, "0.95": 2.0}', '{"0.8": 2.0, "0.95": 3.0}', None],
         }
     )
-    spec = {**model_spec(SPEC, {"kind": [str(BIG), "7"]}), "fleet_version": "run", "constant": 0.0, "constant_without_offset": 0.0}
+    generation = Generation(build_model_spec(SPEC, {"kind": [str(BIG), "7"]}), "run", constant=0.0, constant_without_offset=0.0)
     folder = tmp_path_factory.mktemp("numbered") / "numbered"
-    write_pack(folder, [Generation(spec, ledger)], lambda _: map(vars, boosters))
+    write_pack(folder, [PackedRun(generation, ledger)], lambda _: map(vars, boosters))
     return folder
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ import pytest
 from pyspark.sql import DataFrame, SparkSession
 
 from pipeline.errors import DataError
-from pipeline.models.meta_model import FleetModel, answer_columns
-from pipeline.models.pack import Generation, write_pack
+from pipeline.models.meta_model import FleetModel, Generation, answer_columns
+from pipeline.models.pack import PackedRun, write_pack
 from pipeline.models.promotion import judge_challenger
 from pipeline.reporting.plots import prediction_plot, training_plot
 from pipeline.reporting.summary import fleet_errors, summarise
@@ -103,9 +103,8 @@ def trained(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Ca
             ledger = train_run(Cluster(spark, lambda *_: None), tables, spec.name, run, spec, features_version=0, lease=FreeLease())
             at = {name: tables.location(spec.name, name) for name in ("runs", "boosters", "holdout")}
             (manifest,) = tables.read_arrow(at["runs"]).to_pylist()
-            constants = {name: manifest[name] for name in ("constant", "constant_without_offset")}
-            pack_spec = {**json.loads(manifest["model_spec"]), "fleet_version": "run-1", **constants}
-            write_pack(folder / f"pack-{task}", [Generation(pack_spec, ledger)], lambda _: tables.read_arrow(at["boosters"]).to_pylist())
+            generation = replace(Generation.of_run(manifest), fleet_version="run-1")
+            write_pack(folder / f"pack-{task}", [PackedRun(generation, ledger)], lambda _: tables.read_arrow(at["boosters"]).to_pylist())
             held_out = tables.read_spark(spark, at["holdout"])
             holdout = tables.read_pandas(at["holdout"])
             runs[task] = Trained(task, spec, features, run, ledger, manifest, holdout, held_out, folder / f"pack-{task}")
@@ -130,7 +129,7 @@ def answers_of(found: Trained, split: str = REPORT) -> pd.DataFrame:
     weights = {(row["grain"], row["group_id"]): row["weight"] for row in found.ledger.to_dict("records")}
     rows = held[held["grain"] == 0].set_index(KEY)
     constants = found.run.constants
-    classes = found.run.settings.model["classes"]
+    classes = found.run.settings.model_spec.classes
     names = rows.index.get_level_values("class_name")
     rows["constant"] = [constants.prior[classes.index(name)] for name in names] if constants.prior else constants.with_offset
     rows["fleet"], rows["pooled"] = rows["constant"], rows["prediction"].fillna(rows["constant"])
@@ -225,7 +224,7 @@ def test_the_prior_is_each_classes_share_of_fit_rows(trained: Callable[[str], Tr
     fit = rows[(rows["time"] < found.run.cutoffs.tune_start) & rows["label"].isin(THREE)]
     expected = fit["label"].value_counts(normalize=True)
     assert found.run.constants.prior == pytest.approx([expected[name] for name in THREE])
-    assert found.run.settings.model["prior"] == list(found.run.constants.prior)
+    assert found.run.settings.model_spec.prior == found.run.constants.prior
     assert found.manifest["constant"] is found.manifest["constant_without_offset"] is None
 
 
@@ -238,7 +237,7 @@ def test_the_constant_of_a_quantile_is_that_quantile_of_fit_rows(trained: Callab
 def test_the_constant_of_two_classes_is_the_share_of_the_last(trained: Callable[[str], Trained]) -> None:
     found, rows = trained("binary"), rows_of("binary")
     fit = rows.loc[rows["time"] < found.run.cutoffs.tune_start, "label"]
-    assert found.run.settings.model["classes"] == ["no", "yes"]
+    assert found.run.settings.model_spec.classes == ("no", "yes")
     assert found.run.constants.with_offset == pytest.approx((fit == "yes").mean())
 
 
@@ -246,7 +245,7 @@ def test_the_constant_of_two_classes_is_the_share_of_the_last(trained: Callable[
 def test_weights_are_those_learnt_from_the_rows_themselves(trained: Callable[[str], Trained], task: str) -> None:
     found = trained(task)
     rows = judged_rows(found.held_out, found.spec, found.run.cutoffs, found.run.constants).toPandas()
-    classes, constants = found.run.settings.model["classes"], found.run.constants
+    classes, constants = found.run.settings.model_spec.classes, found.run.constants
     prior = rows["class_name"].map(dict(zip(classes, constants.prior, strict=True))).to_numpy(float) if constants.prior else np.zeros(len(rows))
     own = rows[["p0", "p1", "p2"]].to_numpy(float) - prior[:, None]
     ids = np.array([list(of) for of in rows["group_ids"]], dtype=object)
@@ -334,7 +333,7 @@ def test_classes_are_found_in_fit_rows_and_sorted(spark: SparkSession) -> None:
     rows = rows_of("multiclass")
     rows.loc[rows["time"] >= "2024-10-01", "label"] = "late"
     run = planned(frame_of(spark, rows), spec)
-    assert run.settings.model["classes"] == ["low", "mid", "odd", "top"]
+    assert run.settings.model_spec.classes == ("low", "mid", "odd", "top")
 
 
 @pytest.mark.parametrize(

@@ -211,8 +211,8 @@ def test_tune_predictions_know_no_report_row_and_report_predictions_know_tune_ro
 
 def refitted(frame: pd.DataFrame, settings: TrainingSettings, chosen: "pd.Series[bool]", outcome: Outcome) -> lgb.Booster:
     ordered = frame[chosen].sort_values(["time", "row_key"])
-    matrix = design_matrix(ordered, settings.model)
-    categoricals = [number for number, name in enumerate(settings.model["features"]) if name in settings.model["categories"]]
+    matrix = design_matrix(ordered, settings.model_spec)
+    categoricals = settings.model_spec.categorical_positions
     parameters = json.loads(outcome.ledger["parameters"])
     return fit_booster(
         Learnable(matrix, ordered["sales"].to_numpy(), None), categoricals, parameters, outcome.ledger["n_rounds"], settings.tuning, 1, settings.goal
@@ -220,7 +220,7 @@ def refitted(frame: pd.DataFrame, settings: TrainingSettings, chosen: "pd.Series
 
 
 def test_the_served_booster_is_fitted_on_all_rows(oslo: pd.DataFrame, trained: Outcome, fleet_settings: TrainingSettings) -> None:
-    matrix = design_matrix(oslo, fleet_settings.model)
+    matrix = design_matrix(oslo, fleet_settings.model_spec)
     everything = pd.Series(data=True, index=oslo.index)
     assert np.array_equal(booster_of(trained).predict(matrix), refitted(oslo, fleet_settings, everything, trained).predict(matrix))
     assert booster_of(trained).num_trees() == trained.ledger["n_rounds"]
@@ -230,7 +230,7 @@ def test_report_rows_are_predicted_from_fit_and_tune_rows(oslo: pd.DataFrame, tr
     split = split_of(oslo, fleet_settings)
     judged = holdout_of(trained).set_index("row_key")
     report = oslo[split == REPORT]
-    expected = refitted(oslo, fleet_settings, split.isin([FIT, TUNE]), trained).predict(design_matrix(report, fleet_settings.model))
+    expected = refitted(oslo, fleet_settings, split.isin([FIT, TUNE]), trained).predict(design_matrix(report, fleet_settings.model_spec))
     assert np.array_equal(judged.loc[report["row_key"], "prediction"], expected)
 
 
