@@ -11,8 +11,8 @@ import dagster as dg
 import pandas as pd
 import pyarrow as pa
 
+from assets.combined_version import register_combined
 from assets.link import link_key, link_settings, png, prefixed, readable_failures
-from assets.mosaic import register_mosaic
 from assets.newest_run import features_of, ledger_of
 from assets.progress import no_progress, progress_lines
 from assets.refits import is_older, refit
@@ -191,7 +191,7 @@ def _decide(parts: _Parts) -> _Outcome:
         if judgement.changes_answers:
             models = [model, *refitted, *([] if serving_model is None else [serving_model])]
             parts.log.info(f"registering a version that combines {len(set(judgement.serving.values())):,} training runs")
-            after = register_mosaic(
+            after = register_combined(
                 parts.tables, registry, parts.spark, parts.spec, parts.namespace, judgement.serving, models, _columns(judgement.decisions)
             )
     return _Outcome(_columns(judgement.decisions), gates, before, after, challenger)
@@ -282,7 +282,7 @@ def _roll_back(parts: _Parts) -> _Outcome:
     if listed:
         moved = {GroupKey.of(row): str(row["to_version"]) for row in decisions.to_dict("records")}
         serving = {**current.serving(), **moved}
-        after = register_mosaic(parts.tables, registry, parts.spark, parts.spec, parts.namespace, serving, [current, earlier], decisions)
+        after = register_combined(parts.tables, registry, parts.spark, parts.spec, parts.namespace, serving, [current, earlier], decisions)
     return _Outcome(decisions, [], before, after, None)
 
 

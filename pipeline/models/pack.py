@@ -23,9 +23,8 @@ from pipeline.models.meta_model import (
     GroupKey,
     ModelSpec,
     ModelTarget,
-    footer_of,
-    group_id,
     index_digest,
+    read_footer,
 )
 from pipeline.spec import COUNTED, FleetSpec
 from pipeline.tables import BY_CONSTANT, records
@@ -129,7 +128,7 @@ class PackStore:
 
     def add(self, file: Path) -> dict[str, Any]:
         """Keep a local file under a name made from its content; its entry in an index."""
-        listed = {**footer_of(file), "path": f"boosters-{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}.parquet"}
+        listed = {**read_footer(file), "path": f"boosters-{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}.parquet"}
         self.filesystem.create_dir(self.path, recursive=True)
         # Another file of this name is the same one, whole or half written.
         pf.copy_files(str(file), f"{self.path}/{listed['path']}", source_filesystem=pf.LocalFileSystem(), destination_filesystem=self.filesystem)
@@ -160,9 +159,9 @@ def write_pack(
         StoreError: if a booster that a ledger names is not among them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    chains = _chains_of(runs)
+    chains = _list_chains(runs)
     wanted = list(dict.fromkeys(chains["booster_id"].dropna()))
-    files, known = _stored(before, store, wanted)
+    files, known = _find_stored(before, store, wanted)
     new = [name for name in wanted if name not in known]
     asked = set(new)
     found = {row["booster_id"]: row for row in boosters(new) if row["booster_id"] in asked} if new else {}
@@ -173,7 +172,7 @@ def write_pack(
         path = folder / "boosters.parquet"
         places = write_boosters(path, [found[name] for name in new])
         known |= {name: {**_place(len(files), *places[name]), "n_bytes": found[name]["n_bytes"], "sha256": found[name]["sha256"]} for name in new}
-        files.append({"path": path.name, **footer_of(path)} if store is None else store.add(path))
+        files.append({"path": path.name, **read_footer(path)} if store is None else store.add(path))
         if store is not None:
             path.unlink()
     return _write_tables(folder, runs, chains, known, root=None if store is None else store.root, files=files)
@@ -183,7 +182,9 @@ def _place(file: int, offset: int, stored_bytes: int) -> dict[str, Any]:
     return {"file": file, "offset": offset, "stored_bytes": stored_bytes}
 
 
-def _stored(before: Sequence[FleetModel], store: PackStore | None, wanted: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+def _find_stored(
+    before: Sequence[FleetModel], store: PackStore | None, wanted: Sequence[str]
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
     """Files of the store, and where in them earlier versions have boosters that are wanted again."""
     asked, numbers = set(wanted), dict[str, int]()
     files: list[dict[str, Any]] = []
@@ -235,25 +236,13 @@ def combine_versions(serving: Mapping[GroupKey, str], models: Sequence[FleetMode
         if lacking := served - set(keys):
             first = min(lacking)[1]
             raise ModelNotFound(f"no pack has the chain that version {version} has for group {first}; {len(lacking)} groups lack theirs")
-        needed = {above for key in served for above in ancestry(key, generation.model_spec.grains)}
+        needed = {above for key in served for above in key.list_ancestry(generation.model_spec.grains)}
         rows = rows.assign(serves=[key in served for key in keys])
         rows = rows[[key in needed for key in keys]]
         runs.append(PackedRun(generation, rows.drop(columns="generation")))
     if lacking_versions := set(groups_of) - set(generations):
         raise ModelNotFound(f"no pack holds version {min(lacking_versions)}; available: {', '.join(generations)}")
     return runs
-
-
-def ancestry(key: GroupKey, grains: Sequence[Sequence[str]]) -> list[GroupKey]:
-    """A group and the groups above it, coarsest first.
-
-    Args:
-        key: the group.
-        grains: key columns of each grain.
-    """
-    grain, group = key
-    values = json.loads(group)
-    return [*(GroupKey(level, group_id(values[: len(grains[level])])) for level in range(grain)), key]
 
 
 def write_boosters(path: Path, boosters: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, int]]:
@@ -271,7 +260,7 @@ def write_boosters(path: Path, boosters: Sequence[Mapping[str, Any]]) -> dict[st
     places: dict[str, tuple[int, int]] = {}
     settings = {"compression": {"booster_id": "zstd", "text": "none"}, "use_dictionary": False, "write_page_checksum": True}
     with pa.OSFile(str(path), "wb") as sink, pq.ParquetWriter(sink, _BOOSTERS, **settings) as writer:
-        for part in _row_groups(boosters):
+        for part in _split_row_groups(boosters):
             start = sink.tell()
             writer.write_table(pa.Table.from_pylist([{name: row[name] for name in _BOOSTERS.names} for row in part], schema=_BOOSTERS))
             sink.flush()
@@ -286,7 +275,7 @@ def write_boosters(path: Path, boosters: Sequence[Mapping[str, Any]]) -> dict[st
     return places
 
 
-def _row_groups(boosters: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
+def _split_row_groups(boosters: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
     part: list[Mapping[str, Any]] = []
     n_bytes = 0
     for row in boosters:
@@ -299,18 +288,18 @@ def _row_groups(boosters: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[
         yield part
 
 
-def _chains_of(runs: Sequence[PackedRun]) -> pd.DataFrame:
+def _list_chains(runs: Sequence[PackedRun]) -> pd.DataFrame:
     """One row per generation and group, sorted as in the pack, without the places of the boosters."""
     parts = []
     for number, run in enumerate(runs):
         rows = run.ledger[["grain", "group_id", "booster_id", "weight"]].assign(generation=number)
-        halves = [_half_widths(written, run.generation.model_spec.intervals) for written in run.ledger["intervals"]]
+        halves = [_read_half_widths(written, run.generation.model_spec.intervals) for written in run.ledger["intervals"]]
         rows = rows.assign(serves=run.ledger.get("serves", True), weight=rows["weight"].fillna(0.0))
         parts.append(rows.assign(intervals=pd.Series(halves, index=rows.index, dtype=object)))
     return pd.concat(parts).sort_values(["grain", "group_id", "generation"], ignore_index=True)
 
 
-def _half_widths(written: object, levels: Sequence[float]) -> list[float | None] | None:
+def _read_half_widths(written: object, levels: Sequence[float]) -> list[float | None] | None:
     """One half width per level, from a ledger's JSON, or as a chain has them; None for a group that has none of its own."""
     if isinstance(written, list | np.ndarray):  # from a pack's chain
         return [None if half is None or np.isnan(half) else float(half) for half in written]
@@ -332,12 +321,14 @@ def _write_tables(
     """Write chains, spec and index; the index's digest."""
     rows = [{**row, **places.get(row["booster_id"], {})} for row in records(chains)]
     table = pa.Table.from_pylist([{field.name: row.get(field.name) for field in CHAINS} for row in rows], schema=CHAINS)
-    bounds = _bounds([GroupKey.of(row) for row in rows])
+    keys = [GroupKey.of(row) for row in rows]
+    bounds = _find_row_groups(keys)
     with pq.ParquetWriter(folder / "chains.parquet", CHAINS, compression="zstd", write_page_checksum=True) as writer:
         for start, end in bounds:
             writer.write_table(table.slice(start, end - start), row_group_size=max(1, end - start))
     own = runs[0].generation
-    spec = json.dumps({"generations": [_entry_of(run).to_dict() for run in runs]}, ensure_ascii=False, indent=1).encode()
+    first_keys = [list(keys[start]) for start, _ in bounds]
+    spec = json.dumps({"generations": [_describe_generation(run).to_dict() for run in runs]}, ensure_ascii=False, indent=1).encode()
     (folder / "spec.json").write_bytes(spec)
     index = {
         "format": PACK_FORMAT,
@@ -346,7 +337,10 @@ def _write_tables(
         "n_chains": len(rows),
         "n_boosters": len(places),
         "spec.json": {"n_bytes": len(spec), "sha256": hashlib.sha256(spec).hexdigest()},
-        "chains.parquet": {**footer_of(folder / "chains.parquet"), "first": [[rows[start]["grain"], rows[start]["group_id"]] for start, _ in bounds]},
+        "chains.parquet": {
+            **read_footer(folder / "chains.parquet"),
+            "first": first_keys,
+        },
         "boosters": {"root": root, "files": [dict(file) for file in files]},
     }
     digest = index_digest(index)
@@ -354,7 +348,7 @@ def _write_tables(
     return digest
 
 
-def _entry_of(run: PackedRun) -> Generation:
+def _describe_generation(run: PackedRun) -> Generation:
     """A run's entry in spec.json; one that comes from a pack says already which groups the constant answers."""
     if "answered_by" not in run.ledger:
         return run.generation
@@ -362,7 +356,7 @@ def _entry_of(run: PackedRun) -> Generation:
     return replace(run.generation, answered_by_constant=tuple(GroupKey.of_rows(rows)))
 
 
-def _bounds(keys: Sequence[GroupKey]) -> list[tuple[int, int]]:
+def _find_row_groups(keys: Sequence[GroupKey]) -> list[tuple[int, int]]:
     """Where row groups start and end: about as many rows in each, all rows of a group in one."""
     starts = [0, *range(CHAINS_PER_ROW_GROUP, len(keys), CHAINS_PER_ROW_GROUP)] if keys else []
     for number in range(1, len(starts)):

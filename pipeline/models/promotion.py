@@ -15,7 +15,6 @@ import pandas as pd
 
 from pipeline.errors import DataError, StoreError
 from pipeline.models.meta_model import Generation, GroupKey, ModelSpec
-from pipeline.models.pack import ancestry
 from pipeline.models.start import CrossSelection, Start
 from pipeline.tables import BY_CONSTANT, BY_PARENT, records
 
@@ -99,13 +98,13 @@ class Side:
             model_spec.target.to_dict(),
         ]
         if model_spec.corrects:
-            parts += [self.recipe(above) for above in ancestry(key, self.model_spec.grains)[:-1]]
+            parts += [self.recipe(above) for above in key.list_ancestry(self.model_spec.grains)[:-1]]
         return json.dumps(parts, sort_keys=True)
 
     def chain(self, key: GroupKey) -> list[tuple[GroupKey, float]]:
         """The models that have a say in a group's answers, with their weights against their parents', coarsest first."""
         found: list[tuple[GroupKey, float]] = []
-        for above in ancestry(key, self.model_spec.grains):
+        for above in key.list_ancestry(self.model_spec.grains):
             row = self.groups.get(above)
             if row is not None and row.get("answered_by") == BY_CONSTANT:
                 found = []
@@ -279,7 +278,7 @@ def earlier_recipes(decisions: pd.DataFrame, champions: Mapping[str, Side], chal
     found = []
     for version, groups in sorted(staying.items()):
         side = champions[version]
-        starts = {above: _refit_of(side, above) for key in groups for above in ancestry(key, side.model_spec.grains)}
+        starts = {above: _refit_of(side, above) for key in groups for above in key.list_ancestry(side.model_spec.grains)}
         can_be_fitted = all(getattr(side.model_spec, name) == getattr(challenger.model_spec, name) for name in ("features", "own", "target"))
         if can_be_fitted and all(start is not None for start in starts.values()):
             refits = {key: start for key, start in starts.items() if start is not None}

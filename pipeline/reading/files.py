@@ -225,7 +225,7 @@ def read_rows(
     whole = (reading or Reading()).whole
     try:
         for batch in _batches(file, schema, filesystem):
-            _require(required, batch, file)
+            _check_columns(required, batch, file)
             arrays = [_column(batch, one, file, is_whole=one.name in whole) for one in schema]
             yield pa.RecordBatch.from_arrays(arrays, schema=schema)
     except DataError:
@@ -234,7 +234,7 @@ def read_rows(
         raise unreadable(file, error) from error
 
 
-def _require(columns: Collection[str], batch: pa.RecordBatch, file: RowFile) -> None:
+def _check_columns(columns: Collection[str], batch: pa.RecordBatch, file: RowFile) -> None:
     lacking = [name for name in columns if name not in batch.schema.names and name not in file.constants]
     if lacking:
         raise DataError(f"{file.path}: missing columns: {', '.join(lacking)}; it has: {', '.join(batch.schema.names)}")

@@ -55,7 +55,7 @@ def answer_rows(
     def answer(batches: Batches) -> Batches:
         keep_imports()
         opened = opened_pack(fleet, name, stored)
-        for part in gathered(batches):
+        for part in gather_batches(batches):
             yield from _answered(part, opened, staying, answers, interval)
 
     fields = [StructField(field.name, field.dataType) for field in rows.select(*(f"`{column}`" for column in staying)).schema]
@@ -73,7 +73,7 @@ def opened_pack(fleet: str, name: str, options: Mapping[str, str]) -> FleetModel
     return _opened[fleet][1]
 
 
-def gathered(batches: Iterable[pa.RecordBatch], n_rows: int = ROWS_AT_ONCE, n_bytes: int = BYTES_AT_ONCE) -> Iterator[pa.Table]:
+def gather_batches(batches: Iterable[pa.RecordBatch], n_rows: int = ROWS_AT_ONCE, n_bytes: int = BYTES_AT_ONCE) -> Iterator[pa.Table]:
     """Batches put together until they have so many rows or bytes; none is divided, and their order stays."""
     waiting: list[pa.RecordBatch] = []
     rows_waiting = bytes_waiting = 0

@@ -16,8 +16,12 @@ from resources.delta_tables import DeltaTables
 from resources.mlflow_registry import MlflowRegistry, Version, interface
 from resources.spark_session import SparkSessionResource
 
+MAX_DECISIONS_LOGGED = 10_000
+# Of a parameter, as MLflow takes it.
+MAX_CHARACTERS = 500
 
-def register_mosaic(
+
+def register_combined(
     tables: DeltaTables,
     registry: MlflowRegistry,
     spark: SparkSessionResource,
@@ -39,36 +43,38 @@ def register_mosaic(
         models: packs that together hold these chains; the first one's own version names the new one.
         decisions: logged with it.
     """
-    options = tables.storage_options
-
-    def boosters(names: Sequence[str]) -> Iterator[Mapping[str, Any]]:
-        found: set[str] = set()
-        for row in chain.from_iterable(model.stored_boosters(names) for model in models):
-            if row["booster_id"] not in found:
-                found.add(row["booster_id"])
-                yield row
-
     with tempfile.TemporaryDirectory() as folder:
         pack = Path(folder) / "pack"
         runs = combine_versions(serving, models)
-        digest = write_pack(pack, runs, boosters, store=pack_store(tables, namespace, spec), before=models)
-        answering = FleetModel(pack, digest=digest, options=options)
+        store = pack_store(tables, namespace, spec)
+        digest = write_pack(pack, runs, lambda names: _stored_boosters(models, names), store=store, before=models)
+        answering = FleetModel(pack, digest=digest, options=tables.storage_options)
         features = tables.read_spark(spark.session, tables.location(spec.name, "features"))
         dtypes = {field.name: field.dataType.simpleString() for field in features.schema}
-        counts = pd.Series(serving).value_counts()
         return registry.register(
             namespace,
             answering.fleet_version,
             pack=pack,
             **interface(answering, dtypes),
-            parameters={"combines": ", ".join(f"{version} ({count} groups)" for version, count in counts.items())[:MOST_CHARACTERS]},
+            parameters={"combines": _describe_counts(serving)},
             metrics={"generations": float(len(runs)), "groups": float(len(serving))},
-            tables={"decisions.json": decisions.head(DECISIONS_LOGGED)},
+            tables={"decisions.json": decisions.head(MAX_DECISIONS_LOGGED)},
             plots={},
             alias=None,
         )
 
 
-DECISIONS_LOGGED = 10_000
-# Of a parameter, as MLflow takes it.
-MOST_CHARACTERS = 500
+def _stored_boosters(models: Sequence[FleetModel], names: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+    """Each of the named boosters once, from the first pack that has it."""
+    seen: set[str] = set()
+    for row in chain.from_iterable(model.stored_boosters(names) for model in models):
+        if row["booster_id"] not in seen:
+            seen.add(row["booster_id"])
+            yield row
+
+
+def _describe_counts(serving: Mapping[GroupKey, str]) -> str:
+    """How many groups each fleet version answers, cut to what MLflow takes."""
+    counts = pd.Series(list(serving.values()), dtype=object).value_counts()
+    parts = [f"{version} ({count} groups)" for version, count in counts.items()]
+    return ", ".join(parts)[:MAX_CHARACTERS]
