@@ -34,7 +34,7 @@ from benchmarks.rivals import (
 )
 from benchmarks.runs import NotMeasured, Runs
 from benchmarks.serving import pack_of, packed_spec, questions, region_of, registered
-from pipeline.models.meta_model import FleetModel, answer_columns, decode_booster, group_id
+from pipeline.models.meta_model import FleetModel, GroupKey, answer_columns, decode_booster, group_id
 from pipeline.spark.scoring import score_rows
 from pipeline.tables import TIMESTAMP
 
@@ -128,13 +128,12 @@ def _ours(rows: "DataFrame", pack: Path) -> Callable[[], object]:
     return lambda: _write_nowhere(our_answers(rows, pack))
 
 
-def boosters_of(pack: Path) -> dict[tuple[int, str], tuple[str, float, str]]:
+def boosters_of(pack: Path) -> dict[GroupKey, tuple[str, float, str]]:
     """Every group's booster: its id, its weight and its text."""
     chains = pq.read_table(pack / "chains.parquet").to_pylist()
     stored = dict(zip(*pq.read_table(pack / "boosters.parquet").to_pydict().values(), strict=True))
     return {
-        (row["grain"], row["group_id"]): (row["booster_id"], row["weight"], decode_booster({**row, "text": stored[row["booster_id"]]}, str(pack)))
-        for row in chains
+        GroupKey.of(row): (row["booster_id"], row["weight"], decode_booster({**row, "text": stored[row["booster_id"]]}, str(pack))) for row in chains
     }
 
 
