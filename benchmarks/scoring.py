@@ -141,7 +141,7 @@ def log_recipe(case: Case, folder: Path) -> LoggedModels:
     """The finest grain's boosters as the usual notebook leaves them."""
     found = boosters_of(case.pack)
     uri = f"sqlite:///{folder}/recipe.db"
-    models = ((values, lgb.Booster(model_str=found[2, group_id(values)][2])) for values in case.groups)
+    models = ((values, lgb.Booster(model_str=found[GroupKey(2, group_id(values))][2])) for values in case.groups)
     started = time.perf_counter()
     logged = LoggedModels(uri, log_group_models(models, tracking_uri=uri))
     print(f"  {case.n_groups:,} models logged to MLflow in {time.perf_counter() - started:.0f} s", flush=True)
@@ -227,7 +227,7 @@ def plain_groups(case: Case) -> list[PlainGroup]:
     per_group = case.n_rows // case.n_groups
     groups = []
     for number, values in enumerate(case.groups):
-        chain = [found[grain, group_id(values[:grain])] for grain in range(len(SPEC.grains))]
+        chain = [found[GroupKey(grain, group_id(values[:grain]))] for grain in range(len(SPEC.grains))]
         rows = matrix[number * per_group : (number + 1) * per_group]
         groups.append(PlainGroup(rows, tuple(name for name, _, _ in chain), tuple(weight for _, weight, _ in chain)))
     return groups

@@ -14,7 +14,10 @@ A pack is a folder:
 - ``boosters.parquet``: one row per booster: booster_id and the text, zstd-compressed, each as one run of bytes that is read alone.
 
 A group is answered by the generation that serves it, with the ancestors, categories and constants of that generation. So a
-version may put together groups of several training runs, and changing one group's generation changes no other group's answers.
+version may combine groups of several training runs, and changing one group's generation changes no other group's answers.
+
+The file reads in this order: ids of groups, what a run answers by, design matrix, link, boosters, the files of a pack, chains and
+their blend, the model.
 """
 
 import datetime as dt
@@ -856,7 +859,7 @@ class Contributions:
         # Per row and class: one number per feature, and last what is there without any.
         self._parts = np.zeros((len(answer), answer.shape[1] if answer.ndim > 1 else 1, self._n_features + 1))
         self._parts[:, :, -1] = answer.reshape(len(answer), -1)
-        self._base = self._parts.copy()
+        self._parent_parts = self._parts.copy()
         self._start = self._parts.copy()
 
     def reset_rows(self, rows: npt.NDArray[np.int64]) -> None:
@@ -881,8 +884,8 @@ class Contributions:
         own[:, :, :-1] *= stretch[:, :, None]
         own[:, :, -1] = output - own[:, :, :-1].sum(axis=2)
         if corrects:
-            own += self._base[rows]
-        self._base[rows] = own
+            own += self._parent_parts[rows]
+        self._parent_parts[rows] = own
         self._parts[rows] = weight * own + (1.0 - weight) * self._parts[rows]
 
     def _output_of(self, score: Floats) -> Floats:

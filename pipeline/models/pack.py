@@ -160,22 +160,36 @@ def write_pack(
     """
     folder.mkdir(parents=True, exist_ok=True)
     chains = _list_chains(runs)
-    wanted = list(dict.fromkeys(chains["booster_id"].dropna()))
-    files, known = _find_stored(before, store, wanted)
-    new = [name for name in wanted if name not in known]
-    asked = set(new)
-    found = {row["booster_id"]: row for row in boosters(new) if row["booster_id"] in asked} if new else {}
-    lacking = [name for name in new if name not in found]
-    if lacking:
-        raise StoreError(f"booster store lacks {len(lacking)} boosters that the ledger names, e.g. {min(lacking)}; train again")
+    booster_ids = list(dict.fromkeys(chains["booster_id"].dropna()))
+    files, places = _find_stored(before, store, booster_ids)
+    new = [name for name in booster_ids if name not in places]
+    rows = _read_boosters(boosters, new)
     if new or store is None:
         path = folder / "boosters.parquet"
-        places = write_boosters(path, [found[name] for name in new])
-        known |= {name: {**_place(len(files), *places[name]), "n_bytes": found[name]["n_bytes"], "sha256": found[name]["sha256"]} for name in new}
+        offsets = write_boosters(path, [rows[name] for name in new])
+        for name in new:
+            row = rows[name]
+            places[name] = {**_place(len(files), *offsets[name]), "n_bytes": row["n_bytes"], "sha256": row["sha256"]}
         files.append({"path": path.name, **read_footer(path)} if store is None else store.add(path))
         if store is not None:
             path.unlink()
-    return _write_tables(folder, runs, chains, known, root=None if store is None else store.root, files=files)
+    return _write_tables(folder, runs, chains, places, root=None if store is None else store.root, files=files)
+
+
+def _read_boosters(boosters: Callable[[Sequence[str]], Iterable[Mapping[str, Any]]], names: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+    """The named rows of a booster store, by id; a store is not asked for none.
+
+    Raises:
+        StoreError: if one is missing.
+    """
+    if not names:
+        return {}
+    named = set(names)
+    rows = {row["booster_id"]: row for row in boosters(names) if row["booster_id"] in named}
+    missing = [name for name in names if name not in rows]
+    if missing:
+        raise StoreError(f"booster store lacks {len(missing)} boosters that the ledger names, e.g. {min(missing)}; train again")
+    return rows
 
 
 def _place(file: int, offset: int, stored_bytes: int) -> dict[str, Any]:
@@ -183,16 +197,17 @@ def _place(file: int, offset: int, stored_bytes: int) -> dict[str, Any]:
 
 
 def _find_stored(
-    before: Sequence[FleetModel], store: PackStore | None, wanted: Sequence[str]
+    before: Sequence[FleetModel], store: PackStore | None, booster_ids: Sequence[str]
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
-    """Files of the store, and where in them earlier versions have boosters that are wanted again."""
-    asked, numbers = set(wanted), dict[str, int]()
+    """Files of the store, and where in them earlier versions have boosters that are needed again."""
+    needed = set(booster_ids)
+    numbers: dict[str, int] = {}
     files: list[dict[str, Any]] = []
     places: dict[str, dict[str, Any]] = {}
     same_store = [model for model in before if store is not None and model.root == store.root]
     for model, chain in ((one, chain) for one in same_store for chain in one.chains()):
         name = chain.booster_id
-        if name is None or name not in asked or name in places:
+        if name is None or name not in needed or name in places:
             continue
         number, offset, stored_bytes = chain.place
         path = model.files[number]["path"]

@@ -65,6 +65,12 @@ def test_a_group_key_is_the_plain_tuple_of_grain_and_id() -> None:
     assert GroupKey.of_rows(pd.DataFrame([row, row])) == [key, key]
 
 
+def test_the_ancestry_of_a_group_is_coarsest_first() -> None:
+    grains = [[], ["region"], ["region", "city"]]
+    assert GroupKey(2, '["north",null]').list_ancestry(grains) == [(0, "[]"), (1, '["north"]'), (2, '["north",null]')]
+    assert GroupKey(0, "[]").list_ancestry(grains) == [(0, "[]")]
+
+
 @given(st.lists(st.one_of(st.none(), st.text(st.characters(exclude_categories=["Cc", "Cs"]))), max_size=4))
 def test_a_group_id_is_the_json_array_of_its_keys(values: list[str | None]) -> None:
     assert group_id(values) == json.dumps(values, ensure_ascii=False, separators=(",", ":"))
