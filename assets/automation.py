@@ -1,4 +1,7 @@
-"""Schedules and sensors of a fleet, as its `automation` says; all of them are off until somebody switches them on."""
+"""Schedules and sensors of a fleet, as its `automation` says.
+
+All of them are off until somebody switches them on.
+"""
 
 import hashlib
 import json
@@ -8,18 +11,23 @@ from typing import Any
 
 import dagster as dg
 
-from assets.link import FleetFiles, link_key
+from assets.settings import FleetFiles, asset_key
 from pipeline.errors import DataError, FleetError, SpecError
 from pipeline.reading.sources import source_state
+from pipeline.runs.fleet_tables import FleetTables
 from pipeline.spec import FleetSpec, SourceSpec
 from pipeline.spec_mistakes import Mistake
-from pipeline.tables import LEDGER, RUNS, in_format, records
+from pipeline.tables import records
 from resources.delta_tables import DeltaTables
 
 # Runs of one fleet wait for each other: see dagster.local.yaml.
 FLEET_TAG = "many_models/fleet"
-# A run whose process is gone is launched once more. One that failed by itself is not: it would fail again.
-RESUMED: Mapping[str, str] = {"dagster/max_retries": "1", "dagster/retry_on_asset_or_op_failure": "false"}
+# A run whose process is gone is launched once more. One that failed by itself is not: it would fail
+# again.
+RESUMED: Mapping[str, str] = {
+    "dagster/max_retries": "1",
+    "dagster/retry_on_asset_or_op_failure": "false",
+}
 LOOK_SECONDS = 30
 
 
@@ -34,7 +42,13 @@ def automation(spec: FleetSpec, files: FleetFiles) -> dg.Definitions:
     score, retrain = _score_job(spec), _retrain_job(spec)
     zone = told.timezone or spec.timezone or "UTC"
     schedules = [
-        dg.ScheduleDefinition(name=f"{job.name}_schedule", job=job, cron_schedule=cron, execution_timezone=zone, description=job.description)
+        dg.ScheduleDefinition(
+            name=f"{job.name}_schedule",
+            job=job,
+            cron_schedule=cron,
+            execution_timezone=zone,
+            description=job.description,
+        )
         for job, cron in ((score, told.score), (retrain, told.retrain))
         if cron is not None
     ]
@@ -52,11 +66,17 @@ def check_automation(spec: FleetSpec) -> Iterator[Mistake]:
             dg.ScheduleDefinition(name="checked", job_name="checked", cron_schedule=cron)
         except dg.DagsterInvalidDefinitionError:
             expected = "expected minute, hour, day, month and day of week, e.g. '0 6 * * *' for 6:00 each day"
-            yield Mistake(("automation", field), f"automation.{field}: {cron!r} is not a cron text; {expected}")
+            yield Mistake(
+                ("automation", field),
+                f"automation.{field}: {cron!r} is not a cron text; {expected}",
+            )
 
 
 def follows_its_inputs(spec: FleetSpec) -> dg.AutomationCondition[Any] | None:
-    """The condition of the feature table and of predictions: made again when what they are made of was; None where a fleet looks for no new files."""
+    """The condition that rebuilds the feature table and predictions when their inputs change.
+
+    None where a fleet does not look for new files.
+    """
     return dg.AutomationCondition.eager() if spec.automation.on_new_files else None
 
 
@@ -68,8 +88,9 @@ def _score_job(spec: FleetSpec) -> Any:
     links = [*(source.name for source in spec.sources), "features", "predictions"]
     return dg.define_asset_job(
         f"{spec.name}_score",
-        selection=dg.AssetSelection.assets(*(link_key(spec, name) for name in links)),
-        description="Raw tables, features and predictions, answered by the champion that serves; nothing is trained.",
+        selection=dg.AssetSelection.assets(*(asset_key(spec, name) for name in links)),
+        description="Raw tables, features and predictions, answered by the champion that serves; "
+        "nothing is trained.",
         tags=_tags(spec),
     )
 
@@ -78,7 +99,8 @@ def _retrain_job(spec: FleetSpec) -> Any:
     return dg.define_asset_job(
         f"{spec.name}_retrain",
         selection=dg.AssetSelection.groups(spec.name),
-        description="The whole chain, raw tables to predictions; only groups that changed are trained.",
+        description="The whole chain, raw tables to predictions; only groups that changed are "
+        "trained.",
         tags=_tags(spec),
     )
 
@@ -88,9 +110,10 @@ def _new_files_sensor(spec: FleetSpec, files: FleetFiles) -> dg.SensorDefinition
 
     @dg.sensor(
         name=f"{spec.name}_new_files",
-        target=[link_key(spec, source.name) for source in spec.sources],
+        target=[asset_key(spec, source.name) for source in spec.sources],
         minimum_interval_seconds=LOOK_SECONDS,
-        description=f"New or changed files of a source: its raw table is read again. {spec.name}_follow then makes features and predictions.",
+        description="New or changed files of a source: its raw table is read again. "
+        f"{spec.name}_follow then makes features and predictions.",
     )
     def new_files(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         seen = {source.name: _state(source, files, context.log) for source in spec.sources}
@@ -100,11 +123,13 @@ def _new_files_sensor(spec: FleetSpec, files: FleetFiles) -> dg.SensorDefinition
     return new_files
 
 
-def changes(spec: FleetSpec, seen: Mapping[str, str | None], cursor: str | None) -> tuple[list[dg.RunRequest], str]:
+def changes(
+    spec: FleetSpec, seen: Mapping[str, str | None], cursor: str | None
+) -> tuple[list[dg.RunRequest], str]:
     """What is to be read again after a look at the sources.
 
-    A source is read once it looked the same twice, and other than when it was last read: files that are still being written are left
-    for the next look.
+    A source is read once it looked the same twice, and other than when it was last read: files that
+    are still being written are left for the next look.
 
     Args:
         spec: the fleet.
@@ -112,8 +137,8 @@ def changes(spec: FleetSpec, seen: Mapping[str, str | None], cursor: str | None)
         cursor: as from the look before; None for the first.
 
     Returns:
-        One request for all raw tables that are to be read, or none; and the new cursor, a JSON object of each source's digest as it was
-        `seen` last, and as it was when it was last `read`.
+        One request for all raw tables that are to be read, or none; and the new cursor, a JSON
+        object of each source's digest as it was `seen` last, and as it was when it was last `read`.
     """
     before: dict[str, dict[str, str]] = json.loads(cursor) if cursor else {}
     after: dict[str, dict[str, str]] = {}
@@ -126,11 +151,15 @@ def changes(spec: FleetSpec, seen: Mapping[str, str | None], cursor: str | None)
         is_steady = known.get("seen") == state
         if is_steady and known.get("read") != state:
             changed[name] = state
-        read = {"read": state} if name in changed else {key: known[key] for key in ("read",) if key in known}
+        read = (
+            {"read": state}
+            if name in changed
+            else {key: known[key] for key in ("read",) if key in known}
+        )
         after[name] = {"seen": state, **read}
     request = dg.RunRequest(
         run_key=_digest(json.dumps(changed, sort_keys=True)),
-        asset_selection=[link_key(spec, name) for name in changed],
+        asset_selection=[asset_key(spec, name) for name in changed],
         tags=_tags(spec),
     )
     return [request] if changed else [], json.dumps(after, sort_keys=True)
@@ -153,7 +182,9 @@ def _digest(text: str) -> str:
 def _follow_sensor(spec: FleetSpec) -> dg.AutomationConditionSensorDefinition:
     return dg.AutomationConditionSensorDefinition(
         f"{spec.name}_follow",
-        target=dg.AssetSelection.assets(link_key(spec, "features"), link_key(spec, "predictions")),
+        target=dg.AssetSelection.assets(
+            asset_key(spec, "features"), asset_key(spec, "predictions")
+        ),
         run_tags=_tags(spec),
         description="Features and predictions are made again when what they are made of was.",
     )
@@ -163,9 +194,12 @@ def _follow_sensor(spec: FleetSpec) -> dg.AutomationConditionSensorDefinition:
     name="what_dead_runs_kept",
     default_status=dg.DefaultSensorStatus.RUNNING,
     minimum_interval_seconds=LOOK_SECONDS,
-    description="A run whose process is gone cannot say what of its training is kept: this does, in the run's log.",
+    description="A run whose process is gone cannot say what of its training is kept: this does, "
+    "in the run's log.",
 )
-def what_dead_runs_kept(context: dg.RunFailureSensorContext, tables: dg.ResourceParam[DeltaTables]) -> None:
+def what_dead_runs_kept(
+    context: dg.RunFailureSensorContext, tables: dg.ResourceParam[DeltaTables]
+) -> None:
     """Tell in the log of a run that died what of its training is kept, and how to go on."""
     run = context.dagster_run
     record = context.instance.get_run_record_by_id(run.run_id)
@@ -176,22 +210,19 @@ def what_dead_runs_kept(context: dg.RunFailureSensorContext, tables: dg.Resource
 
 
 def kept_since(tables: DeltaTables, moment: datetime) -> Iterator[str]:
-    """Of each training that was begun, or resumed, since a moment and is not finished: what of it is kept.
+    """What is kept of each unfinished training that was begun, or resumed, since a moment.
 
     Args:
         tables: of all fleets.
         moment: with a zone.
     """
     for namespace in tables.namespaces():
-        location = tables.location(namespace, RUNS.name)
+        own = FleetTables(tables, namespace, namespace)
         try:
-            if not tables.exists(location):
-                continue
-            runs = in_format(tables.read_pandas(location), RUNS, location)
-            for run in records(runs[runs["finished_at"].isna() & (runs["started_at"] >= moment)]):
-                ledger = tables.location(namespace, LEDGER.name)
-                where = {"run_id": str(run["run_id"])}
-                n_kept = len(tables.read_pandas(ledger, where=where, columns=["group_id"])) if tables.exists(ledger) else 0
+            runs = own.runs()
+            is_open = runs["finished_at"].isna() & (runs["started_at"] >= moment)
+            for run in records(runs[is_open]):
+                n_kept = len(own.ledger(str(run["run_id"])))
                 kept = f"{n_kept:,} of {run['n_groups']:,} groups of {namespace} are kept"
                 yield f"the run's process is gone: {kept}; the next launch of the same resumes training run {run['run_id']}"
         except FleetError:  # another fleet's tables may be of another release

@@ -42,8 +42,17 @@ class BrokenFleet:
 
 def broken_fleets(definitions: dg.Definitions) -> dict[str, str]:
     """What is wrong with each broken fleet of a code location, by name."""
-    specs = (spec for asset in definitions.assets or () if isinstance(asset, dg.AssetsDefinition) for spec in asset.specs)
-    return {str(spec.group_name): str(spec.metadata[MISTAKE]) for spec in specs if MISTAKE in spec.metadata}
+    specs = (
+        spec
+        for asset in definitions.assets or ()
+        if isinstance(asset, dg.AssetsDefinition)
+        for spec in asset.specs
+    )
+    return {
+        str(spec.group_name): str(spec.metadata[MISTAKE])
+        for spec in specs
+        if MISTAKE in spec.metadata
+    }
 
 
 def fleet_name(folder: Path, attributes: Any) -> str:
@@ -60,7 +69,11 @@ def name_taken_by(folder: Path, name: str) -> str | None:
 
     Of several fleets with one name, the folder of that name has it, else the first.
     """
-    holders = [path.parent.name for path in sorted(folder.parent.glob("*/defs.yaml")) if declared_name(path) == name]
+    holders = [
+        path.parent.name
+        for path in sorted(folder.parent.glob("*/defs.yaml"))
+        if declared_name(path) == name
+    ]
     owner = name if name in holders else holders[0] if holders else folder.name
     return None if owner == folder.name else owner
 

@@ -11,8 +11,8 @@ import pandas as pd
 from assets.meta_model import pack_store
 from pipeline.models.meta_model import FleetModel, GroupKey
 from pipeline.models.pack import combine_versions, write_pack
+from pipeline.runs.fleet_tables import FleetTables
 from pipeline.spec import FleetSpec
-from resources.delta_tables import DeltaTables
 from resources.mlflow_registry import MlflowRegistry, Version, interface
 from resources.spark_session import SparkSessionResource
 
@@ -22,37 +22,43 @@ MAX_CHARACTERS = 500
 
 
 def register_combined(
-    tables: DeltaTables,
+    tables: FleetTables,
     registry: MlflowRegistry,
     spark: SparkSessionResource,
     spec: FleetSpec,
-    namespace: str,
     serving: Mapping[GroupKey, str],
     models: Sequence[FleetModel],
     decisions: pd.DataFrame,
 ) -> Version:
-    """Register a version in which each group is answered by the fleet version that is named for it; it gets no alias.
+    """Register a version in which each group is answered by the named fleet version.
+
+    It gets no alias.
 
     Args:
-        tables: where the fleet's tables are.
+        tables: of the fleet.
         registry: where it is registered.
         spark: for the types of the columns that it needs.
         spec: the fleet.
-        namespace: name of the registered model.
         serving: fleet version by group.
-        models: packs that together hold these chains; the first one's own version names the new one.
+        models: packs that together hold these chains; the first one's own version names the new
+            one.
         decisions: logged with it.
     """
+
+    def read_boosters(names: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+        return _stored_boosters(models, names)
+
     with tempfile.TemporaryDirectory() as folder:
         pack = Path(folder) / "pack"
         runs = combine_versions(serving, models)
-        store = pack_store(tables, namespace, spec)
-        digest = write_pack(pack, runs, lambda names: _stored_boosters(models, names), store=store, before=models)
-        answering = FleetModel(pack, digest=digest, options=tables.storage_options)
-        features = tables.read_spark(spark.session, tables.location(spec.name, "features"))
+        digest = write_pack(
+            pack, runs, read_boosters, store=pack_store(tables, spec), before=models
+        )
+        answering = FleetModel(pack, digest=digest, options=tables.tables.storage_options)
+        features = tables.features(spark.session)
         dtypes = {field.name: field.dataType.simpleString() for field in features.schema}
         return registry.register(
-            namespace,
+            tables.namespace,
             answering.fleet_version,
             pack=pack,
             **interface(answering, dtypes),
@@ -64,7 +70,9 @@ def register_combined(
         )
 
 
-def _stored_boosters(models: Sequence[FleetModel], names: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+def _stored_boosters(
+    models: Sequence[FleetModel], names: Sequence[str]
+) -> Iterator[Mapping[str, Any]]:
     """Each of the named boosters once, from the first pack that has it."""
     seen: set[str] = set()
     for row in chain.from_iterable(model.stored_boosters(names) for model in models):

@@ -1,27 +1,22 @@
-"""The terminal command `many-models`: fleets checked and launched, one group's history, rows to be answered, and tidying up."""
+"""The terminal command `many-models`: check, run, show, score, stream and clean."""
 
 import argparse
-import difflib
 import json
 import math
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
-import pyarrow.fs as pf
 
 from assets.failure_log import first_line, keep_trace
 from pipeline.crash_points import arm
 from pipeline.errors import FleetError, ModelNotFound, SpecError
-from pipeline.models.meta_model import filesystem_of, group_id
-from pipeline.reporting.summary import text_table
+from pipeline.models.meta_model import group_id
+from pipeline.reporting.group_history import close_matches, describe_history
+from pipeline.runs.fleet_tables import FleetTables
 from pipeline.spark.data_errors import readable_model_errors
-from pipeline.tables import IMPORTANCE, LEDGER, RUNS, fleet_runs, records
-from pipeline.training.outcome import NOT_LISTED
+from pipeline.tables import LEDGER
 from resources.build import build_resources
 from resources.cleaning import KEPT_RUNS, clean
 from resources.delta_tables import DeltaTables
@@ -63,10 +58,6 @@ Everything stays of the newest runs (--keep-runs), of what was started since, an
 run that a registered version answers with, or that ever served, stay too: any version can be rolled back to. Predictions of every as-of
 and decisions stay. A file goes only once it has been unneeded for --keep-hours, so that whoever reads an old version may finish: a stream
 of one of these tables must not lag behind by more. A backtest is cleaned by its own name, e.g. flights-backtest-2013-12-01."""
-NONE = "-"
-SHOWN_ID = 8
-NEAR = 5
-SHOWN_FEATURES = 10
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: its words; by default those of the process.
 
     Returns:
-        0; the launch's own for `run`; 1 where rows or tables cannot be read or the settings are wrong; 2 for an unknown fleet, group or version.
+        0; the launch's own for `run`; 1 where rows or tables cannot be read or the settings are
+        wrong; 2 for an unknown fleet, group or version.
     """
     told = _parser().parse_args(argv)
     logs: Path | None = None
@@ -109,12 +101,24 @@ def _run(profile: Profile, told: argparse.Namespace) -> int:
     tables = built.tables
     namespace = f"{told.fleet}-trial" if told.trial else str(told.fleet)
     if told.command == "show":
-        _say(history_text(tables, namespace, _asked_id(told.keys, told.group_id)))
+        own = FleetTables(tables, namespace, told.fleet)
+        if not tables.exists(own.location(LEDGER)):
+            raise ModelNotFound(_unknown_fleet(tables, namespace))
+        _say(describe_history(own, _asked_id(told.keys, told.group_id)))
     elif told.command == "clean":
         if not tables.exists(tables.location(namespace, LEDGER.name)):
             raise ModelNotFound(_unknown_fleet(tables, namespace))
         keep = timedelta(hours=told.keep_hours)
-        _say(clean(tables, built.registry, namespace, keep=keep, keep_runs=told.keep_runs, dry_run=told.dry_run).text)
+        _say(
+            clean(
+                tables,
+                built.registry,
+                namespace,
+                keep=keep,
+                keep_runs=told.keep_runs,
+                dry_run=told.dry_run,
+            ).text
+        )
     else:
         _answer(profile, namespace, told)
     return 0
@@ -132,13 +136,18 @@ def _say(text: str) -> None:
 
 def _answer(profile: Profile, namespace: str, told: argparse.Namespace) -> None:
     """Score, or stream."""
-    # Spark, its Python side and MLflow take a second to import, which the other commands do without.
+    # Spark, its Python side and MLflow take a second to import, which the other commands do
+    # without.
     from assets.scoring_commands import Scorer, stop_signals
 
     arm(profile.crash_at)
     scorer = Scorer.of(profile)
     if told.command == "score":
-        _say(scorer.score(namespace, told.source, told.target, period=told.period, version=told.version))
+        _say(
+            scorer.score(
+                namespace, told.source, told.target, period=told.period, version=told.version
+            )
+        )
         return
     with stop_signals() as stopping:
         scorer.stream(
@@ -157,43 +166,120 @@ def _answer(profile: Profile, namespace: str, told: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog="many-models", description="Look into the tables of a fleet, answer rows, and tidy up.", epilog=EXAMPLES, formatter_class=raw
+        prog="many-models",
+        description="Look into the tables of a fleet, answer rows, and tidy up.",
+        epilog=EXAMPLES,
+        formatter_class=raw,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="check|run|show|score|stream|clean")
-    check = commands.add_parser("check", help="find mistakes in the descriptions of fleets", description=CHECK)
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="check|run|show|score|stream|clean"
+    )
+    check = commands.add_parser(
+        "check", help="find mistakes in the descriptions of fleets", description=CHECK
+    )
     check.add_argument("fleet", metavar="FLEET", nargs="?", help="one fleet (default: all)")
-    run = commands.add_parser("run", help="build a fleet, raw tables to predictions", description=RUN)
+    run = commands.add_parser(
+        "run", help="build a fleet, raw tables to predictions", description=RUN
+    )
     run.add_argument("fleet", metavar="FLEET", help="name of the fleet, or its folder")
-    show = commands.add_parser("show", help="print the history of one group", description="Print the history of one group.", epilog=EXAMPLES)
-    clean_ = commands.add_parser("clean", help="remove what no kept run needs", description=CLEAN, epilog=EXAMPLES)
-    score = commands.add_parser("score", help="answer every row of a table or of files", description=SCORE, epilog=EXAMPLES)
-    stream = commands.add_parser("stream", help="answer rows as they come", description=STREAM, epilog=EXAMPLES)
+    show = commands.add_parser(
+        "show",
+        help="print the history of one group",
+        description="Print the history of one group.",
+        epilog=EXAMPLES,
+    )
+    clean_ = commands.add_parser(
+        "clean", help="remove what no kept run needs", description=CLEAN, epilog=EXAMPLES
+    )
+    score = commands.add_parser(
+        "score", help="answer every row of a table or of files", description=SCORE, epilog=EXAMPLES
+    )
+    stream = commands.add_parser(
+        "stream", help="answer rows as they come", description=STREAM, epilog=EXAMPLES
+    )
     for command in (show, score, stream, clean_):
         command.formatter_class = raw
         command.add_argument("fleet", metavar="FLEET", help="name of the fleet")
-        command.add_argument("--trial", action="store_true", help="the tables of the fleet's trial, <fleet>-trial")
+        command.add_argument(
+            "--trial", action="store_true", help="the tables of the fleet's trial, <fleet>-trial"
+        )
     show.add_argument(
-        "keys", metavar="KEY", nargs="*", help="the group's keys in the grain's order; null for null, none for the pooled group; -- before a -KEY"
+        "keys",
+        metavar="KEY",
+        nargs="*",
+        help="the group's keys in the grain's order; null for null, none for the pooled group; -- "
+        "before a -KEY",
     )
-    show.add_argument("--group-id", metavar="JSON", help="the group as a JSON array of its keys, instead of KEYs")
+    show.add_argument(
+        "--group-id", metavar="JSON", help="the group as a JSON array of its keys, instead of KEYs"
+    )
     for command in (score, stream):
         command.add_argument(
-            "--from", dest="source", required=True, metavar="SOURCE", help="a Delta table, or a folder or glob of Parquet, CSV or JSON files"
+            "--from",
+            dest="source",
+            required=True,
+            metavar="SOURCE",
+            help="a Delta table, or a folder or glob of Parquet, CSV, TSV or JSON files",
         )
-        command.add_argument("--to", dest="target", required=True, metavar="TABLE", help="Delta table of the answers; made if it is not there")
-    score.add_argument("--period", default="all", metavar="NAME", help="what the rows are called in the table; replaced as a whole (default: all)")
+        command.add_argument(
+            "--to",
+            dest="target",
+            required=True,
+            metavar="TABLE",
+            help="Delta table of the answers; made if it is not there",
+        )
     score.add_argument(
-        "--version", type=_version, default=CHAMPION, metavar="VERSION", help=f"{CHAMPION}, {CHALLENGER} or a number (default: {CHAMPION})"
+        "--period",
+        default="all",
+        metavar="NAME",
+        help="what the rows are called in the table; replaced as a whole (default: all)",
     )
-    stream.add_argument("--checkpoint", metavar="DIR", help="remembers what was answered (default: one per fleet, source and table in the data root)")
-    stream.add_argument("--every", type=_seconds, metavar="SECONDS", help="go on until interrupted, looking so often (default: answer what is there)")
-    stream.add_argument("--max-files", type=_files, default=1000, metavar="N", help="files of a micro batch (default: 1000)")
-    stream.add_argument("--skip-changes", action="store_true", help="pass over versions of a Delta table that remove or rewrite rows")
+    score.add_argument(
+        "--version",
+        type=_version,
+        default=CHAMPION,
+        metavar="VERSION",
+        help=f"{CHAMPION}, {CHALLENGER} or a number (default: {CHAMPION})",
+    )
+    stream.add_argument(
+        "--checkpoint",
+        metavar="DIR",
+        help="remembers what was answered (default: one per fleet, source and table in the data "
+        "root)",
+    )
+    stream.add_argument(
+        "--every",
+        type=_seconds,
+        metavar="SECONDS",
+        help="go on until interrupted, looking so often (default: answer what is there)",
+    )
+    stream.add_argument(
+        "--max-files",
+        type=_files,
+        default=1000,
+        metavar="N",
+        help="files of a micro batch (default: 1000)",
+    )
+    stream.add_argument(
+        "--skip-changes",
+        action="store_true",
+        help="pass over versions of a Delta table that remove or rewrite rows",
+    )
     clean_.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     clean_.add_argument(
-        "--keep-hours", type=_hours, default=24.0, metavar="HOURS", help="keep files that were written or needed so lately (default: 24)"
+        "--keep-hours",
+        type=_hours,
+        default=24.0,
+        metavar="HOURS",
+        help="keep files that were written or needed so lately (default: 24)",
     )
-    clean_.add_argument("--keep-runs", type=_runs_kept, default=KEPT_RUNS, metavar="N", help=f"keep all of the newest N runs (default: {KEPT_RUNS})")
+    clean_.add_argument(
+        "--keep-runs",
+        type=_runs_kept,
+        default=KEPT_RUNS,
+        metavar="N",
+        help=f"keep all of the newest N runs (default: {KEPT_RUNS})",
+    )
     return parser
 
 
@@ -219,7 +305,9 @@ def _seconds(text: str) -> float:
     except ValueError:
         seconds = math.nan
     if not 0.001 <= seconds < math.inf:  # noqa: PLR2004 - Spark counts milliseconds
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds; expected more than 0")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number of seconds; expected more than 0"
+        )
     return seconds
 
 
@@ -231,7 +319,9 @@ def _files(text: str) -> int:
 
 def _version(text: str) -> str:
     if text not in (CHAMPION, CHALLENGER) and not (text.isdecimal() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is no version; expected {CHAMPION}, {CHALLENGER} or a number")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no version; expected {CHAMPION}, {CHALLENGER} or a number"
+        )
     return text
 
 
@@ -239,204 +329,41 @@ def _asked_id(keys: Sequence[str], written: str | None) -> str:
     if written is None:
         return group_id([None if key == "null" else key for key in keys])
     if keys:
-        raise SpecError(f"both the keys {shlex.join(keys)} and --group-id {written} were given; give one of them")
+        raise SpecError(
+            f"both the keys {shlex.join(keys)} and --group-id {written} were given; give one of "
+            "them"
+        )
     try:
         values = json.loads(written)
     except ValueError:
         values = None
-    if not isinstance(values, list) or not all(value is None or isinstance(value, str) for value in values):
-        raise SpecError(f'--group-id is {written!r}; expected a JSON array of strings or null, such as ["EWR","IAH"]')
+    if not isinstance(values, list) or not all(
+        value is None or isinstance(value, str) for value in values
+    ):
+        raise SpecError(
+            f'--group-id is {written!r}; expected a JSON array of strings or null, such as ["EWR","IAH"]'
+        )
     return group_id(values)
 
 
-def history_text(tables: DeltaTables, namespace: str, wanted: str) -> str:
-    """One group's history: a line per run, newest last, then what the newest run says of it.
-
-    Args:
-        tables: where the fleet's tables are.
-        namespace: the fleet, or its trial.
-        wanted: the group's id.
-
-    Raises:
-        ModelNotFound: if the fleet or the group is unknown; it names near ones.
-    """
-    location = tables.location(namespace, LEDGER.name)
-    if not tables.exists(location):
-        raise ModelNotFound(_unknown_fleet(tables, namespace))
-    rows = tables.read_pandas(location, where={"group_id": wanted})
-    if rows.empty:
-        raise ModelNotFound(_unknown_group(tables.read_pandas(location, columns=["run_id", "grain", "grain_name", "group_id"]), namespace, wanted))
-    runs = _runs(tables, namespace)
-    # A run that only refitted earlier recipes says nothing of the other groups.
-    if "request" in runs:
-        is_refit = rows["run_id"].isin(set(runs["run_id"]) - set(fleet_runs(runs)["run_id"]))
-        rows = rows[~(is_refit & rows["reason"].eq(NOT_LISTED))]
-    rows = rows.merge(runs.drop_duplicates("run_id", keep="last"), on="run_id", how="left").sort_values("started_at", kind="stable")
-    past = records(rows)
-    history, newest = [_history_line(row) for row in past], past[-1]
-    run = tables.read_pandas(location, where={"run_id": newest["run_id"]})
-    unfinished = [str(row["run_id"])[:SHOWN_ID] for row in past if "finished_at" in row and row["finished_at"] is None]
-    parts = [
-        f"fleet {namespace}, group {wanted}, grain {_text(newest, 'grain_name')}",
-        text_table(list(_COLUMNS), history),
-        f"not finished: {', '.join(unfinished)}" if unfinished else "",
-        _newest_text(newest),
-        _importance_text(tables, namespace, newest),
-        _ancestors_text(newest, records(run)),
-    ]
-    return "\n\n".join(part for part in parts if part)
-
-
-def _runs(tables: DeltaTables, namespace: str) -> pd.DataFrame:
-    """Run, as-of, start and, where the table has it, end."""
-    location = tables.location(namespace, RUNS.name)
-    found = tables.read_pandas(location) if tables.exists(location) else RUNS.schema.empty_table().to_pandas()
-    return found[[name for name in ("run_id", "as_of", "started_at", "finished_at", "request") if name in found.columns]]
-
-
-Record = Mapping[str, Any]
-
-
-def _text(row: Record, name: str) -> str:
-    value = row.get(name)
-    return NONE if value is None else str(value)
-
-
-def _short(row: Record, name: str) -> str:
-    return _text(row, name)[:SHOWN_ID]
-
-
-def _count(row: Record, name: str) -> str:
-    value = row.get(name)
-    return NONE if value is None else f"{value:,.0f}"
-
-
-def _number(row: Record, name: str) -> str:
-    value = row.get(name)
-    return NONE if value is None else f"{value:.4g}" if abs(value) < 1 else f"{value:,.2f}"
-
-
-def _moment(row: Record, name: str) -> str:
-    value = row.get(name)
-    return NONE if value is None else f"{value:%Y-%m-%d %H:%M}".removesuffix(" 00:00")
-
-
-_COLUMNS: dict[str, tuple[str, Callable[[Record, str], str]]] = {
-    "as of": ("as_of", _moment),
-    "run": ("run_id", _short),
-    "status": ("status", _text),
-    "reason": ("reason", _text),
-    "rows": ("n_rows", _count),
-    "trials": ("n_trials", _count),
-    "weight": ("weight", _number),
-    "rmse": ("rmse", _number),
-    "pooled rmse": ("pooled_rmse", _number),
-    "seconds": ("seconds", _number),
-    "booster": ("booster_id", _short),
-}
-
-
-def _history_line(row: Record) -> list[str]:
-    return [form(row, name) for name, form in _COLUMNS.values()]
-
-
-def _newest_text(row: Record) -> str:
-    """What the newest row says beyond its line."""
-    lines = [f"newest run    {_text(row, 'run_id')}"]
-    if row.get("error_class") is not None or row.get("error_message") is not None:
-        lines.append(f"error         {_text(row, 'error_class')}: {_text(row, 'error_message')}")
-    lines += [
-        f"stopped by    {_text(row, 'stopped_by')}",
-        f"tuned as of   {_moment(row, 'tuned_as_of')}",
-        f"trained by    {_text(row, 'source_run_id')}",
-        f"fingerprint   {_text(row, 'fingerprint')}",
-        _json_lines("parameters", row.get("parameters")),
-        _json_lines("started from", row.get("started_from")),
-        _json_lines("metrics", row.get("metrics")),
-    ]
-    return "\n".join(lines)
-
-
-def _json_lines(title: str, written: object) -> str:
-    """A JSON object as one line per entry; what is none, as it is."""
-    try:
-        found = json.loads(written) if isinstance(written, str) else None
-    except ValueError:
-        found = written
-    if not isinstance(found, dict) or not found:
-        return f"{title:<13} {NONE if found is None else found}"
-    width = max(len(name) for name in found)
-    return "\n".join([title, *(f"  {name:<{width}}  {_entry(value)}" for name, value in found.items())])
-
-
-def _entry(value: object) -> str:
-    """One value; the measures of one way to answer side by side."""
-    if not isinstance(value, dict):
-        return str(value)
-    return ", ".join(f"{name} {NONE if number is None else format(number, '.6g')}" for name, number in value.items())
-
-
-def _importance_text(tables: DeltaTables, namespace: str, row: Record) -> str:
-    """The features that the newest row's model gains most by; nothing where nobody looked."""
-    location = tables.location(namespace, IMPORTANCE.name)
-    if not tables.exists(location):
-        return ""
-    found = tables.read_pandas(location, where={"run_id": str(row["run_id"]), "group_id": str(row["group_id"])})
-    top = records(found[found["rank"] <= SHOWN_FEATURES].sort_values("rank"))
-    return text_table(["top features", "gain %", "splits", "shap"], [_importance_line(one) for one in top])
-
-
-def _importance_line(row: Record) -> list[str]:
-    return [_text(row, "feature"), f"{100 * row['gain_share']:.1f}", _count(row, "n_splits"), _number(row, "shap")]
-
-
-def _ancestors_text(row: Record, run: Sequence[Record]) -> str:
-    """The groups that answer beside the newest row's, finest first."""
-    by_group = {(other["grain"], other["group_id"]): other for other in run}
-    lines, grain, parent = [], row.get("grain"), row.get("parent_id")
-    while parent is not None and grain is not None and grain > 0:
-        grain -= 1
-        found = by_group.get((grain, parent), {})
-        lines.append([str(parent), *(_text(found, "status"), _number(found, "weight"), _number(found, "rmse"), _short(found, "booster_id"))])
-        parent = found.get("parent_id")
-    return text_table(["ancestors", "status", "weight", "rmse", "booster"], lines)
-
-
 def _unknown_fleet(tables: DeltaTables, namespace: str) -> str:
-    filesystem, root = filesystem_of(tables.root, tables.storage_options)
-    folders = filesystem.get_file_info(pf.FileSelector(root, allow_not_found=True))
-    fleets = sorted(info.base_name for info in folders if info.type == pf.FileType.Directory)
-    trained = [fleet for fleet in fleets if tables.exists(tables.location(fleet, LEDGER.name))]
-    return (
-        f"no group of a fleet {namespace!r} was trained below {tables.root}; {_near(namespace, {fleet: fleet for fleet in trained})}"
-        f"there is: {', '.join(trained) or 'nothing'}; materialise {namespace.removesuffix('-trial')}/models to train it"
-    )
-
-
-def _unknown_group(ledger: pd.DataFrame, namespace: str, wanted: str) -> str:
-    ids = sorted(ledger["group_id"].dropna().unique())
-    grains = [
-        f"  {name}: {len(groups):,} group{'s' * (len(groups) > 1)}, such as {'; '.join(_words(one) or '(no key)' for one in sorted(groups)[:3])}"
-        for (_, name), groups in ((key, frame["group_id"].unique()) for key, frame in ledger.groupby(["grain", "grain_name"]))
+    trained = [
+        name for name in tables.namespaces() if tables.exists(tables.location(name, LEDGER.name))
     ]
-    near = _near(_words(wanted), {_words(found): found for found in ids})
-    return f"fleet {namespace!r} has no group {wanted}; {near}there is, by grain:\n" + "\n".join(grains)
-
-
-def _words(written: str) -> str:
-    """The words that ask for a group."""
-    return shlex.join("null" if key is None else key for key in json.loads(written))
-
-
-def _near(word: str, known: Mapping[str, str]) -> str:
-    folded = {name.casefold(): name for name in known}
-    found = difflib.get_close_matches(word.casefold(), folded, n=NEAR, cutoff=0.5)
-    return f"did you mean: {'; '.join(folded[name] for name in found)}? " if found else ""
+    return (
+        f"no group of a fleet {namespace!r} was trained below {tables.root}; "
+        f"{close_matches(namespace, {name: name for name in trained})}"
+        f"there is: {', '.join(trained) or 'nothing'}; materialise "
+        f"{namespace.removesuffix('-trial')}/models to train it"
+    )
 
 
 def _printable(text: str) -> str:
     """Without control characters: a key or a message may carry some that a terminal obeys."""
-    return "".join(character if character.isprintable() or character == "\n" else repr(character)[1:-1] for character in text)
+    return "".join(
+        character if character.isprintable() or character == "\n" else repr(character)[1:-1]
+        for character in text
+    )
 
 
 if __name__ == "__main__":

@@ -55,8 +55,13 @@ def _event(record: logging.LogRecord) -> dg.DagsterEvent | None:
     return event
 
 
-# What Dagster says of every later step: after a failed one, and after a dry run, as if that were a fault.
-_OF_LATER_STEPS = ("Dependencies for step", " due to skipped dependencies:", " emitted no result in step ")
+# What Dagster says of every later step: after a failed one, and after a dry run, as if that were a
+# fault.
+_OF_LATER_STEPS = (
+    "Dependencies for step",
+    " due to skipped dependencies:",
+    " emitted no result in step ",
+)
 
 
 def _is_for_people(record: logging.LogRecord) -> bool:
@@ -72,7 +77,9 @@ def _is_for_people(record: logging.LogRecord) -> bool:
     if event.event_type == dg.DagsterEventType.RUN_FAILURE:
         # A step that failed has said why; a run may also fail before its first step.
         error = event.job_failure_data.error
-        is_ended_by_hand = error is not None and error.cls_name == dg.DagsterExecutionInterruptedError.__name__
+        is_ended_by_hand = (
+            error is not None and error.cls_name == dg.DagsterExecutionInterruptedError.__name__
+        )
         return event.job_failure_data.first_step_failure_event is None and not is_ended_by_hand
     return record.levelno >= logging.WARNING
 

@@ -14,23 +14,28 @@ from assets.broken_fleet import BrokenFleet, fleet_name, name_taken_by, shown_pa
 from assets.champion import champion_asset
 from assets.features import features_asset
 from assets.importance import importance_asset
-from assets.link import FleetFiles
 from assets.meta_model import meta_model_asset
 from assets.models import models_asset, models_checks
 from assets.predictions import predictions_asset
 from assets.raw import raw_asset
+from assets.settings import FleetFiles
 from pipeline.errors import SpecError
 from pipeline.features.sql import check_features
 from pipeline.spec import FleetSpec, parse_spec
 from pipeline.spec_mistakes import LineOf, Mistake, describe
 
-# Runs as it is, on data that a package of the `demo` extra carries, so that a new fleet starts from something that works.
+# Runs as it is, on data that a package of the `demo` extra carries, so that a new fleet starts from
+# something that works.
 EXAMPLE: dict[str, Any] = {
     "sources": [{"name": "sales", "uri": "package://plotnine/data/txhousing.csv"}],
     "features": {
         "lags": [{"column": "price", "periods": [1, 12]}],
         "rolling": [{"column": "price", "window": "12 months"}],
-        "derived": {"level": "ln(price_mean_12_months)", "change": "ln(price_lag_1) - level", "year_ago": "ln(price_lag_12) - level"},
+        "derived": {
+            "level": "ln(price_mean_12_months)",
+            "change": "ln(price_lag_1) - level",
+            "year_ago": "ln(price_lag_12) - level",
+        },
         "exclude": ["price_lag_1", "price_lag_12", "price_mean_12_months", "level"],
         "calendar": ["month"],
         "categoricals": ["city"],
@@ -85,7 +90,9 @@ class FleetAttributes(RootModel[Any]):
 
 def _documented(field: dict[str, Any]) -> dict[str, Any]:
     """The schema of a field, which takes any other value as well."""
-    words: dict[str, Any] = {name: field[name] for name in ("title", "description", "default") if name in field}
+    words: dict[str, Any] = {
+        name: field[name] for name in ("title", "description", "default") if name in field
+    }
     return {**words, "anyOf": [field, {}]}
 
 
@@ -157,7 +164,10 @@ def _described(attributes: Any, folder: Path, line_of: LineOf) -> DescribedFleet
     """
     file = f"{shown_path(folder)}/defs.yaml"
     if not attributes:
-        raise SpecError(f"{file} has no attributes; `dg scaffold defs assets.fleet.Fleet NAME` writes an example in another folder")
+        raise SpecError(
+            f"{file} has no attributes; `dg scaffold defs assets.fleet.Fleet NAME` writes an "
+            "example in another folder"
+        )
     spec = parse_spec(attributes, file=file, line_of=line_of)
     owner = name_taken_by(folder, spec.name)
     if owner is not None:

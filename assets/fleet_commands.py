@@ -1,4 +1,4 @@
-"""`many-models check` and `many-models run`: whether fleets are well described, and launching one."""
+"""`many-models check` and `many-models run`: checking fleets, and launching one."""
 
 import difflib
 import json
@@ -60,14 +60,16 @@ def launch_fleet(project: Path, fleet: str, *, dry_run: bool = False) -> int:
     check_fleets(project, name)
     launcher = str(Path(sys.executable).with_name("dg"))
     selection = f'+key:"{name}/models"' if dry_run else f'group:"{name}"'
-    return _run_apart([launcher, "launch", "--assets", selection, "--config-json", json.dumps(CONSOLE)])
+    return _run_apart(
+        [launcher, "launch", "--assets", selection, "--config-json", json.dumps(CONSOLE)]
+    )
 
 
 def _run_apart(command: Sequence[str]) -> int:
     """Run a command that alone hears of Ctrl-C, not every process that it starts.
 
-    A terminal sends Ctrl-C to all of them: Spark's JVM and the processes that bring a step's lines to the terminal would be gone
-    before the launch can say what is kept.
+    A terminal sends Ctrl-C to all of them: Spark's JVM and the processes that bring a step's lines
+    to the terminal would be gone before the launch can say what is kept.
     """
     child = subprocess.Popen(command, start_new_session=True)  # noqa: S603 - our own launcher
 
@@ -83,7 +85,9 @@ def _run_apart(command: Sequence[str]) -> int:
 def fleet_names(project: Path) -> Mapping[str, str]:
     """The asset group of each folder below pipeline/defs."""
     files = sorted((project / "pipeline" / "defs").glob("*/defs.yaml"))
-    return {file.parent.name: fleet_name(file.parent, {"name": declared_name(file)}) for file in files}
+    return {
+        file.parent.name: fleet_name(file.parent, {"name": declared_name(file)}) for file in files
+    }
 
 
 def known_fleet(names: Mapping[str, str], fleet: str) -> str:
@@ -99,4 +103,7 @@ def known_fleet(names: Mapping[str, str], fleet: str) -> str:
     known = sorted(names.values())
     near = difflib.get_close_matches(fleet, known, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ModelNotFound(f"unknown fleet {fleet!r}: pipeline/defs/{fleet}/defs.yaml does not exist; {hint}Available: {', '.join(known) or 'none'}")
+    raise ModelNotFound(
+        f"unknown fleet {fleet!r}: pipeline/defs/{fleet}/defs.yaml does not exist; "
+        f"{hint}Available: {', '.join(known) or 'none'}"
+    )

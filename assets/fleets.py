@@ -1,4 +1,7 @@
-"""Every fleet below pipeline/defs; one that Dagster cannot even read is shown as broken and stops no other."""
+"""Every fleet below pipeline/defs.
+
+One that Dagster cannot even read is shown as broken and stops no other.
+"""
 
 import importlib
 import warnings
@@ -33,7 +36,9 @@ def load_fleets(project: Path) -> dg.Definitions:
         parts = list(_load_one_by_one(project))
         if not any(isinstance(part, BrokenFleet) for part in parts):
             raise
-    return dg.Definitions.merge(*(part.build_defs() if isinstance(part, BrokenFleet) else part for part in parts))
+    return dg.Definitions.merge(
+        *(part.build_defs() if isinstance(part, BrokenFleet) else part for part in parts)
+    )
 
 
 def _load_one_by_one(project: Path) -> Iterator[dg.Definitions | BrokenFleet]:

@@ -1,24 +1,38 @@
 """`<fleet>/models`: grouped training; boosters, holdout and one ledger row per group."""
 
-import json
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, get_args
 
 import dagster as dg
 import pandas as pd
 
-from assets.link import link_key, link_settings, png, prefixed, readable_failures
-from assets.newest_run import ledger_of, newest_run, waves_of
 from assets.progress import no_progress, progress_lines
+from assets.settings import asset_key, asset_settings, png, prefixed, readable_failures
 from pipeline.crash_points import crash_point
 from pipeline.models.meta_model import PackError, decode_booster
 from pipeline.reporting.plots import plan_plot, training_plot
-from pipeline.reporting.summary import fleet_errors, markdown_table, slowest_groups, status_counts, worst_groups, worthwhile_groups
+from pipeline.reporting.summary import (
+    fleet_errors,
+    markdown_table,
+    slowest_groups,
+    status_counts,
+    worst_groups,
+    worthwhile_groups,
+)
+from pipeline.runs.fleet_tables import FleetTables
+from pipeline.runs.history import History
+from pipeline.runs.manifest import RunManifest
 from pipeline.runs.plan import KEEP, REFRESH, TRAIN
+from pipeline.runs.planned_run import PlannedRun
+from pipeline.runs.request import Request
 from pipeline.runs.sampling import SAMPLED_WHOLE
-from pipeline.spark.fleet_training import Cluster, History, PlannedRun, choose_own, plan_run, train_run
+from pipeline.spark.pilot import plan_with_pilot
+from pipeline.spark.planning import plan_run
+from pipeline.spark.training_run import train_run
 from pipeline.spec import FleetSpec
+from pipeline.storage import HeldLease
 from pipeline.tables import BOOSTERS, LEDGER
 from pipeline.training.outcome import NOT_LISTED, TOO_FEW_ROWS, VANISHED, Status
 from resources.delta_tables import DeltaTables, contract_metadata
@@ -35,10 +49,11 @@ def models_asset(spec: FleetSpec) -> dg.AssetsDefinition:
     """The trained models of a fleet."""
 
     @dg.asset(
-        **link_settings(
+        **asset_settings(
             spec,
             "models",
-            description="One tuned LightGBM model per group that has rows enough, and one ledger row per group whatever happened to it.",
+            description="One tuned LightGBM model per group that has rows enough, and one ledger "
+            "row per group whatever happened to it.",
             kinds={"spark", "lightgbm", "optuna", "deltalake"},
             deps=["features"],
         ),
@@ -51,99 +66,156 @@ def models_asset(spec: FleetSpec) -> dg.AssetsDefinition:
         spark: SparkSessionResource,
         launch: LaunchSettings,
     ) -> Iterator[dg.MaterializeResult]:
-        with readable_failures(), ExitStack() as held:
+        with readable_failures():
             scope = launch.scope(spec, tables, registry)
-            namespace = scope.namespace
             if scope.note:
                 context.log.info(scope.note)
-            lease = None if launch.dry_run else held.enter_context(hold_lease(tables, namespace, context.run.run_id))
-            crash_point("lease_taken")
-            features_location = tables.location(spec.name, "features")
-            features_version = tables.version(features_location)
-            features = tables.read_spark(spark.session, features_location, features_version)
-            request, history = launch.request(spec, context.run.run_id), History.read(tables, namespace)
-            run = plan_run(features, spec, request, history, slots=spark.slots, threads=spark.task_cpus)
-            if run.must_choose and lease is not None:
-                context.log.info("own: auto: trying both forms on some groups")
-                own, told = choose_own(Cluster(spark.session, no_progress, spark.group_memory_bytes), tables, namespace, run, spec)
-                context.log.info(told)
-                run = plan_run(features, spec, request, history, slots=spark.slots, threads=spark.task_cpus, own=own)
-            context.log.info(_plan_text(run, spec))
-            if lease is None:
-                context.log.info("the largest groups:\n" + _largest(run))
-                context.log.info("dry run: nothing was trained")
+            request = launch.request(spec, context.run.run_id)
+            if launch.dry_run:
+                _plan_only(context.log, spec, scope.tables, spark, request)
                 return
-            if run.is_resumed:
-                context.log.info(f"resuming run {run.run_id}, which was interrupted")
-            cluster = Cluster(spark.session, progress_lines(context.log), spark.group_memory_bytes)
-            with _explained_interruption(context.log, history, run):
-                ledger = train_run(cluster, tables, namespace, run, spec, features_version=features_version, lease=lease)
-            location = tables.location(namespace, LEDGER.name)
-        context.log.info(_told(ledger))
-        yield dg.MaterializeResult(
-            metadata={
-                **contract_metadata(LEDGER, location),
-                "dagster/row_count": len(ledger),
-                "fleet/status": dg.MetadataValue.md(markdown_table(status_counts(ledger))),
-                "fleet/errors": dg.MetadataValue.md(markdown_table(pd.DataFrame([vars(error) for error in fleet_errors(ledger, spec)]))),
-                "fleet/worst_groups": dg.MetadataValue.md(markdown_table(worst_groups(ledger, 20))),
-                "fleet/slowest_groups": dg.MetadataValue.md(markdown_table(slowest_groups(ledger))),
-                "fleet/own_models": dg.MetadataValue.md(markdown_table(worthwhile_groups(ledger, 20))),
-                "fleet/plot": png(training_plot(ledger, spec)),
-                "fleet/planned_against_real": png(plan_plot(ledger)),
-                **prefixed(
-                    {
-                        "run_id": run.run_id,
-                        "resumed": run.is_resumed,
-                        "plan": run.plan.describe(),
-                        "as_of": str(run.cutoffs.as_of),
-                        "features_version": features_version,
-                        "trained_seconds": float(ledger["seconds"].sum()),
-                    }
-                ),
-            },
-        )
+            with hold_lease(tables, scope.namespace, request.run_id) as lease:
+                trained = _train(context.log, spec, scope.tables, spark, request, lease)
+        context.log.info(_count_statuses(trained.ledger))
+        yield dg.MaterializeResult(metadata=_metadata(trained, spec, scope.tables))
 
     return models
 
 
 def models_checks(spec: FleetSpec) -> dg.AssetChecksDefinition:
-    """What must hold of every training run, read back from its tables; a dry run has nothing to check."""
+    """What must hold of every training run, read back from its tables.
+
+    A dry run has nothing to check.
+    """
 
     def check(name: str, description: str, *, blocking: bool = False) -> dg.AssetCheckSpec:
-        return dg.AssetCheckSpec(name, asset=link_key(spec, "models"), blocking=blocking, description=description)
+        return dg.AssetCheckSpec(
+            name, asset=asset_key(spec, "models"), blocking=blocking, description=description
+        )
 
     @dg.multi_asset_check(
         name=f"{spec.name}__models_checks",
         specs=[
-            check("every_group_has_an_outcome", "The ledger has exactly one row per group of the plan.", blocking=True),
+            check(
+                "every_group_has_an_outcome",
+                "The ledger has exactly one row per group of the plan.",
+                blocking=True,
+            ),
             check(
                 "boosters_match_the_ledger",
-                "Boosters in the store have the digests and ids that the ledger names (all, or 200 of them).",
+                "Boosters in the store have the digests and ids that the ledger names (all, or 200 "
+                "of them).",
                 blocking=True,
             ),
             check(
                 "every_judged_group_is_measured",
-                "Every held-out row belongs to a group of the ledger, and every group with report rows has its errors.",
+                "Every held-out row belongs to a group of the ledger, and every group with report "
+                "rows has its errors.",
                 blocking=True,
             ),
             check("no_group_failed", "No group ended in an error or killed its process."),
         ],
     )
-    def checks(tables: DeltaTables, registry: MlflowRegistry, launch: LaunchSettings) -> Iterator[dg.AssetCheckResult]:
+    def checks(
+        tables: DeltaTables, registry: MlflowRegistry, launch: LaunchSettings
+    ) -> Iterator[dg.AssetCheckResult]:
         with readable_failures():
-            namespace = launch.scope(spec, tables, registry).namespace
-            run = newest_run(tables, namespace)
-            ledger = ledger_of(tables, namespace, str(run["run_id"]))
+            own = launch.scope(spec, tables, registry).tables
+            run = own.newest_run()
+            ledger = own.ledger(run.run_id)
             results = [
-                _every_group_has_an_outcome(int(run["n_groups"]), ledger),
-                _boosters_match(tables, tables.location(namespace, BOOSTERS.name), ledger, waves_of(run)),
+                _every_group_has_an_outcome(run.n_groups, ledger),
+                _boosters_match(tables, own.location(BOOSTERS), ledger, run.waves),
                 _every_judged_group_is_measured(run, ledger),
                 _no_group_failed(ledger),
             ]
         yield from results
 
     return checks
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """A training run that came to its end.
+
+    Args:
+        run: as it was planned.
+        ledger: its rows.
+        features_version: version of the feature table that it read.
+    """
+
+    run: PlannedRun
+    ledger: pd.DataFrame
+    features_version: int
+
+
+def _plan_only(
+    log: dg.DagsterLogManager,
+    spec: FleetSpec,
+    tables: FleetTables,
+    spark: SparkSessionResource,
+    request: Request,
+) -> None:
+    """Say what a launch would do."""
+    context, history = spark.training_context(no_progress), History.read(tables)
+    run = plan_run(context, tables.features(spark.session), spec, request, history)
+    log.info(_plan_text(run, spec))
+    log.info("the largest groups:\n" + _largest_groups(run))
+    log.info("dry run: nothing was trained")
+
+
+def _train(
+    log: dg.DagsterLogManager,
+    spec: FleetSpec,
+    tables: FleetTables,
+    spark: SparkSessionResource,
+    request: Request,
+    lease: HeldLease,
+) -> _Trained:
+    """Plan the run, and train it."""
+    crash_point("lease_taken")
+    features_version = tables.features_version()
+    features = tables.features(spark.session, features_version)
+    context = spark.training_context(progress_lines(log))
+    run = plan_with_pilot(context, tables, features, spec, request, log.info)
+    log.info(_plan_text(run, spec))
+    if run.is_resumed:
+        log.info(f"resuming run {run.run_id}, which was interrupted")
+    with _explained_interruption(log, tables, run):
+        ledger = train_run(
+            context, tables, run, spec, features_version=features_version, lease=lease
+        )
+    return _Trained(run, ledger, features_version)
+
+
+def _metadata(trained: _Trained, spec: FleetSpec, tables: FleetTables) -> dict[str, Any]:
+    """What the Dagster UI shows of a training run."""
+    run, ledger = trained.run, trained.ledger
+    errors = pd.DataFrame([vars(error) for error in fleet_errors(ledger, spec)])
+    facts = {
+        "run_id": run.run_id,
+        "resumed": run.is_resumed,
+        "plan": run.plan.describe(),
+        "as_of": str(run.cutoffs.as_of),
+        "features_version": trained.features_version,
+        "trained_seconds": float(ledger["seconds"].sum()),
+    }
+    return {
+        **contract_metadata(LEDGER, tables.location(LEDGER)),
+        "dagster/row_count": len(ledger),
+        "fleet/status": dg.MetadataValue.md(markdown_table(status_counts(ledger))),
+        "fleet/errors": dg.MetadataValue.md(markdown_table(errors)),
+        "fleet/worst_groups": dg.MetadataValue.md(
+            markdown_table(worst_groups(ledger, MAX_ROWS_SHOWN))
+        ),
+        "fleet/slowest_groups": dg.MetadataValue.md(markdown_table(slowest_groups(ledger))),
+        "fleet/own_models": dg.MetadataValue.md(
+            markdown_table(worthwhile_groups(ledger, MAX_ROWS_SHOWN))
+        ),
+        "fleet/plot": png(training_plot(ledger, spec)),
+        "fleet/planned_against_real": png(plan_plot(ledger)),
+        **prefixed(facts),
+    }
 
 
 def _plan_text(run: PlannedRun, spec: FleetSpec) -> str:
@@ -155,7 +227,9 @@ def _plan_text(run: PlannedRun, spec: FleetSpec) -> str:
 
 
 @contextmanager
-def _explained_interruption(log: dg.DagsterLogManager, history: History, run: PlannedRun) -> Iterator[None]:
+def _explained_interruption(
+    log: dg.DagsterLogManager, tables: FleetTables, run: PlannedRun
+) -> Iterator[None]:
     """Tell somebody who ends a run what of it is kept, and how to go on."""
     try:
         yield
@@ -163,7 +237,7 @@ def _explained_interruption(log: dg.DagsterLogManager, history: History, run: Pl
         raise
     except BaseException:
         # Ctrl-C, SIGTERM, or "terminate" in the UI.
-        log.warning(_kept_text(len(history.ledger(run.run_id)), run))
+        log.warning(_kept_text(len(tables.ledger(run.run_id)), run))
         raise
 
 
@@ -172,12 +246,22 @@ def _kept_text(n_kept: int, run: PlannedRun) -> str:
     return f"stopped: {n_kept:,} of {n_groups:,} groups are kept; the next launch of the same resumes run {run.run_id}"
 
 
-def _largest(run: PlannedRun) -> str:
-    shown = run.plan.groups.head(10)[["group_id", "action", "reason", "n_rows", "n_fit", "n_tune", "n_report", "cost_seconds"]]
+def _largest_groups(run: PlannedRun) -> str:
+    columns = [
+        "group_id",
+        "action",
+        "reason",
+        "n_rows",
+        "n_fit",
+        "n_tune",
+        "n_report",
+        "cost_seconds",
+    ]
+    shown = run.plan.groups.head(10)[columns]
     return str(shown.fillna("").to_string(index=False, float_format=lambda value: f"{value:.1f}"))
 
 
-def _told(ledger: pd.DataFrame) -> str:
+def _count_statuses(ledger: pd.DataFrame) -> str:
     """What became of the groups, in a line."""
     counted = ledger["status"].value_counts()
     return f"{len(ledger):,} groups: {', '.join(f'{count:,} {status}' for status, count in counted.items())}"
@@ -189,18 +273,31 @@ def _every_group_has_an_outcome(n_groups: int, ledger: pd.DataFrame) -> dg.Asset
     return dg.AssetCheckResult(
         check_name="every_group_has_an_outcome",
         passed=len(ledger) == n_groups and n_doubled == 0 and not unknown,
-        metadata={"groups": n_groups, "ledger_rows": len(ledger), "doubled": n_doubled, "unknown_status": ", ".join(unknown) or "none"},
+        metadata={
+            "groups": n_groups,
+            "ledger_rows": len(ledger),
+            "doubled": n_doubled,
+            "unknown_status": ", ".join(unknown) or "none",
+        },
     )
 
 
-def _boosters_match(tables: DeltaTables, location: str, ledger: pd.DataFrame, waves: list[str]) -> dg.AssetCheckResult:
+def _boosters_match(
+    tables: DeltaTables, location: str, ledger: pd.DataFrame, waves: Sequence[str]
+) -> dg.AssetCheckResult:
     wanted = set(ledger["booster_id"].dropna())
     stored: list[str] = []
     damaged = []
     if wanted and tables.exists(location):
-        stored = tables.read_arrow(location, where={"wave": waves}, columns=["booster_id"]).column(0).to_pylist()
+        stored = (
+            tables.read_arrow(location, where={"wave": list(waves)}, columns=["booster_id"])
+            .column(0)
+            .to_pylist()
+        )
         sampled = sorted(wanted.intersection(stored))[:CHECKED_BOOSTERS]
-        for row in tables.read_arrow(location, where={"wave": waves, "booster_id": sampled}).to_pylist():
+        for row in tables.read_arrow(
+            location, where={"wave": list(waves), "booster_id": sampled}
+        ).to_pylist():
             try:
                 decode_booster(row, location)
             except PackError as error:
@@ -209,12 +306,16 @@ def _boosters_match(tables: DeltaTables, location: str, ledger: pd.DataFrame, wa
     return dg.AssetCheckResult(
         check_name="boosters_match_the_ledger",
         passed=not absent and not damaged,
-        metadata={"boosters": len(wanted), "absent": str(absent[:10]), "damaged": str(damaged[:10])},
+        metadata={
+            "boosters": len(wanted),
+            "absent": str(absent[:10]),
+            "damaged": str(damaged[:10]),
+        },
     )
 
 
-def _every_judged_group_is_measured(run: "pd.Series[Any]", ledger: pd.DataFrame) -> dg.AssetCheckResult:
-    unknown = json.loads(run["unknown_groups"]) if isinstance(run["unknown_groups"], str) else []
+def _every_judged_group_is_measured(run: RunManifest, ledger: pd.DataFrame) -> dg.AssetCheckResult:
+    unknown = run.unknown_groups
     unmeasured = _unmeasured_groups(ledger)
     return dg.AssetCheckResult(
         check_name="every_judged_group_is_measured",
@@ -229,8 +330,9 @@ def _every_judged_group_is_measured(run: "pd.Series[Any]", ledger: pd.DataFrame)
 def _unmeasured_groups(ledger: pd.DataFrame) -> list[str]:
     """Groups with report rows and no errors on them.
 
-    Some may be without errors for a good reason: rows that an ancestor has not held out are not judged, be it that it kept an
-    older model, that it is so large that it learns from a sample, or that it took its worker down.
+    Some may be without errors for a good reason: rows that an ancestor has not held out are not
+    judged, be it that it kept an older model, that it is so large that it learns from a sample, or
+    that it took its worker down.
     """
     pooled = ledger[ledger["grain"] == 0]
     if ledger["reason"].eq(NOT_LISTED).any() or pooled["status"].eq("crashed").any():

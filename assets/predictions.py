@@ -1,110 +1,181 @@
 """`<fleet>/predictions`: every row to score, answered by the champion."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import dagster as dg
 import pandas as pd
 
 from assets.automation import follows_its_inputs
-from assets.link import link_key, link_settings, png, prefixed, readable_failures
-from assets.newest_run import ledger_of, newest_run
+from assets.settings import asset_settings, check_specs, png, prefixed, readable_failures
 from pipeline.errors import DataError
+from pipeline.models.meta_model import FleetModel
 from pipeline.reporting.plots import prediction_plot
 from pipeline.reporting.summary import markdown_table, summarise
+from pipeline.runs.fleet_tables import FleetTables
 from pipeline.spark.features import newest_known
-from pipeline.spark.fleet_training import newest_as_of
 from pipeline.spark.scoring import AnswerCounts, count_answers, rows_to_score, score_rows
 from pipeline.spec import FleetSpec
 from pipeline.tables import PREDICTIONS
 from resources.delta_tables import DeltaTables, contract_metadata
-from resources.launch_settings import LaunchSettings
+from resources.launch_settings import LaunchSettings, Scope
 from resources.mlflow_registry import CHALLENGER, CHAMPION, MlflowRegistry, Version
 from resources.spark_session import SparkSessionResource
+
+CHECKS = {"every_row_is_answered": "As many finite answers as rows to score, each row once."}
 
 
 def predictions_asset(spec: FleetSpec) -> dg.AssetsDefinition:
     """The scored table of a fleet."""
 
     @dg.asset(
-        **link_settings(
+        **asset_settings(
             spec,
             "predictions",
-            description="One answer per row to score, with its interval and who answered; the rows of one as-of are replaced as a whole.",
+            description="One answer per row to score, with its interval and who answered; the rows "
+            "of one as-of are replaced as a whole.",
             kinds={"spark", "deltalake"},
             deps=["features", "champion"],
         ),
         automation_condition=follows_its_inputs(spec),
-        check_specs=[
-            dg.AssetCheckSpec(
-                "every_row_is_answered",
-                asset=link_key(spec, "predictions"),
-                blocking=True,
-                description="As many finite answers as rows to score, each row once.",
-            )
-        ],
+        check_specs=check_specs(spec, "predictions", CHECKS, blocking=list(CHECKS)),
     )
     def predictions(
-        context: dg.AssetExecutionContext, tables: DeltaTables, registry: MlflowRegistry, spark: SparkSessionResource, launch: LaunchSettings
+        context: dg.AssetExecutionContext,
+        tables: DeltaTables,
+        registry: MlflowRegistry,
+        spark: SparkSessionResource,
+        launch: LaunchSettings,
     ) -> dg.MaterializeResult:
         with readable_failures():
             scope = launch.scope(spec, tables, registry)
-            namespace = scope.namespace
-            location = tables.location(namespace, PREDICTIONS.name)
-            version = registry.get(namespace, CHAMPION)
-            features = tables.read_spark(spark.session, tables.location(spec.name, "features"))
-            as_of = launch.moment(spec) or newest_known(features, spec.target.column)
-            rows = rows_to_score(features, spec, as_of)
-            model = registry.open_pack(version, tables.storage_options)
-            answering_runs = [generation.fleet_version for generation in model.generations]
-            _refuse_hindsight(version, newest_as_of(tables, namespace, answering_runs), as_of)
-            context.log.info(f"answering the rows to score (score: {spec.scoring.score}) with version {version.number}, as of {as_of}")
-            answers = score_rows(spark.session, rows, spec, model, as_of, tables.storage_options)
-            partition = {"as_of": as_of.isoformat()}
-            delta_version = tables.write_spark(answers, location, partition=partition)
-            written = count_answers(tables.read_spark(spark.session, location), as_of)
-            n_rows = rows.count()
-            served = ledger_of(tables, namespace, version.fleet_version)
-            trained = ledger_of(tables, namespace, str(newest_run(tables, namespace)["run_id"]))
-            challenger = registry.find(namespace, CHALLENGER)
-        if n_rows == 0:
-            context.log.warning(
-                f"there is no row to score after {as_of} (score: {spec.scoring.score}); launch with an earlier as_of, or bring newer rows"
-            )
-        facts = {
-            **({"backtest": scope.note.removeprefix("backtest ")} if scope.note else {}),
-            "model": f"{namespace} version {version.number} (champion), run {version.fleet_version}",
-            **_waiting(challenger, version, launch, spec),
-            "predictions": f"{written.n_rows:,} of {n_rows:,} rows answered, as of {as_of}",
-            "tables": tables.location(namespace),
-            "look next": f"make ui, then Assets > {spec.name} > models: every group's state, worst groups, plots",
-        }
-        # The report is of the run that was just paid for; where another serves, its errors on the rows of its own report stand beside.
-        is_served = challenger is None or challenger.fleet_version == version.fleet_version
-        beside = {} if is_served else {f"version {version.number}, which serves": served}
-        context.log.info("\n" + summarise(trained, spec, facts, beside))
-        by_grain = pd.DataFrame(list(written.answered_by.items()), columns=["answered by", "rows"])
+            champion = registry.get(scope.namespace, CHAMPION)
+            model = registry.open_pack(champion, tables.storage_options)
+            scored = _score(context.log, spec, scope.tables, spark, launch, champion, model)
+            challenger = registry.find(scope.namespace, CHALLENGER)
+            report = _report(spec, scope, launch, champion, challenger, scored)
+        context.log.info("\n" + report)
         return dg.MaterializeResult(
             metadata={
-                **contract_metadata(PREDICTIONS, location),
-                "dagster/row_count": written.n_rows,
-                **prefixed(
-                    {"as_of": as_of.isoformat(), "version": version.number, "fleet_version": version.fleet_version, "delta_version": delta_version}
-                ),
-                "fleet/answered_by": dg.MetadataValue.md(markdown_table(by_grain)),
-                "fleet/plot": png(prediction_plot(written.sample, written.answered_by, spec)),
+                **contract_metadata(PREDICTIONS, scope.tables.location(PREDICTIONS)),
+                **_metadata(scored, champion, spec),
             },
-            check_results=[_every_row_is_answered(n_rows, written)],
+            check_results=[_every_row_is_answered(scored)],
         )
 
     return predictions
 
 
-def _waiting(challenger: Version | None, champion: Version, launch: LaunchSettings, spec: FleetSpec) -> Mapping[str, str]:
+@dataclass(frozen=True)
+class _Scored:
+    """The rows that were answered.
+
+    Args:
+        as_of: what the launch pretends.
+        n_rows: rows to score.
+        written: what the table has of them.
+        delta_version: of the table.
+    """
+
+    as_of: pd.Timestamp
+    n_rows: int
+    written: AnswerCounts
+    delta_version: int
+
+
+def _score(
+    log: dg.DagsterLogManager,
+    spec: FleetSpec,
+    tables: FleetTables,
+    spark: SparkSessionResource,
+    launch: LaunchSettings,
+    champion: Version,
+    model: FleetModel,
+) -> _Scored:
+    """Answer the rows to score, and replace those of the same as-of.
+
+    Raises:
+        DataError: if the champion saw later rows.
+    """
+    features = tables.features(spark.session)
+    as_of = launch.moment(spec) or newest_known(features, spec.target.column)
+    answering_runs = [generation.fleet_version for generation in model.generations]
+    _refuse_hindsight(champion, tables.newest_as_of(answering_runs), as_of)
+    which = f"the rows to score (score: {spec.scoring.score})"
+    log.info(f"answering {which} with version {champion.number}, as of {as_of}")
+    rows = rows_to_score(features, spec, as_of)
+    store, location = tables.tables, tables.location(PREDICTIONS)
+    answers = score_rows(spark.session, rows, spec, model, as_of, store.storage_options)
+    version = store.write_spark(answers, location, partition={"as_of": as_of.isoformat()})
+    written = count_answers(store.read_spark(spark.session, location), as_of)
+    n_rows = rows.count()
+    if n_rows == 0:
+        log.warning(
+            f"no row to score after {as_of} (score: {spec.scoring.score}); launch with an earlier "
+            "as_of, or bring newer rows"
+        )
+    return _Scored(as_of, n_rows, written, version)
+
+
+def _report(
+    spec: FleetSpec,
+    scope: Scope,
+    launch: LaunchSettings,
+    champion: Version,
+    challenger: Version | None,
+    scored: _Scored,
+) -> str:
+    """What a launch ends with, for people.
+
+    It is about the run that was just paid for; where another serves, its errors on the report rows
+    of its own run stand beside.
+    """
+    tables = scope.tables
+    answered = f"{scored.written.n_rows:,} of {scored.n_rows:,} rows answered"
+    serving = f"{scope.namespace} version {champion.number} (champion)"
+    facts = {
+        **({"backtest": scope.note.removeprefix("backtest ")} if scope.note else {}),
+        "model": f"{serving}, run {champion.fleet_version}",
+        **_waiting(challenger, champion, launch, spec),
+        "predictions": f"{answered}, as of {scored.as_of}",
+        "tables": tables.tables.location(scope.namespace),
+        "look next": f"make ui, then Assets > {spec.name} > models: "
+        "every group's state, worst groups, plots",
+    }
+    beside = {}
+    if challenger is not None and challenger.fleet_version != champion.fleet_version:
+        beside[f"version {champion.number}, which serves"] = tables.ledger(champion.fleet_version)
+    return summarise(tables.ledger(tables.newest_run().run_id), spec, facts, beside)
+
+
+def _metadata(scored: _Scored, champion: Version, spec: FleetSpec) -> dict[str, Any]:
+    """What the Dagster UI shows of the answers."""
+    written = scored.written
+    by_grain = pd.DataFrame(list(written.answered_by.items()), columns=["answered by", "rows"])
+    facts = {
+        "as_of": scored.as_of.isoformat(),
+        "version": champion.number,
+        "fleet_version": champion.fleet_version,
+        "delta_version": scored.delta_version,
+    }
+    return {
+        "dagster/row_count": written.n_rows,
+        **prefixed(facts),
+        "fleet/answered_by": dg.MetadataValue.md(markdown_table(by_grain)),
+        "fleet/plot": png(prediction_plot(written.sample, written.answered_by, spec)),
+    }
+
+
+def _waiting(
+    challenger: Version | None, champion: Version, launch: LaunchSettings, spec: FleetSpec
+) -> Mapping[str, str]:
     """The line about a newer version that does not serve, if there is one."""
     if challenger is None or challenger.fleet_version == champion.fleet_version:
         return {}
     command = launch.command(spec, decision="promote", why="...")
-    return {"challenger": f"version {challenger.number}, run {challenger.fleet_version}, does not serve; to serve it: {command}"}
+    version = f"version {challenger.number}, run {challenger.fleet_version}"
+    return {"challenger": f"{version}, does not serve; to serve it: {command}"}
 
 
 def _refuse_hindsight(version: Version, seen: pd.Timestamp | None, as_of: pd.Timestamp) -> None:
@@ -115,15 +186,23 @@ def _refuse_hindsight(version: Version, seen: pd.Timestamp | None, as_of: pd.Tim
     """
     if seen is not None and seen > as_of:
         raise DataError(
-            f"version {version.number} of {version.name!r} saw rows known until {seen}, and this launch is as of {as_of}: "
+            f"version {version.number} of {version.name!r} saw rows known until {seen}, and this "
+            f"launch is as of {as_of}: "
             f"its answers would know the future; launch with as_of {seen} or later, "
             f"or train as of {as_of} and serve that version (decision: promote)"
         )
 
 
-def _every_row_is_answered(n_rows: int, written: AnswerCounts) -> dg.AssetCheckResult:
+def _every_row_is_answered(scored: _Scored) -> dg.AssetCheckResult:
+    written = scored.written
+    is_whole = written.n_rows == scored.n_rows
     return dg.AssetCheckResult(
         check_name="every_row_is_answered",
-        passed=written.n_rows == n_rows and written.n_missing == 0 and written.n_doubled == 0,
-        metadata={"rows_to_score": n_rows, "answers": written.n_rows, "without_prediction": written.n_missing, "doubled": written.n_doubled},
+        passed=is_whole and written.n_missing == 0 and written.n_doubled == 0,
+        metadata={
+            "rows_to_score": scored.n_rows,
+            "answers": written.n_rows,
+            "without_prediction": written.n_missing,
+            "doubled": written.n_doubled,
+        },
     )

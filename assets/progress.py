@@ -4,7 +4,7 @@ import time
 
 from dagster import DagsterLogManager
 
-from pipeline.spark.training import Done, Report
+from pipeline.spark.progress import Done, Report
 
 MOST_LINES = 80
 _MINUTE, _HOUR = 60, 3600
@@ -17,7 +17,7 @@ def no_progress(*_: Done) -> None:
 
 
 def progress_lines(log: DagsterLogManager) -> Report:
-    """A reporter that logs a line when something has changed, at most about a hundred times a run."""
+    """A reporter that logs changes, at most about a hundred lines a run."""
     started = time.monotonic()
     last = [0, 0]
 
@@ -30,13 +30,16 @@ def progress_lines(log: DagsterLogManager) -> Report:
         last[:] = done.groups, last[1] + 1
         left = "" if done.seconds_left is None else f", {rough_duration(done.seconds_left)} left"
         elapsed = time.monotonic() - started
-        log.info(f"{done.groups:,} of {done.of:,} groups done, {done.failed:,} failed, {elapsed:.0f} s{left}")
+        log.info(
+            f"{done.groups:,} of {done.of:,} groups done, {done.failed:,} failed, {elapsed:.0f} "
+            f"s{left}"
+        )
 
     return report
 
 
 def rough_duration(seconds: float) -> str:
-    """A duration as far as an estimate can be believed: `about 40 s`, `about 3 min`, `about 2 h`."""
+    """A duration as precise as an estimate can be: `about 40 s`, `about 3 min`, `about 2 h`."""
     if seconds < _IN_MINUTES:
         return f"about {max(5, 5 * round(seconds / 5))} s"
     if seconds < _IN_HOURS:

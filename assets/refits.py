@@ -1,61 +1,48 @@
-"""Earlier recipes that a challenger did not beat, fitted on its rows: their groups get newer models without newer recipes."""
+"""Earlier recipes that a challenger did not beat, fitted on its rows.
+
+Their groups get newer models without newer recipes.
+"""
 
 from pathlib import Path
-from typing import Any
 
-import pandas as pd
-
-from assets.meta_model import packed
-from assets.newest_run import ledger_of
+from assets.meta_model import pack_run
 from pipeline.models.meta_model import FleetModel
 from pipeline.models.promotion import EarlierRecipes
-from pipeline.spark.fleet_training import Cluster, History, Request, plan_run, read_runs, train_run
-from pipeline.spark.training import Report
+from pipeline.runs.fleet_tables import FleetTables
+from pipeline.runs.history import History
+from pipeline.runs.manifest import RunManifest
+from pipeline.runs.request import Request
+from pipeline.spark.planning import plan_run
+from pipeline.spark.progress import Report
+from pipeline.spark.training_run import train_run
 from pipeline.spec import FleetSpec
-from resources.delta_tables import DeltaTables
 from resources.lease import hold_lease
 from resources.mlflow_registry import MlflowRegistry
 from resources.spark_session import SparkSessionResource
 
 
-def is_older(tables: DeltaTables, namespace: str, fleet_version: str, than: "pd.Series[Any]") -> bool:
-    """Whether a run was fitted on other rows than another.
-
-    Args:
-        tables: where the runs are.
-        namespace: of the tables.
-        fleet_version: the run.
-        than: the other's row of `tables.RUNS`.
-    """
-    runs = read_runs(tables, namespace)
-    run = runs[runs["run_id"] == fleet_version].iloc[-1]
-    return any(run[name] != than[name] for name in ("as_of", "features_version"))
-
-
 def refit(
-    tables: DeltaTables,
+    tables: FleetTables,
     registry: MlflowRegistry,
     spark: SparkSessionResource,
     spec: FleetSpec,
-    namespace: str,
-    challenger: "pd.Series[Any]",
+    challenger: RunManifest,
     recipes: EarlierRecipes,
     *,
     run_id: str,
     report: Report,
     folder: Path,
 ) -> FleetModel:
-    """Fit recipes on the rows of a challenger, as a training run of their groups and of those above them.
+    """Fit recipes on a challenger's rows, as a training run of their groups and of those above.
 
     A refit that is killed is finished by the next launch that decides the same.
 
     Args:
-        tables: where the fleet's tables are.
+        tables: of the fleet.
         registry: where its versions are.
         spark: trains.
         spec: the fleet.
-        namespace: of tables and versions.
-        challenger: its row of `tables.RUNS`.
+        challenger: its training run.
         recipes: what is fitted.
         run_id: of the training run, unless it resumes another.
         report: called now and then with what is done.
@@ -67,13 +54,13 @@ def refit(
     Raises:
         StoreError: if a training of the fleet runs.
     """
-    features_version = int(challenger["features_version"])
-    with hold_lease(tables, namespace, run_id) as lease:
-        features = tables.read_spark(spark.session, tables.location(spec.name, "features"), features_version)
+    version = challenger.features_version
+    with hold_lease(tables.tables, tables.namespace, run_id) as lease:
+        context = spark.training_context(report)
         request = Request.of_refit(run_id, challenger, recipes.starts)
-        run = plan_run(features, spec, request, History.read(tables, namespace), slots=spark.slots, threads=spark.task_cpus)
-        cluster = Cluster(spark.session, report, spark.group_memory_bytes)
-        train_run(cluster, tables, namespace, run, spec, features_version=features_version, lease=lease)
-    runs = read_runs(tables, namespace)
-    manifest = runs[runs["run_id"] == run.run_id].iloc[-1]
-    return packed(folder, tables, registry, namespace, spec, manifest, ledger_of(tables, namespace, run.run_id))
+        features = tables.features(spark.session, version)
+        run = plan_run(context, features, spec, request, History.read(tables))
+        ledger = train_run(context, tables, run, spec, features_version=version, lease=lease)
+    manifest = tables.run(run.run_id)
+    assert manifest is not None  # noqa: S101 - it has just been committed
+    return pack_run(folder, tables, registry, spec, manifest, ledger)

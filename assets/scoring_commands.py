@@ -1,4 +1,4 @@
-"""`many-models score` and `many-models stream`: rows of any table or folder, answered by a registered version."""
+"""`many-models score` and `stream`: rows answered by a registered version."""
 
 import hashlib
 import signal
@@ -21,8 +21,8 @@ from pipeline.scoring.row_source import (
     check_columns,
     check_source,
     check_target,
+    choose_column_types,
     find_source,
-    reading_for,
     target_schema,
 )
 from pipeline.spark.answers import score_source
@@ -62,12 +62,20 @@ class Scorer:
         built = build_resources(profile)
         return cls(built.tables, built.registry, built.spark, Path(profile.data_root) / "streams")
 
-    def score(self, model_name: str, source: str, target: str, *, period: str = ALL_ROWS, version: str = CHAMPION) -> str:
-        """Answer all rows of a source in one commit, instead of those that the target has of the same period.
+    def score(
+        self,
+        model_name: str,
+        source: str,
+        target: str,
+        *,
+        period: str = ALL_ROWS,
+        version: str = CHAMPION,
+    ) -> str:
+        """Answer all rows of a source in one commit, replacing those of the same period.
 
         Args:
             model_name: the fleet, or its trial.
-            source: a Delta table, or a file, folder or glob of Parquet, CSV or JSON files.
+            source: a Delta table, or a file, folder or glob, in any format of a fleet's sources.
             target: Delta table of the answers.
             period: the rows' name in the target.
             version: an alias, or a number.
@@ -82,20 +90,33 @@ class Scorer:
         started, options = time.monotonic(), self.tables.storage_options
         source, target = absolute(source), absolute(target)
         found, model, number = self._model(model_name, version)
-        reading = reading_for(model, self.registry.inputs(found))
-        rows_found = find_source(source, reading, options)
+        column_types = choose_column_types(model, self.registry.inputs(found))
+        rows_found = find_source(source, column_types, options)
         added = (SCORED_AT, SCORED_PERIOD)
         check_source(rows_found, model, added)
-        self._prepare(source, target, target_schema(rows_found.schema, model.task, added), [SCORED_PERIOD])
+        self._prepare(
+            source, target, target_schema(rows_found.schema, model.task, added), [SCORED_PERIOD]
+        )
         with self.spark.yield_for_execution(None):
-            answers = score_source(self.spark.session, rows_found, model, reading, period, options)
+            answers = score_source(
+                self.spark.session, rows_found, model, column_types, period, options
+            )
             files, schema = write_files(answers, target, options)
             told = {"source": str(rows_found), "fleet_version": found.fleet_version}
-            committed = self.tables.commit(target, files, schema, mode="overwrite", partition={SCORED_PERIOD: period}, metadata=told)
+            committed = self.tables.commit(
+                target,
+                files,
+                schema,
+                mode="overwrite",
+                partition={SCORED_PERIOD: period},
+                metadata=told,
+            )
         n_rows = sum(file.n_rows for file in files)
         return (
-            f"{n_rows:,} rows of {rows_found} answered by {number} (run {found.fleet_version}) in {time.monotonic() - started:.1f} s\n"
-            f"period {period!r} of {target} is replaced as a whole: version {committed} of the table"
+            f"{n_rows:,} rows of {rows_found} answered by {number} (run {found.fleet_version}) in "
+            f"{time.monotonic() - started:.1f} s\n"
+            f"period {period!r} of {target} is replaced as a whole: version {committed} of the "
+            "table"
         )
 
     def stream(
@@ -115,13 +136,16 @@ class Scorer:
 
         Args:
             model_name: the fleet, or its trial.
-            source: a Delta table, or a folder or glob of Parquet, CSV or JSON files.
+            source: a Delta table, or a folder or glob, in any format of a fleet's sources.
             target: Delta table of the answers.
-            checkpoint: folder that remembers what was answered; by default one for each fleet, source and target.
+            checkpoint: folder that remembers what was answered; by default one for each fleet,
+                source and target.
             every: seconds between micro batches; None answers what is there and ends.
             max_files: files of a micro batch.
-            skip_changes: whether versions of a Delta table that remove or rewrite rows are passed over.
-            stopping: set to end it; a micro batch under way is given up, and repeated by the next start.
+            skip_changes: whether versions of a Delta table that remove or rewrite rows are passed
+                over.
+            stopping: set to end it; a micro batch under way is given up, and repeated by the next
+                start.
             report: takes a line per micro batch.
 
         Raises:
@@ -129,7 +153,11 @@ class Scorer:
             InputError: if rows lack columns.
         """
         source, target = absolute(source), absolute(target)
-        folder = Path(absolute(checkpoint)) if checkpoint else self.streams / f"{model_name}-{_digest(source, target)}"
+        folder = (
+            Path(absolute(checkpoint))
+            if checkpoint
+            else self.streams / f"{model_name}-{_digest(source, target)}"
+        )
         options = self.tables.storage_options
         found, model, number = self._model(model_name, CHAMPION)
         stream = self._stream(folder, model_name, found, model, source, target)
@@ -137,17 +165,33 @@ class Scorer:
             report(f"{number} answers {source} into {target}; checkpoint {folder}")
             settings: dict[str, Any] = {"max_files": max_files, "skip_changes": skip_changes}
             rows = stream_rows(self.spark.session, stream, options, model.required, **settings)
-            sink = AnswerSink(stream, self.tables, Champion(self.registry, model_name, options), report)
+            sink = AnswerSink(
+                stream, self.tables, Champion(self.registry, model_name, options), report
+            )
             run_stream(rows, sink, folder, every=every, stopping=stopping)
-        report("stopped; the same command goes on" if stopping.is_set() else _ending(sink.set_aside))
+        report(
+            "stopped; the same command goes on" if stopping.is_set() else _ending(sink.set_aside)
+        )
 
     def _model(self, name: str, version: str) -> tuple[Any, FleetModel, str]:
         """A version, its model, and what people call it."""
         found = self.registry.get(name, version)
         alias = "" if version.isdecimal() else f" ({version})"
-        return found, self.registry.open_pack(found, self.tables.storage_options), f"{name} version {found.number}{alias}"
+        return (
+            found,
+            self.registry.open_pack(found, self.tables.storage_options),
+            f"{name} version {found.number}{alias}",
+        )
 
-    def _stream(self, folder: Path, model_name: str, version: Any, model: FleetModel, source: str, target: str) -> Stream:
+    def _stream(
+        self,
+        folder: Path,
+        model_name: str,
+        version: Any,
+        model: FleetModel,
+        source: str,
+        target: str,
+    ) -> Stream:
         """The stream of a checkpoint, begun if there is none."""
         stream = Stream.begun(folder)
         if stream is not None:
@@ -157,13 +201,16 @@ class Scorer:
             stream.check_target(self.tables)
             self.tables.create(target, target_schema(stream.schema, model.task, [SCORED_AT]))
         else:
-            reading = reading_for(model, self.registry.inputs(version))
-            found = find_source(source, reading, self.tables.storage_options, leave_out=True)
+            column_types = choose_column_types(model, self.registry.inputs(version))
+            found = find_source(source, column_types, self.tables.storage_options, leave_out=True)
             if Path(source).is_file():
-                raise DataError(f"{source} is one file, which `many-models score` answers; a stream takes a folder, a glob or a Delta table")
+                raise DataError(
+                    f"{source} is one file, which `many-models score` answers; a stream takes a "
+                    "folder, a glob or a Delta table"
+                )
             check_source(found, model, [SCORED_AT])
             self._prepare(source, target, target_schema(found.schema, model.task, [SCORED_AT]), [])
-            stream = Stream.begin(folder, model_name, found, reading, target)
+            stream = Stream.begin(folder, model_name, found, column_types, target)
         return stream
 
     def _prepare(self, source: str, target: str, wanted: Any, partition_by: list[str]) -> None:

@@ -1,4 +1,7 @@
-"""`python -m benchmarks`: list the figures; `python -m benchmarks NAME ...`: measure some; `all`: measure every one."""
+"""`python -m benchmarks`: list the figures; `python -m benchmarks NAME ...`: measure some.
+
+`all`: measure every one.
+"""
 
 import argparse
 import difflib
@@ -15,29 +18,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what was asked for.
 
     Returns:
-        0 where every value holds, 1 where one falls short or could not be measured; a wrong name ends the process with 2.
+        0 where every value holds, 1 where one falls short or could not be measured; a wrong name
+        ends the process with 2.
     """
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Measure figures from the outside, each on fresh data. Without a name: list them.",
-        epilog="The last lines are one per value: NAME VALUE UNIT target OP LIMIT ok|short|printed. "
-        "Exit status: 0 all hold, 1 one falls short or could not be measured, 2 there is no such figure.",
+        description="Measure figures from the outside, each on fresh data. Without a name: list "
+        "them.",
+        epilog="The last lines are one per value: NAME VALUE UNIT target OP LIMIT "
+        "ok|short|printed. "
+        "Exit status: 0 all hold, 1 one falls short or could not be measured, 2 there is no such "
+        "figure.",
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="a figure, or all; figures that need the same run share it")
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="a figure, or all; figures that need the same run share it",
+    )
     names = parser.parse_args(arguments).names
     for name in names:
         if name not in FIGURES and name != ALL:
             near = difflib.get_close_matches(name, [*FIGURES, ALL])
-            hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(FIGURES)}"
+            hint = (
+                f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(FIGURES)}"
+            )
             parser.error(f"there is no figure {name!r}; {hint}")
     if not names:
         print("\n".join(_listed(figure) for figure in FIGURES.values()))
         return 0
-    return _measure(list(FIGURES.values()) if ALL in names else [FIGURES[name] for name in dict.fromkeys(names)])
+    return _measure(
+        list(FIGURES.values()) if ALL in names else [FIGURES[name] for name in dict.fromkeys(names)]
+    )
 
 
 def _listed(figure: Figure) -> str:
-    targets = ", ".join(f"{value.part or 'value'} {value.target} {value.unit}" for value in figure.values if value.limit is not None)
+    targets = ", ".join(
+        f"{value.part or 'value'} {value.target} {value.unit}"
+        for value in figure.values
+        if value.limit is not None
+    )
     return f"{figure.name}  (about {figure.minutes:g} min)\n    {figure.what}\n    {targets}"
 
 

@@ -23,7 +23,7 @@ from deltalake import DeltaTable
 from assets import automation
 from assets.fleet import DescribedFleet
 from assets.fleets import load_fleets
-from assets.link import FleetFiles
+from assets.settings import FleetFiles
 from benchmarks.runs import PROJECT, NotMeasured
 from pipeline.spec import parse_spec
 from resources.delta_tables import DeltaTables
@@ -65,11 +65,17 @@ def location(folder: Path) -> dg.Definitions:
         "spark": SparkSessionResource(master="local[2]", scratch=str(folder / "scratch")),
         "tables": DeltaTables(root=str(folder / "tables")),
         "registry": MlflowRegistry(
-            tracking_uri=f"sqlite:///{folder}/mlflow.db", artifact_root=str(folder / "artifacts"), scratch=str(folder / "scratch")
+            tracking_uri=f"sqlite:///{folder}/mlflow.db",
+            artifact_root=str(folder / "artifacts"),
+            scratch=str(folder / "scratch"),
         ),
         "launch": LaunchSettings(),
     }
-    common = dg.Definitions(resources=resources, sensors=[automation.what_dead_runs_kept], executor=dg.in_process_executor)
+    common = dg.Definitions(
+        resources=resources,
+        sensors=[automation.what_dead_runs_kept],
+        executor=dg.in_process_executor,
+    )
     return dg.Definitions.merge(described.build_defs(), common)
 
 
@@ -81,7 +87,11 @@ def write_sales(folder: Path, n_days: int = N_DAYS) -> None:
     for store in range(N_STORES):
         warm = random.normal(size=len(days))
         amount = 50 + store + 3 * warm + random.normal(size=len(days))
-        parts.append(pd.DataFrame({"store": f"s{store:02}", "day": days, "warm": warm, "amount": amount}).head(n_days))
+        parts.append(
+            pd.DataFrame(
+                {"store": f"s{store:02}", "day": days, "warm": warm, "amount": amount}
+            ).head(n_days)
+        )
     pd.concat(parts).to_csv(folder / "sales.new", index=False)
     (folder / "sales.new").replace(folder / "sales.csv")
 
@@ -117,7 +127,12 @@ def automation_figures(folder: Path) -> Mapping[str, float]:
     for line in (*found.messages, found.told):
         print(f"  {line}", flush=True)
     resumed = float(found.was_resumed)
-    return {"listed": listed_automation(), "right": found.right, "dead-run-seconds": found.dead_seconds, "resumed": resumed}
+    return {
+        "listed": listed_automation(),
+        "right": found.right,
+        "dead-run-seconds": found.dead_seconds,
+        "resumed": resumed,
+    }
 
 
 def listed_automation() -> int:
@@ -138,38 +153,74 @@ def automation_live(folder: Path) -> Ticked:
     (folder / "home").mkdir(parents=True)
     (folder / "home" / "dagster.yaml").write_text((PROJECT / "dagster.local.yaml").read_text())
     (folder / "location.py").write_text(
-        "from pathlib import Path\n\nfrom benchmarks.automation import location\n\ndefs = location(Path(__file__).parent)\n"
+        "from pathlib import Path\n\nfrom benchmarks.automation import location\n\ndefs = "
+        "location(Path(__file__).parent)\n"
     )
-    (folder / "workspace.yaml").write_text(f"load_from:\n  - python_file: {{relative_path: location.py, working_directory: {PROJECT}}}\n")
+    (folder / "workspace.yaml").write_text(
+        f"load_from:\n  - python_file: {{relative_path: location.py, working_directory: "
+        f"{PROJECT}}}\n"
+    )
     write_sales(folder)
     os.environ["DAGSTER_HOME"] = str(folder / "home")
     # The instance first: whoever comes first makes its databases.
     with dg.DagsterInstance.get() as instance, daemon(folder):
         switch(folder, "schedule", "start", f"{NAME}_retrain_schedule")
-        first = wait(lambda: newest(instance, "dagster/schedule_name"), "the schedule launched nothing", folder)
+        first = wait(
+            lambda: newest(instance, "dagster/schedule_name"),
+            "the schedule launched nothing",
+            folder,
+        )
         switch(folder, "schedule", "stop", f"{NAME}_retrain_schedule")
         dead_seconds = killed(instance, first.run_id, folder)
-        told = wait(lambda: engine_event(instance, first.run_id, "are kept"), "nobody said what the dead run kept", folder)
-        again = wait(lambda: newest(instance, "dagster/parent_run_id"), "the dead run was not launched again", folder)
+        told = wait(
+            lambda: engine_event(instance, first.run_id, "are kept"),
+            "nobody said what the dead run kept",
+            folder,
+        )
+        again = wait(
+            lambda: newest(instance, "dagster/parent_run_id"),
+            "the dead run was not launched again",
+            folder,
+        )
         succeed(instance, again.run_id, folder)
         runs = DeltaTable(folder / "tables" / NAME / "runs").to_pandas()
-        was_resumed = runs["run_id"].tolist() == [first.run_id] and bool(runs["finished_at"].notna().all())
+        was_resumed = runs["run_id"].tolist() == [first.run_id] and bool(
+            runs["finished_at"].notna().all()
+        )
         # What was done before the kill is not done again.
-        found = {"schedule": materialised(instance, first.run_id) | materialised(instance, again.run_id)}
+        found = {
+            "schedule": materialised(instance, first.run_id) | materialised(instance, again.run_id)
+        }
 
         # Conditions compare with their last evaluation: without one, nothing is new.
         switch(folder, "sensor", "start", f"{NAME}_follow")
-        wait(lambda: re.search(rf"Tick produced .* for {NAME}_follow", ticks(folder)), "no condition was evaluated", folder)
+        wait(
+            lambda: re.search(rf"Tick produced .* for {NAME}_follow", ticks(folder)),
+            "no condition was evaluated",
+            folder,
+        )
         write_sales(folder, N_DAYS + 3)
         switch(folder, "sensor", "start", f"{NAME}_new_files")
-        read = wait(lambda: newest(instance, "dagster/sensor_name", f"{NAME}_new_files"), "the sensor saw no new file", folder)
+        read = wait(
+            lambda: newest(instance, "dagster/sensor_name", f"{NAME}_new_files"),
+            "the sensor saw no new file",
+            folder,
+        )
         succeed(instance, read.run_id, folder)
         found["sensor"] = materialised(instance, read.run_id)
-        followed = wait(lambda: newest(instance, "dagster/sensor_name", f"{NAME}_follow"), "nothing followed the new raw table", folder)
+        followed = wait(
+            lambda: newest(instance, "dagster/sensor_name", f"{NAME}_follow"),
+            "nothing followed the new raw table",
+            folder,
+        )
         succeed(instance, followed.run_id, folder)
         found["condition"] = materialised(instance, followed.run_id)
     raw = DeltaTable(folder / "tables" / NAME / "raw" / "sales").to_pandas()
-    messages = [] if raw["day"].nunique() == N_DAYS + 3 else [f"the raw table has {raw['day'].nunique()} days, not {N_DAYS + 3}"]
+    messages = (
+        []
+        if raw["day"].nunique() == N_DAYS + 3
+        else [f"the raw table has {raw['day'].nunique()} days, not {N_DAYS + 3}"]
+    )
     return Ticked(found, dead_seconds, told, was_resumed, messages)
 
 
@@ -182,9 +233,16 @@ def ticks(folder: Path) -> str:
 def daemon(folder: Path) -> Iterator[None]:
     """A Dagster daemon with its code server; ended, with all that it started, at the end."""
     environment = {**os.environ, "DAGSTER_HOME": str(folder / "home"), "PYTHONPATH": str(PROJECT)}
-    command = [str(Path(sys.executable).with_name("dagster-daemon")), "run", "-w", str(folder / "workspace.yaml")]
+    command = [
+        str(Path(sys.executable).with_name("dagster-daemon")),
+        "run",
+        "-w",
+        str(folder / "workspace.yaml"),
+    ]
     with (folder / "daemon.log").open("w") as log:
-        process = subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            command, cwd=PROJECT, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
     try:
         yield
     finally:
@@ -198,9 +256,18 @@ def daemon(folder: Path) -> Iterator[None]:
 
 def switch(folder: Path, kind: str, what: str, name: str) -> None:
     """Switch a schedule or sensor on or off, as a person does."""
-    command = [str(Path(sys.executable).with_name("dagster")), kind, what, "-w", str(folder / "workspace.yaml"), name]
+    command = [
+        str(Path(sys.executable).with_name("dagster")),
+        kind,
+        what,
+        "-w",
+        str(folder / "workspace.yaml"),
+        name,
+    ]
     environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
-    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise NotMeasured(f"{' '.join(command)}: {done.stderr[-2000:]}")
 
@@ -219,7 +286,9 @@ def wait(found: Callable[[], Any], otherwise: str, folder: Path) -> Any:
     raise NotMeasured(f"{otherwise}: {(folder / 'daemon.log').read_text()[-3000:]}")
 
 
-def newest(instance: dg.DagsterInstance, tag: str, value: str | None = None) -> dg.DagsterRun | None:
+def newest(
+    instance: dg.DagsterInstance, tag: str, value: str | None = None
+) -> dg.DagsterRun | None:
     """The newest run with a tag."""
     runs = instance.get_runs(limit=20)
     return next((run for run in runs if tag in run.tags and value in (None, run.tags[tag])), None)
@@ -228,12 +297,21 @@ def newest(instance: dg.DagsterInstance, tag: str, value: str | None = None) -> 
 def engine_event(instance: dg.DagsterInstance, run_id: str, part: str) -> str | None:
     """A message in a run's log that has a part."""
     events = (entry for entry in instance.all_logs(run_id) if entry.dagster_event is not None)
-    return next((text for entry in events if part in (text := entry.dagster_event.message or "")), None)
+    return next(
+        (text for entry in events if part in (text := entry.dagster_event.message or "")), None
+    )
 
 
 def killed(instance: dg.DagsterInstance, run_id: str, folder: Path) -> float:
-    """Kill the process of a run once some of its groups are committed; seconds until the run is marked as failed."""
-    started = wait(lambda: engine_event(instance, run_id, "Started process for run"), "the run has no process", folder)
+    """Kill the process of a run once some of its groups are committed.
+
+    Seconds until the run is marked as failed.
+    """
+    started = wait(
+        lambda: engine_event(instance, run_id, "Started process for run"),
+        "the run has no process",
+        folder,
+    )
     ledger = folder / "tables" / NAME / "ledger" / "_delta_log" / f"{0:020}.json"
     wait(ledger.exists, "the run commits nothing", folder)
     pid = re.search(r"pid: (\d+)", started)
@@ -241,7 +319,11 @@ def killed(instance: dg.DagsterInstance, run_id: str, folder: Path) -> float:
         raise NotMeasured(f"the run cannot be killed: {started}")
     os.kill(int(pid[1]), signal.SIGKILL)
     moment = time.monotonic()
-    wait(lambda: instance.get_run_by_id(run_id).status == dg.DagsterRunStatus.FAILURE, "the dead run is not marked as failed", folder)
+    wait(
+        lambda: instance.get_run_by_id(run_id).status == dg.DagsterRunStatus.FAILURE,
+        "the dead run is not marked as failed",
+        folder,
+    )
     return time.monotonic() - moment
 
 
@@ -255,5 +337,12 @@ def succeed(instance: dg.DagsterInstance, run_id: str, folder: Path) -> None:
 
 def materialised(instance: dg.DagsterInstance, run_id: str) -> set[str]:
     """Names of the assets that a run materialised."""
-    events = (entry.dagster_event for entry in instance.all_logs(run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION))
-    return {event.asset_key.path[-1] for event in events if event is not None and event.asset_key is not None}
+    events = (
+        entry.dagster_event
+        for entry in instance.all_logs(run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION)
+    )
+    return {
+        event.asset_key.path[-1]
+        for event in events
+        if event is not None and event.asset_key is not None
+    }

@@ -1,7 +1,7 @@
 """A fleet on a cluster, a standalone master with two worker processes: the whole chain, `score` and `stream`, compared with a local run.
 
-The workers' Python has our dependencies and not our code, so that all that tasks need must have been shipped to them.
-`python -m benchmarks.cluster FOLDER` prints what differs.
+The workers' Python has our dependencies and not our code, so that all that tasks need must have
+been shipped to them. `python -m benchmarks.cluster FOLDER` prints what differs.
 """
 
 import os
@@ -57,11 +57,14 @@ GROUP = ["grain", "group_id"]
 def bare_python(folder: Path) -> Path:
     """A Python that imports our dependencies and not our code.
 
-    A line of a .pth file adds a folder to the path and not what the .pth files in there add, such as an editable checkout.
+    A line of a .pth file adds a folder to the path and not what the .pth files in there add, such
+    as an editable checkout.
     """
     venv.create(folder, with_pip=False)
     (packages,) = folder.glob("lib/python*/site-packages")
-    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+    (packages / "dependencies.pth").write_text(
+        sysconfig.get_path("purelib") + "\n", encoding="utf-8"
+    )
     return folder / "bin" / "python"
 
 
@@ -101,18 +104,41 @@ class LocalCluster:
             self._wait_for("master", r"I have been elected leader")
             for number in range(N_WORKERS):
                 work = str(self.folder / f"worker-{number}")
-                self._start(held, f"worker-{number}", "worker.Worker", "--cores", "1", "--memory", "1g", "--work-dir", work, self.master)
+                self._start(
+                    held,
+                    f"worker-{number}",
+                    "worker.Worker",
+                    "--cores",
+                    "1",
+                    "--memory",
+                    "1g",
+                    "--work-dir",
+                    work,
+                    self.master,
+                )
             for number in range(N_WORKERS):
                 self._wait_for(f"worker-{number}", r"Successfully registered with master")
             self._held = held.pop_all()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._held.close()
 
     def _start(self, held: ExitStack, name: str, main_class: str, *arguments: str) -> None:
         home = Path(pyspark.__file__).parent
-        command = [str(home / "bin" / "spark-class"), f"org.apache.spark.deploy.{main_class}", "--host", LOOPBACK, "--webui-port", "0"]
+        command = [
+            str(home / "bin" / "spark-class"),
+            f"org.apache.spark.deploy.{main_class}",
+            "--host",
+            LOOPBACK,
+            "--webui-port",
+            "0",
+        ]
         environment = {
             "PATH": os.environ["PATH"],
             "JAVA_HOME": find_java(self.folder),
@@ -124,7 +150,12 @@ class LocalCluster:
         }
         log = held.enter_context((self.folder / f"{name}.log").open("w"))
         process = subprocess.Popen(
-            [*command, *arguments], cwd=self.folder, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+            [*command, *arguments],
+            cwd=self.folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
         )
         held.callback(_end, process)
 
@@ -133,7 +164,10 @@ class LocalCluster:
         waited_until = time.monotonic() + PATIENCE_SECONDS
         while not re.search(line, log.read_text(encoding="utf-8", errors="replace")):
             if time.monotonic() > waited_until:
-                raise NotMeasured(f"{name} of the cluster did not start within {PATIENCE_SECONDS:.0f} s:\n{end_of(log)}")
+                raise NotMeasured(
+                    f"{name} of the cluster did not start within {PATIENCE_SECONDS:.0f} "
+                    f"s:\n{end_of(log)}"
+                )
             time.sleep(0.1)
 
 
@@ -177,7 +211,9 @@ def run_whole(folder: Path) -> None:
         incoming.mkdir()
         scorer.tables.read_pandas(features).to_parquet(incoming / "rows.parquet", index=False)
         print(scorer.score(FLEET, str(incoming), str(folder / "scored")))
-        scorer.stream(FLEET, features, str(folder / "streamed"), stopping=threading.Event(), report=print)
+        scorer.stream(
+            FLEET, features, str(folder / "streamed"), stopping=threading.Event(), report=print
+        )
         _score_two_versions(scorer, folder)
 
 
@@ -189,7 +225,9 @@ def _score_two_versions(scorer: Scorer, folder: Path) -> None:
         run = f"run-{number}"
         register_asked(scorer.registry, asked_pack(folder / run / "pack", run, seed=number), run)
     for number in VERSIONS:
-        print(scorer.score(ASKED, str(rows), str(folder / f"version-{number}"), version=str(number)))
+        print(
+            scorer.score(ASKED, str(rows), str(folder / f"version-{number}"), version=str(number))
+        )
 
 
 def run_in_process(folder: Path, environment: Mapping[str, str]) -> None:
@@ -199,7 +237,11 @@ def run_in_process(folder: Path, environment: Mapping[str, str]) -> None:
         NotMeasured: if it fails.
     """
     folder.mkdir()
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MANY_MODELS_", "MLFLOW_", "SPARK_", "PYSPARK_"))}
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("MANY_MODELS_", "MLFLOW_", "SPARK_", "PYSPARK_"))
+    }
     settings = {DATA: str(folder / "data"), "MLFLOW_DISABLE_TELEMETRY": "true", **environment}
     command = [sys.executable, "-m", "benchmarks.cluster", "run", str(folder)]
     log = folder / "log"
@@ -215,7 +257,10 @@ def run_in_process(folder: Path, environment: Mapping[str, str]) -> None:
             timeout=RUN_SECONDS,
         )
     if ended.returncode:
-        raise NotMeasured(f"{' '.join(command)} with {dict(environment)} ended with exit status {ended.returncode}:\n{end_of(log)}")
+        raise NotMeasured(
+            f"{' '.join(command)} with {dict(environment)} ended with exit status "
+            f"{ended.returncode}:\n{end_of(log)}"
+        )
 
 
 # --- what differs
@@ -223,12 +268,15 @@ def run_in_process(folder: Path, environment: Mapping[str, str]) -> None:
 
 @dataclass(frozen=True)
 class Differences:
-    """What a cluster's run has otherwise than the local one; a row that only one of them has differs.
+    """What a cluster's run has otherwise than the local one.
+
+    A row that only one of them has differs.
 
     Args:
         boosters: groups with another status or booster.
         weights: groups with another weight.
-        answers: rows of predictions, `score` (of two versions of another fleet, too) and `stream` with another answer.
+        answers: rows of predictions, `score` (of two versions of another fleet, too) and `stream`
+            with another answer.
         groups: of the local run.
         rows: answers of the local run.
     """
@@ -242,7 +290,10 @@ class Differences:
 
 def compare(local: Path, cluster: Path) -> Differences:
     """Compare what two runs of `run_whole` left."""
-    ledgers = [_table(folder / "data" / "tables" / FLEET / "ledger").set_index(GROUP) for folder in (local, cluster)]
+    ledgers = [
+        _table(folder / "data" / "tables" / FLEET / "ledger").set_index(GROUP)
+        for folder in (local, cluster)
+    ]
     answers = [_answers(folder) for folder in (local, cluster)]
     return Differences(
         boosters=n_differing(*(ledger[["status", "booster_id"]] for ledger in ledgers)),
@@ -254,7 +305,10 @@ def compare(local: Path, cluster: Path) -> Differences:
 
 
 def n_differing(one: pd.DataFrame, other: pd.DataFrame) -> int:
-    """Rows, by a unique index, that are not the same to the last bit in both frames; null equals null."""
+    """Rows, by a unique index, that are not the same to the last bit in both frames.
+
+    Null equals null.
+    """
     index = one.index.union(other.index)
     left, right = one.reindex(index), other.reindex(index)
     same = ((left == right) | (left.isna() & right.isna())).all(axis=1)
@@ -269,7 +323,11 @@ def _table(location: Path) -> pd.DataFrame:
 
 def _answers(folder: Path) -> pd.DataFrame:
     """Every answer of a run, by its table and row."""
-    tables = [folder / "data" / "tables" / FLEET / "predictions", folder / "scored", folder / "streamed"]
+    tables = [
+        folder / "data" / "tables" / FLEET / "predictions",
+        folder / "scored",
+        folder / "streamed",
+    ]
     parts = {table.name: _table(table).set_index("row_key")[ANSWER] for table in tables}
     for number in VERSIONS:
         answers = _table(folder / f"version-{number}")
@@ -286,10 +344,17 @@ def cluster_differences(folder: Path) -> Differences:
     run_in_process(folder / "on one machine", {})
     with LocalCluster(folder / "cluster") as cluster:
         imported = subprocess.run(
-            [str(cluster.python), "-c", "import lightgbm, pipeline"], cwd=cluster.folder, capture_output=True, text=True, check=False
+            [str(cluster.python), "-c", "import lightgbm, pipeline"],
+            cwd=cluster.folder,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if "No module named 'pipeline'" not in imported.stderr:
-            raise NotMeasured(f"the workers' Python must have our dependencies and not our code: {imported.stderr or 'it imports pipeline'}")
+            raise NotMeasured(
+                "the workers' Python must have our dependencies and not our code: "
+                f"{imported.stderr or 'it imports pipeline'}"
+            )
         run_in_process(folder / "on a cluster", cluster.environment)
         if not cluster.files_of_workers("pack-*.zip"):
             raise NotMeasured("no executor has unpacked a pack")

@@ -1,8 +1,9 @@
 """The services of docker-compose.yml, started natively from what the file says, in a network of their own; and a fleet that is built through them.
 
-No container engine is needed, and none is tried: what is read from the file is each service's command, environment, volumes, order and health
-check. Host names stand in a hosts file, volumes are folders. Postgres' image is stood in for by the Postgres of this machine.
-`python -m benchmarks.compose --launch` is what asks the webserver, inside that network.
+No container engine is needed, and none is tried: what is read from the file is each service's
+command, environment, volumes, order and health check. Host names stand in a hosts file, volumes are
+folders. Postgres' image is stood in for by the Postgres of this machine. `python -m
+benchmarks.compose --launch` is what asks the webserver, inside that network.
 """
 
 import os
@@ -67,14 +68,23 @@ def read_services(secrets: Mapping[str, str]) -> list[Service]:
         KeyError: naming a variable that must be set and is not among the secrets.
     """
     text = FILE.read_text(encoding="utf-8")
-    described = yaml.safe_load(_VARIABLE.sub(lambda found: _value(found, secrets), text))["services"]
+    described = yaml.safe_load(_VARIABLE.sub(lambda found: _value(found, secrets), text))[
+        "services"
+    ]
     services = {name: _service(name, one) for name, one in described.items()}
     ordered: list[Service] = []
     while len(ordered) < len(services):
         started = {service.name for service in ordered}
-        ready = [one for one in services.values() if one.name not in started and started.issuperset(one.needs)]
+        ready = [
+            one
+            for one in services.values()
+            if one.name not in started and started.issuperset(one.needs)
+        ]
         if not ready:
-            raise NotMeasured(f"{FILE.name}: services wait for each other: {', '.join(sorted(set(services) - started))}")
+            raise NotMeasured(
+                f"{FILE.name}: services wait for each other: "
+                f"{', '.join(sorted(set(services) - started))}"
+            )
         ordered += ready
     return ordered
 
@@ -107,7 +117,11 @@ class NativeServices:
         self.services = read_services(SECRETS)
 
     def __enter__(self) -> Self:
-        missing = [tool for tool in ("unshare", "nsenter", "ip", "setpriv", "initdb", "postgres") if _tool(tool) is None]
+        missing = [
+            tool
+            for tool in ("unshare", "nsenter", "ip", "setpriv", "initdb", "postgres")
+            if _tool(tool) is None
+        ]
         if missing or os.geteuid():
             raise Unavailable(f"needs root, and {', '.join(missing) or 'nothing else'}")
         with ExitStack() as held:
@@ -116,7 +130,9 @@ class NativeServices:
             self.folder.chmod(0o755)
             (self.folder / "home").mkdir()
             shutil.copy(PROJECT / "dagster.cluster.yaml", self.folder / "home" / "dagster.yaml")
-            self._inside = held.enter_context(_network(self.folder, [service.name for service in self.services]))
+            self._inside = held.enter_context(
+                _network(self.folder, [service.name for service in self.services])
+            )
             for service in self.services:
                 held.enter_context(self._running(service))
                 self._wait_for(service)
@@ -126,25 +142,55 @@ class NativeServices:
     def __exit__(self, *_: object) -> None:
         self._held.close()
 
-    def run(self, words: Sequence[str], environment: Mapping[str, str], seconds: float) -> "subprocess.CompletedProcess[str]":
+    def run(
+        self, words: Sequence[str], environment: Mapping[str, str], seconds: float
+    ) -> "subprocess.CompletedProcess[str]":
         """Run a command inside the network."""
         return subprocess.run(
-            [*self._inside, *words], env=self._environment(environment), cwd=PROJECT, capture_output=True, text=True, timeout=seconds, check=False
+            [*self._inside, *words],
+            env=self._environment(environment),
+            cwd=PROJECT,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
         )
 
     def log_of(self, name: str) -> str:
         """The last lines that a service wrote."""
-        return "\n".join((self.folder / f"{name}.log").read_text(errors="replace").splitlines()[-20:])
+        return "\n".join(
+            (self.folder / f"{name}.log").read_text(errors="replace").splitlines()[-20:]
+        )
 
     def _environment(self, own: Mapping[str, str]) -> dict[str, str]:
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MANY_MODELS", "MLFLOW", "DAGSTER", "SPARK", "PG"))}
-        tools = [str(PROJECT / ".venv" / "bin"), *({str(Path(found).parent)} if (found := _tool("initdb")) else ()), inherited["PATH"]]
-        image = {"DAGSTER_HOME": str(self.folder / "home"), "MLFLOW_DISABLE_TELEMETRY": "true", "PATH": ":".join(tools)}
-        return {**inherited, **image, **{name: self._here(value, {}) for name, value in own.items()}}
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("MANY_MODELS", "MLFLOW", "DAGSTER", "SPARK", "PG"))
+        }
+        tools = [
+            str(PROJECT / ".venv" / "bin"),
+            *({str(Path(found).parent)} if (found := _tool("initdb")) else ()),
+            inherited["PATH"],
+        ]
+        image = {
+            "DAGSTER_HOME": str(self.folder / "home"),
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "PATH": ":".join(tools),
+        }
+        return {
+            **inherited,
+            **image,
+            **{name: self._here(value, {}) for name, value in own.items()},
+        }
 
     def _here(self, text: str, volumes: Mapping[str, str]) -> str:
         """A word of the file with the container's folders replaced."""
-        folders = {"/app": str(PROJECT), "/dagster/logs": str(self.folder / "logs"), "/data": str(self.folder / "data")}
+        folders = {
+            "/app": str(PROJECT),
+            "/dagster/logs": str(self.folder / "logs"),
+            "/data": str(self.folder / "data"),
+        }
         folders |= {target: str(self.folder / name) for name, target in volumes.items()}
         for target, folder in sorted(folders.items(), key=lambda one: -len(one[0])):
             text = re.sub(rf"(?<![\w/]){re.escape(target)}(?=/|$)", folder, text)
@@ -154,10 +200,19 @@ class NativeServices:
     def _running(self, service: Service) -> Iterator[None]:
         for name in service.volumes:
             (self.folder / name).mkdir(exist_ok=True)
-        words = self._postgres(service) if service.image.startswith(POSTGRES) else [self._here(word, service.volumes) for word in service.command]
+        words = (
+            self._postgres(service)
+            if service.image.startswith(POSTGRES)
+            else [self._here(word, service.volumes) for word in service.command]
+        )
         with (self.folder / f"{service.name}.log").open("w") as log:
             process = subprocess.Popen(
-                [*self._inside, *words], env=self._environment(service.environment), cwd=PROJECT, stdout=log, stderr=log, start_new_session=True
+                [*self._inside, *words],
+                env=self._environment(service.environment),
+                cwd=PROJECT,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
         try:
             yield
@@ -180,12 +235,35 @@ class NativeServices:
         secret.write_text(told["POSTGRES_PASSWORD"])
         shutil.chown(secret, "postgres")
         environment = self._environment({})
-        initdb = ["initdb", "--pgdata", str(data), "--username", told["POSTGRES_USER"], "--pwfile", str(secret), "--auth", "scram-sha-256"]
+        initdb = [
+            "initdb",
+            "--pgdata",
+            str(data),
+            "--username",
+            told["POSTGRES_USER"],
+            "--pwfile",
+            str(secret),
+            "--auth",
+            "scram-sha-256",
+        ]
         subprocess.run([*as_postgres, *initdb], env=environment, check=True, capture_output=True)
         making = f"CREATE DATABASE {told['POSTGRES_DB']};".encode()
         single = ["postgres", "--single", "-D", str(data), "postgres"]
-        subprocess.run([*as_postgres, *single], env=environment, input=making, check=True, capture_output=True)
-        return [*as_postgres, "postgres", "-D", str(data), "-p", told.get("PGPORT", "5432"), "-k", str(data), "-c", "listen_addresses=*"]
+        subprocess.run(
+            [*as_postgres, *single], env=environment, input=making, check=True, capture_output=True
+        )
+        return [
+            *as_postgres,
+            "postgres",
+            "-D",
+            str(data),
+            "-p",
+            told.get("PGPORT", "5432"),
+            "-k",
+            str(data),
+            "-c",
+            "listen_addresses=*",
+        ]
 
     def _wait_for(self, service: Service) -> None:
         give_up = time.monotonic() + HEALTHY_SECONDS
@@ -193,27 +271,42 @@ class NativeServices:
             if self.run(service.health, service.environment, HEALTHY_SECONDS).returncode == 0:
                 return
             time.sleep(0.5)
-        raise NotMeasured(f"{service.name} is not healthy after {HEALTHY_SECONDS:g} s: {self.log_of(service.name)}")
+        raise NotMeasured(
+            f"{service.name} is not healthy after {HEALTHY_SECONDS:g} s: "
+            f"{self.log_of(service.name)}"
+        )
 
 
 def _tool(name: str) -> str | None:
     """A command of this machine; Postgres' own may be in Debian's folder for them."""
     places = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
-    return next((found for place in (*map(str, places), None) if (found := shutil.which(name, path=place))), None)
+    return next(
+        (found for place in (*map(str, places), None) if (found := shutil.which(name, path=place))),
+        None,
+    )
 
 
 @contextmanager
 def _network(folder: Path, hosts: Sequence[str]) -> Iterator[list[str]]:
-    """A network with nothing but its own loopback interface, in which each service has its name; the words that run a command in it."""
+    """A network with nothing but its own loopback interface, in which each service has its name.
+
+    The words that run a command in it.
+    """
     (folder / "hosts").write_text(f"127.0.0.1 localhost {socket.gethostname()} {' '.join(hosts)}\n")
     inside = f"ip link set lo up && mount --bind {folder}/hosts /etc/hosts && echo ready && exec sleep infinity"
     holder = subprocess.Popen(
-        ["unshare", "--net", "--mount", "sh", "-c", inside], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        ["unshare", "--net", "--mount", "sh", "-c", inside],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     try:
         assert holder.stdout is not None  # noqa: S101 - a pipe
         if holder.stdout.readline().strip() != "ready":
-            raise Unavailable(f"a network of its own cannot be made here: {holder.communicate()[1].strip()}")
+            raise Unavailable(
+                f"a network of its own cannot be made here: {holder.communicate()[1].strip()}"
+            )
         yield ["nsenter", f"--target={holder.pid}", "--net", "--mount", "--"]
     finally:
         holder.kill()
@@ -221,8 +314,13 @@ def _network(folder: Path, hosts: Sequence[str]) -> Iterator[list[str]]:
 
 
 def materialised_through(services: NativeServices) -> str:
-    """Launch a trial of an example through the webserver, and wait for it; the status that it ends with."""
-    done = services.run([sys.executable, "-m", "benchmarks.compose", "--launch"], {}, RUN_SECONDS + 60)
+    """Launch a trial of an example through the webserver, and wait for it.
+
+    The status that it ends with.
+    """
+    done = services.run(
+        [sys.executable, "-m", "benchmarks.compose", "--launch"], {}, RUN_SECONDS + 60
+    )
     if done.returncode:
         told = "\n".join(f"{name}: {services.log_of(name)}" for name in ("code", "daemon"))
         raise NotMeasured(f"{done.stdout[-2000:]}{done.stderr[-2000:]}\n{told}")
@@ -249,7 +347,11 @@ def compose() -> Mapping[str, float]:
     """The figure: services of the file that were started natively and are healthy, and fleets that were materialised through them."""
     with NativeServices() as running:
         status = materialised_through(running)
-        return {"services": len(running.services), "of": len(read_services(SECRETS)), "materialised": float(status == "SUCCESS")}
+        return {
+            "services": len(running.services),
+            "of": len(read_services(SECRETS)),
+            "materialised": float(status == "SUCCESS"),
+        }
 
 
 if __name__ == "__main__":

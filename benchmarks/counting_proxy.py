@@ -23,15 +23,30 @@ LOOPBACK = "127.0.0.1"
 START_SECONDS = 90
 STOP_SECONDS = 15
 METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
-# Headers of one connection, which a proxy does not pass on (RFC 9110, 7.6.1), and the length, which is told anew.
+# Headers of one connection, which a proxy does not pass on (RFC 9110, 7.6.1), and the length, which
+# is told anew.
 _OF_A_CONNECTION = frozenset(
-    {"connection", "content-length", "host", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade", "expect"}
+    {
+        "connection",
+        "content-length",
+        "host",
+        "keep-alive",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+        "expect",
+    }
 )
 _WITHOUT_BODY = frozenset({http.HTTPStatus.NO_CONTENT, http.HTTPStatus.NOT_MODIFIED})
 
 
 class RequestCounter:
-    """Remembers every request's method and path, without its query; may be used by several threads."""
+    """Remembers every request's method and path, without its query.
+
+    May be used by several threads.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -60,14 +75,19 @@ class RequestCounter:
             depth: how many parts; with 4, MLflow's kinds of thing.
         """
         with self._lock:
-            return Counter(f"{method} /{'/'.join(path.strip('/').split('/')[:depth])}" for method, path in self._requests)
+            return Counter(
+                f"{method} /{'/'.join(path.strip('/').split('/')[:depth])}"
+                for method, path in self._requests
+            )
 
 
 class CountingProxy:
-    """Forwards every request to one server and counts it; a context, on a free port of this machine.
+    """Forwards every request to one server and counts it.
 
-    A request is counted when it arrives, whatever becomes of it; one that the server does not answer is answered with 502.
-    Bodies are held in memory.
+    A context, on a free port of this machine.
+
+    A request is counted when it arrives, whatever becomes of it; one that the server does not
+    answer is answered with 502. Bodies are held in memory.
 
     Args:
         upstream: address of the server, e.g. http://127.0.0.1:5000.
@@ -77,11 +97,22 @@ class CountingProxy:
         self.counter = RequestCounter()
         address = urlsplit(upstream)
         if address.scheme != "http" or address.hostname is None:
-            raise ValueError(f"{upstream!r} is not an address to forward to; expected http://HOST:PORT")
+            raise ValueError(
+                f"{upstream!r} is not an address to forward to; expected http://HOST:PORT"
+            )
         settings = {"counter": self.counter, "host": address.hostname, "port": address.port or 80}
-        handler = type("Handler", (_Forwarding,), settings | {f"do_{method}": _Forwarding.forward for method in METHODS})
+        handler = type(
+            "Handler",
+            (_Forwarding,),
+            settings | {f"do_{method}": _Forwarding.forward for method in METHODS},
+        )
         self._server = _Server((LOOPBACK, 0), handler)
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, name="counting-proxy", daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever,
+            kwargs={"poll_interval": 0.05},
+            name="counting-proxy",
+            daemon=True,
+        )
 
     @property
     def uri(self) -> str:
@@ -135,7 +166,10 @@ class _Forwarding(BaseHTTPRequestHandler):
             response, content = self._answered(body)
         except (OSError, http.client.HTTPException) as error:
             self._upstream.close()
-            self.send_error(http.HTTPStatus.BAD_GATEWAY, explain=f"{self.host}:{self.port} does not answer: {error}")
+            self.send_error(
+                http.HTTPStatus.BAD_GATEWAY,
+                explain=f"{self.host}:{self.port} does not answer: {error}",
+            )
             return
         self.send_response_only(response.status, response.reason)
         for name, value in response.getheaders():
@@ -176,7 +210,11 @@ class _Forwarding(BaseHTTPRequestHandler):
             return self._asked(body)
 
     def _asked(self, body: bytes | None) -> tuple[http.client.HTTPResponse, bytes]:
-        headers = {name: value for name, value in self.headers.items() if name.lower() not in _OF_A_CONNECTION}
+        headers = {
+            name: value
+            for name, value in self.headers.items()
+            if name.lower() not in _OF_A_CONNECTION
+        }
         self._upstream.request(self.command, self.path, body=body, headers=headers)
         response = self._upstream.getresponse()
         return response, response.read()
@@ -221,14 +259,31 @@ def tracking_server(folder: Path) -> Iterator[TrackingServer]:
 
 def _started(folder: Path, uri: str, log: int) -> subprocess.Popen[bytes]:
     address = urlsplit(uri)
-    places = [f"--backend-store-uri=sqlite:///{folder / 'mlflow.db'}", f"--artifacts-destination={folder / 'artifacts'}", "--serve-artifacts"]
-    command = [sys.executable, "-m", "mlflow", "server", *places, f"--host={LOOPBACK}", f"--port={address.port}", "--workers=1"]
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-    # A session of its own: its workers end with it, and an interrupt of ours reaches it through `_stop` only.
+    places = [
+        f"--backend-store-uri=sqlite:///{folder / 'mlflow.db'}",
+        f"--artifacts-destination={folder / 'artifacts'}",
+        "--serve-artifacts",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        *places,
+        f"--host={LOOPBACK}",
+        f"--port={address.port}",
+        "--workers=1",
+    ]
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")
+    }
+    # A session of its own: its workers end with it, and an interrupt of ours reaches it through
+    # `_stop` only.
     return subprocess.Popen(
         command,
         cwd=folder,
-        env=inherited | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        env=inherited
+        | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
@@ -246,7 +301,10 @@ def _wait_for(server: subprocess.Popen[bytes], uri: str, log: Path) -> None:
         except (OSError, urllib.error.URLError, http.client.HTTPException):
             time.sleep(0.1)
     last = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
-    raise RuntimeError(f"the MLflow server at {uri} does not answer (exit status {server.poll()}, {START_SECONDS} s at most):\n{last}")
+    raise RuntimeError(
+        f"the MLflow server at {uri} does not answer (exit status {server.poll()}, {START_SECONDS} "
+        f"s at most):\n{last}"
+    )
 
 
 def _stop(server: subprocess.Popen[bytes]) -> None:

@@ -10,14 +10,23 @@ from benchmarks.compose import compose
 from benchmarks.first_run import first_run_answers
 from benchmarks.first_run_kills import first_run_kills
 from benchmarks.intervals import CASES, LEVELS, interval_coverage
-from benchmarks.judging import FLIGHTS, HOUSING, Conservation, group_errors, judge, ledger_conservation, predictions_conservation
+from benchmarks.judging import (
+    FLIGHTS,
+    HOUSING,
+    Conservation,
+    group_errors,
+    judge,
+    ledger_conservation,
+    predictions_conservation,
+)
 from benchmarks.kills import kills
 from benchmarks.mistakes import message_lines
 from benchmarks.poison import poison
 from benchmarks.promotion import false_promotions, true_promotions
-from benchmarks.runs import Runs
+from benchmarks.runs import PROJECT, Runs
 from benchmarks.scoring import score_vs_raw, score_vs_recipe, score_vs_spark_udf
 from benchmarks.serving import cache_memory, open_cold, pack_bytes, rest_latency, row_warm
+from benchmarks.shape import measure_shape
 from benchmarks.sql_escapes import sql_escapes
 from benchmarks.stream_kills import stream_kills
 from benchmarks.tampering import tampered
@@ -37,7 +46,12 @@ from benchmarks.training import (
 )
 from pipeline.crash_points import POINTS
 
-HOLDS: Mapping[str, Callable[[float, float], bool]] = {"<=": operator.le, "<": operator.lt, "==": operator.eq, ">=": operator.ge}
+HOLDS: Mapping[str, Callable[[float, float], bool]] = {
+    "<=": operator.le,
+    "<": operator.lt,
+    "==": operator.eq,
+    ">=": operator.ge,
+}
 
 
 @dataclass(frozen=True)
@@ -57,8 +71,13 @@ class Value:
     limit: float | None = None
 
     def __post_init__(self) -> None:
-        if (self.op in HOLDS) != (self.limit is not None) or (self.op != "-" and self.op not in HOLDS):
-            raise ValueError(f"{self.part!r}: target is {self.op} {self.limit}; expected one of {', '.join(HOLDS)} with a limit, or - without one")
+        if (self.op in HOLDS) != (self.limit is not None) or (
+            self.op != "-" and self.op not in HOLDS
+        ):
+            raise ValueError(
+                f"{self.part!r}: target is {self.op} {self.limit}; expected one of "
+                f"{', '.join(HOLDS)} with a limit, or - without one"
+            )
 
     def holds(self, measured: float) -> bool:
         """Whether a measured value meets the target; one that is not a number does not."""
@@ -98,7 +117,10 @@ class Figure:
 def _housing_mape(runs: Runs) -> Mapping[str, float]:
     judged = judge(runs.fleet("housing"), HOUSING)
     errors = group_errors(judged, grain=1)
-    fleet, pooled, last_value, seasonal_naive = (errors[f"{name} mape"].mean() for name in ("fleet", "pooled", "last value", "seasonal naive"))
+    fleet, pooled, last_value, seasonal_naive = (
+        errors[f"{name} mape"].mean()
+        for name in ("fleet", "pooled", "last value", "seasonal naive")
+    )
     return {
         "fleet": fleet,
         "pooled": pooled,
@@ -126,7 +148,9 @@ def _housing_cities_won(runs: Runs) -> Mapping[str, float]:
 def _flights_rmse(runs: Runs) -> Mapping[str, float]:
     judged = judge(runs.fleet("flights", AFTER_DECEMBER), FLIGHTS)
     errors = group_errors(judged, grain=0)
-    fleet, pooled, departure_delay = (errors[f"{name} rmse"].item() for name in ("fleet", "pooled", "departure delay"))
+    fleet, pooled, departure_delay = (
+        errors[f"{name} rmse"].item() for name in ("fleet", "pooled", "departure delay")
+    )
     return {
         "fleet": fleet,
         "rows": len(judged),
@@ -139,20 +163,28 @@ def _flights_rmse(runs: Runs) -> Mapping[str, float]:
 
 def _ledger_conserved(runs: Runs) -> Mapping[str, float]:
     return _conserved(
-        {"housing": ledger_conservation(runs.fleet("housing"), HOUSING), "flights": ledger_conservation(runs.fleet("flights"), FLIGHTS)}
+        {
+            "housing": ledger_conservation(runs.fleet("housing"), HOUSING),
+            "flights": ledger_conservation(runs.fleet("flights"), FLIGHTS),
+        }
     )
 
 
 def _predictions_conserved(runs: Runs) -> Mapping[str, float]:
     return _conserved(
-        {"housing": predictions_conservation(runs.fleet("housing"), HOUSING), "flights": predictions_conservation(runs.fleet("flights"), FLIGHTS)}
+        {
+            "housing": predictions_conservation(runs.fleet("housing"), HOUSING),
+            "flights": predictions_conservation(runs.fleet("flights"), FLIGHTS),
+        }
     )
 
 
 def _conserved(counts: Mapping[str, Conservation]) -> Mapping[str, float]:
     for fleet, count in counts.items():
         print(f"  {fleet}: {count.found:,} there, {count.wanted:,} wanted")
-    return {fleet: count.ratio for fleet, count in counts.items()} | {f"{fleet}-unmatched": count.unmatched for fleet, count in counts.items()}
+    return {fleet: count.ratio for fleet, count in counts.items()} | {
+        f"{fleet}-unmatched": count.unmatched for fleet, count in counts.items()
+    }
 
 
 _CONSERVED = (
@@ -188,7 +220,8 @@ FIGURES = {
         ),
         Figure(
             "housing-mape",
-            "mean over cities of the error of next month's price, last twelve months, beside its rivals",
+            "mean over cities of the error of next month's price, last twelve months, beside its "
+            "rivals",
             1,
             (
                 Value("fleet", "%", "<=", 5.3),
@@ -226,11 +259,24 @@ FIGURES = {
             ),
             _flights_rmse,
         ),
-        Figure("ledger-conserved", "ledger rows over groups known at the as-of, counted apart", 4, _CONSERVED, _ledger_conserved),
-        Figure("predictions-conserved", "finite predictions over rows to score, counted apart", 4, _CONSERVED, _predictions_conserved),
+        Figure(
+            "ledger-conserved",
+            "ledger rows over groups known at the as-of, counted apart",
+            4,
+            _CONSERVED,
+            _ledger_conserved,
+        ),
+        Figure(
+            "predictions-conserved",
+            "finite predictions over rows to score, counted apart",
+            4,
+            _CONSERVED,
+            _predictions_conserved,
+        ),
         Figure(
             "train-vs-recipe-flights",
-            "flights by route, features ready: training wall of the usual recipe over ours with all grains, errors on the same flights",
+            "flights by route, features ready: training wall of the usual recipe over ours with "
+            "all grains, errors on the same flights",
             12,
             (
                 Value("", "times", ">=", 3),
@@ -244,7 +290,8 @@ FIGURES = {
         ),
         Figure(
             "train-vs-recipe-1000",
-            "1,000 generated groups of 500 rows in which tuning pays: training wall of the usual recipe over ours",
+            "1,000 generated groups of 500 rows in which tuning pays: training wall of the usual "
+            "recipe over ours",
             25,
             (
                 Value("gain", "ratio", ">=", 1.05),
@@ -276,9 +323,15 @@ FIGURES = {
         ),
         Figure(
             "train-vs-pool",
-            "the 1,000 groups: our throughput over that of a joblib process pool with the same function",
+            "the 1,000 groups: our throughput over that of a joblib process pool with the same "
+            "function",
             7,
-            (Value("", "ratio", ">=", 0.9), Value("our-seconds", "s"), Value("pool-seconds", "s"), Value("our-whole-run-seconds", "s")),
+            (
+                Value("", "ratio", ">=", 0.9),
+                Value("our-seconds", "s"),
+                Value("pool-seconds", "s"),
+                Value("our-whole-run-seconds", "s"),
+            ),
             against_pool,
         ),
         Figure(
@@ -317,7 +370,10 @@ FIGURES = {
             "tracking-requests",
             "requests to a real MLflow server per training run, at 10, 100 and 1,000 groups",
             3,
-            (Value("spread", "requests", "==", 0), *(Value(f"groups-{size}", "requests") for size in (10, 100, 1000))),
+            (
+                Value("spread", "requests", "==", 0),
+                *(Value(f"groups-{size}", "requests") for size in (10, 100, 1000)),
+            ),
             tracking_requests,
         ),
         Figure(
@@ -335,7 +391,8 @@ FIGURES = {
         ),
         Figure(
             "blend-gain",
-            "held-out RMSE of the blend over plain per-group models (rows that have one), and over the pooled model",
+            "held-out RMSE of the blend over plain per-group models (rows that have one), and over "
+            "the pooled model",
             4,
             (
                 Value("housing-over-per-group", "ratio", "<=", 0.97),
@@ -347,10 +404,15 @@ FIGURES = {
         ),
         Figure(
             "open-cold",
-            "opening a local version and answering one row, libraries imported, nothing read yet: 10, 1,000, 10,000 groups; "
+            "opening a local version and answering one row, libraries imported, nothing read yet: "
+            "10, 1,000, 10,000 groups; "
             "and 1,000 whose boosters are in an object store on this machine",
             5,
-            (*(Value(f"groups-{size}", "s", "<=", 0.5) for size in (10, 1000, 10_000)), Value("ratio", "ratio"), Value("remote-1000", "s")),
+            (
+                *(Value(f"groups-{size}", "s", "<=", 0.5) for size in (10, 1000, 10_000)),
+                Value("ratio", "ratio"),
+                Value("remote-1000", "s"),
+            ),
             open_cold,
         ),
         Figure(
@@ -362,18 +424,24 @@ FIGURES = {
         ),
         Figure(
             "rest-latency",
-            "one row over REST from `mlflow models serve`, and requests per second at 8 connections; the same of a model that does nothing",
+            "one row over REST from `mlflow models serve`, and requests per second at 8 "
+            "connections; the same of a model that does nothing",
             3,
             tuple(
                 Value(f"{whose}{part}", unit)
                 for whose in ("", "floor-")
-                for part, unit in (("median", "ms"), ("p99", "ms"), ("requests-per-second", "per-second"))
+                for part, unit in (
+                    ("median", "ms"),
+                    ("p99", "ms"),
+                    ("requests-per-second", "per-second"),
+                )
             ),
             rest_latency,
         ),
         Figure(
             "score-vs-recipe",
-            "1,000 groups of 120 rows, then of 30 and 300: our scoring throughput over the usual recipe's, whose workers load models from MLflow",
+            "1,000 groups of 120 rows, then of 30 and 300: our scoring throughput over the usual "
+            "recipe's, whose workers load models from MLflow",
             8,
             (
                 Value("", "times", ">=", 20),
@@ -389,14 +457,20 @@ FIGURES = {
         ),
         Figure(
             "score-vs-spark-udf",
-            "1,000 groups of 300 rows: our scoring throughput over that of mlflow.pyfunc.spark_udf with our registered model",
+            "1,000 groups of 300 rows: our scoring throughput over that of mlflow.pyfunc.spark_udf "
+            "with our registered model",
             3,
-            (Value("", "ratio", ">=", 1), Value("our-rows-per-second", "per-second"), Value("udf-rows-per-second", "per-second")),
+            (
+                Value("", "ratio", ">=", 1),
+                Value("our-rows-per-second", "per-second"),
+                Value("udf-rows-per-second", "per-second"),
+            ),
             score_vs_spark_udf,
         ),
         Figure(
             "score-vs-raw",
-            "the same rows: our scoring throughput over that of plain LightGBM in memory, a process per core, models loaded",
+            "the same rows: our scoring throughput over that of plain LightGBM in memory, a "
+            "process per core, models loaded",
             3,
             (
                 Value("", "ratio", ">=", 0.6),
@@ -418,12 +492,17 @@ FIGURES = {
             "pack-bytes",
             "bytes of a whole pack of 200 groups over those of the native texts",
             1,
-            (Value("", "ratio", "<=", 0.33), Value("native-per-group", "bytes"), Value("stored-per-group", "bytes")),
+            (
+                Value("", "ratio", "<=", 0.33),
+                Value("native-per-group", "bytes"),
+                Value("stored-per-group", "bytes"),
+            ),
             pack_bytes,
         ),
         Figure(
             "second-run-noise",
-            "5 fleets of 30 groups of pure noise, second run refreshed: mean weight of own models; error over the pooled model's",
+            "5 fleets of 30 groups of pure noise, second run refreshed: mean weight of own models; "
+            "error over the pooled model's",
             3,
             (
                 Value("", "weight", "<=", 0.02),
@@ -435,21 +514,33 @@ FIGURES = {
         ),
         Figure(
             "false-promotions",
-            "share of 200 groups that are moved to a recipe that differs and is no better, 20 fleets",
+            "share of 200 groups that are moved to a recipe that differs and is no better, 20 "
+            "fleets",
             9,
-            (Value("", "share", "<=", 0.05), Value("groups", "groups"), Value("loss-ratio", "ratio")),
+            (
+                Value("", "share", "<=", 0.05),
+                Value("groups", "groups"),
+                Value("loss-ratio", "ratio"),
+            ),
             false_promotions,
         ),
         Figure(
             "true-promotions",
-            "share of groups with 1,000 report rows that are moved to a recipe whose error is a tenth lower",
+            "share of groups with 1,000 report rows that are moved to a recipe whose error is a "
+            "tenth lower",
             2,
-            (Value("", "share", ">=", 0.9), Value("groups", "groups"), Value("error-cut", "ratio"), Value("report-rows", "rows")),
+            (
+                Value("", "share", ">=", 0.9),
+                Value("groups", "groups"),
+                Value("error-cut", "ratio"),
+                Value("report-rows", "rows"),
+            ),
             true_promotions,
         ),
         Figure(
             "sql-escapes",
-            "6,000 generated statements and 60 escapes made by hand: accepted although Spark's plan has more than the checked tree",
+            "6,000 generated statements and 60 escapes made by hand: accepted although Spark's "
+            "plan has more than the checked tree",
             2,
             (
                 Value("", "statements", "==", 0),
@@ -462,7 +553,8 @@ FIGURES = {
         ),
         Figure(
             "tampered-boosters",
-            "2,500 damaged packs, and 2,500 damaged texts whose digests fit, each loaded in a child process",
+            "2,500 damaged packs, and 2,500 damaged texts whose digests fit, each loaded in a "
+            "child process",
             4,
             (
                 Value("died", "processes", "==", 0),
@@ -478,32 +570,48 @@ FIGURES = {
         ),
         Figure(
             "interval-coverage",
-            "share of actual targets within intervals that were made before, in the year (housing) or month (flights) after: distance to the level",
+            "share of actual targets within intervals that were made before, in the year (housing) "
+            "or month (flights) after: distance to the level",
             4,
             (
-                *(Value(f"{fleet}.{100 * level:g}", "ratio", "<=", 0.03) for fleet in CASES for level in LEVELS),
-                *(Value(f"{fleet}.{100 * level:g}-coverage", "ratio") for fleet in CASES for level in LEVELS),
+                *(
+                    Value(f"{fleet}.{100 * level:g}", "ratio", "<=", 0.03)
+                    for fleet in CASES
+                    for level in LEVELS
+                ),
+                *(
+                    Value(f"{fleet}.{100 * level:g}-coverage", "ratio")
+                    for fleet in CASES
+                    for level in LEVELS
+                ),
                 *(Value(f"{fleet}.rows", "rows") for fleet in CASES),
             ),
             interval_coverage,
         ),
         Figure(
             "kills-survived",
-            "driver and workers killed at random moments, and the driver at every crash point: finished by the same command, results identical",
+            "driver and workers killed at random moments, and the driver at every crash point: "
+            "finished by the same command, results identical",
             25,
-            (Value("survived", "kills", "==", 25), Value("points", "points", "==", len(POINTS)), Value("seconds-per-trial", "s")),
+            (
+                Value("survived", "kills", "==", 25),
+                Value("points", "points", "==", len(POINTS)),
+                Value("seconds-per-trial", "s"),
+            ),
             lambda runs: kills(runs.new_folder()),
         ),
         Figure(
             "kill-first-run",
-            "first run whose seconds were guessed 10 times too low, killed 10 times: work lost, in checkpoint_seconds per slot",
+            "first run whose seconds were guessed 10 times too low, killed 10 times: work lost, in "
+            "checkpoint_seconds per slot",
             6,
             (Value("worst", "checkpoints", "<=", 2), Value("mean", "checkpoints")),
             lambda runs: first_run_kills(runs.new_folder()),
         ),
         Figure(
             "automation",
-            "schedules and sensors of the examples; ticks of a real daemon that launched the right assets; seconds until a killed run is failed",
+            "schedules and sensors of the examples; ticks of a real daemon that launched the right "
+            "assets; seconds until a killed run is failed",
             5,
             (
                 Value("listed", "schedules and sensors", ">=", 4),
@@ -515,14 +623,20 @@ FIGURES = {
         ),
         Figure(
             "compose",
-            "services of docker-compose.yml, started natively from what it says, that are healthy; fleets materialised through all of them",
+            "services of docker-compose.yml, started natively from what it says, that are healthy; "
+            "fleets materialised through all of them",
             4,
-            (Value("services", "services", "==", 9), Value("of", "services"), Value("materialised", "fleets", "==", 1)),
+            (
+                Value("services", "services", "==", 9),
+                Value("of", "services"),
+                Value("materialised", "fleets", "==", 1),
+            ),
             lambda _: compose(),
         ),
         Figure(
             "cluster-identical",
-            "chain, score and stream on a standalone master with two worker processes that lack our code: what differs from one machine",
+            "chain, score and stream on a standalone master with two worker processes that lack "
+            "our code: what differs from one machine",
             3,
             (
                 Value("boosters", "groups", "==", 0),
@@ -535,7 +649,8 @@ FIGURES = {
         ),
         Figure(
             "stream-kills",
-            "300 random actions (add, start, stop, kill -9, champion change, check) against streams that score: every row answered exactly once",
+            "300 random actions (add, start, stop, kill -9, champion change, check) against "
+            "streams that score: every row answered exactly once",
             10,
             (
                 Value("lost", "rows", "==", 0),
@@ -551,7 +666,8 @@ FIGURES = {
         ),
         Figure(
             "message-lines",
-            "32 mistakes of users through the real commands: longest message on the terminal, share that name file or column and the next step",
+            "32 mistakes of users through the real commands: longest message on the terminal, "
+            "share that name file or column and the next step",
             8,
             (
                 Value("", "lines", "<=", 12),
@@ -562,15 +678,22 @@ FIGURES = {
         ),
         Figure(
             "first-run-answers",
-            "40 generated fleets of 20 to 400 groups (counts, heavy tails, zeros, offsets, l1, quantile, huber, classes), first launch: share that "
+            "40 generated fleets of 20 to 400 groups (counts, heavy tails, zeros, offsets, l1, "
+            "quantile, huber, classes), first launch: share that "
             "end green with every row answered",
             12,
-            (Value("", "share", "==", 1), Value("fleets", "fleets", "==", 40), Value("groups", "groups"), Value("seconds-per-fleet", "s")),
+            (
+                Value("", "share", "==", 1),
+                Value("fleets", "fleets", "==", 40),
+                Value("groups", "groups"),
+                Value("seconds-per-fleet", "s"),
+            ),
             first_run_answers,
         ),
         Figure(
             "poison",
-            "nine bad groups in a fleet of 200: every other one trained, each bad one with its own status and reason",
+            "nine bad groups in a fleet of 200: every other one trained, each bad one with its own "
+            "status and reason",
             2,
             (
                 Value("trained", "groups", "==", 192),
@@ -582,6 +705,21 @@ FIGURES = {
                 Value("seconds", "s"),
             ),
             lambda runs: poison(runs.new_folder()),
+        ),
+        Figure(
+            "shape",
+            "code under pipeline/, assets/ and resources/: long lines, density, long and wide "
+            "functions, imports of a higher room",
+            0.1,
+            (
+                Value("over-100", "%", "<=", 1),
+                Value("comprehensions", "per-1000-lines", "<=", 25),
+                Value("conditionals", "per-1000-lines", "<=", 14),
+                Value("functions-over-60", "functions", "==", 0),
+                Value("parameters-over-6", "functions", "<=", 6),
+                Value("upward", "imports", "==", 0),
+            ),
+            lambda _: measure_shape(PROJECT),
         ),
     )
 }

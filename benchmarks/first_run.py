@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from assets.fleet import DescribedFleet
-from assets.link import FleetFiles
+from assets.settings import FleetFiles
 from benchmarks.engine import Engine
 from benchmarks.runs import NotMeasured, Runs
 from pipeline.spec import FleetSpec, parse_spec
@@ -39,7 +39,10 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
     OFFSET: {"target": {"column": "y", "offset": "known"}, "baselines": {"as planned": "known"}},
     "l1": {"tuning": {"objective": "l1"}},
     "quantile": {"tuning": {"objective": "quantile", "alpha": 0.9}},
-    "huber, weighted": {"tuning": {"objective": "huber"}, "target": {"column": "y", "weight": "weight"}},
+    "huber, weighted": {
+        "tuning": {"objective": "huber"},
+        "target": {"column": "y", "weight": "weight"},
+    },
     "two classes": {"task": "binary"},
     "classes": {"task": "multiclass"},
 }
@@ -73,8 +76,16 @@ def first_run_answers(runs: Runs, numbers: Sequence[int] = range(N_FLEETS)) -> M
         for number in numbers:
             launched = launch(engine, number)
             found.append(launched)
-            told = "green, answered" if launched.is_green and launched.is_answered else f"NOT: {launched.told}"
-            print(f"  fleet {number}: {launched.kind}, {launched.n_groups} groups, {launched.seconds:.0f} s: {told}", flush=True)
+            told = (
+                "green, answered"
+                if launched.is_green and launched.is_answered
+                else f"NOT: {launched.told}"
+            )
+            print(
+                f"  fleet {number}: {launched.kind}, {launched.n_groups} groups, "
+                f"{launched.seconds:.0f} s: {told}",
+                flush=True,
+            )
     if not found:
         raise NotMeasured("no fleet was launched")
     answered = [launched.is_green and launched.is_answered for launched in found]
@@ -96,16 +107,21 @@ def launch(engine: Engine, number: int) -> Launched:
     folder = engine.folder / f"fleet-{number}"
     folder.mkdir()
     kind = list(KINDS)[number % len(KINDS)]
-    # Every other fleet has rows that wait for their answer, the others answer days that are made up.
+    # Every other fleet has rows that wait for their answer, the others answer days that are made
+    # up.
     rows = generated_rows(kind, number, n_waiting=2 * (1 - number % 2))
     rows.to_parquet(folder / "rows.parquet", index=False)
     spec = spec_of(kind, is_future=number % 2 == 1)
     started = time.monotonic()
     quiet = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
     resources = _resources(engine, folder)
-    result = dg.materialize(links_of(spec, folder), resources=resources, run_config=quiet, raise_on_error=False)
+    result = dg.materialize(
+        links_of(spec, folder), resources=resources, run_config=quiet, raise_on_error=False
+    )
     seconds = time.monotonic() - started
-    wrong = [str(event.step_failure_data.error) for event in result.all_events if event.is_step_failure]
+    wrong = [
+        str(event.step_failure_data.error) for event in result.all_events if event.is_step_failure
+    ]
     checks = {check.check_name: check for check in result.get_asset_check_evaluations()}
     wrong += [
         f"{name}: {check.description or dict(check.metadata)}"
@@ -116,7 +132,9 @@ def launch(engine: Engine, number: int) -> Launched:
     n_rows = 0 if answers is None else int(str(answers.metadata["rows_to_score"].value))
     is_answered = answers is not None and answers.passed and n_rows > 0
     told = "; ".join(wrong)[:400] or ("" if is_answered else f"{n_rows} rows to score")
-    return Launched(kind, rows["shop"].nunique(), result.success and not wrong, is_answered, seconds, told)
+    return Launched(
+        kind, rows["shop"].nunique(), result.success and not wrong, is_answered, seconds, told
+    )
 
 
 def links_of(spec: FleetSpec, folder: Path) -> list[Any]:
@@ -126,7 +144,11 @@ def links_of(spec: FleetSpec, folder: Path) -> list[Any]:
 
 
 def _resources(engine: Engine, folder: Path) -> dict[str, Any]:
-    registry = MlflowRegistry(tracking_uri=f"sqlite:///{folder}/mlflow.db", artifact_root=f"{folder}/artifacts", scratch=str(folder / "scratch"))
+    registry = MlflowRegistry(
+        tracking_uri=f"sqlite:///{folder}/mlflow.db",
+        artifact_root=f"{folder}/artifacts",
+        scratch=str(folder / "scratch"),
+    )
     return {
         # The session is the engine's; a resource of the launch would stop it.
         "spark": dg.ResourceDefinition.hardcoded_resource(engine.spark),
@@ -163,8 +185,14 @@ def spec_of(kind: str, *, is_future: bool) -> FleetSpec:
     changes = dict(KINDS[kind])
     if kind == OFFSET and is_future:
         # What is planned for a made-up day is what was planned two days before.
-        attributes["features"]["lags"] = [{"column": "known", "periods": [2]}, *attributes["features"]["lags"]]
-        changes = {"target": {"column": "y", "offset": "known_lag_2"}, "baselines": {"as planned": "known_lag_2"}}
+        attributes["features"]["lags"] = [
+            {"column": "known", "periods": [2]},
+            *attributes["features"]["lags"],
+        ]
+        changes = {
+            "target": {"column": "y", "offset": "known_lag_2"},
+            "baselines": {"as planned": "known_lag_2"},
+        }
     tuning = {"max_trials": 2, "patience": 1, "max_rounds": 60, **changes.get("tuning", {})}
     return parse_spec({**attributes, **changes, "tuning": tuning}, file="generated")
 
@@ -178,7 +206,8 @@ def generated_rows(kind: str, seed: int, n_waiting: int) -> pd.DataFrame:
         n_waiting: days at the end whose rows have no target yet.
 
     Returns:
-        One row per shop and day: region, shop, day, x1, x2, known (an offset for those who want one), weight (0 in a tenth of the rows) and y.
+        One row per shop and day: region, shop, day, x1, x2, known (an offset for those who want
+        one), weight (0 in a tenth of the rows) and y.
     """
     random = np.random.default_rng(seed)
     n_groups = int(np.exp(random.uniform(np.log(FEWEST_GROUPS), np.log(MOST_GROUPS))))
@@ -189,11 +218,16 @@ def generated_rows(kind: str, seed: int, n_waiting: int) -> pd.DataFrame:
         x1, x2 = random.normal(size=(2, n_days))
         noise = _persistent(random, n_days)
         signal = random.normal() + random.normal() * x1 + noise
-        part = pd.DataFrame({"region": f"r{number % 5}", "shop": f"s{number}", "day": days, "x1": x1, "x2": x2})
+        part = pd.DataFrame(
+            {"region": f"r{number % 5}", "shop": f"s{number}", "day": days, "x1": x1, "x2": x2}
+        )
         part["known"] = np.cumsum(random.normal(size=n_days)) + random.normal(0, 10)
-        part["weight"] = np.where(random.random(n_days) < 0.1, 0.0, random.uniform(0.5, 2.0, n_days))  # noqa: PLR2004
+        is_weightless = random.random(n_days) < 0.1  # noqa: PLR2004 - one in ten
+        part["weight"] = np.where(is_weightless, 0.0, random.uniform(0.5, 2.0, n_days))
         is_constant = random.random() < 0.03  # noqa: PLR2004 - and one in thirty never changes
-        part["y"] = target_of(kind, np.zeros(n_days) if is_constant else signal, part["known"].to_numpy(), random)
+        part["y"] = target_of(
+            kind, np.zeros(n_days) if is_constant else signal, part["known"].to_numpy(), random
+        )
         parts.append(part)
     rows = pd.concat(parts, ignore_index=True)
     waits = rows["day"] > rows["day"].max() - pd.Timedelta(days=n_waiting)
@@ -221,7 +255,8 @@ def target_of(kind: str, signal: Floats, known: Floats, random: np.random.Genera
     if kind == "counts":
         target = random.poisson(np.exp(np.clip(0.5 * signal, -4, 6))).astype(float)
     elif kind == "zeros":
-        target = np.where(random.random(n_days) < 0.7, 0.0, random.gamma(2.0, np.exp(np.clip(signal, -4, 6))))  # noqa: PLR2004
+        is_zero = random.random(n_days) < 0.7  # noqa: PLR2004 - seven in ten
+        target = np.where(is_zero, 0.0, random.gamma(2.0, np.exp(np.clip(signal, -4, 6))))
     elif kind in ("heavy tails", "log of heavy tails"):
         target = np.exp(np.clip(2.0 * signal, -12, 12)) * (1 + random.pareto(1.5, n_days))
     elif kind == OFFSET:

@@ -37,23 +37,28 @@ _FLEET_STREAM, _GROUP_STREAM = 0, 1
 class GeneratedFleet:
     """A fleet of one grain of groups, g00000 the largest, made from its arguments alone.
 
-    A target is a group's level, plus effects of the features that level off (tanh), plus noise. Half of an effect's size is the
-    fleet's and half the group's own. Many equally weak smooth effects are what LightGBM's default steps and leaves are too coarse
-    for. A tiny fleet has one straight effect. A target of noise has neither effects nor levels.
+    A target is a group's level, plus effects of the features that level off (tanh), plus noise.
+    Half of an effect's size is the fleet's and half the group's own. Many equally weak smooth
+    effects are what LightGBM's default steps and leaves are too coarse for. A tiny fleet has one
+    straight effect. A target of noise has neither effects nor levels.
 
     Args:
         n_groups: groups.
-        rows_per_group: rows of the mean group; all groups together have exactly n_groups times as many.
-        skew: Zipf's exponent s: what groups have above the minimum falls with their rank as rank ** -s; 0 is equal sizes.
-        signal: `tuned`, where chosen parameters predict better than default ones, or `tiny`, for what training costs besides
-            learning, best with 70 rows per group; `noise`, from which there is nothing to learn.
+        rows_per_group: rows of the mean group; all groups together have exactly n_groups times as
+            many.
+        skew: Zipf's exponent s: what groups have above the minimum falls with their rank as rank **
+            -s; 0 is equal sizes.
+        signal: `tuned`, where chosen parameters predict better than default ones, or `tiny`, for
+            what training costs besides learning, best with 70 rows per group; `noise`, from which
+            there is nothing to learn.
         n_features: features x0, x1, ...
-        seed: of all that is random; a group's rows depend on it, the group's number and the group's size only.
+        seed: of all that is random; a group's rows depend on it, the group's number and the group's
+            size only.
         minimum_rows: rows of the smallest group, or rows_per_group where that is less.
 
     Raises:
-        ValueError: if there would be no group, no feature or no row, the skew is negative, or one group would have more rows than
-            its time has seconds.
+        ValueError: if there would be no group, no feature or no row, the skew is negative, or one
+            group would have more rows than its time has seconds.
     """
 
     n_groups: int
@@ -65,12 +70,21 @@ class GeneratedFleet:
     minimum_rows: int = 150
 
     def __post_init__(self) -> None:
-        if min(self.n_groups, self.rows_per_group, self.n_features, self.minimum_rows) < 1 or self.skew < 0:
-            raise ValueError(f"{self} is no fleet: expected at least one group, row and feature, and a skew of 0 or more")
+        if (
+            min(self.n_groups, self.rows_per_group, self.n_features, self.minimum_rows) < 1
+            or self.skew < 0
+        ):
+            raise ValueError(
+                f"{self} is no fleet: expected at least one group, row and feature, and a skew of "
+                "0 or more"
+            )
         if self.signal not in TUNINGS:
             raise ValueError(f"signal is {self.signal!r}; expected one of {', '.join(TUNINGS)}")
         if int(self.sizes().max()) > SPAN_SECONDS:
-            raise ValueError(f"{self} has a group of {self.sizes().max()} rows; expected at most {SPAN_SECONDS}, one a second")
+            raise ValueError(
+                f"{self} has a group of {self.sizes().max()} rows; expected at most "
+                f"{SPAN_SECONDS}, one a second"
+            )
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -102,15 +116,20 @@ class GeneratedFleet:
             last: number of the group after the last one wanted; None is all.
 
         Returns:
-            One row per group and time: group (text), time and known_at (equal; UTC without a zone, microseconds), is_future (false),
-            row_key (JSON array of group and time), x0, x1, ..., y (float64, no unit). A group's times are evenly spaced over 200 days
-            and end with their last second.
+            One row per group and time: group (text), time and known_at (equal; UTC without a zone,
+            microseconds), is_future (false), row_key (JSON array of group and time), x0, x1, ..., y
+            (float64, no unit). A group's times are evenly spaced over 200 days and end with their
+            last second.
         """
         sizes = self.sizes()[first:last]
         names = np.repeat(np.array(self.groups[first:last], dtype=object), sizes)
-        seconds = np.concatenate([np.arange(1, size + 1) * SPAN_SECONDS // size - 1 for size in sizes])
+        seconds = np.concatenate(
+            [np.arange(1, size + 1) * SPAN_SECONDS // size - 1 for size in sizes]
+        )
         times = START.to_datetime64().astype("datetime64[us]") + seconds.astype("timedelta64[s]")
-        values = np.concatenate([self._values(first + place, int(size)) for place, size in enumerate(sizes)])
+        values = np.concatenate(
+            [self._values(first + place, int(size)) for place, size in enumerate(sizes)]
+        )
         texts = pd.Series(np.datetime_as_string(times, unit="s")).str.replace("T", " ", regex=False)
         return pd.DataFrame(
             {
@@ -139,7 +158,10 @@ class GeneratedFleet:
         return np.column_stack([features, level + np.tanh(features) @ sizes + noise])
 
     def attributes(self, **changes: Any) -> dict[str, Any]:
-        """The attributes of the fleet's defs.yaml; mappings are changed field by field, a field changed to None is left out."""
+        """The attributes of the fleet's defs.yaml.
+
+        Mappings are changed field by field, a field changed to None is left out.
+        """
         attributes: dict[str, Any] = {
             "name": f"generated_{self.signal}",
             "sources": [{"name": "rows", "uri": "rows.parquet"}],
@@ -153,7 +175,11 @@ class GeneratedFleet:
         }
         for name, value in changes.items():
             before = attributes.get(name)
-            attributes[name] = {**before, **value} if isinstance(before, Mapping) and isinstance(value, Mapping) else value
+            attributes[name] = (
+                {**before, **value}
+                if isinstance(before, Mapping) and isinstance(value, Mapping)
+                else value
+            )
         return {name: value for name, value in attributes.items() if value is not None}
 
     def spec(self, **changes: Any) -> FleetSpec:
@@ -179,11 +205,13 @@ class GeneratedFleet:
 def tuning_gain(fleet: GeneratedFleet, n_groups: int) -> float:
     """By how much LightGBM's default parameters do worse than tuned ones on report rows, as a share of the tuned error.
 
-    Both stop early on the tune rows and are then fitted on fit and tune rows; tuned are 20 trials of `rivals.tune_and_fit`.
+    Both stop early on the tune rows and are then fitted on fit and tune rows; tuned are 20 trials
+    of `rivals.tune_and_fit`.
 
     Args:
         fleet: the fleet.
-        n_groups: its first groups are measured, in this process: a second or two each for groups of 500 rows.
+        n_groups: its first groups are measured, in this process: a second or two each for groups of
+            500 rows.
 
     Returns:
         Mean RMSE of the groups with default parameters over that with tuned ones, less 1.
@@ -196,17 +224,29 @@ def _mean_rmse(groups: pd.DataFrame) -> float:
     return float(((groups["squared_error"] / groups["n_report"]) ** 0.5).mean())
 
 
-def write_features(fleet: GeneratedFleet, location: str | Path, *, n_files: int = 8, late: pd.DataFrame | None = None) -> None:
+def write_features(
+    fleet: GeneratedFleet,
+    location: str | Path,
+    *,
+    n_files: int = 8,
+    late: pd.DataFrame | None = None,
+) -> None:
     """Write the fleet's feature table as a Delta table; what was there is replaced.
 
     Args:
         fleet: the fleet.
         location: folder or address of the table.
-        n_files: Parquet files at most, each with whole groups and about as many rows as the others; one commit each.
+        n_files: Parquet files at most, each with whole groups and about as many rows as the others;
+            one commit each.
         late: further rows, in a file of their own.
     """
     for number, frame in enumerate([*_frames(fleet, n_files), *([] if late is None else [late])]):
-        write_deltalake(location, _table(frame), mode="append" if number else "overwrite", schema_mode=None if number else "overwrite")
+        write_deltalake(
+            location,
+            _table(frame),
+            mode="append" if number else "overwrite",
+            schema_mode=None if number else "overwrite",
+        )
 
 
 def late_rows(rows: pd.DataFrame, n_rows: int = 1) -> pd.DataFrame:
@@ -225,7 +265,15 @@ def _frames(fleet: GeneratedFleet, n_files: int) -> Iterator[pd.DataFrame]:
 
 
 def _table(frame: pd.DataFrame) -> pa.Table:
-    types = {"group": pa.string(), "time": TIMESTAMP, "known_at": TIMESTAMP, "is_future": pa.bool_(), "row_key": pa.string()}
+    types = {
+        "group": pa.string(),
+        "time": TIMESTAMP,
+        "known_at": TIMESTAMP,
+        "is_future": pa.bool_(),
+        "row_key": pa.string(),
+    }
     schema = pa.schema([pa.field(name, types.get(name, pa.float64())) for name in map(str, frame)])
-    zoned = frame.assign(**{name: frame[name].dt.tz_localize("UTC") for name in ("time", "known_at")})
+    zoned = frame.assign(
+        **{name: frame[name].dt.tz_localize("UTC") for name in ("time", "known_at")}
+    )
     return pa.Table.from_pandas(zoned, schema=schema, preserve_index=False)

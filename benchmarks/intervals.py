@@ -1,7 +1,8 @@
 """Whether as many answers are within their intervals as these promise, in the period after the one that the intervals were made from.
 
-A fleet is run as of one moment. Its registered model, as anybody would load it, then answers the rows of the next period, whose truth is
-in the packages' files; nothing is imported from the project.
+A fleet is run as of one moment. Its registered model, as anybody would load it, then answers the
+rows of the next period, whose truth is in the packages' files; nothing is imported from the
+project.
 """
 
 import os
@@ -24,7 +25,8 @@ class Case:
     """A fleet, and a period to judge its intervals on.
 
     Args:
-        as_of: the moment that the run pretends it is; the model and its intervals know nothing later.
+        as_of: the moment that the run pretends it is; the model and its intervals know nothing
+            later.
         truth: actual target by row key, of rows after that.
     """
 
@@ -66,18 +68,25 @@ def answers_after(run: Run, fleet: str, case: Case) -> dict[float, pd.DataFrame]
     features = DeltaTable(run.tables / "features").to_pandas().set_index("row_key")
     missing = truth.index.difference(features.index)
     if len(missing):
-        raise NotMeasured(f"{fleet}: {len(missing)} rows of the truth are not in the feature table, e.g. {missing[0]}")
+        raise NotMeasured(
+            f"{fleet}: {len(missing)} rows of the truth are not in the feature table, e.g. "
+            f"{missing[0]}"
+        )
     rows = features.loc[truth.index]
     known = rows.index[rows["known_at"] <= pd.Timestamp(case.as_of, tz="UTC")]
     if len(known):
-        raise NotMeasured(f"{fleet}: {len(known)} rows were known as of {case.as_of}, e.g. {known[0]}")
+        raise NotMeasured(
+            f"{fleet}: {len(known)} rows were known as of {case.as_of}, e.g. {known[0]}"
+        )
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     mlflow.set_tracking_uri(_tracking_uri(run.tables))
     mlflow.set_registry_uri(_tracking_uri(run.tables))
     model = mlflow.pyfunc.load_model(f"models:/{fleet}@champion")
     questions = rows[[name for name in model.metadata.metadata["inputs"] if name in rows]]
     return {
-        level: model.predict(questions, params={"interval": level}).assign(actual=truth["actual"], time=rows["time"], known_at=rows["known_at"])
+        level: model.predict(questions, params={"interval": level}).assign(
+            actual=truth["actual"], time=rows["time"], known_at=rows["known_at"]
+        )
         for level in LEVELS
     }
 
@@ -91,6 +100,7 @@ def _told(rows: pd.DataFrame, within: "pd.Series[bool]") -> str:
     width = rows["upper"] - rows["lower"]
     below, above = (rows["actual"] < rows["lower"]).mean(), (rows["actual"] > rows["upper"]).mean()
     return (
-        f"{within.mean():.4f} of {len(rows):,} rows within, {below:.4f} below, {above:.4f} above, {np.isnan(width).sum():,} without interval; "
+        f"{within.mean():.4f} of {len(rows):,} rows within, {below:.4f} below, {above:.4f} above, "
+        f"{np.isnan(width).sum():,} without interval; "
         f"width {width.median():.4g} (median)"
     )

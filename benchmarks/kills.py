@@ -26,8 +26,14 @@ from benchmarks.generated import GeneratedFleet, write_features
 from benchmarks.invariants import check_fleet, compare_runs
 from benchmarks.runs import PROJECT, NotMeasured
 from pipeline import crash_points
-from pipeline.spark.fleet_training import Cluster, History, PlannedRun, Request, plan_run, train_run
+from pipeline.runs.history import History
+from pipeline.runs.planned_run import PlannedRun
+from pipeline.runs.request import Request
+from pipeline.spark.planning import plan_run
+from pipeline.spark.training_run import train_run
 from pipeline.spec import FleetSpec
+from pipeline.testing.runs import own_tables, quiet_context
+from pipeline.training.trainer import train_group
 from pipeline.training.worker import TrainGroup
 from resources.lease import hold_lease
 
@@ -69,7 +75,11 @@ def train(folder: Path) -> None:
 
 
 def train_told(
-    folder: Path, spec: FleetSpec, *, trainer: TrainGroup | None = None, planned: Callable[[PlannedRun], PlannedRun] = lambda run: run
+    folder: Path,
+    spec: FleetSpec,
+    *,
+    trainer: TrainGroup | None = None,
+    planned: Callable[[PlannedRun], PlannedRun] = lambda run: run,
 ) -> None:
     """Train a fleet, as the asset does, and tell in the folder's events how far it came.
 
@@ -87,12 +97,32 @@ def train_told(
             crash_points.crash_point("lease_taken")
             location = engine.tables.location(NAME, "features")
             version = engine.tables.version(location)
-            history = History.read(engine.tables, NAME)
+            history = History.read(own_tables(engine.tables, NAME))
             features = engine.tables.read_spark(spark, location, version)
-            run = planned(plan_run(features, spec, Request(run_id), history, slots=SLOTS, threads=1))
-            _tell(folder, "planned", run_id=run.run_id, resumed=run.is_resumed, waves=run.plan.n_waves, groups=len(run.plan.to_train))
-            cluster = Cluster(spark, lambda *_: None, engine.spark.group_memory_bytes, trainer)
-            train_run(cluster, engine.tables, NAME, run, spec, features_version=version, lease=lease)
+            run = planned(
+                plan_run(
+                    quiet_context(spark, slots=SLOTS), features, spec, Request(run_id), history
+                )
+            )
+            _tell(
+                folder,
+                "planned",
+                run_id=run.run_id,
+                resumed=run.is_resumed,
+                waves=run.plan.n_waves,
+                groups=len(run.plan.to_train),
+            )
+            cluster = quiet_context(
+                spark, memory_bytes=engine.spark.group_memory_bytes, train=trainer or train_group
+            )
+            train_run(
+                cluster,
+                own_tables(engine.tables, NAME),
+                run,
+                spec,
+                features_version=version,
+                lease=lease,
+            )
         _tell(folder, "trained")
 
 
@@ -125,10 +155,22 @@ class Child:
     def __enter__(self) -> Self:
         self._told = len(_events(self.folder))
         self._log = (self.folder / "log").open("a")
-        environment = {**os.environ, MARK: self.mark, crash_points.VARIABLE: self.crash_at, "TMPDIR": str(self.folder / "tmp")}
+        environment = {
+            **os.environ,
+            MARK: self.mark,
+            crash_points.VARIABLE: self.crash_at,
+            "TMPDIR": str(self.folder / "tmp"),
+        }
         (self.folder / "tmp").mkdir(exist_ok=True)
         command = [sys.executable, "-m", self.module, "--train", str(self.folder), *self.options]
-        self.process = subprocess.Popen(command, cwd=PROJECT, env=environment, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log)
+        self.process = subprocess.Popen(
+            command,
+            cwd=PROJECT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -139,7 +181,9 @@ class Child:
 
     def event(self, name: str) -> Mapping[str, Any] | None:
         """What this child told under a name; None if it has not."""
-        return next((event for event in _events(self.folder)[self._told :] if event["event"] == name), None)
+        return next(
+            (event for event in _events(self.folder)[self._told :] if event["event"] == name), None
+        )
 
     def wait_for(self, name: str) -> Mapping[str, Any] | None:
         """Wait until the child tells something; None if it ends before.
@@ -154,7 +198,10 @@ class Child:
             if found is not None or ended:
                 return found
             time.sleep(POLL_SECONDS)
-        raise NotMeasured(f"a training process did not come to {name!r} within {PATIENCE_SECONDS:g} s: {end_of(self.folder / 'log')}")
+        raise NotMeasured(
+            f"a training process did not come to {name!r} within {PATIENCE_SECONDS:g} s: "
+            f"{end_of(self.folder / 'log')}"
+        )
 
     def end(self) -> int:
         """Wait for the child's exit status.
@@ -165,7 +212,10 @@ class Child:
         try:
             return self.process.wait(PATIENCE_SECONDS)
         except subprocess.TimeoutExpired as error:
-            raise NotMeasured(f"a training process did not end within {PATIENCE_SECONDS:g} s: {end_of(self.folder / 'log')}") from error
+            raise NotMeasured(
+                f"a training process did not end within {PATIENCE_SECONDS:g} s: "
+                f"{end_of(self.folder / 'log')}"
+            ) from error
 
     def python_below(self) -> tuple[list[int], list[int]]:
         """Spark's Python workers, and the processes in which they train."""
@@ -198,7 +248,9 @@ def _parents() -> dict[int, int]:
     found = {}
     for pid in _processes():
         with contextlib.suppress(OSError):
-            state, parent = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[:2]
+            state, parent = (
+                Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[:2]
+            )
             if state not in "ZX":
                 found[pid] = int(parent)
     return found
@@ -239,7 +291,8 @@ def left_over(marks: Sequence[str]) -> list[str]:
     for pid in there:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    return [f"I9: {GONE_SECONDS:g} s after the end there are still {', '.join(f'{name} ({pid})' for pid, name in sorted(there.items()))}"]
+    alive = ", ".join(f"{name} ({pid})" for pid, name in sorted(there.items()))
+    return [f"I9: {GONE_SECONDS:g} s after the end there are still {alive}"]
 
 
 # --- trials
@@ -271,7 +324,8 @@ class Trial:
 
     Args:
         victim: what is killed.
-        moment: when, as a share of the reference's seconds: of all for a driver, of those of its waves for a worker.
+        moment: when, as a share of the reference's seconds: of all for a driver, of those of its
+            waves for a worker.
         crash_at: a named crash point instead of a moment.
     """
 
@@ -280,7 +334,9 @@ class Trial:
     crash_at: str = ""
 
     def __str__(self) -> str:
-        return f"driver at {self.crash_at}" if self.crash_at else f"{self.victim} at {self.moment:.0%}"
+        return (
+            f"driver at {self.crash_at}" if self.crash_at else f"{self.victim} at {self.moment:.0%}"
+        )
 
 
 @dataclass(frozen=True)
@@ -314,7 +370,10 @@ def kill_trials(n: int, seed: int, folder: Path) -> Killed:
 
 
 def kill_points(folder: Path, points: Sequence[str] = tuple(crash_points.POINTS)) -> Killed:
-    """Kill the driver once at each of the named crash points; at those that come with each wave, in the second one."""
+    """Kill the driver once at each of the named crash points.
+
+    At those that come with each wave, in the second one.
+    """
     return _try_all([Trial("driver", crash_at=_at(point)) for point in points], folder)
 
 
@@ -332,18 +391,26 @@ def kills(folder: Path, n: int = 25, seed: int = 1) -> Mapping[str, float]:
     drawn, points = kill_trials(n, seed, folder / "random"), kill_points(folder / "points")
     for message in (*drawn.messages, *points.messages):
         print(f"  {message}", flush=True)
-    return {"survived": drawn.survived, "points": points.survived, "seconds-per-trial": drawn.seconds}
+    return {
+        "survived": drawn.survived,
+        "points": points.survived,
+        "seconds-per-trial": drawn.seconds,
+    }
 
 
 def random_trials(n: int, seed: int) -> list[Trial]:
     """Half of them kill the driver; the same ones for the same seed."""
     rng = random.Random(seed)  # noqa: S311 - repeatable on purpose
-    victims: list[Victim] = [("driver", "worker", "driver", "training child")[number % 4] for number in range(n)]
+    victims: list[Victim] = [
+        ("driver", "worker", "driver", "training child")[number % 4] for number in range(n)
+    ]
     rng.shuffle(victims)
     trials = []
     for victim in victims:
         at_a_point = victim == "driver" and rng.randrange(AT_A_POINT) == 0
-        crash_at = _at(rng.choice(list(crash_points.POINTS)), rng.randrange(1, 4)) if at_a_point else ""
+        crash_at = (
+            _at(rng.choice(list(crash_points.POINTS)), rng.randrange(1, 4)) if at_a_point else ""
+        )
         trials.append(Trial(victim, rng.random(), crash_at))
     return trials
 
@@ -363,10 +430,20 @@ def _try_all(trials: Sequence[Trial], folder: Path) -> Killed:
         wrong = survive(trial, reference, folder / f"trial-{number}")
         survived += not wrong
         messages += [f"trial {number} ({trial}): {line}" for line in wrong]
-        print(f"  trial {number}: {trial}: {'; '.join(wrong) or 'survived'} ({time.monotonic() - began:.0f} s)", flush=True)
+        print(
+            f"  trial {number}: {trial}: {'; '.join(wrong) or 'survived'} "
+            f"({time.monotonic() - began:.0f} s)",
+            flush=True,
+        )
         if not wrong:
             shutil.rmtree(folder / f"trial-{number}", ignore_errors=True)
-    return Killed(survived, len(trials), messages, (time.monotonic() - started) / max(1, len(trials)), reference.seconds)
+    return Killed(
+        survived,
+        len(trials),
+        messages,
+        (time.monotonic() - started) / max(1, len(trials)),
+        reference.seconds,
+    )
 
 
 def straight_run(folder: Path) -> Reference:
@@ -379,14 +456,24 @@ def straight_run(folder: Path) -> Reference:
     write_features(small_fleet(), tables_of(folder) / "features")
     with Child(folder) as child:
         status = child.end()
-        session, planned, trained = (child.event(name) for name in ("session", "planned", "trained"))
+        session, planned, trained = (
+            child.event(name) for name in ("session", "planned", "trained")
+        )
     if status or not session or not planned or not trained:
-        raise NotMeasured(f"a run that nobody disturbed ended with exit status {status}: {end_of(folder / 'log')}")
+        raise NotMeasured(
+            f"a run that nobody disturbed ended with exit status {status}: {end_of(folder / 'log')}"
+        )
     wrong = _checked(folder, [child.mark])
     if wrong:
         raise NotMeasured(f"a run that nobody disturbed is not sound: {'; '.join(wrong)}")
-    print(f"  reference: {trained['moment'] - session['moment']:.1f} s, {planned['waves']} waves of {planned['groups']} groups", flush=True)
-    return Reference(folder, trained["moment"] - session["moment"], planned["moment"] - session["moment"])
+    print(
+        f"  reference: {trained['moment'] - session['moment']:.1f} s, {planned['waves']} waves of "
+        f"{planned['groups']} groups",
+        flush=True,
+    )
+    return Reference(
+        folder, trained["moment"] - session["moment"], planned["moment"] - session["moment"]
+    )
 
 
 def survive(trial: Trial, reference: Reference, folder: Path) -> list[str]:
@@ -419,14 +506,19 @@ def _checked(folder: Path, marks: Sequence[str]) -> list[str]:
 
 
 def _killed_and_finished(trial: Trial, reference: Reference, folder: Path) -> list[str] | None:
-    """Violations after the run was killed and finished; None if the run ended before it could be killed."""
+    """Violations after the run was killed and finished.
+
+    None if the run ended before it could be killed.
+    """
     with Child(folder, trial.crash_at) as child:
         hit = _kill(trial, reference, child)
         status = child.end()
         if not hit:
             return None
     if trial.victim != "driver":
-        return _checked(folder, [child.mark]) + ([f"the run ended with exit status {status}"] if status else [])
+        return _checked(folder, [child.mark]) + (
+            [f"the run ended with exit status {status}"] if status else []
+        )
     if status != -signal.SIGKILL:
         return [f"the driver ended with exit status {status}, not killed: {end_of(folder / 'log')}"]
     wrong, marks = [], [child.mark]
@@ -445,10 +537,13 @@ def _finish(folder: Path, interrupted: Sequence[str]) -> tuple[list[str], str]:
         status = child.end()
         planned = child.event("planned")
     if status or planned is None:
-        return [f"started again, the run ended with exit status {status}: {end_of(folder / 'log')}"], child.mark
+        return [
+            f"started again, the run ended with exit status {status}: {end_of(folder / 'log')}"
+        ], child.mark
     wanted = interrupted[-1] if interrupted else planned["run_id"]
     if (planned["run_id"], planned["resumed"]) != (wanted, bool(interrupted)):
-        return [f"run {planned['run_id']} (resumed: {planned['resumed']}) did not finish the interrupted {wanted}"], child.mark
+        run = f"run {planned['run_id']} (resumed: {planned['resumed']})"
+        return [f"{run} did not finish the interrupted {wanted}"], child.mark
     return [], child.mark
 
 
@@ -456,12 +551,18 @@ def _kill(trial: Trial, reference: Reference, child: Child) -> bool:
     """Kill what the trial says, when it says; whether it was there to be killed."""
     if trial.crash_at:
         return child.end() == -signal.SIGKILL
-    return _kill_driver(trial, reference, child) if trial.victim == "driver" else _kill_below(trial, reference, child)
+    return (
+        _kill_driver(trial, reference, child)
+        if trial.victim == "driver"
+        else _kill_below(trial, reference, child)
+    )
 
 
 def _kill_driver(trial: Trial, reference: Reference, child: Child) -> bool:
     started = child.wait_for("session")
-    if started is None or not sleep_until(started["moment"] + trial.moment * reference.seconds, child):
+    if started is None or not sleep_until(
+        started["moment"] + trial.moment * reference.seconds, child
+    ):
         return False
     child.process.kill()
     return True
@@ -471,7 +572,9 @@ def _kill_below(trial: Trial, reference: Reference, child: Child) -> bool:
     planned = child.wait_for("planned")
     if planned is None:
         return False
-    there = sleep_until(planned["moment"] + trial.moment * (reference.seconds - reference.planned_seconds), child)
+    there = sleep_until(
+        planned["moment"] + trial.moment * (reference.seconds - reference.planned_seconds), child
+    )
     while there:
         workers, trainers = child.python_below()
         victims = workers if trial.victim == "worker" else trainers
@@ -515,7 +618,10 @@ def _is_finished(folder: Path) -> bool:
 
 
 def _waves_lost(folder: Path) -> set[str]:
-    """I8: the waves that wrote boosters but have no ledger rows; also those whose files nobody committed."""
+    """I8: the waves that wrote boosters but have no ledger rows.
+
+    Also those whose files nobody committed.
+    """
     tables = tables_of(folder)
     named: set[str] = set()
     if (tables / "ledger" / "_delta_log").exists():
@@ -524,7 +630,9 @@ def _waves_lost(folder: Path) -> set[str]:
     for file in (tables / "boosters").glob("*.parquet"):
         # A file that was being written has no end yet.
         with contextlib.suppress(OSError, ValueError):
-            written.update(pq.read_table(file, columns=["wave"], partitioning=None)["wave"].to_pylist())
+            written.update(
+                pq.read_table(file, columns=["wave"], partitioning=None)["wave"].to_pylist()
+            )
     return written - named
 
 
@@ -537,8 +645,17 @@ def main(arguments: Sequence[str]) -> int:
         print("usage: python -m benchmarks.kills FOLDER [TRIALS|points [SEED]]")
         return 2
     folder, n, seed = (*arguments, *("3", "1")[len(arguments) - 1 :])
-    found = kill_points(Path(folder)) if n == "points" else kill_trials(int(n), int(seed), Path(folder))
-    print("\n".join([*found.messages, f"{found.survived} of {found.trials} survived, {found.seconds:.0f} s per trial"]))
+    found = (
+        kill_points(Path(folder)) if n == "points" else kill_trials(int(n), int(seed), Path(folder))
+    )
+    print(
+        "\n".join(
+            [
+                *found.messages,
+                f"{found.survived} of {found.trials} survived, {found.seconds:.0f} s per trial",
+            ]
+        )
+    )
     return int(found.survived != found.trials)
 
 

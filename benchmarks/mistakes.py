@@ -79,12 +79,16 @@ class Mistake:
     status: int = 1
 
 
-def _in_defs(old: str, new: str, named: str, next_step: str, command: Sequence[str] = CHECK) -> Mistake:
+def _in_defs(
+    old: str, new: str, named: str, next_step: str, command: Sequence[str] = CHECK
+) -> Mistake:
     """A mistake in the fleet's defs.yaml."""
     return Mistake(f"{old} -> {new}", command, (DEFS, named), next_step, DEFS, old, new)
 
 
-def _in_sql(new: str, named: tuple[str, ...], next_step: str, command: Sequence[str] = CHECK) -> Mistake:
+def _in_sql(
+    new: str, named: tuple[str, ...], next_step: str, command: Sequence[str] = CHECK
+) -> Mistake:
     """A mistake in the fleet's features.sql."""
     return Mistake(new, command, ("features.sql", *named), next_step, SQL, "", new)
 
@@ -213,7 +217,10 @@ def message_lines(folder: Path) -> Mapping[str, float]:
         named += not missing
         command, seconds = " ".join(mistake.command[:3]), time.monotonic() - started
         lacking = f"; not said: {missing}" if missing else ""
-        print(f"  {n_lines:>3} lines, {seconds:>4.0f} s  {command}: {mistake.what!r}{lacking}", flush=True)
+        print(
+            f"  {n_lines:>3} lines, {seconds:>4.0f} s  {command}: {mistake.what!r}{lacking}",
+            flush=True,
+        )
         if missing or n_lines > 12:  # noqa: PLR2004 - what is short of the target is shown
             print("".join(f"      | {line}\n" for line in text.splitlines()[:40]), flush=True)
     return {"": max(lines), "named": named / len(MISTAKES), "mistakes": len(MISTAKES)}
@@ -227,7 +234,11 @@ def _project(folder: Path) -> Path:
         (project / file).parent.mkdir(parents=True, exist_ok=True)
         (project / file).write_text(text)
     months = pd.date_range("2020-01-01", periods=36, freq="MS").strftime("%Y-%m-%d")
-    rows = [(store, month, 100.0 * (place + 1) + number) for place, store in enumerate("abc") for number, month in enumerate(months)]
+    rows = [
+        (store, month, 100.0 * (place + 1) + number)
+        for place, store in enumerate("abc")
+        for number, month in enumerate(months)
+    ]
     sales = pd.DataFrame(rows, columns=["store", "sold_on", "amount"])
     sales.to_csv(project / CSV, index=False)
     home = project / ".data" / "dagster"
@@ -241,7 +252,9 @@ def _run_sound_fleet(project: Path) -> None:
     for command in (CHECK, RUN):
         ended = _run(project, command, {})
         if ended.returncode:
-            raise NotMeasured(f"{' '.join(command)} fails without a mistake:\n{ended.stdout[-4000:]}")
+            raise NotMeasured(
+                f"{' '.join(command)} fails without a mistake:\n{ended.stdout[-4000:]}"
+            )
     incoming = project / "incoming"
     incoming.mkdir()
     features = pd.read_parquet(min((project / ".data/tables/shop/features").glob("*.parquet")))
@@ -266,13 +279,25 @@ def _message(project: Path, mistake: Mistake) -> str:
             path.unlink()
     is_check_of_code = mistake.command[:2] == ("dg", "check")  # passes, as the README says
     if not is_check_of_code and ended.returncode != mistake.status:
-        raise NotMeasured(f"{mistake.what!r} ended with {ended.returncode}, expected {mistake.status}:\n{ended.stdout[-4000:]}")
+        raise NotMeasured(
+            f"{mistake.what!r} ended with {ended.returncode}, expected "
+            f"{mistake.status}:\n{ended.stdout[-4000:]}"
+        )
     return ended.stdout
 
 
-def _run(project: Path, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-    """A command as in an activated virtual environment; its two outputs as a terminal mixes them."""
-    inherited = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED and not name.startswith(("MANY_MODELS_", "MLFLOW_"))}
+def _run(
+    project: Path, command: Sequence[str], environment: Mapping[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """A command as in an activated virtual environment.
+
+    Its two outputs as a terminal mixes them.
+    """
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in NOT_INHERITED and not name.startswith(("MANY_MODELS_", "MLFLOW_"))
+    }
     settings = {
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         "VIRTUAL_ENV": str(BIN.parent),

@@ -7,14 +7,15 @@ import pandas as pd
 from benchmarks.engine import Engine, Training
 from benchmarks.generated import GeneratedFleet
 from benchmarks.runs import NotMeasured, Runs
-from pipeline.models.meta_model import Generation
 from pipeline.models.promotion import NEW_RECIPE, Judgement, Side
+from pipeline.runs.manifest import RunManifest
 from pipeline.spark.comparison import Contest, judge
-from pipeline.spark.fleet_training import Cluster, read_runs
 from pipeline.spec import FleetSpec
+from pipeline.testing.runs import own_tables, quiet_context
 
 REPEATS = 20
-# Share of a fleet's groups that must be tested: where both recipes happen to give the same booster, there is nothing to test.
+# Share of a fleet's groups that must be tested: where both recipes happen to give the same booster,
+# there is nothing to test.
 TESTED = 0.8
 UNCHANGED_GROUPS, IMPROVED_GROUPS = 200, 40
 # Of a group's rows 15 % are report rows: 75, and 1,000.
@@ -22,11 +23,16 @@ ROWS, MANY_ROWS = 500, 6_667
 COMMON = {"learning_rate": 0.1, "min_data_in_leaf": 20}
 # Two recipes of which neither is better.
 EVEN = ({**COMMON, "num_leaves": 15}, {**COMMON, "num_leaves": 16})
-# Leaves of the first must hold so many of 5,700 rows that it cannot follow the effects to where they level off; its error is about a tenth larger.
-WORSE, BETTER = ({"learning_rate": 0.1, "num_leaves": 3, "min_data_in_leaf": rows} for rows in (1_300, 20))
+# Leaves of the first must hold so many of 5,700 rows that it cannot follow the effects to where
+# they level off; its error is about a tenth larger.
+WORSE, BETTER = (
+    {"learning_rate": 0.1, "num_leaves": 3, "min_data_in_leaf": rows} for rows in (1_300, 20)
+)
 
 
-def false_promotions(runs: Runs, repeats: int = REPEATS, n_groups: int = UNCHANGED_GROUPS) -> Mapping[str, float]:
+def false_promotions(
+    runs: Runs, repeats: int = REPEATS, n_groups: int = UNCHANGED_GROUPS
+) -> Mapping[str, float]:
     """Share of groups that are moved to a recipe that differs and is no better, over repeats with other data."""
     found = []
     with Engine(runs.new_folder()) as engine:
@@ -35,7 +41,11 @@ def false_promotions(runs: Runs, repeats: int = REPEATS, n_groups: int = UNCHANG
             judged = _contest(engine, f"even-{repeat}", fleet, *EVEN)
             found.append(_finest(judged))
     groups = pd.concat(found)
-    return {"": groups["promoted"].mean(), "groups": len(groups), "loss-ratio": groups["loss_challenger"].sum() / groups["loss_champion"].sum()}
+    return {
+        "": groups["promoted"].mean(),
+        "groups": len(groups),
+        "loss-ratio": groups["loss_challenger"].sum() / groups["loss_champion"].sum(),
+    }
 
 
 def true_promotions(runs: Runs, n_groups: int = IMPROVED_GROUPS) -> Mapping[str, float]:
@@ -44,7 +54,12 @@ def true_promotions(runs: Runs, n_groups: int = IMPROVED_GROUPS) -> Mapping[str,
         fleet = GeneratedFleet(n_groups, rows_per_group=MANY_ROWS)
         groups = _finest(_contest(engine, "better", fleet, WORSE, BETTER))
     cut = 1 - (groups["loss_challenger"] / groups["loss_champion"]) ** 0.5
-    return {"": groups["promoted"].mean(), "groups": len(groups), "error-cut": cut.mean(), "report-rows": groups["n_rows"].mean()}
+    return {
+        "": groups["promoted"].mean(),
+        "groups": len(groups),
+        "error-cut": cut.mean(),
+        "report-rows": groups["n_rows"].mean(),
+    }
 
 
 def _finest(judgement: Judgement) -> pd.DataFrame:
@@ -52,34 +67,60 @@ def _finest(judgement: Judgement) -> pd.DataFrame:
     rows = judgement.decisions[judgement.decisions["grain"] == 1]
     tested = rows[rows["kind"] == NEW_RECIPE]
     if len(tested) < TESTED * len(rows) or tested["p_value"].isna().any():
-        raise NotMeasured(f"too few groups were tested: {rows[['kind', 'reason']].value_counts().to_dict()}")
+        raise NotMeasured(
+            f"too few groups were tested: {rows[['kind', 'reason']].value_counts().to_dict()}"
+        )
     return tested
 
 
-def _contest(engine: Engine, name: str, fleet: GeneratedFleet, before: Mapping[str, float], after: Mapping[str, float]) -> Judgement:
+def _contest(
+    engine: Engine,
+    name: str,
+    fleet: GeneratedFleet,
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+) -> Judgement:
     """Train a fleet by two recipes, and let the second challenge the first."""
     location = engine.write(name, fleet)
-    specs = [fleet.spec(tuning={"max_trials": 1, "patience": 1, "search": dict(recipe)}) for recipe in (before, after)]
-    first, second = (engine.train(name, location, spec, f"{name}-{number}") for number, spec in enumerate(specs))
+    specs = [
+        fleet.spec(tuning={"max_trials": 1, "patience": 1, "search": dict(recipe)})
+        for recipe in (before, after)
+    ]
+    first, second = (
+        engine.train(name, location, spec, f"{name}-{number}") for number, spec in enumerate(specs)
+    )
     champion, challenger = (_side(engine, name, training) for training in (first, second))
     contest = Contest(
-        _run(engine, name, second), challenger, {champion.fleet_version: champion}, dict.fromkeys(champion.groups, champion.fleet_version)
+        _run(engine, name, second),
+        challenger,
+        {champion.fleet_version: champion},
+        dict.fromkeys(champion.groups, champion.fleet_version),
     )
     return _judged(engine, name, location, specs[1], contest)
 
 
-def _judged(engine: Engine, name: str, location: str, spec: FleetSpec, contest: Contest) -> Judgement:
+def _judged(
+    engine: Engine, name: str, location: str, spec: FleetSpec, contest: Contest
+) -> Judgement:
     spark = engine.spark.session
     features = engine.tables.read_spark(spark, location)
-    judged = judge(Cluster(spark, lambda *_: None), engine.tables, name, features, spec, contest, engine.slots, 1)
+    judged = judge(
+        quiet_context(spark, slots=engine.slots),
+        own_tables(engine.tables, name),
+        features,
+        spec,
+        contest,
+    )
     print(f"    judged: {judged.decisions['reason'].value_counts().to_dict()}", flush=True)
     return judged
 
 
-def _run(engine: Engine, name: str, training: Training) -> "pd.Series[object]":
-    runs = read_runs(engine.tables, name)
-    return runs[runs["run_id"] == training.run.run_id].iloc[0]
+def _run(engine: Engine, name: str, training: Training) -> RunManifest:
+    found = own_tables(engine.tables, name).run(training.run.run_id)
+    if found is None:
+        raise NotMeasured(f"{name}: the tables do not know run {training.run.run_id}")
+    return found
 
 
 def _side(engine: Engine, name: str, training: Training) -> Side:
-    return Side.of_ledger(Generation.of_run(_run(engine, name, training)), training.ledger)
+    return Side.of_ledger(_run(engine, name, training).generation, training.ledger)

@@ -17,8 +17,20 @@ from typing import Any, Self, TypeVar
 T = TypeVar("T")
 PROJECT = Path(__file__).parent.parent
 SHOWN_LINES = 40
-# `make bench` hands its own variables on; a measured command starts without them, and without the user's launch settings and MLflow server.
-NOT_INHERITED = ("AS_OF", "DAGSTER_HOME", "DRY_RUN", "FLEET", "GNUMAKEFLAGS", "LIMIT_GROUPS", "MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS")
+# `make bench` hands its own variables on; a measured command starts without them, and without the
+# user's launch settings and MLflow server.
+NOT_INHERITED = (
+    "AS_OF",
+    "DAGSTER_HOME",
+    "DRY_RUN",
+    "FLEET",
+    "GNUMAKEFLAGS",
+    "LIMIT_GROUPS",
+    "MAKEFLAGS",
+    "MAKELEVEL",
+    "MAKEOVERRIDES",
+    "MFLAGS",
+)
 
 
 class NotMeasured(Exception):
@@ -39,10 +51,15 @@ class Run:
 
 
 class Runs:
-    """The runs of one invocation; figures that need the same run share it. A context, whose end removes all data."""
+    """The runs of one invocation.
+
+    Figures that need the same run share it. A context, whose end removes all data.
+    """
 
     def __init__(self) -> None:
-        self._temporary = tempfile.TemporaryDirectory(prefix="many-models-bench-", ignore_cleanup_errors=True)
+        self._temporary = tempfile.TemporaryDirectory(
+            prefix="many-models-bench-", ignore_cleanup_errors=True
+        )
         self._folder = Path(self._temporary.name)
         self._finished: dict[tuple[str, str | None], Run] = {}
         self._measured: dict[str, Any] = {}
@@ -50,7 +67,12 @@ class Runs:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._temporary.cleanup()
 
     def fleet(self, name: str, as_of: str | None = None) -> Run:
@@ -93,27 +115,44 @@ class Runs:
         """
         folder = Path(tempfile.mkdtemp(prefix="setup-", dir=self._folder))
         copy_repository(folder / "copy")
-        caches = {name: str(folder / "cache") for name in ("PIP_CACHE_DIR", "UV_CACHE_DIR", "XDG_CACHE_HOME")}
+        caches = {
+            name: str(folder / "cache")
+            for name in ("PIP_CACHE_DIR", "UV_CACHE_DIR", "XDG_CACHE_HOME")
+        }
         try:
             return self._timed(["make", "setup"], folder / "copy", caches)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _timed(self, command: list[str], folder: Path, settings: dict[str, str]) -> float:
-        print(f"  $ {' '.join([*(f'{name}={value}' for name, value in settings.items()), *command])}", flush=True)
+        print(
+            f"  $ {' '.join([*(f'{name}={value}' for name, value in settings.items()), *command])}",
+            flush=True,
+        )
         inherited = {
-            name: value for name, value in os.environ.items() if name not in NOT_INHERITED and not name.startswith(("MANY_MODELS_", "MLFLOW_"))
+            name: value
+            for name, value in os.environ.items()
+            if name not in NOT_INHERITED and not name.startswith(("MANY_MODELS_", "MLFLOW_"))
         }
         log = self._folder / "log"
         with log.open("w") as output:
             started = time.monotonic()
             ended = subprocess.run(
-                command, cwd=folder, env=inherited | settings, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, check=False
+                command,
+                cwd=folder,
+                env=inherited | settings,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                check=False,
             )
             seconds = time.monotonic() - started
         if ended.returncode:
             last = "\n".join(log.read_text(errors="replace").splitlines()[-SHOWN_LINES:])
-            raise NotMeasured(f"{' '.join(command)} ended with exit status {ended.returncode} after {seconds:.0f} s:\n{last}")
+            raise NotMeasured(
+                f"{' '.join(command)} ended with exit status {ended.returncode} after "
+                f"{seconds:.0f} s:\n{last}"
+            )
         print(f"    {seconds:.1f} s, load {os.getloadavg()[0]:.1f}", flush=True)
         return seconds
 
@@ -126,9 +165,14 @@ def copy_repository(target: Path) -> None:
     """
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
-        names = subprocess.run(listed, cwd=PROJECT, check=True, capture_output=True, text=True).stdout.split("\0")
+        names = subprocess.run(
+            listed, cwd=PROJECT, check=True, capture_output=True, text=True
+        ).stdout.split("\0")
     except (OSError, subprocess.CalledProcessError) as error:
-        raise NotMeasured(f"{PROJECT} cannot be listed with git ({error}); set-up is measured on a copy of a git checkout") from error
+        raise NotMeasured(
+            f"{PROJECT} cannot be listed with git ({error}); set-up is measured on a copy of a git "
+            "checkout"
+        ) from error
     # A file that is deleted but still tracked is listed, too.
     for source in (PROJECT / name for name in names if name and (PROJECT / name).is_file()):
         copy = target / source.relative_to(PROJECT)

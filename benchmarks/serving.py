@@ -35,7 +35,8 @@ REMOTE_SIZE = 1_000
 ROUNDS = 100
 GROUPS_PER_REGION = 100
 CACHE_BYTES = 256 << 20
-# Models that are really trained; where more are needed, each further one differs from one of them in a leaf.
+# Models that are really trained; where more are needed, each further one differs from one of them
+# in a leaf.
 TRAINED = 200
 _TRAINED_ON = GeneratedFleet(TRAINED)
 
@@ -66,9 +67,15 @@ def generated_pack(folder: Path, n_groups: int, store: PackStore | None = None) 
         n_groups: groups of the finest grain.
         store: where its boosters are kept; None is the folder.
     """
-    generation = Generation(build_model_spec(packed_spec(), {}), "run", constant=0.0, constant_without_offset=0.0)
+    generation = Generation(
+        build_model_spec(packed_spec(), {}), "run", constant=0.0, constant_without_offset=0.0
+    )
     regions = sorted({region_of(number) for number in range(n_groups)})
-    keys = [(0, ()), *((1, (region,)) for region in regions), *((2, (region_of(number), f"g{number:05d}")) for number in range(n_groups))]
+    keys = [
+        (0, ()),
+        *((1, (region,)) for region in regions),
+        *((2, (region_of(number), f"g{number:05d}")) for number in range(n_groups)),
+    ]
     encoded = [encode_booster(text) for text in booster_texts(len(keys))]
     ledger = pd.DataFrame(
         {
@@ -102,40 +109,67 @@ def booster_texts(n_models: int) -> list[str]:
 
 def _trained(number: int) -> lgb.Booster:
     rows = _TRAINED_ON.rows(number, number + 1)
-    data = lgb.Dataset(rows[list(_TRAINED_ON.features)].to_numpy(np.float32), rows["y"].to_numpy(), params={"verbosity": -1})
-    return lgb.train({"verbosity": -1, "num_threads": 1, "learning_rate": 0.05, "num_leaves": 15}, data, num_boost_round=ROUNDS)
+    data = lgb.Dataset(
+        rows[list(_TRAINED_ON.features)].to_numpy(np.float32),
+        rows["y"].to_numpy(),
+        params={"verbosity": -1},
+    )
+    return lgb.train(
+        {"verbosity": -1, "num_threads": 1, "learning_rate": 0.05, "num_leaves": 15},
+        data,
+        num_boost_round=ROUNDS,
+    )
 
 
 def questions(numbers: np.ndarray[Any, Any]) -> pd.DataFrame:
     """One row per number of a group, features at random."""
     random = np.random.default_rng(1)
-    features = pd.DataFrame(random.normal(size=(len(numbers), _TRAINED_ON.n_features)), columns=list(_TRAINED_ON.features))
-    return features.assign(region=[region_of(number) for number in numbers], group=[f"g{number:05d}" for number in numbers])
+    features = pd.DataFrame(
+        random.normal(size=(len(numbers), _TRAINED_ON.n_features)),
+        columns=list(_TRAINED_ON.features),
+    )
+    return features.assign(
+        region=[region_of(number) for number in numbers],
+        group=[f"g{number:05d}" for number in numbers],
+    )
 
 
 def pack_of(runs: Runs, n_groups: int) -> Path:
     """A generated pack, made once per invocation."""
-    return runs.once(f"pack-{n_groups}", lambda: generated_pack(runs.new_folder() / "pack", n_groups))
+    return runs.once(
+        f"pack-{n_groups}", lambda: generated_pack(runs.new_folder() / "pack", n_groups)
+    )
 
 
 def _child(*arguments: object) -> Any:
     command = [sys.executable, "-m", "benchmarks.serving", *map(str, arguments)]
-    return json.loads(subprocess.run(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
+    return json.loads(
+        subprocess.run(
+            command, cwd=PROJECT, stdout=subprocess.PIPE, text=True, check=True
+        ).stdout.splitlines()[-1]
+    )
 
 
 def open_cold(runs: Runs) -> Mapping[str, float]:
     """Seconds to open a pack and answer one row, in a process that has imported what it needs and nothing else."""
 
     def opened(pack: Path, n_groups: int, options: Mapping[str, str]) -> float:
-        return statistics.median(_child("open", pack, n_groups, json.dumps(options)) for _ in range(5))
+        return statistics.median(
+            _child("open", pack, n_groups, json.dumps(options)) for _ in range(5)
+        )
 
     seconds = {n_groups: opened(pack_of(runs, n_groups), n_groups, {}) for n_groups in SIZES}
     with object_store() as options:
         root = f"s3://{BUCKET}/packs"
-        shared = generated_pack(runs.new_folder() / "pack", REMOTE_SIZE, PackStore(root, *filesystem_of(root, options)))
+        shared = generated_pack(
+            runs.new_folder() / "pack", REMOTE_SIZE, PackStore(root, *filesystem_of(root, options))
+        )
         remote = opened(shared, REMOTE_SIZE, options)
     named = {f"groups-{n_groups}": value for n_groups, value in seconds.items()}
-    return named | {"ratio": seconds[SIZES[-1]] / seconds[SIZES[0]], f"remote-{REMOTE_SIZE}": remote}
+    return named | {
+        "ratio": seconds[SIZES[-1]] / seconds[SIZES[0]],
+        f"remote-{REMOTE_SIZE}": remote,
+    }
 
 
 def _open(folder: str, n_groups: str, options: str) -> float:
@@ -160,7 +194,11 @@ def _memory(folder: str, n_groups: str) -> Mapping[str, float]:
 
 def _peak_bytes() -> int:
     """Of this program: getrusage would count what its parent had when it started it."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    (line,) = (
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
     return 1024 * int(line.split()[1])
 
 
@@ -169,7 +207,11 @@ def pack_bytes(runs: Runs) -> Mapping[str, float]:
     pack = pack_of(runs, TRAINED)
     native = pc.sum(pq.read_table(pack / "chains.parquet", columns=["n_bytes"])["n_bytes"]).as_py()
     stored = sum(path.stat().st_size for path in pack.iterdir())
-    return {"": stored / native, "native-per-group": native / TRAINED, "stored-per-group": stored / TRAINED}
+    return {
+        "": stored / native,
+        "native-per-group": native / TRAINED,
+        "stored-per-group": stored / TRAINED,
+    }
 
 
 def row_warm(runs: Runs) -> Mapping[str, float]:
@@ -184,7 +226,10 @@ def _warm(folder: str, n_groups: str, scratch: str) -> Mapping[str, float]:
     mlflow.set_tracking_uri(uri)
     model, direct = mlflow.pyfunc.load_model(model_uri), FleetModel(folder)
     question = questions(np.array([int(n_groups) // 2]))
-    return {"": _milliseconds(lambda: model.predict(question)), "without-mlflow": _milliseconds(lambda: direct.predict(question))}
+    return {
+        "": _milliseconds(lambda: model.predict(question)),
+        "without-mlflow": _milliseconds(lambda: direct.predict(question)),
+    }
 
 
 def _milliseconds(call: Callable[[], Any], n: int = 500) -> float:
@@ -199,11 +244,19 @@ def _milliseconds(call: Callable[[], Any], n: int = 500) -> float:
 
 def registered(pack: Path, scratch: Path) -> tuple[str, str]:
     """Tracking URI and model URI of a pack, registered as a fleet's is."""
-    registry = MlflowRegistry(tracking_uri=f"sqlite:///{scratch}/mlflow.db", artifact_root=f"{scratch}/artifacts", scratch=str(scratch))
+    registry = MlflowRegistry(
+        tracking_uri=f"sqlite:///{scratch}/mlflow.db",
+        artifact_root=f"{scratch}/artifacts",
+        scratch=str(scratch),
+    )
     model = FleetModel(pack)
-    dtypes = {name: "string" if name in model.model_spec.finest else "double" for name in model.required}
+    dtypes = {
+        name: "string" if name in model.model_spec.finest else "double" for name in model.required
+    }
     nothing: dict[str, Any] = {"parameters": {}, "metrics": {}, "tables": {}, "plots": {}}
-    version = registry.register(model.fleet, model.fleet_version, pack=pack, **interface(model, dtypes), **nothing)
+    version = registry.register(
+        model.fleet, model.fleet_version, pack=pack, **interface(model, dtypes), **nothing
+    )
     return registry.tracking_uri, f"models:/{version.name}/{version.number}"
 
 
@@ -222,7 +275,10 @@ mlflow.models.set_model(Nothing())
 
 
 def rest_latency(runs: Runs) -> Mapping[str, float]:
-    """One row over HTTP, warm, from `mlflow models serve`; beside the same server with a model that does nothing."""
+    """One row over HTTP, warm, from `mlflow models serve`.
+
+    Beside the same server with a model that does nothing.
+    """
     import mlflow
 
     scratch = runs.new_folder()
@@ -230,8 +286,12 @@ def rest_latency(runs: Runs) -> Mapping[str, float]:
     uri, ours = registered(pack_of(runs, SIZES[1]), scratch)
     (scratch / "nothing.py").write_text(EMPTY_MODEL)
     mlflow.set_tracking_uri(uri)
-    mlflow.pyfunc.save_model(scratch / "nothing", python_model=str(scratch / "nothing.py"), pip_requirements=["mlflow"])
-    body = json.dumps({"dataframe_split": questions(np.array([SIZES[1] // 2])).to_dict("split", index=False)})
+    mlflow.pyfunc.save_model(
+        scratch / "nothing", python_model=str(scratch / "nothing.py"), pip_requirements=["mlflow"]
+    )
+    body = json.dumps(
+        {"dataframe_split": questions(np.array([SIZES[1] // 2])).to_dict("split", index=False)}
+    )
     found: dict[str, float] = {}
     for name, model_uri in (("", ours), ("floor-", str(scratch / "nothing"))):
         with served(uri, model_uri, scratch / f"{name}log.txt") as address:
@@ -245,10 +305,21 @@ def _load(address: str, body: str, n: int = 400, connections: int = 8) -> Mappin
     seconds = sorted(_requests(address, body, n))
     started = time.perf_counter()
     with ThreadPoolExecutor(connections) as pool:
-        answered = sum(len(part) for part in pool.map(lambda _: _requests(address, body, n // 2), range(connections)))
+        answered = sum(
+            len(part)
+            for part in pool.map(lambda _: _requests(address, body, n // 2), range(connections))
+        )
     rate = answered / (time.perf_counter() - started)
-    print(f"  {address}: {len(warm)} requests to warm up, {len(seconds)} one by one, {answered} over {connections} connections", flush=True)
-    return {"median": 1000 * statistics.median(seconds), "p99": 1000 * seconds[int(0.99 * len(seconds))], "requests-per-second": rate}
+    print(
+        f"  {address}: {len(warm)} requests to warm up, {len(seconds)} one by one, {answered} over "
+        f"{connections} connections",
+        flush=True,
+    )
+    return {
+        "median": 1000 * statistics.median(seconds),
+        "p99": 1000 * seconds[int(0.99 * len(seconds))],
+        "requests-per-second": rate,
+    }
 
 
 def _requests(address: str, body: str, n: int) -> list[float]:
@@ -289,11 +360,18 @@ def served(uri: str, model_uri: str, log: Path) -> Iterator[str]:
         "-w",
         "1",
     ]
-    environment = {**os.environ, "MLFLOW_TRACKING_URI": uri, "MLFLOW_REGISTRY_URI": uri, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    environment = {
+        **os.environ,
+        "MLFLOW_TRACKING_URI": uri,
+        "MLFLOW_REGISTRY_URI": uri,
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
     # mlflow starts uvicorn by name.
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
     with log.open("w") as told:
-        server = subprocess.Popen(command, env=environment, stdout=told, stderr=told, start_new_session=True)
+        server = subprocess.Popen(
+            command, env=environment, stdout=told, stderr=told, start_new_session=True
+        )
         try:
             _wait_for(server, address, log)
             yield address
@@ -306,12 +384,17 @@ def _wait_for(server: subprocess.Popen[bytes], address: str, log: Path) -> None:
     for _ in range(600):
         if server.poll() is not None:
             break
-        with suppress(OSError), closing(http.client.HTTPConnection(address, timeout=5)) as connection:
+        with (
+            suppress(OSError),
+            closing(http.client.HTTPConnection(address, timeout=5)) as connection,
+        ):
             connection.request("GET", "/ping")
             if connection.getresponse().status == http.HTTPStatus.OK:
                 return
         time.sleep(0.1)
-    raise NotMeasured(f"the server at {address} does not answer; its log ends: {log.read_text()[-2000:]}")
+    raise NotMeasured(
+        f"the server at {address} does not answer; its log ends: {log.read_text()[-2000:]}"
+    )
 
 
 if __name__ == "__main__":

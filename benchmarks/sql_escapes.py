@@ -1,6 +1,7 @@
 """Ways around the check of a fleet's SQL: whether anything that is accepted holds more for Spark than for the check.
 
-The judge shares no code with the check: it walks the plan's nodes in the JVM and compares them with the words of the rendered text.
+The judge shares no code with the check: it walks the plan's nodes in the JVM and compares them with
+the words of the rendered text.
 """
 
 from collections import Counter
@@ -67,7 +68,11 @@ def sql_escapes(runs: Runs) -> Mapping[str, float]:
     """Accepted although Spark's plan has more than the checked tree: of generated statements, and of those made by hand."""
     spark = SparkSessionResource(master="local[2]", scratch=str(runs.new_folder())).session
     try:
-        generated = [(kind, generate(seed, kind)) for seed in range(N_GENERATED // 2) for kind in ("select", "derived")]
+        generated = [
+            (kind, generate(seed, kind))
+            for seed in range(N_GENERATED // 2)
+            for kind in ("select", "derived")
+        ]
         made_by_hand = [(escape.kind, escape.text) for escape in ESCAPES]
         tallies = {
             "generated": tally(spark, generated),
@@ -92,7 +97,9 @@ def tally(spark: SparkSession, texts: list[tuple[Kind, str]]) -> "Counter[str]":
             counts["refused"] += 1
             continue
         counts["accepted"] += 1
-        more = list(beyond_text(spark, kind, rendered, rendered)) + list(beyond_text(spark, kind, text, rendered))
+        more = list(beyond_text(spark, kind, rendered, rendered)) + list(
+            beyond_text(spark, kind, text, rendered)
+        )
         if more:
             counts["escaped"] += 1
             print(f"  escaped: {text!r}, rendered {rendered!r}: {', '.join(more)}", flush=True)
@@ -107,7 +114,9 @@ def accept(spark: SparkSession, kind: Kind, text: str) -> str:
     """
     if kind == "select":
         return render(check_select(spark, text, ["sales"], file="features.sql"))
-    spec = parse_spec(_FLEET | {"features": {"columns": ["price"], "derived": {"x": text}}}, file="defs.yaml")
+    spec = parse_spec(
+        _FLEET | {"features": {"columns": ["price"], "derived": {"x": text}}}, file="defs.yaml"
+    )
     tree = parse_derived(spec)["x"]
     derived_column(spark, text, tree, where="features.derived.x")
     return render(tree)
@@ -121,13 +130,21 @@ def beyond_text(spark: SparkSession, kind: Kind, text: str, rendered: str) -> It
     _collect(spark.sparkContext._gateway, plan, contents)  # noqa: SLF001
     tokens = sqlglot.tokenize(rendered, dialect="spark")
     words = Counter(token.text.lower() for token in tokens)
-    calls = Counter(token.text.lower() for token, following in pairwise(tokens) if following.token_type == TokenType.L_PAREN)
+    calls = Counter(
+        token.text.lower()
+        for token, following in pairwise(tokens)
+        if following.token_type == TokenType.L_PAREN
+    )
     yield from (node for node in contents.nodes if node in _HOSTILE)
     yield from (f"relation {name}" for name in contents.relations - words)
     yield from (f"function {name}" for name in contents.functions - calls)
     yield from (f"column {name}" for name in contents.columns if name not in words)
     yield from (f"function {name}" for name in contents.functions if name in REACHING | CHANGING)
-    yield from (f"relation {name}" for name in contents.relations if name == "secret" and "secret" not in _ctes(rendered))
+    yield from (
+        f"relation {name}"
+        for name in contents.relations
+        if name == "secret" and "secret" not in _ctes(rendered)
+    )
     selects = words["select"] + words["values"] + words["from"]
     if contents.nodes["Project"] + contents.nodes["Aggregate"] > selects:
         yield f"{contents.nodes['Project']} projections"
@@ -136,7 +153,10 @@ def beyond_text(spark: SparkSession, kind: Kind, text: str, rendered: str) -> It
 
 
 def _ctes(rendered: str) -> set[str]:
-    return {cte.alias.lower() for cte in sqlglot.parse_one(rendered, dialect="spark").find_all(sqlglot.exp.CTE)}
+    return {
+        cte.alias.lower()
+        for cte in sqlglot.parse_one(rendered, dialect="spark").find_all(sqlglot.exp.CTE)
+    }
 
 
 def _collect(gateway: Any, node: Any, contents: PlanContents) -> None:

@@ -1,7 +1,7 @@
 """Random actions against a stream that scores: rows added, starts, stops, `kill -9`, champions changed; then every row is answered exactly once.
 
-`python -m benchmarks.stream_kills --child FOLDER` is the process that is killed. It opens its Spark session, and then does what it is told on stdin.
-While one child works the next one warms up.
+`python -m benchmarks.stream_kills --child FOLDER` is the process that is killed. It opens its Spark
+session, and then does what it is told on stdin. While one child works the next one warms up.
 """
 
 import collections
@@ -34,7 +34,8 @@ from resources.delta_tables import DeltaTables
 from resources.mlflow_registry import MlflowRegistry
 from resources.spark_session import SparkSessionResource
 
-# Of the actions, this many in a hundred go to a stream over a Delta table, the others to one over a folder.
+# Of the actions, this many in a hundred go to a stream over a Delta table, the others to one over a
+# folder.
 ON_DELTA = 65
 MAX_ROWS = 200
 MAX_FILES = 3
@@ -53,8 +54,12 @@ STOPPED = {"add": 30, "compact": 4, "champion": 12, "start": 54}
 
 def child(folder: Path) -> None:
     """Run streams of a folder as `many-models stream` does, as told: one JSON object a line."""
-    spark = SparkSessionResource(master="local[2,4]", memory="768m", scratch=str(folder / f"scratch-{os.getpid()}"))
-    scorer = Scorer(DeltaTables(root=str(folder / "tables")), _registry(folder), spark, folder / "streams")
+    spark = SparkSessionResource(
+        master="local[2,4]", memory="768m", scratch=str(folder / f"scratch-{os.getpid()}")
+    )
+    scorer = Scorer(
+        DeltaTables(root=str(folder / "tables")), _registry(folder), spark, folder / "streams"
+    )
     running: threading.Thread | None = None
     stopping = threading.Event()
     with spark.yield_for_execution(None):
@@ -67,7 +72,9 @@ def child(folder: Path) -> None:
             if told["do"] == "start":
                 crash_points.arm(told["crash_at"])
                 stopping = threading.Event()
-                running = threading.Thread(target=_stream, args=(scorer, told, stopping), daemon=True)
+                running = threading.Thread(
+                    target=_stream, args=(scorer, told, stopping), daemon=True
+                )
                 running.start()
             elif running is not None:
                 if told["do"] == "stop":
@@ -78,7 +85,15 @@ def child(folder: Path) -> None:
 
 def _stream(scorer: Scorer, told: Mapping[str, Any], stopping: threading.Event) -> None:
     try:
-        scorer.stream(ASKED, told["source"], told["target"], every=told["every"], max_files=MAX_FILES, stopping=stopping, report=_tell)
+        scorer.stream(
+            ASKED,
+            told["source"],
+            told["target"],
+            every=told["every"],
+            max_files=MAX_FILES,
+            stopping=stopping,
+            report=_tell,
+        )
     except Exception as error:  # noqa: BLE001 - told to the parent
         _tell(f"failed: {type(error).__name__}: {error}")
 
@@ -90,7 +105,11 @@ def _tell(line: str) -> None:
 
 def _registry(folder: Path) -> MlflowRegistry:
     root = folder / "mlflow"
-    return MlflowRegistry(tracking_uri=f"sqlite:///{root}/mlflow.db", artifact_root=f"{root}/artifacts", scratch=str(folder / "scratch"))
+    return MlflowRegistry(
+        tracking_uri=f"sqlite:///{root}/mlflow.db",
+        artifact_root=f"{root}/artifacts",
+        scratch=str(folder / "scratch"),
+    )
 
 
 class Child:
@@ -105,7 +124,13 @@ class Child:
         command = [sys.executable, "-m", "benchmarks.stream_kills", "--child", str(folder)]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                command, cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
+                command,
+                cwd=PROJECT,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                start_new_session=True,
             )
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -141,7 +166,10 @@ class Child:
                     raise NotMeasured(f"a stream {said}")
                 if said == line:
                     return True
-        raise NotMeasured(f"a streaming process did not say {line!r} within {PATIENCE_SECONDS:g} s: {self.log.read_text(errors='replace')[-2000:]}")
+        raise NotMeasured(
+            f"a streaming process did not say {line!r} within {PATIENCE_SECONDS:g} s: "
+            f"{self.log.read_text(errors='replace')[-2000:]}"
+        )
 
     def kill(self, *, group: bool) -> None:
         """`kill -9`: the driver, or also its JVM."""
@@ -190,7 +218,9 @@ class Sides:
         self.n_files += 1
         self.rows.append(rows)
         if self.kind == "delta":
-            write_deltalake(self.source, pa.Table.from_pandas(rows, preserve_index=False), mode="append")
+            write_deltalake(
+                self.source, pa.Table.from_pandas(rows, preserve_index=False), mode="append"
+            )
             return
         columns = list(rows.columns)
         dice.shuffle(columns)
@@ -234,8 +264,13 @@ class Torment:
     def __post_init__(self) -> None:
         self.counts: collections.Counter[str] = collections.Counter()
         self._registry = _registry(self.folder)
-        packs = {name: asked_pack(self.folder / "made" / name / "pack", name, seed) for seed, name in enumerate(VERSIONS)}
-        self._versions = [register_asked(self._registry, pack, name) for name, pack in packs.items()]
+        packs = {
+            name: asked_pack(self.folder / "made" / name / "pack", name, seed)
+            for seed, name in enumerate(VERSIONS)
+        }
+        self._versions = [
+            register_asked(self._registry, pack, name) for name, pack in packs.items()
+        ]
         self._models = {name: FleetModel(pack) for name, pack in packs.items()}
         self._spare = Child(self.folder)
         self._child: Child | None = None
@@ -261,7 +296,11 @@ class Torment:
                 "check": self._check,
             }
             does[action](sides)
-            print(f"  {kind} {number}: {action} ({time.monotonic() - began:.1f} s), {sides.n_added:,} rows", flush=True)
+            print(
+                f"  {kind} {number}: {action} ({time.monotonic() - began:.1f} s), "
+                f"{sides.n_added:,} rows",
+                flush=True,
+            )
         return self._check(sides)
 
     def close(self) -> None:
@@ -270,13 +309,24 @@ class Torment:
             if one is not None:
                 one.kill(group=True)
 
-    def _start(self, sides: Sides, *, crash_at: str = "", every: float | None = EVERY_SECONDS) -> Child:
+    def _start(
+        self, sides: Sides, *, crash_at: str = "", every: float | None = EVERY_SECONDS
+    ) -> Child:
         if self._child is None:
             self._child, self._spare = self._spare, Child(self.folder)
             if not self._child.wait_for("ready"):
-                raise NotMeasured(f"a streaming process did not start: {self._child.log.read_text(errors='replace')[-2000:]}")
+                raise NotMeasured(
+                    "a streaming process did not start: "
+                    f"{self._child.log.read_text(errors='replace')[-2000:]}"
+                )
             self.counts["processes"] += 1
-        self._child.send(do="start", source=str(sides.source), target=str(sides.target), every=every, crash_at=crash_at)
+        self._child.send(
+            do="start",
+            source=str(sides.source),
+            target=str(sides.target),
+            every=every,
+            crash_at=crash_at,
+        )
         self._is_running = True
         return self._child
 
@@ -291,9 +341,13 @@ class Torment:
         """The running child at a random moment, or a new start of it at a named point of a micro batch."""
         if self.dice.random() < 0.5:  # noqa: PLR2004 - half of them
             self._stop()
-            point, turn = self.dice.choice(list(crash_points.STREAM_POINTS)), self.dice.randrange(1, 3)
+            point, turn = (
+                self.dice.choice(list(crash_points.STREAM_POINTS)),
+                self.dice.randrange(1, 3),
+            )
             sides.add(self.dice)
-            # One after the other: with no row there is no micro batch, and one that has died twice need not die again.
+            # One after the other: with no row there is no micro batch, and one that has died twice
+            # need not die again.
             killed = self._start(sides, crash_at=f"{point}#{turn}:KILL", every=None)
             killed.send(do="wait")
             died = not killed.wait_for("ended")
@@ -321,7 +375,11 @@ class Torment:
         answers = DeltaTable(sides.target).to_pandas()
         answers["row_id"] = answers["row_id"].astype("int64")
         times = answers["row_id"].value_counts()
-        found = Found(len(set(range(sides.n_added)) - set(times.index)), int((times > 1).sum()), self._wrong(answers, pd.concat(sides.rows)))
+        found = Found(
+            len(set(range(sides.n_added)) - set(times.index)),
+            int((times > 1).sum()),
+            self._wrong(answers, pd.concat(sides.rows)),
+        )
         print(f"    {sides.n_added:,} rows, {len(answers):,} answers: {found}", flush=True)
         return found
 
@@ -329,8 +387,17 @@ class Torment:
         n_wrong = 0
         asked = rows.set_index("row_id", drop=False)
         for name, part in answers.groupby("fleet_version"):
-            expected = self._models[str(name)].predict(asked.loc[part["row_id"]])["prediction"].to_numpy()
-            n_wrong += int((~((expected == part["prediction"].to_numpy()) | (np.isnan(expected) & part["prediction"].isna().to_numpy()))).sum())
+            expected = (
+                self._models[str(name)].predict(asked.loc[part["row_id"]])["prediction"].to_numpy()
+            )
+            n_wrong += int(
+                (
+                    ~(
+                        (expected == part["prediction"].to_numpy())
+                        | (np.isnan(expected) & part["prediction"].isna().to_numpy())
+                    )
+                ).sum()
+            )
         return n_wrong
 
 
@@ -347,7 +414,10 @@ def stream_kills(folder: Path, n: int = 300, seed: int = 1) -> Mapping[str, floa
     on_delta = n * ON_DELTA // 100
     try:
         found = [torment.run("delta", on_delta), torment.run("folder", n - on_delta)]
-        n_rows = sum(len(DeltaTable(folder / f"{kind} answers").to_pandas(columns=["row_id"])) for kind in ("delta", "folder"))
+        n_rows = sum(
+            len(DeltaTable(folder / f"{kind} answers").to_pandas(columns=["row_id"]))
+            for kind in ("delta", "folder")
+        )
     finally:
         torment.close()
     print(f"  {dict(torment.counts)}", flush=True)

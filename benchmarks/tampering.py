@@ -19,12 +19,26 @@ import pyarrow.parquet as pq
 from benchmarks.runs import Runs
 from benchmarks.serving import generated_pack, questions
 from pipeline.models.boosters import encode_booster
-from pipeline.models.meta_model import FleetModel, PackError, decode_booster, index_digest, load_booster, read_index
+from pipeline.models.meta_model import (
+    FleetModel,
+    PackError,
+    decode_booster,
+    index_digest,
+    load_booster,
+    read_index,
+)
 
 N_PACKS, N_TEXTS = 2_500, 2_500
 N_GROUPS = 12
 HUNG_SECONDS = 20
-UNHARMED, REFUSED, OTHER_ANSWERS, RAISED, DIED, HUNG = "unharmed", "refused", "other answers", "raised something else", "died", "hung"
+UNHARMED, REFUSED, OTHER_ANSWERS, RAISED, DIED, HUNG = (
+    "unharmed",
+    "refused",
+    "other answers",
+    "raised something else",
+    "died",
+    "hung",
+)
 _EXITS = {0: UNHARMED, 1: REFUSED, 2: OTHER_ANSWERS, 3: RAISED}
 
 Damage = Callable[[random.Random, Path, Path], None]
@@ -33,11 +47,17 @@ Damage = Callable[[random.Random, Path, Path], None]
 def tampered(runs: Runs) -> Mapping[str, float]:
     """What became of damaged packs that are opened as the registered one, and of damaged texts whose digests were made to fit."""
     folder = runs.new_folder()
-    pack, other = generated_pack(folder / "pack", N_GROUPS), generated_pack(folder / "other", 2 * N_GROUPS)
+    pack, other = (
+        generated_pack(folder / "pack", N_GROUPS),
+        generated_pack(folder / "other", 2 * N_GROUPS),
+    )
     expected = FleetModel(pack).predict(_QUESTION)
     packs = _tally(lambda seed: _try_pack(seed, pack, other, folder / "copy", expected), N_PACKS)
     texts = [_text_of(pack, number) for number in range(N_GROUPS)]
-    answers = [load_booster(vars(encode_booster(text)), "text").predict(_INPUTS, num_threads=1) for text in texts]
+    answers = [
+        load_booster(vars(encode_booster(text)), "text").predict(_INPUTS, num_threads=1)
+        for text in texts
+    ]
     resealed = _tally(lambda seed: _try_text(seed, texts, answers), N_TEXTS)
     print(f"  packs: {dict(packs)}; texts with digests that fit: {dict(resealed)}", flush=True)
     both = packs + resealed
@@ -79,7 +99,11 @@ def _try_text(seed: int, texts: Sequence[str], answers: Sequence[Any]) -> str:
             "n_bytes": len(raw),
             "text": pa.Codec("zstd").compress(raw, asbytes=True),
         }
-        return bool(np.array_equal(load_booster(row, "text").predict(_INPUTS, num_threads=1), answers[number]))
+        return bool(
+            np.array_equal(
+                load_booster(row, "text").predict(_INPUTS, num_threads=1), answers[number]
+            )
+        )
 
     return in_child(answers_as_before)
 
@@ -107,7 +131,9 @@ def in_child(answers_as_before: Callable[[], bool]) -> str:
 def _text_of(pack: Path, number: int) -> str:
     row = pq.read_table(pack / "chains.parquet").to_pylist()[number]
     content = (pack / "boosters.parquet").read_bytes()
-    return decode_booster(row | {"text": content[row["offset"] : row["offset"] + row["stored_bytes"]]}, "pack")
+    return decode_booster(
+        row | {"text": content[row["offset"] : row["offset"] + row["stored_bytes"]]}, "pack"
+    )
 
 
 def _a_file(dice: random.Random, folder: Path) -> Path:
@@ -169,9 +195,13 @@ def _digit(dice: random.Random, text: str) -> str:
 
 def _index(dice: random.Random, text: str) -> str:
     """A child, a feature or a count is another number, and the tree's size in the header fits."""
-    name = dice.choice(["left_child", "right_child", "split_feature", "decision_type", "num_leaves", "num_cat"])
+    name = dice.choice(
+        ["left_child", "right_child", "split_feature", "decision_type", "num_leaves", "num_cat"]
+    )
     tree = dice.choice(list(re.finditer(rf"^{name}=(\S+)", text, re.MULTILINE)))
-    value = dice.choice(["-1", "0", "1", "7", "99", "-99", "2147483647", "-2147483648", "4294967296"])
+    value = dice.choice(
+        ["-1", "0", "1", "7", "99", "-99", "2147483647", "-2147483648", "4294967296"]
+    )
     (header,) = re.finditer(r"^tree_sizes=(.*)$", text, re.MULTILINE)
     sizes = header[1].split()
     number = text.count("\nTree=", 0, tree.start()) - 1
@@ -186,6 +216,12 @@ def _line(dice: random.Random, text: str) -> str:
     return "\n".join(lines)
 
 
-_TEXT_DAMAGES: tuple[Callable[[random.Random, str], str], ...] = (_text_flip, _text_cut, _digit, _index, _line)
+_TEXT_DAMAGES: tuple[Callable[[random.Random, str], str], ...] = (
+    _text_flip,
+    _text_cut,
+    _digit,
+    _index,
+    _line,
+)
 _QUESTION = questions(np.arange(N_GROUPS))
 _INPUTS = _QUESTION[[name for name in _QUESTION if name.startswith("x")]].to_numpy(np.float32)

@@ -23,7 +23,14 @@ from benchmarks.counting_proxy import tracking_server
 from benchmarks.engine import SLOTS, Engine, Training, report_answers, report_rmse, rmse
 from benchmarks.generated import GeneratedFleet, late_rows, tuning_gain, write_features
 from benchmarks.judging import FLIGHTS, HOUSING, FleetFacts, judge
-from benchmarks.rivals import Problem, fleet_categories, overall_rmse, pooled_model, process_pool, usual_recipe
+from benchmarks.rivals import (
+    Problem,
+    fleet_categories,
+    overall_rmse,
+    pooled_model,
+    process_pool,
+    usual_recipe,
+)
 from benchmarks.runs import PROJECT, NotMeasured, Runs
 from pipeline.spec import FleetSpec, parse_spec
 from pipeline.training.trainer import train_group
@@ -48,20 +55,34 @@ POOLED_TRIALS = 0
 
 def _spec_of(fleet: str) -> FleetSpec:
     """The spec of an example fleet."""
-    written = yaml.safe_load((PROJECT / "pipeline" / "defs" / fleet / "defs.yaml").read_text(encoding="utf-8"))
+    written = yaml.safe_load(
+        (PROJECT / "pipeline" / "defs" / fleet / "defs.yaml").read_text(encoding="utf-8")
+    )
     return parse_spec(written["attributes"], file=f"{fleet}/defs.yaml")
 
 
-def _recipe(engine: Engine, features: Any, problem: Problem, folder: Path) -> tuple[float, pd.DataFrame]:
+def _recipe(
+    engine: Engine, features: Any, problem: Problem, folder: Path
+) -> tuple[float, pd.DataFrame]:
     """Wall seconds of the usual recipe, warmed up like ours, and its groups."""
     warm = GeneratedFleet(4, rows_per_group=150, seed=98)
     uri = f"sqlite:///{folder}/recipe.db"
     location = engine.write("recipe-warm-up", warm)
-    usual_recipe(engine.spark.session, engine.tables.read_spark(engine.spark.session, location), warm.problem(), tracking_uri=uri, n_trials=2)
+    usual_recipe(
+        engine.spark.session,
+        engine.tables.read_spark(engine.spark.session, location),
+        warm.problem(),
+        tracking_uri=uri,
+        n_trials=2,
+    )
     started = time.monotonic()
     groups = usual_recipe(engine.spark.session, features, problem, tracking_uri=uri)
     seconds = time.monotonic() - started
-    print(f"  usual recipe: {seconds:.1f} s for {len(groups):,} groups, RMSE {overall_rmse(groups):.5g}", flush=True)
+    print(
+        f"  usual recipe: {seconds:.1f} s for {len(groups):,} groups, RMSE "
+        f"{overall_rmse(groups):.5g}",
+        flush=True,
+    )
     return seconds, groups
 
 
@@ -73,7 +94,9 @@ def against_recipe_flights(runs: Runs) -> Mapping[str, float]:
         engine.warm_up()
         ours = engine.train("flights", features, spec, "run", as_of=as_of)
         cutoffs = ours.run.cutoffs
-        rows = engine.tables.read_spark(engine.spark.session, features).where(f"known_at <= timestamp'{as_of}' AND NOT is_future")
+        rows = engine.tables.read_spark(engine.spark.session, features).where(
+            f"known_at <= timestamp'{as_of}' AND NOT is_future"
+        )
         keys = rows.select("origin", "dest", "carrier").toPandas()
         problem = Problem(
             keys=("origin", "dest"),
@@ -86,11 +109,16 @@ def against_recipe_flights(runs: Runs) -> Mapping[str, float]:
         )
         seconds, groups = _recipe(engine, rows, problem, engine.folder)
     answered = groups[groups["n_report"] > 0]
-    names = {json.dumps(list(pair), separators=(",", ":")) for pair in zip(answered["origin"], answered["dest"], strict=True)}
+    names = {
+        json.dumps(list(pair), separators=(",", ":"))
+        for pair in zip(answered["origin"], answered["dest"], strict=True)
+    }
     found = report_answers(ours, len(spec.grains))
     same = found[found["finest"].isin(names)]
     if len(same) != answered["n_report"].sum():
-        print(f"  {len(same):,} report rows of ours, {answered['n_report'].sum():,} of the recipe's")
+        print(
+            f"  {len(same):,} report rows of ours, {answered['n_report'].sum():,} of the recipe's"
+        )
     our_rmse, their_rmse = rmse(same["actual"] - same["answer"]), overall_rmse(groups)
     report_rmse(ours, len(spec.grains))
     return {
@@ -112,7 +140,9 @@ def _run_thousand(runs: Runs) -> dict[str, Training]:
     with Engine(runs.new_folder()) as engine:
         engine.warm_up()
         location = engine.write("thousand", THOUSAND)
-        blend, none = (THOUSAND.spec(pooling=pooling, tuning=DEFAULT_TUNING) for pooling in ("blend", "none"))
+        blend, none = (
+            THOUSAND.spec(pooling=pooling, tuning=DEFAULT_TUNING) for pooling in ("blend", "none")
+        )
         return {
             "grains": engine.train("thousand", location, blend, "first"),
             "independent": engine.train("independent", location, none, "first"),
@@ -133,7 +163,9 @@ def _with_late_rows(engine: Engine) -> str:
     return str(location)
 
 
-def second_run_noise(runs: Runs, fleets: int = NOISE_FLEETS, n_groups: int = NOISE_GROUPS) -> Mapping[str, float]:
+def second_run_noise(
+    runs: Runs, fleets: int = NOISE_FLEETS, n_groups: int = NOISE_GROUPS
+) -> Mapping[str, float]:
     """What groups that have nothing to learn weigh when they are refreshed, and what that costs the fleet beside its pooled model."""
     weights: dict[str, list[float]] = {"first": [], "second": []}
     ratios = []
@@ -147,7 +179,10 @@ def second_run_noise(runs: Runs, fleets: int = NOISE_FLEETS, n_groups: int = NOI
             second = engine.train(name, location, spec, f"{name}-second")
             statuses = set(second.ledger["status"])
             if statuses != {"refreshed"}:
-                raise NotMeasured(f"{name}: the second run was to refresh every group, and they are {sorted(statuses)}")
+                raise NotMeasured(
+                    f"{name}: the second run was to refresh every group, and they are "
+                    f"{sorted(statuses)}"
+                )
             for run, training in (("first", first), ("second", second)):
                 finest = training.ledger[training.ledger["grain"] == 1]
                 weights[run] += finest["weight"].tolist()
@@ -164,18 +199,32 @@ def second_run_noise(runs: Runs, fleets: int = NOISE_FLEETS, n_groups: int = NOI
 def against_recipe_thousand(runs: Runs) -> Mapping[str, float]:
     """A thousand generated groups in which tuning pays: the recipe's wall time over ours, with the pooled model and without."""
     gain = tuning_gain(THOUSAND, GAIN_GROUPS)
-    print(f"  tuned parameters beat default ones by {100 * gain:.1f} % (on {GAIN_GROUPS} groups)", flush=True)
+    print(
+        f"  tuned parameters beat default ones by {100 * gain:.1f} % (on {GAIN_GROUPS} groups)",
+        flush=True,
+    )
     found = _thousand(runs)
     with Engine(runs.new_folder()) as engine:
         engine.warm_up()
         rows = engine.tables.read_spark(engine.spark.session, engine.write("thousand", THOUSAND))
         recipe_seconds, recipe = _recipe(engine, rows, THOUSAND.problem(), engine.folder)
     started = time.monotonic()
-    pooled = overall_rmse(pooled_model(THOUSAND.rows(), THOUSAND.problem(), n_trials=POOLED_TRIALS, n_jobs=SLOTS))
+    pooled = overall_rmse(
+        pooled_model(THOUSAND.rows(), THOUSAND.problem(), n_trials=POOLED_TRIALS, n_jobs=SLOTS)
+    )
     pooled_seconds = time.monotonic() - started
-    print(f"  one pooled model: {pooled_seconds:.1f} s ({POOLED_TRIALS} trials), RMSE {pooled:.5g}", flush=True)
+    print(
+        f"  one pooled model: {pooled_seconds:.1f} s ({POOLED_TRIALS} trials), RMSE {pooled:.5g}",
+        flush=True,
+    )
     theirs = overall_rmse(recipe)
-    measured = {"gain": 1 + gain, "recipe-seconds": recipe_seconds, "recipe-error": theirs, "pooled-seconds": pooled_seconds, "pooled-error": pooled}
+    measured = {
+        "gain": 1 + gain,
+        "recipe-seconds": recipe_seconds,
+        "recipe-error": theirs,
+        "pooled-seconds": pooled_seconds,
+        "pooled-error": pooled,
+    }
     for form in ("grains", "independent"):
         training = found[form]
         error = report_rmse(training, 2)
@@ -202,7 +251,10 @@ def against_pool(runs: Runs) -> Mapping[str, float]:
     rows = THOUSAND.rows()
     frames = [frame.reset_index(drop=True) for _, frame in rows.groupby("group")]
     pool = process_pool(frames, _PoolTrain(settings), SLOTS)
-    print(f"  process pool: {pool.wall_seconds:.1f} s, {sum(pool.seconds):.1f} s inside train_group", flush=True)
+    print(
+        f"  process pool: {pool.wall_seconds:.1f} s, {sum(pool.seconds):.1f} s inside train_group",
+        flush=True,
+    )
     return {
         "": pool.wall_seconds / training.training_seconds,
         "pool-seconds": pool.wall_seconds,
@@ -226,7 +278,9 @@ def makespan_skew(runs: Runs) -> Mapping[str, float]:
     fleet = GeneratedFleet(500, skew=1.1)
     with Engine(runs.new_folder()) as engine:
         engine.warm_up()
-        training = engine.train("zipf", engine.write("zipf", fleet), fleet.spec(tuning=DEFAULT_TUNING), "run")
+        training = engine.train(
+            "zipf", engine.write("zipf", fleet), fleet.spec(tuning=DEFAULT_TUNING), "run"
+        )
     longest, total = training.own_seconds.max(), training.own_seconds.sum()
     slots = [0.0] * SLOTS
     for load in training.ledger.groupby("task")["seconds"].sum().sort_index():
@@ -249,7 +303,10 @@ def _run_tiny(runs: Runs) -> dict[int, dict[str, float]]:
     """Train tiny fleets in a process that does nothing else; seconds and memory of each."""
     folder = runs.new_folder()
     for size in TINY_SIZES:
-        write_features(GeneratedFleet(size, rows_per_group=70, signal="tiny"), folder / "tables" / f"tiny{size}" / "features")
+        write_features(
+            GeneratedFleet(size, rows_per_group=70, signal="tiny"),
+            folder / "tables" / f"tiny{size}" / "features",
+        )
     *told, last = _child("tiny", folder, *TINY_SIZES)
     print("\n".join(told), flush=True)
     return {int(size): measured for size, measured in json.loads(last).items()}
@@ -259,8 +316,13 @@ def overhead_growth(runs: Runs) -> Mapping[str, float]:
     """Wall seconds that one more tiny group costs, from 1,000 to 10,000 groups and from 100 to 1,000."""
     seconds = {size: measured["seconds"] for size, measured in _tiny(runs).items()}
     small, middle, large = TINY_SIZES
-    late, early = (seconds[large] - seconds[middle]) / (large - middle), (seconds[middle] - seconds[small]) / (middle - small)
-    return {"": 1000 * late, "ratio": late / early, "early": 1000 * early} | {f"seconds-{size}": value for size, value in seconds.items()}
+    late, early = (
+        (seconds[large] - seconds[middle]) / (large - middle),
+        (seconds[middle] - seconds[small]) / (middle - small),
+    )
+    return {"": 1000 * late, "ratio": late / early, "early": 1000 * early} | {
+        f"seconds-{size}": value for size, value in seconds.items()
+    }
 
 
 def driver_memory(runs: Runs) -> Mapping[str, float]:
@@ -278,7 +340,9 @@ def tracking_requests(runs: Runs) -> Mapping[str, float]:
             _child("tracked", runs.new_folder(), str(size), server.uri)
             counts[size] = server.counter.total
             print(f"  {size:,} groups: {dict(server.counter.by_prefix())}", flush=True)
-    return {"spread": max(counts.values()) - min(counts.values())} | {f"groups-{size}": count for size, count in counts.items()}
+    return {"spread": max(counts.values()) - min(counts.values())} | {
+        f"groups-{size}": count for size, count in counts.items()
+    }
 
 
 def _train_tracked(folder: Path, size: int, uri: str) -> None:
@@ -292,7 +356,9 @@ def _train_tracked(folder: Path, size: int, uri: str) -> None:
 def _child(*arguments: object) -> list[str]:
     """Do one of the commands below in a process of its own; the lines that it prints."""
     command = [sys.executable, "-m", "benchmarks.training", *map(str, arguments)]
-    return subprocess.run(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
+    return subprocess.run(
+        command, cwd=PROJECT, stdout=subprocess.PIPE, text=True, check=True
+    ).stdout.splitlines()
 
 
 def _materialise(engine: Engine, spec: FleetSpec, uri: str) -> None:
@@ -310,10 +376,14 @@ def _materialise(engine: Engine, spec: FleetSpec, uri: str) -> None:
 def incremental(runs: Runs) -> Mapping[str, float]:
     """Late rows in 1 % of a thousand groups, cutoffs fixed: seconds of training over the first run's."""
     found = _thousand(runs)
-    first, second = (found[name].ledger.set_index(["grain", "group_id"]) for name in ("grains", "second"))
+    first, second = (
+        found[name].ledger.set_index(["grain", "group_id"]) for name in ("grains", "second")
+    )
     late = {json.dumps([group]) for group in _late_groups()}
     unchanged = [key for key in first.index if key[0] == 1 and key[1] not in late]
-    same = (first.loc[unchanged, "booster_id"] == second.loc[unchanged, "booster_id"]) & first.loc[unchanged, "booster_id"].notna()
+    same = (first.loc[unchanged, "booster_id"] == second.loc[unchanged, "booster_id"]) & first.loc[
+        unchanged, "booster_id"
+    ].notna()
 
     def seconds(ledger: pd.DataFrame, *, finest: bool) -> float:
         chosen = ledger[ledger.index.get_level_values("grain") == 1] if finest else ledger
@@ -331,12 +401,18 @@ def incremental(runs: Runs) -> Mapping[str, float]:
 def blend_gain(runs: Runs) -> Mapping[str, float]:
     """Held-out error of the blend over that of plain per-group models and of the pooled model alone, where there is a model per group."""
     measured: dict[str, float] = {}
-    cases: tuple[tuple[str, FleetFacts, str | None], ...] = (("housing", HOUSING, None), ("flights", FLIGHTS, AFTER_DECEMBER))
+    cases: tuple[tuple[str, FleetFacts, str | None], ...] = (
+        ("housing", HOUSING, None),
+        ("flights", FLIGHTS, AFTER_DECEMBER),
+    )
     for name, facts, as_of in cases:
         judged = judge(runs.fleet(name, as_of), facts)
         own = judged[judged["per group"].notna()]
         error = {way: rmse(own["actual"] - own[way]) for way in ("fleet", "per group")}
-        error["pooled"], error["all"] = rmse(judged["actual"] - judged["pooled"]), rmse(judged["actual"] - judged["fleet"])
+        error["pooled"], error["all"] = (
+            rmse(judged["actual"] - judged["pooled"]),
+            rmse(judged["actual"] - judged["fleet"]),
+        )
         measured[f"{name}-over-per-group"] = error["fleet"] / error["per group"]
         measured[f"{name}-over-pooled"] = error["all"] / error["pooled"]
     return measured
@@ -350,13 +426,19 @@ def _train_tiny(folder: Path, sizes: list[int]) -> None:
             fleet = GeneratedFleet(size, rows_per_group=70, signal="tiny")
             features = str(folder / "tables" / f"tiny{size}" / "features")
             training = engine.train(f"tiny{size}", features, fleet.spec(), "run")
-            measured[size] = {"seconds": training.seconds, "python": _peak_gb(os.getpid()), "jvm": sum(map(_peak_gb, _jvms()))}
+            measured[size] = {
+                "seconds": training.seconds,
+                "python": _peak_gb(os.getpid()),
+                "jvm": sum(map(_peak_gb, _jvms())),
+            }
     print(json.dumps(measured))
 
 
 def _jvms() -> list[int]:
     """Java processes that this process started."""
-    listed = subprocess.run(["ps", "-eo", "pid=,ppid=,comm="], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["ps", "-eo", "pid=,ppid=,comm="], capture_output=True, text=True, check=True
+    ).stdout
     rows = [line.split(maxsplit=2) for line in listed.splitlines()]
     return [int(pid) for pid, parent, name in rows if "java" in name and int(parent) == os.getpid()]
 

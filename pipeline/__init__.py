@@ -1,1 +1,1 @@
-"""Many models at once: one fleet of models, described by one YAML file, trained, registered and scored."""
+"""Many models at once: fleets described by one YAML file each, trained, registered, scored."""

@@ -1,8 +1,10 @@
-"""Named crash points: places where a run can be told to die, so that recovery is tested exactly and repeatably.
+"""Named crash points: places where a run can be told to die, to test recovery repeatably.
 
-``FLEET_CRASH_AT=<point>:<signal>`` ends the process with that signal when it comes to the point, e.g. ``boosters_committed:KILL``;
-``<point>#3:TERM`` the third time. `POINTS` lists those of a training run in their order, `STREAM_POINTS` those of a stream that scores,
-`DECISION_POINTS` those of a launch of `champion`, `CLEAN_POINTS` those of `many-models clean`. Nothing is armed unless the variable is set.
+``FLEET_CRASH_AT=<point>:<signal>`` ends the process with that signal when it comes to the point,
+e.g. ``boosters_committed:KILL``; ``<point>#3:TERM`` the third time. `POINTS` lists those of a
+training run in their order, `STREAM_POINTS` those of a stream that scores, `DECISION_POINTS` those
+of a launch of `champion`, `CLEAN_POINTS` those of `many-models clean`. Nothing is armed unless the
+variable is set.
 """
 
 import os
@@ -69,7 +71,10 @@ def arm(text: str) -> None:
     number = getattr(signal, f"SIG{found['signal'].removeprefix('SIG')}", None) if found else None
     if found is None or number is None or found["point"] not in _KNOWN:
         known = ", ".join(_KNOWN)
-        raise SpecError(f"{VARIABLE} is {text!r}; expected <point>:<signal> such as boosters_committed:KILL; points: {known}")
+        raise SpecError(
+            f"{VARIABLE} is {text!r}; expected <point>:<signal> such as boosters_committed:KILL; "
+            f"points: {known}"
+        )
     _armed = _Armed(found["point"], int(found["turn"] or 1), int(number))
 
 

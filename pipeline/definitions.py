@@ -1,4 +1,7 @@
-"""The code location: every fleet under defs/, with the resources of the profile in force. Imported by nobody."""
+"""The code location: every fleet under defs/, with the resources of the active profile.
+
+Imported by nobody.
+"""
 
 import sys
 from functools import cache
@@ -33,7 +36,10 @@ def _report_refused(message: str) -> None:
 
 
 def _settings() -> tuple[Profile, LaunchSettings]:
-    """The profile in force and the settings of a launch; where the environment has a mistake, settings that refuse every launch."""
+    """The profile in force and the settings of a launch.
+
+    Where the environment has a mistake, settings that refuse every launch.
+    """
     try:
         profile = current_profile(PROJECT)
         arm(profile.crash_at)

@@ -6,8 +6,8 @@
     ├── StoreError      whoever owns storage: Delta tables, disks, object stores, the registry
     └── ModelNotFound   whoever asked for a model that is not there; also a KeyError
 
-A message says what is wrong, the offending value, what was expected or is available, and the next step.
-What is wrong with one group is never an exception of a run: it is that group's ledger row.
+A message says what is wrong, the offending value, what was expected or is available, and the next
+step. What is wrong with one group is never an exception of a run: it is that group's ledger row.
 """
 
 

@@ -32,8 +32,8 @@ class Period:
     Args:
         count: how many units; 0 or more.
         unit: one of minute, hour, day, week, month, quarter, year.
-        zone: time zone whose days, weeks and months are counted, e.g. Europe/Berlin; None is UTC. Minutes and hours
-            are as long everywhere.
+        zone: time zone whose days, weeks and months are counted, e.g. Europe/Berlin; None is UTC.
+            Minutes and hours are as long everywhere.
     """
 
     count: int
@@ -49,13 +49,20 @@ class Period:
             zone: see the class.
 
         Raises:
-            SpecError: if the text is not a whole number and a known unit, or is longer than 1,000 years.
+            SpecError: if the text is not a whole number and a known unit, or is longer than 1,000
+                years.
         """
         found = _WRITTEN.match(text.lower())
         if found is None or found.group(2) not in UNITS:
-            raise SpecError(f"{text!r} is not a length of time: expected a whole number and a unit, such as '12 months'; units: {', '.join(UNITS)}")
+            raise SpecError(
+                f"{text!r} is not a length of time: expected a whole number and a unit, such as "
+                f"'12 months'; units: {', '.join(UNITS)}"
+            )
         count, unit = int(found.group(1)), found.group(2)
-        if count * SECONDS.get(unit, MONTHS.get(unit, 0) * SECONDS_PER_MONTH) > MOST_YEARS * 12 * SECONDS_PER_MONTH:
+        if (
+            count * SECONDS.get(unit, MONTHS.get(unit, 0) * SECONDS_PER_MONTH)
+            > MOST_YEARS * 12 * SECONDS_PER_MONTH
+        ):
             raise SpecError(f"{text!r} is too long: expected at most {MOST_YEARS} years")
         return cls(count, unit, zone)
 
@@ -91,11 +98,13 @@ class Period:
             times: moments.
             factor: one for all of them, or one for each.
             last_days: moments that go from the last day of a month to the last day of another, as
-                30 April to 31 May. Otherwise the day of the month stays, and a day that a month lacks
-                becomes that month's last day. Fixed lengths pay no attention to it.
+                30 April to 31 May. Otherwise the day of the month stays, and a day that a month
+                lacks becomes that month's last day. Fixed lengths pay no attention to it.
         """
         times = times.astype("datetime64[us]")
-        if self.count == 0:  # not by way of clocks, which cannot tell apart the hours that they show twice
+        if (
+            self.count == 0
+        ):  # not by way of clocks, which cannot tell apart the hours that they show twice
             return times
         times = self.wall_clock(times)
         if self.is_calendar:
@@ -107,20 +116,33 @@ class Period:
 
     def wall_clock(self, moments: Times) -> Times:
         """What the zone's clocks show, where its days matter; else UTC."""
-        return moments if self.zone is None or self.unit in _ELAPSED else to_wall_clock(moments, self.zone)
+        return (
+            moments
+            if self.zone is None or self.unit in _ELAPSED
+            else to_wall_clock(moments, self.zone)
+        )
 
     def _moments(self, wall_clock: Times) -> Times:
-        return wall_clock if self.zone is None or self.unit in _ELAPSED else from_wall_clock(wall_clock, self.zone)
+        return (
+            wall_clock
+            if self.zone is None or self.unit in _ELAPSED
+            else from_wall_clock(wall_clock, self.zone)
+        )
 
     def unit_numbers(self, times: Times) -> Counts:
-        """Which month, quarter or year holds each moment, counted from 1970; for calendar lengths only."""
+        """Which month, quarter or year holds each moment, counted from 1970.
+
+        For calendar lengths only.
+        """
         months = self.wall_clock(times).astype("datetime64[M]").astype(np.int64)
         numbers: Counts = months // MONTHS[self.unit]
         return numbers
 
     def floor(self, moment: pd.Timestamp) -> pd.Timestamp:
         """The start of the unit that holds the moment; weeks start on Monday."""
-        start = self._floor(pd.Timestamp(self.wall_clock(np.array([moment.to_datetime64()], "datetime64[us]"))[0]))
+        start = self._floor(
+            pd.Timestamp(self.wall_clock(np.array([moment.to_datetime64()], "datetime64[us]"))[0])
+        )
         return pd.Timestamp(self._moments(np.array([start.to_datetime64()], "datetime64[us]"))[0])
 
     def _floor(self, wall_clock: pd.Timestamp) -> pd.Timestamp:
@@ -131,7 +153,9 @@ class Period:
         if self.unit == "month":
             return wall_clock.normalize().replace(day=1)
         if self.unit == "quarter":
-            return wall_clock.normalize().replace(day=1, month=3 * ((wall_clock.month - 1) // 3) + 1)
+            return wall_clock.normalize().replace(
+                day=1, month=3 * ((wall_clock.month - 1) // 3) + 1
+            )
         return wall_clock.normalize().replace(day=1, month=1)
 
     def add(self, moment: pd.Timestamp, factor: int = 1, *, last_day: bool = False) -> pd.Timestamp:
@@ -141,10 +165,12 @@ class Period:
 
 
 def to_wall_clock(moments: Times, zone: str) -> Times:
-    """What the clocks of a zone show at moments of UTC; midnight where a day begins, also where they skip it.
+    """What the clocks of a zone show at moments of UTC.
 
-    In Chile or Egypt a day in spring begins at one o'clock. Taken as such, it would not be a day after the
-    midnight before.
+    Midnight where a day begins, also where they skip it.
+
+    In Chile or Egypt a day in spring begins at one o'clock. Taken as such, it would not be a day
+    after the midnight before.
     """
     shown = pd.DatetimeIndex(moments).tz_localize("UTC").tz_convert(zone).tz_localize(None)
     clock: Times = shown.to_numpy().astype("datetime64[us]")
@@ -158,16 +184,22 @@ def to_wall_clock(moments: Times, zone: str) -> Times:
 def from_wall_clock(shown: Times, zone: str) -> Times:
     """The moments of UTC at which the clocks of a zone show these times.
 
-    What they show twice is the first of both; what they skip, in spring, is the end of what they skip.
+    What they show twice is the first of both; what they skip, in spring, is the end of what they
+    skip.
     """
     is_first = np.ones(len(shown), dtype=bool)
-    local = pd.DatetimeIndex(shown).tz_localize(zone, ambiguous=is_first, nonexistent="shift_forward")
+    local = pd.DatetimeIndex(shown).tz_localize(
+        zone, ambiguous=is_first, nonexistent="shift_forward"
+    )
     moments: Times = local.tz_convert("UTC").tz_localize(None).to_numpy().astype("datetime64[us]")
     return moments
 
 
 def on_last_day(times: Times) -> Flags:
-    """Whether each moment lies on the last day of its month; that of a quarter or a year is one, too."""
+    """Whether each moment lies on the last day of its month.
+
+    That of a quarter or a year is one, too.
+    """
     next_day = times.astype("datetime64[D]") + np.timedelta64(1, "D")
     found: Flags = next_day.astype("datetime64[M]") != times.astype("datetime64[M]")
     return found
@@ -179,7 +211,9 @@ def _add_months(times: Times, months: int | Counts, last_days: Flags | None) -> 
     moved = start + np.asarray(months).astype("timedelta64[M]")
     with np.errstate(invalid="ignore"):  # no time stays no time
         day = rest // np.timedelta64(1, "D")
-    days_of_month = (moved + np.timedelta64(1, "M")).astype("datetime64[D]") - moved.astype("datetime64[D]")
+    days_of_month = (moved + np.timedelta64(1, "M")).astype("datetime64[D]") - moved.astype(
+        "datetime64[D]"
+    )
     last_day = days_of_month.astype(int) - 1
     within_day = rest - day * np.timedelta64(1, "D")
     kept_day = np.minimum(day, last_day)

@@ -1,7 +1,7 @@
-"""Recognising what has not changed: digests of all that a raw table, or a feature table, is made of.
+"""Recognising what has not changed: digests of the inputs of raw and feature tables.
 
-A digest is kept in the commit that it describes. Where the newest commit has the digest that a new one would have, the table is
-left as it is. Anything doubtful has no digest, and is made again.
+A digest is kept in the commit that it describes. Where the newest commit has the digest that a new
+one would have, the table is left as it is. Anything doubtful has no digest, and is made again.
 """
 
 import hashlib
@@ -18,12 +18,25 @@ from pipeline.spec import FleetSpec, SourceSpec
 DIGEST, RESULTS = "many_models.digest", "many_models.results"
 _LIBRARIES = ("pyspark", "pyarrow", "pandas", "numpy", "sqlglot", "deltalake")
 # What changes no row of a feature table; all else may.
-_NOT_IN_FEATURES = {"automation", "sources", "splits", "tuning", "pooling", "own", "pack", "owners", "description"}
+_NOT_IN_FEATURES = {
+    "automation",
+    "sources",
+    "splits",
+    "tuning",
+    "pooling",
+    "own",
+    "pack",
+    "owners",
+    "description",
+}
 
 
 @cache
 def code_digest() -> str:
-    """Hash of this library's code and of the libraries that compute rows: another release may read or compute otherwise."""
+    """Hash of this library's code and of the libraries that compute rows.
+
+    Another release may read or compute otherwise.
+    """
     root = Path(__file__).parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
@@ -43,8 +56,12 @@ def raw_digest(source: SourceSpec, state: str | None) -> str | None:
     return None if state is None else _digest(source.model_dump(mode="json"), state, code_digest())
 
 
-def features_digest(spec: FleetSpec, sql: str, raw: Mapping[str, str], settings: Mapping[str, str]) -> str:
-    """Digest of a fleet's feature table: the same inputs give the same rows, as SQL may not call what changes by itself.
+def features_digest(
+    spec: FleetSpec, sql: str, raw: Mapping[str, str], settings: Mapping[str, str]
+) -> str:
+    """Digest of the inputs of a fleet's feature table.
+
+    The same inputs give the same rows, as SQL may not call anything that changes by itself.
 
     Args:
         spec: the fleet.
@@ -52,8 +69,16 @@ def features_digest(spec: FleetSpec, sql: str, raw: Mapping[str, str], settings:
         raw: the raw tables' identities, by source.
         settings: of Spark, where they are the user's own.
     """
-    return _digest(spec.model_dump(mode="json", exclude=_NOT_IN_FEATURES), sql, dict(raw), dict(settings), code_digest())
+    return _digest(
+        spec.model_dump(mode="json", exclude=_NOT_IN_FEATURES),
+        sql,
+        dict(raw),
+        dict(settings),
+        code_digest(),
+    )
 
 
 def _digest(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str).encode()
+    ).hexdigest()

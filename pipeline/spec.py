@@ -1,6 +1,7 @@
 """FleetSpec: everything a user says about a fleet, validated when built.
 
-The descriptions below are what the component's documentation shows; keep them true, with a unit and an example.
+The descriptions below are what the component's documentation shows; keep them true, with a unit and
+an example.
 """
 
 import datetime as dt
@@ -30,7 +31,9 @@ from pipeline.periods import Period, on_last_day, parse_moment, to_wall_clock
 from pipeline.spec_mistakes import InconsistentSpec, LineOf, describe, explain
 
 Statistic = Literal["mean", "sum", "count", "std", "min", "max", "last"]
-CalendarPart = Literal["year", "quarter", "month", "week", "day_of_year", "day", "day_of_week", "hour", "minute"]
+CalendarPart = Literal[
+    "year", "quarter", "month", "week", "day_of_year", "day", "day_of_week", "hour", "minute"
+]
 ColumnType = Literal["string", "long", "double", "boolean", "date", "timestamp"]
 Task = Literal["regression", "binary", "multiclass"]
 Objective = Literal["l2", "l1", "huber", "quantile", "poisson", "tweedie"]
@@ -39,13 +42,14 @@ REGRESSION, BINARY, MULTICLASS = "regression", "binary", "multiclass"
 QUANTILE, HUBER, POISSON, TWEEDIE = "quantile", "huber", "poisson", "tweedie"
 # Objectives with a logarithm of their own, whose boosters predict the mean.
 COUNTED = (POISSON, TWEEDIE)
-# LightGBM sets these objectives' leaves after the trees are grown, and so cannot keep them monotone.
+# LightGBM sets these objectives' leaves after the trees are grown, and so cannot keep them
+# monotone.
 NEVER_MONOTONE = ("l1", QUANTILE)
 DEFAULT_ALPHA = {QUANTILE: 0.5, HUBER: 0.9}
 MAX_CLASSES = 100
 SEASONAL_NAIVE = "seasonal naive"
 # Ways to answer that are measured in every fleet.
-WAYS = ("fleet", "pooled", "constant")
+CONTENDERS = ("fleet", "pooled", "constant")
 
 _IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,99}")
 # Columns that feature tables and training add to a row.
@@ -54,7 +58,10 @@ RESERVED = ("time", "known_at", "row_key", "is_future", "grain", "group_id", "ta
 
 def _checked_identifier(name: str) -> str:
     if not _IDENTIFIER.fullmatch(name):
-        raise ValueError(f"{name!r} is not a usable name: expected a letter, then letters, digits or _ (100 at most)")
+        raise ValueError(
+            f"{name!r} is not a usable name: expected a letter, then letters, digits or _ (100 at "
+            "most)"
+        )
     return name
 
 
@@ -73,7 +80,11 @@ def _checked_zone(name: str) -> str:
     names = available_timezones()
     if name not in names:
         near = difflib.get_close_matches(name, sorted(names), n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "expected a name such as Europe/Berlin"
+        hint = (
+            f"did you mean {' or '.join(near)}?"
+            if near
+            else "expected a name such as Europe/Berlin"
+        )
         raise ValueError(f"{name!r} is not a time zone; {hint}")
     return name
 
@@ -102,30 +113,45 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+# CSV texts that mean null: in sources unless they say otherwise, and in rows to be scored.
+NULL_TEXTS = ("", "NA", "NaN", "null", "NULL")
+
+
 class SourceSpec(Part):
     """One raw table and where it comes from."""
 
-    name: Identifier = Field(description="Name of the raw table in features.sql and of its asset, e.g. `flights`.")
+    name: Identifier = Field(
+        description="Name of the raw table in features.sql and of its asset, e.g. `flights`."
+    )
     uri: str = Field(
         min_length=1,
-        description="A path, a glob, an object-store URL, or a file of an installed package: `data/sales-*.csv`, "
-        "`s3://bucket/sales/`, `package://plotnine/data/txhousing.csv`.",
+        description="A path, a glob, an object-store URL, or a file of an installed package: "
+        "`data/sales-*.csv`, `s3://bucket/sales/`, `package://plotnine/data/txhousing.csv`. Its "
+        "ending tells the format: .csv, .tsv, .json, .jsonl or .ndjson (each also as .gz or .zip), "
+        ".parquet or .pq.",
     )
     format: Literal["csv", "parquet", "delta", "jsonl"] | None = Field(
-        default=None, description="csv (also .zip and .gz), parquet, delta or jsonl; by default told from the file's ending."
+        default=None,
+        description="csv, parquet, delta or jsonl (one JSON object per line); needed where the "
+        "ending of `uri` does not tell it. Files whose names end in .gz or .zip are decompressed.",
     )
     types: Mapping[str, ColumnType] = Field(
-        default_factory=dict, description="Types of columns that would be guessed wrongly, e.g. `{zip_code: string}`."
+        default_factory=dict,
+        description="Types of columns that would be guessed wrongly, e.g. `{zip_code: string}`.",
     )
-    null_values: Sequence[str] = Field(default=("", "NA", "NaN", "null", "NULL"), description="CSV texts that mean null.")
+    null_values: Sequence[str] = Field(default=NULL_TEXTS, description="CSV texts that mean null.")
 
 
 class LagSpec(Part):
     """A column's value whole periods ago, for the same entity."""
 
-    column: Identifier = Field(description="Column of features.sql whose past value is wanted, e.g. `median`.")
+    column: Identifier = Field(
+        description="Column of features.sql whose past value is wanted, e.g. `median`."
+    )
     periods: Sequence[Annotated[int, Field(ge=1)]] = Field(
-        min_length=1, description="How many periods back, e.g. `[1, 12]`; each at least the horizon. Makes `median_lag_1`, `median_lag_12`."
+        min_length=1,
+        description="How many periods back, e.g. `[1, 12]`; each at least the horizon. Makes "
+        "`median_lag_1`, `median_lag_12`.",
     )
 
     def name(self, periods: int) -> str:
@@ -134,17 +160,25 @@ class LagSpec(Part):
 
 
 class RollingSpec(Part):
-    """Statistics of a column over what was known in a trailing window, as of the row's time less the horizon."""
+    """Statistics of a column over a trailing window of what was known at the row's time.
+
+    Known means by the row's time less the horizon.
+    """
 
     column: Identifier = Field(description="Column of features.sql to summarise, e.g. `arr_delay`.")
     window: LengthText = Field(
-        description="Length of the window, e.g. `12 months` or `6 hours`; its start is excluded, its end included, but never the row's own time."
+        description="Length of the window, e.g. `12 months` or `6 hours`; its start is excluded, "
+        "its end included, but never the row's own time."
     )
-    statistics: Sequence[Statistic] = Field(default=("mean",), min_length=1, description="Any of mean, sum, count, std, min, max, last.")
+    statistics: Sequence[Statistic] = Field(
+        default=("mean",), min_length=1, description="Any of mean, sum, count, std, min, max, last."
+    )
     over: Sequence[Identifier] | None = Field(
         default=None,
-        description="Columns whose value the summarised rows share, e.g. `[dest]`; `[]` is all rows; by default the finest grain. "
-        "Makes `arr_delay_mean_6_hours`, or `arr_delay_mean_6_hours_by_dest` (`_by_all` for []) where `over` is given.",
+        description="Columns whose value the summarised rows share, e.g. `[dest]`; `[]` is all "
+        "rows; by default the finest grain. "
+        "Makes `arr_delay_mean_6_hours`, or `arr_delay_mean_6_hours_by_dest` (`_by_all` for []) "
+        "where `over` is given.",
     )
 
     @property
@@ -163,33 +197,52 @@ class FeaturesSpec(Part):
 
     sql: str = Field(
         default="features.sql",
-        description="File beside defs.yaml with one SELECT (Spark SQL) over the sources, one row per entity and time.",
+        description="File beside defs.yaml with one SELECT (Spark SQL) over the sources, one row "
+        "per entity and time.",
     )
     columns: Sequence[Identifier] = Field(
         default=(),
-        description="Columns of features.sql that are features as they are. List only what is known when the prediction is made.",
+        description="Columns of features.sql that are features as they are. List only what is "
+        "known when the prediction is made.",
     )
     lags: Sequence[LagSpec] = Field(
         default=(),
-        description="Values whole periods ago. Months, quarters and years match whatever the day: 28 February finds 31 January. "
-        "Of several rows in that month the one on the very day counts, or else the last one known by then.",
+        description="Values whole periods ago. Months, quarters and years match whatever the day: "
+        "28 February finds 31 January. "
+        "Of several rows in that month the one on the very day counts, or else the last one known "
+        "by then.",
     )
-    rolling: Sequence[RollingSpec] = Field(default=(), description="Statistics of trailing windows, as of what was known.")
+    rolling: Sequence[RollingSpec] = Field(
+        default=(), description="Statistics of trailing windows, as of what was known."
+    )
     derived: Mapping[Identifier, str] = Field(
         default_factory=dict,
-        description="Row-wise Spark SQL expressions over features and calendar parts, in order, e.g. `trend: ln(median_lag_1 / median_lag_12)`.",
+        description="Row-wise Spark SQL expressions over features and calendar parts, in order, "
+        "e.g. `trend: ln(median_lag_1 / median_lag_12)`.",
     )
-    calendar: Sequence[CalendarPart] = Field(default=(), description="Parts of the row's time: year, month, day_of_week, hour ...")
+    calendar: Sequence[CalendarPart] = Field(
+        default=(), description="Parts of the row's time: year, month, day_of_week, hour ..."
+    )
     categoricals: Sequence[Identifier] = Field(
-        default=(), description="Keys or columns that are categories, not quantities, e.g. `[carrier]`; unseen values count as missing."
+        default=(),
+        description="Keys or columns that are categories, not quantities, e.g. `[carrier]`; unseen "
+        "values count as missing.",
     )
     monotone: Mapping[Identifier, Literal[-1, 0, 1]] = Field(
         default_factory=dict,
-        description="Features that the answer only rises (1) or only falls (-1) with, e.g. `{price: -1}`; 0 is no constraint.",
+        description="Features that the answer only rises (1) or only falls (-1) with, e.g. "
+        "`{price: -1}`; 0 is no constraint.",
     )
-    max_categories: int = Field(default=250, ge=2, le=5000, description="Most frequent values kept per categorical; rarer ones count as missing.")
+    max_categories: int = Field(
+        default=250,
+        ge=2,
+        le=5000,
+        description="Most frequent values kept per categorical; rarer ones count as missing.",
+    )
     exclude: Sequence[Identifier] = Field(
-        default=(), description="Lags, windows or derived columns that only help to compute others and are not shown to the models."
+        default=(),
+        description="Lags, windows or derived columns that only help to compute others and are not "
+        "shown to the models.",
     )
 
 
@@ -198,9 +251,12 @@ class SqlSpec(Part):
 
     functions: Sequence[Identifier] = Field(
         default=(),
-        description="Functions that features.sql and derived columns may call besides the allowed ones, e.g. "
-        "`[collect_set]`. Add only functions that compute from their arguments alone; those known to run code, to "
-        "read files, settings or the session, or to give another answer each time are always refused.",
+        description="Functions that features.sql and derived columns may call besides the allowed "
+        "ones, e.g. "
+        "`[collect_set]`. Add only functions that compute from their arguments alone; those known "
+        "to run code, to "
+        "read files, settings or the session, or to give another answer each time are always "
+        "refused.",
     )
 
 
@@ -208,29 +264,43 @@ class TargetSpec(Part):
     """What is predicted, and on which scale the models learn it."""
 
     column: Identifier = Field(
-        description="Column of features.sql to predict, e.g. `median`: a number; for classes text, a boolean or a whole number."
+        description="Column of features.sql to predict, e.g. `median`: a number; for classes text, "
+        "a boolean or a whole number."
     )
     classes: Sequence[str] | None = Field(
         default=None,
-        description="Classes as text, e.g. `[no, yes]`; the last of two is the positive one. By default those of the fit rows, sorted. "
+        description="Classes as text, e.g. `[no, yes]`; the last of two is the positive one. By "
+        "default those of the fit rows, sorted. "
         "A row of another class counts as invalid.",
     )
-    transform: Literal["none", "log", "log1p"] = Field(default="none", description="Link: the models learn transform(target).")
+    transform: Literal["none", "log", "log1p"] = Field(
+        default="none", description="Link: the models learn transform(target)."
+    )
     offset: Identifier | None = Field(
         default=None,
-        description="Feature column subtracted from the transformed target before learning, in the link's units, so that groups are comparable.",
+        description="Feature column subtracted from the transformed target before learning, in the "
+        "link's units, so that groups are comparable.",
     )
-    scale: Identifier | None = Field(default=None, description="Positive feature column that the rest is divided by before learning.")
+    scale: Identifier | None = Field(
+        default=None,
+        description="Positive feature column that the rest is divided by before learning.",
+    )
     weight: Identifier | None = Field(
-        default=None, description="Column of row weights; null or negative weights count as 0, and such rows for nothing."
+        default=None,
+        description="Column of row weights; null or negative weights count as 0, and such rows for "
+        "nothing.",
     )
 
 
 class SplitsSpec(Part):
     """How much of the newest past is kept from fitting; cutoffs move by whole units."""
 
-    report: LengthText = Field(description="Newest part, touched once, to report: e.g. `12 months`.")
-    tune: LengthText = Field(description="The part before it, which stops boosting and chooses parameters and weights.")
+    report: LengthText = Field(
+        description="Newest part, touched once, to report: e.g. `12 months`."
+    )
+    tune: LengthText = Field(
+        description="The part before it, which stops boosting and chooses parameters and weights."
+    )
 
 
 # LightGBM parameters that a search may cover; the others are fixed by what the trainer promises.
@@ -253,7 +323,13 @@ SEARCHABLE = (
     "num_leaves",
     "path_smooth",
 )
-WHOLE_PARAMETERS = ("extra_trees", "max_cat_threshold", "max_depth", "min_data_in_leaf", "num_leaves")
+WHOLE_PARAMETERS = (
+    "extra_trees",
+    "max_cat_threshold",
+    "max_depth",
+    "min_data_in_leaf",
+    "num_leaves",
+)
 
 
 # Settings that say when, where and how long to train, not what comes out.
@@ -265,18 +341,28 @@ class SearchRange(Part):
 
     low: float = Field(description="Smallest value, e.g. `0.01`.")
     high: float = Field(description="Largest value, e.g. `0.3`.")
-    log: bool = Field(default=False, description="Whether to search evenly in the logarithm; low must then be above 0.")
+    log: bool = Field(
+        default=False,
+        description="Whether to search evenly in the logarithm; low must then be above 0.",
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _of_number(cls, value: Any) -> Any:
         """A number alone fixes the parameter."""
-        return {"low": value, "high": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
+        return (
+            {"low": value, "high": value}
+            if isinstance(value, int | float) and not isinstance(value, bool)
+            else value
+        )
 
     @model_validator(mode="after")
     def _is_a_range(self) -> Self:
         if self.low > self.high or (self.log and self.low <= 0):
-            raise ValueError(f"{self.low:g} to {self.high:g} is not a range to search; expected low <= high, and low above 0 with log")
+            raise ValueError(
+                f"{self.low:g} to {self.high:g} is not a range to search; expected low <= high, "
+                "and low above 0 with log"
+            )
         return self
 
 
@@ -328,10 +414,14 @@ def _checked_search(search: Mapping[str, SearchRange]) -> Mapping[str, SearchRan
         if name not in SEARCHABLE:
             near = difflib.get_close_matches(name, SEARCHABLE, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"{name!r} cannot be searched; {hint}Available: {', '.join(SEARCHABLE)}")
+            raise ValueError(
+                f"{name!r} cannot be searched; {hint}Available: {', '.join(SEARCHABLE)}"
+            )
         _SEARCH_BOUNDS.get(name, Bounds()).check(name, wanted)
         if name in WHOLE_PARAMETERS and (wanted.low % 1 or wanted.high % 1):
-            raise ValueError(f"{name} is searched from {wanted.low:g} to {wanted.high:g}; expected whole numbers")
+            raise ValueError(
+                f"{name} is searched from {wanted.low:g} to {wanted.high:g}; expected whole numbers"
+            )
     return search
 
 
@@ -340,47 +430,82 @@ class TuningSpec(Part):
 
     objective: Objective | None = Field(
         default=None,
-        description="LightGBM's regression objective, in link space; by default l2. poisson and tweedie have a logarithm of their own, "
+        description="LightGBM's regression objective, in link space; by default l2. poisson and "
+        "tweedie have a logarithm of their own, "
         "need targets of 0 or more, and answer the mean. Classes have the objective of their task.",
     )
     alpha: float | None = Field(
         default=None,
         gt=0,
-        description="quantile: which one, by default 0.5; huber: the error, link space, from which it counts as it is and not squared, "
+        description="quantile: which one, by default 0.5; huber: the error, link space, from which "
+        "it counts as it is and not squared, "
         "by default 0.9.",
     )
     variance_power: float | None = Field(
-        default=None, gt=1, lt=2, description="tweedie: the variance is the mean to this power, e.g. and by default `1.5`."
+        default=None,
+        gt=1,
+        lt=2,
+        description="tweedie: the variance is the mean to this power, e.g. and by default `1.5`.",
     )
-    max_trials: int = Field(default=12, ge=1, description="Trials per group at most; 1 takes the defaults.")
-    patience: int = Field(default=6, ge=1, description="A group's study stops after this many trials without a gain beyond noise.")
+    max_trials: int = Field(
+        default=12, ge=1, description="Trials per group at most; 1 takes the defaults."
+    )
+    patience: int = Field(
+        default=6,
+        ge=1,
+        description="A group's study stops after this many trials without a gain beyond noise.",
+    )
     timeout_seconds: float | None = Field(
-        default=None, gt=0, description="A group's study stops after this long; makes results depend on the machine."
+        default=None,
+        gt=0,
+        description="A group's study stops after this long; makes results depend on the machine.",
     )
     budget_seconds: float | None = Field(
         default=None,
         gt=0,
-        description="Seconds of training (all slots together) for the whole fleet: first every group gets a model on few trials, then what is left "
+        description="Seconds of training (all slots together) for the whole fleet: first every "
+        "group gets a model on few trials, then what is left "
         "goes to the groups with the largest rows x error; makes results depend on the machine.",
     )
     checkpoint_seconds: float = Field(
-        default=60, gt=0, description="About how long a wave of groups trains before it is committed; a killed run repeats two waves at most."
+        default=60,
+        gt=0,
+        description="About how long a wave of groups trains before it is committed; a killed run "
+        "repeats two waves at most.",
     )
-    kill_after_seconds: float = Field(default=3600, gt=0, description="A group that takes longer than this hangs: it is ended, and `failed`.")
+    kill_after_seconds: float = Field(
+        default=3600,
+        gt=0,
+        description="A group that takes longer than this hangs: it is ended, and `failed`.",
+    )
     retune_after: PeriodText = Field(
-        default="1 month", description="A changed group tuned less long ago is refitted with its last parameters, without trials; `0 days`: never."
+        default="1 month",
+        description="A changed group tuned less long ago is refitted with its last parameters, "
+        "without trials; `0 days`: never.",
     )
     search: Annotated[Mapping[str, SearchRange], AfterValidator(_checked_search)] = Field(
         default_factory=dict,
-        description="Search space where it differs from the default for the group's rows: a number fixes a parameter, "
+        description="Search space where it differs from the default for the group's rows: a number "
+        "fixes a parameter, "
         "`{low: 0.01, high: 0.3, log: true}` searches it.",
     )
     max_rounds: int = Field(default=1000, ge=1, description="Boosting rounds at most.")
     max_rows: int = Field(
-        default=2_000_000, ge=1000, description="A coarse group with more rows learns from a sample of about so many; small finest groups stay whole."
+        default=2_000_000,
+        ge=1000,
+        description="A coarse group with more rows learns from a sample of about so many; small "
+        "finest groups stay whole.",
     )
-    fit_rows: int = Field(default=100, ge=2, description="A group with fewer fit rows is not trained; its parent answers.")
-    tune_rows: int = Field(default=20, ge=2, description="A group with fewer tune rows is not trained; its parent answers.")
+    fit_rows: int = Field(
+        default=100,
+        ge=2,
+        description="A group with fewer fit rows is not trained; its parent answers.",
+    )
+    tune_rows: int = Field(
+        default=20,
+        ge=2,
+        description="A group with fewer tune rows is not trained; its parent answers.",
+    )
     seed: int = Field(default=1, ge=0, description="Seed of studies and boosters.")
 
 
@@ -388,12 +513,17 @@ class ScoringSpec(Part):
     """Which rows are answered."""
 
     score: Literal["future", "new"] = Field(
-        default="new", description="`future`: the next horizon periods of every entity, made up; `new`: rows of the data with a time after the as-of."
+        default="new",
+        description="`future`: the next horizon periods of every entity, made up; `new`: rows of "
+        "the data with a time after the as-of.",
     )
-    interval: Level = Field(default=0.8, description="Share of answers that lower and upper should contain.")
+    interval: Level = Field(
+        default=0.8, description="Share of answers that lower and upper should contain."
+    )
     intervals: Sequence[Level] = Field(
         default=(0.8, 0.95),
-        description="Shares that a registered version keeps intervals for, beside `interval`; whoever asks it names one.",
+        description="Shares that a registered version keeps intervals for, beside `interval`; "
+        "whoever asks it names one.",
     )
 
     @property
@@ -407,74 +537,119 @@ class AutomationSpec(Part):
 
     score: str | None = Field(
         default=None,
-        description="When to read the sources and answer rows by the champion that serves, as a cron text, e.g. `0 6 * * *` for 6:00 each day.",
+        description="When to read the sources and answer rows by the champion that serves, as a "
+        "cron text, e.g. `0 6 * * *` for 6:00 each day.",
     )
-    retrain: str | None = Field(default=None, description="When to run the whole chain, as a cron text, e.g. `0 3 * * 1` for 3:00 each Monday.")
-    timezone: Zone | None = Field(default=None, description="Time zone of the cron texts, e.g. `Europe/Berlin`; by default the fleet's, else UTC.")
+    retrain: str | None = Field(
+        default=None,
+        description="When to run the whole chain, as a cron text, e.g. `0 3 * * 1` for 3:00 each "
+        "Monday.",
+    )
+    timezone: Zone | None = Field(
+        default=None,
+        description="Time zone of the cron texts, e.g. `Europe/Berlin`; by default the fleet's, "
+        "else UTC.",
+    )
     on_new_files: bool = Field(
-        default=False, description="Whether new or changed files of a source are looked for, read, and followed by features and predictions."
+        default=False,
+        description="Whether new or changed files of a source are looked for, read, and followed "
+        "by features and predictions.",
     )
     resume: bool = Field(
         default=True,
-        description="Whether a run that was launched so and whose process is gone is launched once more, which resumes its training. "
-        "One that failed by itself is not: a mistake in the fleet's description, bad data or a failed check would fail again.",
+        description="Whether a run that was launched so and whose process is gone is launched once "
+        "more, which resumes its training. "
+        "One that failed by itself is not: a mistake in the fleet's description, bad data or a "
+        "failed check would fail again.",
     )
 
 
 class FleetSpec(Part):
     """One prediction problem over many groups."""
 
-    name: Annotated[str, AfterValidator(_checked_identifier)] = Field(description="Fleet, asset group and registered model, e.g. `housing`.")
+    name: Annotated[str, AfterValidator(_checked_identifier)] = Field(
+        description="Fleet, asset group and registered model, e.g. `housing`."
+    )
     description: str = Field(default="", description="One sentence for people.")
-    owners: Sequence[str] = Field(default=(), description="E-mail addresses or `team:name`, shown in Dagster.")
+    owners: Sequence[str] = Field(
+        default=(), description="E-mail addresses or `team:name`, shown in Dagster."
+    )
     sources: Sequence[SourceSpec] = Field(min_length=1, description="Raw tables.")
     features: FeaturesSpec = Field(description="SQL and declared features.")
     sql: SqlSpec = Field(default_factory=SqlSpec, description="What the fleet's SQL may call.")
     grains: Sequence[Sequence[Identifier]] = Field(
-        min_length=1, description="Key columns of each level, coarse to fine, e.g. `[[], [origin], [origin, dest]]`; the first is always []."
+        min_length=1,
+        description="Key columns of each level, coarse to fine, e.g. `[[], [origin], [origin, "
+        "dest]]`; the first is always [].",
     )
-    entity: Sequence[Identifier] = Field(min_length=1, description="Columns that, with the time, identify one row, e.g. `[city]`.")
-    time: Identifier = Field(description="Column of features.sql (date or timestamp): when the target is realised.")
-    known_at: Identifier | None = Field(default=None, description="Column of features.sql: when the target becomes known; by default the time.")
-    period: LengthText | None = Field(default=None, description="Step of the series, e.g. `1 month`; needed for lags and for `score: future`.")
+    entity: Sequence[Identifier] = Field(
+        min_length=1, description="Columns that, with the time, identify one row, e.g. `[city]`."
+    )
+    time: Identifier = Field(
+        description="Column of features.sql (date or timestamp): when the target is realised."
+    )
+    known_at: Identifier | None = Field(
+        default=None,
+        description="Column of features.sql: when the target becomes known; by default the time.",
+    )
+    period: LengthText | None = Field(
+        default=None,
+        description="Step of the series, e.g. `1 month`; needed for lags and for `score: future`.",
+    )
     horizon: PeriodText | None = Field(
-        default=None, description="How long before its time a row is predicted, e.g. `1 month`; by default at its time."
+        default=None,
+        description="How long before its time a row is predicted, e.g. `1 month`; by default at "
+        "its time.",
     )
     timezone: Zone | None = Field(
         default=None,
-        description="Time zone whose days count, e.g. `Europe/Berlin`; by default UTC's. Lags, windows, the horizon, future rows and "
-        "splits of days and longer, and calendar parts follow its clocks. Dates, and times without a zone (TIMESTAMP_NTZ), are its local "
+        description="Time zone whose days count, e.g. `Europe/Berlin`; by default UTC's. Lags, "
+        "windows, the horizon, future rows and "
+        "splits of days and longer, and calendar parts follow its clocks. Dates, and times without "
+        "a zone (TIMESTAMP_NTZ), are its local "
         "times; times in tables stay UTC.",
     )
     target: TargetSpec = Field(description="What is predicted.")
     task: Task = Field(
-        default="regression", description="Kind of prediction problem: `regression` (a number), `binary` or `multiclass` (a class's probability)."
+        default="regression",
+        description="Kind of prediction problem: `regression` (a number), `binary` or `multiclass` "
+        "(a class's probability).",
     )
     splits: SplitsSpec = Field(description="What is kept from fitting.")
     tuning: TuningSpec = Field(default_factory=TuningSpec, description="Budget per group.")
     pack: Literal["self-contained", "shared"] = Field(
         default="self-contained",
-        description="Where a registered version's boosters are: in the version itself, or `shared`: in files beside the fleet's tables, to which "
+        description="Where a registered version's boosters are: in the version itself, or "
+        "`shared`: in files beside the fleet's tables, to which "
         "each version adds its new ones; for fleets of a gigabyte and more.",
     )
     pooling: Literal["blend", "select", "none"] = Field(
         default="blend",
-        description="`blend`: weigh own and parent's answers; `select`: the better of the two; `none`: only the finest grain is trained, alone.",
+        description="`blend`: weigh own and parent's answers; `select`: the better of the two; "
+        "`none`: only the finest grain is trained, alone.",
     )
     own: Literal["independent", "correction", "auto"] = Field(
         default="independent",
-        description="`independent`: a group's trees learn the target; `correction`: they learn what the parent's model leaves "
-        "(on predictions it made without those rows); `auto`: a correction where that is clearly better on the tune rows of some groups.",
+        description="`independent`: a group's trees learn the target; `correction`: they learn "
+        "what the parent's model leaves "
+        "(on predictions it made without those rows); `auto`: a correction where that is clearly "
+        "better on the tune rows of some groups.",
     )
     baselines: Mapping[str, Identifier] = Field(
         default_factory=dict,
-        description="Columns to beat, by name, e.g. `{last value: median_lag_1}`: in the target's units; for binary the probability of the "
-        "positive class; for multiclass a class. A series with a period has `seasonal naive`, the target one season ago, by itself.",
+        description="Columns to beat, by name, e.g. `{last value: median_lag_1}`: in the target's "
+        "units; for binary the probability of the "
+        "positive class; for multiclass a class. A series with a period has `seasonal naive`, the "
+        "target one season ago, by itself.",
     )
     scoring: ScoringSpec = Field(default_factory=ScoringSpec, description="What is answered.")
-    automation: AutomationSpec = Field(default_factory=AutomationSpec, description="Schedules and sensors.")
+    automation: AutomationSpec = Field(
+        default_factory=AutomationSpec, description="Schedules and sensors."
+    )
     as_of: MomentText | None = Field(
-        default=None, description="Date or time the fleet pretends it is, unless a launch says otherwise; by default the newest known row."
+        default=None,
+        description="Date or time the fleet pretends it is, unless a launch says otherwise; by "
+        "default the newest known row.",
     )
 
     @property
@@ -506,7 +681,10 @@ class FleetSpec(Part):
         return self.period is not None and Period.parse(self.period).is_calendar
 
     def horizon_end(self, newest: pd.Timestamp) -> pd.Timestamp:
-        """The last moment that is answered from the newest row; from the end of a month, where months count, the end of another."""
+        """The last moment that is answered from the newest row.
+
+        From the end of a month, where months count, the end of another.
+        """
         moments = np.array([newest.to_datetime64()])
         shown = moments if self.timezone is None else to_wall_clock(moments, self.timezone)
         stays = self.has_calendar_period and bool(on_last_day(shown)[0])
@@ -544,10 +722,12 @@ class FleetSpec(Part):
 
     @property
     def seasonal_lag(self) -> int | None:
-        """Periods back of the baseline `seasonal naive` that a series has by itself; None where there is none.
+        """Periods back of the baseline `seasonal naive` that a series has by itself.
 
-        It is the season of the period's unit (12 months, 4 quarters, 52 weeks, 7 days, 24 hours), or its smallest multiple that
-        is known at the horizon.
+        None where there is none.
+
+        It is the season of the period's unit (12 months, 4 quarters, 52 weeks, 7 days, 24 hours),
+        or its smallest multiple that is known at the horizon.
         """
         if self.period is None or self.is_class_task or SEASONAL_NAIVE in self.baselines:
             return None
@@ -573,28 +753,46 @@ class FleetSpec(Part):
     def all_baselines(self) -> dict[str, str]:
         """Column by name of the declared baselines and of `seasonal naive`."""
         lag = self.seasonal_lag
-        return {**self.baselines, **({} if lag is None else {SEASONAL_NAIVE: f"{self.target.column}_lag_{lag}"})}
+        return {
+            **self.baselines,
+            **({} if lag is None else {SEASONAL_NAIVE: f"{self.target.column}_lag_{lag}"}),
+        }
 
     @property
     def history_columns(self) -> tuple[str, ...]:
         """Names of the declared lags and rolling features."""
         lags = (lag.name(periods) for lag in self.features.lags for periods in lag.periods)
-        return (*lags, *(window.name(statistic) for window in self.features.rolling for statistic in window.statistics))
+        return (
+            *lags,
+            *(
+                window.name(statistic)
+                for window in self.features.rolling
+                for statistic in window.statistics
+            ),
+        )
 
     @property
     def feature_columns(self) -> tuple[str, ...]:
         """The columns that models see, in order; categoricals included."""
         features = self.features
-        named = [*features.columns, *self.history_columns, *features.derived, *features.calendar, *features.categoricals]
+        named = [
+            *features.columns,
+            *self.history_columns,
+            *features.derived,
+            *features.calendar,
+            *features.categoricals,
+        ]
         return tuple(name for name in dict.fromkeys(named) if name not in features.exclude)
 
     @property
     def carried_columns(self) -> tuple[str, ...]:
-        """Columns of the feature table that are neither keys nor model features but are needed to train, blend or report."""
+        """Columns that are needed to train, blend or report, and are neither keys nor features."""
         target = self.target
         wanted = [target.offset, target.scale, target.weight, *self.all_baselines.values()]
         known = {*self.feature_columns, *self.key_columns, target.column}
-        return tuple(dict.fromkeys(name for name in wanted if name is not None and name not in known))
+        return tuple(
+            dict.fromkeys(name for name in wanted if name is not None and name not in known)
+        )
 
     @property
     def key_columns(self) -> tuple[str, ...]:
@@ -615,9 +813,17 @@ class FleetSpec(Part):
             *((name, "features.columns") for name in self.features.columns),
             *((lag.column, "features.lags") for lag in self.features.lags),
             *((window.column, "features.rolling") for window in self.features.rolling),
-            *((name, "features.rolling.over") for window in self.features.rolling for name in window.over or ()),
+            *(
+                (name, "features.rolling.over")
+                for window in self.features.rolling
+                for name in window.over or ()
+            ),
             *((name, "features.categoricals") for name in self.features.categoricals),
-            *((name, f"target.{field}") for field in ("offset", "scale", "weight") if (name := getattr(self.target, field))),
+            *(
+                (name, f"target.{field}")
+                for field in ("offset", "scale", "weight")
+                if (name := getattr(self.target, field))
+            ),
             *((name, f"baselines.{title}") for title, name in self.baselines.items()),
         ]
         for name, field in asked:
@@ -629,12 +835,29 @@ class FleetSpec(Part):
     def _summarised(self) -> set[str]:
         """Columns of features.sql that lags and windows look back on, or share."""
         windows = self.features.rolling
-        return {lag.column for lag in self.features.lags} | {name for window in windows for name in (window.column, *(window.over or ()))}
+        return {lag.column for lag in self.features.lags} | {
+            name for window in windows for name in (window.column, *(window.over or ()))
+        }
 
     @property
     def training_digest(self) -> str:
-        """Hash of all that changes what training gives; names and descriptions for people are left out."""
-        left_out: Any = dict.fromkeys(("automation", "baselines", "description", "owners", "pack", "scoring", "sources", "sql"), True)
+        """Hash of all that changes what training gives.
+
+        Names and descriptions for people are left out.
+        """
+        left_out: Any = dict.fromkeys(
+            (
+                "automation",
+                "baselines",
+                "description",
+                "owners",
+                "pack",
+                "scoring",
+                "sources",
+                "sql",
+            ),
+            True,
+        )
         parts = self.model_dump(mode="json", exclude={**left_out, "tuning": set(BUDGETS)})
         if self.timezone is None:  # as before there were any
             del parts["timezone"]
@@ -654,17 +877,37 @@ class FleetSpec(Part):
         yield from self._own_problems()
         yield from self._monotone_problems()
         names = [source.name for source in self.sources]
-        yield from (f"sources: {name!r} is listed twice; give each source its own name" for name in _doubled(names))
-        yield from (f"sources: {name!r} is the name of a link of the asset chain; choose another" for name in names if name in CHAIN)
+        yield from (
+            f"sources: {name!r} is listed twice; give each source its own name"
+            for name in _doubled(names)
+        )
+        yield from (
+            f"sources: {name!r} is the name of a link of the asset chain; choose another"
+            for name in names
+            if name in CHAIN
+        )
         computed = [*self.history_columns, *self.features.derived, *self.features.calendar]
         taken = ({*self.sql_columns} - {self.time, self.known_at}) | {*computed, *self.key_columns}
         yield from (
-            f"column {name!r} is reserved ({', '.join(RESERVED)}); rename it in features.sql" for name in sorted(taken) if name.lower() in RESERVED
+            f"column {name!r} is reserved ({', '.join(RESERVED)}); rename it in features.sql"
+            for name in sorted(taken)
+            if name.lower() in RESERVED
         )
         yield from (f"features: {name!r} is made twice" for name in _doubled(computed))
-        given = {*self.key_columns, self.time, self.known_at or self.time, self.target.column, *self.features.columns, *self._summarised}
+        given = {
+            *self.key_columns,
+            self.time,
+            self.known_at or self.time,
+            self.target.column,
+            *self.features.columns,
+            *self._summarised,
+        }
         lowered = {name.lower() for name in given}  # Spark tells no cases apart
-        yield from (f"features: {name!r} is both made and a column of features.sql; rename one" for name in computed if name.lower() in lowered)
+        yield from (
+            f"features: {name!r} is both made and a column of features.sql; rename one"
+            for name in computed
+            if name.lower() in lowered
+        )
         if not self.feature_columns:
             yield "features: no feature is declared; add columns, lags, rolling, derived, calendar or categoricals"
         outcome = {self.target.column, *([self.known_at] if self.known_at else [])}
@@ -675,23 +918,40 @@ class FleetSpec(Part):
             if getattr(self.target, field) in outcome:
                 yield f"target.{field}: {getattr(self.target, field)!r} is the answer itself (target or known_at); name a column known before"
         yield from (
-            f"baselines.{title}: {name!r} is the answer itself (target or known_at)" for title, name in self.baselines.items() if name in outcome
+            f"baselines.{title}: {name!r} is the answer itself (target or known_at)"
+            for title, name in self.baselines.items()
+            if name in outcome
         )
         yield from (
-            f"baselines: {title!r} is a way to answer that is always reported; choose another name" for title in self.baselines if title in WAYS
+            f"baselines: {title!r} is a way to answer that is always reported; choose another name"
+            for title in self.baselines
+            if title in CONTENDERS
         )
         if self.target.column in self.key_columns:
             yield f"target.column: {self.target.column!r} is a key (grains or entity) and cannot be predicted"
-        unknown = [name for name in self.features.exclude if name not in {*computed, *self.features.columns}]
-        yield from (f"features.exclude: {name!r} is not a declared feature; declared: {', '.join(computed)}" for name in unknown)
+        unknown = [
+            name
+            for name in self.features.exclude
+            if name not in {*computed, *self.features.columns}
+        ]
+        yield from (
+            f"features.exclude: {name!r} is not a declared feature; declared: {', '.join(computed)}"
+            for name in unknown
+        )
         if self.scoring.score == "future":
             if self.period is None:
                 yield "period: needed for score: future, e.g. '1 month'"
             if self.horizon is None:
                 yield "horizon: needed for score: future: how many periods ahead are answered, e.g. '1 month'"
-            loose = [name for name in (*self.features.columns, *self.features.categoricals) if name not in self.key_columns]
+            loose = [
+                name
+                for name in (*self.features.columns, *self.features.categoricals)
+                if name not in self.key_columns
+            ]
             yield from (
-                f"features: {name!r} has no value in rows that score: future makes up; use a lag, a window or a calendar part" for name in loose
+                f"features: {name!r} has no value in rows that score: future makes up; use a lag, "
+                "a window or a calendar part"
+                for name in loose
             )
 
     def _grain_problems(self) -> Iterator[str]:
@@ -700,7 +960,10 @@ class FleetSpec(Part):
         for coarse, fine in zip(self.grains, self.grains[1:], strict=False):
             if list(fine[: len(coarse)]) != list(coarse) or len(fine) <= len(coarse):
                 yield f"grains: {list(fine)} does not extend {list(coarse)}; each grain is the one before it plus further keys"
-        yield from (f"grains: key {name!r} is listed twice in {list(self.finest)}" for name in _doubled(self.finest))
+        yield from (
+            f"grains: key {name!r} is listed twice in {list(self.finest)}"
+            for name in _doubled(self.finest)
+        )
 
     def _own_problems(self) -> Iterator[str]:
         if self.own == "independent":
@@ -718,7 +981,13 @@ class FleetSpec(Part):
         target, tuning, objective = self.target, self.tuning, self.objective
         if self.is_class_task and tuning.objective is not None:
             yield f"tuning.objective: {tuning.objective!r} is for task: regression; task {self.task!r} has an objective of its own: leave it out"
-        untransformed = f"task {self.task!r}" if self.is_class_task else f"tuning.objective {objective!r}" if objective in COUNTED else None
+        untransformed = (
+            f"task {self.task!r}"
+            if self.is_class_task
+            else f"tuning.objective {objective!r}"
+            if objective in COUNTED
+            else None
+        )
         if untransformed and target.transform != "none":
             yield f"target.transform: {target.transform!r} does not go with {untransformed}, which has a link of its own: leave it out"
         if untransformed and target.offset is not None:
@@ -736,11 +1005,15 @@ class FleetSpec(Part):
     def _class_problems(self) -> Iterator[str]:
         classes = self.target.classes
         if self.is_class_task:
-            for field, columns in (("lags", self.features.lags), ("rolling", self.features.rolling)):
+            for field, columns in (
+                ("lags", self.features.lags),
+                ("rolling", self.features.rolling),
+            ):
                 if any(part.column == self.target.column for part in columns):
                     yield (
                         f"features.{field}: {self.target.column!r} is a class and no number; "
-                        "make a number of it under another name in features.sql, e.g. `CAST(late = 'yes' AS int) AS was_late`"
+                        "make a number of it under another name in features.sql, e.g. `CAST(late = "
+                        "'yes' AS int) AS was_late`"
                     )
         if classes is None:
             return
@@ -778,7 +1051,8 @@ class FleetSpec(Part):
             for periods in lag.periods:
                 if period.times(periods).before(start)[0] > deadline:
                     yield (
-                        f"features.lags: {lag.column} {periods} x {self.period} back is not known {self.horizon} ahead (horizon): "
+                        f"features.lags: {lag.column} {periods} x {self.period} back is not known "
+                        f"{self.horizon} ahead (horizon): "
                         "it would leak the future; use a larger lag or a shorter horizon"
                     )
 
@@ -787,7 +1061,17 @@ class FleetSpec(Part):
 _SEASONS = {"month": 12, "quarter": 4, "week": 52, "day": 7, "hour": 24}
 # Any first of a month: the moment from which a lag and the horizon are compared.
 _ANCHOR = np.datetime64("2001-03-01", "us")
-CHAIN = ("features", "models", "importance", "meta_model", "champion", "predictions", "monitoring", "report", "backtest")
+CHAIN = (
+    "features",
+    "models",
+    "importance",
+    "meta_model",
+    "champion",
+    "predictions",
+    "monitoring",
+    "report",
+    "backtest",
+)
 
 
 def _doubled(names: Sequence[str]) -> list[str]:
@@ -803,7 +1087,8 @@ def parse_spec(attributes: Any, *, file: str, line_of: LineOf | None = None) -> 
         line_of: gives the line of a field, for messages.
 
     Raises:
-        SpecError: naming the file, line, field and value, and what is allowed; all mistakes at once.
+        SpecError: naming the file, line, field and value, and what is allowed; all mistakes at
+            once.
     """
     try:
         return FleetSpec.model_validate(attributes)

@@ -1,4 +1,4 @@
-"""Mistakes in a fleet's description, in the words of whoever wrote it: line, field, what is expected, and the value."""
+"""Mistakes in a fleet's description: line, field, what is expected, and the value."""
 
 import difflib
 import re
@@ -15,7 +15,8 @@ LineOf = Callable[[Path], int | None]
 MAX_SHOWN = 8
 MAX_VALUE_CHARACTERS = 60
 
-# What a field may look like, where a value alone does not say it. `*` stands for any position or key.
+# What a field may look like, where a value alone does not say it. `*` stands for any position or
+# key.
 EXAMPLES: Mapping[str, str] = {
     "owners": "[team:pricing]",
     "sources": "[{name: sales, uri: data/sales-*.csv}]",
@@ -141,7 +142,9 @@ def _explained(problem: Any, model: type[BaseModel]) -> Iterator[Mistake]:
         yield from map(Mistake.told, cause.problems)
         return
     field = ".".join(str(part) for part in path)
-    yield Mistake(path, f"{field}: {_said(problem, path, model)}" if field else _said(problem, path, model))
+    yield Mistake(
+        path, f"{field}: {_said(problem, path, model)}" if field else _said(problem, path, model)
+    )
 
 
 def _said(problem: Any, path: Path, model: type[BaseModel]) -> str:

@@ -1,7 +1,7 @@
 """The contract of every Delta table: what one row is, its columns with types and units, its key.
 
-The `format` of a table goes up when its columns change meaning. Columns of raw tables and features of feature tables belong
-to the fleet; the columns listed here are there in every fleet.
+The `format` of a table goes up when its columns change meaning. Columns of raw tables and features
+of feature tables belong to the fleet; the columns listed here are there in every fleet.
 """
 
 import json
@@ -16,7 +16,8 @@ import pyarrow as pa
 from pipeline.errors import StoreError
 
 TIMESTAMP = pa.timestamp("us", tz="UTC")
-# Who answers a group whose own answer is significantly worse than theirs (the ledger's answered_by).
+# Who answers a group whose own answer is significantly worse than theirs (the ledger's
+# answered_by).
 BY_PARENT, BY_CONSTANT = "parent", "constant"
 
 
@@ -28,8 +29,8 @@ class Column:
         name: of the column.
         type: in Arrow.
         description: what it holds.
-        is_late: whether tables of an earlier release lack it. It reads as null there, and joins such a table with the
-            first commit that has it.
+        is_late: whether tables of an earlier release lack it. It reads as null there, and joins
+            such a table with the first commit that has it.
     """
 
     name: str
@@ -88,16 +89,27 @@ FEATURES = TableContract(
 
 RUNS = TableContract(
     name="runs",
-    row="what one training run pinned at its start (the run manifest), and whether it came to its end",
+    row="what one training run pinned at its start (the run manifest), and whether it came to its "
+    "end",
     key=("run_id",),
     partition_by=("run_id",),
     format=2,
     columns=(
         Column("run_id", pa.string(), "the training run; also the fleet version"),
         Column("started_at", TIMESTAMP, "when it started, or was last resumed"),
-        Column("finished_at", TIMESTAMP, "when its last table was committed; null while it is not finished"),
-        Column("previous_run_id", pa.string(), "newest run finished before it, which it builds on; null for none"),
-        Column("request", pa.string(), "JSON: what the launch asked for: retrain, groups, limit_groups"),
+        Column(
+            "finished_at",
+            TIMESTAMP,
+            "when its last table was committed; null while it is not finished",
+        ),
+        Column(
+            "previous_run_id",
+            pa.string(),
+            "newest run finished before it, which it builds on; null for none",
+        ),
+        Column(
+            "request", pa.string(), "JSON: what the launch asked for: retrain, groups, limit_groups"
+        ),
         Column("data_digest", pa.string(), "hash of the visible rows that are learnt from"),
         Column("as_of", TIMESTAMP, "everything known later was hidden from it"),
         Column("tune_start", TIMESTAMP, "fit rows lie before"),
@@ -105,22 +117,35 @@ RUNS = TableContract(
         Column("features_version", pa.int64(), "version of the feature table it read"),
         Column("spec_digest", pa.string(), "hash of the part of the spec that matters to training"),
         Column(
-            "constant", pa.float64(), "mean (quantile: that quantile) target of fit rows in link space, less offset, over scale; null for multiclass"
+            "constant",
+            pa.float64(),
+            "mean (quantile: that quantile) target of fit rows in link space, less offset, over "
+            "scale; null for multiclass",
         ),
-        Column("constant_without_offset", pa.float64(), "the same without offset and scale; null for multiclass"),
+        Column(
+            "constant_without_offset",
+            pa.float64(),
+            "the same without offset and scale; null for multiclass",
+        ),
         Column("n_groups", pa.int64(), "groups of all grains"),
         Column(
             "model_spec",
             pa.string(),
-            "JSON: features, required and optional columns, categories, grains, target, task, classes, prior and levels of intervals, as a pack's "
+            "JSON: features, required and optional columns, categories, grains, target, task, "
+            "classes, prior and levels of intervals, as a pack's "
             "spec.json has them",
         ),
         Column("versions", pa.string(), "JSON: Python and library versions"),
-        Column("waves", pa.string(), "JSON: names of the waves whose boosters and holdout rows the run's ledger refers to"),
+        Column(
+            "waves",
+            pa.string(),
+            "JSON: names of the waves whose boosters and holdout rows the run's ledger refers to",
+        ),
         Column(
             "unknown_groups",
             pa.string(),
-            "JSON: up to 20 groups of held-out rows that the ledger does not know; [] unless a key was read in two ways",
+            "JSON: up to 20 groups of held-out rows that the ledger does not know; [] unless a key "
+            "was read in two ways",
             is_late=True,
         ),
     ),
@@ -131,12 +156,15 @@ RECIPES = "recipes"
 
 
 def fleet_runs(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs that trained a whole fleet: without those that only refitted earlier recipes for some of its groups.
+    """The runs that trained a whole fleet, not only refitted earlier recipes.
 
     Args:
         runs: rows of `RUNS`, with their request.
     """
-    is_whole = [not isinstance(request, str) or RECIPES not in json.loads(request) for request in runs["request"]]
+    is_whole = [
+        not isinstance(request, str) or RECIPES not in json.loads(request)
+        for request in runs["request"]
+    ]
     return runs[np.array(is_whole, dtype=bool)]
 
 
@@ -155,24 +183,39 @@ LEDGER = TableContract(
         Column(
             "status",
             pa.string(),
-            "trained, refreshed (refitted without trials), reused (booster of an earlier run), inherited (parent answers), failed, crashed",
+            "trained, refreshed (refitted without trials), reused (booster of an earlier run), "
+            "inherited (parent answers), failed, crashed",
         ),
         Column(
             "reason",
             pa.string(),
-            "why it has no model: too_few_rows, no_target (or no weight), constant_target, infinite_target, unknown_class, "
+            "why it has no model: too_few_rows, no_target (or no weight), constant_target, "
+            "infinite_target, unknown_class, "
             "pooling_none, error, timeout, "
             "native_crash; or why it kept an old one: not_listed, vanished",
         ),
-        Column("error_class", pa.string(), "class of the exception of a failed group; how the process of a crashed one ended"),
+        Column(
+            "error_class",
+            pa.string(),
+            "class of the exception of a failed group; how the process of a crashed one ended",
+        ),
         Column("error_message", pa.string(), "its message"),
         Column("booster_id", pa.string(), "hash of the served booster; null without one"),
         Column("n_rows", pa.int64(), "visible rows"),
-        Column("n_target", pa.int64(), "visible rows with a target; those of weight 0 count nowhere, here and below"),
+        Column(
+            "n_target",
+            pa.int64(),
+            "visible rows with a target; those of weight 0 count nowhere, here and below",
+        ),
         Column("n_fit", pa.int64(), "rows to fit on"),
         Column("n_tune", pa.int64(), "rows to tune on"),
         Column("n_report", pa.int64(), "rows to report on"),
-        Column("n_invalid", pa.int64(), "rows left out: target infinite, outside the transform's or objective's domain, or of no known class"),
+        Column(
+            "n_invalid",
+            pa.int64(),
+            "rows left out: target infinite, outside the transform's or objective's domain, or of "
+            "no known class",
+        ),
         Column("n_trials", pa.int64(), "Optuna trials begun"),
         Column("n_pruned", pa.int64(), "of those given up early"),
         Column("n_rounds", pa.int64(), "boosting rounds of the served booster"),
@@ -180,7 +223,8 @@ LEDGER = TableContract(
         Column(
             "cross_selection",
             pa.string(),
-            "JSON: parameters and rounds that did best on the earlier and on the later half of the tune rows, and the time that cuts them; "
+            "JSON: parameters and rounds that did best on the earlier and on the later half of the "
+            "tune rows, and the time that cuts them; "
             "a refit predicts the tune rows of one half with the winner of the other",
             is_late=True,
         ),
@@ -189,37 +233,72 @@ LEDGER = TableContract(
         Column("started_from", pa.string(), "JSON: parameters tried first, or refitted"),
         Column("source_run_id", pa.string(), "run that trained the booster"),
         Column("wave", pa.string(), "wave that committed the booster and its holdout rows"),
-        Column("tuned_as_of", TIMESTAMP, "as-of of the run that chose the parameters, or whose study last did not beat them"),
-        Column("tune_loss", pa.float64(), "best trial's loss on tune rows: the objective's metric, link space"),
+        Column(
+            "tuned_as_of",
+            TIMESTAMP,
+            "as-of of the run that chose the parameters, or whose study last did not beat them",
+        ),
+        Column(
+            "tune_loss",
+            pa.float64(),
+            "best trial's loss on tune rows: the objective's metric, link space",
+        ),
         Column("weight", pa.float64(), "weight of the own model in the group's answer, 0 to 1"),
         Column(
             "tune_own",
             pa.float64(),
-            "RMSE of the own model on tune rows, cross-selected, link space (probabilities for classes); weighted, as the five that follow",
+            "RMSE of the own model on tune rows, cross-selected, link space (probabilities for "
+            "classes); weighted, as the five that follow",
         ),
         Column("tune_parent", pa.float64(), "RMSE of the parent's answer on tune rows, link space"),
         Column("report_own", pa.float64(), "RMSE of the own model on report rows, link space"),
-        Column("report_parent", pa.float64(), "RMSE of the parent's answer on report rows, link space"),
-        Column("report_blend", pa.float64(), "RMSE of the group's answer on report rows, link space"),
-        Column("report_constant", pa.float64(), "RMSE of the fleet's constant on report rows, link space"),
+        Column(
+            "report_parent", pa.float64(), "RMSE of the parent's answer on report rows, link space"
+        ),
+        Column(
+            "report_blend", pa.float64(), "RMSE of the group's answer on report rows, link space"
+        ),
+        Column(
+            "report_constant",
+            pa.float64(),
+            "RMSE of the fleet's constant on report rows, link space",
+        ),
         Column("report_rows", pa.int64(), "report rows with a valid target and a weight above 0"),
         Column(
-            "rmse", pa.float64(), "RMSE of the fleet's answers on report rows, target units, each row alike whatever its weight; null for classes"
+            "rmse",
+            pa.float64(),
+            "RMSE of the fleet's answers on report rows, target units, each row alike whatever its "
+            "weight; null for classes",
         ),
-        Column("mae", pa.float64(), "mean absolute error on report rows, target units, each row alike"),
-        Column("mape", pa.float64(), "mean absolute percentage error on report rows with a target other than 0, percent, each row alike"),
-        Column("pooled_rmse", pa.float64(), "RMSE of the pooled model alone, target units, each row alike"),
-        Column("pooled_mape", pa.float64(), "MAPE of the pooled model alone, percent, each row alike"),
+        Column(
+            "mae", pa.float64(), "mean absolute error on report rows, target units, each row alike"
+        ),
+        Column(
+            "mape",
+            pa.float64(),
+            "mean absolute percentage error on report rows with a target other than 0, percent, "
+            "each row alike",
+        ),
+        Column(
+            "pooled_rmse",
+            pa.float64(),
+            "RMSE of the pooled model alone, target units, each row alike",
+        ),
+        Column(
+            "pooled_mape", pa.float64(), "MAPE of the pooled model alone, percent, each row alike"
+        ),
         Column(
             "baselines",
             pa.string(),
-            "JSON: per baseline its rows (n), rmse and mape (for classes log_loss and accuracy), and the fleet's own on the same rows; "
+            "JSON: per baseline its rows (n), rmse and mape (for classes log_loss and accuracy), "
+            "and the fleet's own on the same rows; "
             "each row alike",
         ),
         Column(
             "metrics",
             pa.string(),
-            "JSON: errors on report rows of fleet, pooled, constant and each baseline, target units: rmse, mae, mape (percent), pinball (quantile), "
+            "JSON: errors on report rows of fleet, pooled, constant and each baseline, target "
+            "units: rmse, mae, mape (percent), pinball (quantile), "
             "deviance (poisson, tweedie); for classes log_loss, brier, accuracy; each row alike",
         ),
         Column(
@@ -231,10 +310,15 @@ LEDGER = TableContract(
         Column(
             "answered_by",
             pa.string(),
-            "parent or constant where that answers the group, because its own answer is significantly worse on report rows; else null",
+            "parent or constant where that answers the group, because its own answer is "
+            "significantly worse on report rows; else null",
             is_late=True,
         ),
-        Column("seconds", pa.float64(), "seconds inside train_group; null for a group that was not trained in this run"),
+        Column(
+            "seconds",
+            pa.float64(),
+            "seconds inside train_group; null for a group that was not trained in this run",
+        ),
         Column("lightgbm_seconds", pa.float64(), "of those inside LightGBM"),
         Column("planned_seconds", pa.float64(), "seconds that the plan foresaw"),
         Column("task", pa.int32(), "Spark task of the plan; -1 where none"),
@@ -243,7 +327,8 @@ LEDGER = TableContract(
 
 BOOSTERS = TableContract(
     name="boosters",
-    row="one booster, as one wave of a training run wrote it; a booster is the same wherever its id is",
+    row="one booster, as one wave of a training run wrote it; a booster is the same wherever its "
+    "id is",
     key=("wave", "booster_id"),
     partition_by=("wave",),
     format=2,
@@ -264,30 +349,47 @@ HOLDOUT = TableContract(
     partition_by=("wave",),
     format=2,
     columns=(
-        Column("wave", pa.string(), "the wave that wrote it; rows count only for groups whose ledger row names the wave"),
+        Column(
+            "wave",
+            pa.string(),
+            "the wave that wrote it; rows count only for groups whose ledger row names the wave",
+        ),
         Column("run_id", pa.string(), "the training run"),
         Column("grain", pa.int32(), "index of the grain"),
         Column("group_id", pa.string(), "the group that predicted"),
         Column("row_key", pa.string(), "the row that was predicted"),
-        Column("class_name", pa.string(), "multiclass: the class whose probability this is; else null"),
+        Column(
+            "class_name", pa.string(), "multiclass: the class whose probability this is; else null"
+        ),
         Column("time", TIMESTAMP, "the row's time"),
         Column(
             "split",
             pa.string(),
-            "tune (cross-selected prediction), report (fitted on fit + tune rows); with own: correction also fit and gap (out of fold)",
+            "tune (cross-selected prediction), report (fitted on fit + tune rows); with own: "
+            "correction also fit and gap (out of fold)",
         ),
-        Column("actual", pa.float64(), "target, target units; for classes 1 where the row is of the (positive) class, else 0"),
+        Column(
+            "actual",
+            pa.float64(),
+            "target, target units; for classes 1 where the row is of the (positive) class, else 0",
+        ),
         Column("offset", pa.float64(), "offset, link space; null where the row has none"),
         Column("scale", pa.float64(), "scale; null where the row has none"),
         Column("weight", pa.float64(), "row weight"),
-        Column("prediction", pa.float64(), "link space, less offset, over scale; for classes a probability; null if the group has no model"),
+        Column(
+            "prediction",
+            pa.float64(),
+            "link space, less offset, over scale; for classes a probability; null if the group has "
+            "no model",
+        ),
         Column("group_ids", pa.list_(pa.string()), "the row's group in each grain"),
     ),
 )
 
 IMPORTANCE = TableContract(
     name="importance",
-    row="what one feature does in one group's own model; where groups correct their parents (own: correction), in the correction, not in the answer",
+    row="what one feature does in one group's own model; where groups correct their parents (own: "
+    "correction), in the correction, not in the answer",
     key=("run_id", "grain", "group_id", "feature"),
     partition_by=("run_id",),
     columns=(
@@ -297,21 +399,37 @@ IMPORTANCE = TableContract(
         Column("group_id", pa.string(), "JSON array of the group's key values"),
         Column("booster_id", pa.string(), "hash of the group's booster"),
         Column("feature", pa.string(), "name of the feature"),
-        Column("gain", pa.float64(), "what its splits take off the training loss, summed over all trees (for multiclass of all classes)"),
-        Column("gain_share", pa.float64(), "share of that in the gain of all features, 0 to 1; null for a booster without splits"),
+        Column(
+            "gain",
+            pa.float64(),
+            "what its splits take off the training loss, summed over all trees (for multiclass of "
+            "all classes)",
+        ),
+        Column(
+            "gain_share",
+            pa.float64(),
+            "share of that in the gain of all features, 0 to 1; null for a booster without splits",
+        ),
         Column("n_splits", pa.int64(), "splits by it"),
         Column(
             "shap",
             pa.float64(),
-            "mean absolute SHAP value over n_rows rows, raw score: link space, less offset, over scale; counts: logarithm; binary: log odds; "
+            "mean absolute SHAP value over n_rows rows, raw score: link space, less offset, over "
+            "scale; counts: logarithm; binary: log odds; "
             "multiclass: mean over the classes' scores, too. Null without rows",
         ),
         Column(
             "n_rows",
             pa.int64(),
-            "rows behind shap: the group's newest visible ones when the booster was first looked at; rows that came later do not change it",
+            "rows behind shap: the group's newest visible ones when the booster was first looked "
+            "at; rows that came later do not change it",
         ),
-        Column("rank", pa.int32(), "place by gain, from 1; of equal ones the first in the spec; null for a feature that no split uses"),
+        Column(
+            "rank",
+            pa.int32(),
+            "place by gain, from 1; of equal ones the first in the spec; null for a feature that "
+            "no split uses",
+        ),
     ),
 )
 
@@ -323,10 +441,19 @@ PREDICTIONS = TableContract(
         Column("as_of", pa.string(), "what the scoring run pretended, ISO 8601"),
         Column("row_key", pa.string(), "the row that was answered"),
         Column("time", TIMESTAMP, "the row's time"),
-        Column("prediction", pa.float64(), "target units; binary: probability of the positive class; multiclass: the likeliest class, as text"),
+        Column(
+            "prediction",
+            pa.float64(),
+            "target units; binary: probability of the positive class; multiclass: the likeliest "
+            "class, as text",
+        ),
         Column("lower", pa.float64(), "lower end of the interval, target units; null for classes"),
         Column("upper", pa.float64(), "upper end of the interval, target units; null for classes"),
-        Column("probabilities", pa.list_(pa.float64()), "only for classes: each class's probability, in the order of the model's classes"),
+        Column(
+            "probabilities",
+            pa.list_(pa.float64()),
+            "only for classes: each class's probability, in the order of the model's classes",
+        ),
         Column("answered_by", pa.string(), "finest grain whose own model had a say, or constant"),
         Column("booster_id", pa.string(), "that grain's booster; null for the constant"),
         Column("fleet_version", pa.string(), "training run of the version that answered"),
@@ -337,7 +464,8 @@ PREDICTIONS = TableContract(
 
 DECISIONS = TableContract(
     name="decisions",
-    row="what one launch of `champion` decided about one group, whether or not another version answers it since",
+    row="what one launch of `champion` decided about one group, whether or not another version "
+    "answers it since",
     key=("decision_id", "grain", "group_id"),
     partition_by=("decision_id",),
     columns=(
@@ -347,33 +475,58 @@ DECISIONS = TableContract(
         Column(
             "decision",
             pa.string(),
-            "what was asked for: judge, promote, keep, rollback; unknown: the alias was moved by hand, or by a launch that was killed",
+            "what was asked for: judge, promote, keep, rollback; unknown: the alias was moved by "
+            "hand, or by a launch that was killed",
         ),
         Column("why", pa.string(), "what the launch says of it; null for nothing"),
-        Column("champion_before", pa.string(), "registered version that served before; null for none"),
-        Column("champion_after", pa.string(), "registered version that serves since; null for none"),
-        Column("challenger", pa.string(), "registered version that was judged; null for a rollback"),
+        Column(
+            "champion_before", pa.string(), "registered version that served before; null for none"
+        ),
+        Column(
+            "champion_after", pa.string(), "registered version that serves since; null for none"
+        ),
+        Column(
+            "challenger", pa.string(), "registered version that was judged; null for a rollback"
+        ),
         Column("grain", pa.int32(), "index of the grain"),
         Column("group_id", pa.string(), "the group"),
-        Column("from_version", pa.string(), "fleet version (training run) that answered it; null for none"),
+        Column(
+            "from_version",
+            pa.string(),
+            "fleet version (training run) that answered it; null for none",
+        ),
         Column("to_version", pa.string(), "fleet version that answers it since"),
         Column(
             "moved",
             pa.bool_(),
-            "whether these differ and the gates let it happen; null: decided, and killed before it was carried out: the next launch does",
+            "whether these differ and the gates let it happen; null: decided, and killed before it "
+            "was carried out: the next launch does",
         ),
-        Column("kind", pa.string(), "what it is in the challenger: unchanged, refresh, new_recipe, new_group, not_comparable; null for a rollback"),
+        Column(
+            "kind",
+            pa.string(),
+            "what it is in the challenger: unchanged, refresh, new_recipe, new_group, "
+            "not_comparable; null for a rollback",
+        ),
         Column(
             "reason",
             pa.string(),
-            "not_worse, worse, better, not_better (by the paired test), follows_parent (few report rows), unmeasured, unchanged, new_group, "
-            "not_comparable, rolled_back (from this challenger, earlier), override, gates, unknown; earlier_recipe_refitted (the new recipe is not "
+            "not_worse, worse, better, not_better (by the paired test), follows_parent (few report "
+            "rows), unmeasured, unchanged, new_group, "
+            "not_comparable, rolled_back (from this challenger, earlier), override, gates, "
+            "unknown; earlier_recipe_refitted (the new recipe is not "
             "better; to_version is the run that fitted the old one on the newer rows); "
-            "answered_by_parent, answered_by_constant (promoted, and its own answer is worse than that)",
+            "answered_by_parent, answered_by_constant (promoted, and its own answer is worse than "
+            "that)",
         ),
         Column("n_rows", pa.int64(), "report rows compared; null where nothing was"),
         Column("n_blocks", pa.int64(), "stretches of the report split that they lie in"),
-        Column("loss_champion", pa.float64(), "mean loss of the champion's twin on them, in the fleet's own loss, on the target's scale"),
+        Column(
+            "loss_champion",
+            pa.float64(),
+            "mean loss of the champion's twin on them, in the fleet's own loss, on the target's "
+            "scale",
+        ),
         Column("loss_challenger", pa.float64(), "mean loss of the challenger's"),
         Column("p_value", pa.float64(), "of the one-sided paired test; null where none was made"),
     ),
@@ -387,9 +540,17 @@ LEASES = TableContract(
         Column("run_id", pa.string(), "the training run"),
         Column("owner", pa.string(), "host:pid of its process"),
         Column("host", pa.string(), "name of the machine"),
-        Column("boot_id", pa.string(), "the machine's boot and the namespace that the pid counts in; empty where unknown"),
+        Column(
+            "boot_id",
+            pa.string(),
+            "the machine's boot and the namespace that the pid counts in; empty where unknown",
+        ),
         Column("pid", pa.int64(), "process"),
-        Column("process_started", pa.int64(), "when the process started, clock ticks since boot; 0 where unknown"),
+        Column(
+            "process_started",
+            pa.int64(),
+            "when the process started, clock ticks since boot; 0 where unknown",
+        ),
         Column("taken_at", TIMESTAMP, "when the run took the lease"),
         Column("heartbeat_at", TIMESTAMP, "when it was last renewed"),
         Column("expires_at", TIMESTAMP, "from then on anybody may take it"),
@@ -397,7 +558,8 @@ LEASES = TableContract(
         Column(
             "fence",
             pa.int64(),
-            "grows by one each time the lease is taken; a table refuses the commits of a holder once a later one has committed to it",
+            "grows by one each time the lease is taken; a table refuses the commits of a holder "
+            "once a later one has committed to it",
             is_late=True,
         ),
     ),
@@ -407,7 +569,9 @@ ALL = (RAW, FEATURES, LEASES, RUNS, LEDGER, BOOSTERS, HOLDOUT, IMPORTANCE, DECIS
 
 
 def in_format(rows: pd.DataFrame, contract: TableContract, location: str) -> pd.DataFrame:
-    """Rows of a table with all columns of its contract; those that came with a later release are null.
+    """Rows of a table with all columns of its contract.
+
+    Those that came with a later release are null.
 
     Args:
         rows: as read from the table.
@@ -421,7 +585,8 @@ def in_format(rows: pd.DataFrame, contract: TableContract, location: str) -> pd.
     required = sorted(column.name for column in missing if not column.is_late)
     if required:
         raise StoreError(
-            f"{location} was written by an earlier version: it has no column {', '.join(required)}, "
+            f"{location} was written by an earlier version: it has no column "
+            f"{', '.join(required)}, "
             f"expected format {contract.format} of the table {contract.name!r}; "
             "move it away (every group is then trained again), or use a new data root"
         )
@@ -432,7 +597,9 @@ def records(rows: pd.DataFrame) -> list[dict[str, Any]]:
     """Rows of a table as dicts by column name; what is missing is None."""
     return [
         {
-            str(name): None if value is pd.NaT or value is pd.NA or (isinstance(value, float) and math.isnan(value)) else value
+            str(name): None
+            if value is pd.NaT or value is pd.NA or (isinstance(value, float) and math.isnan(value))
+            else value
             for name, value in row.items()
         }
         for row in rows.to_dict("records")

@@ -30,11 +30,16 @@ def build_resources(profile: Profile, *, by_variable: bool = False) -> Resources
 
     Args:
         profile: checked already, so that no variable named here is missing.
-        by_variable: whether Dagster is to read what the environment gives as it is (`dg.EnvVar`), when a run starts. Its pages then
-            show the variable's name, not a server's address with the password that may be in it.
+        by_variable: whether Dagster is to read what the environment gives as it is (`dg.EnvVar`),
+            when a run starts. Its pages then show the variable's name, not a server's address with
+            the password that may be in it.
     """
     scratch = f"{profile.data_root}/scratch"
-    master, worker_python, tracking_uri = profile.spark_master, profile.worker_python, profile.mlflow_uri
+    master, worker_python, tracking_uri = (
+        profile.spark_master,
+        profile.worker_python,
+        profile.mlflow_uri,
+    )
     if by_variable and profile.is_cluster:
         master = dg.EnvVar(SPARK_MASTER)
     if by_variable and worker_python is not None:
@@ -44,5 +49,7 @@ def build_resources(profile: Profile, *, by_variable: bool = False) -> Resources
     return Resources(
         spark=SparkSessionResource(master=master, worker_python=worker_python, scratch=scratch),
         tables=DeltaTables(root=profile.tables_root),
-        registry=MlflowRegistry(tracking_uri=tracking_uri, artifact_root=profile.mlflow_artifacts, scratch=scratch),
+        registry=MlflowRegistry(
+            tracking_uri=tracking_uri, artifact_root=profile.mlflow_artifacts, scratch=scratch
+        ),
     )

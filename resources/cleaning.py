@@ -1,15 +1,12 @@
-"""Reclaiming what no kept run of a fleet needs: rows of old runs, files of old table versions, and what interrupted runs left."""
+"""Reclaiming what no kept run needs: rows of old runs, old table versions, leftovers."""
 
-import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
 from urllib.parse import unquote
 
 import pandas as pd
-import pyarrow as pa
 import pyarrow.fs as pf
 from deltalake import CommitProperties, DeltaTable, Transaction
 from deltalake.exceptions import DeltaError
@@ -17,20 +14,34 @@ from deltalake.exceptions import DeltaError
 from pipeline.crash_points import crash_point
 from pipeline.errors import StoreError
 from pipeline.models.meta_model import filesystem_of
+from pipeline.reading.delta_log import file_actions, read_actions
 from pipeline.reporting.summary import text_table
 from pipeline.storage import COMMITS_PER_LEASE, TRAINING
-from pipeline.tables import BOOSTERS, DECISIONS, FEATURES, HOLDOUT, IMPORTANCE, LEDGER, PREDICTIONS, RAW, RUNS, fleet_runs, in_format
+from pipeline.tables import (
+    BOOSTERS,
+    DECISIONS,
+    FEATURES,
+    HOLDOUT,
+    IMPORTANCE,
+    LEDGER,
+    PREDICTIONS,
+    RAW,
+    RUNS,
+    fleet_runs,
+    in_format,
+)
 from resources.delta_tables import DeltaTables
 from resources.lease import hold_lease
 from resources.mlflow_registry import MlflowRegistry
 
 # Runs whose models, held-out rows and feature tables are kept.
 KEPT_RUNS = 5
-# Tables whose rows belong to runs, in the order in which they are let go: the run's own row last, so that a clean that was killed
-# is finished by the next one.
+# Tables whose rows belong to runs, in the order in which they are let go: the run's own row last,
+# so that a clean that was killed is finished by the next one.
 OF_RUNS = (IMPORTANCE, HOLDOUT, BOOSTERS, LEDGER, RUNS)
 OTHERS = (FEATURES, PREDICTIONS, DECISIONS)
-# Whoever writes one of the other tables does so without the lease: its newest files may have no commit yet, and stay so long in any case.
+# Whoever writes one of the other tables does so without the lease: its newest files may have no
+# commit yet, and stay so long in any case.
 UNDER_THE_LEASE = {contract.name for contract in (HOLDOUT, BOOSTERS, LEDGER, RUNS)}
 WRITING = timedelta(hours=24)
 
@@ -83,15 +94,27 @@ class Cleaned:
     def text(self) -> str:
         """For people."""
         found = self.tables
-        rows = [[name, f"{len(one.partitions):,}", f"{len(one.files):,}", f"{sum(size for _, size in one.files):,}"] for name, one in found.items()]
+        rows = [
+            [
+                name,
+                f"{len(one.partitions):,}",
+                f"{len(one.files):,}",
+                f"{sum(size for _, size in one.files):,}",
+            ]
+            for name, one in found.items()
+        ]
         table = text_table(["table", "runs or waves", "files", "bytes"], rows)
         did = "would be removed (dry run: nothing was)" if self.dry_run else "removed"
         sizes = [size for one in found.values() for _, size in one.files]
         younger = sum(one.younger for one in found.values())
         waiting = f"; {younger:,} more are too young (--keep-hours)" if younger else ""
-        listed = [address for one in found.values() for address, _ in one.files] if self.dry_run else []
+        listed = (
+            [address for one in found.values() for address, _ in one.files] if self.dry_run else []
+        )
         kept = f"{self.kept_runs:,} runs are kept whole (--keep-runs)"
-        return "\n".join([*listed, table, f"{len(sizes):,} files, {sum(sizes):,} bytes {did}{waiting}; {kept}"])
+        return "\n".join(
+            [*listed, table, f"{len(sizes):,} files, {sum(sizes):,} bytes {did}{waiting}; {kept}"]
+        )
 
 
 def clean(
@@ -105,11 +128,13 @@ def clean(
 ) -> Cleaned:
     """Remove what no kept run of a fleet needs.
 
-    Everything stays of the newest finished runs, of what was started since the oldest of them, and of the challenger's run. Of other
-    runs that a registered version answers with, or that ever served, the rows of ledger and manifest stay, so that any version can be
-    rolled back to and compared. A file goes once it has been unneeded for a while: one that no commit names counts from when it was
-    written, one of an old version from when that was replaced. The fleet's lease is held meanwhile: what a running training wrote is
-    not committed yet. A folder without a table is left alone, so that a lost log does not take its files with it.
+    Everything stays of the newest finished runs, of what was started since the oldest of them, and
+    of the challenger's run. Of other runs that a registered version answers with, or that ever
+    served, the rows of ledger and manifest stay, so that any version can be rolled back to and
+    compared. A file goes once it has been unneeded for a while: one that no commit names counts
+    from when it was written, one of an old version from when that was replaced. The fleet's lease
+    is held meanwhile: what a running training wrote is not committed yet. A folder without a table
+    is left alone, so that a lost log does not take its files with it.
 
     Args:
         tables: where the fleet's tables are.
@@ -120,7 +145,8 @@ def clean(
         dry_run: only look; takes no lease.
 
     Raises:
-        StoreError: if a training of the fleet runs, or the store or the registry refuses; nothing more is removed then.
+        StoreError: if a training of the fleet runs, or the store or the registry refuses; nothing
+            more is removed then.
     """
     with nullcontext() if dry_run else hold_lease(tables, namespace, "many-models clean") as lease:
         runs = _runs(tables, namespace)
@@ -135,10 +161,16 @@ def clean(
         for name, location in _locations(tables, namespace).items():
             files = _unneeded_files(tables, location, pinned.get(name, ()))
             uncommitted = keep if name in UNDER_THE_LEASE else max(keep, WRITING)
-            old = [one.info for one in files if one.since <= now - (keep if one.was_committed else uncommitted)]
+            old = [
+                one.info
+                for one in files
+                if one.since <= now - (keep if one.was_committed else uncommitted)
+            ]
             if not dry_run:
                 _remove(tables, [info.path for info in old])
-            found[name] = Reclaimed(going.get(name, ()), [(info.path, info.size) for info in old], len(files) - len(old))
+            found[name] = Reclaimed(
+                going.get(name, ()), [(info.path, info.size) for info in old], len(files) - len(old)
+            )
     return Cleaned(found, dry_run, len(kept))
 
 
@@ -147,7 +179,10 @@ def _locations(tables: DeltaTables, namespace: str) -> dict[str, str]:
     filesystem, root = filesystem_of(tables.location(namespace, RAW.name), tables.storage_options)
     folders = filesystem.get_file_info(pf.FileSelector(root, allow_not_found=True))
     sources = sorted(info.base_name for info in folders if info.type == pf.FileType.Directory)
-    names = [*(f"{RAW.name}/{source}" for source in sources), *(contract.name for contract in (*OTHERS, *OF_RUNS))]
+    names = [
+        *(f"{RAW.name}/{source}" for source in sources),
+        *(contract.name for contract in (*OTHERS, *OF_RUNS)),
+    ]
     found = {name: tables.location(namespace, name) for name in names}
     return {name: location for name, location in found.items() if tables.exists(location)}
 
@@ -162,7 +197,9 @@ def _runs(tables: DeltaTables, namespace: str) -> pd.DataFrame:
 
 def _kept_runs(runs: pd.DataFrame, keep_runs: int, challenger: str | None) -> set[str]:
     """Runs that everything is kept of."""
-    finished = fleet_runs(runs[runs["finished_at"].notna()]).sort_values("finished_at").tail(keep_runs)
+    finished = (
+        fleet_runs(runs[runs["finished_at"].notna()]).sort_values("finished_at").tail(keep_runs)
+    )
     since = finished["started_at"].min()
     newer = runs if finished.empty else runs[runs["started_at"] >= since]
     there = set(runs["run_id"])
@@ -179,18 +216,35 @@ def _ever_served(tables: DeltaTables, namespace: str) -> set[str]:
 
 
 def _partitions_that_go(
-    tables: DeltaTables, namespace: str, runs: pd.DataFrame, kept: Collection[str], answering: Collection[str]
+    tables: DeltaTables,
+    namespace: str,
+    runs: pd.DataFrame,
+    kept: Collection[str],
+    answering: Collection[str],
 ) -> dict[str, list[str]]:
     """Per table the partitions that nobody needs."""
-    there = {contract.name: _partitions(tables, tables.location(namespace, contract.name)) for contract in OF_RUNS}
+    there = {
+        contract.name: _partitions(tables, tables.location(namespace, contract.name))
+        for contract in OF_RUNS
+    }
     if runs.empty:
         return {}
     known = {*kept, *answering}
     location = tables.location(namespace, LEDGER.name)
     waves: set[str] = set()
     if there[LEDGER.name]:
-        waves = set(tables.read_pandas(location, where={"run_id": sorted(kept)}, columns=["wave"])["wave"].dropna())
-    needed = {RUNS.name: known, LEDGER.name: known, IMPORTANCE.name: set(kept), BOOSTERS.name: waves, HOLDOUT.name: waves}
+        waves = set(
+            tables.read_pandas(location, where={"run_id": sorted(kept)}, columns=["wave"])[
+                "wave"
+            ].dropna()
+        )
+    needed = {
+        RUNS.name: known,
+        LEDGER.name: known,
+        IMPORTANCE.name: set(kept),
+        BOOSTERS.name: waves,
+        HOLDOUT.name: waves,
+    }
     return {name: sorted(set(values) - needed[name]) for name, values in there.items()}
 
 
@@ -202,11 +256,13 @@ def _partitions(tables: DeltaTables, location: str) -> set[str]:
     columns = table.metadata().partition_columns
     if len(columns) != 1:  # as an earlier release made it
         return set()
-    found = pa.table(table.get_add_actions(flatten=True))[f"partition.{columns[0]}"].to_pylist()
+    found = file_actions(table)[f"partition.{columns[0]}"].to_pylist()
     return {str(value) for value in found if value is not None}
 
 
-def _let_go(tables: DeltaTables, namespace: str, going: Mapping[str, Sequence[str]], fence: int) -> None:
+def _let_go(
+    tables: DeltaTables, namespace: str, going: Mapping[str, Sequence[str]], fence: int
+) -> None:
     """Commit that rows of old runs are gone; their files stay for those who still read them."""
     for number, contract in enumerate(OF_RUNS, start=1):
         values = going.get(contract.name, ())
@@ -215,22 +271,41 @@ def _let_go(tables: DeltaTables, namespace: str, going: Mapping[str, Sequence[st
         location = tables.location(namespace, contract.name)
         (column,) = contract.partition_by
         listed = ", ".join("'{}'".format(value.replace("'", "''")) for value in values)
-        properties = CommitProperties(app_transactions=[Transaction(TRAINING, fence * COMMITS_PER_LEASE + number)])
+        properties = CommitProperties(
+            app_transactions=[Transaction(TRAINING, fence * COMMITS_PER_LEASE + number)]
+        )
         try:
-            _opened(tables, location).delete(f"{column} IN ({listed})", commit_properties=properties)
+            _opened(tables, location).delete(
+                f"{column} IN ({listed})", commit_properties=properties
+            )
         except DeltaError as error:
-            raise StoreError(f"{location}: {error}; check that the store can be reached, then run again: it goes on") from error
+            raise StoreError(
+                f"{location}: {error}; check that the store can be reached, then run again: it "
+                "goes on"
+            ) from error
         crash_point("rows_let_go")
 
 
-def _pinned_features(tables: DeltaTables, namespace: str, runs: pd.DataFrame, kept: Collection[str], keep_runs: int) -> list[int]:
-    """Versions of the feature table that kept runs were planned on, those of the fleet's trials and backtests, too."""
+def _pinned_features(
+    tables: DeltaTables, namespace: str, runs: pd.DataFrame, kept: Collection[str], keep_runs: int
+) -> list[int]:
+    """Versions of the feature table that kept runs were planned on.
+
+    Those of the fleet's trials and backtests, too.
+    """
     pinned = set(runs.loc[runs["run_id"].isin(list(kept)), "features_version"])
     filesystem, root = filesystem_of(tables.root, tables.storage_options)
     for info in filesystem.get_file_info(pf.FileSelector(root)):
-        if info.base_name == f"{namespace}-trial" or info.base_name.startswith((f"{namespace}-backtest-", f"{namespace}-trial-backtest-")):
+        if info.base_name == f"{namespace}-trial" or info.base_name.startswith(
+            (f"{namespace}-backtest-", f"{namespace}-trial-backtest-")
+        ):
             theirs = _runs(tables, info.base_name)
-            pinned |= set(theirs.loc[theirs["run_id"].isin(list(_kept_runs(theirs, keep_runs, None))), "features_version"])
+            pinned |= set(
+                theirs.loc[
+                    theirs["run_id"].isin(list(_kept_runs(theirs, keep_runs, None))),
+                    "features_version",
+                ]
+            )
     return sorted(int(version) for version in pinned if not pd.isna(version))
 
 
@@ -245,13 +320,23 @@ def _unneeded_files(tables: DeltaTables, location: str, pinned: Iterable[int]) -
         for version in pinned:
             needed |= _files_of_version(tables, location, version)
     except (DeltaError, OSError, ValueError) as error:
-        raise StoreError(f"{location}: {error}; nothing of it was removed: check that the store can be reached, then run again") from error
+        raise StoreError(
+            f"{location}: {error}; nothing of it was removed: check that the store can be reached, "
+            "then run again"
+        ) from error
     found = []
     for info in files:
         path = info.path.removeprefix(f"{root}/")
         hidden = any(part.startswith("_") for part in path.split("/"))
-        if info.type == pf.FileType.File and path.endswith(".parquet") and not hidden and path not in needed:
-            found.append(_Unneeded(info, max(info.mtime, removed.get(path, info.mtime)), path in removed))
+        if (
+            info.type == pf.FileType.File
+            and path.endswith(".parquet")
+            and not hidden
+            and path not in needed
+        ):
+            found.append(
+                _Unneeded(info, max(info.mtime, removed.get(path, info.mtime)), path in removed)
+            )
     return sorted(found, key=lambda one: one.info.path)
 
 
@@ -260,11 +345,14 @@ def _opened(tables: DeltaTables, location: str, version: int | None = None) -> D
 
 
 def _files_of(table: DeltaTable) -> set[str]:
-    return {unquote(path) for path in pa.table(table.get_add_actions(flatten=True))["path"].to_pylist()}
+    return {unquote(path) for path in file_actions(table)["path"].to_pylist()}
 
 
 def _files_of_version(tables: DeltaTables, location: str, version: int) -> set[str]:
-    """The files of an old version; none where the log does not reach back to it, as nobody can read it any more."""
+    """The files of an old version.
+
+    None where the log does not reach back to it, as nobody can read it any more.
+    """
     try:
         return _files_of(_opened(tables, location, version))
     except DeltaError:
@@ -277,13 +365,15 @@ def _removed(filesystem: pf.FileSystem, root: str) -> dict[str, datetime]:
     for info in filesystem.get_file_info(pf.FileSelector(f"{root}/_delta_log")):
         if info.extension != "json":
             continue
-        with filesystem.open_input_stream(info.path) as commit:
-            actions: list[dict[str, Any]] = [json.loads(line) for line in commit.read().decode().splitlines() if line.strip()]
-        for action in actions:
+        for action in read_actions(filesystem, info.path):
             if "remove" in action:
                 gone = action["remove"]
                 milliseconds = gone.get("deletionTimestamp")
-                moment = info.mtime if milliseconds is None else datetime.fromtimestamp(milliseconds / 1000, UTC)
+                moment = (
+                    info.mtime
+                    if milliseconds is None
+                    else datetime.fromtimestamp(milliseconds / 1000, UTC)
+                )
                 found[unquote(gone["path"])] = moment
     return found
 
@@ -297,5 +387,6 @@ def _remove(tables: DeltaTables, paths: Sequence[str]) -> None:
             continue
         except OSError as error:
             raise StoreError(
-                f"{path} could not be removed: {error}; {number} of {len(paths)} files were: check who may write there, then run again"
+                f"{path} could not be removed: {error}; {number} of {len(paths)} files were: check "
+                "who may write there, then run again"
             ) from error

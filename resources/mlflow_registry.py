@@ -1,4 +1,4 @@
-"""The MLflow registry: one run and one registered version per training run, a constant number of calls."""
+"""The MLflow registry: one run and one version per training run, a constant number of calls."""
 
 import contextlib
 import fcntl
@@ -50,8 +50,14 @@ class Version:
 class MlflowRegistry(dg.ConfigurableResource):
     """Registers meta models, moves aliases, fetches packs; called from the driver only."""
 
-    tracking_uri: str = Field(description="MLflow's tracking and registry server, or sqlite:///path.")
-    artifact_root: str | None = Field(default=None, description="Where a new experiment keeps its artifacts; by default what the server decides.")
+    tracking_uri: str = Field(
+        description="MLflow's tracking and registry server, or sqlite:///path."
+    )
+    artifact_root: str | None = Field(
+        default=None,
+        description="Where a new experiment keeps its artifacts; by default what the server "
+        "decides.",
+    )
     scratch: str = Field(description="Local folder for packs in use.")
     _starter: threading.Thread | None = PrivateAttr(default=None)
 
@@ -59,7 +65,8 @@ class MlflowRegistry(dg.ConfigurableResource):
     def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator["MlflowRegistry"]:  # noqa: ARG002
         """Open MLflow's store beside the run's first steps: a new one takes seconds.
 
-        Imports happen here and not in the thread: a half-imported sqlalchemy.orm makes Dagster's own queries fail.
+        Imports happen here and not in the thread: a half-imported sqlalchemy.orm makes Dagster's
+        own queries fail.
         """
         for module in ("sqlalchemy.orm", "mlflow", "mlflow.store.db.utils"):
             importlib.import_module(module)
@@ -83,7 +90,9 @@ class MlflowRegistry(dg.ConfigurableResource):
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.WARNING)
         if self.tracking_uri.startswith("sqlite:///"):
-            Path(self.tracking_uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+            Path(self.tracking_uri.removeprefix("sqlite:///")).parent.mkdir(
+                parents=True, exist_ok=True
+            )
         mlflow.set_tracking_uri(self.tracking_uri)
         mlflow.set_registry_uri(self.tracking_uri)
         return mlflow.MlflowClient()
@@ -115,9 +124,11 @@ class MlflowRegistry(dg.ConfigurableResource):
             name: of the experiment and the registered model.
             fleet_version: the training run.
             pack: folder with the pack.
-            inputs: type (double or string) of each column that the model reads, as from `input_types`.
+            inputs: type (double or string) of each column that the model reads, as from
+                `input_types`.
             optional: those of them that a batch may lack.
-            outputs: type of each column of its answers (double, string or array<double>), as from `meta_model.answer_columns`.
+            outputs: type of each column of its answers (double, string or array<double>), as from
+                `meta_model.answer_columns`.
             interval: level of its intervals where none is asked for; None for a model without.
             parameters: the run's.
             metrics: the run's aggregate metrics.
@@ -139,19 +150,33 @@ class MlflowRegistry(dg.ConfigurableResource):
 
         asked = [ParamSpec("explain", DataType.boolean, default=False)]
         signature = ModelSignature(
-            # MLflow refuses a 64-bit integer for a double, null for a long and a number for a string, and tells of a missing column without
-            # those that are there, all before our code runs: what a column is, and whether it may be missing, stands in the metadata.
+            # MLflow refuses a 64-bit integer for a double, null for a long and a number for a
+            # string, and tells of a missing column without those that are there, all before our
+            # code runs: what a column is, and whether it may be missing, stands in the metadata.
             Schema([ColSpec(AnyType(), column, required=False) for column in inputs]),  # type: ignore[no-untyped-call]
             Schema(
-                [ColSpec(Array(DataType.double) if kind == "array<double>" else kind, column, required=False) for column, kind in outputs.items()]
+                [
+                    ColSpec(
+                        Array(DataType.double) if kind == "array<double>" else kind,
+                        column,
+                        required=False,
+                    )
+                    for column, kind in outputs.items()
+                ]
             ),
-            ParamSchema(asked if interval is None else [*asked, ParamSpec("interval", DataType.double, default=interval)]),
+            ParamSchema(
+                asked
+                if interval is None
+                else [*asked, ParamSpec("interval", DataType.double, default=interval)]
+            ),
         )
         required = [column for column in inputs if column not in optional]
         requirements = [f"{package}=={installed_version(package)}" for package in REQUIREMENTS]
         try:
             with (
-                mlflow.start_run(experiment_id=self._experiment(client, name), run_name=fleet_version),
+                mlflow.start_run(
+                    experiment_id=self._experiment(client, name), run_name=fleet_version
+                ),
                 tempfile.TemporaryDirectory() as folder,
                 warnings.catch_warnings(),
             ):
@@ -168,18 +193,26 @@ class MlflowRegistry(dg.ConfigurableResource):
                     name="model",
                     python_model=meta_model.__file__,
                     artifacts={"pack": str(pack)},
-                    # Whoever loads a shared pack from a store of their own gives its options: load_model(uri, model_config={"storage_options": ...}).
+                    # Whoever loads a shared pack from a store of their own gives its options:
+                    # load_model(uri, model_config={"storage_options": ...}).
                     model_config={"pack_sha256": digest, "storage_options": {}},
-                    metadata={"inputs": dict(inputs), "required": required, "optional": list(optional)},
+                    metadata={
+                        "inputs": dict(inputs),
+                        "required": required,
+                        "optional": list(optional),
+                    },
                     signature=signature,
                     pip_requirements=requirements,
                 )
-            number = self._new_version(client, name, logged, {FLEET_VERSION: fleet_version, PACK_DIGEST: digest})
+            number = self._new_version(
+                client, name, logged, {FLEET_VERSION: fleet_version, PACK_DIGEST: digest}
+            )
             if alias is not None:
                 client.set_registered_model_alias(name, alias, number)
         except (MlflowException, OSError) as error:
             raise StoreError(
-                f"{self.tracking_uri}: registering {name!r} failed ({error}); the training is kept: materialise meta_model again"
+                f"{self.tracking_uri}: registering {name!r} failed ({error}); the training is "
+                "kept: materialise meta_model again"
             ) from error
         return Version(name, number, fleet_version, digest)
 
@@ -187,28 +220,44 @@ class MlflowRegistry(dg.ConfigurableResource):
         """Register a logged model; the registry's number."""
         if not client.search_registered_models(filter_string=f"name = '{name}'", max_results=1):
             client.create_registered_model(name)
-        found = client.create_model_version(name, logged.model_uri, logged.run_id, tags=dict(tags), model_id=logged.model_id)
+        found = client.create_model_version(
+            name, logged.model_uri, logged.run_id, tags=dict(tags), model_id=logged.model_id
+        )
         return str(found.version)
 
     def _experiment(self, client: Any, name: str) -> str:
         experiment = client.get_experiment_by_name(name)
         if experiment is not None:
             return str(experiment.experiment_id)
-        location = None if self.artifact_root is None else f"{self.artifact_root.rstrip('/')}/{name}"
+        location = (
+            None if self.artifact_root is None else f"{self.artifact_root.rstrip('/')}/{name}"
+        )
         return str(client.create_experiment(name, artifact_location=location))
 
     def find(self, name: str, alias: str) -> Version | None:
-        """The version under an alias, or of that number; None if there is no such model, alias or version."""
+        """The version under an alias, or of that number.
+
+        None if there is no such model, alias or version.
+        """
         client = self._connected()
         from mlflow.exceptions import MlflowException
 
         try:
-            found = client.get_model_version(name, alias) if alias.isdecimal() else client.get_model_version_by_alias(name, alias)
+            found = (
+                client.get_model_version(name, alias)
+                if alias.isdecimal()
+                else client.get_model_version_by_alias(name, alias)
+            )
         except MlflowException as error:
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 return None
             raise StoreError(f"{self.tracking_uri}: {error}") from error
-        return Version(name, str(found.version), str(found.tags.get(FLEET_VERSION, "")), str(found.tags.get(PACK_DIGEST, "")))
+        return Version(
+            name,
+            str(found.version),
+            str(found.tags.get(FLEET_VERSION, "")),
+            str(found.tags.get(PACK_DIGEST, "")),
+        )
 
     def get(self, name: str, alias: str) -> Version:
         """The version under an alias, or of that number.
@@ -219,12 +268,20 @@ class MlflowRegistry(dg.ConfigurableResource):
         found = self.find(name, alias)
         if found is None:
             if alias.isdecimal():
-                known = sorted((str(one.version) for one in self._connected().search_model_versions(f"name = '{name}'")), key=int)
+                known = sorted(
+                    (
+                        str(one.version)
+                        for one in self._connected().search_model_versions(f"name = '{name}'")
+                    ),
+                    key=int,
+                )
                 raise ModelNotFound(
-                    f"registered model {name!r} has no version {alias} at {self.tracking_uri}; there is: {', '.join(known) or 'none'}"
+                    f"registered model {name!r} has no version {alias} at {self.tracking_uri}; "
+                    f"there is: {', '.join(known) or 'none'}"
                 )
             raise ModelNotFound(
-                f"registered model {name!r} has no {alias} at {self.tracking_uri}; materialise {name}/models, meta_model and champion first"
+                f"registered model {name!r} has no {alias} at {self.tracking_uri}; materialise "
+                f"{name}/models, meta_model and champion first"
             )
         return found
 
@@ -251,7 +308,11 @@ class MlflowRegistry(dg.ConfigurableResource):
         try:
             while True:
                 page = client.search_model_versions(f"name = '{name}'", page_token=token)
-                found |= {str(version.tags[FLEET_VERSION]) for version in page if FLEET_VERSION in version.tags}
+                found |= {
+                    str(version.tags[FLEET_VERSION])
+                    for version in page
+                    if FLEET_VERSION in version.tags
+                }
                 token = page.token or None
                 if token is None:
                     return found
@@ -271,7 +332,10 @@ class MlflowRegistry(dg.ConfigurableResource):
         try:
             told = mlflow.models.get_model_info(f"models:/{version.name}/{version.number}").metadata
         except (MlflowException, OSError) as error:
-            raise StoreError(f"{self.tracking_uri}: version {version.number} of {version.name!r} cannot be read ({error})") from error
+            raise StoreError(
+                f"{self.tracking_uri}: version {version.number} of {version.name!r} cannot be read "
+                f"({error})"
+            ) from error
         return dict((told or {})["inputs"])
 
     def promote(self, version: Version) -> None:
@@ -293,7 +357,8 @@ class MlflowRegistry(dg.ConfigurableResource):
         target = packs / f"{version.name}-{version.number}-{version.fleet_version}"
         with contextlib.suppress(PackError):
             return FleetModel(target, digest=version.pack_digest or None, options=options)
-        # Several processes may find at once that there is no whole copy: the first fetches it, the others wait and use it.
+        # Several processes may find at once that there is no whole copy: the first fetches it, the
+        # others wait and use it.
         with _locked(packs.with_suffix(".lock")):
             try:
                 return FleetModel(target, digest=version.pack_digest or None, options=options)
@@ -307,15 +372,21 @@ class MlflowRegistry(dg.ConfigurableResource):
         self._connected()
         import mlflow
 
-        # The pack alone, as MLflow writes into the folder of a whole model, even where that is the store itself.
+        # The pack alone, as MLflow writes into the folder of a whole model, even where that is the
+        # store itself.
         uri = f"models:/{version.name}/{version.number}/artifacts/pack"
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder)).replace(target)
+            Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder)).replace(
+                target
+            )
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Let one process, and one thread of it, work at a time; a process that dies gives the lock back."""
+    """Let one process, and one thread of it, work at a time.
+
+    A process that dies gives the lock back.
+    """
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -337,11 +408,16 @@ def interface(model: FleetModel, dtypes: Mapping[str, str]) -> dict[str, Any]:
 
 
 def input_types(names: Sequence[str], dtypes: Mapping[str, str]) -> dict[str, str]:
-    """What the columns that a model reads are to whoever asks it: every number, integer keys too, a double; the rest strings.
+    """MLflow types of the columns that a model reads.
+
+    Every number, integer keys included, is a double; the rest are strings.
 
     Args:
         names: of the columns.
         dtypes: Spark type of each, e.g. `bigint`.
     """
     numbers = ("double", "float", "tinyint", "smallint", "int", "bigint")
-    return {name: "double" if dtypes[name].startswith((*numbers, "decimal")) else "string" for name in names}
+    return {
+        name: "double" if dtypes[name].startswith((*numbers, "decimal")) else "string"
+        for name in names
+    }

@@ -1,4 +1,7 @@
-"""Settings that child processes (the JVM, Spark's Python workers) can only be given through the environment."""
+"""Settings that child processes can only be given through the environment.
+
+The JVM, and Spark's Python workers.
+"""
 
 import os
 

@@ -34,11 +34,13 @@ class Profile:
 
     Args:
         is_cluster: whether Spark runs elsewhere than in this machine's processes.
-        data_root: absolute local folder of scratch files, logs, checkpoints and, without a server, the registry.
+        data_root: absolute local folder of scratch files, logs, checkpoints and, without a server,
+            the registry.
         tables_root: absolute folder or object-store URL of every table; every worker must reach it.
         spark_master: Spark's master URL.
         worker_python: Python that a cluster's workers run; None is the driver's.
-        tracking_uri: MLflow's tracking and registry server; None is a SQLite file below the data root.
+        tracking_uri: MLflow's tracking and registry server; None is a SQLite file below the data
+            root.
         as_of: default of a launch's as-of; None leaves it to the fleet.
         limit_groups: default of a launch's limit.
         dry_run: whether a launch only plans by default.
@@ -84,8 +86,15 @@ def current_profile(project: Path) -> Profile:
 
 
 def fallback_profile(project: Path) -> Profile:
-    """A profile for a code location whose environment has a mistake: the places in it where they can be used, no launch setting."""
-    places = {name: os.environ[name] for name in (PROFILE, DATA, SPARK_MASTER, TRACKING_URI) if name in os.environ}
+    """A profile for a code location whose environment has a mistake.
+
+    Its places where they can be used, and no launch setting.
+    """
+    places = {
+        name: os.environ[name]
+        for name in (PROFILE, DATA, SPARK_MASTER, TRACKING_URI)
+        if name in os.environ
+    }
     try:
         return _profile(project, places)
     except SpecError:
@@ -119,26 +128,33 @@ def _profile(project: Path, environment: Mapping[str, str]) -> Profile:
 
 
 def _local_master() -> str:
-    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    n_cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     return f"local[{n_cores},4]"
 
 
 def _cluster_master(environment: Mapping[str, str]) -> str:
     master = environment.get(SPARK_MASTER, "")
     if not master:
-        raise SpecError(f"{PROFILE} is {CLUSTER!r} but {SPARK_MASTER} is not set; expected Spark's master URL, e.g. {SPARK_MASTER}=spark://host:7077")
+        raise SpecError(
+            f"{PROFILE} is {CLUSTER!r} but {SPARK_MASTER} is not set; expected Spark's master URL, "
+            f"e.g. {SPARK_MASTER}=spark://host:7077"
+        )
     return master
 
 
 def _check_data_root(folder: str) -> None:
-    """Refuse a folder that some library would misread: it would write beside it, or not find what it wrote.
+    """Refuse a folder that some library would misread, writing beside it or losing what it wrote.
 
-    SQLite addresses of Dagster and MLflow end at a question mark; deltalake decodes %41 as an A and takes a backslash for a slash.
+    SQLite addresses of Dagster and MLflow end at a question mark; deltalake decodes %41 as an A and
+    takes a backslash for a slash.
     """
     found = re.search(r"\?|\\|%[0-9A-Fa-f]{2}", folder)
     if found:
         raise SpecError(
-            f"{DATA}: the data root {folder!r} has {found[0]!r} in its path, which SQLite or Delta addresses cannot hold; "
+            f"{DATA}: the data root {folder!r} has {found[0]!r} in its path, which SQLite or Delta "
+            "addresses cannot hold; "
             "nothing was written: choose a folder without ?, backslashes and escapes such as %20"
         )
 
@@ -183,7 +199,9 @@ def _group_ids(environment: Mapping[str, str], name: str) -> tuple[str, ...]:
         except json.JSONDecodeError:
             keys, end = None, 0
         if not isinstance(keys, list):
-            raise SpecError(f'{name}: {text!r} is not a group; expected JSON arrays of keys, such as ["EWR","IAH"] ["JFK","LAX"]')
+            raise SpecError(
+                f'{name}: {text!r} is not a group; expected JSON arrays of keys, such as ["EWR","IAH"] ["JFK","LAX"]'
+            )
         found.append(group_id(keys))
         text = text[end:].lstrip(" ,\n")
     return tuple(found)

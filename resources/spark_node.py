@@ -1,4 +1,7 @@
-"""`python -m resources.spark_node master|worker ...`: Spark's standalone master or worker, with the Java that a session would take."""
+"""`python -m resources.spark_node master|worker ...`: Spark's standalone master or worker.
+
+With the Java that a session would take.
+"""
 
 import os
 import sys
@@ -31,12 +34,17 @@ def command(role: str, options: list[str]) -> list[str]:
 def main(arguments: list[str]) -> NoReturn:
     """Become the node, so that signals reach it; exit status 2 for a role that there is not."""
     if not arguments or arguments[0] not in CLASSES:
-        sys.stderr.write(f"usage: python -m resources.spark_node {'|'.join(CLASSES)} [OPTIONS as of Spark's class]\n")
+        sys.stderr.write(
+            f"usage: python -m resources.spark_node {'|'.join(CLASSES)} [OPTIONS as of Spark's "
+            "class]\n"
+        )
         raise SystemExit(2)
     scratch = Path(tempfile.gettempdir()) / f"many-models-{os.getuid()}"
     words = command(arguments[0], arguments[1:])
     # Nobody submits applications to the master over HTTP.
-    set_for_children(JAVA_HOME=find_java(scratch), SPARK_MASTER_OPTS="-Dspark.master.rest.enabled=false")
+    set_for_children(
+        JAVA_HOME=find_java(scratch), SPARK_MASTER_OPTS="-Dspark.master.rest.enabled=false"
+    )
     os.execv(words[0], words)  # noqa: S606 - our own launcher
 
 

@@ -20,6 +20,8 @@ from pyspark.sql import SparkSession
 
 from pipeline.errors import SpecError
 from pipeline.spark.archives import is_local
+from pipeline.spark.progress import Report
+from pipeline.spark.training import TrainingContext
 from resources.cluster import registered_executors, ship_code, wait_for_executors
 from resources.java import find_java
 from resources.process_environment import set_for_children
@@ -29,28 +31,42 @@ _STARTING = threading.Lock()
 
 
 class SparkSessionResource(dg.ConfigurableResource):
-    """The Spark session of a run, started in the background when the run starts and stopped with it.
+    """The Spark session of a run, started in the background and stopped with the run.
 
-    A session that the process has open already is used as it is, and left open: whoever opened it closes it. Built on
-    `dagster_pyspark.LazyPySparkResource`, which makes the session from its configuration but never stops it.
+    A session that the process has open already is used as it is, and left open: whoever opened it
+    closes it. Built on `dagster_pyspark.LazyPySparkResource`, which makes the session from its
+    configuration but never stops it.
     """
 
     master: str = Field(description="Master URL, e.g. local[4,4], or spark://host:7077.")
-    task_cpus: int = Field(default=1, ge=1, description="CPUs per Spark task (spark.task.cpus), and LightGBM's threads within it.")
+    task_cpus: int = Field(
+        default=1,
+        ge=1,
+        description="CPUs per Spark task (spark.task.cpus), and LightGBM's threads within it.",
+    )
     memory: str = Field(
-        default="1g", description="Memory of the driver's JVM, which on a laptop is Spark's only one, e.g. 4g for tens of millions of rows."
+        default="1g",
+        description="Memory of the driver's JVM, which on a laptop is Spark's only one, e.g. 4g "
+        "for tens of millions of rows.",
     )
     executor_memory: str | None = Field(
-        default=None, description="Memory of each executor's JVM on a cluster, e.g. 2g; by default Spark's. Python needs memory beside it."
+        default=None,
+        description="Memory of each executor's JVM on a cluster, e.g. 2g; by default Spark's. "
+        "Python needs memory beside it.",
     )
     worker_python: str | None = Field(
         default=None,
-        description="Python of a cluster's workers, with the packages of the driver's and the same minor version; by default the driver's path.",
+        description="Python of a cluster's workers, with the packages of the driver's and the same "
+        "minor version; by default the driver's path.",
     )
     group_memory: str | None = Field(
-        default=None, description="Memory that training one group may take, e.g. 8g; one that needs more is `failed`. By default unlimited."
+        default=None,
+        description="Memory that training one group may take, e.g. 8g; one that needs more is "
+        "`failed`. By default unlimited.",
     )
-    conf: dict[str, str] = Field(default_factory=dict, description="Further Spark settings; they win over ours.")
+    conf: dict[str, str] = Field(
+        default_factory=dict, description="Further Spark settings; they win over ours."
+    )
     scratch: str = Field(description="Local folder for spilled data and a java wrapper.")
     _session: SparkSession | None = PrivateAttr(default=None)
     _is_ours: bool = PrivateAttr(default=True)
@@ -58,8 +74,14 @@ class SparkSessionResource(dg.ConfigurableResource):
     _starter: threading.Thread | None = PrivateAttr(default=None)
 
     @contextmanager
-    def yield_for_execution(self, context: dg.InitResourceContext | None) -> Iterator["SparkSessionResource"]:  # noqa: ARG002
-        """Start the session beside the run's first steps; stop it whatever ends the run. Outside of Dagster there is no context."""
+    def yield_for_execution(
+        self,
+        context: dg.InitResourceContext | None,  # noqa: ARG002
+    ) -> Iterator["SparkSessionResource"]:
+        """Start the session beside the run's first steps.
+
+        Stop it whatever ends the run. Outside of Dagster there is no context.
+        """
         self._starter = threading.Thread(target=self._start, name="spark-start", daemon=True)
         self._starter.start()
         try:
@@ -87,8 +109,26 @@ class SparkSessionResource(dg.ConfigurableResource):
     def slots(self) -> int:
         """Tasks that run at once."""
         context = self.session.sparkContext
-        n_cores = context.defaultParallelism if is_local(str(context.master)) else registered_executors(context).n_cores
+        n_cores = (
+            context.defaultParallelism
+            if is_local(str(context.master))
+            else registered_executors(context).n_cores
+        )
         return max(1, n_cores // self.task_cpus)
+
+    def training_context(self, report: Report) -> TrainingContext:
+        """Where a run trains: this session, with the settings of its tasks.
+
+        Args:
+            report: called now and then with what is done.
+        """
+        return TrainingContext(
+            spark=self.session,
+            report=report,
+            memory_bytes=self.group_memory_bytes,
+            slots=self.slots,
+            threads=self.task_cpus,
+        )
 
     @property
     def group_memory_bytes(self) -> int | None:
@@ -101,7 +141,9 @@ class SparkSessionResource(dg.ConfigurableResource):
             return None
         found = re.fullmatch(r"(\d+)\s*([kmgt]?)b?", self.group_memory.strip().lower())
         if found is None:
-            raise SpecError(f"group_memory is {self.group_memory!r}; expected a size such as 512m or 8g")
+            raise SpecError(
+                f"group_memory is {self.group_memory!r}; expected a size such as 512m or 8g"
+            )
         return int(found[1]) * 1024 ** " kmgt".index(found[2] or " ")
 
     def _start(self) -> None:
@@ -111,18 +153,28 @@ class SparkSessionResource(dg.ConfigurableResource):
                 if SparkContext._active_spark_context is not None:  # noqa: SLF001 - nothing public tells without starting one
                     self._session, self._is_ours = SparkSession.builder.getOrCreate(), False
                     return
-                # Few arenas: with one per thread, buffers between the JVM and Python workers take hundreds of megabytes.
+                # Few arenas: with one per thread, buffers between the JVM and Python workers take
+                # hundreds of megabytes.
                 set_for_children(MALLOC_ARENA_MAX="2")
                 if not _file_names_are_utf8():
-                    # The JVM encodes file names as the locale says, whatever -Dsun.jnu.encoding says.
+                    # The JVM encodes file names as the locale says, whatever -Dsun.jnu.encoding
+                    # says.
                     set_for_children(LC_ALL="C.UTF-8")
                 java_home = find_java(Path(self.scratch))
-                set_for_children(PYSPARK_PYTHON=self._python(), PYSPARK_DRIVER_PYTHON=sys.executable, JAVA_HOME=java_home)
+                set_for_children(
+                    PYSPARK_PYTHON=self._python(),
+                    PYSPARK_DRIVER_PYTHON=sys.executable,
+                    JAVA_HOME=java_home,
+                )
                 self._session = LazyPySparkResource(spark_config=self._settings()).spark_session
             context = self._session.sparkContext
             context.setLogLevel("ERROR")
             if not is_local(self.master):
-                wait_for_executors(partial(registered_executors, context), self.master, dict(context.getConf().getAll()))
+                wait_for_executors(
+                    partial(registered_executors, context),
+                    self.master,
+                    dict(context.getConf().getAll()),
+                )
                 ship_code(context)
             # PySpark logs each exception that it raises, as a line of JSON.
             logging.getLogger("SQLQueryContextLogger").setLevel(logging.CRITICAL)
@@ -136,10 +188,14 @@ class SparkSessionResource(dg.ConfigurableResource):
         return self.conf.get("spark.pyspark.python") or self.worker_python or sys.executable
 
     def _settings(self) -> dict[str, Any]:
-        # A laptop's JVM has a small heap and few cores, where the serial collector takes the least memory, and a heap that is kept tight less still.
-        collector = " -XX:+UseSerialGC -XX:MinHeapFreeRatio=10 -XX:MaxHeapFreeRatio=25" if is_local(self.master) else ""
+        # A laptop's JVM has a small heap and few cores, where the serial collector takes the least
+        # memory, and a heap that is kept tight less still.
+        collector = ""
+        if is_local(self.master):
+            collector = " -XX:+UseSerialGC -XX:MinHeapFreeRatio=10 -XX:MaxHeapFreeRatio=25"
         logging_options = (
-            f'-Dlog4j2.configurationFile="{LOG_SETTINGS.as_uri()}" -Dmany-models.logs="{self.scratch}/logs" -Dmany-models.pid={os.getpid()}'
+            f'-Dlog4j2.configurationFile="{LOG_SETTINGS.as_uri()}" '
+            f'-Dmany-models.logs="{self.scratch}/logs" -Dmany-models.pid={os.getpid()}'
         )
         java_options = f"{logging_options} -XX:+IgnoreUnrecognizedVMOptions{collector}"
         return {
@@ -165,12 +221,18 @@ class SparkSessionResource(dg.ConfigurableResource):
 
     def _cluster_settings(self) -> dict[str, str]:
         # As for local workers, which inherit them.
-        settings = {"spark.executorEnv.MALLOC_ARENA_MAX": "2", "spark.executorEnv.LC_ALL": "C.UTF-8"}
+        settings = {
+            "spark.executorEnv.MALLOC_ARENA_MAX": "2",
+            "spark.executorEnv.LC_ALL": "C.UTF-8",
+        }
         if self.executor_memory is not None:
             settings["spark.executor.memory"] = self.executor_memory
         return settings
 
 
 def _file_names_are_utf8() -> bool:
-    """Whether child processes write file names as this one does; Python itself takes UTF-8 where the locale is C."""
+    """Whether child processes write file names as this one does.
+
+    Python itself takes UTF-8 where the locale is C.
+    """
     return locale.getencoding().lower() == "utf-8"

@@ -14,14 +14,18 @@ from resources.spark_session import SparkSessionResource
 @pytest.fixture(scope="session")
 def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
     # One JVM lives through all tests: a full heap ends it, and every test after.
-    resource = SparkSessionResource(master="local[2]", memory="3g", scratch=str(tmp_path_factory.mktemp("spark")))
+    resource = SparkSessionResource(
+        master="local[2]", memory="3g", scratch=str(tmp_path_factory.mktemp("spark"))
+    )
     session = resource.session
     yield session
     session.stop()
 
 
 @pytest.fixture(scope="session")
-def spark_resource(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> SparkSessionResource:
+def spark_resource(
+    spark: SparkSession, tmp_path_factory: pytest.TempPathFactory
+) -> SparkSessionResource:
     """The resource of a run, on the one session."""
     return SparkSessionResource(master="local[2]", scratch=str(tmp_path_factory.mktemp("scratch")))
 

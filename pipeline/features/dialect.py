@@ -1,7 +1,8 @@
 """Spark's SQL as sqlglot reads and writes it, narrowed so that what is written means what was read.
 
-sqlglot translates between dialects: it gives functions a class of its own and writes them under the name that fits the target.
-Here a call keeps its name and its arguments, so that the function that was checked is the function that runs.
+sqlglot translates between dialects: it gives functions a class of its own and writes them under the
+name that fits the target. Here a call keeps its name and its arguments, so that the function that
+was checked is the function that runs.
 """
 
 from typing import Any, ClassVar
@@ -11,7 +12,19 @@ from sqlglot.dialects.spark import Spark
 from sqlglot.generators.spark import SparkGenerator
 from sqlglot.parsers.spark import SparkParser
 
-_UNITS = ("YEAR", "QUARTER", "MONTH", "WEEK", "DAY", "DAYOFYEAR", "HOUR", "MINUTE", "SECOND", "MILLISECOND", "MICROSECOND")
+_UNITS = (
+    "YEAR",
+    "QUARTER",
+    "MONTH",
+    "WEEK",
+    "DAY",
+    "DAYOFYEAR",
+    "HOUR",
+    "MINUTE",
+    "SECOND",
+    "MILLISECOND",
+    "MICROSECOND",
+)
 _WITH_UNIT = ("timestampadd", "timestampdiff", "dateadd", "date_add", "datediff", "date_diff")
 
 
@@ -49,17 +62,19 @@ class PlainSpark(Spark):
             **{name.upper(): _call_with_unit(name) for name in _WITH_UNIT},
         }
         FUNCTION_PARSERS: ClassVar[dict[str, Any]] = {
-            name: SparkParser.FUNCTION_PARSERS[name] for name in ("CAST", "TRY_CAST", "EXTRACT", "TRIM", "OVERLAY")
+            name: SparkParser.FUNCTION_PARSERS[name]
+            for name in ("CAST", "TRY_CAST", "EXTRACT", "TRIM", "OVERLAY")
         }
 
     class Generator(SparkGenerator):
-        """Writes what was read: no functions for operators, no casts for literals, no subqueries for clauses."""
+        """Writes what was read: no functions for operators, casts for literals or subqueries for clauses."""
 
         TRANSFORMS: ClassVar[dict[Any, Any]] = {
             **{
                 node: write
                 for node, write in SparkGenerator.TRANSFORMS.items()
-                if node not in (exp.Array, exp.From, exp.Pivot, exp.Select, exp.Table, exp.WithinGroup)
+                if node
+                not in (exp.Array, exp.From, exp.Pivot, exp.Select, exp.Table, exp.WithinGroup)
             },
             exp.BitwiseLeftShift: lambda self, node: self.binary(node, "<<"),
             exp.BitwiseRightShift: lambda self, node: self.binary(node, ">>"),

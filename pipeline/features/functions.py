@@ -1,7 +1,7 @@
-"""The functions that a fleet's SQL may call: Spark built-ins that compute from their arguments alone.
+"""Functions that a fleet's SQL may call: Spark built-ins that depend on their arguments alone.
 
-Names are Spark 4.3's, as `SHOW FUNCTIONS` lists them. What is neither allowed nor refused for good is left to the author of a
-fleet, who can add it with `sql.functions`.
+Names are Spark 4.3's, as `SHOW FUNCTIONS` lists them. What is neither allowed nor refused for good
+is left to the author of a fleet, who can add it with `sql.functions`.
 """
 
 from collections.abc import Iterable
@@ -97,7 +97,8 @@ REACHING = words(
     """
 )
 _REACHING_PREFIXES = ("ai_", "http_")
-# No fleet can add these: their answer depends on the moment, on chance, or on how rows are spread over tasks.
+# No fleet can add these: their answer depends on the moment, on chance, or on how rows are spread
+# over tasks.
 CHANGING = words(
     """
     aes_encrypt curdate current_date current_time current_timestamp localtime localtimestamp
@@ -123,7 +124,10 @@ def refuse_harmful(name: str, where: str) -> None:
     if name in REACHING or name.startswith(_REACHING_PREFIXES):
         raise SpecError(f"{where} calls {name}, which reaches outside the data; remove it")
     if name in CHANGING:
-        raise SpecError(f"{where} calls {name}, which gives another answer each time; use columns of the data, and the launch's as_of for today")
+        raise SpecError(
+            f"{where} calls {name}, which gives another answer each time; use columns of the data, "
+            "and the launch's as_of for today"
+        )
 
 
 def allowed_functions(added: Iterable[str]) -> frozenset[str]:

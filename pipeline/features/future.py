@@ -7,11 +7,17 @@ from pipeline.features.history import Indices
 from pipeline.periods import Flags, Period, Times
 
 
-def future_times(period: Period, newest: pd.Timestamp, end: pd.Timestamp, newest_of_entity: Times, last_days: Flags) -> tuple[Indices, Times]:
+def future_times(
+    period: Period,
+    newest: pd.Timestamp,
+    end: pd.Timestamp,
+    newest_of_entity: Times,
+    last_days: Flags,
+) -> tuple[Indices, Times]:
     """The next times of every entity, period by period, after the newest row of the fleet.
 
-    Calendar periods go on from the entity's own newest row, so that each series keeps its day of the
-    month, or stays on last days; fixed ones go on from the newest row of the fleet.
+    Calendar periods go on from the entity's own newest row, so that each series keeps its day of
+    the month, or stays on last days; fixed ones go on from the newest row of the fleet.
 
     Args:
         period: step of the series.

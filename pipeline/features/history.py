@@ -1,6 +1,7 @@
 """Features of the past: lags and trailing windows, as of what was known, on one key group's rows.
 
-Pure numpy over Arrow, so that Spark (once per key group) and a test (on a whole table) run the same function.
+Pure numpy over Arrow, so that Spark (once per key group) and a test (on a whole table) run the same
+function.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,8 @@ from pipeline.spec import FleetSpec, LagSpec, RollingSpec, Statistic
 
 Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.intp]
-# Of rows whose entity's every row lies on the last day of a month: true. Only in fleets whose period is a calendar one.
+# Of rows whose entity's every row lies on the last day of a month: true. Only in fleets whose
+# period is a calendar one.
 ON_LAST_DAYS = "_on_last_days"
 
 
@@ -33,29 +35,33 @@ class HistoryPass:
 def plan_passes(spec: FleetSpec) -> list[HistoryPass]:
     """Group the features of the past into as few shuffles as possible.
 
-    A feature over ``[carrier, dest]`` can be computed where rows share ``[dest]``; everything could be computed where all rows
-    are together, but in one worker, so only features over ``[]`` are.
+    A feature over ``[carrier, dest]`` can be computed where rows share ``[dest]``; everything could
+    be computed where all rows are together, but in one worker, so only features over ``[]`` are.
     """
     wanted: dict[tuple[str, ...], tuple[list[LagSpec], list[RollingSpec]]] = {}
     for lag in spec.all_lags:
         wanted.setdefault(tuple(spec.entity), ([], []))[0].append(lag)
     for window in spec.features.rolling:
-        wanted.setdefault(tuple(spec.finest if window.over is None else window.over), ([], []))[1].append(window)
+        wanted.setdefault(tuple(spec.finest if window.over is None else window.over), ([], []))[
+            1
+        ].append(window)
     passes: dict[tuple[str, ...], tuple[list[LagSpec], list[RollingSpec]]] = {}
     for keys in sorted(wanted, key=len):
         host = next((other for other in passes if other and set(other) <= set(keys)), keys)
         lags, windows = passes.setdefault(host, ([], []))
         lags.extend(wanted[keys][0])
         windows.extend(wanted[keys][1])
-    return [HistoryPass(keys, tuple(lags), tuple(windows)) for keys, (lags, windows) in passes.items()]
+    return [
+        HistoryPass(keys, tuple(lags), tuple(windows)) for keys, (lags, windows) in passes.items()
+    ]
 
 
 def add_history(table: pa.Table, spec: FleetSpec, features: HistoryPass) -> pa.Table:
     """Append the pass's lags and windows to the rows.
 
     Args:
-        table: one row per entity and time, with `time`, `known_at`, the columns the features summarise, and
-            `ON_LAST_DAYS` where there is one; all rows that share the pass's keys.
+        table: one row per entity and time, with `time`, `known_at`, the columns the features
+            summarise, and `ON_LAST_DAYS` where there is one; all rows that share the pass's keys.
         spec: the fleet.
         features: what to compute.
 
@@ -66,7 +72,8 @@ def add_history(table: pa.Table, spec: FleetSpec, features: HistoryPass) -> pa.T
     known_at = times_of(table["known_at"])
     last_days = flags_of(table)
     deadline = spec.horizon_period.before(time, last_days)
-    # Without a horizon a row is predicted at its time: what comes true at that moment, its own outcome first of all, is not known.
+    # Without a horizon a row is predicted at its time: what comes true at that moment, its own
+    # outcome first of all, is not known.
     end = np.minimum(deadline, time - np.timedelta64(1, "us"))
     for lag in features.lags:
         codes = codes_of(table, tuple(spec.entity))
@@ -75,13 +82,17 @@ def add_history(table: pa.Table, spec: FleetSpec, features: HistoryPass) -> pa.T
             step = spec.step.times(periods)
             found = _row_at(codes, time, known_at, end, step.before(time, last_days))
             if step.is_calendar:
-                found = np.where(found >= 0, found, _last_row_of_unit(codes, time, known_at, end, step))
+                found = np.where(
+                    found >= 0, found, _last_row_of_unit(codes, time, known_at, end, step)
+                )
             column = np.where(found >= 0, values[found], np.nan)
             table = table.append_column(lag.name(periods), _nullable(column))
     for window in features.windows:
         codes = codes_of(table, tuple(spec.finest if window.over is None else window.over))
         values = values_of(table, window.column)
-        start = spec.in_zone(window.window).before(deadline, last_days & on_last_day(_wall_clock(deadline, spec)))
+        start = spec.in_zone(window.window).before(
+            deadline, last_days & on_last_day(_wall_clock(deadline, spec))
+        )
         columns = _windowed(codes, known_at, end, start, values, window.statistics)
         for statistic, column in zip(window.statistics, columns, strict=True):
             table = table.append_column(window.name(statistic), _nullable(column))
@@ -94,7 +105,9 @@ def _wall_clock(times: Times, spec: FleetSpec) -> Times:
 
 def times_of(column: pa.ChunkedArray | pa.Array) -> Times:
     """A column of times as moments, UTC without a zone."""
-    moments: Times = column.cast(pa.timestamp("us")).to_numpy(zero_copy_only=False).astype("datetime64[us]")
+    moments: Times = (
+        column.cast(pa.timestamp("us")).to_numpy(zero_copy_only=False).astype("datetime64[us]")
+    )
     return moments
 
 
@@ -116,20 +129,27 @@ def codes_of(table: pa.Table, keys: tuple[str, ...]) -> npt.NDArray[np.int64]:
         if isinstance(dictionary, pa.ChunkedArray):
             dictionary = dictionary.combine_chunks()
         size = len(dictionary.dictionary) + 1
-        codes = pd.factorize(codes * size + dictionary.indices.to_numpy(zero_copy_only=False))[0].astype(np.int64)
+        codes = pd.factorize(codes * size + dictionary.indices.to_numpy(zero_copy_only=False))[
+            0
+        ].astype(np.int64)
     return codes
 
 
 def flags_of(table: pa.Table | pa.RecordBatch) -> Flags:
-    """The rows of series that lie on last days of months throughout; none where that does not matter."""
+    """The rows of series that lie on last days of months throughout.
+
+    None where that does not matter.
+    """
     if ON_LAST_DAYS not in table.schema.names:
         return np.zeros(table.num_rows, dtype=bool)
     flags: Flags = table.column(ON_LAST_DAYS).to_numpy(zero_copy_only=False).astype(bool)
     return flags
 
 
-def _row_at(codes: npt.NDArray[np.int64], time: Times, known_at: Times, deadline: Times, wanted: Times) -> Indices:
-    """Per row the row with the same code at the wanted time, if it was known by the row's deadline; else -1."""
+def _row_at(
+    codes: npt.NDArray[np.int64], time: Times, known_at: Times, deadline: Times, wanted: Times
+) -> Indices:
+    """Per row the row of the same code at the wanted time, if known by its deadline; else -1."""
     order = np.lexsort((time, codes))
     starts, ends = bounds_of(codes[order], codes)
     position = search_slices(time[order], starts, ends, wanted, side="left")
@@ -139,11 +159,15 @@ def _row_at(codes: npt.NDArray[np.int64], time: Times, known_at: Times, deadline
     return np.where(usable, found, -1)
 
 
-def _last_row_of_unit(codes: npt.NDArray[np.int64], time: Times, known_at: Times, deadline: Times, step: Period) -> Indices:
-    """Per row the last row with the same code, of those known by its deadline, in the month, quarter or year a step before; else -1.
+def _last_row_of_unit(
+    codes: npt.NDArray[np.int64], time: Times, known_at: Times, deadline: Times, step: Period
+) -> Indices:
+    """Per row the last known row of the same code in the calendar unit one step before; else -1.
 
-    So a month's end finds the end of the month before, whichever day that is. Rows that were not known by
-    then count for nothing: whether they are there must not show.
+    The unit is a month, quarter or year, and a row counts if it was known by the deadline.
+
+    So a month's end finds the end of the month before, whichever day that is. Rows that were not
+    known by then count for nothing: whether they are there must not show.
     """
     order = np.lexsort((time, codes))
     sorted_time = time[order]
@@ -164,24 +188,37 @@ def _last_row_of_unit(codes: npt.NDArray[np.int64], time: Times, known_at: Times
 
 
 def _windowed(
-    codes: npt.NDArray[np.int64], known_at: Times, deadline: Times, start: Times, values: Floats, statistics: Sequence[Statistic]
+    codes: npt.NDArray[np.int64],
+    known_at: Times,
+    deadline: Times,
+    start: Times,
+    values: Floats,
+    statistics: Sequence[Statistic],
 ) -> list[Floats]:
-    """Statistics, per row, of the values with the same code that became known in (start, deadline]."""
+    """Per row, statistics of the values with its code that became known in (start, deadline]."""
     observed = np.flatnonzero(~np.isnan(values) & ~np.isnat(known_at))
     order = observed[np.lexsort((values[observed], known_at[observed], codes[observed]))]
     sorted_codes, sorted_known, sorted_values = codes[order], known_at[order], values[order]
     first, last = bounds_of(sorted_codes, codes)
     low = search_slices(sorted_known, first, last, start, side="right")
     high = search_slices(sorted_known, first, last, deadline, side="right")
-    return [_statistic(statistic, sorted_values, low, np.maximum(low, high)) for statistic in statistics]
+    return [
+        _statistic(statistic, sorted_values, low, np.maximum(low, high)) for statistic in statistics
+    ]
 
 
-def bounds_of(sorted_codes: npt.NDArray[np.int64], codes: npt.NDArray[np.int64]) -> tuple[Indices, Indices]:
+def bounds_of(
+    sorted_codes: npt.NDArray[np.int64], codes: npt.NDArray[np.int64]
+) -> tuple[Indices, Indices]:
     """Per code the slice of equal ones among the sorted: its start, and its end, excluded."""
-    return np.searchsorted(sorted_codes, codes, side="left"), np.searchsorted(sorted_codes, codes, side="right")
+    return np.searchsorted(sorted_codes, codes, side="left"), np.searchsorted(
+        sorted_codes, codes, side="right"
+    )
 
 
-def search_slices(ordered: npt.NDArray[Any], first: Indices, last: Indices, wanted: npt.NDArray[Any], *, side: str) -> Indices:
+def search_slices(
+    ordered: npt.NDArray[Any], first: Indices, last: Indices, wanted: npt.NDArray[Any], *, side: str
+) -> Indices:
     """A binary search per row, each within its own slice of `ordered`."""
     low, high = first.copy(), last.copy()
     while True:
@@ -201,7 +238,11 @@ def _statistic(statistic: Statistic, values: Floats, low: Indices, high: Indices
     if statistic == "count":
         return count
     if statistic == "last":
-        return np.where(some, values[np.where(some, high - 1, 0)], np.nan) if len(values) else np.full(len(low), np.nan)
+        return (
+            np.where(some, values[np.where(some, high - 1, 0)], np.nan)
+            if len(values)
+            else np.full(len(low), np.nan)
+        )
     if statistic in ("min", "max"):
         return _extreme(np.minimum if statistic == "min" else np.maximum, values, low, high)
     mean, squares = _moments_of(values, low, high)
@@ -215,8 +256,9 @@ def _statistic(statistic: Statistic, values: Floats, low: Indices, high: Indices
 def _moments_of(values: Floats, low: Indices, high: Indices) -> tuple[Floats, Floats]:
     """Mean of each slice, and sum of its squared deviations from it; 0 where a slice is empty.
 
-    A slice is put together from blocks of a power of two. Unlike differences of running sums, nothing outside a slice touches
-    its result, not even its last digit: a wild value costs the other rows no precision, and the future does not leak into it.
+    A slice is put together from blocks of a power of two. Unlike differences of running sums,
+    nothing outside a slice touches its result, not even its last digit: a wild value costs the
+    other rows no precision, and the future does not leak into it.
 
     Source: pairwise update of moments, Chan, Golub and LeVeque (1983).
     """
@@ -232,14 +274,19 @@ def _moments_of(values: Floats, low: Indices, high: Indices) -> tuple[Floats, Fl
             mean[rows] += step * (block / n)
             taken[rows] = n
             step = level_mean[block:] - level_mean[:-block]
-            level_squares = level_squares[:-block] + level_squares[block:] + step * step * (block / 2)
+            level_squares = (
+                level_squares[:-block] + level_squares[block:] + step * step * (block / 2)
+            )
             level_mean = level_mean[:-block] + step / 2
             block *= 2
     return mean, squares
 
 
 def _extreme(better: np.ufunc, values: Floats, low: Indices, high: Indices) -> Floats:
-    """Minimum or maximum of each slice, from a sparse table: two overlapping blocks of a power of two cover any slice."""
+    """Minimum or maximum of each slice, from a sparse table.
+
+    Two overlapping blocks of a power of two cover any slice.
+    """
     answer = np.full(len(low), np.nan)
     length = high - low
     level, block = values, 1

@@ -1,7 +1,8 @@
 """What a fleet's SQL may be, and the text of it that Spark runs.
 
-One SELECT over the declared sources, and row-wise expressions, of the allowed syntax and functions. The text that runs is written
-from the tree that was checked, never the author's: parsers disagree about comments, quotes and escapes.
+One SELECT over the declared sources, and row-wise expressions, of the allowed syntax and functions.
+The text that runs is written from the tree that was checked, never the author's: parsers disagree
+about comments, quotes and escapes.
 """
 
 import difflib
@@ -30,21 +31,114 @@ from pipeline.spec import FleetSpec
 
 MAX_SUGGESTIONS = 5
 
-# All syntax that a checked statement may hold. Calls have a class of their own only where they have a grammar of their own.
+# All syntax that a checked statement may hold. Calls have a class of their own only where they have
+# a grammar of their own.
 _SYNTAX: frozenset[type[Any]] = frozenset(
     (
-        *(exp.Select, exp.From, exp.Where, exp.Group, exp.Having, exp.Qualify, exp.Order, exp.Ordered, exp.Limit, exp.Offset),
-        *(exp.With, exp.CTE, exp.Subquery, exp.Union, exp.Except, exp.Intersect, exp.Values, exp.Table, exp.TableAlias, exp.Join),
-        *(exp.Lateral, exp.Pivot, exp.PivotAlias, exp.Rollup, exp.Cube, exp.GroupingSets, exp.Distinct, exp.Exists),
-        *(exp.Alias, exp.Aliases, exp.Column, exp.Identifier, exp.Star, exp.Dot, exp.Bracket, exp.Paren, exp.Tuple, exp.Lambda),
-        *(exp.Literal, exp.RawString, exp.Boolean, exp.Null, exp.Concat, exp.Interval, exp.IntervalSpan, exp.Var),
-        *(exp.And, exp.Or, exp.Not, exp.Is, exp.In, exp.Between, exp.Like, exp.ILike, exp.RegexpLike, exp.Escape, exp.Any, exp.All),
-        *(exp.EQ, exp.NEQ, exp.GT, exp.GTE, exp.LT, exp.LTE, exp.NullSafeEQ, exp.NullSafeNEQ, exp.Collate),
-        *(exp.Add, exp.Sub, exp.Mul, exp.Div, exp.IntDiv, exp.Mod, exp.Neg, exp.DPipe, exp.BitwiseAnd, exp.BitwiseOr),
+        *(
+            exp.Select,
+            exp.From,
+            exp.Where,
+            exp.Group,
+            exp.Having,
+            exp.Qualify,
+            exp.Order,
+            exp.Ordered,
+            exp.Limit,
+            exp.Offset,
+        ),
+        *(
+            exp.With,
+            exp.CTE,
+            exp.Subquery,
+            exp.Union,
+            exp.Except,
+            exp.Intersect,
+            exp.Values,
+            exp.Table,
+            exp.TableAlias,
+            exp.Join,
+        ),
+        *(
+            exp.Lateral,
+            exp.Pivot,
+            exp.PivotAlias,
+            exp.Rollup,
+            exp.Cube,
+            exp.GroupingSets,
+            exp.Distinct,
+            exp.Exists,
+        ),
+        *(
+            exp.Alias,
+            exp.Aliases,
+            exp.Column,
+            exp.Identifier,
+            exp.Star,
+            exp.Dot,
+            exp.Bracket,
+            exp.Paren,
+            exp.Tuple,
+            exp.Lambda,
+        ),
+        *(
+            exp.Literal,
+            exp.RawString,
+            exp.Boolean,
+            exp.Null,
+            exp.Concat,
+            exp.Interval,
+            exp.IntervalSpan,
+            exp.Var,
+        ),
+        *(
+            exp.And,
+            exp.Or,
+            exp.Not,
+            exp.Is,
+            exp.In,
+            exp.Between,
+            exp.Like,
+            exp.ILike,
+            exp.RegexpLike,
+            exp.Escape,
+            exp.Any,
+            exp.All,
+        ),
+        *(
+            exp.EQ,
+            exp.NEQ,
+            exp.GT,
+            exp.GTE,
+            exp.LT,
+            exp.LTE,
+            exp.NullSafeEQ,
+            exp.NullSafeNEQ,
+            exp.Collate,
+        ),
+        *(
+            exp.Add,
+            exp.Sub,
+            exp.Mul,
+            exp.Div,
+            exp.IntDiv,
+            exp.Mod,
+            exp.Neg,
+            exp.DPipe,
+            exp.BitwiseAnd,
+            exp.BitwiseOr,
+        ),
         *(exp.BitwiseXor, exp.BitwiseNot, exp.BitwiseLeftShift, exp.BitwiseRightShift),
         *(exp.Case, exp.If, exp.Cast, exp.TryCast, exp.DataType, exp.DataTypeParam, exp.ColumnDef),
         *(exp.Anonymous, exp.Array, exp.Transform, exp.Extract, exp.Trim, exp.Overlay),
-        *(exp.Window, exp.WindowSpec, exp.Filter, exp.WithinGroup, exp.IgnoreNulls, exp.RespectNulls),
+        *(
+            exp.Window,
+            exp.WindowSpec,
+            exp.Filter,
+            exp.WithinGroup,
+            exp.IgnoreNulls,
+            exp.RespectNulls,
+        ),
     )
 )
 # Names under which Spark knows the calls that have a grammar of their own.
@@ -69,7 +163,8 @@ class Contents:
     Args:
         relations: names of tables and common table expressions.
         functions: names of called functions.
-        columns: every name that could be a column: of columns, their qualifiers, fields and lambda variables.
+        columns: every name that could be a column: of columns, their qualifiers, fields and lambda
+            variables.
     """
 
     relations: frozenset[str]
@@ -94,7 +189,9 @@ def render(tree: exp.Expr) -> str:
     return tree.sql(PlainSpark, comments=False, normalize_functions=False)
 
 
-def parse_select(text: str, sources: Sequence[str], *, file: str, functions: Sequence[str] = ()) -> exp.Query:
+def parse_select(
+    text: str, sources: Sequence[str], *, file: str, functions: Sequence[str] = ()
+) -> exp.Query:
     """Parse the SQL of a fleet.
 
     Args:
@@ -107,7 +204,8 @@ def parse_select(text: str, sources: Sequence[str], *, file: str, functions: Seq
         The statement as it is read from its own rendered text.
 
     Raises:
-        SpecError: unless it is one SELECT over the sources and its own common table expressions, of allowed syntax and functions.
+        SpecError: unless it is one SELECT over the sources and its own common table expressions, of
+            allowed syntax and functions.
     """
     query = _parse_query(text, file)
     _check_query(query, sources, file, functions)
@@ -120,7 +218,11 @@ def parse_select(text: str, sources: Sequence[str], *, file: str, functions: Seq
 
 def _parse_query(text: str, file: str) -> exp.Query:
     try:
-        statements = [statement for statement in sqlglot.parse(text, dialect=PlainSpark) if statement is not None]
+        statements = [
+            statement
+            for statement in sqlglot.parse(text, dialect=PlainSpark)
+            if statement is not None
+        ]
     except (SqlglotError, RecursionError) as error:
         raise SpecError(f"{file} is not SQL that Spark understands: {_explained(error)}") from error
     if len(statements) != 1 or not isinstance(statements[0], exp.Query):
@@ -130,7 +232,10 @@ def _parse_query(text: str, file: str) -> exp.Query:
 
 
 def _explained(error: Exception) -> str:
-    """What a parser found, and where; without the terminal codes that it underlines the place with."""
+    """What a parser found, and where.
+
+    Without the terminal codes that it underlines the place with.
+    """
     if not isinstance(error, ParseError) or not error.errors:
         return str(error)
     found = error.errors[0]
@@ -138,22 +243,35 @@ def _explained(error: Exception) -> str:
     return f"{found['description']} at line {found['line']}, column {found['col']}, at {found['highlight']!r} in: {around}"
 
 
-def _check_query(query: exp.Query, sources: Sequence[str], file: str, functions: Sequence[str]) -> None:
+def _check_query(
+    query: exp.Query, sources: Sequence[str], file: str, functions: Sequence[str]
+) -> None:
     declared = {name.lower() for name in sources}
     for table in query.find_all(exp.Table):
         is_name = isinstance(table.this, exp.Identifier) and not table.db
         if not is_name or table.name.lower() not in declared | set(_visible_ctes(table)):
-            raise SpecError(f"{file} reads {table.sql('spark')!r}; allowed are the declared sources: {', '.join(sources)}")
+            raise SpecError(
+                f"{file} reads {table.sql('spark')!r}; allowed are the declared sources: "
+                f"{', '.join(sources)}"
+            )
     for script in query.find_all(exp.QueryTransform):
-        raise SpecError(f"{file} runs a script ({script.sql('spark')[:80]}); TRANSFORM ... USING is not allowed")
+        raise SpecError(
+            f"{file} runs a script ({script.sql('spark')[:80]}); TRANSFORM ... USING is not allowed"
+        )
     for hint in query.find_all(exp.Hint):
-        raise SpecError(f"{file} holds the hint {hint.sql(PlainSpark).strip()}; hints are not allowed: leave it out")
+        raise SpecError(
+            f"{file} holds the hint {hint.sql(PlainSpark).strip()}; hints are not allowed: leave "
+            "it out"
+        )
     _check_functions(query, file, allowed_functions(functions))
     _check_syntax(query, file)
 
 
 def _visible_ctes(table: exp.Table) -> Iterator[str]:
-    """Common table expressions that Spark sees from a table's place: those before the one it stands in, and outer statements'."""
+    """Common table expressions visible to Spark from a table's place.
+
+    Those before the one it stands in, and those of outer statements.
+    """
     inner: exp.Expr = table
     node = table.parent
     while node is not None:
@@ -179,15 +297,17 @@ def check_expression(text: str, *, where: str, functions: Sequence[str] = ()) ->
         The expression as it is read from its own rendered text.
 
     Raises:
-        SpecError: if it is not one expression of allowed syntax and functions, or holds a subquery, a star, an aggregate, a window or
-            a function that makes rows.
+        SpecError: if it is not one expression of allowed syntax and functions, or holds a subquery,
+            a star, an aggregate, a window or a function that makes rows.
     """
     if not text.strip():
         raise SpecError(f"{where}: the expression is empty; expected one such as 'a / b'")
     expression = _parse_expression(text, where, functions)
     again = _parse_expression(render(expression), where, functions)
     if render(again) != render(expression):
-        raise SpecError(f"{where}: {text!r} can be read in two ways; it was read as: {render(expression)}")
+        raise SpecError(
+            f"{where}: {text!r} can be read in two ways; it was read as: {render(expression)}"
+        )
     return again
 
 
@@ -195,19 +315,36 @@ def _parse_expression(text: str, where: str, functions: Sequence[str]) -> exp.Ex
     try:
         parsed = sqlglot.parse_one(f"SELECT {text}", dialect=PlainSpark)
     except (SqlglotError, RecursionError) as error:
-        raise SpecError(f"{where}: {text!r} is not an SQL expression: {_explained(error)}") from error
+        raise SpecError(
+            f"{where}: {text!r} is not an SQL expression: {_explained(error)}"
+        ) from error
     # A WHERE, LIMIT or DISTINCT would be a clause beside the one expression.
     clauses = {name for name, value in parsed.args.items() if value}
-    if not isinstance(parsed, exp.Select) or len(parsed.selects) != 1 or clauses != {"expressions"} or len(list(parsed.find_all(exp.Query))) > 1:
-        raise SpecError(f"{where}: {text!r} is not a single row-wise expression; subqueries, tables and clauses are not allowed")
+    if (
+        not isinstance(parsed, exp.Select)
+        or len(parsed.selects) != 1
+        or clauses != {"expressions"}
+        or len(list(parsed.find_all(exp.Query))) > 1
+    ):
+        raise SpecError(
+            f"{where}: {text!r} is not a single row-wise expression; subqueries, tables and "
+            "clauses are not allowed"
+        )
     expression: exp.Expr = parsed.selects[0]
     if isinstance(expression, (exp.Alias, exp.Aliases)):
-        raise SpecError(f"{where}: {text!r} is not a single row-wise expression; leave out the name it is given")
+        raise SpecError(
+            f"{where}: {text!r} is not a single row-wise expression; leave out the name it is given"
+        )
     called = {name for _, name in _calls(expression)}
     if parsed.find(exp.Window) or called & (AGGREGATES | UNORDERED_AGGREGATES | WINDOWS | ORDERED):
-        raise SpecError(f"{where}: {text!r} looks at other rows; declare a lag or a rolling window instead, which respect what was known")
+        raise SpecError(
+            f"{where}: {text!r} looks at other rows; declare a lag or a rolling window instead, "
+            "which respect what was known"
+        )
     if parsed.find(exp.Star):
-        raise SpecError(f"{where}: {text!r} reads all columns (*), the target among them; name the columns")
+        raise SpecError(
+            f"{where}: {text!r} reads all columns (*), the target among them; name the columns"
+        )
     if called & GENERATORS:
         raise SpecError(f"{where}: {text!r} makes several rows of one; make them in features.sql")
     _check_functions(parsed, where, allowed_functions(functions))
@@ -234,8 +371,10 @@ def _check_functions(tree: exp.Expr, where: str, allowed: frozenset[str]) -> Non
             near = difflib.get_close_matches(name, sorted(allowed), n=MAX_SUGGESTIONS)
             hint = f"close to it: {', '.join(near)}. " if near else ""
             raise SpecError(
-                f"{where} calls {name!r}, which is not one of the {len(allowed)} allowed functions; {hint}"
-                f"If it computes from its arguments alone, allow it in defs.yaml: sql: {{functions: [{name}]}}"
+                f"{where} calls {name!r}, which is not one of the {len(allowed)} allowed "
+                f"functions; {hint}"
+                "If it computes from its arguments alone, allow it in defs.yaml: sql: "
+                f"{{functions: [{name}]}}"
             )
         if name == "unix_timestamp" and not call.expressions:
             refuse_harmful("now", where)
@@ -254,25 +393,50 @@ def _is_ordered(call: exp.Expr) -> bool:
 
 def _check_syntax(tree: exp.Expr, where: str) -> None:
     if "${" in render(tree):
-        raise SpecError(f"{where} holds '${{', where Spark puts in settings and the environment; write it as concat('$', '{{...')")
+        raise SpecError(
+            f"{where} holds '${{', where Spark puts in settings and the environment; write it as "
+            f"concat('$', '{{...')"
+        )
     for node in tree.walk():
         if type(node) not in _SYNTAX:
             raise SpecError(
-                f"{where} holds {node.sql(PlainSpark, comments=False)[:80]!r} ({type(node).__name__}), which is not allowed; "
+                f"{where} holds {node.sql(PlainSpark, comments=False)[:80]!r} "
+                f"({type(node).__name__}), which is not allowed; "
                 "write it with joins, common table expressions, windows and the allowed functions"
             )
         if isinstance(node, exp.Select) and node.args.get("windows"):
-            raise SpecError(f"{where} names a window; WINDOW is not allowed: write it where it is used, as OVER (...)")
+            raise SpecError(
+                f"{where} names a window; WINDOW is not allowed: write it where it is used, as "
+                "OVER (...)"
+            )
         if isinstance(node, exp.With) and node.recursive:
             raise SpecError(f"{where} is recursive; WITH RECURSIVE is not allowed")
         if isinstance(node, exp.Column) and not node.table and node.name.lower() in BARE:
-            raise SpecError(f"{where} names {node.name!r}, which Spark may take for a function; write it with its table, e.g. t.{node.name}")
-        if isinstance(node, exp.Column) and "_metadata" in {part.name.lower() for part in node.parts}:
-            raise SpecError(f"{where} names _metadata, under which Spark knows a row's file; use columns of the sources")
-        if isinstance(node, exp.Cast) and node.this.is_string and node.this.name.strip().lower().startswith(_MOMENTS):
-            raise SpecError(f"{where} holds {node.sql(PlainSpark)}, which gives another answer each time; write the date")
+            raise SpecError(
+                f"{where} names {node.name!r}, which Spark may take for a function; write it with "
+                f"its table, e.g. t.{node.name}"
+            )
+        if isinstance(node, exp.Column) and "_metadata" in {
+            part.name.lower() for part in node.parts
+        }:
+            raise SpecError(
+                f"{where} names _metadata, under which Spark knows a row's file; use columns of "
+                "the sources"
+            )
+        if (
+            isinstance(node, exp.Cast)
+            and node.this.is_string
+            and node.this.name.strip().lower().startswith(_MOMENTS)
+        ):
+            raise SpecError(
+                f"{where} holds {node.sql(PlainSpark)}, which gives another answer each time; "
+                "write the date"
+            )
         if isinstance(node, exp.Dot) and isinstance(node.expression, exp.Func):
-            raise SpecError(f"{where} calls {node.sql(PlainSpark)[:80]}; functions are called without a catalog or schema")
+            raise SpecError(
+                f"{where} calls {node.sql(PlainSpark)[:80]}; functions are called without a "
+                "catalog or schema"
+            )
 
 
 def parse_derived(spec: FleetSpec) -> dict[str, exp.Expr]:
@@ -281,8 +445,15 @@ def parse_derived(spec: FleetSpec) -> dict[str, exp.Expr]:
     Raises:
         SpecError: naming the field, the column, and the columns that are known.
     """
-    # The target and what the SQL gives beside it are known only when the row comes true: derived columns may not see them.
-    visible = [*spec.features.columns, *spec.key_columns, *spec.history_columns, *spec.features.calendar, *spec.features.categoricals]
+    # The target and what the SQL gives beside it are known only when the row comes true: derived
+    # columns may not see them.
+    visible = [
+        *spec.features.columns,
+        *spec.key_columns,
+        *spec.history_columns,
+        *spec.features.calendar,
+        *spec.features.categoricals,
+    ]
     known = {name.lower() for name in visible if name != spec.target.column}
     hidden = {name.lower() for name in (*spec.sql_columns, "time", "known_at")} - known
     derived = {}
@@ -291,42 +462,69 @@ def parse_derived(spec: FleetSpec) -> dict[str, exp.Expr]:
         derived[name] = check_expression(text, where=where, functions=spec.sql.functions)
         for column in derived[name].find_all(exp.Column):
             if column.name.lower() not in known:
-                raise SpecError(f"{where}: {column.name!r} is not a feature known when the prediction is made; known: {', '.join(sorted(known))}")
+                raise SpecError(
+                    f"{where}: {column.name!r} is not a feature known when the prediction is made; "
+                    f"known: {', '.join(sorted(known))}"
+                )
         # A lambda's variable, too: a parser may take it for the column of that name.
         for identifier in derived[name].find_all(exp.Identifier):
             if identifier.name.lower() in hidden:
-                raise SpecError(f"{where}: {identifier.name!r} is the name of a column that is not known when the prediction is made; choose another")
+                raise SpecError(
+                    f"{where}: {identifier.name!r} is the name of a column that is not known when "
+                    "the prediction is made; choose another"
+                )
         known.add(name.lower())
     return derived
 
 
-def check_features(spec: FleetSpec, text: str, *, file: str, schemas: Mapping[str, Mapping[str, str]] | None = None) -> None:
+def check_features(
+    spec: FleetSpec, text: str, *, file: str, schemas: Mapping[str, Mapping[str, str]] | None = None
+) -> None:
     """Check the SQL and every declared feature against each other.
 
     Args:
         spec: the fleet.
         text: content of the SQL file.
         file: its name, for messages.
-        schemas: column types by source where they are known; with them, columns that no source has are found too.
+        schemas: column types by source where they are known; with them, columns that no source has
+            are found too.
 
     Raises:
         SpecError: naming the file, the column, and the columns there are.
     """
-    query = parse_select(text, [source.name for source in spec.sources], file=file, functions=spec.sql.functions)
+    query = parse_select(
+        text, [source.name for source in spec.sources], file=file, functions=spec.sql.functions
+    )
     given = _output_columns(query, schemas, file)
     if given is not None:
         for name, field in spec.sql_columns.items():
             if name.lower() not in given:
-                raise SpecError(f"{field}: {file} gives no column {name!r}; it gives: {', '.join(sorted(given))}")
+                raise SpecError(
+                    f"{field}: {file} gives no column {name!r}; it gives: "
+                    f"{', '.join(sorted(given))}"
+                )
     parse_derived(spec)
 
 
-def _output_columns(query: exp.Query, schemas: Mapping[str, Mapping[str, str]] | None, file: str) -> set[str] | None:
-    """Names of the columns the SQL gives, lower case; None where they depend on a source's columns, not known yet."""
+def _output_columns(
+    query: exp.Query, schemas: Mapping[str, Mapping[str, str]] | None, file: str
+) -> set[str] | None:
+    """Names of the columns the SQL gives, lower case.
+
+    None where they depend on a source's columns, not known yet.
+    """
     if schemas is None:
-        return None if query.is_star or any(select.is_star for select in query.selects) else {name.lower() for name in query.named_selects}
+        return (
+            None
+            if query.is_star or any(select.is_star for select in query.selects)
+            else {name.lower() for name in query.named_selects}
+        )
     try:
-        qualified: Any = qualify(query.copy(), schema={name: dict(columns) for name, columns in schemas.items()}, dialect=PlainSpark)
+        qualified: Any = qualify(
+            query.copy(),
+            schema={name: dict(columns) for name, columns in schemas.items()},
+            dialect=PlainSpark,
+        )
     except OptimizeError as error:
         there = "; ".join(f"{name} has {', '.join(columns)}" for name, columns in schemas.items())
         raise SpecError(f"{file}: {error} What the sources give: {there}") from error

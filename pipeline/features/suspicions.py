@@ -1,4 +1,7 @@
-"""What looks wrong in a feature table that keeps its contract: lags that miss rows, columns that look like the future."""
+"""What looks wrong in a feature table that keeps its contract.
+
+Lags that miss their rows, and columns that look like the future.
+"""
 
 from dataclasses import dataclass
 
@@ -7,12 +10,20 @@ import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 
-from pipeline.features.history import Floats, bounds_of, codes_of, search_slices, times_of, values_of
+from pipeline.features.history import (
+    Floats,
+    bounds_of,
+    codes_of,
+    search_slices,
+    times_of,
+    values_of,
+)
 from pipeline.periods import SECONDS, Flags, Period, Times
 from pipeline.spec import FleetSpec
 
-# A column looks like the target from this share of equal values on, or this correlation of their changes: the delay
-# on departure, which is known before the delay on arrival, has 0.93; a copy with noise of a tenth has 0.995.
+# A column looks like the target from this share of equal values on, or this correlation of their
+# changes: the delay on departure, which is known before the delay on arrival, has 0.93; a copy with
+# noise of a tenth has 0.995.
 MIN_EQUAL_SHARE = 0.95
 MIN_CORRELATION = 0.99
 # Fewer changes than that say nothing.
@@ -27,7 +38,8 @@ class Suspicions:
 
     Args:
         missed_lags: per lag, how many of its nulls lie beside a value.
-        like_the_target: per column of `features.columns`, how closely it follows the target of its own row.
+        like_the_target: per column of `features.columns`, how closely it follows the target of its
+            own row.
         other_midnights: `time`, and the hours of UTC at which its days seem to begin.
     """
 
@@ -47,13 +59,14 @@ def columns_looked_at(spec: FleetSpec) -> list[str]:
 def find_suspicions(table: pa.Table, spec: FleetSpec) -> Suspicions:
     """Look for what mistakes in features.sql and defs.yaml leave behind.
 
-    A lag misses a row where it is null although the entity has a value in the wanted month, quarter or year,
-    or less than one fixed period from the wanted moment: that value was known too late, or the series keeps
-    other hours.
+    A lag misses a row where it is null although the entity has a value in the wanted month, quarter
+    or year, or less than one fixed period from the wanted moment: that value was known too late, or
+    the series keeps other hours.
 
-    A column looks like the target where it equals it in nearly all rows in which the target is not what it
-    was in the entity's row before; or where its changes from row to row are correlated with the target's,
-    and more closely than its changes one row earlier are. What is known beforehand cannot follow each change.
+    A column looks like the target where it equals it in nearly all rows in which the target is not
+    what it was in the entity's row before; or where its changes from row to row are correlated with
+    the target's, and more closely than its changes one row earlier are. What is known beforehand
+    cannot follow each change.
 
     Args:
         table: the columns of `columns_looked_at`, all rows of some entities.
@@ -81,30 +94,43 @@ def find_suspicions(table: pa.Table, spec: FleetSpec) -> Suspicions:
 
 
 def _other_midnights(time: Times, spec: FleetSpec) -> dict[str, str]:
-    """Series of days and longer whose every row lies at one hour of UTC that is not midnight, or at two next to each other.
+    """Series whose rows all lie at one hour of UTC that is not midnight, or at two adjacent ones.
 
-    These are midnights of another time zone, the two hours its winter and summer; counted in UTC, days are cut in the wrong place
-    and lags miss their rows after each change of the clocks.
+    Only series of days and longer.
+
+    These are midnights of another time zone, the two hours its winter and summer; counted in UTC,
+    days are cut in the wrong place and lags miss their rows after each change of the clocks.
     """
     if spec.timezone is not None or spec.period is None or spec.step.unit in ("minute", "hour"):
         return {}
     seen = time[~np.isnat(time)]
-    since_midnight = np.unique((seen - seen.astype("datetime64[D]")).astype("timedelta64[s]").astype(np.int64))
+    since_midnight = np.unique(
+        (seen - seen.astype("datetime64[D]")).astype("timedelta64[s]").astype(np.int64)
+    )
     one_hour, one_day = SECONDS["hour"], SECONDS["day"]
     is_one = len(since_midnight) == 1 and since_midnight[0] != 0
-    is_pair = len(since_midnight) == 2 and int(np.diff(since_midnight)[0]) in (one_hour, one_day - one_hour)  # noqa: PLR2004
+    is_pair = len(since_midnight) == 2 and int(np.diff(since_midnight)[0]) in (  # noqa: PLR2004
+        one_hour,
+        one_day - one_hour,
+    )
     if not (is_one or is_pair):
         return {}
-    hours = " or ".join(f"{second // one_hour:02d}:{second % one_hour // 60:02d}" for second in since_midnight)
+    hours = " or ".join(
+        f"{second // one_hour:02d}:{second % one_hour // 60:02d}" for second in since_midnight
+    )
     return {spec.time: f"all rows lie at {hours} UTC"}
 
 
 def _quantities(spec: FleetSpec) -> list[str]:
-    return [name for name in spec.features.columns if name not in {*spec.features.categoricals, *spec.key_columns}]
+    return [
+        name
+        for name in spec.features.columns
+        if name not in {*spec.features.categoricals, *spec.key_columns}
+    ]
 
 
 def _target(table: pa.Table, spec: FleetSpec) -> Floats:
-    """The target as numbers: classes that are numbers as these, others by their places in the alphabet."""
+    """The target as numbers: classes that are numbers as these, others by alphabetical place."""
     if not spec.is_class_task:
         return values_of(table, spec.target.column)
     classes = table[spec.target.column].to_pandas()
@@ -116,8 +142,13 @@ def _target(table: pa.Table, spec: FleetSpec) -> Floats:
     return found
 
 
-def _has_value_near(codes: Codes, time: Times, values: Floats, period: Period, periods: int) -> Flags:
-    """Whether the entity has a value in the calendar unit so many periods before, or less than a fixed period from that moment."""
+def _has_value_near(
+    codes: Codes, time: Times, values: Floats, period: Period, periods: int
+) -> Flags:
+    """Whether the entity has a value near the wanted moment.
+
+    In the calendar unit so many periods before, or less than a fixed period away from it.
+    """
     if period.is_calendar:
         clock = period.unit_numbers(time)
         first = clock - period.count * periods
@@ -137,7 +168,10 @@ def _has_value_near(codes: Codes, time: Times, values: Floats, period: Period, p
 
 
 def _likeness(codes: Codes, values: Floats, target: Floats) -> str | None:
-    """What makes a column look like the target, both in the order of entities and times; None if nothing does."""
+    """What makes a column look like the target, both in the order of entities and times.
+
+    None if nothing does.
+    """
     is_next = codes[1:] == codes[:-1]
     target_change = np.where(is_next, np.diff(target), np.nan)
     change = np.where(is_next, np.diff(values), np.nan)

@@ -1,8 +1,9 @@
 """Everything that decides an answer, in one file that needs only numpy, pandas, pyarrow and lightgbm.
 
-MLflow registers this file as the model's code ("models from code"), so it imports nothing of this repository: wherever the
-registered version is loaded, this text travels with it. Training and batch scoring import the same functions from here, so
-that a group's id, its design matrix and its blended answer have one implementation.
+MLflow registers this file as the model's code ("models from code"), so it imports nothing of this
+repository: wherever the registered version is loaded, this text travels with it. Training and batch
+scoring import the same functions from here, so that a group's id, its design matrix and its blended
+answer have one implementation.
 
 A pack is a folder:
 
@@ -10,14 +11,16 @@ A pack is a folder:
 - ``spec.json``: one entry per generation, that is per training run whose boosters serve: grains, features, categories, target,
   task, classes, constants, levels of intervals;
 - ``chains.parquet``: one row per generation and group, sorted by grain, group and generation: weight, half widths of intervals (link
-  units, one per level), and where its booster is: file, offset, stored size, size and SHA-256 of the text;
+  units, one per level), and where its booster is: file, offset, stored size, size and SHA-256 of
+  the text;
 - ``boosters.parquet``: one row per booster: booster_id and the text, zstd-compressed, each as one run of bytes that is read alone.
 
-A group is answered by the generation that serves it, with the ancestors, categories and constants of that generation. So a
-version may combine groups of several training runs, and changing one group's generation changes no other group's answers.
+A group is answered by the generation that serves it, with the ancestors, categories and constants
+of that generation. So a version may combine groups of several training runs, and changing one
+group's generation changes no other group's answers.
 
-The file reads in this order: ids of groups, what a run answers by, design matrix, link, boosters, the files of a pack, chains and
-their blend, the model.
+The file reads in this order: ids of groups, what a run answers by, design matrix, link, boosters,
+the files of a pack, chains and their blend, the model.
 """
 
 import datetime as dt
@@ -74,7 +77,10 @@ _AGAIN = "fetch the version again, or materialise meta_model and champion again"
 
 
 class PackError(Exception):
-    """A pack is damaged, of another format, or not the one that was promised; names the file and what differs."""
+    """A pack is damaged, of another format, or not the one that was promised.
+
+    Names the file and what differs.
+    """
 
 
 class InputError(ValueError):
@@ -101,15 +107,19 @@ def group_id(values: Sequence[object]) -> str:
     Equal, to the letter, to what Spark's ``to_json(array(...))`` gives for the same keys.
     """
     texts = (key_text(value) for value in values)
-    return "[" + ",".join("null" if text is None else f'"{text.translate(_ESCAPES)}"' for text in texts) + "]"
+    return (
+        "["
+        + ",".join("null" if text is None else f'"{text.translate(_ESCAPES)}"' for text in texts)
+        + "]"
+    )
 
 
 def key_text(value: object) -> str | None:
     """One key value or category as text: numbers by their value, booleans in lower case, null as None.
 
-    A float or decimal that is a whole number reads as that integer, because pandas and MLflow turn nullable
-    integers into floats; a moment at midnight reads as its date, because pandas has no dates. Moments with a
-    zone are told in UTC.
+    A float or decimal that is a whole number reads as that integer, because pandas and MLflow turn
+    nullable integers into floats; a moment at midnight reads as its date, because pandas has no
+    dates. Moments with a zone are told in UTC.
     """
     if value is None or value is pd.NaT or value is pd.NA:
         return None
@@ -156,7 +166,9 @@ def group_ids(frame: pd.DataFrame, keys: Sequence[str]) -> npt.NDArray[np.object
     return of_rows
 
 
-def _number_combinations(columns: Sequence[pd.Series]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def _number_combinations(
+    columns: Sequence[pd.Series],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """A number per row for its combination of values, and the first row of each number."""
     codes = np.zeros(len(columns[0]), dtype=np.int64)
     for column in columns:
@@ -176,7 +188,10 @@ def _factorize(values: "pd.Series[Any]") -> tuple[npt.NDArray[np.int64], Any]:
         codes, distinct = pd.factorize(values, use_na_sentinel=True)
     except TypeError as error:  # not hashable
         value = next(value for value in values if isinstance(value, list | dict | set | np.ndarray))
-        raise InputError(f"{values.name}: {_shorten(value)} is not a value of a key or category; expected text, a number, or null") from error
+        raise InputError(
+            f"{values.name}: {_shorten(value)} is not a value of a key or category; expected text, a "
+            "number, or null"
+        ) from error
     return codes, distinct
 
 
@@ -204,7 +219,10 @@ class GroupKey(NamedTuple):
     @classmethod
     def of_rows(cls, rows: pd.DataFrame) -> "list[Self]":
         """The group of each row of a table with the columns grain and group_id, in its order."""
-        return [cls(int(grain), str(group)) for grain, group in zip(rows["grain"], rows["group_id"], strict=True)]
+        return [
+            cls(int(grain), str(group))
+            for grain, group in zip(rows["grain"], rows["group_id"], strict=True)
+        ]
 
     def list_ancestry(self, grains: Sequence[Sequence[str]]) -> "list[GroupKey]":
         """The group and the groups above it, coarsest first.
@@ -213,7 +231,9 @@ class GroupKey(NamedTuple):
             grains: key columns of each grain.
         """
         values = json.loads(self.group_id)
-        above = [GroupKey(grain, group_id(values[: len(grains[grain])])) for grain in range(self.grain)]
+        above = [
+            GroupKey(grain, group_id(values[: len(grains[grain])])) for grain in range(self.grain)
+        ]
         return [*above, self]
 
 
@@ -245,14 +265,20 @@ class ModelTarget:
 
     def to_dict(self) -> dict[str, Any]:
         """As a model spec's JSON has it."""
-        return {"column": self.column, "transform": self.transform, "offset": self.offset, "scale": self.scale}
+        return {
+            "column": self.column,
+            "transform": self.transform,
+            "offset": self.offset,
+            "scale": self.scale,
+        }
 
 
 @dataclass(frozen=True)
 class ModelSpec:
     """What training, packing and scoring share of a fleet.
 
-    Fingerprints, runs and packs hang on its JSON: keys, their order and their values stay as they are.
+    Fingerprints, runs and packs hang on its JSON: keys, their order and their values stay as they
+    are.
 
     Args:
         fleet: its name.
@@ -263,7 +289,8 @@ class ModelSpec:
         optional: columns that a batch may lack.
         task: `regression`, `binary` or `multiclass`.
         own: `independent`, or `correction` where a group's trees add to its parent's prediction.
-        is_count: whether boosters give the exponential of their score; None where an earlier release did not say so.
+        is_count: whether boosters give the exponential of their score; None where an earlier
+            release did not say so.
         classes: of the target, in order; empty for regression.
         prior: each class's share of the fit rows; empty for regression.
         target: how answers come from what boosters learn.
@@ -384,8 +411,10 @@ class Generation:
         model_spec: of the run.
         fleet_version: the run.
         constant: what answers without a model, in link space less the offset; None for multiclass.
-        constant_without_offset: the same for rows without offset or scale, in link space; None for multiclass.
-        answered_by_constant: groups that the constant answers instead of their parents; None where an earlier release did not say so.
+        constant_without_offset: the same for rows without offset or scale, in link space; None for
+            multiclass.
+        answered_by_constant: groups that the constant answers instead of their parents; None where
+            an earlier release did not say so.
     """
 
     model_spec: ModelSpec
@@ -419,7 +448,9 @@ class Generation:
             fleet_version=written["fleet_version"],
             constant=written["constant"],
             constant_without_offset=written["constant_without_offset"],
-            answered_by_constant=None if listed is None else tuple(GroupKey(grain, group) for grain, group in listed),
+            answered_by_constant=None
+            if listed is None
+            else tuple(GroupKey(grain, group) for grain, group in listed),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -438,8 +469,9 @@ class Generation:
 def design_matrix(frame: pd.DataFrame, model_spec: ModelSpec) -> npt.NDArray[np.float32]:
     """What LightGBM sees: one row per row, one float32 column per feature in the spec's order.
 
-    Categories become their number in the fleet's list; unseen ones, rare ones and null become NaN, as do infinities. Single
-    precision keeps the last digits of a float, which differ from machine to machine, out of the trees.
+    Categories become their number in the fleet's list; unseen ones, rare ones and null become NaN,
+    as do infinities. Single precision keeps the last digits of a float, which differ from machine
+    to machine, out of the trees.
     """
     matrix = np.empty((len(frame), len(model_spec.features)), dtype=np.float32)
     for position, name in enumerate(model_spec.features):
@@ -458,13 +490,18 @@ def design_matrix(frame: pd.DataFrame, model_spec: ModelSpec) -> npt.NDArray[np.
 def _number_categories(values: pd.Series, categories: Sequence[str]) -> Floats:
     numbers = {text: float(number) for number, text in enumerate(categories)}
     codes, distinct = _factorize(values)
-    lookup = np.array([numbers.get(key_text(value) or "", np.nan) for value in distinct] + [np.nan], dtype=np.float64)
+    lookup = np.array(
+        [numbers.get(key_text(value) or "", np.nan) for value in distinct] + [np.nan],
+        dtype=np.float64,
+    )
     of_rows: Floats = lookup[codes]
     return of_rows
 
 
 def read_numbers(column: "pd.Series[Any]") -> Floats:
-    """A numeric column as a batch brings it: NaN for null; booleans are 0 and 1, and text of a number is that number.
+    """A numeric column as a batch brings it: NaN for null.
+
+    Booleans are 0 and 1, and text of a number is that number.
 
     Raises:
         InputError: naming the column and its first value that is neither a number nor null.
@@ -488,7 +525,9 @@ def _shorten(value: object) -> str:
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
-def check_listed_once(columns: Sequence[object], read: Collection[str], where: str = "the batch") -> None:
+def check_listed_once(
+    columns: Sequence[object], read: Collection[str], where: str = "the batch"
+) -> None:
     """Refuse a batch in which a column that is read is listed twice: no one can say which of them is meant.
 
     Raises:
@@ -498,10 +537,16 @@ def check_listed_once(columns: Sequence[object], read: Collection[str], where: s
     doubled = [name for name, count in counts.items() if count > 1 and name in read]
     if doubled:
         names = ", ".join(map(str, doubled))
-        raise InputError(f"{where}: columns listed more than once: {names}; rename or remove all but one of each")
+        raise InputError(
+            f"{where}: columns listed more than once: {names}; rename or remove all but one of each"
+        )
 
 
-_LINKS: dict[str, tuple[Any, Any]] = {"none": (np.asarray, np.asarray), "log": (np.log, np.exp), "log1p": (np.log1p, np.expm1)}
+_LINKS: dict[str, tuple[Any, Any]] = {
+    "none": (np.asarray, np.asarray),
+    "log": (np.log, np.exp),
+    "log1p": (np.log1p, np.expm1),
+}
 
 
 def link(values: Floats, transform: str) -> Floats:
@@ -519,7 +564,10 @@ def inverse_link(values: Floats, transform: str) -> Floats:
 
 
 def offset_and_scale(frame: pd.DataFrame, target: ModelTarget) -> tuple[Floats, Floats]:
-    """Per row the offset and scale in link space; NaN where a declared one is missing, infinite or (scale) not positive."""
+    """Per row the offset and scale in link space.
+
+    NaN where a declared one is missing, infinite or (scale) not positive.
+    """
     n_rows = len(frame)
     offset = _read_numbers_or_nan(frame, target.offset) if target.offset else np.zeros(n_rows)
     scale = _read_numbers_or_nan(frame, target.scale) if target.scale else np.ones(n_rows)
@@ -553,7 +601,10 @@ def load_booster(row: Mapping[str, Any], where: str) -> Any:
             return lightgbm.Booster(model_str=text)
         except (lightgbm.basic.LightGBMError, ValueError) as error:
             fault = str(error)
-    raise PackError(f"{where}: booster {row['booster_id']} is not a LightGBM model that can be loaded: {fault}; train again")
+    raise PackError(
+        f"{where}: booster {row['booster_id']} is not a LightGBM model that can be loaded: "
+        f"{fault}; train again"
+    )
 
 
 def decode_booster(row: Mapping[str, Any], where: str) -> str:
@@ -568,14 +619,22 @@ def decode_booster(row: Mapping[str, Any], where: str) -> str:
     """
     name, size = row["booster_id"], row.get("n_bytes")
     if not isinstance(size, int) or not 0 < size <= MAX_BOOSTER_BYTES:
-        raise PackError(f"{where}: booster {name} claims {size} bytes, expected 1 to {MAX_BOOSTER_BYTES}")
+        raise PackError(
+            f"{where}: booster {name} claims {size} bytes, expected 1 to {MAX_BOOSTER_BYTES}"
+        )
     try:
         raw: bytes = pa.Codec("zstd").decompress(row["text"], decompressed_size=size).to_pybytes()
     except (OSError, ValueError, TypeError, KeyError, pa.ArrowException) as error:
-        raise PackError(f"{where}: booster {name} cannot be decompressed ({error}); restore the file or train again") from error
+        raise PackError(
+            f"{where}: booster {name} cannot be decompressed ({error}); restore the file or train "
+            "again"
+        ) from error
     digest = hashlib.sha256(raw).hexdigest()
     if digest != row.get("sha256"):
-        raise PackError(f"{where}: booster {name} is damaged: its digest is {digest}, expected {row.get('sha256')}; restore the file or train again")
+        raise PackError(
+            f"{where}: booster {name} is damaged: its digest is {digest}, expected "
+            f"{row.get('sha256')}; restore the file or train again"
+        )
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
@@ -584,11 +643,14 @@ def decode_booster(row: Mapping[str, Any], where: str) -> str:
 
 def booster_digest(text: str) -> str:
     """The id of a booster: SHA-256 of its text without the ``parameters:`` section, which holds settings such as the thread count."""
-    return hashlib.sha256(re.sub(r"\nparameters:\n.*?\nend of parameters\n", "\n", text, flags=re.DOTALL).encode()).hexdigest()
+    return hashlib.sha256(
+        re.sub(r"\nparameters:\n.*?\nend of parameters\n", "\n", text, flags=re.DOTALL).encode()
+    ).hexdigest()
 
 
 _HEADER = re.compile(r"tree\nversion=v4\n(?:\w+(?:=[^\n]*)?\n)+\n", re.ASCII)
-# Lines of a tree with so many numbers as it has leaves, or inner nodes; those of a tree of one leaf may be empty.
+# Lines of a tree with so many numbers as it has leaves, or inner nodes; those of a tree of one leaf
+# may be empty.
 _OF_LEAVES = {"leaf_value": np.float64, "leaf_weight": np.float64, "leaf_count": np.int64}
 _OF_NODES = {
     "split_feature": np.int64,
@@ -618,13 +680,19 @@ _MAX_DECISION = 11  # one bit for categories, one for the default side, two for 
 def find_structure_fault(text: str) -> str | None:
     """What is wrong with a LightGBM text that could end the process, hang it, or let it read what is not there; None if nothing is.
 
-    Every tree has the size that the header says and as many nodes and leaves as it says, splits by features and categories that
-    there are, and each of its nodes and leaves has exactly one parent, which comes before it.
+    Every tree has the size that the header says and as many nodes and leaves as it says, splits by
+    features and categories that there are, and each of its nodes and leaves has exactly one parent,
+    which comes before it.
     """
     try:
         trees, n_features = _parse_trees(text)
         _check_trees(trees, n_features)
-    except (ValueError, OverflowError, KeyError, DeprecationWarning) as error:  # the last is how numpy says that a text is no number
+    except (
+        ValueError,
+        OverflowError,
+        KeyError,
+        DeprecationWarning,
+    ) as error:  # the last is how numpy says that a text is no number
         return str(error)
     return None
 
@@ -635,11 +703,19 @@ def _parse_trees(text: str) -> tuple[list[re.Match[str]], int]:
     if header is None:
         raise ValueError("its header is not that of a model of version v4")
     settings = dict(line.partition("=")[::2] for line in header[0].splitlines())
-    n_features, per_iteration = int(settings["max_feature_idx"]) + 1, int(settings["num_tree_per_iteration"])
+    n_features, per_iteration = (
+        int(settings["max_feature_idx"]) + 1,
+        int(settings["num_tree_per_iteration"]),
+    )
     described = [len(settings[name].split(" ")) for name in ("feature_names", "feature_infos")]
-    _check_condition(described == [n_features] * 2, f"its header describes other than {n_features} features")
+    _check_condition(
+        described == [n_features] * 2, f"its header describes other than {n_features} features"
+    )
     sizes = [int(size) for size in settings["tree_sizes"].split()]
-    _check_condition(per_iteration > 0 and len(sizes) % per_iteration == 0, f"{len(sizes)} trees cannot be {per_iteration} per iteration")
+    _check_condition(
+        per_iteration > 0 and len(sizes) % per_iteration == 0,
+        f"{len(sizes)} trees cannot be {per_iteration} per iteration",
+    )
     trees, start = [], header.end()
     for number, size in enumerate(sizes):
         tree = _TREE.match(text, start)
@@ -647,13 +723,19 @@ def _parse_trees(text: str) -> tuple[list[re.Match[str]], int]:
             raise ValueError(f"tree {number} is not a tree of the size that the header says")
         trees.append(tree)
         start = tree.end()
-    _check_condition(_TAIL.fullmatch(text, start), "what follows its trees is not their end, importances and parameters")
+    _check_condition(
+        _TAIL.fullmatch(text, start),
+        "what follows its trees is not their end, importances and parameters",
+    )
     return trees, n_features
 
 
 def _check_trees(trees: Sequence[re.Match[str]], n_features: int) -> None:
     """Look at all trees at once: arrays hold the numbers of one tree after those of another."""
-    n_leaves, n_cat = (np.array([int(tree[name]) for tree in trees], dtype=np.int64) for name in ("n_leaves", "n_cat"))
+    n_leaves, n_cat = (
+        np.array([int(tree[name]) for tree in trees], dtype=np.int64)
+        for name in ("n_leaves", "n_cat")
+    )
     _check_condition((n_leaves >= 1).all(), "a tree has no leaf")
     n_nodes = n_leaves - 1
     stumps = n_leaves == 1
@@ -662,43 +744,68 @@ def _check_trees(trees: Sequence[re.Match[str]], n_features: int) -> None:
         _parse_numbers(trees, name, np.where(empty, 0, n_leaves), kind)
     nodes = {name: _parse_numbers(trees, name, n_nodes, kind) for name, kind in _OF_NODES.items()}
     feature, decision = nodes["split_feature"], nodes["decision_type"]
-    is_known = (feature >= 0) & (feature < n_features) & (decision >= 0) & (decision <= _MAX_DECISION)
-    _check_condition(is_known.all(), "a node splits by an unknown feature, or has an unknown decision type")
+    is_known = (
+        (feature >= 0) & (feature < n_features) & (decision >= 0) & (decision <= _MAX_DECISION)
+    )
+    _check_condition(
+        is_known.all(), "a node splits by an unknown feature, or has an unknown decision type"
+    )
     tree = np.repeat(np.arange(len(trees)), n_nodes)
     first_node, first_leaf = np.cumsum(n_nodes) - n_nodes, np.cumsum(n_leaves) - n_leaves
     parent = np.tile(np.arange(len(tree)) - first_node[tree], 2)
     child = np.concatenate([nodes["left_child"], nodes["right_child"]])
     both, is_leaf = np.tile(tree, 2), child < 0
-    is_child = np.where(is_leaf, ~child < n_leaves[both], (child < n_nodes[both]) & (child > parent))
-    _check_condition(is_child.all(), "a node has a child that does not exist, or that comes before it")
+    is_child = np.where(
+        is_leaf, ~child < n_leaves[both], (child < n_nodes[both]) & (child > parent)
+    )
+    _check_condition(
+        is_child.all(), "a node has a child that does not exist, or that comes before it"
+    )
     place = np.where(is_leaf, first_leaf[both] + ~child, n_leaves.sum() + first_node[both] + child)
     _check_condition(len(np.unique(place)) == len(place), "a node or leaf has two parents")
     chosen = decision % 2 == 1
     _check_categories(trees, n_cat, tree[chosen], nodes["threshold"][chosen])
 
 
-def _check_categories(trees: Sequence[re.Match[str]], n_cat: npt.NDArray[np.int64], tree: npt.NDArray[np.int64], threshold: Floats) -> None:
+def _check_categories(
+    trees: Sequence[re.Match[str]],
+    n_cat: npt.NDArray[np.int64],
+    tree: npt.NDArray[np.int64],
+    threshold: Floats,
+) -> None:
     """Each set of categories begins where the one before it ends, and each node that asks for one asks for one of its tree's."""
     has = n_cat > 0
     boundaries = _parse_numbers(trees, "cat_boundaries", np.where(has, n_cat + 1, 0))
     last = np.cumsum((n_cat + 1)[has]) - 1
     grows = np.diff(boundaries) >= 0
     grows[last[:-1]] = True  # from the last of one tree to the first of the next
-    _check_condition(grows.all() and not boundaries[last - n_cat[has]].any(), "the categories of a tree are not as many as it says")
+    _check_condition(
+        grows.all() and not boundaries[last - n_cat[has]].any(),
+        "the categories of a tree are not as many as it says",
+    )
     n_words = np.zeros(len(trees), dtype=np.int64)
     n_words[has] = boundaries[last]
     _parse_numbers(trees, "cat_threshold", n_words)
     _check_condition(
-        (threshold == np.floor(threshold)).all() and (threshold >= 0).all() and (threshold < n_cat[tree]).all(),
+        (threshold == np.floor(threshold)).all()
+        and (threshold >= 0).all()
+        and (threshold < n_cat[tree]).all(),
         "a node decides by a set of categories that does not exist",
     )
 
 
-def _parse_numbers(trees: Sequence[re.Match[str]], name: str, counts: npt.NDArray[np.int64], kind: type = np.int64) -> npt.NDArray[Any]:
+def _parse_numbers(
+    trees: Sequence[re.Match[str]], name: str, counts: npt.NDArray[np.int64], kind: type = np.int64
+) -> npt.NDArray[Any]:
     """A line of every tree as numbers, which must be so many in each."""
     texts = [tree[name] or "" for tree in trees]
-    _check_condition([len(text.split(" ")) if text else 0 for text in texts] == counts.tolist(), f"{name} of a tree has too few or too many numbers")
-    numbers: npt.NDArray[Any] = np.fromstring(" ".join(text for text in texts if text), dtype=kind, sep=" ")
+    _check_condition(
+        [len(text.split(" ")) if text else 0 for text in texts] == counts.tolist(),
+        f"{name} of a tree has too few or too many numbers",
+    )
+    numbers: npt.NDArray[Any] = np.fromstring(
+        " ".join(text for text in texts if text), dtype=kind, sep=" "
+    )
     _check_condition(len(numbers) == counts.sum(), f"{name} of a tree is not made of numbers")
     return numbers
 
@@ -725,10 +832,20 @@ def read_index(folder: Path, digest: str | None = None) -> dict[str, Any]:
         promised, index = written["sha256"], written["index"]
         pack_format, computed = index["format"], index_digest(index)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        fault = f"{path}: not the index of a readable pack ({type(error).__name__}: {error}); {_AGAIN}"
+        fault = (
+            f"{path}: not the index of a readable pack ({type(error).__name__}: {error}); {_AGAIN}"
+        )
         raise PackError(fault) from error
-    _check_pack(pack_format == PACK_FORMAT, path, f"format {pack_format!r}, expected {PACK_FORMAT}: of another release of this package; {_AGAIN}")
-    _check_pack(computed == promised, path, f"damaged: its digest is {computed}, expected {promised}; {_AGAIN}")
+    _check_pack(
+        pack_format == PACK_FORMAT,
+        path,
+        f"format {pack_format!r}, expected {PACK_FORMAT}: of another release of this package; {_AGAIN}",
+    )
+    _check_pack(
+        computed == promised,
+        path,
+        f"damaged: its digest is {computed}, expected {promised}; {_AGAIN}",
+    )
     other = f"of fleet {index.get('fleet')!r}, version {index.get('fleet_version')!r}, not the pack that was registered"
     _check_pack(digest in (None, promised), path, f"{other}; {_AGAIN}")
     return dict(index)
@@ -736,7 +853,9 @@ def read_index(folder: Path, digest: str | None = None) -> dict[str, Any]:
 
 def index_digest(index: Mapping[str, Any]) -> str:
     """SHA-256 of an index, as JSON without spaces, keys sorted."""
-    return hashlib.sha256(json.dumps(index, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(index, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    ).hexdigest()
 
 
 def read_footer(path: Path) -> dict[str, Any]:
@@ -754,8 +873,14 @@ def _read_open_footer(file: pa.NativeFile, name: str) -> dict[str, Any]:
     size = file.size()
     end = file.read_at(8, size - 8) if size >= 12 else b""  # noqa: PLR2004 - two magic words and a length
     length = int.from_bytes(end[:4], "little")
-    _check_condition(end[4:] == b"PAR1" and 0 < length <= size - 12, f"{name}: {size} bytes that do not end as a Parquet file does")
-    return {"n_bytes": size, "footer_sha256": hashlib.sha256(file.read_at(length + 8, size - 8 - length)).hexdigest()}
+    _check_condition(
+        end[4:] == b"PAR1" and 0 < length <= size - 12,
+        f"{name}: {size} bytes that do not end as a Parquet file does",
+    )
+    return {
+        "n_bytes": size,
+        "footer_sha256": hashlib.sha256(file.read_at(length + 8, size - 8 - length)).hexdigest(),
+    }
 
 
 def check_footer(path: Path, expected: Mapping[str, Any]) -> None:
@@ -764,7 +889,11 @@ def check_footer(path: Path, expected: Mapping[str, Any]) -> None:
 
 
 def _check_same_file(found: Mapping[str, Any], expected: Mapping[str, Any], name: str) -> None:
-    differs = [f"{what} {found[what]}, expected {expected[what]}" for what in found if found[what] != expected[what]]
+    differs = [
+        f"{what} {found[what]}, expected {expected[what]}"
+        for what in found
+        if found[what] != expected[what]
+    ]
     _check_pack(not differs, name, f"not the file of this pack ({'; '.join(differs)}); {_AGAIN}")
 
 
@@ -774,7 +903,9 @@ def _check_pack(holds: object, path: Path | str, fault: str) -> None:
         raise PackError(f"{path}: {fault}")
 
 
-def open_boosters(folder: Path, root: str | None, file: Mapping[str, Any], options: Mapping[str, str]) -> pa.NativeFile:
+def open_boosters(
+    folder: Path, root: str | None, file: Mapping[str, Any], options: Mapping[str, str]
+) -> pa.NativeFile:
     """A file of boosters, open for reading at any place: one of the pack, or of the store that a shared pack names."""
     if root is None:
         return pa.OSFile(str(folder / file["path"]))
@@ -812,7 +943,8 @@ class Chain:
 
     Args:
         weight: of its own booster against its parent's answer.
-        intervals: half width per level of the generation, in link units over scale; None leaves a level, or all of them, to the parent.
+        intervals: half width per level of the generation, in link units over scale; None leaves a
+            level, or all of them, to the parent.
         booster_id: None without a model of its own.
         place: number of the file, offset and stored size of the booster.
         n_bytes: size of its text.
@@ -843,9 +975,10 @@ def answer_by_constant(generation: Generation, n_rows: int) -> Floats:
 class Contributions:
     """What each feature adds to blended answers.
 
-    A booster's contributions are SHAP values (Lundberg, Erion and Lee 2018, as LightGBM computes them), which add up to its raw score. Where
-    its output is another function of that score, a probability or a count, they are stretched to add up to the output. Those of a blend are
-    blended as the outputs are.
+    A booster's contributions are SHAP values (Lundberg, Erion and Lee 2018, as LightGBM computes
+    them), which add up to its raw score. Where its output is another function of that score, a
+    probability or a count, they are stretched to add up to the output. Those of a blend are blended
+    as the outputs are.
 
     Args:
         generation: that answers.
@@ -857,7 +990,9 @@ class Contributions:
         self._model_spec = generation.model_spec
         self._n_features = len(self._model_spec.features)
         # Per row and class: one number per feature, and last what is there without any.
-        self._parts = np.zeros((len(answer), answer.shape[1] if answer.ndim > 1 else 1, self._n_features + 1))
+        self._parts = np.zeros(
+            (len(answer), answer.shape[1] if answer.ndim > 1 else 1, self._n_features + 1)
+        )
         self._parts[:, :, -1] = answer.reshape(len(answer), -1)
         self._parent_parts = self._parts.copy()
         self._start = self._parts.copy()
@@ -866,7 +1001,15 @@ class Contributions:
         """Forget what has been blended in for rows that the constant answers."""
         self._parts[rows] = self._start[rows]
 
-    def add(self, rows: npt.NDArray[np.int64], shap: Floats, output: Floats, weight: float, *, corrects: bool) -> None:
+    def add(
+        self,
+        rows: npt.NDArray[np.int64],
+        shap: Floats,
+        output: Floats,
+        weight: float,
+        *,
+        corrects: bool,
+    ) -> None:
         """Blend a booster in.
 
         Args:
@@ -898,7 +1041,11 @@ class Contributions:
         return np.exp(score) if self._model_spec.is_count else score
 
     def describe_rows(
-        self, prediction: "pd.Series[Any]", anchored: npt.NDArray[np.bool_], offset: Floats, scale: Floats
+        self,
+        prediction: "pd.Series[Any]",
+        anchored: npt.NDArray[np.bool_],
+        offset: Floats,
+        scale: Floats,
     ) -> list[list[dict[str, Any]]]:
         """The contributions of every row, for people."""
         model_spec, parts = self._model_spec, self._parts[:, 0, :]
@@ -907,10 +1054,15 @@ class Contributions:
             place = {name: number for number, name in enumerate(model_spec.classes)}
             parts = self._parts[np.arange(len(parts)), [place[name] for name in prediction]]
         elif model_spec.is_regression:
-            parts = np.where(anchored[:, None], np.where(anchored, scale, 0.0)[:, None] * parts, 0.0)
+            parts = np.where(
+                anchored[:, None], np.where(anchored, scale, 0.0)[:, None] * parts, 0.0
+            )
             parts[:, -1] = np.where(anchored, parts[:, -1], self._generation.plain_constant)
             offsets = np.where(anchored, offset, 0.0)
-        return [list_contributions(model_spec, row, float(at)) for row, at in zip(parts, offsets, strict=True)]
+        return [
+            list_contributions(model_spec, row, float(at))
+            for row, at in zip(parts, offsets, strict=True)
+        ]
 
 
 def list_contributions(model_spec: ModelSpec, parts: Floats, offset: float) -> list[dict[str, Any]]:
@@ -925,7 +1077,10 @@ def list_contributions(model_spec: ModelSpec, parts: Floats, offset: float) -> l
         One {feature, contribution} each; their sum is the sum of what came in.
     """
     order = np.argsort(-np.abs(parts[:-1]), kind="stable")
-    listed = [{"feature": model_spec.features[place], "contribution": float(parts[place])} for place in order[:TOP_FEATURES]]
+    listed = [
+        {"feature": model_spec.features[place], "contribution": float(parts[place])}
+        for place in order[:TOP_FEATURES]
+    ]
     rest = order[TOP_FEATURES:]
     if len(rest):
         listed.append({"feature": "(other features)", "contribution": float(parts[rest].sum())})
@@ -944,7 +1099,9 @@ class Blend:
         explain: whether to keep what each feature adds.
     """
 
-    def __init__(self, generation: Generation, n_rows: int, *, n_levels: int, explain: bool) -> None:
+    def __init__(
+        self, generation: Generation, n_rows: int, *, n_levels: int, explain: bool
+    ) -> None:
         self._generation = generation
         self.answer = answer_by_constant(generation, n_rows)
         # What the nearest ancestor's own model says, to which a correction adds.
@@ -964,9 +1121,18 @@ class Blend:
 
     def needs_booster(self, chain: Chain) -> bool:
         """Whether the group's own model changes the answers: its own ones, or those of groups that correct it."""
-        return chain.booster_id is not None and (chain.weight != 0.0 or self._generation.model_spec.corrects)
+        return chain.booster_id is not None and (
+            chain.weight != 0.0 or self._generation.model_spec.corrects
+        )
 
-    def add_booster(self, booster: Any, matrix: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], chain: Chain, grain: int) -> None:
+    def add_booster(
+        self,
+        booster: Any,
+        matrix: npt.NDArray[np.float32],
+        rows: npt.NDArray[np.int64],
+        chain: Chain,
+        grain: int,
+    ) -> None:
         """Blend a group's own model into the answers to its rows.
 
         Args:
@@ -981,7 +1147,9 @@ class Blend:
         own = booster.predict(matrix, num_threads=1)
         if self.contributions is not None:
             shap = booster.predict(matrix, pred_contrib=True, num_threads=1)
-            self.contributions.add(rows, shap, own, weight, corrects=model_spec.corrects and grain > 0)
+            self.contributions.add(
+                rows, shap, own, weight, corrects=model_spec.corrects and grain > 0
+            )
         if model_spec.corrects:
             own = own + self._parent_prediction[rows] if grain else own
             self._parent_prediction[rows] = own
@@ -992,18 +1160,32 @@ class Blend:
 
 
 def finish_answers(
-    generation: Generation, answer: Floats, anchored: npt.NDArray[np.bool_], offset: Floats, scale: Floats, halves: Floats
+    generation: Generation,
+    answer: Floats,
+    anchored: npt.NDArray[np.bool_],
+    offset: Floats,
+    scale: Floats,
+    halves: Floats,
 ) -> dict[str, Any]:
     """Blended answers as prediction, lower and upper, and for classes probabilities."""
     if generation.model_spec.is_regression:
-        return convert_to_target_units(generation, answer, anchored, offset, scale, widen_half_widths(halves))
+        return convert_to_target_units(
+            generation, answer, anchored, offset, scale, widen_half_widths(halves)
+        )
     return choose_classes(generation.model_spec, answer)
 
 
 def convert_to_target_units(
-    generation: Generation, answer: Floats, anchored: npt.NDArray[np.bool_], offset: Floats, scale: Floats, half: Floats
+    generation: Generation,
+    answer: Floats,
+    anchored: npt.NDArray[np.bool_],
+    offset: Floats,
+    scale: Floats,
+    half: Floats,
 ) -> dict[str, Any]:
-    """Blended answers in link space as prediction, lower and upper in target units; half widths are in link space over scale.
+    """Blended answers in link space as prediction, lower and upper in target units.
+
+    Half widths are in link space over scale.
 
     What is too large for a number is NaN.
     """
@@ -1013,7 +1195,9 @@ def convert_to_target_units(
         bounds = {"prediction": linked, "lower": linked - width, "upper": linked + width}
     transform = generation.model_spec.target.transform
     answers = {name: inverse_link(bound, transform) for name, bound in bounds.items()}
-    return {name: np.where(np.isfinite(numbers), numbers, np.nan) for name, numbers in answers.items()}
+    return {
+        name: np.where(np.isfinite(numbers), numbers, np.nan) for name, numbers in answers.items()
+    }
 
 
 def widen_half_widths(halves: Floats) -> Floats:
@@ -1035,11 +1219,23 @@ def choose_classes(model_spec: ModelSpec, answer: Floats) -> dict[str, Any]:
     is_multiclass = model_spec.is_multiclass
     probabilities = answer if is_multiclass else np.column_stack([1.0 - answer, answer])
     likeliest = np.array(model_spec.classes, dtype=object)[probabilities.argmax(axis=1)]
-    return {"prediction": likeliest if is_multiclass else answer, "lower": np.nan, "upper": np.nan, "probabilities": list(probabilities)}
+    return {
+        "prediction": likeliest if is_multiclass else answer,
+        "lower": np.nan,
+        "upper": np.nan,
+        "probabilities": list(probabilities),
+    }
 
 
-def mark_not_finite(predictions: npt.NDArray[Any], answered_by: npt.NDArray[np.object_], booster_id: npt.NDArray[np.object_]) -> None:
-    """Say in the rows whose prediction no double holds that nobody answered them; classes always have an answer."""
+def mark_not_finite(
+    predictions: npt.NDArray[Any],
+    answered_by: npt.NDArray[np.object_],
+    booster_id: npt.NDArray[np.object_],
+) -> None:
+    """Say in the rows whose prediction no double holds that nobody answered them.
+
+    Classes always have an answer.
+    """
     if predictions.dtype.kind == "f":
         lost = ~np.isfinite(predictions)
         answered_by[lost] = NOT_FINITE
@@ -1048,7 +1244,11 @@ def mark_not_finite(predictions: npt.NDArray[Any], answered_by: npt.NDArray[np.o
 
 def answer_columns(task: str) -> dict[str, str]:
     """Columns of an answer and their types: double, string, or array<double>."""
-    columns = {"prediction": "string" if task == MULTICLASS else "double", "lower": "double", "upper": "double"}
+    columns = {
+        "prediction": "string" if task == MULTICLASS else "double",
+        "lower": "double",
+        "upper": "double",
+    }
     if task != REGRESSION:
         columns["probabilities"] = "array<double>"
     return {**columns, "answered_by": "string", "booster_id": "string", "fleet_version": "string"}
@@ -1057,21 +1257,28 @@ def answer_columns(task: str) -> dict[str, str]:
 class FleetModel:
     """Answers for every group of one fleet version, from a pack.
 
-    Opening reads the index and the specs. Chains are read by row group, and boosters alone, at first use; boosters stay in a cache
-    that is bounded in bytes of text. One instance may be used by several threads.
+    Opening reads the index and the specs. Chains are read by row group, and boosters alone, at
+    first use; boosters stay in a cache that is bounded in bytes of text. One instance may be used
+    by several threads.
 
     Args:
         folder: the pack.
         cache_bytes: bound of the booster cache.
         digest: of the index, where it is known which pack this must be.
-        options: of the object store that a shared pack is in, as deltalake takes them; what is not there Arrow finds as AWS tools do.
+        options: of the object store that a shared pack is in, as deltalake takes them; what is not
+            there Arrow finds as AWS tools do.
 
     Raises:
-        PackError: if a file of the pack is missing, unreadable, of another format, or not the one that the index names.
+        PackError: if a file of the pack is missing, unreadable, of another format, or not the one
+            that the index names.
     """
 
     def __init__(
-        self, folder: str | Path, cache_bytes: int = CACHE_BYTES, digest: str | None = None, options: Mapping[str, str] | None = None
+        self,
+        folder: str | Path,
+        cache_bytes: int = CACHE_BYTES,
+        digest: str | None = None,
+        options: Mapping[str, str] | None = None,
     ) -> None:
         self._options = dict(options or {})
         self.folder = Path(folder)
@@ -1083,11 +1290,22 @@ class FleetModel:
             written = json.loads(content)
             self.generations = [Generation.from_dict(entry) for entry in written["generations"]]
             # Packs of an earlier release have no such groups.
-            self._answered_by_constant = [frozenset(generation.answered_by_constant or ()) for generation in self.generations]
-            self._first_keys = [GroupKey(int(grain), str(group)) for grain, group in index["chains.parquet"]["first"]]
+            self._answered_by_constant = [
+                frozenset(generation.answered_by_constant or ()) for generation in self.generations
+            ]
+            self._first_keys = [
+                GroupKey(int(grain), str(group))
+                for grain, group in index["chains.parquet"]["first"]
+            ]
             check_footer(self.folder / "chains.parquet", index["chains.parquet"])
-            self._chains_file = pq.ParquetFile(self.folder / "chains.parquet", page_checksum_verification=True)
-            _check_pack(self._chains_file.schema_arrow.equals(CHAINS), self.folder / "chains.parquet", "not a table of chains")
+            self._chains_file = pq.ParquetFile(
+                self.folder / "chains.parquet", page_checksum_verification=True
+            )
+            _check_pack(
+                self._chains_file.schema_arrow.equals(CHAINS),
+                self.folder / "chains.parquet",
+                "not a table of chains",
+            )
             self.root, self.files = index["boosters"]["root"], index["boosters"]["files"]
             if self.root is None:
                 self.check_files()
@@ -1095,8 +1313,14 @@ class FleetModel:
             raise PackError(f"{self.folder}: not a readable pack ({error})") from error
         self.fleet: str = index["fleet"]
         self.fleet_version: str = index["fleet_version"]
-        self.required = list(dict.fromkeys(name for generation in self.generations for name in generation.model_spec.required))
-        optional = dict.fromkeys(name for generation in self.generations for name in generation.model_spec.optional)
+        self.required = list(
+            dict.fromkeys(
+                name for generation in self.generations for name in generation.model_spec.required
+            )
+        )
+        optional = dict.fromkeys(
+            name for generation in self.generations for name in generation.model_spec.optional
+        )
         self.optional = [name for name in optional if name not in self.required]
         self._serving: dict[GroupKey, int] = {}
         self._chains: dict[tuple[int, str, int], Chain] = {}
@@ -1143,28 +1367,33 @@ class FleetModel:
             self._read_chains(number)
         return sorted(self._serving)
 
-    def predict(self, frame: pd.DataFrame, *, explain: bool = False, interval: float | None = None) -> pd.DataFrame:
+    def predict(
+        self, frame: pd.DataFrame, *, explain: bool = False, interval: float | None = None
+    ) -> pd.DataFrame:
         """Answer every row.
 
         Args:
-            frame: one row per question, with the required columns in any order; a batch may mix groups and unseen ones. An optional column
-                that is not there is null in every row.
+            frame: one row per question, with the required columns in any order; a batch may mix
+                groups and unseen ones. An optional column that is not there is null in every row.
             explain: say what made each answer, too; takes several times as long.
-            interval: share of answers that lower and upper should contain, one of the version's levels; by default the spec's. A row's
-                nearest ancestor that has a half width at that level gives it; it is never below one that the row has at a lower level.
+            interval: share of answers that lower and upper should contain, one of the version's
+                levels; by default the spec's. A row's nearest ancestor that has a half width at
+                that level gives it; it is never below one that the row has at a lower level.
 
         Returns:
-            One row per row and in its order: prediction, lower, upper (target units), answered_by (grain, or "constant"),
-            booster_id (null for the constant), fleet_version. Where an offset or scale leads to a prediction that no double
-            holds, it is NaN and answered_by "none (not finite)". For binary the prediction is the probability of the last class; for
-            multiclass it is the likeliest class (of equal ones the first). Both have a column more: probabilities, a list in the
-            order of the spec's classes; lower and upper are null.
-            With `explain` a last column, contributions: a list of {feature, contribution}, as from `list_contributions`, whose sum is the
-            prediction in link space; for classes it is the probability of the answer (for binary, of the last class).
+            One row per row and in its order: prediction, lower, upper (target units), answered_by
+            (grain, or "constant"), booster_id (null for the constant), fleet_version. Where an
+            offset or scale leads to a prediction that no double holds, it is NaN and answered_by
+            "none (not finite)". For binary the prediction is the probability of the last class; for
+            multiclass it is the likeliest class (of equal ones the first). Both have a column more:
+            probabilities, a list in the order of the spec's classes; lower and upper are null. With
+            `explain` a last column, contributions: a list of {feature, contribution}, as from
+            `list_contributions`, whose sum is the prediction in link space; for classes it is the
+            probability of the answer (for binary, of the last class).
 
         Raises:
-            InputError: if a required column is missing, a column is listed twice or holds what it cannot, or the version has no
-                intervals of that level.
+            InputError: if a required column is missing, a column is listed twice or holds what it
+                cannot, or the version has no intervals of that level.
             PackError: if a booster that is needed is damaged.
         """
         self._check_columns(frame)
@@ -1176,10 +1405,18 @@ class FleetModel:
         for number in np.unique(generation):
             rows = np.flatnonzero(generation == number)
             whole = len(rows) == len(frame)
-            part, levels_of_part = (frame, levels) if whole else (frame.iloc[rows], _select_levels(levels, rows))
-            parts.append(self._answer(part, levels_of_part, int(number), rows, explain=explain, interval=level))
+            part, levels_of_part = (
+                (frame, levels) if whole else (frame.iloc[rows], _select_levels(levels, rows))
+            )
+            parts.append(
+                self._answer(
+                    part, levels_of_part, int(number), rows, explain=explain, interval=level
+                )
+            )
         if not parts:
-            parts.append(self._answer(frame, levels, 0, np.arange(0), explain=explain, interval=level))
+            parts.append(
+                self._answer(frame, levels, 0, np.arange(0), explain=explain, interval=level)
+            )
         answers = parts[0] if len(parts) == 1 else pd.concat(parts).sort_index()
         answers.index = frame.index
         return answers
@@ -1192,7 +1429,8 @@ class FleetModel:
         if missing:
             optional = f", and may lack: {', '.join(self.optional)}" if self.optional else ""
             raise InputError(
-                f"missing columns: {', '.join(missing)}; the batch has: {', '.join(map(str, frame.columns))}; "
+                f"missing columns: {', '.join(missing)}; the batch has: "
+                f"{', '.join(map(str, frame.columns))}; "
                 f"fleet {self.fleet!r} needs: {', '.join(self.required)}{optional}"
             )
 
@@ -1202,19 +1440,28 @@ class FleetModel:
             return self.interval
         if interval not in self.intervals:
             available = (
-                f"has intervals of {', '.join(map(repr, self.intervals))}" if self.intervals else "answers with classes, which have no interval"
+                f"has intervals of {', '.join(map(repr, self.intervals))}"
+                if self.intervals
+                else "answers with classes, which have no interval"
             )
-            raise InputError(f"interval: {interval!r}; version {self.fleet_version!r} of fleet {self.fleet!r} {available}")
+            raise InputError(
+                f"interval: {interval!r}; version {self.fleet_version!r} of fleet {self.fleet!r} "
+                f"{available}"
+            )
         return float(interval)
 
-    def _choose_generations(self, levels: Sequence[tuple[Any, Any]], n_rows: int) -> npt.NDArray[np.int64]:
+    def _choose_generations(
+        self, levels: Sequence[tuple[Any, Any]], n_rows: int
+    ) -> npt.NDArray[np.int64]:
         """Per row the generation that serves its finest known group."""
         generation = np.zeros(n_rows, dtype=np.int64)
         if len(self.generations) == 1:
             return generation
         for grain, (codes, ids) in enumerate(levels):
             numbers = [self._find_serving(grain, group) for group in ids]
-            serving = np.array([-1 if number is None else number for number in numbers] or [-1])[codes]
+            serving = np.array([-1 if number is None else number for number in numbers] or [-1])[
+                codes
+            ]
             generation = np.where(serving >= 0, serving, generation)
         return generation
 
@@ -1234,7 +1481,9 @@ class FleetModel:
         offset, scale = offset_and_scale(frame, model_spec.target)
         anchored = np.isfinite(offset) & np.isfinite(scale)
         matrix = design_matrix(frame, model_spec)
-        blend = Blend(generation, len(frame), n_levels=model_spec.count_levels(interval), explain=explain)
+        blend = Blend(
+            generation, len(frame), n_levels=model_spec.count_levels(interval), explain=explain
+        )
         for grain, (codes, ids) in enumerate(levels):
             for group, rows_of_group in _split_by_group(codes, ids):
                 chain = self._find_chain(grain, group, number)
@@ -1247,7 +1496,9 @@ class FleetModel:
                 rows = rows_of_group[anchored[rows_of_group]]
                 if len(rows) and blend.needs_booster(chain):
                     blend.add_booster(self._fetch_booster(chain), matrix[rows], rows, chain, grain)
-        values = finish_answers(generation, blend.answer, anchored, offset, scale, blend.half_widths)
+        values = finish_answers(
+            generation, blend.answer, anchored, offset, scale, blend.half_widths
+        )
         mark_not_finite(values["prediction"], blend.answered_by, blend.booster_id)
         columns = {
             **values,
@@ -1255,16 +1506,21 @@ class FleetModel:
             "booster_id": blend.booster_id,
             "fleet_version": generation.fleet_version,
         }
-        answers = pd.DataFrame({name: columns[name] for name in answer_columns(model_spec.task)}, index=rows_of_batch)
+        answers = pd.DataFrame(
+            {name: columns[name] for name in answer_columns(model_spec.task)}, index=rows_of_batch
+        )
         if blend.contributions is not None:
-            described = blend.contributions.describe_rows(answers["prediction"], anchored, offset, scale)
+            described = blend.contributions.describe_rows(
+                answers["prediction"], anchored, offset, scale
+            )
             answers["contributions"] = pd.Series(described, index=answers.index, dtype=object)
         return answers
 
     def check_files(self) -> None:
         """Look at every file of boosters: there, of the right size and with the right footer.
 
-        Opening looks only at those in the pack's own folder; those in a store are otherwise opened when a booster in them is needed.
+        Opening looks only at those in the pack's own folder; those in a store are otherwise opened
+        when a booster in them is needed.
 
         Raises:
             PackError: naming the file.
@@ -1275,7 +1531,10 @@ class FleetModel:
                 with open_boosters(self.folder, self.root, file, self._options) as opened:
                     footer = _read_open_footer(opened, name)
             except (OSError, ValueError) as error:
-                raise PackError(f"{name}: cannot be read ({error}); restore the file, or materialise meta_model again") from error
+                raise PackError(
+                    f"{name}: cannot be read ({error}); restore the file, or materialise "
+                    "meta_model again"
+                ) from error
             _check_same_file(footer, file, name)
 
     def _find_serving(self, grain: int, group: str) -> int | None:
@@ -1300,10 +1559,28 @@ class FleetModel:
             try:
                 columns = self._chains_file.read_row_group(number).to_pydict()
             except (OSError, IndexError, ValueError, pa.ArrowException) as error:
-                raise PackError(f"{where}: row group {number} cannot be read ({error}); restore the file or train again") from error
-            for grain, group, generation, serves, weight, halves, name, file, offset, stored, size, digest in zip(*columns.values(), strict=True):
+                raise PackError(
+                    f"{where}: row group {number} cannot be read ({error}); restore the file or "
+                    "train again"
+                ) from error
+            for (
+                grain,
+                group,
+                generation,
+                serves,
+                weight,
+                halves,
+                name,
+                file,
+                offset,
+                stored,
+                size,
+                digest,
+            ) in zip(*columns.values(), strict=True):
                 place = (file, offset, stored)
-                self._chains[grain, group, generation] = Chain(weight, halves, name, place, size, digest)
+                self._chains[grain, group, generation] = Chain(
+                    weight, halves, name, place, size, digest
+                )
                 if serves:
                     self._serving[GroupKey(grain, group)] = generation
             self._read.add(number)
@@ -1324,17 +1601,27 @@ class FleetModel:
 
     def chain_rows(self) -> pd.DataFrame:
         """The rows of ``chains.parquet``, less where the boosters are."""
-        names = [name for name in CHAINS.names if name not in ("file", "offset", "stored_bytes", "n_bytes", "sha256")]
-        rows: pd.DataFrame = pq.read_table(self.folder / "chains.parquet", columns=names, page_checksum_verification=True).to_pandas()
+        names = [
+            name
+            for name in CHAINS.names
+            if name not in ("file", "offset", "stored_bytes", "n_bytes", "sha256")
+        ]
+        rows: pd.DataFrame = pq.read_table(
+            self.folder / "chains.parquet", columns=names, page_checksum_verification=True
+        ).to_pandas()
         return rows
 
     def serving(self) -> dict[GroupKey, str]:
         """The fleet version that answers each group."""
         self.groups()
-        return {key: self.generations[number].fleet_version for key, number in self._serving.items()}
+        return {
+            key: self.generations[number].fleet_version for key, number in self._serving.items()
+        }
 
     def stored_boosters(self, names: Collection[str]) -> Iterator[dict[str, Any]]:
-        """Boosters as they are stored, for another pack: rows as `decode_booster` takes them; of those that are not here, none.
+        """Boosters as they are stored, for another pack: rows as `decode_booster` takes them.
+
+        Of those that are not here, none.
 
         Raises:
             PackError: if one cannot be read.
@@ -1346,22 +1633,38 @@ class FleetModel:
                 yield self._read_stored(chain)
 
     def _load_booster(self, chain: Chain) -> Any:
-        return load_booster(self._read_stored(chain), f"{self.folder}/{self.files[chain.place[0]]['path']}")
+        return load_booster(
+            self._read_stored(chain), f"{self.folder}/{self.files[chain.place[0]]['path']}"
+        )
 
     def _read_stored(self, chain: Chain) -> dict[str, Any]:
         number, offset, stored = chain.place
         try:
             if number not in self._open_files:
-                self._open_files[number] = open_boosters(self.folder, self.root, self.files[number], self._options)
+                self._open_files[number] = open_boosters(
+                    self.folder, self.root, self.files[number], self._options
+                )
             within = stored > 0 and 0 <= offset <= self.files[number]["n_bytes"] - stored
-            _check_condition(within, f"{stored} bytes at {offset} are not within {self.files[number]['path']}")
+            _check_condition(
+                within, f"{stored} bytes at {offset} are not within {self.files[number]['path']}"
+            )
             text = self._open_files[number].read_at(stored, offset)
         except (OSError, IndexError, TypeError, ValueError, pa.ArrowException) as error:
-            raise PackError(f"{self.folder}: booster {chain.booster_id} cannot be read ({error}); restore the pack or train again") from error
-        return {"booster_id": chain.booster_id, "text": text, "n_bytes": chain.n_bytes, "sha256": chain.sha256}
+            raise PackError(
+                f"{self.folder}: booster {chain.booster_id} cannot be read ({error}); restore the "
+                "pack or train again"
+            ) from error
+        return {
+            "booster_id": chain.booster_id,
+            "text": text,
+            "n_bytes": chain.n_bytes,
+            "sha256": chain.sha256,
+        }
 
 
-def _split_by_group(codes: npt.NDArray[np.int64], ids: Sequence[str]) -> Iterator[tuple[str, npt.NDArray[np.int64]]]:
+def _split_by_group(
+    codes: npt.NDArray[np.int64], ids: Sequence[str]
+) -> Iterator[tuple[str, npt.NDArray[np.int64]]]:
     """Each group of one grain, and the places of its rows."""
     order = np.argsort(codes, kind="stable")
     bounds = np.searchsorted(codes[order], np.arange(len(ids) + 1))
@@ -1369,7 +1672,9 @@ def _split_by_group(codes: npt.NDArray[np.int64], ids: Sequence[str]) -> Iterato
         yield group, order[bounds[place] : bounds[place + 1]]
 
 
-def _select_levels(levels: Sequence[tuple[Any, Any]], rows: npt.NDArray[np.int64]) -> list[tuple[Any, Any]]:
+def _select_levels(
+    levels: Sequence[tuple[Any, Any]], rows: npt.NDArray[np.int64]
+) -> list[tuple[Any, Any]]:
     """The groups of some rows only."""
     selected = []
     for codes, ids in levels:
@@ -1416,9 +1721,18 @@ def _register() -> None:
 
         def load_context(self, context: Any) -> None:
             settings = context.model_config or {}
-            self.model = FleetModel(context.artifacts["pack"], digest=settings.get("pack_sha256"), options=settings.get("storage_options"))
+            self.model = FleetModel(
+                context.artifacts["pack"],
+                digest=settings.get("pack_sha256"),
+                options=settings.get("storage_options"),
+            )
 
-        def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:  # noqa: ARG002
+        def predict(
+            self,
+            context: Any,  # noqa: ARG002 - as MLflow calls it
+            model_input: pd.DataFrame,
+            params: dict[str, Any] | None = None,
+        ) -> pd.DataFrame:
             try:
                 return replace_nan_by_none(self.model.predict(model_input, **(params or {})))
             except InputError as error:

@@ -31,7 +31,12 @@ from pipeline.tables import BY_CONSTANT, records
 
 CHAINS_PER_ROW_GROUP = 4096
 ROW_GROUP_BYTES = 16 << 20
-_BOOSTERS = pa.schema([pa.field("booster_id", pa.string(), nullable=False), pa.field("text", pa.binary(), nullable=False)])
+_BOOSTERS = pa.schema(
+    [
+        pa.field("booster_id", pa.string(), nullable=False),
+        pa.field("text", pa.binary(), nullable=False),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -40,8 +45,9 @@ class PackedRun:
 
     Args:
         generation: what it answers by, besides its boosters.
-        ledger: rows of the run's ledger: grain, group_id, booster_id, weight, intervals (JSON), answered_by. Where a column `serves` is there
-            and false, the row is there for its finer groups alone.
+        ledger: rows of the run's ledger: grain, group_id, booster_id, weight, intervals (JSON),
+            answered_by. Where a column `serves` is there and false, the row is there for its finer
+            groups alone.
     """
 
     generation: Generation
@@ -59,7 +65,10 @@ def answers_alike(one: PackedRun, other: PackedRun) -> bool:
         return False
     if one.generation.answered_by_constant != other.generation.answered_by_constant:
         return False
-    constants = [np.array([run.generation.constant, run.generation.constant_without_offset], dtype=float) for run in (one, other)]
+    constants = [
+        np.array([run.generation.constant, run.generation.constant_without_offset], dtype=float)
+        for run in (one, other)
+    ]
     # Sums over rows in another order differ in their last digits.
     if not np.allclose(constants[0], constants[1], rtol=1e-9, equal_nan=True):
         return False
@@ -86,7 +95,8 @@ def build_model_spec(
         classes: of the target, in order; empty for regression.
         prior: each class's share of the fit rows; empty for regression.
         own: `independent`, or `correction` where a group's trees add to its parent's prediction.
-        nullable: features in which training saw a null: a batch may lack them, unless they are keys, offset or scale.
+        nullable: features in which training saw a null: a batch may lack them, unless they are
+            keys, offset or scale.
     """
     target, scoring = spec.target, spec.scoring
     always = [*spec.finest, *(name for name in (target.offset, target.scale) if name)]
@@ -114,7 +124,8 @@ def build_model_spec(
 class PackStore:
     """Where shared packs keep their boosters: files that are written once and never changed.
 
-    It is no Delta table, so that nothing that tidies tables up (vacuum, optimize, deleting old runs) can take a registered version's boosters.
+    It is no Delta table, so that nothing that tidies tables up (vacuum, optimize, deleting old
+    runs) can take a registered version's boosters.
 
     Args:
         root: its address.
@@ -128,10 +139,18 @@ class PackStore:
 
     def add(self, file: Path) -> dict[str, Any]:
         """Keep a local file under a name made from its content; its entry in an index."""
-        listed = {**read_footer(file), "path": f"boosters-{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}.parquet"}
+        listed = {
+            **read_footer(file),
+            "path": f"boosters-{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}.parquet",
+        }
         self.filesystem.create_dir(self.path, recursive=True)
         # Another file of this name is the same one, whole or half written.
-        pf.copy_files(str(file), f"{self.path}/{listed['path']}", source_filesystem=pf.LocalFileSystem(), destination_filesystem=self.filesystem)
+        pf.copy_files(
+            str(file),
+            f"{self.path}/{listed['path']}",
+            source_filesystem=pf.LocalFileSystem(),
+            destination_filesystem=self.filesystem,
+        )
         return listed
 
 
@@ -148,7 +167,8 @@ def write_pack(
     Args:
         folder: empty or absent.
         runs: the version's own training run first.
-        boosters: rows of the booster store for ids; more than asked for do no harm, and are left out.
+        boosters: rows of the booster store for ids; more than asked for do no harm, and are left
+            out.
         store: where a shared pack keeps its boosters; None puts them into the folder.
         before: versions whose boosters need not be stored again, where they are in the same store.
 
@@ -169,14 +189,22 @@ def write_pack(
         offsets = write_boosters(path, [rows[name] for name in new])
         for name in new:
             row = rows[name]
-            places[name] = {**_place(len(files), *offsets[name]), "n_bytes": row["n_bytes"], "sha256": row["sha256"]}
+            places[name] = {
+                **_place(len(files), *offsets[name]),
+                "n_bytes": row["n_bytes"],
+                "sha256": row["sha256"],
+            }
         files.append({"path": path.name, **read_footer(path)} if store is None else store.add(path))
         if store is not None:
             path.unlink()
-    return _write_tables(folder, runs, chains, places, root=None if store is None else store.root, files=files)
+    return _write_tables(
+        folder, runs, chains, places, root=None if store is None else store.root, files=files
+    )
 
 
-def _read_boosters(boosters: Callable[[Sequence[str]], Iterable[Mapping[str, Any]]], names: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+def _read_boosters(
+    boosters: Callable[[Sequence[str]], Iterable[Mapping[str, Any]]], names: Sequence[str]
+) -> dict[str, Mapping[str, Any]]:
     """The named rows of a booster store, by id; a store is not asked for none.
 
     Raises:
@@ -188,7 +216,9 @@ def _read_boosters(boosters: Callable[[Sequence[str]], Iterable[Mapping[str, Any
     rows = {row["booster_id"]: row for row in boosters(names) if row["booster_id"] in named}
     missing = [name for name in names if name not in rows]
     if missing:
-        raise StoreError(f"booster store lacks {len(missing)} boosters that the ledger names, e.g. {min(missing)}; train again")
+        raise StoreError(
+            f"booster store lacks {len(missing)} boosters that the ledger names, e.g. {min(missing)}; train again"
+        )
     return rows
 
 
@@ -214,16 +244,23 @@ def _find_stored(
         if path not in numbers:
             numbers[path] = len(files)
             files.append(dict(model.files[number]))
-        places[name] = {**_place(numbers[path], offset, stored_bytes), "n_bytes": chain.n_bytes, "sha256": chain.sha256}
+        places[name] = {
+            **_place(numbers[path], offset, stored_bytes),
+            "n_bytes": chain.n_bytes,
+            "sha256": chain.sha256,
+        }
     return files, places
 
 
-def combine_versions(serving: Mapping[GroupKey, str], models: Sequence[FleetModel]) -> list[PackedRun]:
+def combine_versions(
+    serving: Mapping[GroupKey, str], models: Sequence[FleetModel]
+) -> list[PackedRun]:
     """What a version consists of in which each group is answered by the training run that is named for it.
 
     Args:
         serving: fleet version by group.
-        models: packs that together have the chains of these groups, and of their ancestors; of two that have the same the first is taken.
+        models: packs that together have the chains of these groups, and of their ancestors; of two
+            that have the same the first is taken.
 
     Returns:
         One run per fleet version, in the order in which the packs have them.
@@ -237,7 +274,9 @@ def combine_versions(serving: Mapping[GroupKey, str], models: Sequence[FleetMode
         rows = model.chain_rows()
         for number, generation in enumerate(model.generations):
             generations.setdefault(generation.fleet_version, generation)
-            tables.setdefault(generation.fleet_version, []).append(rows[rows["generation"] == number])
+            tables.setdefault(generation.fleet_version, []).append(
+                rows[rows["generation"] == number]
+            )
     groups_of: dict[str, set[GroupKey]] = {}
     for key, version in serving.items():
         groups_of.setdefault(version, set()).add(key)
@@ -250,20 +289,28 @@ def combine_versions(serving: Mapping[GroupKey, str], models: Sequence[FleetMode
         keys = GroupKey.of_rows(rows)
         if lacking := served - set(keys):
             first = min(lacking)[1]
-            raise ModelNotFound(f"no pack has the chain that version {version} has for group {first}; {len(lacking)} groups lack theirs")
-        needed = {above for key in served for above in key.list_ancestry(generation.model_spec.grains)}
+            raise ModelNotFound(
+                f"no pack has the chain that version {version} has for group {first}; "
+                f"{len(lacking)} groups lack theirs"
+            )
+        needed = {
+            above for key in served for above in key.list_ancestry(generation.model_spec.grains)
+        }
         rows = rows.assign(serves=[key in served for key in keys])
         rows = rows[[key in needed for key in keys]]
         runs.append(PackedRun(generation, rows.drop(columns="generation")))
     if lacking_versions := set(groups_of) - set(generations):
-        raise ModelNotFound(f"no pack holds version {min(lacking_versions)}; available: {', '.join(generations)}")
+        raise ModelNotFound(
+            f"no pack holds version {min(lacking_versions)}; available: {', '.join(generations)}"
+        )
     return runs
 
 
 def write_boosters(path: Path, boosters: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, int]]:
     """Write boosters to a Parquet file in which each text is one run of bytes.
 
-    Texts are compressed already: their column is neither compressed nor encoded, so that a reader needs the offset alone.
+    Texts are compressed already: their column is neither compressed nor encoded, so that a reader
+    needs the offset alone.
 
     Args:
         path: of the file.
@@ -273,11 +320,23 @@ def write_boosters(path: Path, boosters: Sequence[Mapping[str, Any]]) -> dict[st
         Offset and size of each text in the file.
     """
     places: dict[str, tuple[int, int]] = {}
-    settings = {"compression": {"booster_id": "zstd", "text": "none"}, "use_dictionary": False, "write_page_checksum": True}
-    with pa.OSFile(str(path), "wb") as sink, pq.ParquetWriter(sink, _BOOSTERS, **settings) as writer:
+    settings = {
+        "compression": {"booster_id": "zstd", "text": "none"},
+        "use_dictionary": False,
+        "write_page_checksum": True,
+    }
+    with (
+        pa.OSFile(str(path), "wb") as sink,
+        pq.ParquetWriter(sink, _BOOSTERS, **settings) as writer,
+    ):
         for part in _split_row_groups(boosters):
             start = sink.tell()
-            writer.write_table(pa.Table.from_pylist([{name: row[name] for name in _BOOSTERS.names} for row in part], schema=_BOOSTERS))
+            writer.write_table(
+                pa.Table.from_pylist(
+                    [{name: row[name] for name in _BOOSTERS.names} for row in part],
+                    schema=_BOOSTERS,
+                )
+            )
             sink.flush()
             with path.open("rb") as written:
                 written.seek(start)
@@ -308,14 +367,20 @@ def _list_chains(runs: Sequence[PackedRun]) -> pd.DataFrame:
     parts = []
     for number, run in enumerate(runs):
         rows = run.ledger[["grain", "group_id", "booster_id", "weight"]].assign(generation=number)
-        halves = [_read_half_widths(written, run.generation.model_spec.intervals) for written in run.ledger["intervals"]]
+        halves = [
+            _read_half_widths(written, run.generation.model_spec.intervals)
+            for written in run.ledger["intervals"]
+        ]
         rows = rows.assign(serves=run.ledger.get("serves", True), weight=rows["weight"].fillna(0.0))
         parts.append(rows.assign(intervals=pd.Series(halves, index=rows.index, dtype=object)))
     return pd.concat(parts).sort_values(["grain", "group_id", "generation"], ignore_index=True)
 
 
 def _read_half_widths(written: object, levels: Sequence[float]) -> list[float | None] | None:
-    """One half width per level, from a ledger's JSON, or as a chain has them; None for a group that has none of its own."""
+    """One half width per level, from a ledger's JSON, or as a chain has them.
+
+    None for a group that has none of its own.
+    """
     if isinstance(written, list | np.ndarray):  # from a pack's chain
         return [None if half is None or np.isnan(half) else float(half) for half in written]
     if not isinstance(written, str):
@@ -335,15 +400,23 @@ def _write_tables(
 ) -> str:
     """Write chains, spec and index; the index's digest."""
     rows = [{**row, **places.get(row["booster_id"], {})} for row in records(chains)]
-    table = pa.Table.from_pylist([{field.name: row.get(field.name) for field in CHAINS} for row in rows], schema=CHAINS)
+    table = pa.Table.from_pylist(
+        [{field.name: row.get(field.name) for field in CHAINS} for row in rows], schema=CHAINS
+    )
     keys = [GroupKey.of(row) for row in rows]
     bounds = _find_row_groups(keys)
-    with pq.ParquetWriter(folder / "chains.parquet", CHAINS, compression="zstd", write_page_checksum=True) as writer:
+    with pq.ParquetWriter(
+        folder / "chains.parquet", CHAINS, compression="zstd", write_page_checksum=True
+    ) as writer:
         for start, end in bounds:
             writer.write_table(table.slice(start, end - start), row_group_size=max(1, end - start))
     own = runs[0].generation
     first_keys = [list(keys[start]) for start, _ in bounds]
-    spec = json.dumps({"generations": [_describe_generation(run).to_dict() for run in runs]}, ensure_ascii=False, indent=1).encode()
+    spec = json.dumps(
+        {"generations": [_describe_generation(run).to_dict() for run in runs]},
+        ensure_ascii=False,
+        indent=1,
+    ).encode()
     (folder / "spec.json").write_bytes(spec)
     index = {
         "format": PACK_FORMAT,
@@ -359,12 +432,17 @@ def _write_tables(
         "boosters": {"root": root, "files": [dict(file) for file in files]},
     }
     digest = index_digest(index)
-    (folder / "index.json").write_text(json.dumps({"sha256": digest, "index": index}, ensure_ascii=False), encoding="utf-8")
+    (folder / "index.json").write_text(
+        json.dumps({"sha256": digest, "index": index}, ensure_ascii=False), encoding="utf-8"
+    )
     return digest
 
 
 def _describe_generation(run: PackedRun) -> Generation:
-    """A run's entry in spec.json; one that comes from a pack says already which groups the constant answers."""
+    """A run's entry in spec.json.
+
+    One that comes from a pack says already which groups the constant answers.
+    """
     if "answered_by" not in run.ledger:
         return run.generation
     rows = run.ledger[run.ledger["answered_by"] == BY_CONSTANT].sort_values(["grain", "group_id"])

@@ -23,7 +23,8 @@ class Winner:
 class CrossSelection:
     """What did best on each half of the tune rows that chose a group's parameters.
 
-    A row is predicted by the winner of the half that it does not lie in, so that no prediction was selected on its own row.
+    A row is predicted by the winner of the half that it does not lie in, so that no prediction was
+    selected on its own row.
 
     Args:
         middle: cuts the halves, as ISO text; the earlier half lies before it.
@@ -53,7 +54,10 @@ class CrossSelection:
     def from_json(cls, text: str) -> "CrossSelection":
         """The inverse of `to_json`."""
         parts = json.loads(text)
-        winners = {half: None if parts[half] is None else Winner(**parts[half]) for half in ("earlier", "later")}
+        winners = {
+            half: None if parts[half] is None else Winner(**parts[half])
+            for half in ("earlier", "later")
+        }
         return cls(parts["middle"], **winners)
 
 
@@ -66,7 +70,8 @@ class Start:
         refit: parameters to fit with, without any trial; None tunes.
         n_rounds: boosting rounds of a refit.
         cross: of the study that chose them, for a refit's predictions of tune rows.
-        max_trials: trials at most, where that is fewer than the fleet's budget per group allows (first pass of `budget_seconds`).
+        max_trials: trials at most, where that is fewer than the fleet's budget per group allows
+            (first pass of `budget_seconds`).
         judge: whether the group is only to tell which rows are judged, and is not trained.
     """
 
@@ -79,7 +84,10 @@ class Start:
 
     @property
     def predicts_what_chose_it(self) -> bool:
-        """Whether tune rows are predicted with parameters that these very rows chose: a weight learnt on that is too high."""
+        """Whether tune rows are predicted with parameters that these very rows chose.
+
+        A weight learnt on such predictions is too high.
+        """
         return self.refit is not None and self.cross is None
 
     def to_json(self) -> str:

@@ -15,7 +15,16 @@ from deltalake.exceptions import DeltaError
 from pipeline.errors import DataError, StoreError
 from pipeline.reading.files import RowFile, plain_type
 
-READABLE_FEATURES = frozenset({"appendOnly", "invariants", "timestampNtz", "checkConstraints", "generatedColumns", "v2Checkpoint"})
+READABLE_FEATURES = frozenset(
+    {
+        "appendOnly",
+        "invariants",
+        "timestampNtz",
+        "checkConstraints",
+        "generatedColumns",
+        "v2Checkpoint",
+    }
+)
 
 
 def refuse_strange_features(table: DeltaTable, location: str) -> None:
@@ -25,10 +34,15 @@ def refuse_strange_features(table: DeltaTable, location: str) -> None:
         StoreError: naming them.
     """
     strange = set(table.protocol().reader_features or ()) - READABLE_FEATURES
-    if table.metadata().configuration.get("delta.columnMapping.mode", "none") != "none":  # older tables name no features
+    if (
+        table.metadata().configuration.get("delta.columnMapping.mode", "none") != "none"
+    ):  # older tables name no features
         strange.add("columnMapping")
     if strange:
-        raise StoreError(f"{location} uses Delta features that are not read here: {', '.join(sorted(strange))}; rewrite the table without them")
+        raise StoreError(
+            f"{location} uses Delta features that are not read here: {', '.join(sorted(strange))}; "
+            "rewrite the table without them"
+        )
 
 
 def is_delta(location: str, options: Mapping[str, str]) -> bool:
@@ -48,14 +62,31 @@ def open_delta(location: str, options: Mapping[str, str], version: int | None = 
     try:
         table = DeltaTable(location, version=version, storage_options=dict(options) or None)
     except (DeltaError, OSError) as error:
-        raise StoreError(f"{location}: {error}; check that the table is there and can be reached, then run again") from error
+        raise StoreError(
+            f"{location}: {error}; check that the table is there and can be reached, then run again"
+        ) from error
     refuse_strange_features(table, location)
     return table
 
 
 def schema_of_table(table: DeltaTable) -> pa.Schema:
     """A table's columns, in types that Spark has."""
-    return pa.schema([pa.field(column.name, plain_type(column.type)) for column in pa.schema(table.schema().to_arrow())])
+    return pa.schema(
+        [
+            pa.field(column.name, plain_type(column.type))
+            for column in pa.schema(table.schema().to_arrow())
+        ]
+    )
+
+
+def file_actions(table: DeltaTable) -> pa.Table:
+    """The files of a table's version as its log has them.
+
+    Returns:
+        One row per file: `path` (relative to the table, special characters escaped), `size_bytes`,
+        `num_records` (null if its writer did not count), and `partition.<column>`.
+    """
+    return pa.table(table.get_add_actions(flatten=True))
 
 
 def live_files(table: DeltaTable, location: str, root: str) -> list[RowFile]:
@@ -67,9 +98,13 @@ def live_files(table: DeltaTable, location: str, root: str) -> list[RowFile]:
         root: its path on its file system, below which the files are.
     """
     names = table.metadata().partition_columns
-    actions = pa.table(table.get_add_actions(flatten=True)).to_pylist()
+    actions = file_actions(table).to_pylist()
     return [
-        RowFile(f"{root}/{within(unquote(action['path']), location)}", "parquet", {name: action[f"partition.{name}"] for name in names})
+        RowFile(
+            f"{root}/{within(unquote(action['path']), location)}",
+            "parquet",
+            {name: action[f"partition.{name}"] for name in names},
+        )
         for action in sorted(actions, key=lambda action: str(action["path"]))
     ]
 
@@ -81,7 +116,10 @@ def within(path: str, location: str) -> str:
         StoreError: if it leads out of the table.
     """
     if "://" in path or path.startswith("/") or ".." in PurePosixPath(path).parts:
-        raise StoreError(f"{location}: a commit names a file outside the table: {path}; the table's log is not to be trusted")
+        raise StoreError(
+            f"{location}: a commit names a file outside the table: {path}; the table's log is not "
+            "to be trusted"
+        )
     return path
 
 
@@ -122,24 +160,49 @@ def read_commit(filesystem: pf.FileSystem, root: str, location: str, version: in
             operation = str(action["commitInfo"].get("operation", ""))
         elif (add := action.get("add")) is not None and add.get("dataChange", True):
             if add.get("deletionVector"):
-                raise DataError(f"{location}: version {version} uses deletion vectors, which are not read here; rewrite the table without them")
+                raise DataError(
+                    f"{location}: version {version} uses deletion vectors, which are not read "
+                    "here; rewrite the table without them"
+                )
             path = within(unquote(add["path"]), location)
-            added.append(RowFile(f"{root}/{path}", "parquet", dict(add.get("partitionValues") or {})))
+            added.append(
+                RowFile(f"{root}/{path}", "parquet", dict(add.get("partitionValues") or {}))
+            )
         elif (remove := action.get("remove")) is not None and remove.get("dataChange", True):
             takes_away = True
     return Commit(version, operation, tuple(added), takes_away)
 
 
-def _actions(filesystem: pf.FileSystem, root: str, version: int, location: str) -> Iterator[dict[str, Any]]:
+def read_actions(filesystem: pf.FileSystem, path: str) -> list[dict[str, Any]]:
+    """The actions of one commit, each under its name (`add`, `remove`, `commitInfo`).
+
+    Args:
+        filesystem: that holds the table.
+        path: of a JSON file in a table's log.
+
+    Raises:
+        OSError: if the file cannot be read; FileNotFoundError if it is gone.
+        ValueError: if it is not lines of JSON.
+    """
+    with filesystem.open_input_stream(path) as stream:
+        lines = stream.read().decode().splitlines()
+    return [json.loads(line) for line in lines if line.strip()]
+
+
+def _actions(
+    filesystem: pf.FileSystem, root: str, version: int, location: str
+) -> Iterator[dict[str, Any]]:
     path = f"{root}/_delta_log/{version:020}.json"
     try:
-        with filesystem.open_input_stream(path) as stream:
-            lines = stream.read().decode().splitlines()
-        yield from (json.loads(line) for line in lines if line.strip())
+        yield from read_actions(filesystem, path)
     except FileNotFoundError as error:
         raise DataError(
-            f"{location}: version {version} is no longer in the table's log, so what it added cannot be told; "
-            "start again with a new checkpoint and a new target, which answers the table as it is now"
+            f"{location}: version {version} is no longer in the table's log, so what it added "
+            "cannot be told; "
+            "start again with a new checkpoint and a new target, which answers the table as it is "
+            "now"
         ) from error
     except (OSError, ValueError) as error:
-        raise StoreError(f"{path}: {error}; check that the table can be reached, then run again") from error
+        raise StoreError(
+            f"{path}: {error}; check that the table can be reached, then run again"
+        ) from error

@@ -1,13 +1,13 @@
 """Files with rows to score: which there are, what columns they have, and their rows under one schema, by name.
 
-Rows are read by pyarrow wherever they are needed, on the driver or in a task, so that every way to score reads a file alike.
+Rows are read by pyarrow wherever they are needed, on the driver or in a task, so that every way to
+score reads a file alike.
 """
 
-import glob
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -18,22 +18,24 @@ import pyarrow.json as pj
 import pyarrow.parquet as pq
 
 from pipeline.errors import DataError
+from pipeline.reading.formats import (
+    KNOWN_ENDINGS,
+    UNREADABLE,
+    Format,
+    Kind,
+    csv_conversion,
+    csv_parsing,
+    format_as,
+    format_of,
+    json_blocks,
+    list_local,
+    open_file,
+    suffix_of,
+    unreadable,
+)
 
-Kind = Literal["parquet", "csv", "json"]
-SUFFIXES: Mapping[str, Kind] = {
-    ".parquet": "parquet",
-    ".csv": "csv",
-    ".csv.gz": "csv",
-    ".json": "json",
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".json.gz": "json",
-    ".jsonl.gz": "json",
-}
-# As in a fleet's own CSV sources, unless it says otherwise.
-NULL_TEXTS = ("", "NA", "NaN", "null", "NULL")
 ROWS_PER_BATCH = 10_000
-JSON_BLOCK_BYTES = 16 << 20
+MAX_PATHS_SHOWN = 3
 _NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 _WIDER = {
     pa.uint8(): pa.int16(),
@@ -52,37 +54,33 @@ class RowFile:
 
     Args:
         path: on its file system.
-        kind: its format.
-        constants: values of columns that its folders (`day=2024-01-01`) or its table's log give; text, or as the log has them.
+        kind: parquet, csv or json; the path tells the delimiter and the compression.
+        partition_values: of columns that its folders (`day=2024-01-01`) or its table's log give;
+            text, or as the log has them.
     """
 
     path: str
     kind: Kind
-    constants: Mapping[str, Any] = field(default_factory=dict)
+    partition_values: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def format(self) -> Format:
+        """How it is to be read."""
+        return format_as(self.path, self.kind)
 
 
 @dataclass(frozen=True)
-class Reading:
+class ColumnTypes:
     """How columns without a type of their own, those of CSV and JSON, are to be read.
 
     Args:
-        numbers: columns that are numbers.
-        whole: columns of text that training knew as numbers: `7.0`, as pandas writes an integer beside nulls, is `7`.
+        numeric: columns that are numbers.
+        integer_keys: columns of text that training knew as numbers: `7.0`, as pandas writes an
+            integer beside nulls, is read as `7`.
     """
 
-    numbers: frozenset[str] = frozenset()
-    whole: frozenset[str] = frozenset()
-
-
-def suffix_of(path: str) -> str:
-    """The ending that tells a file's format, `.csv.gz` whole; empty if it tells none."""
-    name = PurePosixPath(path).name.lower()
-    return max((suffix for suffix in SUFFIXES if name.endswith(suffix)), key=len, default="")
-
-
-def is_hidden(path: str) -> bool:
-    """Whether a file, or a folder around it, is another program's business."""
-    return any(part.startswith((".", "_")) for part in PurePosixPath(path).parts)
+    numeric: frozenset[str] = frozenset()
+    integer_keys: frozenset[str] = frozenset()
 
 
 def local_files(address: str) -> list[RowFile]:
@@ -92,25 +90,24 @@ def local_files(address: str) -> list[RowFile]:
         address: a file, a folder (with those below it), or a glob.
 
     Raises:
-        DataError: if there are none, or they are of several formats.
+        DataError: if there are none, or they are of several kinds.
     """
     root = root_of(address)
-    if Path(address).is_dir():
-        paths = sorted(str(path) for path in Path(address).rglob("*") if path.is_file() and not is_hidden(str(path.relative_to(address))))
-    else:
-        # A file whose own name holds glob characters is meant literally.
-        paths = [address] if Path(address).is_file() else sorted(path for path in glob.glob(address, recursive=True) if Path(path).is_file())  # noqa: PTH207 - Path.glob takes no absolute pattern
-    told = sorted({suffix_of(path) for path in paths} - {""})
-    kinds = {SUFFIXES[suffix] for suffix in told}
-    if len(kinds) > 1:
-        raise DataError(f"{address} has files of several formats ({', '.join(told)}); expected one: name them by a glob such as {address}/*{told[0]}")
-    found = [row_file(path, root) for path in paths if suffix_of(path)]
-    if not found:
+    paths = list_local(Path(), address)
+    files = [row_file(path, root) for path in paths if suffix_of(path)]
+    if len({file.kind for file in files}) > 1:
+        endings = sorted({suffix_of(file.path) for file in files})
         raise DataError(
-            f"no rows are at {address}; expected a Delta table, or a file, folder or glob of {', '.join(SUFFIXES)}"
-            + (f"; there is: {', '.join(paths[:3])}" if paths else "")
+            f"{address} has files of several formats ({', '.join(endings)}); "
+            f"expected one: name them by a glob such as {address}/*{endings[0]}"
         )
-    return found
+    if not files:
+        shown = ", ".join(paths[:MAX_PATHS_SHOWN])
+        raise DataError(
+            f"no rows are at {address}; expected a Delta table, or a file, folder or glob of "
+            f"{KNOWN_ENDINGS}" + (f"; found: {shown}" if shown else "")
+        )
+    return files
 
 
 def root_of(address: str) -> str:
@@ -120,42 +117,61 @@ def root_of(address: str) -> str:
     if Path(address).is_file():
         return str(Path(address).parent)
     parts = PurePosixPath(address).parts
-    fixed = next((number for number, part in enumerate(parts) if any(character in part for character in "*?[")), len(parts) - 1)
+    fixed = next(
+        (
+            number
+            for number, part in enumerate(parts)
+            if any(character in part for character in "*?[")
+        ),
+        len(parts) - 1,
+    )
     return str(PurePosixPath(*parts[:fixed])) if fixed else ""
 
 
 def row_file(path: str, root: str) -> RowFile:
-    """A local file of a known format, with what the folders between it and a root say."""
-    within = PurePosixPath(path).relative_to(root) if root and path.startswith(f"{root.rstrip('/')}/") else PurePosixPath(PurePosixPath(path).name)
-    pairs = (part.partition("=") for part in within.parts[:-1] if "=" in part)
-    constants = {unquote(name): None if value == _NO_PARTITION else unquote(value) for name, _, value in pairs}
-    return RowFile(path, SUFFIXES[suffix_of(path)], constants)
+    """A local file of a known format, with the values that the folders between it and a root give.
+
+    Raises:
+        ValueError: if its name tells no format.
+    """
+    file_format = format_of(path)
+    if file_format is None:
+        raise ValueError(f"{path} has none of the known endings: {KNOWN_ENDINGS}")
+    is_below = bool(root) and path.startswith(f"{root.rstrip('/')}/")
+    folders = PurePosixPath(path).relative_to(root).parts[:-1] if is_below else ()
+    values: dict[str, str | None] = {}
+    for folder in folders:
+        name, is_pair, value = folder.partition("=")
+        if is_pair:
+            values[unquote(name)] = None if value == _NO_PARTITION else unquote(value)
+    return RowFile(path, file_format.kind, values)
 
 
 def schema_of(
     files: Sequence[RowFile],
-    reading: Reading,
+    column_types: ColumnTypes,
     filesystem: pf.FileSystem,
     *,
     leave_out: bool = False,
 ) -> pa.Schema:
     """The columns that any of the files has.
 
-    Columns of CSV are text unless they are to be read as numbers; JSON tells numbers and text, but no moments.
+    Columns of CSV are text unless they are to be read as numbers; JSON tells numbers and text, but
+    no moments.
 
     Args:
         files: at least one.
-        reading: how columns without types are read.
+        column_types: how columns without types are read.
         filesystem: that holds the files.
         leave_out: passes over files that cannot be read, as long as one can.
 
     Raises:
-        DataError: naming a file that cannot be read, or a column that is of types that do not go together.
+        DataError: naming a file that cannot be read, or a column whose types do not go together.
     """
     schemas, failures = [], []
     for file in files:
         try:
-            schemas.append(_own_schema(file, reading, filesystem))
+            schemas.append(_schema_of_file(file, column_types, filesystem))
         except DataError as error:
             failures.append(error)
     if failures and not (leave_out and schemas):
@@ -164,30 +180,44 @@ def schema_of(
         return pa.unify_schemas(schemas, promote_options="permissive").remove_metadata()
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise DataError(
-            f"{files[0].path} and {len(files) - 1} other files have no schema in common: {error}; cast the column in the files"
+            f"{files[0].path} and {len(files) - 1} other files have no schema in common: {error}; "
+            "cast the column in the files"
         ) from error
 
 
-def _own_schema(file: RowFile, reading: Reading, filesystem: pf.FileSystem) -> pa.Schema:
-    """Of one file, with the columns that its folders give."""
+def _schema_of_file(
+    file: RowFile, column_types: ColumnTypes, filesystem: pf.FileSystem
+) -> pa.Schema:
+    """The columns of one file, with those that its folders give."""
     try:
-        if file.kind == "parquet":
-            with filesystem.open_input_file(file.path) as opened:
-                found = pq.read_schema(opened)
-            fields = [pa.field(one.name, plain_type(one.type)) for one in found]
-        else:
-            with _opened(file, filesystem) as stream:
-                found = pv.open_csv(stream).schema if file.kind == "csv" else pj.open_json(stream, pj.ReadOptions(block_size=JSON_BLOCK_BYTES)).schema
-            fields = [pa.field(one.name, _told_type(one, file.kind, reading)) for one in found]
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise unreadable(file, error) from error
-    there = {one.name for one in fields}
-    constants = [pa.field(name, pa.float64() if name in reading.numbers else pa.string()) for name in file.constants if name not in there]
-    return pa.schema([*fields, *constants])
+        with open_file(file.path, file.format, filesystem) as stream:
+            own_schema = _own_schema(stream, file.format)
+    except UNREADABLE as error:
+        raise unreadable(file.path, file.kind, error) from error
+    fields = [
+        pa.field(column.name, _type_to_read(column, file.kind, column_types))
+        for column in own_schema
+    ]
+    for name in file.partition_values:
+        if name not in own_schema.names:
+            is_number = name in column_types.numeric
+            fields.append(pa.field(name, pa.float64() if is_number else pa.string()))
+    return pa.schema(fields)
 
 
-def _told_type(column: pa.Field, kind: Kind, reading: Reading) -> pa.DataType:
-    if column.name in reading.numbers:
+def _own_schema(stream: pa.NativeFile, file_format: Format) -> pa.Schema:
+    """The columns of a file as its reader guesses or knows them."""
+    if file_format.kind == "parquet":
+        return pq.read_schema(stream)
+    if file_format.kind == "csv":
+        return pv.open_csv(stream, parse_options=csv_parsing(file_format)).schema
+    return pj.open_json(stream, json_blocks()).schema
+
+
+def _type_to_read(column: pa.Field, kind: Kind, column_types: ColumnTypes) -> pa.DataType:
+    if kind == "parquet":
+        return plain_type(column.type)
+    if column.name in column_types.numeric:
         return pa.float64()
     if kind == "csv" or pa.types.is_timestamp(column.type):
         return pa.string()
@@ -202,82 +232,109 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
         return pa.timestamp("us", tz="UTC" if kind.tz else None)
     if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         return pa.string()
-    if pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind) or pa.types.is_fixed_size_binary(kind):
+    if (
+        pa.types.is_large_binary(kind)
+        or pa.types.is_binary_view(kind)
+        or pa.types.is_fixed_size_binary(kind)
+    ):
         return pa.binary()
     return _WIDER.get(kind, kind)
 
 
 def read_rows(
-    file: RowFile, schema: pa.Schema, filesystem: pf.FileSystem, *, required: Collection[str] = (), reading: Reading | None = None
+    file: RowFile,
+    schema: pa.Schema,
+    filesystem: pf.FileSystem,
+    *,
+    required: Collection[str] = (),
+    column_types: ColumnTypes | None = None,
 ) -> Iterator[pa.RecordBatch]:
     """The rows of a file under a schema: columns by name in whatever order the file has them.
 
     Args:
         file: to be read.
-        schema: of the rows given; a column that the file lacks is null, one that it has more is left out.
+        schema: of the rows given; a column that the file lacks is null, a further one is left out.
         filesystem: that holds it.
         required: columns that it must have.
-        reading: as its schema was made with.
+        column_types: as its schema was made with.
 
     Raises:
-        DataError: if a required column is missing, the file cannot be read, or a value is not of its column's type.
+        DataError: if a required column is missing, the file cannot be read, or a value is not of
+            its column's type.
     """
-    whole = (reading or Reading()).whole
+    integer_keys = column_types.integer_keys if column_types is not None else frozenset()
     try:
         for batch in _batches(file, schema, filesystem):
             _check_columns(required, batch, file)
-            arrays = [_column(batch, one, file, is_whole=one.name in whole) for one in schema]
+            arrays = [
+                _column(batch, column, file, is_integer_key=column.name in integer_keys)
+                for column in schema
+            ]
             yield pa.RecordBatch.from_arrays(arrays, schema=schema)
     except DataError:
         raise
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise unreadable(file, error) from error
+    except UNREADABLE as error:
+        raise unreadable(file.path, file.kind, error) from error
 
 
-def _check_columns(columns: Collection[str], batch: pa.RecordBatch, file: RowFile) -> None:
-    lacking = [name for name in columns if name not in batch.schema.names and name not in file.constants]
-    if lacking:
-        raise DataError(f"{file.path}: missing columns: {', '.join(lacking)}; it has: {', '.join(batch.schema.names)}")
+def _check_columns(required: Collection[str], batch: pa.RecordBatch, file: RowFile) -> None:
+    available = {*batch.schema.names, *file.partition_values}
+    missing = [name for name in required if name not in available]
+    if missing:
+        raise DataError(
+            f"{file.path}: missing columns: {', '.join(missing)}; "
+            f"it has: {', '.join(batch.schema.names)}"
+        )
 
 
-def unreadable(file: RowFile, error: Exception) -> DataError:
-    """What is said of a file that cannot be read."""
-    return DataError(f"{file.path} cannot be read as {file.kind} ({error}); repair or remove the file")
-
-
-def _opened(file: RowFile, filesystem: pf.FileSystem) -> pa.NativeFile:
-    return filesystem.open_input_stream(file.path, compression="gzip" if file.path.lower().endswith(".gz") else None)
-
-
-def _batches(file: RowFile, schema: pa.Schema, filesystem: pf.FileSystem) -> Iterator[pa.RecordBatch]:
+def _batches(
+    file: RowFile, schema: pa.Schema, filesystem: pf.FileSystem
+) -> Iterator[pa.RecordBatch]:
+    """The rows of a file as its reader gives them, in batches of at most ROWS_PER_BATCH."""
     if file.kind == "parquet":
-        with pq.ParquetFile(file.path, filesystem=filesystem, coerce_int96_timestamp_unit="us") as opened:
+        with pq.ParquetFile(
+            file.path, filesystem=filesystem, coerce_int96_timestamp_unit="us"
+        ) as opened:
             yield from opened.iter_batches(batch_size=ROWS_PER_BATCH)
         return
-    with _opened(file, filesystem) as stream:
-        if file.kind == "csv":
-            convert = pv.ConvertOptions(column_types=schema, null_values=list(NULL_TEXTS), strings_can_be_null=True)
-            batches = pv.open_csv(stream, convert_options=convert, parse_options=pv.ParseOptions(newlines_in_values=True))
-        else:
-            parse = pj.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
-            batches = pj.open_json(stream, pj.ReadOptions(block_size=JSON_BLOCK_BYTES), parse)
-        for batch in batches:
+    with open_file(file.path, file.format, filesystem) as stream:
+        for batch in _text_batches(stream, file.format, schema):
             for start in range(0, batch.num_rows, ROWS_PER_BATCH):
                 yield batch.slice(start, ROWS_PER_BATCH)
 
 
-def _column(batch: pa.RecordBatch, wanted: pa.Field, file: RowFile, *, is_whole: bool) -> pa.Array:
-    if wanted.name in batch.schema.names:
-        column = batch.column(wanted.name)
+def _text_batches(
+    stream: pa.NativeFile, file_format: Format, schema: pa.Schema
+) -> Iterator[pa.RecordBatch]:
+    if file_format.kind == "csv":
+        # Processes that only read Parquet, as a stream over a Delta table has, need no spec.
+        from pipeline.spec import NULL_TEXTS
+
+        conversion = csv_conversion(schema, NULL_TEXTS)
+        reader = pv.open_csv(
+            stream, convert_options=conversion, parse_options=csv_parsing(file_format)
+        )
+    else:
+        parsing = pj.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
+        reader = pj.open_json(stream, json_blocks(), parsing)
+    yield from reader
+
+
+def _column(
+    batch: pa.RecordBatch, field_to_fill: pa.Field, file: RowFile, *, is_integer_key: bool
+) -> pa.Array:
+    name, kind = field_to_fill.name, field_to_fill.type
+    if name in batch.schema.names:
+        column = batch.column(name)
         if pa.types.is_dictionary(column.type):
             column = column.dictionary_decode()
         # Finer than a microsecond neither Spark nor Delta can keep.
-        column = column.cast(wanted.type, safe=not pa.types.is_timestamp(wanted.type))
-    elif file.constants.get(wanted.name) is not None:
-        column = pa.repeat(constant_of(file.constants[wanted.name], wanted.type), batch.num_rows)
+        column = column.cast(kind, safe=not pa.types.is_timestamp(kind))
+    elif file.partition_values.get(name) is not None:
+        column = pa.repeat(constant_of(file.partition_values[name], kind), batch.num_rows)
     else:
-        column = pa.nulls(batch.num_rows, wanted.type)
-    if is_whole and pa.types.is_string(column.type):
+        column = pa.nulls(batch.num_rows, kind)
+    if is_integer_key and pa.types.is_string(column.type):
         column = pc.replace_substring_regex(column, r"^(-?\d+)\.0*$", r"\1")
     return column
 

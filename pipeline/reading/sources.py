@@ -1,31 +1,40 @@
 """Raw data as its owner left it: read from a path, a glob, an object store or an installed package, as Arrow tables."""
 
-import glob
-import gzip
 import importlib.util
-import io
 import json
 import time
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pyarrow as pa
-import pyarrow.csv as pc
+import pyarrow.csv as pv
 import pyarrow.fs as pf
 import pyarrow.json as pj
 import pyarrow.parquet as pq
 
 from pipeline.errors import DataError, SpecError
+from pipeline.reading.formats import (
+    UNREADABLE,
+    Format,
+    Kind,
+    csv_conversion,
+    csv_parsing,
+    format_as,
+    format_of,
+    is_hidden,
+    json_blocks,
+    list_local,
+    open_file,
+    unreadable,
+)
 from pipeline.spec import SourceSpec
 
 PACKAGE = "package://"
-# A file changed within so many seconds may change again without a new time; stores count in seconds, by a clock of their own.
+# A file changed within so many seconds may change again without a new time; stores count in
+# seconds, by a clock of their own.
 LOCAL_DOUBT_SECONDS, REMOTE_DOUBT_SECONDS = 2.0, 60.0
-# What a damaged or different file makes its reader raise; RuntimeError is a zip archive's, if it wants a password.
-_UNREADABLE = (pa.ArrowException, OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error)
-SUFFIXES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 _TYPES = {
     "string": pa.string(),
     "long": pa.int64(),
@@ -44,51 +53,63 @@ def read_source(source: SourceSpec, folder: Path) -> Iterator[tuple[str, pa.Tabl
         folder: of the defs.yaml; a relative path counts from there, or from the repository's root.
 
     Yields:
-        The file's address and its rows; all tables of one source share a schema only as far as the files do.
+        The file's address and its rows; all tables of one source share a schema only as far as the
+        files do.
 
     Raises:
         SpecError: if the uri names no package, or the format cannot be told.
         DataError: if no file is found, or one cannot be read as its format.
     """
-    kind = source.format or _format_of(source)
+    kind = _kind_of(source)
     if kind == "delta":
         yield source.uri, _read_delta(source, folder)
         return
     filesystem, paths = _locate(source, folder)
     for path in paths:
+        file_format = _format_of_file(source, path, kind)
         try:
-            with filesystem.open_input_file(path) as stream:
-                yield path, _readers()[kind](_plain_bytes(stream, path, kind), source)
-        except _UNREADABLE as error:
-            raise DataError(
-                f"source {source.name!r}: {path} cannot be read as {kind} ({error}); correct the file, or the source's format or types"
+            with open_file(path, file_format, filesystem) as stream:
+                yield path, _typed(_read_file(stream, file_format, source), source)
+        except UNREADABLE as error:
+            raise unreadable(
+                f"source {source.name!r}: {path}",
+                kind,
+                error,
+                "correct the file, or the source's format or types",
             ) from error
 
 
 def source_state(source: SourceSpec, folder: Path) -> str | None:
     """What tells that a source's files are those of another time, without reading them.
 
-    Of a file on this machine: path, size, inode, and when its content and its entry were changed; in an object store: path, size and
-    time; of a Delta table: its id and version.
+    Of a file on this machine: path, size, inode, and when its content and its entry were changed;
+    in an object store: path, size and time; of a Delta table: its id and version.
 
     Args:
         source: what is to be read.
         folder: folder of the defs.yaml, from which a relative path counts.
 
     Returns:
-        Text that differs wherever a file does. None where that is doubtful: a store that keeps no times, or a file changed so
-        lately that it could be changed once more within the resolution of its time.
+        Text that differs wherever a file does. None where that is doubtful: a store that keeps no
+        times, or a file changed so lately that it could be changed once more within the resolution
+        of its time.
 
     Raises:
         SpecError, DataError: as `read_source`.
     """
-    if (source.format or _format_of(source)) == "delta":
+    if _kind_of(source) == "delta":
         return _delta_state(source, folder)
     filesystem, paths = _locate(source, folder)
     if isinstance(filesystem, pf.LocalFileSystem):
         stats = [Path(path).stat() for path in paths]
-        newest, window = max(max(stat.st_mtime, stat.st_ctime) for stat in stats), LOCAL_DOUBT_SECONDS
-        told = [[path, stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns] for path, stat in zip(paths, stats, strict=True)]
+        newest, window = (
+            max(max(stat.st_mtime, stat.st_ctime) for stat in stats),
+            LOCAL_DOUBT_SECONDS,
+        )
+        told = [
+            [path, stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
+            for path, stat in zip(paths, stats, strict=True)
+        ]
     else:
         infos = filesystem.get_file_info(paths)
         if any(info.mtime_ns is None for info in infos):
@@ -110,14 +131,24 @@ def _delta_state(source: SourceSpec, folder: Path) -> str | None:
         return None
 
 
-def _format_of(source: SourceSpec) -> str:
-    name = source.uri.removesuffix(".gz").removesuffix(".zip")
-    suffix = Path(name).suffix.lower()
-    if suffix not in SUFFIXES:
+def _kind_of(source: SourceSpec) -> Kind | Literal["delta"]:
+    """What a source's files are: as it says, or else as the ending of its uri tells."""
+    if source.format is not None:
+        return "json" if source.format == "jsonl" else source.format
+    file_format = format_of(source.uri)
+    if file_format is None:
         raise SpecError(
-            f"source {source.name!r}: format of {source.uri!r} cannot be told from its ending; set format to csv, parquet, delta or jsonl"
+            f"source {source.name!r}: the ending of {source.uri!r} does not tell its format; "
+            "set format to csv, parquet, delta or jsonl"
         )
-    return SUFFIXES[suffix]
+    return file_format.kind
+
+
+def _format_of_file(source: SourceSpec, path: str, kind: Kind) -> Format:
+    """How one of a source's files is to be read."""
+    file_format = format_as(path, kind)
+    # Spark writes sales.tsv as a folder of files whose own names do not tell the delimiter.
+    return replace(file_format, delimiter="\t") if ".tsv" in source.uri else file_format
 
 
 def _locate(source: SourceSpec, folder: Path) -> tuple[pf.FileSystem, list[str]]:
@@ -128,11 +159,18 @@ def _locate(source: SourceSpec, folder: Path) -> tuple[pf.FileSystem, list[str]]
         info = filesystem.get_file_info(path)
         if info.type == pf.FileType.Directory:
             found = filesystem.get_file_info(pf.FileSelector(path, recursive=True))
-            return filesystem, _found(source, sorted(entry.path for entry in found if entry.is_file and not _hidden(entry.path.removeprefix(path))))
+            return filesystem, _found(
+                source,
+                sorted(
+                    entry.path
+                    for entry in found
+                    if entry.is_file and not is_hidden(entry.path.removeprefix(path))
+                ),
+            )
         return filesystem, _found(source, [path] if info.type == pf.FileType.File else [])
     tried = []
     for root, name in _places(source, folder):
-        paths = _local_files(root, name)
+        paths = list_local(root, name)
         if paths:
             return pf.LocalFileSystem(), paths
         tried.append(str(root / name))
@@ -151,30 +189,19 @@ def _places(source: SourceSpec, folder: Path) -> list[tuple[Path, str]]:
 
 def _repository(folder: Path) -> Path | None:
     """The nearest folder around a fleet's that has a pyproject.toml."""
-    around = (parent for parent in folder.absolute().parents if (parent / "pyproject.toml").is_file())
+    around = (
+        parent for parent in folder.absolute().parents if (parent / "pyproject.toml").is_file()
+    )
     return next(around, None)
-
-
-def _local_files(root: Path, name: str) -> list[str]:
-    local = root / name
-    if local.is_dir():
-        files = (path for path in local.rglob("*") if path.is_file())
-        return sorted(str(path) for path in files if not _hidden(str(path.relative_to(local))))
-    # A file or a folder whose own name holds glob characters is meant literally.
-    if local.is_file():
-        return [str(local)]
-    return sorted(glob.glob(str(Path(glob.escape(str(root))) / name), recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern
-
-
-def _hidden(path: str) -> bool:
-    """Whether a file, or a folder around it, is another program's business."""
-    return any(part.startswith((".", "_")) for part in Path(path).parts)
 
 
 def _found(source: SourceSpec, paths: list[str], tried: Sequence[str] = ()) -> list[str]:
     if not paths:
         places = "".join(f"\n  tried: {place}" for place in tried)
-        raise DataError(f"source {source.name!r}: nothing is at {source.uri!r}; expected a file, a folder or a glob that matches something{places}")
+        raise DataError(
+            f"source {source.name!r}: nothing is at {source.uri!r}; expected a file, a folder or a "
+            f"glob that matches something{places}"
+        )
     return paths
 
 
@@ -191,46 +218,36 @@ def _package_folder(source: SourceSpec) -> Path:
     except (ImportError, ValueError):
         found = None
     if found is None or not found.submodule_search_locations:
-        raise SpecError(f"source {source.name!r}: package {package!r} of {source.uri!r} is not installed; add it to the project's dependencies")
+        raise SpecError(
+            f"source {source.name!r}: package {package!r} of {source.uri!r} is not installed; add "
+            "it to the project's dependencies"
+        )
     return Path(next(iter(found.submodule_search_locations)))
 
 
-def _plain_bytes(stream: pa.NativeFile, path: str, kind: str) -> io.IOBase | pa.NativeFile:
-    if kind == "parquet":
-        return stream
-    if path.endswith(".gz"):
-        return gzip.open(stream)
-    if path.endswith(".zip"):
-        archive = zipfile.ZipFile(stream)
-        files = [name for name in archive.namelist() if not name.endswith("/") and not _hidden(name) and "__MACOSX" not in name]
-        if len(files) != 1:
-            raise ValueError(f"the archive holds {len(files)} files, expected one: {', '.join(files)}")
-        return io.BytesIO(archive.read(files[0]))
-    return stream
+def _read_file(stream: pa.NativeFile, file_format: Format, source: SourceSpec) -> pa.Table:
+    """All rows of one opened file, in the types that its reader guesses or knows."""
+    if file_format.kind == "parquet":
+        return pq.read_table(stream)
+    if file_format.kind == "csv":
+        return _read_csv(stream, file_format, source)
+    return pj.read_json(stream, json_blocks())
 
 
-def _readers() -> dict[str, Callable[..., pa.Table]]:
-    return {"csv": _read_csv, "parquet": _read_parquet, "jsonl": _read_jsonl}
-
-
-def _read_csv(stream: io.IOBase, source: SourceSpec) -> pa.Table:
-    # Timestamps are read as text first: with a zone or without one.
-    types = {name: pa.string() if kind == "timestamp" else _TYPES[kind] for name, kind in source.types.items()}
-    options = pc.ConvertOptions(column_types=types, null_values=list(source.null_values), strings_can_be_null=True)
-    delimiter = "\t" if ".tsv" in source.uri else ","
-    table = pc.read_csv(stream, convert_options=options, parse_options=pc.ParseOptions(delimiter=delimiter, newlines_in_values=True))
+def _read_csv(stream: pa.NativeFile, file_format: Format, source: SourceSpec) -> pa.Table:
+    types = {}
+    for name, kind in source.types.items():
+        # Timestamps are read as text first: with a zone or without one.
+        types[name] = pa.string() if kind == "timestamp" else _TYPES[kind]
+    table = pv.read_csv(
+        stream,
+        convert_options=csv_conversion(types, source.null_values),
+        parse_options=csv_parsing(file_format),
+    )
     binary = [field.name for field in table.schema if pa.types.is_binary(field.type)]
     if binary:
         raise ValueError(f"text of {', '.join(binary)} is not UTF-8")
-    return _typed(table, source)
-
-
-def _read_parquet(stream: pa.NativeFile, source: SourceSpec) -> pa.Table:
-    return _typed(pq.read_table(stream), source)
-
-
-def _read_jsonl(stream: io.IOBase, source: SourceSpec) -> pa.Table:
-    return _typed(pj.read_json(stream), source)
+    return table
 
 
 def _read_delta(source: SourceSpec, folder: Path) -> pa.Table:
@@ -241,7 +258,10 @@ def _read_delta(source: SourceSpec, folder: Path) -> pa.Table:
     try:
         return _typed(DeltaTable(_first_table(uris)).to_pyarrow_table(), source)
     except (DeltaError, OSError) as error:
-        raise DataError(f"source {source.name!r}: {source.uri!r} cannot be read as a Delta table ({error}); tried: {', '.join(uris)}") from error
+        raise DataError(
+            f"source {source.name!r}: {source.uri!r} cannot be read as a Delta table ({error}); "
+            f"tried: {', '.join(uris)}"
+        ) from error
 
 
 def _delta_uris(source: SourceSpec, folder: Path) -> list[str]:

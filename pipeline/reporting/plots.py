@@ -8,12 +8,24 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from pipeline.reporting.summary import TITLES, fleet_errors, shown_measures, status_counts, with_measures
+from pipeline.reporting.summary import (
+    TITLES,
+    fleet_errors,
+    shown_measures,
+    status_counts,
+    with_measures,
+)
 from pipeline.spec import BINARY, MULTICLASS, FleetSpec
 
 MOST_CLASSES = 20
 BLUE, LIGHT_BLUE, GREY, ORANGE = "#2f6690", "#9dbcd4", "#b8b8b8", "#d97b29"
-_STATUS_COLOURS = {"trained": BLUE, "refreshed": BLUE, "reused": LIGHT_BLUE, "failed": ORANGE, "crashed": ORANGE}
+_STATUS_COLOURS = {
+    "trained": BLUE,
+    "refreshed": BLUE,
+    "reused": LIGHT_BLUE,
+    "failed": ORANGE,
+    "crashed": ORANGE,
+}
 
 
 def training_plot(ledger: pd.DataFrame, spec: FleetSpec) -> bytes:
@@ -28,7 +40,7 @@ def training_plot(ledger: pd.DataFrame, spec: FleetSpec) -> bytes:
 
 
 def decision_plot(decisions: pd.DataFrame, spec: FleetSpec) -> bytes:
-    """Two panels: groups by reason, moved or not, and the tested groups' losses under champion and challenger.
+    """Two panels: groups by reason, and the tested groups' losses under champion and challenger.
 
     Args:
         decisions: rows of `tables.DECISIONS`; those of a rollback have no losses.
@@ -50,7 +62,11 @@ def decision_plot(decisions: pd.DataFrame, spec: FleetSpec) -> bytes:
         for moved, colour, title in ((False, GREY, "stays"), (True, BLUE, "moved")):
             part = tested[tested["moved"] == moved]
             losses.scatter(
-                part["loss_champion"].to_numpy(dtype=float), part["loss_challenger"].to_numpy(dtype=float), s=14, color=colour, label=title
+                part["loss_champion"].to_numpy(dtype=float),
+                part["loss_challenger"].to_numpy(dtype=float),
+                s=14,
+                color=colour,
+                label=title,
             )
         if len(tested):
             both = tested[["loss_champion", "loss_challenger"]].to_numpy(dtype=float)
@@ -64,9 +80,18 @@ def decision_plot(decisions: pd.DataFrame, spec: FleetSpec) -> bytes:
 
 def _draw_statuses(axes: "mpl.axes.Axes", ledger: pd.DataFrame) -> None:
     counts = status_counts(ledger)
-    titles = [f"{grain} {status}" + (f" ({reason})" if reason else "") for grain, status, reason, _ in counts.to_numpy(dtype=object)]
+    titles = [
+        f"{grain} {status}" + (f" ({reason})" if reason else "")
+        for grain, status, reason, _ in counts.to_numpy(dtype=object)
+    ]
     colours = [
-        {"trained": BLUE, "refreshed": BLUE, "reused": LIGHT_BLUE, "failed": ORANGE, "crashed": ORANGE}.get(status, GREY)
+        {
+            "trained": BLUE,
+            "refreshed": BLUE,
+            "reused": LIGHT_BLUE,
+            "failed": ORANGE,
+            "crashed": ORANGE,
+        }.get(status, GREY)
         for status in counts["status"]
     ]
     bars = axes.barh(titles, counts["groups"], color=colours)
@@ -78,7 +103,11 @@ def _draw_statuses(axes: "mpl.axes.Axes", ledger: pd.DataFrame) -> None:
 
 def _draw_error_by_rows(axes: "mpl.axes.Axes", ledger: pd.DataFrame) -> None:
     measured, (name, _) = with_measures(ledger)
-    finest = measured[(measured["grain"] == measured["grain"].max()) & measured[name].notna() & (measured[name] > 0)]
+    finest = measured[
+        (measured["grain"] == measured["grain"].max())
+        & measured[name].notna()
+        & (measured[name] > 0)
+    ]
     weights = finest["weight"].fillna(0.0).to_numpy(dtype=float)
     points = axes.scatter(
         finest["n_target"].to_numpy(dtype=float),
@@ -99,12 +128,18 @@ def _draw_error_by_rows(axes: "mpl.axes.Axes", ledger: pd.DataFrame) -> None:
 
 def _draw_rivals(axes: "mpl.axes.Axes", ledger: pd.DataFrame, spec: FleetSpec) -> None:
     name = next(iter(shown_measures(fleet_errors(ledger, spec)[0])))
-    found = {error.name: value for error in fleet_errors(ledger, spec) if (value := shown_measures(error)[name]) is not None}
+    found = {
+        error.name: value
+        for error in fleet_errors(ledger, spec)
+        if (value := shown_measures(error)[name]) is not None
+    }
     bars = axes.barh(list(found), list(found.values()), color=[BLUE, *[GREY] * (len(found) - 1)])
     axes.bar_label(bars, padding=3, fmt="%.4g")
     axes.invert_yaxis()
     axes.margins(x=0.2)
-    axes.set_xlabel(f"{TITLES[name]} on report rows" + ("" if spec.is_class_task else ", target units"))
+    axes.set_xlabel(
+        f"{TITLES[name]} on report rows" + ("" if spec.is_class_task else ", target units")
+    )
 
 
 def plan_plot(ledger: pd.DataFrame) -> bytes:
@@ -114,7 +149,10 @@ def plan_plot(ledger: pd.DataFrame) -> bytes:
     axes = figure.subplots()
     axes.scatter(trained["planned_seconds"], trained["seconds"], s=14, color=BLUE)
     if len(trained):
-        ends = [min(trained["planned_seconds"].min(), trained["seconds"].min()), max(trained["planned_seconds"].max(), trained["seconds"].max())]
+        ends = [
+            min(trained["planned_seconds"].min(), trained["seconds"].min()),
+            max(trained["planned_seconds"].max(), trained["seconds"].max()),
+        ]
         axes.plot(ends, ends, color=GREY, linewidth=1)
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -123,11 +161,14 @@ def plan_plot(ledger: pd.DataFrame) -> bytes:
     return _png(figure)
 
 
-def prediction_plot(predictions: Sequence[float] | Sequence[str], answered_by: Mapping[str, int], spec: FleetSpec) -> bytes:
+def prediction_plot(
+    predictions: Sequence[float] | Sequence[str], answered_by: Mapping[str, int], spec: FleetSpec
+) -> bytes:
     """Distribution of the answers, and who gave them.
 
     Args:
-        predictions: answers, or a sample of them: in the target's units, probabilities of the positive class, or classes.
+        predictions: answers, or a sample of them: in the target's units, probabilities of the
+            positive class, or classes.
         answered_by: rows per grain that answered.
         spec: the fleet.
     """
@@ -138,7 +179,11 @@ def prediction_plot(predictions: Sequence[float] | Sequence[str], answered_by: M
         values.bar([str(name) for name in counts.index], counts.to_numpy(), color=BLUE)
         values.tick_params(axis="x", rotation=45)
     else:
-        values.hist([float(value) for value in predictions if np.isfinite(float(value))], bins=40, color=BLUE)
+        values.hist(
+            [float(value) for value in predictions if np.isfinite(float(value))],
+            bins=40,
+            color=BLUE,
+        )
     what = f"probability of {spec.target.column}" if spec.task == BINARY else spec.target.column
     values.set_xlabel(f"predicted {what}")
     values.set_ylabel("rows")
@@ -149,7 +194,7 @@ def prediction_plot(predictions: Sequence[float] | Sequence[str], answered_by: M
 
 
 def importance_plot(top: pd.DataFrame, spec: FleetSpec) -> bytes:
-    """Features by their mean share of the gain, and by the number of groups in which they come first.
+    """Features by their mean share of the gain, and by the number of groups they lead.
 
     Args:
         top: as from `summary.top_features`.
@@ -158,12 +203,26 @@ def importance_plot(top: pd.DataFrame, spec: FleetSpec) -> bytes:
     figure = Figure(figsize=(10, 1.4 + 0.28 * len(top)), layout="constrained")
     shares, firsts = figure.subplots(1, 2, sharey=True)
     places = np.arange(len(top))
-    shares.barh(places - 0.2, top["mean_share_percent"].to_numpy(dtype=float), height=0.4, color=BLUE, label="own models, mean")
-    shares.barh(places + 0.2, top["pooled_share_percent"].to_numpy(dtype=float), height=0.4, color=GREY, label="pooled model")
+    shares.barh(
+        places - 0.2,
+        top["mean_share_percent"].to_numpy(dtype=float),
+        height=0.4,
+        color=BLUE,
+        label="own models, mean",
+    )
+    shares.barh(
+        places + 0.2,
+        top["pooled_share_percent"].to_numpy(dtype=float),
+        height=0.4,
+        color=GREY,
+        label="pooled model",
+    )
     shares.set_yticks(places, list(top["feature"]))
     shares.set_xlabel("share of the gain, %")
     shares.legend(loc="lower right")
-    firsts.bar_label(firsts.barh(places, top["first_in"].to_numpy(dtype=float), color=BLUE), padding=3)
+    firsts.bar_label(
+        firsts.barh(places, top["first_in"].to_numpy(dtype=float), color=BLUE), padding=3
+    )
     firsts.margins(x=0.15)
     firsts.set_xlabel("groups in which it comes first")
     shares.invert_yaxis()

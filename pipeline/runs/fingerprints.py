@@ -17,14 +17,27 @@ _LIBRARIES = ("lightgbm", "numpy", "optuna")
 _NOT_LEARNT_FROM = ("categories", "fleet", "interval", "intervals", "optional", "prior", "required")
 
 
-def shared_digest(model_spec: ModelSpec, goal: Mapping[str, Any], tuning: TuningSpec, cutoffs: Cutoffs, weight: str | None) -> str:
-    """Hash of what all groups of a run have in common: model spec, objective, budget and search space, dates, code and libraries.
+def shared_digest(
+    model_spec: ModelSpec,
+    goal: Mapping[str, Any],
+    tuning: TuningSpec,
+    cutoffs: Cutoffs,
+    weight: str | None,
+) -> str:
+    """Hash of what all groups of a run have in common.
 
-    The lists of categories are left out: a group's rows are hashed with the numbers that its own values have in them. So is what
-    changes no booster: which columns a batch may lack, and the levels of intervals.
+    Model spec, objective, budget and search space, dates, code and libraries.
+
+    The lists of categories are left out: a group's rows are hashed with the numbers that its own
+    values have in them. So is what changes no booster: which columns a batch may lack, and the
+    levels of intervals.
     """
     parts = {
-        "model": {name: part for name, part in model_spec.to_dict().items() if name not in _NOT_LEARNT_FROM},
+        "model": {
+            name: part
+            for name, part in model_spec.to_dict().items()
+            if name not in _NOT_LEARNT_FROM
+        },
         "goal": goal,
         "categoricals": sorted(model_spec.categories),
         "weight": weight,
@@ -33,7 +46,9 @@ def shared_digest(model_spec: ModelSpec, goal: Mapping[str, Any], tuning: Tuning
         "training": TRAINING_VERSION,
         "libraries": {library: installed_version(library) for library in _LIBRARIES},
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()
+    ).hexdigest()
 
 
 def fingerprint(rows_hash: str, shared: str, started_from: str) -> str:

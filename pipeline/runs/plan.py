@@ -5,7 +5,7 @@ import heapq
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,20 +15,30 @@ from pipeline.models.meta_model import GroupKey
 from pipeline.models.start import CrossSelection, Start
 from pipeline.periods import Period
 from pipeline.runs.fingerprints import fingerprint
-from pipeline.training.outcome import NO_TARGET, NOT_LISTED, NOT_POOLED, TOO_FEW_ROWS, VANISHED, WITH_BOOSTER
-
-Retrain = Literal["changed", "stale", "listed", "all"]
+from pipeline.runs.history import EarlierRuns
+from pipeline.runs.request import Retrain
+from pipeline.training.outcome import (
+    NO_TARGET,
+    NOT_LISTED,
+    NOT_POOLED,
+    TOO_FEW_ROWS,
+    VANISHED,
+    WITH_BOOSTER,
+)
 
 TASK_SECONDS = 3.0
-# The last task of a slot in parts: as one, it would leave the other slots idle where the guesses were wrong.
+# The last task of a slot in parts: as one, it would leave the other slots idle where the guesses
+# were wrong.
 LAST_SHARES, MIN_TASKS_BEFORE_LAST = [0.5, 0.25, 0.25], 3
-# Fits of a group besides its trials: on fit rows (a refit only, for each half of the tune rows), on fit and tune rows, on all.
+# Fits of a group besides its trials: on fit rows (a refit only, for each half of the tune rows), on
+# fit and tune rows, on all.
 _REFITS, _REFRESH_FITS = 2, 4
 # A cost model is learnt from at least so many groups.
 _LEARNT_FROM = 8
 # Without any history, real seconds were up to so many times the planned ones (on five real fleets).
 DOUBT = 15
-# A wave is laid out for this part of `checkpoint_seconds`: two of them, each with its last group, are lost with a killed run.
+# A wave is laid out for this part of `checkpoint_seconds`: two of them, each with its last group,
+# are lost with a killed run.
 WAVE_SHARE = 0.5
 
 TRAIN, REFRESH, REUSE, KEEP, INHERIT = "train", "refresh", "reuse", "keep", "inherit"
@@ -39,7 +49,8 @@ class CostModel:
     """Seconds to train a group: some per fit, and some per thousand rows, feature and fit.
 
     Args:
-        fit_seconds: per fit. The prior was measured on the example fleets and generated ones with one thread.
+        fit_seconds: per fit. The prior was measured on the example fleets and generated ones with
+            one thread.
         work_seconds: per thousand rows, feature and fit.
         learnt_from: groups of an earlier run that it was learnt from; 0 is the prior.
     """
@@ -56,11 +67,16 @@ class CostModel:
     def learnt(cls, ledger: pd.DataFrame, n_features: int, n_fits: int) -> "CostModel":
         """Learn from the groups that an earlier run trained; the prior where they are too few.
 
-        Least squares of relative errors, so that small groups count as much as large ones; no part is below a hundredth of the
-        prior. It orders and packs the work and is told before it; results do not depend on it.
+        Least squares of relative errors, so that small groups count as much as large ones; no part
+        is below a hundredth of the prior. It orders and packs the work and is told before it;
+        results do not depend on it.
         """
         prior = cls()
-        trained = ledger[ledger["status"].isin(["trained", "refreshed"]) & ledger["seconds"].gt(0) & ledger["n_target"].gt(0)]
+        trained = ledger[
+            ledger["status"].isin(["trained", "refreshed"])
+            & ledger["seconds"].gt(0)
+            & ledger["n_target"].gt(0)
+        ]
         if len(trained) < _LEARNT_FROM:
             return prior
         fits = np.where(trained["status"] == "refreshed", _REFRESH_FITS, n_fits + _REFITS)
@@ -68,24 +84,11 @@ class CostModel:
         seconds = trained["seconds"].to_numpy(dtype=float)
         design = np.column_stack([fits, work]) / seconds[:, None]
         (fit_seconds, work_seconds), *_ = np.linalg.lstsq(design, np.ones(len(work)), rcond=None)
-        return cls(max(float(fit_seconds), prior.fit_seconds / 100), max(float(work_seconds), prior.work_seconds / 100), len(trained))
-
-
-@dataclass(frozen=True)
-class Memory:
-    """What earlier runs left, for this run to build on.
-
-    Args:
-        kept: ledger rows of the very run that is resumed, by group.
-        before: ledger rows of the newest finished run.
-        unfinished: ledger rows of runs that were never finished, newer than `before`.
-        same_spec: whether `before` was trained under the same spec, so that its parameters may be refitted without trials.
-    """
-
-    kept: Mapping[GroupKey, Mapping[str, Any]] = field(default_factory=dict)
-    before: Mapping[GroupKey, Mapping[str, Any]] = field(default_factory=dict)
-    unfinished: Mapping[GroupKey, Mapping[str, Any]] = field(default_factory=dict)
-    same_spec: bool = True
+        return cls(
+            max(float(fit_seconds), prior.fit_seconds / 100),
+            max(float(work_seconds), prior.work_seconds / 100),
+            len(trained),
+        )
 
 
 @dataclass(frozen=True)
@@ -93,17 +96,20 @@ class Policy:
     """Which groups are trained again.
 
     Args:
-        retrain: `changed`: whose fingerprint changed; `stale`: also those tuned longer ago than `retune_after`; `listed`: the
-            listed ones; `all`.
+        retrain: `changed`: whose fingerprint changed; `stale`: also those tuned longer ago than
+            `retune_after`; `listed`: the listed ones; `all`.
         listed: group ids, for `listed`.
         retune_after: a changed group tuned less long ago is refitted without trials.
         as_of: what the run pretends.
         fit_rows: a group with fewer fit rows is not trained.
         tune_rows: a group with fewer tune rows is not trained.
         finest_only: whether only the finest grain is trained.
-        corrects: whether a group's trees correct its parent's predictions, so that it changes with its parent.
-        max_trials: first-pass trials where the fleet has a budget of seconds; None leaves it to the spec.
-        recipes: how groups start whose earlier recipes are refitted; where there are any, only these groups are trained.
+        corrects: whether a group's trees correct its parent's predictions, so that it changes with
+            its parent.
+        max_trials: first-pass trials where the fleet has a budget of seconds; None leaves it to the
+            spec.
+        recipes: how groups start whose earlier recipes are refitted; where there are any, only
+            these groups are trained.
     """
 
     retrain: Retrain
@@ -123,11 +129,13 @@ class TrainingPlan:
     """What a run will do.
 
     Args:
-        groups: one row per group of every grain, longest first: grain (index), group_id, parent_id, n_rows, n_target, n_fit, n_tune,
-            n_report; action: `train`, `refresh` (refit with known parameters), `reuse` (an earlier run's booster), `keep` (done
-            before this run was interrupted) or `inherit` (its parent answers); reason; started_from (JSON, see `Start`);
-            fingerprint; cost_seconds (of one thread); wave and task (-1 where not trained) as they come if these seconds are right:
-            a run lays out its waves by what it learns (see `pipeline.runs.schedule`).
+        groups: one row per group of every grain, longest first: grain (index), group_id, parent_id,
+            n_rows, n_target, n_fit, n_tune, n_report; action: `train`, `refresh` (refit with known
+            parameters), `reuse` (an earlier run's booster), `keep` (done before this run was
+            interrupted) or `inherit` (its parent answers); reason; started_from (JSON, see
+            `Start`); fingerprint; cost_seconds (of one thread); wave and task (-1 where not
+            trained) as they come if these seconds are right: a run lays out its waves by what it
+            learns (see `pipeline.runs.schedule`).
         slots: tasks that run at once.
         cost_model: that foresaw the seconds.
     """
@@ -149,7 +157,11 @@ class TrainingPlan:
     @property
     def n_tasks(self) -> int:
         """Spark tasks of all waves."""
-        return int(self.to_train.groupby("wave")["task"].max().add(1).sum()) if len(self.to_train) else 0
+        return (
+            int(self.to_train.groupby("wave")["task"].max().add(1).sum())
+            if len(self.to_train)
+            else 0
+        )
 
     @property
     def predicted_seconds(self) -> float:
@@ -162,8 +174,15 @@ class TrainingPlan:
     def describe(self) -> str:
         """The plan in one paragraph for people."""
         counted = self.groups["action"].value_counts()
-        told = {TRAIN: "to train", REFRESH: "to refit", REUSE: "unchanged (reused)", KEEP: "done before the interruption"}
-        parts = [f"{counted[action]:,} {text}" for action, text in told.items() if action in counted]
+        told = {
+            TRAIN: "to train",
+            REFRESH: "to refit",
+            REUSE: "unchanged (reused)",
+            KEEP: "done before the interruption",
+        }
+        parts = [
+            f"{counted[action]:,} {text}" for action, text in told.items() if action in counted
+        ]
         rest = self.groups.loc[self.groups["action"] == INHERIT, "reason"].value_counts()
         parts += [f"{count:,} {reason}" for reason, count in rest.items()]
         return f"{len(self.groups):,} groups: {', '.join(parts)}; {self._describe_seconds()}"
@@ -182,7 +201,7 @@ class TrainingPlan:
 def build_plan(
     counts: pd.DataFrame,
     policy: Policy,
-    memory: Memory,
+    earlier: EarlierRuns,
     *,
     shared: str,
     n_features: int,
@@ -194,42 +213,64 @@ def build_plan(
     """Decide per group whether it is trained, from what, and where.
 
     Args:
-        counts: one row per group: grain, group_id, parent_id, n_rows, n_target, n_invalid, n_fit, n_tune, n_report, rows_hash.
+        counts: one row per group: grain, group_id, parent_id, n_rows, n_target, n_invalid, n_fit,
+            n_tune, n_report, rows_hash.
         policy: which groups are trained again.
-        memory: what earlier runs left.
+        earlier: what earlier runs left.
         shared: as from `shared_digest`.
         n_features: features per row.
         n_fits: trials per group that the tuning budget allows.
         slots: tasks that run at once.
         checkpoint_seconds: a kill costs at most twice as much work per slot.
-        cost_model: foresees seconds; by default learnt from `memory.before` by the caller, here the prior.
+        cost_model: foresees seconds; by default learnt from `earlier.before` by the caller, here
+            the prior.
     """
     model = cost_model or CostModel()
-    groups = _with_vanished(counts.reset_index(drop=True), memory.before)
+    groups = _with_vanished(counts.reset_index(drop=True), earlier.before)
     finest = int(groups["grain"].max())
-    decisions = _decisions(groups.to_dict("records"), policy, memory, shared, finest)
+    decisions = _decisions(groups.to_dict("records"), policy, earlier, shared, finest)
     for name in ("action", "reason", "started_from", "fingerprint"):
         groups[name] = pd.Series([getattr(decision, name) for decision in decisions], dtype=object)
     works = groups["action"].isin([TRAIN, REFRESH])
     fits = np.where(groups["action"] == REFRESH, _REFRESH_FITS, n_fits + _REFITS)
-    groups["cost_seconds"] = np.where(works, model.predict(groups["n_target"], n_features, fits), 0.0)
-    groups = groups.sort_values(["cost_seconds", "grain", "group_id"], ascending=[False, True, True], ignore_index=True)
+    groups["cost_seconds"] = np.where(
+        works, model.predict(groups["n_target"], n_features, fits), 0.0
+    )
+    groups = groups.sort_values(
+        ["cost_seconds", "grain", "group_id"], ascending=[False, True, True], ignore_index=True
+    )
     groups["wave"], groups["task"] = -1, -1
     trained = groups.index[groups["action"].isin([TRAIN, REFRESH])]
     costs = groups.loc[trained, "cost_seconds"].tolist()
-    waves, tasks = assign_waves(pack_tasks(costs, slots=slots), costs, slots=slots, wave_seconds=WAVE_SHARE * checkpoint_seconds)
+    waves, tasks = assign_waves(
+        pack_tasks(costs, slots=slots),
+        costs,
+        slots=slots,
+        wave_seconds=WAVE_SHARE * checkpoint_seconds,
+    )
     groups.loc[trained, "wave"], groups.loc[trained, "task"] = waves, tasks
     return TrainingPlan(groups, slots, model)
 
 
-def _with_vanished(counts: pd.DataFrame, before: Mapping[GroupKey, Mapping[str, Any]]) -> pd.DataFrame:
+def _with_vanished(
+    counts: pd.DataFrame, before: Mapping[GroupKey, Mapping[str, Any]]
+) -> pd.DataFrame:
     """The groups of the data, and those of the run before that are not in it any more."""
     there = set(GroupKey.of_rows(counts))
     gone = [row for key, row in sorted(before.items()) if key not in there]
     if not gone:
         return counts
     empty = {name: 0 for name in counts.columns if name.startswith("n_")}
-    rows = [{"grain": row["grain"], "group_id": row["group_id"], "parent_id": row["parent_id"], "rows_hash": VANISHED, **empty} for row in gone]
+    rows = [
+        {
+            "grain": row["grain"],
+            "group_id": row["group_id"],
+            "parent_id": row["parent_id"],
+            "rows_hash": VANISHED,
+            **empty,
+        }
+        for row in gone
+    ]
     added = pd.DataFrame(rows).reindex(columns=counts.columns)
     if "exponent" in added:
         added["exponent"] = 0
@@ -244,60 +285,103 @@ class _Decision:
     fingerprint: str | None = None
 
 
-def _decisions(groups: Sequence[Mapping[Any, Any]], policy: Policy, memory: Memory, shared: str, finest: int) -> list[_Decision]:
-    """One decision per group, in the groups' order; parents first, because a child that corrects them changes with them."""
+def _decisions(
+    groups: Sequence[Mapping[Any, Any]],
+    policy: Policy,
+    earlier: EarlierRuns,
+    shared: str,
+    finest: int,
+) -> list[_Decision]:
+    """One decision per group, in the groups' order.
+
+    Parents first, because a child that corrects them changes with them.
+    """
     found: dict[int, _Decision] = {}
     bases: dict[GroupKey, str | None] = {}
     listed: set[GroupKey] = set()
     for place in sorted(range(len(groups)), key=lambda place: groups[place]["grain"]):
         group = dict(groups[place])
-        key, parent = GroupKey.of(group), GroupKey.parent_of(group)
-        if policy.corrects and group["rows_hash"] != VANISHED and (base := bases.get(parent)) is not None:
+        key, parent = GroupKey.of(group), GroupKey(int(group["grain"]) - 1, str(group["parent_id"]))
+        if (
+            policy.corrects
+            and group["rows_hash"] != VANISHED
+            and (base := bases.get(parent)) is not None
+        ):
             group["rows_hash"] = f"{group['rows_hash']}+{base}"
         if key[1] in policy.listed or (policy.corrects and parent in listed):
             listed.add(key)
-        found[place] = _decide(group, policy, memory, shared, finest, is_listed=key in listed)
+        found[place] = _decide(group, policy, earlier, shared, finest, is_listed=key in listed)
         bases[key] = found[place].fingerprint or bases.get(parent)
     return [found[place] for place in range(len(groups))]
 
 
-def _decide(group: Mapping[Any, Any], policy: Policy, memory: Memory, shared: str, finest: int, *, is_listed: bool) -> _Decision:
+def _decide(
+    group: Mapping[Any, Any],
+    policy: Policy,
+    earlier: EarlierRuns,
+    shared: str,
+    finest: int,
+    *,
+    is_listed: bool,
+) -> _Decision:
     """What is to be done for one group."""
     key = GroupKey.of(group)
-    before = memory.before.get(key)
+    before = earlier.before.get(key)
     hashed = str(group["rows_hash"])
     if policy.recipes:
-        return _refit_or_not(key, policy.recipes.get(key), memory, hashed, shared)
+        return _refit_or_not(key, policy.recipes.get(key), earlier, hashed, shared)
     if hashed == VANISHED or (policy.retrain == "listed" and not is_listed):
-        return _without_training(key[0], before, VANISHED if hashed == VANISHED else NOT_LISTED, hashed, shared)
-    # The pooled group is sent to a worker in any case, if only to judge the rows that no model answers.
+        return _without_training(
+            key[0], before, VANISHED if hashed == VANISHED else NOT_LISTED, hashed, shared
+        )
+    # The pooled group is sent to a worker in any case, if only to judge the rows that no model
+    # answers.
     if key[0] > 0 and (reason := _reason_to_inherit(group, policy, finest)) is not None:
         return _Decision(INHERIT, reason)
-    source = memory.kept.get(key)
+    source = earlier.kept.get(key)
     if source is not None and _is_unchanged(source, hashed, shared):
         return _Decision(KEEP, None, source["started_from"], source["fingerprint"])
-    source = next((row for row in (before, memory.unfinished.get(key)) if row and _may_be_reused(row, hashed, shared, policy)), None)
+    source = next(
+        (
+            row
+            for row in (before, earlier.unfinished.get(key))
+            if row and _may_be_reused(row, hashed, shared, policy)
+        ),
+        None,
+    )
     if source is not None:
         return _Decision(REUSE, None, source["started_from"], source["fingerprint"])
-    start = _start(group, memory, policy, judge=policy.finest_only and key[0] != finest)
+    start = _start(group, earlier, policy, judge=policy.finest_only and key[0] != finest)
     started_from = start.to_json()
-    return _Decision(TRAIN if start.refit is None else REFRESH, None, started_from, fingerprint(hashed, shared, started_from))
+    return _Decision(
+        TRAIN if start.refit is None else REFRESH,
+        None,
+        started_from,
+        fingerprint(hashed, shared, started_from),
+    )
 
 
-def _refit_or_not(key: GroupKey, start: Start | None, memory: Memory, hashed: str, shared: str) -> _Decision:
+def _refit_or_not(
+    key: GroupKey, start: Start | None, earlier: EarlierRuns, hashed: str, shared: str
+) -> _Decision:
     """Fit an earlier recipe, unless an interrupted run has done that."""
     if hashed == VANISHED or start is None or (start.judge and key[0] > 0):
         return _Decision(INHERIT, VANISHED if hashed == VANISHED else NOT_LISTED)
     started_from = start.to_json()
     wanted = fingerprint(hashed, shared, started_from)
-    for row, action in ((memory.kept.get(key), KEEP), (memory.unfinished.get(key), REUSE)):
+    for row, action in ((earlier.kept.get(key), KEEP), (earlier.unfinished.get(key), REUSE)):
         if row is not None and row["fingerprint"] == wanted:
             return _Decision(action, None, started_from, wanted)
     return _Decision(TRAIN if start.refit is None else REFRESH, None, started_from, wanted)
 
 
-def _without_training(grain: int, before: Mapping[str, Any] | None, reason: str, hashed: str, shared: str) -> _Decision:
-    """A group keeps the booster it has, if it has one, whether or not its rows changed; the pooled group keeps its held-out rows, or judges."""
+def _without_training(
+    grain: int, before: Mapping[str, Any] | None, reason: str, hashed: str, shared: str
+) -> _Decision:
+    """A group keeps the booster it has, if it has one, whether or not its rows changed.
+
+    The pooled group keeps its held-out rows, or judges.
+    """
     if grain == 0 and before is None:
         started_from = Start(judge=True).to_json()
         return _Decision(TRAIN, reason, started_from, fingerprint(hashed, shared, started_from))
@@ -319,7 +403,8 @@ def _reason_to_inherit(group: Mapping[Any, Any], policy: Policy, finest: int) ->
 def _is_unchanged(row: Mapping[str, Any], rows_hash: str, shared: str) -> bool:
     """Whether the group would be trained from just what it was trained from.
 
-    Refits of an earlier release predicted the tune rows that had chosen them: their weights are wrong, and they are made again.
+    Refits of an earlier release predicted the tune rows that had chosen them: their weights are
+    wrong, and they are made again.
     """
     started_from = row["started_from"]
     if not isinstance(started_from, str) or Start.from_json(started_from).predicts_what_chose_it:
@@ -329,46 +414,78 @@ def _is_unchanged(row: Mapping[str, Any], rows_hash: str, shared: str) -> bool:
 
 def _may_be_reused(row: Mapping[str, Any], rows_hash: str, shared: str, policy: Policy) -> bool:
     """A failed group is tried again; one that killed its process twice is not, until it changes."""
-    if policy.retrain not in ("changed", "stale") or row["status"] == "failed" or not _is_unchanged(row, rows_hash, shared):
+    if (
+        policy.retrain not in ("changed", "stale")
+        or row["status"] == "failed"
+        or not _is_unchanged(row, rows_hash, shared)
+    ):
         return False
-    return policy.retrain == "changed" or row["status"] not in WITH_BOOSTER or _was_tuned_lately(row, policy)
+    return (
+        policy.retrain == "changed"
+        or row["status"] not in WITH_BOOSTER
+        or _was_tuned_lately(row, policy)
+    )
 
 
 def _was_tuned_lately(row: Mapping[str, Any], policy: Policy) -> bool:
-    return policy.retune_after.add(pd.Timestamp(row["tuned_as_of"]).tz_localize(None)) > policy.as_of
+    return (
+        policy.retune_after.add(pd.Timestamp(row["tuned_as_of"]).tz_localize(None)) > policy.as_of
+    )
 
 
-def _start(group: Mapping[Any, Any], memory: Memory, policy: Policy, *, judge: bool) -> Start:
+def _start(group: Mapping[Any, Any], earlier: EarlierRuns, policy: Policy, *, judge: bool) -> Start:
     """From the group's own last parameters, then its parent's."""
     if judge:
         return Start(judge=True)
-    keys = GroupKey.of(group), GroupKey.parent_of(group)
-    own, parent = (row if row is not None and row["status"] in WITH_BOOSTER else None for row in map(memory.before.get, keys))
-    # Without the winners of both halves, as in a ledger of an earlier release, tune rows would be predicted by what they chose.
-    is_refittable = own is not None and memory.same_spec and own.get("cross_selection") is not None
-    if own is not None and is_refittable and policy.retrain in ("changed", "stale") and _was_tuned_lately(own, policy):
+    keys = GroupKey.of(group), GroupKey(int(group["grain"]) - 1, str(group["parent_id"]))
+    own, parent = (
+        row if row is not None and row["status"] in WITH_BOOSTER else None
+        for row in map(earlier.before.get, keys)
+    )
+    # Without the winners of both halves, as in a ledger of an earlier release, tune rows would be
+    # predicted by what they chose.
+    is_refittable = own is not None and earlier.same_spec and own.get("cross_selection") is not None
+    if (
+        own is not None
+        and is_refittable
+        and policy.retrain in ("changed", "stale")
+        and _was_tuned_lately(own, policy)
+    ):
         cross = CrossSelection.from_json(own["cross_selection"])
-        return Start(refit=json.loads(own["parameters"]), n_rounds=int(own["n_rounds"]), cross=cross)
-    return Start(trials=tuple(json.loads(row["parameters"]) for row in (own, parent) if row is not None), max_trials=policy.max_trials)
+        return Start(
+            refit=json.loads(own["parameters"]), n_rounds=int(own["n_rounds"]), cross=cross
+        )
+    return Start(
+        trials=tuple(json.loads(row["parameters"]) for row in (own, parent) if row is not None),
+        max_trials=policy.max_trials,
+    )
 
 
 def of_grain(plan: TrainingPlan, grain: int) -> TrainingPlan:
     """The part of a plan that trains one grain."""
-    return replace(plan, groups=plan.to_train[plan.to_train["grain"] == grain].reset_index(drop=True))
+    return replace(
+        plan, groups=plan.to_train[plan.to_train["grain"] == grain].reset_index(drop=True)
+    )
 
 
-def pack_tasks(costs: Sequence[float], *, slots: int, task_seconds: float = TASK_SECONDS) -> list[int]:
-    """Pack groups into tasks of about `task_seconds`, given longest first; tasks are numbered longest first, too.
+def pack_tasks(
+    costs: Sequence[float], *, slots: int, task_seconds: float = TASK_SECONDS
+) -> list[int]:
+    """Pack groups into tasks of about `task_seconds`, given longest first.
+
+    Tasks are numbered longest first, too.
 
     Args:
         costs: seconds per group, in descending order.
-        slots: tasks that run at once; there are at least that many tasks where there are groups enough.
+        slots: tasks that run at once; there are at least that many tasks where there are groups
+            enough.
         task_seconds: what a task should last; a longer group is a task of its own.
 
     Returns:
         The task of each group.
 
-    Source: longest processing time first, Graham (1969): at most 4/3 - 1/(3m) of the optimum on m slots where each holds one task.
+    Source: longest processing time first, Graham (1969): at most 4/3 - 1/(3m) of the optimum on m
+    slots where each holds one task.
     """
     if not costs:
         return []
@@ -376,9 +493,13 @@ def pack_tasks(costs: Sequence[float], *, slots: int, task_seconds: float = TASK
     rest = sum(costs[giants:])
     # As many small tasks for every slot: one more would leave the other slots idle while it runs.
     per_slot = max(1, round(rest / (slots * task_seconds)))
-    shares = [1.0] * (slots * (per_slot - 1)) + (LAST_SHARES if per_slot >= MIN_TASKS_BEFORE_LAST else [1.0]) * slots
+    shares = [1.0] * (slots * (per_slot - 1)) + (
+        LAST_SHARES if per_slot >= MIN_TASKS_BEFORE_LAST else [1.0]
+    ) * slots
     # The load of each task over its share.
-    heap = [(0.0, -share, giants + number) for number, share in enumerate(shares[: len(costs) - giants])]
+    heap = [
+        (0.0, -share, giants + number) for number, share in enumerate(shares[: len(costs) - giants])
+    ]
     chosen = list(range(giants))
     for cost in costs[giants:]:
         filled, share, task = heap[0]
@@ -390,7 +511,9 @@ def pack_tasks(costs: Sequence[float], *, slots: int, task_seconds: float = TASK
     return [int(rank[task]) for task in chosen]
 
 
-def assign_waves(tasks: Sequence[int], costs: Sequence[float], *, slots: int, wave_seconds: float) -> tuple[list[int], list[int]]:
+def assign_waves(
+    tasks: Sequence[int], costs: Sequence[float], *, slots: int, wave_seconds: float
+) -> tuple[list[int], list[int]]:
     """Cut tasks, longest first, into waves that keep all slots busy for about `wave_seconds`.
 
     Args:
@@ -426,5 +549,12 @@ def refuse_unknown(listed: Collection[str], known: Sequence[str]) -> None:
     unknown = sorted(set(listed) - set(known))
     if unknown:
         near = difflib.get_close_matches(unknown[0], known, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {len(known):,}, e.g. {known[-1]}"
-        raise DataError(f"there is no group {unknown[0]!r}; {hint} A group is named by the JSON array of its keys")
+        hint = (
+            f"did you mean {' or '.join(near)}?"
+            if near
+            else f"there are {len(known):,}, e.g. {known[-1]}"
+        )
+        raise DataError(
+            f"there is no group {unknown[0]!r}; {hint} A group is named by the JSON array of its "
+            "keys"
+        )

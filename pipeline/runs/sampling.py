@@ -9,17 +9,22 @@ import numpy.typing as npt
 SAMPLED_WHOLE = 1000
 
 
-def sampling_exponents(n_rows: npt.NDArray[np.int64], *, is_coarse: npt.NDArray[np.bool_], max_rows: int) -> npt.NDArray[np.int64]:
+def sampling_exponents(
+    n_rows: npt.NDArray[np.int64], *, is_coarse: npt.NDArray[np.bool_], max_rows: int
+) -> npt.NDArray[np.int64]:
     """Per group the power of 1/2 that brings it below `max_rows`; 0 keeps all rows.
 
-    A row of a sampled group stays if the hash of its key is below its rate; a rate is 1/2 to the group's exponent, more for a row
-    of a small finest group. Rates are powers of 1/2, so that a sample of one rate is part of that of the next larger one, and a
-    group that grows does not get a new sample each time.
+    A row of a sampled group stays if the hash of its key is below its rate; a rate is 1/2 to the
+    group's exponent, more for a row of a small finest group. Rates are powers of 1/2, so that a
+    sample of one rate is part of that of the next larger one, and a group that grows does not get a
+    new sample each time.
 
     Args:
         n_rows: rows with a target of each group.
         is_coarse: whether a group has finer ones within it; a finest group is never sampled.
         max_rows: what a worker takes.
     """
-    found = np.array([max(0, math.ceil(math.log2(max(1, rows) / max_rows))) for rows in n_rows], dtype=np.int64)
+    found = np.array(
+        [max(0, math.ceil(math.log2(max(1, rows) / max_rows))) for rows in n_rows], dtype=np.int64
+    )
     return np.where(is_coarse, found, 0)

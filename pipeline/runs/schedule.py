@@ -1,4 +1,7 @@
-"""Which groups start next while a run trains: waves laid out one at a time, from what the run has learnt of its own pace."""
+"""Which groups start next while a run trains.
+
+Waves are laid out one at a time, from what the run has learnt of its own pace.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +26,8 @@ PROBE_GROUPS_PER_SLOT = 4
 # estimate is shown.
 LEARNT_FROM = 8
 SHOWN_FROM = 4
-# The slots were idle for a while before the first tasks ended; a pace slower than this is not believed.
+# The slots were idle for a while before the first tasks ended; a pace slower than this is not
+# believed.
 LEAST_BUSY = 0.25
 # Below this, seconds are mostly noise.
 LEAST_SECONDS = 0.01
@@ -126,7 +130,10 @@ class Schedule:
         return self._has_history or self.pace.learnt_from > 0
 
     def next_wave(self) -> pd.DataFrame | None:
-        """The groups that start now, with their tasks; None while enough is under way, or nothing is left."""
+        """The groups that start now, with their tasks.
+
+        None while enough is under way, or nothing is left.
+        """
         if self._halves and len(self._shared) < WAVES_AT_ONCE:
             return self._started(self._halves.pop(0), self._shared)
         if self._left.empty:
@@ -188,7 +195,9 @@ class Schedule:
             return len(expected)
         return int(np.searchsorted(np.cumsum(expected), load)) + 1
 
-    def _taken(self, places: "np.ndarray[Any, Any]", expected: "np.ndarray[Any, Any]", kind: set[GroupKey]) -> pd.DataFrame:
+    def _taken(
+        self, places: "np.ndarray[Any, Any]", expected: "np.ndarray[Any, Any]", kind: set[GroupKey]
+    ) -> pd.DataFrame:
         chosen = self._left.iloc[places].reset_index(drop=True)
         self._left = self._left.drop(index=self._left.index[places]).reset_index(drop=True)
         tasks = pack_tasks(expected[places].tolist(), slots=self._slots)
@@ -202,6 +211,13 @@ class Schedule:
         first = GroupKey.of_rows(groups)[0]
         self._alone.discard(first)
         self._shared.discard(first)
+
+
+def _keys(groups: pd.DataFrame) -> list[GroupKey]:
+    return [
+        GroupKey(int(grain), str(group))
+        for grain, group in zip(groups["grain"], groups["group_id"], strict=True)
+    ]
 
 
 def _longest_first(groups: pd.DataFrame) -> pd.DataFrame:
@@ -218,7 +234,9 @@ def seconds_left(
     spent: float,
     elapsed: float,
 ) -> float | None:
-    """Wall seconds until the groups are trained, from the throughput so far; None before there is evidence.
+    """Wall seconds until the groups are trained, from the throughput so far.
+
+    None before there is evidence.
 
     Args:
         pace: learnt in this run.

@@ -1,4 +1,7 @@
-"""Where rows to score come from: a Delta table, or local files; looked at before any work is spent on them."""
+"""Where rows to score come from: a Delta table, or local files.
+
+Looked at before any work is spent on them.
+"""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,13 +13,24 @@ import pyarrow as pa
 import pyarrow.fs as pf
 
 from pipeline.errors import DataError
-from pipeline.models.meta_model import FleetModel, InputError, answer_columns, check_listed_once, filesystem_of
+from pipeline.models.meta_model import (
+    FleetModel,
+    InputError,
+    answer_columns,
+    check_listed_once,
+    filesystem_of,
+)
 from pipeline.reading.delta_log import is_delta, live_files, open_delta, schema_of_table
-from pipeline.reading.files import Kind, Reading, RowFile, local_files, schema_of
+from pipeline.reading.files import ColumnTypes, RowFile, local_files, schema_of
+from pipeline.reading.formats import Kind
 
 DOUBLE = "double"
 SCORED_AT, SCORED_PERIOD = "scored_at", "scored_period"
-_ANSWER_TYPES = {DOUBLE: pa.float64(), "string": pa.string(), "array<double>": pa.list_(pa.float64())}
+_ANSWER_TYPES = {
+    DOUBLE: pa.float64(),
+    "string": pa.string(),
+    "array<double>": pa.list_(pa.float64()),
+}
 _OF_SCORING = {SCORED_AT: pa.timestamp("us", tz="UTC"), SCORED_PERIOD: pa.string()}
 
 
@@ -39,7 +53,11 @@ class RowSource:
     version: int | None
 
     def __str__(self) -> str:
-        return f"{self.address} (version {self.version})" if self.version is not None else f"{self.address} ({len(self.files):,} files)"
+        return (
+            f"{self.address} (version {self.version})"
+            if self.version is not None
+            else f"{self.address} ({len(self.files):,} files)"
+        )
 
 
 def absolute(address: str) -> str:
@@ -49,12 +67,14 @@ def absolute(address: str) -> str:
     return str(Path.cwd() / address.removeprefix("file://")).rstrip("/")
 
 
-def find_source(address: str, reading: Reading, options: Mapping[str, str], *, leave_out: bool = False) -> RowSource:
+def find_source(
+    address: str, column_types: ColumnTypes, options: Mapping[str, str], *, leave_out: bool = False
+) -> RowSource:
     """Look at a source: its files and columns.
 
     Args:
         address: absolute, as from `absolute`.
-        reading: how columns without types are read.
+        column_types: how columns without types are read.
         options: of the object store.
         leave_out: passes over files that cannot be read, as long as one can.
 
@@ -65,22 +85,31 @@ def find_source(address: str, reading: Reading, options: Mapping[str, str], *, l
     if is_delta(address, options):
         table = open_delta(address, options)
         _, root = filesystem_of(address, options)
-        return RowSource(address, "delta", schema_of_table(table), live_files(table, address, root), table.version())
+        return RowSource(
+            address,
+            "delta",
+            schema_of_table(table),
+            live_files(table, address, root),
+            table.version(),
+        )
     if "://" in address:
         raise DataError(
-            f"no Delta table is at {address}; files are read from local or mounted folders only: copy them, or write them as a Delta table"
+            f"no Delta table is at {address}; files are read from local or mounted folders only: "
+            "copy them, or write them as a Delta table"
         )
     files = local_files(address)
-    schema = schema_of(files, reading, pf.LocalFileSystem(), leave_out=leave_out)
+    schema = schema_of(files, column_types, pf.LocalFileSystem(), leave_out=leave_out)
     return RowSource(address, files[0].kind, schema, files, None)
 
 
 def text_columns(model: FleetModel) -> frozenset[str]:
     """Keys and categories: what a model takes as text, whatever the type."""
-    return frozenset().union(*(generation.model_spec.text_columns for generation in model.generations))
+    return frozenset().union(
+        *(generation.model_spec.text_columns for generation in model.generations)
+    )
 
 
-def reading_for(model: FleetModel, inputs: Mapping[str, str]) -> Reading:
+def choose_column_types(model: FleetModel, inputs: Mapping[str, str]) -> ColumnTypes:
     """How a model's columns are read from files without types.
 
     Args:
@@ -89,17 +118,21 @@ def reading_for(model: FleetModel, inputs: Mapping[str, str]) -> Reading:
     """
     numbers = frozenset(name for name, kind in inputs.items() if kind == DOUBLE)
     text = text_columns(model)
-    return Reading(numbers - text, numbers & text)
+    return ColumnTypes(numeric=numbers - text, integer_keys=numbers & text)
 
 
 def answer_schema(task: str) -> pa.Schema:
     """The columns of an answer in Arrow's types."""
-    return pa.schema([pa.field(name, _ANSWER_TYPES[kind]) for name, kind in answer_columns(task).items()])
+    return pa.schema(
+        [pa.field(name, _ANSWER_TYPES[kind]) for name, kind in answer_columns(task).items()]
+    )
 
 
 def target_schema(source: pa.Schema, task: str, added: Collection[str]) -> pa.Schema:
-    """The columns of a table of answers: the source's, the answers', and those of scoring that are added."""
-    return pa.schema([*source, *answer_schema(task), *(pa.field(name, _OF_SCORING[name]) for name in added)])
+    """The columns of a table of answers: the source's, the answers', and scoring's own."""
+    return pa.schema(
+        [*source, *answer_schema(task), *(pa.field(name, _OF_SCORING[name]) for name in added)]
+    )
 
 
 def check_source(source: RowSource, model: FleetModel, added: Collection[str]) -> None:
@@ -119,7 +152,8 @@ def check_source(source: RowSource, model: FleetModel, added: Collection[str]) -
     clash = [name for name in source.schema.names if name.casefold() in taken]
     if clash:
         raise DataError(
-            f"{source.address} has columns that the answers bring: {', '.join(clash)}; rename them, or give a source without them "
+            f"{source.address} has columns that the answers bring: {', '.join(clash)}; rename "
+            "them, or give a source without them "
             f"(the source's columns are kept beside: {', '.join(sorted(taken))})"
         )
 
@@ -132,19 +166,34 @@ def check_columns(schema: pa.Schema, where: str, model: FleetModel) -> None:
         raise InputError(f"{told}; fleet {model.fleet!r} needs: {', '.join(model.required)}")
     check_listed_once(schema.names, {*model.required, *model.optional}, where)
     text = text_columns(model)
-    strange = [name for name in model.required if name not in text and not _is_number(schema.field(name).type)]
+    strange = [
+        name
+        for name in model.required
+        if name not in text and not _is_number(schema.field(name).type)
+    ]
     if strange:
         told = ", ".join(f"{name} ({schema.field(name).type})" for name in strange)
-        raise DataError(f"{where}: not numbers: {told}; fleet {model.fleet!r} needs numbers there: cast the columns")
+        raise DataError(
+            f"{where}: not numbers: {told}; fleet {model.fleet!r} needs numbers there: cast the "
+            "columns"
+        )
 
 
 def _is_number(kind: pa.DataType) -> bool:
     types = pa.types
-    return any(check(kind) for check in (types.is_integer, types.is_floating, types.is_decimal, types.is_boolean))
+    return any(
+        check(kind)
+        for check in (types.is_integer, types.is_floating, types.is_decimal, types.is_boolean)
+    )
 
 
-def check_target(target: str, there: tuple[pa.Schema, Sequence[str]], wanted: pa.Schema, partition_by: Sequence[str]) -> None:
-    """Refuse a table that answers of this kind do not belong into, before anything is changed there.
+def check_target(
+    target: str,
+    there: tuple[pa.Schema, Sequence[str]],
+    wanted: pa.Schema,
+    partition_by: Sequence[str],
+) -> None:
+    """Refuse a table that holds another kind of answers, before anything is changed there.
 
     Args:
         target: address of the table.
@@ -158,11 +207,21 @@ def check_target(target: str, there: tuple[pa.Schema, Sequence[str]], wanted: pa
     schema, partitions = there
     if list(partitions) != list(partition_by):
         told = f"{target} is partitioned by {', '.join(partitions) or 'nothing'}, expected {', '.join(partition_by) or 'nothing'}"
-        raise DataError(f"{told}: `many-models score` and `many-models stream` write to tables of their own; give another --to")
+        raise DataError(
+            f"{told}: `many-models score` and `many-models stream` write to tables of their own; "
+            "give another --to"
+        )
     lacking = [name for name in schema.names if name not in wanted.names]
     if lacking or "answered_by" not in schema.names:
-        told = f"columns that the new rows lack: {', '.join(lacking)}" if lacking else "no column answered_by"
-        raise DataError(f"{target} is there with {told}: not a table of answers to these rows; give another --to")
+        told = (
+            f"columns that the new rows lack: {', '.join(lacking)}"
+            if lacking
+            else "no column answered_by"
+        )
+        raise DataError(
+            f"{target} is there with {told}: not a table of answers to these rows; give another "
+            "--to"
+        )
 
 
 def check_apart(source: str, target: str) -> None:
@@ -172,6 +231,10 @@ def check_apart(source: str, target: str) -> None:
         DataError: if one address is within the other.
     """
     written = f"{target}/part.parquet"
-    is_row = fnmatch(written, source) or (not Path(source).is_file() and written.startswith(f"{source}/"))
+    is_row = fnmatch(written, source) or (
+        not Path(source).is_file() and written.startswith(f"{source}/")
+    )
     if is_row or f"{source}/".startswith(f"{target}/"):
-        raise DataError(f"--to {target} and --from {source} lie within each other; give a --to outside of it")
+        raise DataError(
+            f"--to {target} and --from {source} lie within each other; give a --to outside of it"
+        )

@@ -1,4 +1,7 @@
-"""Answers on Spark: the pack travels to every worker, which opens it once; rows are answered in Arrow batches, without a shuffle."""
+"""Answers on Spark: the pack travels to every worker, which opens it once.
+
+Rows are answered in Arrow batches, without a shuffle.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -11,13 +14,20 @@ from pyspark.sql.pandas.types import from_arrow_schema
 from pyspark.sql.types import StructField, StructType
 
 from pipeline.models.meta_model import FleetModel
-from pipeline.reading.files import Reading
-from pipeline.scoring.row_source import SCORED_AT, SCORED_PERIOD, RowSource, answer_schema, text_columns
+from pipeline.reading.files import ColumnTypes
+from pipeline.scoring.row_source import (
+    SCORED_AT,
+    SCORED_PERIOD,
+    RowSource,
+    answer_schema,
+    text_columns,
+)
 from pipeline.spark.archives import share_pack
+from pipeline.spark.execution import keep_imports
 from pipeline.spark.files import Batches, rows_reader
-from pipeline.spark.training import keep_imports
 
-# Rows are answered so many at once, or those of so many bytes: a group's models are asked once for all of its rows among them.
+# Rows are answered so many at once, or those of so many bytes: a group's models are asked once for
+# all of its rows among them.
 ROWS_AT_ONCE, BYTES_AT_ONCE = 50_000, 64 << 20
 # More tasks than that cost more than they share out.
 MAX_TASKS = 1_000
@@ -58,14 +68,18 @@ def answer_rows(
         for part in gather_batches(batches):
             yield from _answered(part, opened, staying, answers, interval)
 
-    fields = [StructField(field.name, field.dataType) for field in rows.select(*(f"`{column}`" for column in staying)).schema]
+    fields = [
+        StructField(field.name, field.dataType)
+        for field in rows.select(*(f"`{column}`" for column in staying)).schema
+    ]
     return rows.mapInArrow(answer, StructType([*fields, *from_arrow_schema(answers).fields]))
 
 
 def opened_pack(fleet: str, name: str, options: Mapping[str, str]) -> FleetModel:
-    """The pack of that name in this worker: opened once, and instead of the one that the fleet had before.
+    """The pack of that name in this worker, opened once in place of the fleet's earlier one.
 
-    Tasks must call it as a function of this module: what a task's own function refers to, Spark copies for each task.
+    Tasks must call it as a function of this module: what a task's own function refers to, Spark
+    copies for each task.
     """
     if fleet not in _opened or _opened[fleet][0] != name:
         _opened.pop(fleet, None)
@@ -73,8 +87,13 @@ def opened_pack(fleet: str, name: str, options: Mapping[str, str]) -> FleetModel
     return _opened[fleet][1]
 
 
-def gather_batches(batches: Iterable[pa.RecordBatch], n_rows: int = ROWS_AT_ONCE, n_bytes: int = BYTES_AT_ONCE) -> Iterator[pa.Table]:
-    """Batches put together until they have so many rows or bytes; none is divided, and their order stays."""
+def gather_batches(
+    batches: Iterable[pa.RecordBatch], n_rows: int = ROWS_AT_ONCE, n_bytes: int = BYTES_AT_ONCE
+) -> Iterator[pa.Table]:
+    """Batches put together until they have so many rows or bytes.
+
+    None is divided, and their order stays.
+    """
     waiting: list[pa.RecordBatch] = []
     rows_waiting = bytes_waiting = 0
     for batch in batches:
@@ -87,18 +106,36 @@ def gather_batches(batches: Iterable[pa.RecordBatch], n_rows: int = ROWS_AT_ONCE
         yield pa.Table.from_batches(waiting)
 
 
-def _answered(rows: pa.Table, model: FleetModel, kept: Sequence[str], answers: pa.Schema, interval: float | None) -> list[pa.RecordBatch]:
-    found = pa.Table.from_pandas(model.predict(asked_rows(rows, model), interval=interval), schema=answers, preserve_index=False)
-    both = pa.Table.from_arrays([*rows.select(kept).columns, *found.columns], names=[*kept, *answers.names])
+def _answered(
+    rows: pa.Table,
+    model: FleetModel,
+    kept: Sequence[str],
+    answers: pa.Schema,
+    interval: float | None,
+) -> list[pa.RecordBatch]:
+    found = pa.Table.from_pandas(
+        model.predict(asked_rows(rows, model), interval=interval),
+        schema=answers,
+        preserve_index=False,
+    )
+    both = pa.Table.from_arrays(
+        [*rows.select(kept).columns, *found.columns], names=[*kept, *answers.names]
+    )
     batches: list[pa.RecordBatch] = both.combine_chunks().to_batches()
     return batches
 
 
 def asked_rows(rows: pa.Table, model: FleetModel) -> pd.DataFrame:
-    """Rows as the model takes them: integer keys as text, which pandas would round beside nulls, and decimals as floats."""
+    """Rows as the model takes them: integer keys as text, and decimals as floats.
+
+    In pandas integers beside nulls would be rounded.
+    """
     text = text_columns(model)
     columns = {}
-    for name in (*model.required, *(column for column in model.optional if column in rows.column_names)):
+    for name in (
+        *model.required,
+        *(column for column in model.optional if column in rows.column_names),
+    ):
         column = rows.column(name)
         if name in text and pa.types.is_integer(column.type):
             column = column.cast(pa.string())
@@ -109,14 +146,21 @@ def asked_rows(rows: pa.Table, model: FleetModel) -> pd.DataFrame:
     return asked
 
 
-def score_source(spark: SparkSession, source: RowSource, model: FleetModel, reading: Reading, period: str, options: Mapping[str, str]) -> DataFrame:
+def score_source(
+    spark: SparkSession,
+    source: RowSource,
+    model: FleetModel,
+    column_types: ColumnTypes,
+    period: str,
+    options: Mapping[str, str],
+) -> DataFrame:
     """Answer all rows of a source, which tasks read one file at a time.
 
     Args:
         spark: the session.
         source: as it was found.
         model: that answers.
-        reading: as the source was found with.
+        column_types: as the source was found with.
         period: what the rows are called.
         options: of the object store.
 
@@ -124,14 +168,24 @@ def score_source(spark: SparkSession, source: RowSource, model: FleetModel, read
         One row per row: the source's columns, the answers, when, and the period.
     """
     shape = from_arrow_schema(source.schema)
-    answers = answer_rows(spark, _rows_of(spark, source, shape, reading, options), model, options)
-    return answers.withColumn(SCORED_AT, sf.current_timestamp()).withColumn(SCORED_PERIOD, sf.lit(period))
+    answers = answer_rows(
+        spark, _rows_of(spark, source, shape, column_types, options), model, options
+    )
+    return answers.withColumn(SCORED_AT, sf.current_timestamp()).withColumn(
+        SCORED_PERIOD, sf.lit(period)
+    )
 
 
-def _rows_of(spark: SparkSession, source: RowSource, shape: StructType, reading: Reading, options: Mapping[str, str]) -> DataFrame:
+def _rows_of(
+    spark: SparkSession,
+    source: RowSource,
+    shape: StructType,
+    column_types: ColumnTypes,
+    options: Mapping[str, str],
+) -> DataFrame:
     if not source.files:
         return spark.createDataFrame([], shape)
-    files, rows = list(source.files), rows_reader(shape, source.address, options, reading)
+    files, rows = list(source.files), rows_reader(shape, source.address, options, column_types)
 
     def read(batches: Batches) -> Batches:
         for batch in batches:

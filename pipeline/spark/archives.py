@@ -1,4 +1,7 @@
-"""Folders of the driver that tasks read: in place where Spark is local, as an archive that every executor unpacks once on a cluster."""
+"""Folders of the driver that tasks read.
+
+In place where Spark is local; on a cluster as an archive that every executor unpacks once.
+"""
 
 import zipfile
 from pathlib import Path
@@ -19,8 +22,8 @@ def is_local(master: str) -> bool:
 def share_pack(context: SparkContext, folder: Path) -> str:
     """Let tasks read a pack; the name that `SparkFiles.get` finds its folder by.
 
-    On a cluster the name is made of the pack's digest, so that several versions in one session stay apart, and what has been shared is
-    not packed again.
+    On a cluster the name is made of the pack's digest, so that several versions in one session stay
+    apart, and what has been shared is not packed again.
 
     Args:
         context: of the session.
@@ -33,7 +36,8 @@ def share_pack(context: SparkContext, folder: Path) -> str:
         context.addFile(str(folder), recursive=True)
         return folder.name
     name = f"pack-{index_digest(read_index(folder))}.zip"
-    # Executors that register later fetch it, too: it is kept as long as the session, beside what Spark unpacks of it here.
+    # Executors that register later fetch it, too: it is kept as long as the session, beside what
+    # Spark unpacks of it here.
     archive = Path(SparkFiles.getRootDirectory()) / "archives" / name
     if not archive.exists():
         write_archive(archive, folder, sorted(path for path in folder.rglob("*") if path.is_file()))

@@ -1,4 +1,4 @@
-"""What Spark raises about a value or a statement, as an error that names source, column, value and remedy."""
+"""Spark's errors about values and statements, as errors that name source, column and remedy."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -18,16 +18,23 @@ UNFIT = ("CAST_INVALID_INPUT", "CANNOT_PARSE_TIMESTAMP", "CANNOT_PARSE_TIME", "C
 _QUOTED = re.compile(r"'((?:[^']|'')*)'")
 
 
-# The self-contained file of the registered model has errors of its own; this is where they belong in our tree.
+# The self-contained file of the registered model has errors of its own; this is where they belong
+# in our tree.
 _OURS: dict[str, type[FleetError]] = {
     "InputError": DataError,
     "PackError": StoreError,
-    **{name: getattr(errors, name) for name in ("SpecError", "DataError", "StoreError", "ModelNotFound")},
+    **{
+        name: getattr(errors, name)
+        for name in ("SpecError", "DataError", "StoreError", "ModelNotFound")
+    },
 }
 
 
 def in_error_tree(error: Exception | None) -> FleetError | None:
-    """One of our errors, be it raised here, by the registered model, or in a Python process of Spark that only its text is left of.
+    """An error in our tree, whoever raised it.
+
+    It may come from here, from the registered model, or from a Python process of Spark that leaves
+    only its text.
 
     Args:
         error: what was raised.
@@ -84,7 +91,9 @@ def readable_spark_errors(file: str, raw: Mapping[str, DataFrame]) -> Iterator[N
         raise
 
 
-def _unfit_value(file: str, raw: Mapping[str, DataFrame], parameters: Mapping[str, str], message: str) -> str:
+def _unfit_value(
+    file: str, raw: Mapping[str, DataFrame], parameters: Mapping[str, str], message: str
+) -> str:
     wanted = parameters.get("targetType", "").strip('"') or "TIMESTAMP"
     quoted = _QUOTED.search(parameters.get("expression", "") or message)
     if quoted is None:
@@ -110,7 +119,11 @@ def _unfit_value(file: str, raw: Mapping[str, DataFrame], parameters: Mapping[st
 def _find_value(raw: Mapping[str, DataFrame], value: str) -> tuple[str, str, str] | None:
     """Source, column and file of the first row with a text; runs one Spark job per source."""
     for source, frame in raw.items():
-        columns = [field.name for field in frame.schema if isinstance(field.dataType, st.StringType) and not field.name.startswith("_")]
+        columns = [
+            field.name
+            for field in frame.schema
+            if isinstance(field.dataType, st.StringType) and not field.name.startswith("_")
+        ]
         if not columns:
             continue
         matches = [sf.col(f"`{name}`") == value for name in columns]

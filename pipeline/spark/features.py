@@ -1,4 +1,4 @@
-"""Building a feature table on Spark: the SQL, made-up future rows, features of the past, derived columns."""
+"""Building a feature table on Spark: SQL, future rows, features of the past, derived columns."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -12,7 +12,14 @@ from pyspark.sql.pandas.types import from_arrow_schema, to_arrow_schema
 
 from pipeline.errors import DataError, SpecError
 from pipeline.features.future import future_times
-from pipeline.features.history import ON_LAST_DAYS, HistoryPass, add_history, flags_of, plan_passes, times_of
+from pipeline.features.history import (
+    ON_LAST_DAYS,
+    HistoryPass,
+    add_history,
+    flags_of,
+    plan_passes,
+    times_of,
+)
 from pipeline.features.sql import parse_derived
 from pipeline.spark.keys import group_id_column, latest_moment, moment_of, text_column
 from pipeline.spark.sql_plans import derived_column, select_rows
@@ -33,7 +40,9 @@ _KEY_TYPES = (st.StringType, st.IntegralType, st.BooleanType, st.DateType)
 _CATEGORY_TYPES = (*_KEY_TYPES, st.FractionalType, st.TimestampType, st.TimestampNTZType)
 
 
-def build_features(spark: SparkSession, spec: FleetSpec, sql: str, raw: Mapping[str, DataFrame]) -> DataFrame:
+def build_features(
+    spark: SparkSession, spec: FleetSpec, sql: str, raw: Mapping[str, DataFrame]
+) -> DataFrame:
     """The feature table of a fleet, not yet written.
 
     Args:
@@ -43,8 +52,9 @@ def build_features(spark: SparkSession, spec: FleetSpec, sql: str, raw: Mapping[
         raw: the raw tables by source name.
 
     Returns:
-        One row per entity and time, with the columns of `tables.FEATURES`, keys, target, and every feature; numbers as double,
-        categoricals and classes as text. Ordered by the finest grain and time within each partition.
+        One row per entity and time, with the columns of `tables.FEATURES`, keys, target, and every
+        feature; numbers as double, categoricals and classes as text. Ordered by the finest grain
+        and time within each partition.
 
     Raises:
         SpecError: if Spark cannot make sense of the SQL or a derived column.
@@ -62,12 +72,17 @@ def build_features(spark: SparkSession, spec: FleetSpec, sql: str, raw: Mapping[
     return (rows.repartition(*keys) if keys else rows).sortWithinPartitions(*keys, "time")
 
 
-def _selected(spark: SparkSession, spec: FleetSpec, sql: str, raw: Mapping[str, DataFrame]) -> DataFrame:
+def _selected(
+    spark: SparkSession, spec: FleetSpec, sql: str, raw: Mapping[str, DataFrame]
+) -> DataFrame:
     rows = select_rows(spark, sql, raw, file=spec.features.sql, functions=spec.sql.functions)
     there = {name.lower() for name in rows.columns}
     for name, field in spec.sql_columns.items():
         if name.lower() not in there:
-            raise SpecError(f"{field}: {spec.features.sql} gives no column {name!r}; it gives: {', '.join(rows.columns)}")
+            raise SpecError(
+                f"{field}: {spec.features.sql} gives no column {name!r}; it gives: "
+                f"{', '.join(rows.columns)}"
+            )
     return rows.select(*(sf.col(f"`{name}`").alias(name) for name in spec.sql_columns))
 
 
@@ -76,15 +91,22 @@ def _check_types(spec: FleetSpec, rows: DataFrame) -> None:
     for key in spec.key_columns:
         if not isinstance(types[key], _KEY_TYPES):
             raise DataError(
-                f"key {key!r} is {types[key].simpleString()}; expected text, a whole number, a boolean or a date: cast it in {spec.features.sql}"
+                f"key {key!r} is {types[key].simpleString()}; expected text, a whole number, a "
+                f"boolean or a date: cast it in {spec.features.sql}"
             )
     for name in filter(None, (spec.time, spec.known_at)):
         if not isinstance(types[name], st.DateType | st.TimestampType | st.TimestampNTZType):
-            raise DataError(f"{name!r} is {types[name].simpleString()}; expected a date or timestamp: cast it in {spec.features.sql}")
-    if spec.is_class_task:
-        if not isinstance(types[spec.target.column], st.StringType | st.IntegralType | st.BooleanType):
             raise DataError(
-                f"target {spec.target.column!r} is {types[spec.target.column].simpleString()}; expected text, a boolean or a whole number "
+                f"{name!r} is {types[name].simpleString()}; expected a date or timestamp: cast it "
+                f"in {spec.features.sql}"
+            )
+    if spec.is_class_task:
+        if not isinstance(
+            types[spec.target.column], st.StringType | st.IntegralType | st.BooleanType
+        ):
+            raise DataError(
+                f"target {spec.target.column!r} is {types[spec.target.column].simpleString()}; "
+                "expected text, a boolean or a whole number "
                 f"for task {spec.task!r}: cast it in {spec.features.sql}"
             )
     elif not isinstance(types[spec.target.column], st.NumericType):
@@ -96,14 +118,18 @@ def _check_feature_types(spec: FleetSpec, types: Mapping[str, st.DataType]) -> N
     for name in spec.features.categoricals:
         if not isinstance(types[name], _CATEGORY_TYPES):
             raise DataError(
-                f"categorical {name!r} is {types[name].simpleString()}; expected text, a number, a boolean, a date or a timestamp: "
+                f"categorical {name!r} is {types[name].simpleString()}; expected text, a number, a "
+                "boolean, a date or a timestamp: "
                 f"cast it in {spec.features.sql}"
             )
     no_numbers = {*spec.key_columns, spec.time, spec.known_at, *_text_columns(spec)}
     numeric = [name for name in spec.sql_columns if name not in no_numbers]
     for name in numeric:
         if not isinstance(types[name], st.NumericType | st.BooleanType):
-            raise DataError(f"feature {name!r} is {types[name].simpleString()}; expected a number: cast it, or list it under features.categoricals")
+            raise DataError(
+                f"feature {name!r} is {types[name].simpleString()}; expected a number: cast it, or "
+                "list it under features.categoricals"
+            )
 
 
 def _not_a_number(spec: FleetSpec, rows: DataFrame, kind: str) -> str:
@@ -122,9 +148,13 @@ def _not_a_number(spec: FleetSpec, rows: DataFrame, kind: str) -> str:
 
 
 def _text_columns(spec: FleetSpec) -> set[str]:
-    """Columns of the SQL that the feature table holds as text: categoricals, classes, and baselines that name a class."""
+    """Columns that the feature table holds as text: categoricals, classes, baselines naming a class."""
     classes = [spec.target.column] if spec.is_class_task else []
-    return {*spec.features.categoricals, *classes, *(spec.baselines.values() if spec.task == MULTICLASS else [])}
+    return {
+        *spec.features.categoricals,
+        *classes,
+        *(spec.baselines.values() if spec.task == MULTICLASS else []),
+    }
 
 
 def _canonical(spec: FleetSpec, rows: DataFrame) -> DataFrame:
@@ -132,7 +162,9 @@ def _canonical(spec: FleetSpec, rows: DataFrame) -> DataFrame:
     # Milliseconds are the resolution of time, so that every window has an exact start.
     types = {field.name: field.dataType for field in rows.schema}
     time = sf.date_trunc("millisecond", _moment(spec, spec.time, types))
-    known_at = sf.date_trunc("millisecond", _moment(spec, spec.known_at, types)) if spec.known_at else time
+    known_at = (
+        sf.date_trunc("millisecond", _moment(spec, spec.known_at, types)) if spec.known_at else time
+    )
     kept = []
     for name in spec.sql_columns:
         column = sf.col(f"`{name}`")
@@ -144,12 +176,20 @@ def _canonical(spec: FleetSpec, rows: DataFrame) -> DataFrame:
             kept.append(text_column(column, types[name]).alias(name))
         else:
             kept.append(column.cast("double").alias(name))
-    rows = rows.select(*kept, time.alias("time"), sf.coalesce(known_at, time).alias("known_at"), sf.lit(False).alias("is_future"))
+    rows = rows.select(
+        *kept,
+        time.alias("time"),
+        sf.coalesce(known_at, time).alias("known_at"),
+        sf.lit(False).alias("is_future"),
+    )
     return rows.withColumn("row_key", group_id_column([*spec.entity, "time"]))
 
 
 def _moment(spec: FleetSpec, name: str, types: Mapping[str, st.DataType]) -> Column:
-    """A column of times as moments; where the fleet has a time zone, dates and times without a zone are its local times."""
+    """A column of times as moments.
+
+    Where the fleet has a time zone, dates and times without a zone are its local times.
+    """
     moment = sf.col(f"`{name}`").cast("timestamp")
     if spec.timezone is None or isinstance(types[name], st.TimestampType):
         return moment
@@ -162,10 +202,12 @@ def _shown(spec: FleetSpec, time: str = "time") -> Column:
 
 
 def _with_last_days(spec: FleetSpec, rows: DataFrame) -> DataFrame:
-    """Mark the rows of series that lie on last days of months throughout, where the period is a calendar one.
+    """Mark the rows of series that always lie on last days of months.
 
-    Such a series goes from 28 February to 31 March. Taken as the 28th of each month, its last row would not
-    be known a month before its next.
+    Only where the period is a calendar one.
+
+    Such a series goes from 28 February to 31 March. Taken as the 28th of each month, its last row
+    would not be known a month before its next.
     """
     if not spec.has_calendar_period:
         return rows
@@ -184,7 +226,8 @@ def _future_rows(spec: FleetSpec, rows: DataFrame) -> DataFrame:
     marks = [ON_LAST_DAYS] if ON_LAST_DAYS in rows.columns else []
     others = [*(key for key in spec.key_columns if key not in spec.entity), *marks]
     entities = rows.groupBy(*(f"`{key}`" for key in spec.entity)).agg(
-        *(sf.max_by(f"`{name}`", "time").alias(name) for name in others), sf.max("time").alias("time")
+        *(sf.max_by(f"`{name}`", "time").alias(name) for name in others),
+        sf.max("time").alias("time"),
     )
 
     def in_the_horizon(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -193,7 +236,9 @@ def _future_rows(spec: FleetSpec, rows: DataFrame) -> DataFrame:
             places, times = future_times(period, newest, end, newest_of_entity, flags_of(batch))
             made_up = batch.take(pa.array(places))
             at = batch.schema.get_field_index("time")
-            yield made_up.set_column(at, batch.schema.field(at), pa.array(times).cast(batch.schema.field(at).type))
+            yield made_up.set_column(
+                at, batch.schema.field(at), pa.array(times).cast(batch.schema.field(at).type)
+            )
 
     made_up = entities.mapInArrow(in_the_horizon, entities.schema)
     made_up = made_up.withColumn("known_at", sf.col("time")).withColumn("is_future", sf.lit(True))
@@ -231,7 +276,8 @@ def check_feature_table(rows: DataFrame, spec: FleetSpec) -> dict[str, int]:
         Counts: n_rows, n_targets, n_future.
 
     Raises:
-        DataError: if there are no rows, or a time is null, or the entity key is there twice, with examples.
+        DataError: if there are no rows, or a time is null, or the entity key is there twice, with
+            examples.
     """
     target = sf.col(f"`{spec.target.column}`")
     per_key = rows.groupBy("row_key").agg(
@@ -242,35 +288,53 @@ def check_feature_table(rows: DataFrame, spec: FleetSpec) -> dict[str, int]:
         sf.sum(sf.col("is_future").cast("long")).alias("n_future"),
     )
     counts = per_key.agg(
-        *(sf.coalesce(sf.sum(name), sf.lit(0)).alias(name) for name in ("n", "n_timeless", "n_early", "n_targets", "n_future")),
+        *(
+            sf.coalesce(sf.sum(name), sf.lit(0)).alias(name)
+            for name in ("n", "n_timeless", "n_early", "n_targets", "n_future")
+        ),
         sf.coalesce(sf.sum((sf.col("n") > 1).cast("long")), sf.lit(0)).alias("n_doubled"),
     ).collect()[0]
     where = spec.features.sql
     if counts["n"] - counts["n_future"] == 0:
         raise DataError(
-            f"{where} gives no row; check that the sources {', '.join(source.name for source in spec.sources)} are not empty and its joins match"
+            f"{where} gives no row; check that the sources "
+            f"{', '.join(source.name for source in spec.sources)} are not empty and its joins match"
         )
     if counts["n_timeless"]:
-        raise DataError(f"{counts['n_timeless']} of {counts['n']} rows have no {spec.time!r} (time); leave them out in {where}")
+        raise DataError(
+            f"{counts['n_timeless']} of {counts['n']} rows have no {spec.time!r} (time); leave "
+            f"them out in {where}"
+        )
     if counts["n_early"]:
         raise DataError(
-            f"{counts['n_early']} of {counts['n']} rows have a {spec.known_at!r} (known_at) before their {spec.time!r} (time): "
-            f"a target cannot be known before it is realised, and windows would see it; correct one of them in {where}"
+            f"{counts['n_early']} of {counts['n']} rows have a {spec.known_at!r} (known_at) before "
+            f"their {spec.time!r} (time): "
+            "a target cannot be known before it is realised, and windows would see it; correct "
+            f"one of them in {where}"
         )
     if counts["n_doubled"]:
-        examples = [row["row_key"] for row in per_key.where("n > 1").orderBy("row_key").limit(5).collect()]
+        examples = [
+            row["row_key"] for row in per_key.where("n > 1").orderBy("row_key").limit(5).collect()
+        ]
         raise DataError(
-            f"{counts['n_doubled']} entity keys are there more than once, e.g. {'  '.join(examples)}; "
-            f"entity {list(spec.entity)} and {spec.time!r} must identify a row: add a column to entity, or deduplicate in {where}"
+            f"{counts['n_doubled']} entity keys are there more than once, e.g. "
+            f"{'  '.join(examples)}; "
+            f"entity {list(spec.entity)} and {spec.time!r} must identify a row: add a column to "
+            f"entity, or deduplicate in {where}"
         )
-    return {"n_rows": int(counts["n"]), "n_targets": int(counts["n_targets"]), "n_future": int(counts["n_future"])}
+    return {
+        "n_rows": int(counts["n"]),
+        "n_targets": int(counts["n_targets"]),
+        "n_future": int(counts["n_future"]),
+    }
 
 
 def newest_known(features: DataFrame, target: str) -> pd.Timestamp:
     """Latest known_at of a row that has a target: the as-of of a launch that names none.
 
-    Rows that wait for their answer may be known long after the last outcome, and must not move it. Where no row has a target, every
-    row counts but the made-up ones, of which there is always another.
+    Rows that wait for their answer may be known long after the last outcome, and must not move it.
+    Where no row has a target, every row counts but the made-up ones, of which there is always
+    another.
 
     Args:
         features: the feature table.
@@ -291,7 +355,11 @@ def newest_time(rows: DataFrame, target: str | None = None) -> pd.Timestamp | No
         target: where given, rows that have one decide, unless none has.
     """
     latest = latest_moment(sf.col("time"))
-    learnable = latest if target is None else latest_moment(sf.when(sf.col(f"`{target}`").isNotNull(), sf.col("time")))
+    learnable = (
+        latest
+        if target is None
+        else latest_moment(sf.when(sf.col(f"`{target}`").isNotNull(), sf.col("time")))
+    )
     row = rows.agg(learnable, latest).collect()[0]
     newest = row[1] if row[0] is None else row[0]
     return None if newest is None else moment_of(newest)
@@ -303,8 +371,10 @@ def all_null_columns(rows: DataFrame, columns: Sequence[str]) -> list[str]:
     return [name for name in columns if counts[name] == 0]
 
 
-def rows_of_some_entities(rows: DataFrame, spec: FleetSpec, columns: Sequence[str], n_rows: int, n_wanted: int = 50_000) -> pa.Table:
-    """All rows of a share of the entities, chosen by hash: about so many rows, but at least one entity's.
+def rows_of_some_entities(
+    rows: DataFrame, spec: FleetSpec, columns: Sequence[str], n_rows: int, n_wanted: int = 50_000
+) -> pa.Table:
+    """All rows of some entities, chosen by hash: about so many rows, at least one entity's.
 
     Args:
         rows: a feature table.

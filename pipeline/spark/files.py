@@ -1,9 +1,8 @@
-"""Parquet files between Spark and Delta: written by tasks, listed for the driver, which makes one commit of them."""
+"""Parquet files between Spark and Delta: written by tasks, committed by the driver."""
 
 import json
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -13,25 +12,11 @@ from pyspark.sql.pandas.types import from_arrow_schema, to_arrow_schema
 from pyspark.sql.types import StructType
 
 from pipeline.models.meta_model import filesystem_of
-from pipeline.reading.files import Reading, RowFile, read_rows
+from pipeline.reading.files import ColumnTypes, RowFile, read_rows
+from pipeline.storage import WrittenFile
 
 Batches = Iterator[pa.RecordBatch]
 FILE_COLUMNS = "path string, size long, n_rows long"
-
-
-@dataclass(frozen=True)
-class WrittenFile:
-    """A file that a task wrote below a table's root and nobody has committed yet.
-
-    Args:
-        path: relative to the root.
-        size: bytes.
-        n_rows: rows.
-    """
-
-    path: str
-    size: int
-    n_rows: int
 
 
 # Rows are gathered into row groups of about so many bytes: many small ones cost more than the rows.
@@ -64,7 +49,12 @@ class FileWriter:
     def _flush(self) -> None:
         if self._writer is None:
             self._filesystem.create_dir(self._root, recursive=True)
-            self._writer = pq.ParquetWriter(f"{self._root}/{self._path}", self._schema, filesystem=self._filesystem, compression="zstd")
+            self._writer = pq.ParquetWriter(
+                f"{self._root}/{self._path}",
+                self._schema,
+                filesystem=self._filesystem,
+                compression="zstd",
+            )
         self._writer.write_table(pa.concat_tables(self._waiting))
         self._waiting, self._waiting_bytes = [], 0
 
@@ -79,8 +69,12 @@ class FileWriter:
         return WrittenFile(self._path, size, self._n_rows)
 
 
-def write_files(frame: DataFrame, root: str, options: Mapping[str, str]) -> tuple[list[WrittenFile], pa.Schema]:
-    """Write a data frame's partitions below a root, each as one file, without committing them; runs one Spark job.
+def write_files(
+    frame: DataFrame, root: str, options: Mapping[str, str]
+) -> tuple[list[WrittenFile], pa.Schema]:
+    """Write a data frame's partitions below a root, each as one file, without committing them.
+
+    Runs one Spark job.
 
     Returns:
         The files, and the schema they share.
@@ -99,7 +93,13 @@ def write_files(frame: DataFrame, root: str, options: Mapping[str, str]) -> tupl
     return [WrittenFile(row["path"], row["size"], row["n_rows"]) for row in rows], schema
 
 
-def read_files(spark: SparkSession, root: str, paths: Sequence[str], schema: pa.Schema, options: Mapping[str, str]) -> DataFrame:
+def read_files(
+    spark: SparkSession,
+    root: str,
+    paths: Sequence[str],
+    schema: pa.Schema,
+    options: Mapping[str, str],
+) -> DataFrame:
     """A data frame over listed files of a table.
 
     Args:
@@ -113,7 +113,9 @@ def read_files(spark: SparkSession, root: str, paths: Sequence[str], schema: pa.
     if not paths:
         return spark.createDataFrame([], spark_schema)
     if "://" not in root:
-        return spark.read.schema(spark_schema).parquet(*(escaped(f"{root}/{path}") for path in paths))
+        return spark.read.schema(spark_schema).parquet(
+            *(escaped(f"{root}/{path}") for path in paths)
+        )
     names = schema.names
 
     def read(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -125,7 +127,9 @@ def read_files(spark: SparkSession, root: str, paths: Sequence[str], schema: pa.
                     for rows in file.iter_batches():
                         yield _completed(pa.Table.from_batches([rows]), schema, names)
 
-    listed = spark.createDataFrame([(path,) for path in paths], "path string").repartition(len(paths))
+    listed = spark.createDataFrame([(path,) for path in paths], "path string").repartition(
+        len(paths)
+    )
     return listed.mapInArrow(read, spark_schema)
 
 
@@ -152,7 +156,11 @@ def file_of_json(line: Mapping[str, Any]) -> WrittenFile:
 
 
 def rows_reader(
-    shape: StructType, location: str, options: Mapping[str, str], reading: Reading, required: Sequence[str] = ()
+    shape: StructType,
+    location: str,
+    options: Mapping[str, str],
+    column_types: ColumnTypes,
+    required: Sequence[str] = (),
 ) -> Callable[[RowFile], Batches]:
     """What reads a file's rows in a task, in the types that Spark wants.
 
@@ -160,13 +168,13 @@ def rows_reader(
         shape: of the rows.
         location: address that tells the file system.
         options: of the object store.
-        reading: of columns without types.
+        column_types: how columns without types are read.
         required: columns that every file must have.
     """
     schema = to_arrow_schema(shape, timezone="UTC")
 
     def rows(file: RowFile) -> Batches:
         filesystem, _ = filesystem_of(location, options)
-        return read_rows(file, schema, filesystem, required=required, reading=reading)
+        return read_rows(file, schema, filesystem, required=required, column_types=column_types)
 
     return rows

@@ -1,4 +1,4 @@
-"""Spark expressions that equal, to the letter, their Python twins in `pipeline.models.meta_model`."""
+"""Spark expressions that give exactly what their twins in `pipeline.models.meta_model` give."""
 
 from collections.abc import Sequence
 
@@ -26,7 +26,9 @@ def text_column(column: Column, kind: DataType) -> Column:
         return texts
     if isinstance(kind, TimestampType | TimestampNTZType):
         is_midnight = sf.date_trunc("day", column) == column
-        return sf.when(is_midnight, column.cast("date").cast("string")).otherwise(column.cast("string"))
+        return sf.when(is_midnight, column.cast("date").cast("string")).otherwise(
+            column.cast("string")
+        )
     return column.cast("string")
 
 
@@ -35,12 +37,18 @@ def _texts_of_numbers(values: pd.Series) -> pd.Series:
 
 
 def moment_column(moment: pd.Timestamp) -> Column:
-    """A moment (UTC, without a zone) as Spark's timestamp; a plain literal would be read in the zone of this machine."""
+    """A moment (UTC, without a zone) as Spark's timestamp.
+
+    A plain literal would be read in the zone of this machine.
+    """
     return sf.timestamp_micros(sf.lit(int(moment.as_unit("us").asm8.astype("int64"))))
 
 
 def latest_moment(column: Column) -> Column:
-    """The latest moment as `moment_of` takes it; a collected timestamp would be told in the zone of this machine."""
+    """The latest moment as `moment_of` takes it.
+
+    A collected timestamp would be told in the zone of this machine.
+    """
     return sf.unix_micros(sf.max(column))
 
 
@@ -51,7 +59,11 @@ def moment_of(micros: int) -> pd.Timestamp:
 
 def link_column(value: Column, transform: str) -> Column:
     """Target units to link space; null where the result is not finite."""
-    linked = {"none": value, "log": sf.when(value > 0, sf.log(value)), "log1p": sf.when(value > -1, sf.log1p(value))}[transform]
+    linked = {
+        "none": value,
+        "log": sf.when(value > 0, sf.log(value)),
+        "log1p": sf.when(value > -1, sf.log1p(value)),
+    }[transform]
     return finite(linked)
 
 

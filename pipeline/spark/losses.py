@@ -1,4 +1,4 @@
-"""Ways to answer compared on the same report rows, in the loss that the fleet learns by, added up for paired tests."""
+"""Contenders compared on the same report rows, in the fleet's own loss, for paired tests."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +30,8 @@ class Paired:
         grain: index of the grain.
         group: the row's group there.
         ours: loss of the answer, as from `row_loss`.
-        rivals: losses of what it is compared with, by name; null where a rival does not answer the row.
+        rivals: losses of what it is compared with, by name; null where a rival does not answer the
+            row.
     """
 
     grain: int
@@ -39,8 +40,10 @@ class Paired:
     rivals: Mapping[str, Column]
 
 
-def level_answers(own: Sequence[Column], weights: Sequence[Column], is_cut: Sequence[Column], constant: Column) -> list[Column]:
-    """Each level's blended answer, in link space less the offset, over the scale (for classes probabilities).
+def level_answers(
+    own: Sequence[Column], weights: Sequence[Column], is_cut: Sequence[Column], constant: Column
+) -> list[Column]:
+    """Each level's blended answer, link space less offset, over scale (for classes probabilities).
 
     Args:
         own: prediction of each grain's own model; null without one.
@@ -63,7 +66,7 @@ def in_target_units(spec: FleetSpec, answer: Column) -> Column:
 
 
 def row_loss(spec: FleetSpec, answer: Column) -> Column:
-    """The loss of one row (for multiclass of one class of a row) that the fleet learns by, on the target's scale.
+    """The fleet's own loss of one row, on the target's scale; for multiclass of one class of a row.
 
     Args:
         spec: the fleet.
@@ -72,7 +75,9 @@ def row_loss(spec: FleetSpec, answer: Column) -> Column:
     actual = sf.col("actual")
     # Clipped only where there is an answer: greatest() would take the bound for a null.
     if spec.task == MULTICLASS:
-        of_class = sf.when(actual > 0, -sf.log(sf.greatest(answer, sf.lit(SMALLEST)))).otherwise(0.0)
+        of_class = sf.when(actual > 0, -sf.log(sf.greatest(answer, sf.lit(SMALLEST)))).otherwise(
+            0.0
+        )
         return sf.when(answer.isNotNull(), of_class)
     if spec.is_class_task:
         of_actual = sf.when(actual > 0, answer).otherwise(1 - answer)
@@ -82,16 +87,25 @@ def row_loss(spec: FleetSpec, answer: Column) -> Column:
         alpha = spec.alpha or 0.5
         return sf.when(error > 0, alpha * error).otherwise((alpha - 1) * error)
     if spec.variance_power is not None:
-        return sf.when(answer.isNotNull(), deviance(actual, sf.greatest(answer, sf.lit(SMALLEST)), spec.variance_power))
+        return sf.when(
+            answer.isNotNull(),
+            deviance(actual, sf.greatest(answer, sf.lit(SMALLEST)), spec.variance_power),
+        )
     if spec.objective == HUBER:
         # Trees see the error over the scale.
         bend = (spec.alpha or 1.0) * sf.col("scale")
-        return sf.when(sf.abs(error) <= bend, error * error / 2).otherwise(bend * (sf.abs(error) - bend / 2))
+        return sf.when(sf.abs(error) <= bend, error * error / 2).otherwise(
+            bend * (sf.abs(error) - bend / 2)
+        )
     return sf.abs(error) if spec.objective == "l1" else error * error
 
 
-def compare_answers(rows: DataFrame, spec: FleetSpec, contests: Sequence[Paired], report_start: pd.Timestamp) -> pd.DataFrame:
-    """Mean losses of every group, and how steady each gain is over stretches of time; one Spark job and a small one.
+def compare_answers(
+    rows: DataFrame, spec: FleetSpec, contests: Sequence[Paired], report_start: pd.Timestamp
+) -> pd.DataFrame:
+    """Mean losses of every group, and how steady each gain is over stretches of time.
+
+    One Spark job and a small one.
 
     Args:
         rows: report rows as from `evaluation.judged_rows`; rows of weight 0 count for nothing.
@@ -100,9 +114,10 @@ def compare_answers(rows: DataFrame, spec: FleetSpec, contests: Sequence[Paired]
         report_start: where the report split begins.
 
     Returns:
-        One row per group with such rows: grain, group_id, n_rows, n_blocks (stretches with rows), loss and loss_sum (of ours, weighted);
-        and for each rival, on the rows that it answers: loss_<rival>, loss_sum_<rival>, gain_<rival> (its mean loss less ours),
-        gain_error_<rival> (standard error of that), n_rows_<rival> and n_blocks_<rival>.
+        One row per group with such rows: grain, group_id, n_rows, n_blocks (stretches with rows),
+        loss and loss_sum (of ours, weighted); and for each rival, on the rows that it answers:
+        loss_<rival>, loss_sum_<rival>, gain_<rival> (its mean loss less ours), gain_error_<rival>
+        (standard error of that), n_rows_<rival> and n_blocks_<rival>.
 
     Source: ratio estimator over clusters, Cochran (1977), section 6.4.
     """
@@ -111,53 +126,80 @@ def compare_answers(rows: DataFrame, spec: FleetSpec, contests: Sequence[Paired]
     newest = rows.agg(sf.unix_micros(sf.max("time"))).collect()[0][0]
     if newest is None:
         return pd.DataFrame(columns=["grain", "group_id", *_measured(rivals)])
-    start, end = (moment_column(moment).cast("double") for moment in (report_start, moment_of(newest)))
+    start = moment_column(report_start).cast("double")
+    end = moment_column(moment_of(newest)).cast("double")
     place = sf.floor((sf.col("time").cast("double") - start) / (end - start + 1) * N_STRETCHES)
-    levels = []
-    for contest in contests:
-        losses = [contest.rivals.get(name, sf.lit(None)).cast("double").alias(name) for name in rivals]
-        group = contest.group.alias("group_id")
-        levels.append(sf.struct(sf.lit(contest.grain).alias("grain"), group, contest.ours.alias("ours"), *losses))
     counted = sf.col("actual") if spec.task == MULTICLASS else sf.lit(1.0)
+    levels = [_level_of(contest, rivals) for contest in contests]
     exploded = rows.select(
         sf.least(place, sf.lit(N_STRETCHES - 1)).alias("stretch"),
         sf.col("weight"),
         counted.alias("counted"),
         sf.explode(sf.array(*levels)).alias("level"),
     )
-    weight, ours = sf.col("weight"), sf.col("level.ours")
+    groups = exploded.groupBy("level.grain", "level.group_id", "stretch")
+    stretches = groups.agg(*_sums_of_rows(rivals))
+    totals = stretches.groupBy("grain", "group_id").agg(
+        sf.count("*").alias("n_blocks"), *_sums_of_stretches(rivals)
+    )
+    return _as_measured(totals.toPandas(), rivals)
+
+
+def _level_of(contest: Paired, rivals: Sequence[str]) -> Column:
+    """One contest of a row: its grain and group, our loss, and each rival's, null where it has none."""
+    nothing = sf.lit(None)
+    losses = []
+    for name in rivals:
+        losses.append(contest.rivals.get(name, nothing).cast("double").alias(name))
+    group, ours = contest.group.alias("group_id"), contest.ours.alias("ours")
+    return sf.struct(sf.lit(contest.grain).alias("grain"), group, ours, *losses)
+
+
+def _sums_of_rows(rivals: Sequence[str]) -> list[Column]:
+    """Sums over the rows of a stretch: ours, and each rival's on the rows that both answer."""
+    counted, weight, ours = sf.col("counted"), sf.col("weight"), sf.col("level.ours")
     sums = [
-        sf.sum("counted").alias("n_rows"),
-        sf.sum(weight * sf.col("counted")).alias("weight"),
+        sf.sum(counted).alias("n_rows"),
+        sf.sum(weight * counted).alias("weight"),
         sf.sum(weight * ours).alias("ours"),
     ]
     for name in rivals:
         theirs = sf.col(f"level.`{name}`")
         answered = theirs.isNotNull() & ours.isNotNull()
         sums += [
-            sf.sum(sf.when(answered, sf.col("counted"))).alias(f"n_{name}"),
-            sf.sum(sf.when(answered, weight * sf.col("counted"))).alias(f"w_{name}"),
+            sf.sum(sf.when(answered, counted)).alias(f"n_{name}"),
+            sf.sum(sf.when(answered, weight * counted)).alias(f"w_{name}"),
             sf.sum(sf.when(answered, weight * theirs)).alias(f"l_{name}"),
             sf.sum(sf.when(answered, weight * (theirs - ours))).alias(f"d_{name}"),
         ]
-    stretches = exploded.groupBy("level.grain", "level.group_id", "stretch").agg(*sums)
-    totals = [sf.sum(name).alias(name) for name in ("n_rows", "weight", "ours")]
+    return sums
+
+
+def _sums_of_stretches(rivals: Sequence[str]) -> list[Column]:
+    """Sums over the stretches of a group, with the products that a ratio's standard error needs."""
+    sums = [sf.sum(name).alias(name) for name in ("n_rows", "weight", "ours")]
     for name in rivals:
         d, w = sf.col(f"d_{name}"), sf.col(f"w_{name}")
-        totals += [sf.sum(f"{part}_{name}").alias(f"{part}_{name}") for part in ("n", "w", "l", "d")]
-        totals += [
+        for part in ("n", "w", "l", "d"):
+            sums.append(sf.sum(f"{part}_{name}").alias(f"{part}_{name}"))
+        sums += [
             sf.count(d).alias(f"b_{name}"),
             sf.sum(d * d).alias(f"dd_{name}"),
             sf.sum(d * w).alias(f"dw_{name}"),
             sf.sum(w * w).alias(f"ww_{name}"),
         ]
-    found = stretches.groupBy("grain", "group_id").agg(sf.count("*").alias("n_blocks"), *totals).toPandas()
-    return _as_measured(found, rivals)
+    return sums
 
 
 def _measured(rivals: Sequence[str]) -> list[str]:
     names = ("loss", "loss_sum", "gain", "gain_error", "n_rows", "n_blocks")
-    return ["n_rows", "n_blocks", "loss", "loss_sum", *(f"{name}_{rival}" for rival in rivals for name in names)]
+    return [
+        "n_rows",
+        "n_blocks",
+        "loss",
+        "loss_sum",
+        *(f"{name}_{rival}" for rival in rivals for name in names),
+    ]
 
 
 def _as_measured(sums: pd.DataFrame, rivals: Sequence[str]) -> pd.DataFrame:
@@ -168,7 +210,9 @@ def _as_measured(sums: pd.DataFrame, rivals: Sequence[str]) -> pd.DataFrame:
     for rival in rivals:
         n, weight, d, dd = (sums[f"{part}_{rival}"] for part in ("b", "w", "d", "dd"))
         gain = d / weight
-        squares = (dd - 2 * gain * sums[f"dw_{rival}"] + gain**2 * sums[f"ww_{rival}"]).clip(lower=0.0)
+        squares = (dd - 2 * gain * sums[f"dw_{rival}"] + gain**2 * sums[f"ww_{rival}"]).clip(
+            lower=0.0
+        )
         squares = squares.where(squares > _ROUNDING * dd, 0.0)
         found |= {
             f"loss_{rival}": sums[f"l_{rival}"] / weight,
@@ -190,9 +234,10 @@ def answer_losers_otherwise(
     classes: Sequence[str],
     report_start: pd.Timestamp,
 ) -> dict[GroupKey, GroupSkill]:
-    """Leave to its parent, or to the constant, each finest group whose answer is significantly worse than theirs on report rows.
+    """Leave finest groups to their parent, or the constant, where that answers significantly better.
 
-    Coarser groups stay as they are: what they do badly over all their rows, some finer group that leans on them may need.
+    Coarser groups stay as they are: what they do badly over all their rows, some finer group that
+    leans on them may need.
 
     Args:
         judged: rows as from `evaluation.judged_rows`.
@@ -210,22 +255,37 @@ def answer_losers_otherwise(
     grains = range(len(spec.grains))
     weights = []
     for grain in grains:
-        rows = rows.join(sf.broadcast(_weight_table(rows, grain, skills, has_model[grain])), _same_group(grain), "left")
+        rows = rows.join(
+            sf.broadcast(_weight_table(rows, grain, skills, has_model[grain])),
+            _same_group(grain),
+            "left",
+        )
         weights.append(sf.col(f"_w{grain}"))
     constant = constant_column(constants, classes)
     own = [sf.col(f"p{grain}") for grain in grains]
     answers = [constant, *level_answers(own, weights, [sf.lit(False) for _ in grains], constant)]
-    plain, parent, ours = (row_loss(spec, in_target_units(spec, answer)) for answer in (constant, *answers[-2:]))
-    paired = Paired(grains[-1], sf.col("group_ids")[grains[-1]], ours, {BY_PARENT: parent, BY_CONSTANT: plain})
+    plain, parent, ours = (
+        row_loss(spec, in_target_units(spec, answer)) for answer in (constant, *answers[-2:])
+    )
+    paired = Paired(
+        grains[-1], sf.col("group_ids")[grains[-1]], ours, {BY_PARENT: parent, BY_CONSTANT: plain}
+    )
     losers = losing_groups(compare_answers(rows, spec, [paired], report_start))
-    return {**skills, **{key: skills[key].left_to(by) for key, by in losers.items() if key in skills}}
+    left = {GroupKey(*key): by for key, by in losers.items()}
+    return {**skills, **{key: skills[key].left_to(by) for key, by in left.items() if key in skills}}
 
 
 def _same_group(grain: int) -> Column:
     return sf.col("group_ids")[grain] == sf.col(f"_g{grain}")
 
 
-def _weight_table(rows: DataFrame, grain: int, skills: Mapping[GroupKey, GroupSkill], has_model: Collection[str]) -> DataFrame:
+def _weight_table(
+    rows: DataFrame, grain: int, skills: Mapping[GroupKey, GroupSkill], has_model: Collection[str]
+) -> DataFrame:
     """The weight of each group of a grain that has a model."""
-    table = [(group, skill.weight) for (level, group), skill in skills.items() if level == grain and group in has_model]
+    table = [
+        (group, skill.weight)
+        for (level, group), skill in skills.items()
+        if level == grain and group in has_model
+    ]
     return rows.sparkSession.createDataFrame(table, f"_g{grain} string, _w{grain} double")

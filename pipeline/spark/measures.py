@@ -1,7 +1,8 @@
 """Error measures of answers against the actual target, per task, as Spark expressions.
 
-A way is one way to answer: the fleet, the pooled model, the constant, a baseline. Its error on a row is a column, its measure over
-a group's rows the mean of that column (for RMSE its root); rows that a way does not answer do not count for it.
+A way is one way to answer: the fleet, the pooled model, the constant, a baseline. Its error on a
+row is a column, its measure over a group's rows the mean of that column (for RMSE its root); rows
+that a way does not answer do not count for it.
 """
 
 from collections.abc import Sequence
@@ -24,29 +25,39 @@ def row_measures(spec: FleetSpec) -> tuple[str, ...]:
 
 
 def shown_measures(spec: FleetSpec) -> tuple[str, str]:
-    """The two measures that people compare ways by: the first one is smaller where the answers are better."""
+    """The two measures that people compare contenders by; smaller is better for the first."""
     return ("log_loss", "accuracy") if spec.is_class_task else ("rmse", "mape")
 
 
-def row_errors(answered: DataFrame, spec: FleetSpec, ways: Sequence[str], classes: Sequence[str]) -> DataFrame:
+def row_errors(
+    answered: DataFrame, spec: FleetSpec, ways: Sequence[str], classes: Sequence[str]
+) -> DataFrame:
     """One row per judged row, with each way's error in each measure.
 
     Args:
-        answered: one row per judged row (for multiclass per row and class): row_key, class_name, actual, group_ids, miss, and per
-            way its answer, null where it has none.
+        answered: one row per judged row (for multiclass per row and class): row_key, class_name,
+            actual, group_ids, miss, and per way its answer, null where it has none.
         spec: the fleet.
         ways: columns with answers.
         classes: of the target, in order.
 
     Returns:
-        Columns group_ids, miss, and `<way>_<measure>` for every way and measure; rmse holds the squared error.
+        Columns group_ids, miss, and `<way>_<measure>` for every way and measure; rmse holds the
+        squared error.
     """
     errors = {f"{way}_{name}": error for way in ways for name, error in _errors(way, spec).items()}
     if spec.task != MULTICLASS:
-        return answered.select("group_ids", "miss", *(error.alias(name) for name, error in errors.items()))
+        return answered.select(
+            "group_ids", "miss", *(error.alias(name) for name, error in errors.items())
+        )
     place = sf.array_position(sf.array(*(sf.lit(name) for name in classes)), sf.col("class_name"))
     # Of equal probabilities the first class is the answer.
-    likeliest = [sf.max(sf.when(sf.col(way).isNotNull(), sf.struct(sf.col(way), -place, sf.col("actual")))).alias(f"{way}_first") for way in ways]
+    likeliest = [
+        sf.max(
+            sf.when(sf.col(way).isNotNull(), sf.struct(sf.col(way), -place, sf.col("actual")))
+        ).alias(f"{way}_first")
+        for way in ways
+    ]
     of_classes = answered.groupBy("row_key").agg(
         sf.first("group_ids").alias("group_ids"),
         sf.first("miss").alias("miss"),
@@ -58,24 +69,36 @@ def row_errors(answered: DataFrame, spec: FleetSpec, ways: Sequence[str], classe
 
 
 def _errors(way: str, spec: FleetSpec) -> dict[str, Column]:
-    """A way's error on a row (for multiclass: on a class of a row, to be added up), null where it gave no answer."""
+    """A contender's error on a row, null where it gave no answer.
+
+    For multiclass on a class of a row, to be added up.
+    """
     actual, answer = sf.col("actual"), sf.col(way)
     error = actual - answer
     # Clipped only where there is an answer: greatest() would take the bound for a null.
     if spec.task == MULTICLASS:
-        log_loss = sf.when((actual > 0) & answer.isNotNull(), -sf.log(sf.greatest(answer, sf.lit(SMALLEST))))
+        log_loss = sf.when(
+            (actual > 0) & answer.isNotNull(), -sf.log(sf.greatest(answer, sf.lit(SMALLEST)))
+        )
         return {"log_loss": log_loss, "brier": error * error}
     if spec.is_class_task:
         of_actual = sf.when(actual > 0, answer).otherwise(1 - answer)
         hit = sf.when(answer.isNotNull(), ((answer > 0.5) == (actual > 0)).cast("double"))  # noqa: PLR2004
         log_loss = sf.when(answer.isNotNull(), -sf.log(sf.greatest(of_actual, sf.lit(SMALLEST))))
         return {"log_loss": log_loss, "brier": error * error, "accuracy": hit}
-    errors = {"rmse": error * error, "mae": sf.abs(error), "mape": sf.when(actual != 0, sf.abs(error / actual) * 100)}
+    errors = {
+        "rmse": error * error,
+        "mae": sf.abs(error),
+        "mape": sf.when(actual != 0, sf.abs(error / actual) * 100),
+    }
     if spec.objective == QUANTILE:
         alpha = spec.alpha or 0.5
         errors["pinball"] = sf.when(error > 0, alpha * error).otherwise((alpha - 1) * error)
     if spec.variance_power is not None:
-        errors["deviance"] = sf.when(answer.isNotNull(), deviance(actual, sf.greatest(answer, sf.lit(SMALLEST)), spec.variance_power))
+        errors["deviance"] = sf.when(
+            answer.isNotNull(),
+            deviance(actual, sf.greatest(answer, sf.lit(SMALLEST)), spec.variance_power),
+        )
     return errors
 
 
@@ -85,7 +108,9 @@ def deviance(actual: Column, mean: Column, power: float) -> Column:
     Source: Jorgensen, The Theory of Dispersion Models (1997).
     """
     if power == 1:
-        return 2 * (sf.when(actual > 0, actual * sf.log(actual / mean)).otherwise(0.0) - actual + mean)
+        return 2 * (
+            sf.when(actual > 0, actual * sf.log(actual / mean)).otherwise(0.0) - actual + mean
+        )
     return 2 * (
         sf.pow(actual, sf.lit(2 - power)) / ((1 - power) * (2 - power))
         - actual * sf.pow(mean, sf.lit(1 - power)) / (1 - power)
@@ -99,12 +124,15 @@ def row_means(spec: FleetSpec, ways: Sequence[str]) -> list[Column]:
 
 
 def baseline_measures(spec: FleetSpec, n_baselines: int) -> list[Column]:
-    """Per baseline the rows it answers, as `b0_n`, and the fleet's measures on those rows, as `b0_fleet_<measure>`."""
+    """Per baseline its rows (`b0_n`) and the fleet's measures on them (`b0_fleet_<measure>`)."""
     found = []
     for way in (f"b{number}" for number in range(n_baselines)):
         there = sf.col(f"{way}_{'brier' if spec.is_class_task else 'rmse'}").isNotNull()
         found.append(sf.count_if(there).alias(f"{way}_n"))
-        found += [_mean("fleet", name, there).alias(f"{way}_fleet_{name}") for name in shown_measures(spec)]
+        found += [
+            _mean("fleet", name, there).alias(f"{way}_fleet_{name}")
+            for name in shown_measures(spec)
+        ]
     return found
 
 

@@ -12,7 +12,7 @@ from pipeline.models.meta_model import FleetModel, check_listed_once
 from pipeline.spark.answers import answer_rows
 from pipeline.spark.features import newest_time
 from pipeline.spark.keys import finite, moment_column
-from pipeline.spark.training import visible_rows
+from pipeline.spark.rows import visible_rows
 from pipeline.spec import FleetSpec
 
 PLOTTED_ROWS = 20_000
@@ -21,7 +21,8 @@ PLOTTED_ROWS = 20_000
 def rows_to_score(features: DataFrame, spec: FleetSpec, as_of: pd.Timestamp) -> DataFrame:
     """The rows a launch answers.
 
-    `new`: rows of the data with a time after the as-of; `future`: those of the horizon after the newest visible time.
+    `new`: rows of the data with a time after the as-of; `future`: those of the horizon after the
+    newest visible time.
     """
     if spec.scoring.score == "new":
         return features.where((sf.col("time") > moment_column(as_of)) & ~sf.col("is_future"))
@@ -29,11 +30,18 @@ def rows_to_score(features: DataFrame, spec: FleetSpec, as_of: pd.Timestamp) -> 
     if newest is None:
         return features.limit(0)
     end = spec.horizon_end(newest)
-    return features.where((sf.col("time") > moment_column(newest)) & (sf.col("time") <= moment_column(end)))
+    return features.where(
+        (sf.col("time") > moment_column(newest)) & (sf.col("time") <= moment_column(end))
+    )
 
 
 def score_rows(
-    spark: SparkSession, rows: DataFrame, spec: FleetSpec, model: FleetModel, as_of: pd.Timestamp, options: Mapping[str, str]
+    spark: SparkSession,
+    rows: DataFrame,
+    spec: FleetSpec,
+    model: FleetModel,
+    as_of: pd.Timestamp,
+    options: Mapping[str, str],
 ) -> DataFrame:
     """Answer every row; no shuffle.
 
@@ -46,29 +54,46 @@ def score_rows(
         options: of the object store that a shared pack is in.
 
     Returns:
-        One row per row: the columns of `tables.PREDICTIONS` and the fleet's keys; lower and upper at the spec's level.
+        One row per row: the columns of `tables.PREDICTIONS` and the fleet's keys; lower and upper
+        at the spec's level.
 
     Raises:
         SpecError: if the version has no intervals of that level.
         InputError: if a column that is read is listed twice.
     """
-    check_listed_once(rows.columns, {"row_key", "time", *spec.key_columns, *model.required, *model.optional})
+    check_listed_once(
+        rows.columns, {"row_key", "time", *spec.key_columns, *model.required, *model.optional}
+    )
     kept = list(dict.fromkeys(["row_key", "time", *spec.key_columns]))
     # What the version reads, which may have been trained when the fleet was described otherwise.
-    needed = dict.fromkeys([*kept, *(column for column in (*model.required, *model.optional) if column in rows.columns)])
+    needed = dict.fromkeys(
+        [
+            *kept,
+            *(column for column in (*model.required, *model.optional) if column in rows.columns),
+        ]
+    )
     narrow = rows.select(*(f"`{column}`" for column in needed))
-    answered = answer_rows(spark, narrow, model, options, kept=kept, interval=_level_of(model, spec))
-    return answered.withColumn("as_of", sf.lit(as_of.isoformat())).withColumn("scored_at", sf.current_timestamp())
+    answered = answer_rows(
+        spark, narrow, model, options, kept=kept, interval=_level_of(model, spec)
+    )
+    return answered.withColumn("as_of", sf.lit(as_of.isoformat())).withColumn(
+        "scored_at", sf.current_timestamp()
+    )
 
 
 def _level_of(model: FleetModel, spec: FleetSpec) -> float | None:
-    """The level that the spec asks for now; the version may have been trained when it asked for another."""
+    """The level that the spec asks for now.
+
+    The version may have been trained when it asked for another.
+    """
     if not model.intervals:
         return None
     if spec.scoring.interval not in model.intervals:
         raise SpecError(
-            f"scoring.interval: {spec.scoring.interval!r} is no level of the version that serves ({model.fleet_version}), which has intervals of "
-            f"{', '.join(map(repr, model.intervals))}; choose one of them, or materialise models, meta_model and champion again"
+            f"scoring.interval: {spec.scoring.interval!r} is no level of the version that serves "
+            f"({model.fleet_version}), which has intervals of "
+            f"{', '.join(map(repr, model.intervals))}; choose one of them, or materialise models, "
+            "meta_model and champion again"
         )
     return spec.scoring.interval
 
@@ -97,11 +122,19 @@ def count_answers(predictions: DataFrame, as_of: pd.Timestamp) -> AnswerCounts:
     answers = predictions.where(sf.col("as_of") == as_of.isoformat())
     is_text = dict(answers.dtypes)["prediction"] == "string"
     answer = sf.col("prediction") if is_text else finite(sf.col("prediction"))
-    per_grain = answers.groupBy("answered_by").agg(sf.count("*").alias("n"), sf.sum(answer.isNull().cast("long")).alias("n_missing"))
+    per_grain = answers.groupBy("answered_by").agg(
+        sf.count("*").alias("n"), sf.sum(answer.isNull().cast("long")).alias("n_missing")
+    )
     found = sorted(per_grain.collect(), key=lambda row: (-row["n"], row["answered_by"]))
     # By key alone: a row may have been answered twice by different grains.
     n_doubled = answers.groupBy("row_key").count().where("count > 1").count()
-    sample = [row[0] for row in answers.select("prediction").where("prediction IS NOT NULL").limit(PLOTTED_ROWS).collect()]
+    sample = [
+        row[0]
+        for row in answers.select("prediction")
+        .where("prediction IS NOT NULL")
+        .limit(PLOTTED_ROWS)
+        .collect()
+    ]
     return AnswerCounts(
         n_rows=sum(row["n"] for row in found),
         n_missing=sum(row["n_missing"] for row in found),

@@ -1,7 +1,8 @@
-"""Files of a stream that cannot be read: set aside, so that the others are answered, and tried again when they change.
+"""Unreadable files of a stream: set aside, and tried again when they change.
 
-Spark never lists a file twice. What is set aside is therefore remembered here, in the checkpoint: by the task that could not
-read it, below `attempt/` while its micro batch is not committed, and for good once it is.
+Spark never lists a file twice. What is set aside is therefore remembered here, in the checkpoint:
+by the task that could not read it, below `attempt/` while its micro batch is not committed, and for
+good once it is.
 """
 
 import hashlib

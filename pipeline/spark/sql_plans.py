@@ -1,8 +1,8 @@
 """The second check of a fleet's SQL: what Spark's own parser and analyzer make of it.
 
-Only text that was rendered from a checked tree runs. Before it does, Spark parses it, and the plan may hold nothing beyond the tree.
-The author's text is parsed as well, and never run: if Spark reads it otherwise than the rendered one, the check has looked at
-another statement than its author wrote.
+Only text that was rendered from a checked tree runs. Before it does, Spark parses it, and the plan
+may hold nothing beyond the tree. The author's text is parsed as well, and never run: if Spark reads
+it otherwise than the rendered one, the check has looked at another statement than its author wrote.
 """
 
 import json
@@ -45,7 +45,8 @@ _EXPRESSIONS = words(
     UnresolvedStarExceptOrReplace UnspecifiedFrame WindowExpression WindowSpecDefinition
     """
 )
-# Leaves of an analyzed plan that are not tables, and the aggregates that depend on the order of rows, which Spark calls random.
+# Leaves of an analyzed plan that are not tables, and the aggregates that depend on the order of
+# rows, which Spark calls random.
 _LEAVES = words("CTERelationRef LocalRelation OneRowRelation")
 _ORDER_DEPENDENT = words(
     """
@@ -87,7 +88,14 @@ def read_expression(spark: SparkSession, text: str) -> SparkReading:
     return _read(_parser(spark).parseExpression(text))
 
 
-def check_select(spark: SparkSession, text: str, sources: Sequence[str], *, file: str, functions: Sequence[str] = ()) -> exp.Query:
+def check_select(
+    spark: SparkSession,
+    text: str,
+    sources: Sequence[str],
+    *,
+    file: str,
+    functions: Sequence[str] = (),
+) -> exp.Query:
     """Check a fleet's SQL with both parsers; nothing runs.
 
     Args:
@@ -111,11 +119,21 @@ def check_select(spark: SparkSession, text: str, sources: Sequence[str], *, file
     return query
 
 
-def select_rows(spark: SparkSession, text: str, raw: Mapping[str, DataFrame], *, file: str, functions: Sequence[str] = ()) -> DataFrame:
-    """The rows that a fleet's SQL gives over its raw tables, by source name; what runs is rendered from the checked statement.
+def select_rows(
+    spark: SparkSession,
+    text: str,
+    raw: Mapping[str, DataFrame],
+    *,
+    file: str,
+    functions: Sequence[str] = (),
+) -> DataFrame:
+    """The rows that a fleet's SQL gives over its raw tables, by source name.
+
+    What runs is rendered from the checked statement.
 
     Raises:
-        SpecError: as `check_select`, and if Spark resolves anything in it to what is not a source, or to chance.
+        SpecError: as `check_select`, and if Spark resolves anything in it to what is not a source,
+            or to chance.
     """
     query = check_select(spark, text, list(raw), file=file, functions=functions)
     for name, frame in raw.items():
@@ -131,7 +149,9 @@ def select_rows(spark: SparkSession, text: str, raw: Mapping[str, DataFrame], *,
     return rows
 
 
-def derived_column(spark: SparkSession, text: str, tree: exp.Expr, *, where: str, functions: Sequence[str] = ()) -> Column:
+def derived_column(
+    spark: SparkSession, text: str, tree: exp.Expr, *, where: str, functions: Sequence[str] = ()
+) -> Column:
     """A derived column, checked on both sides.
 
     Args:
@@ -178,25 +198,37 @@ def _check_readings(
     rendered = render(tree)
     reading = read(rendered)
     for found in excess(reading, tree, functions):
-        raise SpecError(f"{where}: Spark reads {found} in it, which the check did not; it was checked as: {rendered[:400]}")
+        raise SpecError(
+            f"{where}: Spark reads {found} in it, which the check did not; it was checked as: "
+            f"{rendered[:400]}"
+        )
     if read(text).shape != reading.shape:
         raise SpecError(
-            f"{where}: Spark reads it differently from the check, so it is not run; write it more plainly "
+            f"{where}: Spark reads it differently from the check, so it is not run; write it more "
+            "plainly "
             f"(comments, quotes and backslashes first). It was checked as: {rendered[:400]}"
         )
 
 
 def _check_analyzed(rows: DataFrame, sources: Sequence[str], where: str) -> None:
-    """Spark resolved the relations to the sources' views, and every expression gives the same answer each time."""
+    """Check that Spark resolved relations to sources' views, and that expressions are repeatable."""
     declared = {name.lower() for name in sources}
     for kind, name in _analyzed_leaves(_queries(rows).analyzed()):
         if kind == "View":
             if name.lower() not in declared:
-                raise SpecError(f"{where} reads the view {name!r}; allowed are the declared sources: {', '.join(sources)}")
+                raise SpecError(
+                    f"{where} reads the view {name!r}; allowed are the declared sources: "
+                    f"{', '.join(sources)}"
+                )
         elif kind not in _LEAVES:
-            raise SpecError(f"{where} reads {name[:80]}; allowed are the declared sources: {', '.join(sources)}")
+            raise SpecError(
+                f"{where} reads {name[:80]}; allowed are the declared sources: {', '.join(sources)}"
+            )
     for name in _random_expressions(_queries(rows).analyzed()):
-        raise SpecError(f"{where} computes {name[:80]}, which gives another answer each time; use columns of the data")
+        raise SpecError(
+            f"{where} computes {name[:80]}, which gives another answer each time; use columns of "
+            "the data"
+        )
 
 
 def _parser(spark: SparkSession) -> Any:
@@ -213,9 +245,21 @@ def _read(plan: Any) -> SparkReading:
     found = list(_nodes(document))
     return SparkReading(
         nodes=frozenset(name for name, _ in found),
-        relations=frozenset(".".join(_names(node)) for name, node in found if name == "UnresolvedRelation" or "TableValuedFunction" in name),
-        functions=frozenset(".".join(_names(node)) for name, node in found if name in ("UnresolvedFunction", "UnresolvedGenerator")),
-        columns=frozenset(_names(node) for name, node in found if name in ("UnresolvedAttribute", "UnresolvedNamedLambdaVariable")),
+        relations=frozenset(
+            ".".join(_names(node))
+            for name, node in found
+            if name == "UnresolvedRelation" or "TableValuedFunction" in name
+        ),
+        functions=frozenset(
+            ".".join(_names(node))
+            for name, node in found
+            if name in ("UnresolvedFunction", "UnresolvedGenerator")
+        ),
+        columns=frozenset(
+            _names(node)
+            for name, node in found
+            if name in ("UnresolvedAttribute", "UnresolvedNamedLambdaVariable")
+        ),
         shape=_shape(document),
     )
 
@@ -240,7 +284,11 @@ def _names(node: Mapping[str, Any]) -> tuple[str, ...]:
     """Parts of a node's name, lower case; Spark writes most of them as `[a, b]`."""
     name = node.get("nameParts") or node.get("multipartIdentifier") or node.get("name") or ""
     if isinstance(name, Mapping):  # a generator's
-        return tuple(str(name[part]).lower() for part in ("catalog", "database", "funcName") if name.get(part))
+        return tuple(
+            str(name[part]).lower()
+            for part in ("catalog", "database", "funcName")
+            if name.get(part)
+        )
     return tuple(part.lower() for part in str(name).removeprefix("[").removesuffix("]").split(", "))
 
 
@@ -262,7 +310,9 @@ def _tree_shape(nodes: Iterator[dict[str, Any]]) -> Any:
     return _same_form(_class_name(node["class"]), _shape(node), children)
 
 
-def _same_form(name: str, fields: dict[str, Any], children: list[Any]) -> tuple[str, dict[str, Any], list[Any]]:
+def _same_form(
+    name: str, fields: dict[str, Any], children: list[Any]
+) -> tuple[str, dict[str, Any], list[Any]]:
     """A node in one of the forms in which its text can be written."""
     first: tuple[str, dict[str, Any], list[Any]] = children[0] if children else ("", {}, [])
     first_name, first_fields, grandchildren = first
@@ -282,7 +332,11 @@ def _same_form(name: str, fields: dict[str, Any], children: list[Any]) -> tuple[
     elif name == "UnaryPositive":
         return first
     # A comma between tables is a join without a condition.
-    elif name == "Join" and "condition" not in fields and fields["joinType"] == {"object": f"{_JOINS}.Cross$"}:
+    elif (
+        name == "Join"
+        and "condition" not in fields
+        and fields["joinType"] == {"object": f"{_JOINS}.Cross$"}
+    ):
         fields["joinType"] = {"object": f"{_JOINS}.Inner$"}
     return name, fields, children
 

@@ -1,8 +1,12 @@
-"""Scoring as rows come: files of a folder, or versions of a Delta table, in micro batches that are each committed exactly once.
+"""Scoring as rows come, in micro batches that are each committed exactly once.
 
-Spark writes down which rows a micro batch has before it begins; a batch that was interrupted is repeated with the same rows. Its answers are one
-commit of the target with an application transaction, the stream's id and the batch's number, so that a repeated batch that had been committed is
-passed over. The checkpoint folder has Spark's part in `spark/`, and what the stream pinned at its first start in `stream.json`.
+From files of a folder, or versions of a Delta table.
+
+Spark writes down which rows a micro batch has before it begins; a batch that was interrupted is
+repeated with the same rows. Its answers are one commit of the target with an application
+transaction, the stream's id and the batch's number, so that a repeated batch that had been
+committed is passed over. The checkpoint folder has Spark's part in `spark/`, and what the stream
+pinned at its first start in `stream.json`.
 """
 
 import json
@@ -26,7 +30,8 @@ from pyspark.sql.types import StructType
 from pipeline.crash_points import crash_point
 from pipeline.errors import DataError, SpecError, StoreError
 from pipeline.models.meta_model import FleetModel, InputError
-from pipeline.reading.files import SUFFIXES, Reading, root_of, row_file
+from pipeline.reading.files import ColumnTypes, root_of, row_file
+from pipeline.reading.formats import FORMATS
 from pipeline.scoring.row_source import SCORED_AT, RowSource, check_columns
 from pipeline.spark.answers import answer_rows
 from pipeline.spark.data_errors import in_error_tree
@@ -37,7 +42,8 @@ from pipeline.storage import Tables
 
 POLL_SECONDS = 0.2
 PINNED = "stream.json"
-# Spark forgets, and then leaves out, files that are older than this against the newest: copies keep the age of their originals.
+# Spark forgets, and then leaves out, files that are older than this against the newest: copies keep
+# the age of their originals.
 NEVER_TOO_OLD = "36500d"
 _FILES = "path string, modificationTime timestamp, length long, content binary"
 
@@ -56,7 +62,7 @@ class Stream:
         source: absolute address of the rows.
         kind: their format.
         shape: their columns, pinned.
-        reading: how columns without types are read, pinned.
+        column_types: how columns without types are read, pinned.
         target: absolute address of the answers' table.
     """
 
@@ -66,7 +72,7 @@ class Stream:
     source: str
     kind: str
     shape: StructType
-    reading: Reading
+    column_types: ColumnTypes
     target: str
 
     @property
@@ -77,7 +83,14 @@ class Stream:
     @property
     def last_batch(self) -> int | None:
         """The newest micro batch that the checkpoint knows to be committed."""
-        return max((int(path.name) for path in (self.folder / "spark" / "commits").glob("*") if path.name.isdecimal()), default=None)
+        return max(
+            (
+                int(path.name)
+                for path in (self.folder / "spark" / "commits").glob("*")
+                if path.name.isdecimal()
+            ),
+            default=None,
+        )
 
     @property
     def schema(self) -> pa.Schema:
@@ -94,25 +107,58 @@ class Stream:
         path = folder / PINNED
         if not path.exists():
             if (folder / "spark").exists():
-                raise StoreError(f"{path} is missing beside a checkpoint of Spark's; give another --checkpoint, or restore the file")
+                raise StoreError(
+                    f"{path} is missing beside a checkpoint of Spark's; give another --checkpoint, "
+                    "or restore the file"
+                )
             return None
         try:
             told = json.loads(path.read_text(encoding="utf-8"))
-            reading = Reading(frozenset(told["numbers"]), frozenset(told["whole"]))
+            column_types = ColumnTypes(frozenset(told["numbers"]), frozenset(told["whole"]))
             names = {name: str(told[name]) for name in ("id", "fleet", "source", "kind", "target")}
-            return cls(folder, shape=StructType.fromJson(told["columns"]), reading=reading, **names)
+            return cls(
+                folder,
+                shape=StructType.fromJson(told["columns"]),
+                column_types=column_types,
+                **names,
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"{path}: not what a stream pinned ({error}); give another --checkpoint, or restore the file") from error
+            raise StoreError(
+                f"{path}: not what a stream pinned ({error}); give another --checkpoint, or "
+                "restore the file"
+            ) from error
 
     @classmethod
-    def begin(cls, folder: Path, fleet: str, source: RowSource, reading: Reading, target: str) -> Self:
+    def begin(
+        cls, folder: Path, fleet: str, source: RowSource, column_types: ColumnTypes, target: str
+    ) -> Self:
         """Pin a new stream."""
-        stream = cls(folder, uuid.uuid4().hex, fleet, source.address, source.kind, _nullable(from_arrow_schema(source.schema)), reading, target)
-        told: dict[str, Any] = {"id": stream.id, "fleet": fleet, "source": stream.source, "kind": stream.kind, "target": target}
-        told |= {"numbers": sorted(reading.numbers), "whole": sorted(reading.whole)}
+        stream = cls(
+            folder=folder,
+            id=uuid.uuid4().hex,
+            fleet=fleet,
+            source=source.address,
+            kind=source.kind,
+            shape=_nullable(from_arrow_schema(source.schema)),
+            column_types=column_types,
+            target=target,
+        )
+        told: dict[str, Any] = {
+            "id": stream.id,
+            "fleet": fleet,
+            "source": stream.source,
+            "kind": stream.kind,
+            "target": target,
+        }
+        told |= {
+            "numbers": sorted(column_types.numeric),
+            "whole": sorted(column_types.integer_keys),
+        }
         folder.mkdir(parents=True, exist_ok=True)
         written = folder / f"{PINNED}.{os.getpid()}"
-        written.write_text(json.dumps({**told, "columns": stream.shape.jsonValue()}, indent=1), encoding="utf-8")
+        written.write_text(
+            json.dumps({**told, "columns": stream.shape.jsonValue()}, indent=1), encoding="utf-8"
+        )
         written.replace(folder / PINNED)
         return stream
 
@@ -122,10 +168,21 @@ class Stream:
         Raises:
             SpecError: naming what differs.
         """
-        pairs = {"fleet": (self.fleet, fleet), "--from": (self.source, source), "--to": (self.target, target)}
-        other = [f"{name} was {before} and is {now}" for name, (before, now) in pairs.items() if before != now]
+        pairs = {
+            "fleet": (self.fleet, fleet),
+            "--from": (self.source, source),
+            "--to": (self.target, target),
+        }
+        other = [
+            f"{name} was {before} and is {now}"
+            for name, (before, now) in pairs.items()
+            if before != now
+        ]
         if other:
-            raise SpecError(f"{self.folder} is the checkpoint of another stream: {'; '.join(other)}; give each stream a --checkpoint of its own")
+            raise SpecError(
+                f"{self.folder} is the checkpoint of another stream: {'; '.join(other)}; give each "
+                "stream a --checkpoint of its own"
+            )
 
     def check_source(self) -> None:
         """Refuse to go on where a folder is gone; one without files is only quiet.
@@ -135,20 +192,26 @@ class Stream:
         """
         folder = root_of(self.source) if set(self.source) & set("*?[") else self.source
         if self.kind != "delta" and not Path(folder).is_dir():
-            raise DataError(f"{self.source} is gone: there is no folder {folder}; put it back, or start another stream")
+            raise DataError(
+                f"{self.source} is gone: there is no folder {folder}; put it back, or start "
+                "another stream"
+            )
 
     def check_target(self, tables: Tables) -> None:
         """Refuse to go on where answers that the checkpoint knows are gone.
 
         Raises:
-            StoreError: if the target is not there any more, or was taken back to an earlier version.
+            StoreError: if the target is not there any more, or was taken back to an earlier
+                version.
         """
         last, seen = self.last_batch, tables.transaction(self.target, self.app)
         if last is not None and (seen is None or seen < last):
             there = "no micro batch" if seen is None else f"micro batches up to {seen}"
             raise StoreError(
-                f"{self.target} has the answers of {there}, the checkpoint {self.folder} says {last}: "
-                "the table was removed or restored; give another --checkpoint to answer all rows again"
+                f"{self.target} has the answers of {there}, the checkpoint {self.folder} says "
+                f"{last}: "
+                "the table was removed or restored; give another --checkpoint to answer all rows "
+                "again"
             )
 
 
@@ -157,7 +220,13 @@ def _nullable(shape: StructType) -> StructType:
 
 
 def stream_rows(
-    spark: SparkSession, stream: Stream, options: Mapping[str, str], required: Sequence[str], *, max_files: int, skip_changes: bool
+    spark: SparkSession,
+    stream: Stream,
+    options: Mapping[str, str],
+    required: Sequence[str],
+    *,
+    max_files: int,
+    skip_changes: bool,
 ) -> DataFrame:
     """The rows of a stream.
 
@@ -171,18 +240,38 @@ def stream_rows(
     """
     if stream.kind == "delta":
         spark.dataSource.register(DeltaVersions)
-        settings = {"max_files": str(max_files), "skip_changes": str(skip_changes).lower(), "secret_storage_options": json.dumps(dict(options))}
-        return spark.readStream.format(DeltaVersions.name()).schema(stream.shape).options(**settings).load(stream.source)
-    endings = ",".join(_either_case(suffix) for suffix, kind in SUFFIXES.items() if kind == stream.kind)
+        settings = {
+            "max_files": str(max_files),
+            "skip_changes": str(skip_changes).lower(),
+            "secret_storage_options": json.dumps(dict(options)),
+        }
+        return (
+            spark.readStream.format(DeltaVersions.name())
+            .schema(stream.shape)
+            .options(**settings)
+            .load(stream.source)
+        )
+    endings = [
+        _either_case(ending)
+        for ending, file_format in FORMATS.items()
+        if file_format.kind == stream.kind
+    ]
     address = escaped(stream.source) if Path(stream.source).is_dir() else stream.source
-    # Spark keeps book of the files; their rows are read as everywhere here, by name, whatever the order of columns.
+    # Spark keeps book of the files; their rows are read as everywhere here, by name, whatever the
+    # order of columns.
     settings = {
         "recursiveFileLookup": "true",
         "maxFileAge": NEVER_TOO_OLD,
         "maxFilesPerTrigger": str(max_files),
-        "pathGlobFilter": f"*{{{endings}}}",
+        "pathGlobFilter": f"*{{{','.join(endings)}}}",
     }
-    listed = spark.readStream.format("binaryFile").schema(_FILES).options(**settings).load(address).select("path")
+    listed = (
+        spark.readStream.format("binaryFile")
+        .schema(_FILES)
+        .options(**settings)
+        .load(address)
+        .select("path")
+    )
     return _read_listed(listed, stream, options, required, SetAside(stream.folder))
 
 
@@ -194,7 +283,7 @@ def _read_listed(
     set_aside: SetAside | None,
 ) -> DataFrame:
     """The rows of listed files; one that cannot be read is set aside where that is asked for."""
-    rows = rows_reader(stream.shape, stream.source, options, stream.reading, required)
+    rows = rows_reader(stream.shape, stream.source, options, stream.column_types, required)
     root = root_of(stream.source)
 
     def read(batches: Batches) -> Batches:
@@ -210,7 +299,9 @@ def _read_listed(
 
 def _either_case(suffix: str) -> str:
     """A glob of Hadoop's for a suffix in letters of either case."""
-    return "".join(f"[{letter}{letter.upper()}]" if letter.isalpha() else letter for letter in suffix)
+    return "".join(
+        f"[{letter}{letter.upper()}]" if letter.isalpha() else letter for letter in suffix
+    )
 
 
 def local_path(address: str) -> str:
@@ -255,7 +346,9 @@ class Champion:
 
 
 class AnswerSink:
-    """Answers each micro batch and commits it once; files set aside are answered when they can be read.
+    """Answers each micro batch and commits it once.
+
+    Files set aside are answered when they can be read.
 
     Args:
         stream: that it ends.
@@ -264,7 +357,13 @@ class AnswerSink:
         report: takes a line per micro batch.
     """
 
-    def __init__(self, stream: Stream, tables: Tables, champion: Callable[[], tuple[Any, FleetModel]], report: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        tables: Tables,
+        champion: Callable[[], tuple[Any, FleetModel]],
+        report: Callable[[str], None],
+    ) -> None:
         self._stream = stream
         self._tables = tables
         self._champion = champion
@@ -312,12 +411,14 @@ class AnswerSink:
         if self._tables.transaction(stream.target, app) is None:
             required = self._champion()[1].required
             found = Path(entry.path).stat()
-            rows = rows_reader(stream.shape, stream.source, options, stream.reading, required)
+            rows = rows_reader(stream.shape, stream.source, options, stream.column_types, required)
             try:
                 for _ in rows(row_file(entry.path, root_of(stream.source))):
                     pass
             except (DataError, InputError) as error:
-                self.set_aside.update(FileSetAside(entry.path, found.st_size, found.st_mtime_ns, str(error)))
+                self.set_aside.update(
+                    FileSetAside(entry.path, found.st_size, found.st_mtime_ns, str(error))
+                )
                 self._report(f"still set aside: {error}")
                 return
             listed = spark.createDataFrame([(entry.path,)], "path string")
@@ -330,16 +431,28 @@ class AnswerSink:
         stream, options = self._stream, self._tables.storage_options
         version, model = self._champion()
         check_columns(stream.schema, stream.source, model)
-        answers = answer_rows(rows.sparkSession, rows, model, options).withColumn(SCORED_AT, sf.current_timestamp())
+        answers = answer_rows(rows.sparkSession, rows, model, options).withColumn(
+            SCORED_AT, sf.current_timestamp()
+        )
         files, schema = write_files(answers, stream.target, options)
         crash_point("stream_files_written")
         self._tables.commit(stream.target, files, schema, mode="append", app=app)
         crash_point("stream_committed")
         n_rows, seconds = sum(file.n_rows for file in files), time.monotonic() - started
-        self._report(f"{name}: {n_rows:,} rows in {seconds:.1f} s, answered by version {version.number} (run {version.fleet_version})")
+        self._report(
+            f"{name}: {n_rows:,} rows in {seconds:.1f} s, answered by version {version.number} "
+            f"(run {version.fleet_version})"
+        )
 
 
-def run_stream(rows: DataFrame, sink: AnswerSink, folder: Path, *, every: float | None, stopping: threading.Event) -> None:
+def run_stream(
+    rows: DataFrame,
+    sink: AnswerSink,
+    folder: Path,
+    *,
+    every: float | None,
+    stopping: threading.Event,
+) -> None:
     """Run a stream until all there is has been answered, or until it is told to stop.
 
     Args:
@@ -347,13 +460,18 @@ def run_stream(rows: DataFrame, sink: AnswerSink, folder: Path, *, every: float 
         sink: of the same stream.
         folder: its checkpoint.
         every: seconds between the starts of micro batches; None answers what is there and ends.
-        stopping: set to end it; a micro batch under way is given up, and repeated by the next start.
+        stopping: set to end it; a micro batch under way is given up, and repeated by the next
+            start.
 
     Raises:
         FleetError: whatever ended it otherwise.
     """
     writer = rows.writeStream.foreachBatch(sink).option("checkpointLocation", str(folder / "spark"))
-    timing: dict[str, Any] = {"availableNow": True} if every is None else {"processingTime": f"{round(every * 1000)} milliseconds"}
+    timing: dict[str, Any] = (
+        {"availableNow": True}
+        if every is None
+        else {"processingTime": f"{round(every * 1000)} milliseconds"}
+    )
     try:
         sink.retry(rows.sparkSession)
         tried = time.monotonic()
@@ -372,8 +490,14 @@ def run_stream(rows: DataFrame, sink: AnswerSink, folder: Path, *, every: float 
 
 
 def readable_failure(error: StreamingQueryException, cause: Exception | None) -> Exception:
-    """What ended a stream, as it was raised: in the sink, or, as Spark tells it, in a Python process of its own."""
+    """What ended a stream, as it was raised.
+
+    In the sink or, as Spark reports it, in a Python process of its own.
+    """
     ours = in_error_tree(cause) or in_error_tree(error)
     if ours is not None:
         return ours
-    return StoreError(f"the stream ended: {next((line for line in str(cause or error).splitlines() if line.strip()), 'no reason was given')}")
+    return StoreError(
+        "the stream ended: "
+        f"{next((line for line in str(cause or error).splitlines() if line.strip()), 'no reason was given')}"
+    )

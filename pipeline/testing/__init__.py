@@ -1,1 +1,1 @@
-"""Small data, and stores, registries and trainers that stand in for the real ones: for tests, the project's and its users'."""
+"""Small data, and stand-ins for stores, registries and trainers, for the project's and users' tests."""

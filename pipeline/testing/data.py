@@ -1,4 +1,4 @@
-"""A small fleet and its feature rows, made from a seed: daily sales of shops in cities in regions."""
+"""A small fleet and its feature rows, from a seed: daily sales of shops in cities in regions."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +17,11 @@ from pipeline.training.trainer import TrainingSettings
 SMALL_FLEET: Mapping[str, Any] = {
     "name": "small",
     "sources": [{"name": "sales", "uri": "sales.csv"}],
-    "features": {"columns": ["price", "promotion"], "calendar": ["day_of_week"], "categoricals": ["kind"]},
+    "features": {
+        "columns": ["price", "promotion"],
+        "calendar": ["day_of_week"],
+        "categoricals": ["kind"],
+    },
     "grains": [[], ["region"], ["region", "city"]],
     "entity": ["region", "city"],
     "time": "day",
@@ -35,11 +39,18 @@ SATURDAY = 5
 
 
 def small_attributes(**changes: Any) -> dict[str, Any]:
-    """The attributes of the small fleet's defs.yaml; mappings are changed field by field, a field changed to None is left out."""
+    """The attributes of the small fleet's defs.yaml.
+
+    Mappings are changed field by field, a field changed to None is left out.
+    """
     attributes = dict(SMALL_FLEET)
     for name, value in changes.items():
         before = attributes.get(name)
-        changed = {**before, **value} if isinstance(before, Mapping) and isinstance(value, Mapping) else value
+        changed = (
+            {**before, **value}
+            if isinstance(before, Mapping) and isinstance(value, Mapping)
+            else value
+        )
         attributes[name] = changed
     return {name: value for name, value in attributes.items() if value is not None}
 
@@ -49,10 +60,17 @@ def small_spec(**changes: Any) -> FleetSpec:
     return parse_spec(small_attributes(**changes), file="defs.yaml")
 
 
-def feature_rows(n_days: int = 300, *, seed: int = 0, cities: Mapping[str, tuple[str, ...]] | None = None, noise: float = 1.0) -> pd.DataFrame:
+def feature_rows(
+    n_days: int = 300,
+    *,
+    seed: int = 0,
+    cities: Mapping[str, tuple[str, ...]] | None = None,
+    noise: float = 1.0,
+) -> pd.DataFrame:
     """Rows of the small fleet's feature table: one per city and day, from 1 January 2024.
 
-    Sales follow the price, the promotion and the day of the week, at a level and a sensitivity of each city's own.
+    Sales follow the price, the promotion and the day of the week, at a level and a sensitivity of
+    each city's own.
 
     Args:
         n_days: days per city.
@@ -92,8 +110,15 @@ def feature_rows(n_days: int = 300, *, seed: int = 0, cities: Mapping[str, tuple
 
 
 def with_classes(rows: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
-    """Rows with a column `label`: how the sales compare with the city's usual ones, in as many steps of equal size as there are names."""
-    steps = pd.qcut(rows["sales"] - rows.groupby(["region", "city"])["sales"].transform("mean"), len(names), labels=False)
+    """Rows with a column `label`: sales relative to the city's mean, in steps of equal size.
+
+    As many steps as there are names.
+    """
+    steps = pd.qcut(
+        rows["sales"] - rows.groupby(["region", "city"])["sales"].transform("mean"),
+        len(names),
+        labels=False,
+    )
     return rows.assign(label=np.array(names, dtype=object)[steps.to_numpy()])
 
 
@@ -105,20 +130,36 @@ def group_rows(rows: pd.DataFrame, **keys: str) -> pd.DataFrame:
     return rows[chosen].reset_index(drop=True)
 
 
-def training_settings(spec: FleetSpec, rows: pd.DataFrame, *, run_id: str = "run-1", threads: int = 1) -> TrainingSettings:
-    """What a run over these rows would pin: cutoffs from the newest row, categories from all of them."""
+def training_settings(
+    spec: FleetSpec, rows: pd.DataFrame, *, run_id: str = "run-1", threads: int = 1
+) -> TrainingSettings:
+    """What a run over these rows would pin: cutoffs and categories."""
     newest = pd.Timestamp(rows["time"].max())
-    counts = {name: {str(key_text(value)): int(count) for value, count in rows[name].value_counts().items()} for name in spec.features.categoricals}
+    counts = {
+        name: {
+            str(key_text(value)): int(count) for value, count in rows[name].value_counts().items()
+        }
+        for name in spec.features.categoricals
+    }
     shares = (
-        {key_text(label): float(share) for label, share in rows[spec.target.column].value_counts(normalize=True).items()}
+        {
+            key_text(label): float(share)
+            for label, share in rows[spec.target.column].value_counts(normalize=True).items()
+        }
         if spec.is_class_task
         else {}
     )
-    classes = list(spec.target.classes or sorted(name for name in shares if name is not None)) if spec.is_class_task else []
+    classes = (
+        list(spec.target.classes or sorted(name for name in shares if name is not None))
+        if spec.is_class_task
+        else []
+    )
     prior = [shares.get(name, 0.0) for name in classes]
     return TrainingSettings(
         run_id=run_id,
-        model_spec=build_model_spec(spec, choose_categories(counts, spec.features.max_categories), classes, prior),
+        model_spec=build_model_spec(
+            spec, choose_categories(counts, spec.features.max_categories), classes, prior
+        ),
         goal=learning_goal(spec, len(classes)),
         target=spec.target.column,
         weight=spec.target.weight,

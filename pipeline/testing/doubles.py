@@ -1,6 +1,7 @@
 """Stand-ins with the methods of the real adapters: in memory, failing on demand, or counting.
 
-They know neither Dagster nor Spark; an asset takes them wherever it asks for `tables` or `registry`.
+They know neither Dagster nor Spark; an asset takes them wherever it asks for `tables` or
+`registry`.
 """
 
 import datetime as dt
@@ -22,29 +23,14 @@ import pyarrow.compute as pc
 from pipeline.errors import ModelNotFound, StoreError
 from pipeline.models.meta_model import FleetModel, group_ids
 from pipeline.models.start import Start
-from pipeline.storage import Snapshot
+from pipeline.storage import Snapshot, WrittenFile
 from pipeline.training.outcome import Outcome
 from pipeline.training.trainer import NO_START, TrainingSettings, train_group
 
 
-@dataclass(frozen=True)
-class MemoryFile:
-    """A file of `MemoryTables`, written and maybe not committed.
-
-    Args:
-        path: its name within the table.
-        size: bytes of its rows.
-        n_rows: rows.
-    """
-
-    path: str
-    size: int
-    n_rows: int
-
-
 @dataclass
 class MemoryTables:
-    """Delta tables without a disk: what is committed is a list of Arrow tables per location and version.
+    """Delta tables without a disk: Arrow tables per location and version.
 
     Args:
         root: first part of every location; nothing is written there.
@@ -62,21 +48,29 @@ class MemoryTables:
         """Root of one table."""
         return "/".join([self.root, namespace, *parts])
 
-    def write_file(self, table: pa.Table, schema: pa.Schema, location: str) -> MemoryFile | None:
+    def write_file(self, table: pa.Table, schema: pa.Schema, location: str) -> WrittenFile | None:
         """Keep rows without committing them; None for no rows."""
         if table.num_rows == 0:
             return None
         kept = table.select(schema.names).cast(schema)
-        file = MemoryFile(f"part-{len(self._written)}.parquet", kept.nbytes, kept.num_rows)
+        file = WrittenFile(f"part-{len(self._written)}.parquet", kept.nbytes, kept.num_rows)
         self._written[f"{location}/{file.path}"] = kept
         return file
 
     def write_arrow(
-        self, tables: Iterable[pa.Table], schema: pa.Schema, location: str, *, mode: str, metadata: Mapping[str, str] | None = None
+        self,
+        tables: Iterable[pa.Table],
+        schema: pa.Schema,
+        location: str,
+        *,
+        mode: str,
+        metadata: Mapping[str, str] | None = None,
     ) -> int:
         """Write rows and make one commit; returns the version."""
         files = [self.write_file(table, schema, location) for table in tables]
-        return self.commit(location, [file for file in files if file], schema, mode=mode, metadata=metadata)
+        return self.commit(
+            location, [file for file in files if file], schema, mode=mode, metadata=metadata
+        )
 
     def write_spark(
         self,
@@ -93,7 +87,14 @@ class MemoryTables:
         if before_commit is not None:
             before_commit(frame)
         file = self.write_file(table, table.schema, location)
-        return self.commit(location, [file] if file else [], table.schema, mode=mode, partition=partition, metadata=metadata)
+        return self.commit(
+            location,
+            [file] if file else [],
+            table.schema,
+            mode=mode,
+            partition=partition,
+            metadata=metadata,
+        )
 
     def commit(
         self,
@@ -110,21 +111,31 @@ class MemoryTables:
         """Make one commit of written files; returns the version.
 
         Raises:
-            StoreError: if a file was not written, or has another size, or a later transaction fences the commit off.
+            StoreError: if a file was not written, or has another size, or a later transaction
+                fences the commit off.
         """
         for file in files:
             there = self._written.get(f"{location}/{file.path}")
             if there is None or there.nbytes != file.size:
-                raise StoreError(f"{location}/{file.path} is not there as written; nothing was committed: run again")
+                raise StoreError(
+                    f"{location}/{file.path} is not there as written; nothing was committed: run "
+                    "again"
+                )
         versions = self._versions.setdefault(location, [])
         seen = None if app is None else self.transaction(location, app[0])
         if app is not None and seen is not None and seen >= app[1]:
             if fenced and seen > app[1]:
-                raise StoreError(f"{location}: another run has taken the fleet over and committed since")
+                raise StoreError(
+                    f"{location}: another run has taken the fleet over and committed since"
+                )
             return len(versions) - 1
         value = "/".join(f"{name}={text}" for name, text in (partition or {}).items())
         before = dict(versions[-1][1]) if versions else {}
-        kept = before if mode == "append" else {path: of for path, of in before.items() if value and of != value}
+        kept = (
+            before
+            if mode == "append"
+            else {path: of for path, of in before.items() if value and of != value}
+        )
         versions.append((schema, {**kept, **{file.path: value for file in files}}))
         self._commits[location] = (dt.datetime.now(dt.UTC), dict(metadata or {}))
         if app is not None:
@@ -137,7 +148,9 @@ class MemoryTables:
 
     def transaction(self, location: str, app_id: str) -> int | None:
         """The last number that an application committed; None for none."""
-        return max((seen[2] for seen in self._transactions if seen[:2] == (location, app_id)), default=None)
+        return max(
+            (seen[2] for seen in self._transactions if seen[:2] == (location, app_id)), default=None
+        )
 
     def snapshot(self, location: str) -> Snapshot | None:
         """The newest version; None where there is no table, or it has no commit yet."""
@@ -145,8 +158,13 @@ class MemoryTables:
             return None
         schema, files = self._files(location, None)
         committed_at, metadata = self._commits[location]
-        version, n_rows = self.version(location), sum(self._written[f"{location}/{path}"].num_rows for path in files)
-        return Snapshot(f"{location}/{version}", version, committed_at, metadata, schema, len(files), n_rows)
+        version, n_rows = (
+            self.version(location),
+            sum(self._written[f"{location}/{path}"].num_rows for path in files),
+        )
+        return Snapshot(
+            f"{location}/{version}", version, committed_at, metadata, schema, len(files), n_rows
+        )
 
     def layout(self, location: str) -> tuple[pa.Schema, list[str]]:
         """A table's columns; in memory there are no partitions."""
@@ -161,7 +179,13 @@ class MemoryTables:
         self._files(location, None)
         return len(self._versions[location]) - 1
 
-    def read_arrow(self, location: str, *, where: Mapping[str, Any] | None = None, columns: Sequence[str] | None = None) -> pa.Table:
+    def read_arrow(
+        self,
+        location: str,
+        *,
+        where: Mapping[str, Any] | None = None,
+        columns: Sequence[str] | None = None,
+    ) -> pa.Table:
         """A table, or its rows that equal `where`, as Arrow."""
         table = self._read(location, None)
         for name, value in (where or {}).items():
@@ -169,16 +193,31 @@ class MemoryTables:
             table = table.filter(pc.is_in(table[name], value_set=values))
         return table.select(list(columns)) if columns else table
 
-    def read_pandas(self, location: str, *, where: Mapping[str, Any] | None = None, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    def read_pandas(
+        self,
+        location: str,
+        *,
+        where: Mapping[str, Any] | None = None,
+        columns: Sequence[str] | None = None,
+    ) -> pd.DataFrame:
         """A table, or its rows that equal (or are among) `where`, as pandas."""
         found: pd.DataFrame = self.read_arrow(location, where=where, columns=columns).to_pandas()
         return found
 
-    def read_spark(self, spark: Any, location: str, version: int | None = None, *, partitions: Mapping[str, Sequence[str]] | None = None) -> Any:
+    def read_spark(
+        self,
+        spark: Any,
+        location: str,
+        version: int | None = None,
+        *,
+        partitions: Mapping[str, Sequence[str]] | None = None,
+    ) -> Any:
         """A table, or its named partitions, as a Spark data frame."""
         table = self._read(location, version)
         for name, values in (partitions or {}).items():
-            table = table.filter(pc.is_in(table[name], value_set=pa.array(list(values), pa.string())))
+            table = table.filter(
+                pc.is_in(table[name], value_set=pa.array(list(values), pa.string()))
+            )
         return spark.createDataFrame(table)
 
     def _read(self, location: str, version: int | None) -> pa.Table:
@@ -188,7 +227,9 @@ class MemoryTables:
 
     def _files(self, location: str, version: int | None) -> tuple[pa.Schema, dict[str, str]]:
         if location not in self._versions:
-            raise StoreError(f"there is no Delta table at {location}; materialise the asset that writes it first")
+            raise StoreError(
+                f"there is no Delta table at {location}; materialise the asset that writes it first"
+            )
         return self._versions[location][-1 if version is None else version]
 
 
@@ -231,7 +272,9 @@ class FailingTables(MemoryTables):
             return found
 
         def fail(*_: Any, **__: Any) -> None:
-            raise StoreError(f"{self.root}: no space left on device ({name}); make room, then run again")
+            raise StoreError(
+                f"{self.root}: no space left on device ({name}); make room, then run again"
+            )
 
         return fail
 
@@ -287,7 +330,9 @@ class MemoryRegistry:
     def find(self, name: str, alias: str) -> MemoryVersion | None:
         """The version under an alias, or of that number; None if there is none."""
         number = alias if alias.isdecimal() else self.aliases.get((name, alias))
-        return next((version for version in self.versions.get(name, []) if version.number == number), None)
+        return next(
+            (version for version in self.versions.get(name, []) if version.number == number), None
+        )
 
     def get(self, name: str, alias: str) -> MemoryVersion:
         """The version under an alias, or of that number.
@@ -298,14 +343,19 @@ class MemoryRegistry:
         found = self.find(name, alias)
         if found is None:
             wanted = f"version {alias}" if alias.isdecimal() else alias
-            raise ModelNotFound(f"registered model {name!r} has no {wanted}; materialise {name}/models, meta_model and champion first")
+            raise ModelNotFound(
+                f"registered model {name!r} has no {wanted}; materialise {name}/models, meta_model "
+                "and champion first"
+            )
         return found
 
     def promote(self, version: MemoryVersion) -> None:
         """Let a version serve."""
         self.aliases[version.name, "champion"] = version.number
 
-    def open_pack(self, version: MemoryVersion, options: Mapping[str, str] | None = None) -> FleetModel:
+    def open_pack(
+        self, version: MemoryVersion, options: Mapping[str, str] | None = None
+    ) -> FleetModel:
         """A version's model."""
         return FleetModel(self._pack(version), options=options)
 
@@ -318,13 +368,16 @@ class FailingTrainer:
     """Trains as `train_group` does, but does harm for the named groups.
 
     Args:
-        harm: what happens in a group, by group id: `raise` (ZeroDivisionError), `hang`, `memory` (takes all there is),
-            `KILL`, `SEGV` or another signal (the process gets it), `exit` (the process ends as a native library would end it).
+        harm: what happens in a group, by group id: `raise` (ZeroDivisionError), `hang`, `memory`
+            (takes all there is), `KILL`, `SEGV` or another signal (the process gets it), `exit`
+            (the process ends as a native library would end it).
     """
 
     harm: Mapping[str, str]
 
-    def __call__(self, frame: pd.DataFrame, grain: int, settings: TrainingSettings, start: Start = NO_START) -> Outcome:
+    def __call__(
+        self, frame: pd.DataFrame, grain: int, settings: TrainingSettings, start: Start = NO_START
+    ) -> Outcome:
         """Train one group, or do harm."""
         keys = settings.model_spec.grains[grain]
         group = str(group_ids(frame.head(1), keys)[0])

@@ -1,4 +1,4 @@
-"""What a fleet's tables and packs say, less all that differs from launch to launch: run ids, clocks and durations."""
+"""What a fleet's tables and packs say, less run ids, clocks and durations."""
 
 import hashlib
 import json
@@ -17,9 +17,28 @@ INSTRUCTIONS = ("avx2", "avx512f", "fma")
 TOLERANCE = 1e-9
 SHOWN_ANSWERS = 12
 
-LEDGER = ("status", "reason", "fingerprint", "booster_id", "n_trials", "n_rounds", "weight", "intervals", "answered_by")
+LEDGER = (
+    "status",
+    "reason",
+    "fingerprint",
+    "booster_id",
+    "n_trials",
+    "n_rounds",
+    "weight",
+    "intervals",
+    "answered_by",
+)
 ANSWERS = ("row_key", "prediction", "lower", "upper", "probabilities", "answered_by", "booster_id")
-DECISIONS = ("kind", "reason", "moved", "n_rows", "n_blocks", "loss_champion", "loss_challenger", "p_value")
+DECISIONS = (
+    "kind",
+    "reason",
+    "moved",
+    "n_rows",
+    "n_blocks",
+    "loss_champion",
+    "loss_challenger",
+    "p_value",
+)
 
 
 def processor() -> str:
@@ -54,7 +73,10 @@ def golden_values(tables: Any, namespace: str, run_id: str, model: FleetModel) -
             "model_spec": _digest(run["model_spec"]),
         },
         "groups": _by_group(rows("ledger", "run_id", "grain", "group_id"), LEDGER),
-        "chains": {key: _digest(json.dumps(row)) for key, row in _by_group(_chains(model), ("weight", "intervals", "booster_id")).items()},
+        "chains": {
+            key: _digest(json.dumps(row))
+            for key, row in _by_group(_chains(model), ("weight", "intervals", "booster_id")).items()
+        },
         "answers": _records(answers.head(SHOWN_ANSWERS), ANSWERS),
         "all_answers": [len(answers), _digest(json.dumps(_records(answers, ANSWERS)))],
         "decisions": _by_group(rows("decisions", "decision_id", "grain", "group_id"), DECISIONS),
@@ -70,11 +92,19 @@ def _chains(model: FleetModel) -> pd.DataFrame:
 
 
 def _by_group(rows: pd.DataFrame, columns: Sequence[str]) -> dict[str, Any]:
-    return {f"{grain} {group}": row for (grain, group), row in zip(rows[["grain", "group_id"]].to_numpy(), _records(rows, columns), strict=True)}
+    return {
+        f"{grain} {group}": row
+        for (grain, group), row in zip(
+            rows[["grain", "group_id"]].to_numpy(), _records(rows, columns), strict=True
+        )
+    }
 
 
 def _records(rows: pd.DataFrame, columns: Sequence[str]) -> list[list[Any]]:
-    return [[_plain(value) for value in row] for row in rows.reindex(columns=list(columns)).itertuples(index=False)]
+    return [
+        [_plain(value) for value in row]
+        for row in rows.reindex(columns=list(columns)).itertuples(index=False)
+    ]
 
 
 def _plain(value: Any) -> Any:
@@ -82,7 +112,11 @@ def _plain(value: Any) -> Any:
         value = value.tolist()
     if isinstance(value, list):
         return [_plain(part) for part in value]
-    return None if value is None or value is pd.NaT or (isinstance(value, float) and math.isnan(value)) else value
+    return (
+        None
+        if value is None or value is pd.NaT or (isinstance(value, float) and math.isnan(value))
+        else value
+    )
 
 
 def _digest(text: str) -> str:
@@ -95,7 +129,8 @@ def differences(found: Any, expected: Any, *, exact: bool, place: str = "") -> I
     Args:
         found: as they are.
         expected: as they should be.
-        exact: whether numbers must be equal to the last bit; else digests of numbers are not compared.
+        exact: whether numbers must be equal to the last bit; else digests of numbers are not
+            compared.
         place: where in the values this is.
     """
     if isinstance(expected, Mapping) and isinstance(found, Mapping):
@@ -103,7 +138,9 @@ def differences(found: Any, expected: Any, *, exact: bool, place: str = "") -> I
             if name not in expected or name not in found:
                 yield f"{place}/{name}: {'new' if name in found else 'gone'}"
             elif exact or name not in ("chains", "all_answers"):
-                yield from differences(found[name], expected[name], exact=exact, place=f"{place}/{name}")
+                yield from differences(
+                    found[name], expected[name], exact=exact, place=f"{place}/{name}"
+                )
     elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
         for number, (one, other) in enumerate(zip(found, expected, strict=True)):
             yield from differences(one, other, exact=exact, place=f"{place}[{number}]")

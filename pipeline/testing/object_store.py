@@ -14,7 +14,9 @@ BUCKET = "fleets"
 
 @contextmanager
 def object_store() -> Iterator[dict[str, str]]:
-    """An S3 endpoint with an empty bucket `fleets`, while the block lasts; needs the package moto[server].
+    """An S3 endpoint with an empty bucket `fleets`, while the block lasts.
+
+    Needs the package moto[server].
 
     It is a process of its own because the store's client holds on to the interpreter's lock.
 
@@ -27,7 +29,17 @@ def object_store() -> Iterator[dict[str, str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "moto.server",
+        "-H",
+        "127.0.0.1",
+        "-p",
+        str(port),
+    ]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # noqa: S603 - a command of its own
     try:
         _wait_for(port)

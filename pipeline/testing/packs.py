@@ -16,11 +16,21 @@ ASKED = "asked"
 KINDS = ("large", "small")
 STORES = (("north", 1), ("north", 2), ("south", 3))
 MISSING = 0.1
-INPUTS = {"region": "string", "store": "double", "price": "double", "size": "double", "kind": "string", "base": "double"}
+INPUTS = {
+    "region": "string",
+    "store": "double",
+    "price": "double",
+    "size": "double",
+    "kind": "string",
+    "base": "double",
+}
 
 
 def asked_spec() -> FleetSpec:
-    """Stores, numbered, in regions; a log target with an offset; a category, a number and an integer as features."""
+    """Stores, numbered, in regions; a log target with an offset.
+
+    A category, a number and an integer as features.
+    """
     return parse_spec(
         {
             "name": ASKED,
@@ -56,7 +66,12 @@ def asked_pack(folder: Path, fleet_version: str, seed: int = 0) -> Path:
             "intervals": '{"0.8": 0.25, "0.95": 0.5}',
         }
     )
-    generation = Generation(build_model_spec(asked_spec(), {"kind": KINDS}), fleet_version, constant=0.1, constant_without_offset=1.0)
+    generation = Generation(
+        build_model_spec(asked_spec(), {"kind": KINDS}),
+        fleet_version,
+        constant=0.1,
+        constant_without_offset=1.0,
+    )
     write_pack(folder, [PackedRun(generation, ledger)], lambda _: map(vars, encoded))
     return folder
 
@@ -64,25 +79,41 @@ def asked_pack(folder: Path, fleet_version: str, seed: int = 0) -> Path:
 def _booster_text(seed: int) -> str:
     rng = np.random.default_rng(seed)
     inputs = rng.normal(size=(400, 3)).astype(np.float32)
-    target = 0.1 * rng.normal() + 0.2 * inputs[:, 0] + 0.1 * (inputs[:, 1] > rng.normal()) + 0.05 * rng.normal(size=400)
-    settings = {"verbosity": -1, "num_threads": 1, "num_leaves": 7, "min_data_in_leaf": 10, "seed": seed}
+    target = (
+        0.1 * rng.normal()
+        + 0.2 * inputs[:, 0]
+        + 0.1 * (inputs[:, 1] > rng.normal())
+        + 0.05 * rng.normal(size=400)
+    )
+    settings = {
+        "verbosity": -1,
+        "num_threads": 1,
+        "num_leaves": 7,
+        "min_data_in_leaf": 10,
+        "seed": seed,
+    }
     data = lightgbm.Dataset(inputs, target, params={"verbosity": -1})
     return str(lightgbm.train(settings, data, num_boost_round=10).model_to_string())
 
 
 def asked_rows(n: int, seed: int = 0, first: int = 0) -> pd.DataFrame:
-    """Rows to ask about: known and unseen stores mixed, nulls in every column, numbers that binary floats only come near to.
+    """Rows to ask about: known and unseen stores mixed, nulls everywhere, inexact binary floats.
 
     Returns:
-        One row per question: row_id (unique, from `first` on), the columns of `INPUTS`, and a note that no model needs.
+        One row per question: row_id (unique, from `first` on), the columns of `INPUTS`, and a note
+        that no model needs.
     """
     rng = np.random.default_rng([seed, first])
     stores = [*STORES, ("north", 77), ("west", 1), (None, 2), ("south", None)]
     chosen = [stores[number] for number in rng.integers(0, len(stores), n)]
-    rows = pd.DataFrame({"row_id": np.arange(first, first + n), "region": [region for region, _ in chosen]})
+    rows = pd.DataFrame(
+        {"row_id": np.arange(first, first + n), "region": [region for region, _ in chosen]}
+    )
     rows["store"] = pd.array([store for _, store in chosen], dtype="Int64")
     rows["price"] = np.where(rng.random(n) < MISSING, np.nan, rng.normal(size=n) / 3)
-    rows["size"] = pd.Series(rng.integers(-3, 4, n), dtype="Int64").mask(pd.Series(rng.random(n) < MISSING))
+    rows["size"] = pd.Series(rng.integers(-3, 4, n), dtype="Int64").mask(
+        pd.Series(rng.random(n) < MISSING)
+    )
     rows["kind"] = rng.choice(np.array([*KINDS, "unseen", None], dtype=object), n)
     rows["base"] = np.where(rng.random(n) < MISSING, np.nan, rng.uniform(MISSING, 5.0, n).round(3))
     rows["note"] = [f'note, "{number}" ü' for number in range(n)]
@@ -92,7 +123,12 @@ def asked_rows(n: int, seed: int = 0, first: int = 0) -> pd.DataFrame:
 def register_asked(registry: Any, pack: Path, fleet_version: str, *, champion: bool = True) -> Any:
     """Register a pack as a fleet's is; the version."""
     nothing: dict[str, Any] = {"parameters": {}, "metrics": {}, "tables": {}, "plots": {}}
-    shape = {"inputs": INPUTS, "optional": [], "outputs": answer_columns("regression"), "interval": 0.8}
+    shape = {
+        "inputs": INPUTS,
+        "optional": [],
+        "outputs": answer_columns("regression"),
+        "interval": 0.8,
+    }
     version = registry.register(ASKED, fleet_version, pack=pack, **shape, **nothing)
     if champion:
         registry.promote(version)

@@ -1,7 +1,7 @@
-"""Ways around the check of a fleet's SQL: sixty made by hand, and generated statements in which parsers may disagree.
+"""Ways around the check of a fleet's SQL: sixty made by hand, and generated statements.
 
-The statements read the source `sales` (region, city, day, price, target). Whoever runs one must find nothing in Spark's plan that the
-checked tree does not hold.
+The statements read the source `sales` (region, city, day, price, target). Whoever runs one must
+find nothing in Spark's plan that the checked tree does not hold.
 """
 
 import random
@@ -99,13 +99,40 @@ _GAPS = (
     "-- x\r", "/* note */", "/**/", "/* /* */ */", "/* /* */", "/* -- */", "/* ' */", "/*+ BROADCAST(sales) */", "/*+ COALESCE(1) */",
     "--*/\n", "/*/", "/*! 1 */", "# note\n", "// note\n",
 )  # fmt: skip
-_NAMES = ("city", "region", "price", "`city`", "`pri``ce`", "sales.price", "s.price", "`a b`", "tärget", "target", "\uff23ITY", "user", "_metadata")
+_NAMES = (
+    "city",
+    "region",
+    "price",
+    "`city`",
+    "`pri``ce`",
+    "sales.price",
+    "s.price",
+    "`a b`",
+    "tärget",
+    "target",
+    "\uff23ITY",
+    "user",
+    "_metadata",
+)
 _TEXTS = (
     "'a'", '"a"', "''", '""', "'a''b'", "'a\\'b'", "'a\\\\'", "'a\\\\\\'b'", '"a""b"', '"a\\"b"', "'a' 'b'", "'a'\"b\"", "r'a\\'", 'R"a\\"',
     "'-- \\\n'", "'/*'", "'*/'", "'\\u0027 || rand() || \\u0027'", "'\\047'", "'${env:HOME}'", "'a\nb'", "'a\\\nb'", "'ü\u2028'", "X'27'",
     "'%\\_'", "'\\x27'", "N'a'", "'\\", "'a\\u005c'",
 )  # fmt: skip
-_NUMBERS = ("0", "1L", "1.5D", "1e3", ".5", "0x1F", "1BD", "-1", "- -1", "--1\n", "2147483648", "1Y")
+_NUMBERS = (
+    "0",
+    "1L",
+    "1.5D",
+    "1e3",
+    ".5",
+    "0x1F",
+    "1BD",
+    "-1",
+    "- -1",
+    "--1\n",
+    "2147483648",
+    "1Y",
+)
 _CALLS = (
     "upper({})", "coalesce({}, {})", "concat({}, {})", "if({} = {}, 1, 2)", "cast({} as string)", "{}::string", "ln({})", "date_add({}, 1)",
     "timestampadd(DAY, 1, {})", "extract(YEAR FROM {})", "trim(BOTH {} FROM {})", "array({}, {})[0]", "transform(array({}), x -> x)",
@@ -113,7 +140,27 @@ _CALLS = (
     "spark_partition_id()", "identifier({})({})", "aggregate(array(1), 0, (a, target) -> a + target)", "max({}) OVER (PARTITION BY city)",
     "first({})", "count(*)", "(SELECT max(price) FROM sales)", "(SELECT x FROM secret)", "exists(array(1), x -> x > 0)", "CASE WHEN {} THEN {} END",
 )  # fmt: skip
-_OPERATORS = ("+", "-", "*", "/", "%", "DIV", "||", "=", "<>", "<=>", "AND", "OR", "LIKE", "RLIKE", "IS NOT DISTINCT FROM", "IN", "<<", "&", "^")
+_OPERATORS = (
+    "+",
+    "-",
+    "*",
+    "/",
+    "%",
+    "DIV",
+    "||",
+    "=",
+    "<>",
+    "<=>",
+    "AND",
+    "OR",
+    "LIKE",
+    "RLIKE",
+    "IS NOT DISTINCT FROM",
+    "IN",
+    "<<",
+    "&",
+    "^",
+)
 _STATEMENTS = (
     "SELECT {} AS x FROM sales",
     "SELECT {} AS x, {} AS `y` FROM sales AS s WHERE {} = {}",
@@ -135,7 +182,10 @@ _PAYLOADS = (
 
 
 def generate(seed: int, kind: Kind) -> str:
-    """A statement or expression of pieces that parsers may read differently; most are wrong, some are hostile."""
+    """A statement or expression of pieces that parsers may read differently.
+
+    Most are wrong, some are hostile.
+    """
     dice = random.Random(seed)  # noqa: S311 - to be repeatable
     if kind == "derived":
         text = _expression(dice, 2)
@@ -155,11 +205,15 @@ def generate(seed: int, kind: Kind) -> str:
 def _expression(dice: random.Random, depth: int) -> str:
     form = dice.random()
     if depth == 0 or form < 0.3:  # noqa: PLR2004
-        simple = dice.choice((("city", "price", "1", "'a'"), ("city", "price"), _NAMES, _TEXTS, _NUMBERS))
+        simple = dice.choice(
+            (("city", "price", "1", "'a'"), ("city", "price"), _NAMES, _TEXTS, _NUMBERS)
+        )
         return dice.choice(simple)
     if form < 0.7:  # noqa: PLR2004
         text = dice.choice(_CALLS[: dice.choice((14, 14, len(_CALLS)))])
         while "{}" in text:
             text = text.replace("{}", _expression(dice, depth - 1), 1)
         return text
-    return f"{_expression(dice, depth - 1)} {dice.choice(_OPERATORS)} ({_expression(dice, depth - 1)})"
+    return (
+        f"{_expression(dice, depth - 1)} {dice.choice(_OPERATORS)} ({_expression(dice, depth - 1)})"
+    )

@@ -1,7 +1,8 @@
-"""A process of its own for training: what a group does to it, it does not do to the worker or to other groups.
+"""A process of its own for training: a crash in one group cannot take the worker down.
 
-A native crash, an exhausted memory or a hang cannot be caught in the process they happen in. The worker therefore forks once and
-hands one group after another to its child. When the child dies, the worker knows which group it held; it forks again.
+A native crash, an exhausted memory or a hang cannot be caught in the process they happen in. The
+worker therefore forks once and hands one group after another to its child. When the child dies, the
+worker knows which group it held; it forks again.
 """
 
 import multiprocessing as mp
@@ -23,17 +24,23 @@ class GroupProcess:
     Args:
         work: message in, message out; it must not raise.
         limit_seconds: a message that takes longer ends the child.
-        memory_bytes: address space the child may take beyond what it has at its start; None is unlimited.
+        memory_bytes: address space the child may take beyond what it has at its start; None is
+            unlimited.
     """
 
-    def __init__(self, work: Work, *, limit_seconds: float, memory_bytes: int | None = None) -> None:
+    def __init__(
+        self, work: Work, *, limit_seconds: float, memory_bytes: int | None = None
+    ) -> None:
         self._work = work
         self._limit_seconds = limit_seconds
         self._memory_bytes = memory_bytes
         self._child: tuple[int, Connection, int] | None = None
 
     def run(self, message: bytes) -> bytes | Outcome:
-        """The function's answer, or what became of the group: `crashed` if the child died with it twice, `failed` if it hung."""
+        """The function's answer, or what became of the group.
+
+        `crashed` if the child died of it twice, `failed` if it hung.
+        """
         ending = ""
         for _ in range(ATTEMPTS):
             _, pipe, _ = self._child or self._fork()
@@ -50,7 +57,12 @@ class GroupProcess:
             except (EOFError, OSError):
                 ending = self.close()
         return Outcome(
-            "crashed", NATIVE_CRASH, {"error_class": ending, "error_message": f"the process that trained it died {ATTEMPTS} times ({ending})"}
+            "crashed",
+            NATIVE_CRASH,
+            {
+                "error_class": ending,
+                "error_message": f"the process that trained it died {ATTEMPTS} times ({ending})",
+            },
         )
 
     def close(self) -> str:
@@ -63,7 +75,11 @@ class GroupProcess:
         os.close(lifeline)
         os.kill(pid, signal.SIGKILL)  # still there, if only as a zombie: nobody else waits for it
         _, status = os.waitpid(pid, 0)
-        return signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else f"exit status {os.WEXITSTATUS(status)}"
+        return (
+            signal.Signals(os.WTERMSIG(status)).name
+            if os.WIFSIGNALED(status)
+            else f"exit status {os.WEXITSTATUS(status)}"
+        )
 
     def _fork(self) -> tuple[int, Connection, int]:
         ours, theirs = mp.Pipe()
@@ -73,7 +89,8 @@ class GroupProcess:
             try:
                 ours.close()
                 os.close(lifeline)
-                # Not the handlers of the process that it was forked from; Ctrl-C is for the parent, whose end is the child's.
+                # Not the handlers of the process that it was forked from; Ctrl-C is for the parent,
+                # whose end is the child's.
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
                 threading.Thread(target=_die_with_parent, args=(end,), daemon=True).start()
@@ -90,7 +107,7 @@ class GroupProcess:
 
 
 def _die_with_parent(end: int) -> None:
-    """Wait for the other end of the pipe to be closed, which the parent does even when it is killed."""
+    """Wait for the other end of the pipe to close, which happens even when the parent is killed."""
     os.read(end, 1)
     os._exit(1)
 

@@ -7,7 +7,17 @@ import numpy as np
 import numpy.typing as npt
 import optuna
 
-from pipeline.spec import BINARY, MULTICLASS, POISSON, QUANTILE, TWEEDIE, WHOLE_PARAMETERS, FleetSpec, SearchRange, TuningSpec
+from pipeline.spec import (
+    BINARY,
+    MULTICLASS,
+    POISSON,
+    QUANTILE,
+    TWEEDIE,
+    WHOLE_PARAMETERS,
+    FleetSpec,
+    SearchRange,
+    TuningSpec,
+)
 
 Parameters = dict[str, Any]
 Floats = npt.NDArray[np.float64]
@@ -26,7 +36,7 @@ SMALLEST = 1e-15
 
 
 def learning_goal(spec: FleetSpec, n_classes: int = 0) -> Parameters:
-    """What LightGBM is asked to learn: objective and metric with their parameters, and monotone constraints.
+    """What LightGBM is asked to learn: objective, metric, their parameters, monotone constraints.
 
     Args:
         spec: the fleet.
@@ -40,7 +50,9 @@ def learning_goal(spec: FleetSpec, n_classes: int = 0) -> Parameters:
     if spec.task == MULTICLASS:
         goal["num_class"] = n_classes
     if any(spec.features.monotone.values()):
-        goal["monotone_constraints"] = [spec.features.monotone.get(name, 0) for name in spec.feature_columns]
+        goal["monotone_constraints"] = [
+            spec.features.monotone.get(name, 0) for name in spec.feature_columns
+        ]
     return goal
 
 
@@ -54,10 +66,14 @@ def row_losses(goal: Mapping[str, Any], target: Floats, prediction: Floats) -> F
     """
     objective = goal["objective"]
     if objective == MULTICLASS:
-        taken: Floats = -np.log(np.maximum(prediction[np.arange(len(target)), target.astype(int)], SMALLEST))
+        taken: Floats = -np.log(
+            np.maximum(prediction[np.arange(len(target)), target.astype(int)], SMALLEST)
+        )
         return taken
     if objective == BINARY:
-        of_class: Floats = -np.log(np.maximum(np.where(target > 0, prediction, 1 - prediction), SMALLEST))
+        of_class: Floats = -np.log(
+            np.maximum(np.where(target > 0, prediction, 1 - prediction), SMALLEST)
+        )
         return of_class
     error = target - prediction
     if objective == QUANTILE:
@@ -68,14 +84,18 @@ def row_losses(goal: Mapping[str, Any], target: Floats, prediction: Floats) -> F
         return poisson
     if objective == TWEEDIE:
         power, mean = goal["tweedie_variance_power"], np.maximum(prediction, SMALLEST)
-        tweedie: Floats = mean ** (2 - power) / (2 - power) - target * mean ** (1 - power) / (1 - power)
+        tweedie: Floats = mean ** (2 - power) / (2 - power) - target * mean ** (1 - power) / (
+            1 - power
+        )
         return tweedie
     loss: Floats = np.abs(error) if objective == "l1" else error**2
     return loss
 
 
 def fixed_parameters(tuning: TuningSpec, goal: Mapping[str, Any], *, threads: int) -> Parameters:
-    """Parameters that no trial changes; with them one seed gives one booster, whatever the thread count.
+    """Parameters that no trial changes.
+
+    With them one seed gives one booster, whatever the thread count.
 
     Args:
         tuning: seed.
@@ -99,21 +119,32 @@ SMALL, LARGE, HUGE = 1_000, 20_000, 200_000
 
 
 def default_parameters(n_rows: int) -> Parameters:
-    """A sane first trial for a group of that many fit rows: fewer, better filled leaves and shorter steps where rows are few."""
+    """A sane first trial for a group of that many fit rows.
+
+    Fewer, better filled leaves and shorter steps where rows are few.
+    """
     if n_rows < SMALL:
         size = {"learning_rate": 0.05, "num_leaves": 4, "min_data_in_leaf": 15, "lambda_l2": 5.0}
     elif n_rows < LARGE:
         size = {"learning_rate": 0.03, "num_leaves": 12, "min_data_in_leaf": 40, "lambda_l2": 20.0}
     else:
-        size = {"learning_rate": 0.1, "num_leaves": 31 if n_rows < HUGE else 63, "min_data_in_leaf": 100, "lambda_l2": 5.0}
+        size = {
+            "learning_rate": 0.1,
+            "num_leaves": 31 if n_rows < HUGE else 63,
+            "min_data_in_leaf": 100,
+            "lambda_l2": 5.0,
+        }
     return {**size, "feature_fraction": 0.5, "bagging_fraction": 0.7}
 
 
 def search_space(n_rows: int, tuning: TuningSpec) -> Mapping[str, SearchRange]:
-    """Where parameters are looked for: narrow around the defaults, because on few tune rows a wide space rewards luck.
+    """The search space: narrow around the defaults.
 
-    On monthly house prices, 36 draws from a wide space gave held-out errors of 5.20 to 5.39 %, and the one that tune rows liked
-    best was the worst; 192 draws from a space like this one all lay within 5.16 and 5.29 %.
+    On few tune rows a wide space rewards luck.
+
+    On monthly house prices, 36 draws from a wide space gave held-out errors of 5.20 to 5.39 %, and
+    the one that tune rows liked best was the worst; 192 draws from a space like this one all lay
+    within 5.16 and 5.29 %.
 
     Args:
         n_rows: fit rows of the group.
@@ -147,9 +178,19 @@ def suggest_parameters(trial: optuna.Trial, space: Mapping[str, SearchRange]) ->
 
 
 def inside(parameters: Mapping[str, Any], space: Mapping[str, SearchRange]) -> Parameters:
-    """Parameters brought into the search space: what it does not cover is dropped, what lies outside comes to its edge."""
-    clipped = {name: min(max(parameters[name], wanted.low), wanted.high) for name, wanted in space.items() if name in parameters}
-    return {name: int(value) if name in WHOLE_PARAMETERS else float(value) for name, value in clipped.items()}
+    """Parameters brought into the search space.
+
+    What it does not cover is dropped, what lies outside moves to its edge.
+    """
+    clipped = {
+        name: min(max(parameters[name], wanted.low), wanted.high)
+        for name, wanted in space.items()
+        if name in parameters
+    }
+    return {
+        name: int(value) if name in WHOLE_PARAMETERS else float(value)
+        for name, value in clipped.items()
+    }
 
 
 def early_stopping_rounds(learning_rate: float) -> int:

@@ -32,7 +32,8 @@ class Outcome:
     Args:
         status: what became of the group.
         reason: why it was not trained; None where it was.
-        ledger: further columns of the group's ledger row (see `tables.LEDGER`); what was not measured is absent.
+        ledger: further columns of the group's ledger row (see `tables.LEDGER`); what was not
+            measured is absent.
         booster: the served booster; None unless trained.
         holdout: rows of `tables.HOLDOUT` less run, grain and group; None where there are none.
     """

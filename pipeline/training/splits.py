@@ -1,4 +1,4 @@
-"""Fit, tune and report: two absolute dates for the whole fleet, so that no group's future leaks into a parent."""
+"""Fit, tune and report: two dates for the whole fleet, so that no future leaks into a parent."""
 
 from dataclasses import dataclass
 
@@ -34,10 +34,13 @@ class Cutoffs:
     def assign(self, time: Times, known_at: Times) -> npt.NDArray[np.object_]:
         """The split of each visible row.
 
-        A row whose outcome became known only after its own part was closed is a ``gap`` row: no split learns from it, but the
-        served booster, fitted on all rows, does.
+        A row whose outcome became known only after its own part was closed is a ``gap`` row: no
+        split learns from it, but the served booster, fitted on all rows, does.
         """
-        tune_start, report_start = self.tune_start.to_datetime64(), self.report_start.to_datetime64()
+        tune_start, report_start = (
+            self.tune_start.to_datetime64(),
+            self.report_start.to_datetime64(),
+        )
         split = np.full(len(time), GAP, dtype=object)
         split[(time < tune_start) & (known_at < tune_start)] = FIT
         split[(time >= tune_start) & (time < report_start) & (known_at < report_start)] = TUNE
@@ -45,11 +48,14 @@ class Cutoffs:
         return split
 
 
-def resolve_cutoffs(splits: SplitsSpec, as_of: pd.Timestamp, newest: pd.Timestamp, zone: str | None = None) -> Cutoffs:
+def resolve_cutoffs(
+    splits: SplitsSpec, as_of: pd.Timestamp, newest: pd.Timestamp, zone: str | None = None
+) -> Cutoffs:
     """Turn lengths into dates.
 
-    The last unit of the report split is the one that holds the newest visible row, so cutoffs move by whole units:
-    with ``report: 1 month`` and a newest row on 24 December, report starts on 1 December.
+    The last unit of the report split is the one that holds the newest visible row, so cutoffs move
+    by whole units: with ``report: 1 month`` and a newest row on 24 December, report starts on 1
+    December.
 
     Args:
         splits: the lengths.

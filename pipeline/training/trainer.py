@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,29 @@ import numpy.typing as npt
 import pandas as pd
 
 from pipeline.models.boosters import encode_booster
-from pipeline.models.meta_model import Floats, ModelSpec, design_matrix, group_ids, key_text, link, offset_and_scale
+from pipeline.models.meta_model import (
+    Floats,
+    ModelSpec,
+    design_matrix,
+    group_ids,
+    key_text,
+    link,
+    offset_and_scale,
+)
 from pipeline.models.start import CrossSelection, Start, Winner
 from pipeline.spec import COUNTED, TuningSpec
-from pipeline.training.outcome import CONSTANT_TARGET, INFINITE_TARGET, NO_TARGET, NOT_POOLED, TOO_FEW_ROWS, UNKNOWN_CLASS, Outcome
+from pipeline.training.outcome import (
+    CONSTANT_TARGET,
+    INFINITE_TARGET,
+    NO_TARGET,
+    NOT_POOLED,
+    TOO_FEW_ROWS,
+    UNKNOWN_CLASS,
+    Outcome,
+    Status,
+)
 from pipeline.training.splits import FIT, GAP, REPORT, TUNE, Cutoffs
-from pipeline.training.tuner import Clock, Learnable, Study, fit_booster
+from pipeline.training.tuner import Learner, Study, TrainingSet
 
 POOLED = 0
 NO_START = Start()
@@ -24,6 +42,10 @@ RATE = "_rate"
 BASE = "_base"
 # Parts of the fit rows, by time, that are predicted by models which were not fitted on them.
 FOLDS = 5
+# A finest group with a larger share of invalid rows is not trained.
+MAX_INVALID = 0.01
+
+Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -32,7 +54,8 @@ class TrainingSettings:
 
     Args:
         run_id: the training run, also the fleet version.
-        model: the model spec, as in a pack's spec.json: features, categories, grains, target, task, classes.
+        model: the model spec, as in a pack's spec.json: features, categories, grains, target, task,
+            classes.
         goal: what LightGBM is to learn, as from `objective.learning_goal`.
         target: name of the target column.
         weight: name of the weight column, or None.
@@ -51,96 +74,233 @@ class TrainingSettings:
     threads: int = 1
 
 
-def train_group(frame: pd.DataFrame, grain: int, settings: TrainingSettings, start: Start = NO_START) -> Outcome:
+def train_group(
+    frame: pd.DataFrame, grain: int, settings: TrainingSettings, start: Start = NO_START
+) -> Outcome:
     """Tune and fit one group's model.
 
     Args:
-        frame: the group's visible rows: time, known_at (UTC), row_key, keys, features, target; in any order. A column `_rate`,
-            where there is one, is the share of rows like this one that were sampled; a column `_base` what the parent's model
-            predicts, link space less offset over scale, which the group's trees then correct.
+        frame: the group's visible rows: time, known_at (UTC), row_key, keys, features, target; in
+            any order. A column `_rate`, where there is one, is the share of rows like this one that
+            were sampled; a column `_base` what the parent's model predicts, link space less offset
+            over scale, which the group's trees then correct.
         grain: index of the group's grain; 0 is the pooled model.
         settings: the run's.
         start: what is known from earlier runs.
 
     Returns:
-        `trained` or `refreshed` with its booster, or `inherited` with a reason. The pooled group has holdout rows in either case,
-        so that every row of the tune and report splits is judged once, whether or not any model was trained.
+        `trained` or `refreshed` with its booster, or `inherited` with a reason. The pooled group
+        has holdout rows in either case, so that every row of the tune and report splits is judged
+        once, whether or not any model was trained.
     """
     started = time.perf_counter()
-    rows = _prepare(frame, settings)
-    split = rows["split"].to_numpy()
-    target, usable, weight = rows["_target"].to_numpy(), rows["_usable"].to_numpy(), _weights(rows, settings)
-    ledger: dict[str, Any] = {
-        "n_fit": int((usable & (split == FIT)).sum()),
-        "n_tune": int((usable & (split == TUNE)).sum()),
-        "n_report": int((usable & (split == REPORT)).sum()),
-        "n_invalid": int((~rows["_valid"]).sum()),
-    }
-    is_coarse, has_classes = grain < max(1, len(settings.model_spec.grains) - 1), bool(settings.model_spec.classes)
-    reason = NOT_POOLED if start.judge else _reason_not_to_train(rows, ledger, settings.tuning, is_coarse=is_coarse, has_classes=has_classes)
+    group = _GroupRows.prepare(frame, grain, settings)
+    reason = NOT_POOLED if start.judge else group.reason_not_to_train()
     if reason is not None:
-        holdout = _holdout(rows, np.full(len(rows), np.nan), settings) if grain == POOLED else None
-        return Outcome("inherited", reason, {**ledger, "seconds": time.perf_counter() - started}, None, holdout)
-
-    clock = Clock()
-    matrix = design_matrix(rows, settings.model_spec)
-    everything = Learnable(matrix, target, weight)
-    categoricals = settings.model_spec.categorical_positions
-    is_fit, is_tune, is_report = (usable & (split == name) for name in (FIT, TUNE, REPORT))
-    goal, n_classes = settings.goal, settings.goal.get("num_class")
-
-    def fitted_on(chosen: npt.NDArray[np.bool_], parameters: Mapping[str, Any], n_rounds: int) -> Any:
-        with clock:
-            return fit_booster(everything.rows(chosen), categoricals, dict(parameters), n_rounds, settings.tuning, settings.threads, goal)
-
-    def predicted(booster: Any, chosen: npt.NDArray[np.bool_]) -> Floats:
-        with clock:
-            found: Floats = booster.predict(matrix[chosen], num_threads=settings.threads)
-        return found
-
-    predictions = np.full((len(rows), n_classes) if n_classes else len(rows), np.nan)
-    if start.refit is not None:
-        parameters, n_rounds = dict(start.refit), start.n_rounds
-        for winner, chosen in _tune_predictors(start, rows["time"], is_tune):
-            predictions[chosen] = predicted(fitted_on(is_fit, winner.parameters, winner.n_rounds), chosen)
-        cross = start.cross
-        found: dict[str, Any] = {"n_trials": 0, "n_pruned": 0}
+        holdout = group.holdout(group.no_predictions()) if grain == POOLED else None
+        counts = {**group.counts, "seconds": time.perf_counter() - started}
+        return Outcome("inherited", reason, counts, None, holdout)
+    predictions = group.no_predictions()
+    if start.refit is None:
+        recipe = _tune(group, start, predictions)
     else:
-        first_block = (rows["time"] < settings.cutoffs.tune_middle).to_numpy()[is_tune]
-        fit, tune = everything.rows(is_fit), everything.rows(is_tune)
-        tuned = Study(fit, tune, first_block, categoricals, settings.tuning, settings.threads, goal, start, clock).run()
-        parameters, n_rounds = tuned.parameters, tuned.n_rounds
-        predictions[is_tune] = tuned.cross_predictions
-        cross = CrossSelection(settings.cutoffs.tune_middle.isoformat(), tuned.earlier, tuned.later)
-        found = {"n_trials": tuned.n_trials, "n_pruned": tuned.n_pruned, "stopped_by": tuned.stopped_by, "tune_loss": tuned.tune_loss}
-    # Finer groups that correct this one's predictions need one for every row, made without that row.
-    is_corrected = is_coarse and settings.model_spec.corrects
-    is_later = is_report | (usable & (split == GAP)) if is_corrected else is_report
-    if is_later.any():
-        predictions[is_later] = predicted(fitted_on(is_fit | is_tune, parameters, n_rounds), is_later)
-    for fold in np.array_split(np.flatnonzero(is_fit), FOLDS) if is_corrected else ():
-        left_out = np.isin(np.arange(len(rows)), fold)
-        if len(fold):
-            predictions[left_out] = predicted(fitted_on(is_fit & ~left_out, parameters, n_rounds), left_out)
-    if BASE in rows:
-        predictions += rows[BASE].to_numpy(dtype=np.float64)
-    booster = encode_booster(fitted_on(usable, parameters, n_rounds).model_to_string())
-    ledger |= {
-        **found,
+        recipe = _take_over(group, start, predictions)
+    group.predict_unseen(recipe, predictions)
+    served = group.fit(group.is_usable, recipe.parameters, recipe.n_rounds)
+    booster = encode_booster(served.model_to_string())
+    ledger = {
+        **group.counts,
+        **recipe.ledger,
         "booster_id": booster.booster_id,
-        "n_rounds": n_rounds,
-        "parameters": json.dumps(parameters, sort_keys=True),
-        "cross_selection": None if cross is None else cross.to_json(),
-        "lightgbm_seconds": clock.seconds,
+        "n_rounds": recipe.n_rounds,
+        "parameters": json.dumps(recipe.parameters, sort_keys=True),
+        "cross_selection": None if recipe.cross is None else recipe.cross.to_json(),
+        "lightgbm_seconds": group.learner.clock.seconds,
     }
-    holdout = _holdout(rows, predictions, settings, every_split=is_corrected)
-    return Outcome("trained" if start.refit is None else "refreshed", None, {**ledger, "seconds": time.perf_counter() - started}, booster, holdout)
+    holdout = group.holdout(predictions, every_split=group.is_corrected)
+    ledger["seconds"] = time.perf_counter() - started
+    status: Status = "trained" if start.refit is None else "refreshed"
+    return Outcome(status, None, ledger, booster, holdout)
 
 
-def _tune_predictors(start: Start, time: "pd.Series[Any]", is_tune: npt.NDArray[np.bool_]) -> list[tuple[Winner, npt.NDArray[np.bool_]]]:
+@dataclass(frozen=True)
+class _Recipe:
+    """How a group's models are fitted.
+
+    Args:
+        parameters: of LightGBM, less the fixed ones.
+        n_rounds: boosting rounds.
+        cross: who did best on each half of the tune rows, where that is known.
+        ledger: what the ledger keeps of the search.
+    """
+
+    parameters: Mapping[str, Any]
+    n_rounds: int
+    cross: CrossSelection | None
+    ledger: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _GroupRows:
+    """The rows of one group that count, in a fixed order.
+
+    Args:
+        rows: as from `_prepare`.
+        grain: index of the group's grain.
+        settings: the run's.
+        learner: runs LightGBM.
+    """
+
+    rows: pd.DataFrame
+    grain: int
+    settings: TrainingSettings
+    learner: Learner
+
+    @classmethod
+    def prepare(cls, frame: pd.DataFrame, grain: int, settings: TrainingSettings) -> "_GroupRows":
+        """From the rows as the worker has them."""
+        learner = Learner(
+            settings.goal,
+            settings.tuning,
+            settings.model_spec.categorical_positions,
+            settings.threads,
+        )
+        return cls(_prepare(frame, settings), grain, settings, learner)
+
+    @cached_property
+    def is_usable(self) -> Mask:
+        """Rows with a valid target, an offset and a scale."""
+        return self.rows["_usable"].to_numpy(dtype=bool)
+
+    def usable_in(self, *splits: str) -> Mask:
+        """The usable rows of some splits."""
+        return self.is_usable & self.rows["split"].isin(splits).to_numpy()
+
+    @cached_property
+    def counts(self) -> dict[str, int]:
+        """Rows by split, as the ledger has them."""
+        return {
+            "n_fit": int(self.usable_in(FIT).sum()),
+            "n_tune": int(self.usable_in(TUNE).sum()),
+            "n_report": int(self.usable_in(REPORT).sum()),
+            "n_invalid": int((~self.rows["_valid"]).sum()),
+        }
+
+    @property
+    def is_coarse(self) -> bool:
+        """Whether there are finer groups within this one."""
+        return self.grain < max(1, len(self.settings.model_spec.grains) - 1)
+
+    @property
+    def is_corrected(self) -> bool:
+        """Whether finer groups correct this one's predictions, and so need one for every row."""
+        return self.is_coarse and self.settings.model_spec.corrects
+
+    @cached_property
+    def training_set(self) -> TrainingSet:
+        """All rows as LightGBM takes them."""
+        matrix = design_matrix(self.rows, self.settings.model_spec)
+        return TrainingSet(
+            matrix, self.rows["_target"].to_numpy(), _weights(self.rows, self.settings)
+        )
+
+    def fit(self, chosen: Mask, parameters: Mapping[str, Any], n_rounds: int) -> Any:
+        """A booster fitted on the chosen rows."""
+        return self.learner.fit(self.training_set.rows(chosen), dict(parameters), n_rounds)
+
+    def predict(self, booster: Any, chosen: Mask) -> Floats:
+        """What a booster predicts of the chosen rows."""
+        return self.learner.predict(booster, self.training_set.matrix[chosen])
+
+    def no_predictions(self) -> Floats:
+        """NaN for each row; for multiclass for each row and class."""
+        n_classes = self.settings.goal.get("num_class")
+        shape = (len(self.rows), n_classes) if n_classes else len(self.rows)
+        return np.full(shape, np.nan)
+
+    def predict_unseen(self, recipe: _Recipe, predictions: Floats) -> None:
+        """Predict report rows by a model of fit and tune rows; in place.
+
+        Finer groups that correct this one's predictions need one for every row, made without that
+        row: then fit rows are predicted fold by fold, too, and what the parent predicts is added.
+        """
+        is_learnt = self.usable_in(FIT, TUNE)
+        is_later = self.usable_in(REPORT, GAP) if self.is_corrected else self.usable_in(REPORT)
+        if is_later.any():
+            booster = self.fit(is_learnt, recipe.parameters, recipe.n_rounds)
+            predictions[is_later] = self.predict(booster, is_later)
+        if self.is_corrected:
+            self._predict_folds(recipe, predictions)
+        if BASE in self.rows:
+            predictions += self.rows[BASE].to_numpy(dtype=np.float64)
+
+    def _predict_folds(self, recipe: _Recipe, predictions: Floats) -> None:
+        is_fit = self.usable_in(FIT)
+        for fold in np.array_split(np.flatnonzero(is_fit), FOLDS):
+            if not len(fold):
+                continue
+            left_out = np.isin(np.arange(len(self.rows)), fold)
+            booster = self.fit(is_fit & ~left_out, recipe.parameters, recipe.n_rounds)
+            predictions[left_out] = self.predict(booster, left_out)
+
+    def reason_not_to_train(self) -> str | None:
+        """Why LightGBM must not see this group; None where it may.
+
+        It trains on such targets silently, and then predicts nonsense. A coarse group is not lost
+        to one bad group inside it: there, invalid rows are left out and counted.
+        """
+        rows, counts, tuning = self.rows, self.counts, self.settings.tuning
+        if not len(rows):
+            return NO_TARGET
+        if not self.is_coarse and counts["n_invalid"] > MAX_INVALID * len(rows):
+            return UNKNOWN_CLASS if self.settings.model_spec.classes else INFINITE_TARGET
+        if counts["n_fit"] < tuning.fit_rows or counts["n_tune"] < tuning.tune_rows:
+            return TOO_FEW_ROWS
+        fit_target = rows.loc[self.usable_in(FIT), "_target"]
+        return CONSTANT_TARGET if fit_target.min() == fit_target.max() else None
+
+    def holdout(self, predictions: Floats, *, every_split: bool = False) -> pd.DataFrame:
+        """The judged rows, as `_holdout` gives them."""
+        return _holdout(self.rows, predictions, self.settings, every_split=every_split)
+
+
+def _tune(group: _GroupRows, start: Start, predictions: Floats) -> _Recipe:
+    """Choose parameters and rounds on the tune rows, which are predicted in place."""
+    is_tune, middle = group.usable_in(TUNE), group.settings.cutoffs.tune_middle
+    is_first_block = (group.rows["time"] < middle).to_numpy()[is_tune]
+    everything = group.training_set
+    fit, tune = everything.rows(group.usable_in(FIT)), everything.rows(is_tune)
+    tuned = Study(fit, tune, is_first_block, group.learner, start).run()
+    predictions[is_tune] = tuned.cross_predictions
+    return _Recipe(
+        tuned.parameters,
+        tuned.n_rounds,
+        CrossSelection(middle.isoformat(), tuned.earlier, tuned.later),
+        {
+            "n_trials": tuned.n_trials,
+            "n_pruned": tuned.n_pruned,
+            "stopped_by": tuned.stopped_by,
+            "tune_loss": tuned.tune_loss,
+        },
+    )
+
+
+def _take_over(group: _GroupRows, start: Start, predictions: Floats) -> _Recipe:
+    """Take the parameters of an earlier run, and predict the tune rows in place."""
+    for winner, chosen in _tune_predictors(start, group.rows["time"], group.usable_in(TUNE)):
+        booster = group.fit(group.usable_in(FIT), winner.parameters, winner.n_rounds)
+        predictions[chosen] = group.predict(booster, chosen)
+    nothing_tried = {"n_trials": 0, "n_pruned": 0}
+    return _Recipe(dict(start.refit or {}), start.n_rounds, start.cross, nothing_tried)
+
+
+def _tune_predictors(
+    start: Start, time: "pd.Series[Any]", is_tune: npt.NDArray[np.bool_]
+) -> list[tuple[Winner, npt.NDArray[np.bool_]]]:
     """Who predicts which tune rows of a refit: never a winner that the row itself helped to choose.
 
-    Tune rows may have moved on since the parameters were chosen, so the halves are cut where they were cut then.
+    Tune rows may have moved on since the parameters were chosen, so the halves are cut where they
+    were cut then.
     """
     chosen = Winner(start.refit or {}, start.n_rounds)
     if start.cross is None:
@@ -153,35 +313,34 @@ def _tune_predictors(start: Start, time: "pd.Series[Any]", is_tune: npt.NDArray[
     return [(winner, rows) for winner, rows in parts if rows.any()]
 
 
-def fit_twin(frame: pd.DataFrame, grain: int, settings: TrainingSettings, start: Start = NO_START) -> Outcome:
-    """Judge a recipe as `train_group` judges its own: fit it on fit and tune rows, and predict the report rows; nothing is served.
+def fit_twin(
+    frame: pd.DataFrame, grain: int, settings: TrainingSettings, start: Start = NO_START
+) -> Outcome:
+    """Judge a recipe as `train_group` judges its own; nothing is served.
+
+    It is fitted on fit and tune rows, and predicts the report rows.
 
     Args:
         frame: as for `train_group`.
         grain: index of the group's grain.
-        settings: those of the run whose rows these are, with the model spec that the recipe belongs to.
+        settings: those of the run whose rows these are, with the model spec that the recipe belongs
+            to.
         start: parameters and rounds of the recipe, as `refit`.
     """
     if settings.model_spec.corrects:  # finer groups correct predictions of all its rows
         return train_group(frame, grain, settings, start)
-    rows = _prepare(frame, settings)
-    usable, split = rows["_usable"].to_numpy(), rows["split"].to_numpy()
-    everything = Learnable(design_matrix(rows, settings.model_spec), rows["_target"].to_numpy(), _weights(rows, settings))
-    categoricals = settings.model_spec.categorical_positions
-    learnt, is_report = usable & np.isin(split, [FIT, TUNE]), usable & (split == REPORT)
-    n_classes = settings.goal.get("num_class")
-    predictions = np.full((len(rows), n_classes) if n_classes else len(rows), np.nan)
-    if learnt.any() and is_report.any():
-        fitted = fit_booster(
-            everything.rows(learnt), categoricals, dict(start.refit or {}), start.n_rounds, settings.tuning, settings.threads, settings.goal
-        )
-        predictions[is_report] = fitted.predict(everything.matrix[is_report], num_threads=settings.threads)
-    holdout = _holdout(rows, predictions, settings)
+    group = _GroupRows.prepare(frame, grain, settings)
+    is_learnt, is_report = group.usable_in(FIT, TUNE), group.usable_in(REPORT)
+    predictions = group.no_predictions()
+    if is_learnt.any() and is_report.any():
+        booster = group.fit(is_learnt, start.refit or {}, start.n_rounds)
+        predictions[is_report] = group.predict(booster, is_report)
+    holdout = group.holdout(predictions)
     return Outcome("refreshed", None, {}, None, holdout[holdout["split"] == REPORT])
 
 
 def judged_without_model(frame: pd.DataFrame, settings: TrainingSettings) -> pd.DataFrame:
-    """Holdout rows of a pooled group that has no model, so that the fleet's answers are judged anyway."""
+    """Holdout rows of a pooled group without a model, so that the fleet's answers are judged anyway."""
     rows = _prepare(frame, settings)
     return _holdout(rows, np.full(len(rows), np.nan), settings)
 
@@ -189,11 +348,13 @@ def judged_without_model(frame: pd.DataFrame, settings: TrainingSettings) -> pd.
 def _prepare(frame: pd.DataFrame, settings: TrainingSettings) -> pd.DataFrame:
     """Rows in a fixed order, with their split and link-space target.
 
-    A row is valid if its target is finite and the transform and the objective take it, or it is one of the fleet's classes; usable
-    if it also has an offset and a scale. Rows with a null target, or without a positive weight, are dropped.
+    A row is valid if its target is finite and the transform and the objective take it, or it is one
+    of the fleet's classes; usable if it also has an offset and a scale. Rows with a null target, or
+    without a positive weight, are dropped.
     """
-    classes = settings.model_spec.classes
-    known = (frame[settings.target] if classes else pd.to_numeric(frame[settings.target], errors="coerce")).notna().to_numpy()
+    classes, labels = settings.model_spec.classes, frame[settings.target]
+    has_target = labels if classes else pd.to_numeric(labels, errors="coerce")
+    known = has_target.notna().to_numpy()
     if settings.weight is not None:
         known &= _row_weights(frame, settings.weight) > 0
     rows = frame[known].sort_values(["time", "row_key"], ignore_index=True)
@@ -224,27 +385,17 @@ def _class_numbers(labels: pd.Series, classes: Sequence[str]) -> Floats:
     """Each label's place among the classes; NaN for one that is not there."""
     codes, distinct = pd.factorize(labels)
     places = {name: float(number) for number, name in enumerate(classes)}
-    numbers: Floats = np.array([places.get(key_text(label) or "", np.nan) for label in distinct], dtype=np.float64)[codes]
+    numbers: Floats = np.array(
+        [places.get(key_text(label) or "", np.nan) for label in distinct], dtype=np.float64
+    )[codes]
     return numbers
 
 
-def _reason_not_to_train(rows: pd.DataFrame, ledger: Mapping[str, int], tuning: TuningSpec, *, is_coarse: bool, has_classes: bool) -> str | None:
-    """Why LightGBM must not see this group: it trains on such targets silently and then predicts nonsense.
-
-    A coarse group is not lost to one bad group inside it: there, invalid rows are left out and counted.
-    """
-    if not len(rows):
-        return NO_TARGET
-    if not is_coarse and ledger["n_invalid"] > 0.01 * len(rows):
-        return UNKNOWN_CLASS if has_classes else INFINITE_TARGET
-    if ledger["n_fit"] < tuning.fit_rows or ledger["n_tune"] < tuning.tune_rows:
-        return TOO_FEW_ROWS
-    fit_target = rows.loc[rows["_usable"] & (rows["split"] == FIT), "_target"]
-    return CONSTANT_TARGET if fit_target.min() == fit_target.max() else None
-
-
 def _weights(rows: pd.DataFrame, settings: TrainingSettings) -> Floats | None:
-    """Row weights, times the number of rows that a sampled one stands for; None where all count alike."""
+    """Row weights, times the number of rows that a sampled one stands for.
+
+    None where all count alike.
+    """
     rate = rows[RATE].to_numpy(dtype=np.float64) if RATE in rows else None
     if settings.weight is None:
         return None if rate is None else 1.0 / rate
@@ -259,11 +410,22 @@ def _row_weights(rows: pd.DataFrame, name: str) -> Floats:
     return found
 
 
-def _holdout(rows: pd.DataFrame, predictions: Floats, settings: TrainingSettings, *, every_split: bool = False) -> pd.DataFrame:
-    """The judged rows: those of the tune and report splits (or of all) whose target is valid; for multiclass one per class."""
+def _holdout(
+    rows: pd.DataFrame,
+    predictions: Floats,
+    settings: TrainingSettings,
+    *,
+    every_split: bool = False,
+) -> pd.DataFrame:
+    """The judged rows: those of the tune and report splits (or of all) whose target is valid.
+
+    For multiclass one per class.
+    """
     judged = rows["_valid"].to_numpy() & (every_split | ~rows["split"].isin([FIT, GAP]).to_numpy())
     kept, predicted = rows[judged], predictions[judged]
-    ids = np.stack([group_ids(kept, keys) for keys in settings.model_spec.grains], axis=1) if len(kept) else np.empty((0, 1), dtype=object)
+    ids = np.empty((0, 1), dtype=object)
+    if len(kept):
+        ids = np.stack([group_ids(kept, keys) for keys in settings.model_spec.grains], axis=1)
     weight = _weights(kept, settings)
     found = pd.DataFrame(
         {

@@ -42,7 +42,7 @@ class Clock:
 
 
 @dataclass(frozen=True)
-class Learnable:
+class TrainingSet:
     """What LightGBM is given of some rows.
 
     Args:
@@ -55,14 +55,27 @@ class Learnable:
     target: Floats
     weight: Floats | None
 
-    def rows(self, chosen: npt.NDArray[Any]) -> "Learnable":
+    def rows(self, chosen: npt.NDArray[Any]) -> "TrainingSet":
         """The chosen rows (a mask or positions)."""
-        return Learnable(self.matrix[chosen], self.target[chosen], None if self.weight is None else self.weight[chosen])
+        return TrainingSet(
+            self.matrix[chosen],
+            self.target[chosen],
+            None if self.weight is None else self.weight[chosen],
+        )
 
-    def dataset(self, categoricals: list[int], *, reference: lgb.Dataset | None = None) -> lgb.Dataset:
+    def dataset(
+        self, categoricals: list[int], *, reference: lgb.Dataset | None = None
+    ) -> lgb.Dataset:
         """A LightGBM data set; with a reference its bins are the reference's."""
         settings = {"verbosity": -1, "feature_pre_filter": False, "max_bin": MAX_BIN}
-        return lgb.Dataset(self.matrix, self.target, weight=self.weight, categorical_feature=categoricals, reference=reference, params=settings)
+        return lgb.Dataset(
+            self.matrix,
+            self.target,
+            weight=self.weight,
+            categorical_feature=categoricals,
+            reference=reference,
+            params=settings,
+        )
 
     def __len__(self) -> int:
         return len(self.target)
@@ -74,15 +87,57 @@ class Learnable:
 
 
 @dataclass(frozen=True)
-class Tuned:
+class Learner:
+    """How LightGBM is run for a group, whatever the trial.
+
+    Args:
+        goal: what is learnt, see `objective.learning_goal`.
+        tuning: the fleet's budget and search space.
+        categoricals: positions of categorical features.
+        threads: LightGBM's.
+        clock: adds up the seconds inside LightGBM.
+    """
+
+    goal: Mapping[str, Any]
+    tuning: TuningSpec
+    categoricals: list[int] = field(default_factory=list)
+    threads: int = 1
+    clock: Clock = field(default_factory=Clock)
+
+    def fit(self, rows: TrainingSet, parameters: Parameters, n_rounds: int) -> lgb.Booster:
+        """Fit once, with known parameters and rounds."""
+        with self.clock:
+            return lgb.train(
+                {**self.fixed_parameters, **parameters},
+                rows.dataset(self.categoricals),
+                num_boost_round=n_rounds,
+                keep_training_booster=True,  # else it is written out and read back
+            )
+
+    def predict(
+        self, booster: lgb.Booster, matrix: npt.NDArray[np.float32], n_rounds: int | None = None
+    ) -> Floats:
+        """What a booster, or its first rounds, gives for rows; for multiclass one per class."""
+        with self.clock:
+            found = booster.predict(matrix, num_iteration=n_rounds, num_threads=self.threads)
+        return np.asarray(found)
+
+    @property
+    def fixed_parameters(self) -> Parameters:
+        """LightGBM parameters that no trial changes."""
+        return fixed_parameters(self.tuning, self.goal, threads=self.threads)
+
+
+@dataclass(frozen=True)
+class TuningResult:
     """What a study found.
 
     Args:
         parameters: the best trial's, less the fixed ones.
         n_rounds: boosting rounds of the best trial, at least 1.
         tune_loss: its loss on all tune rows: the goal's metric, in link space.
-        cross_predictions: per tune row the prediction (for multiclass one per class) of the (trial, round) that did best on the other
-            block of tune rows.
+        cross_predictions: per tune row the prediction (for multiclass one per class) of the (trial,
+            round) that did best on the other block of tune rows.
         earlier: the (trial, round) that did best on the first block; None where it has no rows.
         later: the same of the second block.
         n_trials: trials begun; n_pruned of them were given up early.
@@ -125,7 +180,8 @@ class _Boosting:
             if self.trial.should_prune():
                 raise optuna.TrialPruned
         if env.iteration - self.best_round >= self.patience:
-            # LightGBM drops the trees after the iteration named here; a block's own best round may be among them.
+            # LightGBM drops the trees after the iteration named here; a block's own best round may
+            # be among them.
             raise lgb.callback.EarlyStopException(env.iteration, [("tune", "loss", loss, False)])
 
 
@@ -136,55 +192,58 @@ class Study:
         fit: rows that trees are grown on.
         tune: rows that stop boosting and choose.
         blocks: which tune rows belong to the first of the two blocks of cross-selection.
-        categoricals: positions of categorical features.
-        tuning: the fleet's budget and search space.
-        threads: LightGBM's.
-        goal: what is learnt, see `objective.learning_goal`.
+        learner: runs LightGBM.
         start: parameters to try first, and a smaller budget, maybe.
-        clock: adds up the seconds inside LightGBM.
     """
 
     def __init__(
         self,
-        fit: Learnable,
-        tune: Learnable,
+        fit: TrainingSet,
+        tune: TrainingSet,
         blocks: npt.NDArray[np.bool_],
-        categoricals: list[int],
-        tuning: TuningSpec,
-        threads: int,
-        goal: Mapping[str, Any],
+        learner: Learner,
         start: Start,
-        clock: Clock,
     ) -> None:
+        tuning, goal = learner.tuning, learner.goal
         self._space = search_space(len(fit), tuning)
         self._firsts = [*start.trials, default_parameters(len(fit))]
+        self._learner = learner
         self._tuning = tuning
         self._max_trials = min(tuning.max_trials, start.max_trials or tuning.max_trials)
-        self._goal = goal
-        self._fixed = fixed_parameters(tuning, goal, threads=threads)
-        self._clock = clock
+        self._fixed = learner.fixed_parameters
         self._tune = tune
+        self._is_block = [bool(block.any()) for block in (blocks, ~blocks)]
         self._blocks = [block for block in (blocks, ~blocks) if block.any()]
-        with clock:
-            self._fit_set = fit.dataset(categoricals)
-            self._tune_sets = [tune.rows(block).dataset(categoricals, reference=self._fit_set) for block in self._blocks]
-        weights = [tune.rows(block).total_weight for block in self._blocks]
+        parts = [tune.rows(block) for block in self._blocks]
+        with learner.clock:
+            self._fit_set = fit.dataset(learner.categoricals)
+            self._tune_sets = [
+                part.dataset(learner.categoricals, reference=self._fit_set) for part in parts
+            ]
+        weights = [part.total_weight for part in parts]
         self._shares = [weight / max(sum(weights), 1e-300) for weight in weights]
         self._best: tuple[Parameters, int, float] | None = None
         self._best_misses: Floats | None = None
         self._since_best = 0
-        self._is_block = [bool(block.any()) for block in (blocks, ~blocks)]
         self._block_best = [np.inf for _ in self._blocks]
         self._block_winners: list[Winner | None] = [None for _ in self._blocks]
-        self._cross = np.zeros((len(tune), *([goal["num_class"]] if "num_class" in goal else [])))
+        n_classes = [goal["num_class"]] if "num_class" in goal else []
+        self._cross = np.zeros((len(tune), *n_classes))
         self._stopped_by = "max_trials"
         self._deadline = time.monotonic() + (tuning.timeout_seconds or np.inf)
 
-    def run(self) -> Tuned:
-        """Search, and return the best of what was tried; earlier runs' parameters are tried first, then the defaults."""
+    def run(self) -> TuningResult:
+        """Search, and return the best of what was tried.
+
+        Earlier runs' parameters are tried first, then the defaults.
+        """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        sampler = optuna.samplers.TPESampler(seed=self._tuning.seed, n_startup_trials=4, multivariate=True)
-        pruner = optuna.pruners.PercentilePruner(50.0, n_startup_trials=1, n_warmup_steps=2 * REPORT_EVERY)
+        sampler = optuna.samplers.TPESampler(
+            seed=self._tuning.seed, n_startup_trials=4, multivariate=True
+        )
+        pruner = optuna.pruners.PercentilePruner(
+            50.0, n_startup_trials=1, n_warmup_steps=2 * REPORT_EVERY
+        )
         study = optuna.create_study(sampler=sampler, pruner=pruner)
         for first in self._firsts:
             study.enqueue_trial(inside(first, self._space), skip_if_exists=True)
@@ -196,13 +255,25 @@ class Study:
         pruned = sum(trial.state == optuna.trial.TrialState.PRUNED for trial in ended)
         winners = iter(self._block_winners)
         earlier, later = (next(winners) if is_there else None for is_there in self._is_block)
-        return Tuned(parameters, n_rounds, loss, self._cross, earlier, later, len(ended), pruned, self._stopped_by)
+        return TuningResult(
+            parameters=parameters,
+            n_rounds=n_rounds,
+            tune_loss=loss,
+            cross_predictions=self._cross,
+            earlier=earlier,
+            later=later,
+            n_trials=len(ended),
+            n_pruned=pruned,
+            stopped_by=self._stopped_by,
+        )
 
     def _run_trial(self, trial: optuna.Trial) -> float:
         parameters = suggest_parameters(trial, self._space)
         self._since_best += 1
-        boosting = _Boosting(trial, self._shares, early_stopping_rounds(parameters["learning_rate"]))
-        with self._clock:
+        boosting = _Boosting(
+            trial, self._shares, early_stopping_rounds(parameters["learning_rate"])
+        )
+        with self._learner.clock:
             booster = lgb.train(
                 {**self._fixed, **parameters},
                 self._fit_set,
@@ -211,31 +282,36 @@ class Study:
                 callbacks=[boosting],
                 keep_training_booster=True,  # else it is written out and read back
             )
-            if self._best is None or boosting.best_loss < self._best[2]:
-                misses = self._misses(booster, boosting.best_round + 1)
-                if self._best_misses is None or _is_beyond_noise(self._best_misses - misses, self._tune.weight):
-                    self._since_best = 0
-                self._best = parameters, boosting.best_round + 1, boosting.best_loss
-                self._best_misses = misses
-            self._cross_select(booster, parameters, np.asarray(boosting.losses))
+        if self._best is None or boosting.best_loss < self._best[2]:
+            misses = self._misses(booster, boosting.best_round + 1)
+            if self._is_clear_gain(misses):
+                self._since_best = 0
+            self._best = parameters, boosting.best_round + 1, boosting.best_loss
+            self._best_misses = misses
+        self._cross_select(booster, parameters, np.asarray(boosting.losses))
         return boosting.best_loss
+
+    def _is_clear_gain(self, misses: Floats) -> bool:
+        """Whether the losses of a new best trial differ from those of the best before by more than noise."""
+        if self._best_misses is None:
+            return True
+        return _is_beyond_noise(self._best_misses - misses, self._tune.weight)
 
     def _misses(self, booster: lgb.Booster, n_rounds: int) -> Floats:
         """Loss of each tune row."""
-        return row_losses(self._goal, self._tune.target, self._predicted(booster, self._tune.matrix, n_rounds))
-
-    def _predicted(self, booster: lgb.Booster, matrix: npt.NDArray[np.float32], n_rounds: int) -> Floats:
-        return np.asarray(booster.predict(matrix, num_iteration=n_rounds, num_threads=self._fixed["num_threads"]))
+        predictions = self._learner.predict(booster, self._tune.matrix, n_rounds)
+        return row_losses(self._learner.goal, self._tune.target, predictions)
 
     def _cross_select(self, booster: lgb.Booster, parameters: Parameters, losses: Floats) -> None:
-        """Let each block of tune rows be predicted by the (trial, round) that did best on the other block."""
+        """Predict each block of tune rows by the (trial, round) that did best on the other block."""
         for number in range(len(self._blocks)):
             best_round = int(losses[:, number].argmin())
             if losses[best_round, number] < self._block_best[number]:
                 self._block_best[number] = float(losses[best_round, number])
                 self._block_winners[number] = Winner(parameters, best_round + 1)
                 others = self._blocks[number - 1]  # with one block, itself
-                self._cross[others] = self._predicted(booster, self._tune.matrix[others], best_round + 1)
+                matrix = self._tune.matrix[others]
+                self._cross[others] = self._learner.predict(booster, matrix, best_round + 1)
 
     def _maybe_stop(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:  # noqa: ARG002
         if self._since_best >= self._tuning.patience:
@@ -247,23 +323,17 @@ class Study:
 
 
 def _is_beyond_noise(gains: Floats, weight: Floats | None) -> bool:
-    """Whether a gain, given per tune row, is larger than its own standard error; one row tells nothing."""
-    shares = np.full(len(gains), 1 / len(gains)) if weight is None else weight / max(float(weight.sum()), 1e-300)
-    mean, n_counting = float(shares @ gains), int((shares > 0).sum())
-    if n_counting < 2:  # noqa: PLR2004
+    """Whether a gain, given per tune row, is larger than its own standard error.
+
+    One row tells nothing.
+    """
+    if weight is None:
+        shares = np.full(len(gains), 1 / len(gains))
+    else:
+        shares = weight / max(float(weight.sum()), 1e-300)
+    mean = float(shares @ gains)
+    n_counting = int((shares > 0).sum())
+    if n_counting < 2:  # noqa: PLR2004 - of one row there is no variance
         return False
-    return bool(mean > np.sqrt(n_counting / (n_counting - 1) * float((shares**2) @ (gains - mean) ** 2)))
-
-
-def fit_booster(
-    rows: Learnable,
-    categoricals: list[int],
-    parameters: Parameters,
-    n_rounds: int,
-    tuning: TuningSpec,
-    threads: int,
-    goal: Mapping[str, Any],
-) -> lgb.Booster:
-    """Fit once, with known parameters and rounds."""
-    settings = {**fixed_parameters(tuning, goal, threads=threads), **parameters}
-    return lgb.train(settings, rows.dataset(categoricals), num_boost_round=n_rounds, keep_training_booster=True)
+    variance = n_counting / (n_counting - 1) * float((shares**2) @ (gains - mean) ** 2)
+    return bool(mean > np.sqrt(variance))

@@ -1,6 +1,7 @@
-"""The only body that Spark runs to train: one group's rows in, one row out, whatever happens to the group."""
+"""The only function that Spark runs to train: one group's rows in, one row out."""
 
 import json
+import pickle
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -14,7 +15,13 @@ from pipeline.models.start import Start
 from pipeline.tables import HOLDOUT
 from pipeline.training.isolation import GroupProcess
 from pipeline.training.outcome import ERROR, Outcome
-from pipeline.training.trainer import NO_START, POOLED, TrainingSettings, judged_without_model, train_group
+from pipeline.training.trainer import (
+    NO_START,
+    POOLED,
+    TrainingSettings,
+    judged_without_model,
+    train_group,
+)
 
 OUTCOME_SCHEMA: Any = pa.schema(
     [
@@ -29,7 +36,8 @@ OUTCOME_SCHEMA: Any = pa.schema(
     ]
 )
 _MESSAGE_LENGTH = 2000
-# Status of a group that a worker did not start; it is trained by a later wave, and has no ledger row yet.
+# Status of a group that a worker did not start; it is trained by a later wave, and has no ledger
+# row yet.
 NOT_STARTED = "not_started"
 
 TrainGroup = Callable[[pd.DataFrame, int, TrainingSettings, Start], Outcome]
@@ -40,9 +48,11 @@ class TaskWorker:
 
     Args:
         settings: the run's.
-        starts: how each group begins, as JSON (see `Start`), by group; those absent have nothing to start from.
+        starts: how each group begins, as JSON (see `Start`), by group; those absent have nothing to
+            start from.
         train: what trains; another function only in tests.
-        memory_bytes: memory a group may take beyond what the process has at its start; None is unlimited.
+        memory_bytes: memory a group may take beyond what the process has at its start; None is
+            unlimited.
     """
 
     def __init__(
@@ -55,50 +65,71 @@ class TaskWorker:
         self._settings = settings
         self._starts = starts
         self._train = train
-        self._process = GroupProcess(self._answer, limit_seconds=settings.tuning.kill_after_seconds, memory_bytes=memory_bytes)
+        self._process = GroupProcess(
+            self._answer,
+            limit_seconds=settings.tuning.kill_after_seconds,
+            memory_bytes=memory_bytes,
+        )
 
-    def train(self, rows: pa.Table) -> pa.Table:
+    def train(self, rows: pd.DataFrame) -> pd.DataFrame:
         """Train one group; never raises for what the group does.
 
         Args:
             rows: the group's rows, with grain, group_id and task beside the features.
 
         Returns:
-            One row of OUTCOME_SCHEMA; the ledger part as JSON, the holdout part as an Arrow stream.
+            One row with the columns of OUTCOME_SCHEMA; the ledger part as JSON, the holdout part as
+            an Arrow stream.
         """
-        grain, group, task = (rows[name][0].as_py() for name in ("grain", "group_id", "task"))
-        answer = self._process.run(
-            _stream(rows.drop_columns(["grain", "group_id", "task"]).replace_schema_metadata({"key": json.dumps([grain, group])}))
-        )
+        grain, group = _key_of(rows)
+        task = int(rows["task"].iloc[0])
+        # As they lie in memory: nothing is converted once more on the way to the child.
+        answer = self._process.run(pickle.dumps(rows, protocol=pickle.HIGHEST_PROTOCOL))
         if isinstance(answer, Outcome):
             if grain == POOLED:
-                answer = replace(answer, holdout=_judged_anyway(rows_in_pandas(rows, self._settings.model_spec), self._settings))
-            answer = _stream(_outcome_table(answer, grain, group))
-        outcome = pa.ipc.open_stream(answer).read_all()
-        ledger = {"task": task, **json.loads(outcome["ledger"][0].as_py())}
-        return outcome.set_column(2, "ledger", pa.array([json.dumps(ledger)]))
+                answer = replace(answer, holdout=_judged_anyway(rows, self._settings))
+            outcome = _outcome_row(answer, grain, group)
+        else:
+            outcome = pickle.loads(answer)  # noqa: S301 - from our own child
+        outcome["ledger"] = json.dumps({"task": task, **json.loads(outcome["ledger"])})
+        return _outcome_frame(outcome)
 
     def close(self) -> None:
         """End the child process."""
         self._process.close()
 
     def _answer(self, message: bytes) -> bytes:
-        table = pa.ipc.open_stream(message).read_all()
-        grain, group = json.loads(table.schema.metadata[b"key"])
+        frame: pd.DataFrame = pickle.loads(message)  # noqa: S301 - from our own parent
+        grain, group = _key_of(frame)
         start = Start.from_json(self._starts.get(GroupKey(grain, group), "{}"))
-        frame = rows_in_pandas(table, self._settings.model_spec)
         outcome = train_one(frame, grain, self._settings, start, self._train)
-        return _stream(_outcome_table(outcome, grain, group))
+        return pickle.dumps(_outcome_row(outcome, grain, group), protocol=pickle.HIGHEST_PROTOCOL)
 
 
-def not_started(rows: pa.Table) -> pa.Table:
-    """One row of OUTCOME_SCHEMA for a group that is left to a later wave."""
-    grain, group = (rows[name][0].as_py() for name in ("grain", "group_id"))
-    row = {"grain": grain, "group_id": group, "ledger": json.dumps({"status": NOT_STARTED})}
-    return pa.Table.from_pylist([row], schema=OUTCOME_SCHEMA)
+def not_started(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row with the columns of OUTCOME_SCHEMA for a group that is left to a later wave."""
+    grain, group = _key_of(rows)
+    return _outcome_frame(
+        {"grain": grain, "group_id": group, "ledger": json.dumps({"status": NOT_STARTED})}
+    )
 
 
-def train_one(frame: pd.DataFrame, grain: int, settings: TrainingSettings, start: Start = NO_START, train: TrainGroup = train_group) -> Outcome:
+def _key_of(rows: pd.DataFrame) -> GroupKey:
+    return GroupKey(int(rows["grain"].iloc[0]), str(rows["group_id"].iloc[0]))
+
+
+def _outcome_frame(row: Mapping[str, Any]) -> pd.DataFrame:
+    """One row in pandas; as objects, so that a number that is missing turns no other into a float."""
+    return pd.DataFrame({name: [row.get(name)] for name in OUTCOME_SCHEMA.names}, dtype=object)
+
+
+def train_one(
+    frame: pd.DataFrame,
+    grain: int,
+    settings: TrainingSettings,
+    start: Start = NO_START,
+    train: TrainGroup = train_group,
+) -> Outcome:
     """Train one group and never raise: an exception is the group's outcome."""
     try:
         return train(frame, grain, settings, start)
@@ -106,16 +137,27 @@ def train_one(frame: pd.DataFrame, grain: int, settings: TrainingSettings, start
         origin = traceback.extract_tb(error.__traceback__)[-1]
         message = f"{_text_of(error)} ({origin.name}, line {origin.lineno})"[:_MESSAGE_LENGTH]
         holdout = _judged_anyway(frame, settings) if grain == POOLED else None
-        return Outcome("failed", ERROR, {"error_class": type(error).__name__, "error_message": message}, None, holdout)
+        return Outcome(
+            "failed",
+            ERROR,
+            {"error_class": type(error).__name__, "error_message": message},
+            None,
+            holdout,
+        )
+
+
+def named_columns(model_spec: ModelSpec) -> frozenset[str]:
+    """Columns whose values are names to the model: keys, categories and classes."""
+    labels = {model_spec.target.column} if model_spec.classes else set()
+    return model_spec.text_columns | labels
 
 
 def rows_in_pandas(table: pa.Table, model_spec: ModelSpec) -> pd.DataFrame:
-    """The rows in pandas: times in UTC without a zone, and integer keys, categories and classes beside nulls as text.
+    """The rows in pandas: times in UTC without a zone; keys, categories and classes as text.
 
     In pandas an integer beside nulls becomes a float, which above 2^53 is another integer.
     """
-    labels = {model_spec.target.column} if model_spec.classes else set()
-    named = model_spec.text_columns | labels
+    named = named_columns(model_spec)
     for position, field in enumerate(table.schema):
         column = table.column(position)
         if pa.types.is_timestamp(field.type) and field.type.tz:
@@ -129,19 +171,21 @@ def rows_in_pandas(table: pa.Table, model_spec: ModelSpec) -> pd.DataFrame:
     return frame
 
 
-def _outcome_table(outcome: Outcome, grain: int, group: str) -> pa.Table:
+def _outcome_row(outcome: Outcome, grain: int, group: str) -> dict[str, Any]:
+    """Values for OUTCOME_SCHEMA."""
     booster = outcome.booster
-    row = {
+    return {
         "grain": grain,
         "group_id": group,
-        "ledger": json.dumps({"status": outcome.status, "reason": outcome.reason, **outcome.ledger}),
+        "ledger": json.dumps(
+            {"status": outcome.status, "reason": outcome.reason, **outcome.ledger}
+        ),
         "booster_id": booster.booster_id if booster else None,
         "sha256": booster.sha256 if booster else None,
         "n_bytes": booster.n_bytes if booster else None,
         "text": booster.text if booster else None,
         "holdout": _holdout_stream(outcome.holdout, grain, group),
     }
-    return pa.Table.from_pylist([row], schema=OUTCOME_SCHEMA)
 
 
 def _text_of(error: Exception) -> str:
@@ -161,7 +205,11 @@ def _judged_anyway(frame: pd.DataFrame, settings: TrainingSettings) -> pd.DataFr
 def _holdout_stream(holdout: pd.DataFrame | None, grain: int, group: str) -> bytes | None:
     if holdout is None or not len(holdout):
         return None
-    return _stream(pa.Table.from_pandas(holdout.assign(grain=grain, group_id=group), schema=_HOLDOUT, preserve_index=False))
+    return _stream(
+        pa.Table.from_pandas(
+            holdout.assign(grain=grain, group_id=group), schema=_HOLDOUT, preserve_index=False
+        )
+    )
 
 
 def _stream(table: pa.Table) -> bytes:
@@ -172,4 +220,6 @@ def _stream(table: pa.Table) -> bytes:
 
 
 # The run and the wave are added where the rows are written.
-_HOLDOUT: Any = pa.schema([field for field in HOLDOUT.schema if field.name not in ("run_id", "wave")])
+_HOLDOUT: Any = pa.schema(
+    [field for field in HOLDOUT.schema if field.name not in ("run_id", "wave")]
+)

@@ -13,11 +13,11 @@ import pytest
 from assets.champion import champion_asset
 from assets.features import features_asset
 from assets.importance import importance_asset
-from assets.link import FleetFiles
 from assets.meta_model import meta_model_asset
 from assets.models import models_asset, models_checks
 from assets.predictions import predictions_asset
 from assets.raw import raw_asset
+from assets.settings import FleetFiles
 from pipeline.spec import FleetSpec
 from pipeline.testing.doubles import MemoryRegistry
 from resources.delta_tables import DeltaTables
@@ -49,9 +49,18 @@ class Shop:
             "predictions": [predictions_asset(self.spec)],
         }
 
-    def launch(self, *names: str, sql: str | None = None, **changes: Any) -> dg.ExecuteInProcessResult:
+    def launch(
+        self, *names: str, sql: str | None = None, **changes: Any
+    ) -> dg.ExecuteInProcessResult:
         """Materialise the named links; a failure is part of the result."""
-        links = {**self.links, "features": [features_asset(self.spec, FleetFiles(self.files.folder, sql))]} if sql else self.links
+        links = (
+            {
+                **self.links,
+                "features": [features_asset(self.spec, FleetFiles(self.files.folder, sql))],
+            }
+            if sql
+            else self.links
+        )
         chosen = [asset for name in names for asset in links[name]]
         return dg.materialize(chosen, resources={**self.resources, **changes}, raise_on_error=False)
 
@@ -64,8 +73,13 @@ def sales() -> pd.DataFrame:
     """Four years of six shops by month."""
     random = np.random.default_rng(11)
     months = pd.date_range("2020-01-01", periods=48, freq="MS")
-    shops = [(region, f"{region[0]}{number}") for region in ("north", "south") for number in range(3)]
-    rows = pd.DataFrame([(*shop, month) for shop in shops for month in months], columns=["region", "store", "sold_on"])
+    shops = [
+        (region, f"{region[0]}{number}") for region in ("north", "south") for number in range(3)
+    ]
+    rows = pd.DataFrame(
+        [(*shop, month) for shop in shops for month in months],
+        columns=["region", "store", "sold_on"],
+    )
     rows["size"] = random.integers(1, 50, len(rows))
     rows["amount"] = (100 + 2.0 * rows["size"] + random.normal(0, 5, len(rows))).round(2)
     return rows
@@ -78,7 +92,9 @@ def evaluations(result: dg.ExecuteInProcessResult) -> dict[str, dg.AssetCheckEva
 def materialised(result: dg.ExecuteInProcessResult) -> dict[str, Mapping[str, Any]]:
     """Metadata by link."""
     return {
-        event.asset_key.path[-1]: {name: value.value for name, value in event.materialization.metadata.items()}
+        event.asset_key.path[-1]: {
+            name: value.value for name, value in event.materialization.metadata.items()
+        }
         for event in result.get_asset_materialization_events()
         if event.asset_key
     }
@@ -127,7 +143,11 @@ def fleet(finished: tuple[Shop, dg.ExecuteInProcessResult], tmp_path: Path) -> S
     """The finished fleet, with a registry of the test's own that knows the same versions."""
     fleet, _ = finished
     registry = fleet.resources["registry"]
-    own = MemoryRegistry(registry.folder, {name: list(versions) for name, versions in registry.versions.items()}, dict(registry.aliases))
+    own = MemoryRegistry(
+        registry.folder,
+        {name: list(versions) for name, versions in registry.versions.items()},
+        dict(registry.aliases),
+    )
     return Shop(fleet.spec, fleet.files, {**fleet.resources, "registry": own})
 
 
@@ -137,17 +157,23 @@ def first_run(finished: tuple[Shop, dg.ExecuteInProcessResult]) -> dg.ExecuteInP
 
 
 @pytest.fixture(scope="session")
-def launched(spark_resource: SparkSessionResource, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Shop, dg.ExecuteInProcessResult]]:
+def launched(
+    spark_resource: SparkSessionResource, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., tuple[Shop, dg.ExecuteInProcessResult]]:
     """Materialises all links of another fleet, by default over the same sales, with a real registry."""
 
-    def launch(spec: FleetSpec, sql: str, rows: pd.DataFrame | None = None, as_of: str = AS_OF) -> tuple[Shop, dg.ExecuteInProcessResult]:
+    def launch(
+        spec: FleetSpec, sql: str, rows: pd.DataFrame | None = None, as_of: str = AS_OF
+    ) -> tuple[Shop, dg.ExecuteInProcessResult]:
         root = tmp_path_factory.mktemp("other shop")
         (sales() if rows is None else rows).to_csv(root / "sales.csv", index=False)
         resources = {
             "spark": spark_resource,
             "tables": DeltaTables(root=str(root / "tables")),
             "registry": MlflowRegistry(
-                tracking_uri=f"sqlite:///{root}/mlflow/mlflow.db", artifact_root=f"{root}/mlflow/artifacts", scratch=str(root / "scratch")
+                tracking_uri=f"sqlite:///{root}/mlflow/mlflow.db",
+                artifact_root=f"{root}/mlflow/artifacts",
+                scratch=str(root / "scratch"),
             ),
             "launch": LaunchSettings(as_of=as_of),
         }

@@ -11,7 +11,7 @@ import pytest
 
 from assets.automation import FLEET_TAG, automation, changes, kept_since
 from assets.fleet import DescribedFleet
-from assets.link import FleetFiles
+from assets.settings import FleetFiles
 from pipeline.spec import FleetSpec, parse_spec
 from pipeline.tables import LEDGER, RUNS
 from resources.delta_tables import DeltaTables
@@ -19,7 +19,12 @@ from resources.launch_settings import LaunchSettings
 from resources.mlflow_registry import MlflowRegistry
 from resources.spark_session import SparkSessionResource
 
-ALL = {"score": "0 6 * * *", "retrain": "0 3 * * 1", "timezone": "Europe/Berlin", "on_new_files": True}
+ALL = {
+    "score": "0 6 * * *",
+    "retrain": "0 3 * * 1",
+    "timezone": "Europe/Berlin",
+    "on_new_files": True,
+}
 SALES = dg.AssetKey(["shop", "sales"])
 
 
@@ -41,10 +46,14 @@ def defs_of(spec: FleetSpec, files: FleetFiles) -> dg.Definitions:
         "registry": MlflowRegistry(tracking_uri=f"sqlite:///{root}/mlflow.db", scratch=root),
         "launch": LaunchSettings(),
     }
-    return dg.Definitions.merge(DescribedFleet(spec, files).build_defs(), dg.Definitions(resources=resources))
+    return dg.Definitions.merge(
+        DescribedFleet(spec, files).build_defs(), dg.Definitions(resources=resources)
+    )
 
 
-def test_nothing_is_scheduled_that_nobody_asked_for(shop_attributes: dict[str, Any], files: FleetFiles) -> None:
+def test_nothing_is_scheduled_that_nobody_asked_for(
+    shop_attributes: dict[str, Any], files: FleetFiles
+) -> None:
     found = automation(spec_of(shop_attributes), files)
     assert not found.schedules
     assert not found.sensors
@@ -52,20 +61,42 @@ def test_nothing_is_scheduled_that_nobody_asked_for(shop_attributes: dict[str, A
     assert not any(node.automation_condition for node in assets.asset_nodes)
 
 
-def test_schedules_are_off_have_their_zone_and_launch_the_right_assets(shop_attributes: dict[str, Any], files: FleetFiles) -> None:
+def test_schedules_are_off_have_their_zone_and_launch_the_right_assets(
+    shop_attributes: dict[str, Any], files: FleetFiles
+) -> None:
     defs = defs_of(spec_of(shop_attributes, **ALL), files)
-    score, retrain = defs.resolve_schedule_def("shop_score_schedule"), defs.resolve_schedule_def("shop_retrain_schedule")
+    score, retrain = (
+        defs.resolve_schedule_def("shop_score_schedule"),
+        defs.resolve_schedule_def("shop_retrain_schedule"),
+    )
     for schedule, cron in ((score, "0 6 * * *"), (retrain, "0 3 * * 1")):
         assert (schedule.cron_schedule, schedule.execution_timezone) == (cron, "Europe/Berlin")
         assert schedule.default_status == dg.DefaultScheduleStatus.STOPPED
-    assert all(sensor.default_status == dg.DefaultSensorStatus.STOPPED for sensor in defs.sensors or ())
-    scored = {key.path[-1] for key in defs.resolve_job_def("shop_score").asset_layer.executable_asset_keys}
+    assert all(
+        sensor.default_status == dg.DefaultSensorStatus.STOPPED for sensor in defs.sensors or ()
+    )
+    scored = {
+        key.path[-1] for key in defs.resolve_job_def("shop_score").asset_layer.executable_asset_keys
+    }
     assert scored == {"sales", "features", "predictions"}
-    whole = {key.path[-1] for key in defs.resolve_job_def("shop_retrain").asset_layer.executable_asset_keys}
-    assert whole == {"sales", "features", "models", "importance", "meta_model", "champion", "predictions"}
+    whole = {
+        key.path[-1]
+        for key in defs.resolve_job_def("shop_retrain").asset_layer.executable_asset_keys
+    }
+    assert whole == {
+        "sales",
+        "features",
+        "models",
+        "importance",
+        "meta_model",
+        "champion",
+        "predictions",
+    }
 
 
-def test_by_default_the_fleets_zone_counts(shop_attributes: dict[str, Any], files: FleetFiles) -> None:
+def test_by_default_the_fleets_zone_counts(
+    shop_attributes: dict[str, Any], files: FleetFiles
+) -> None:
     for zone, expected in ((None, "UTC"), ("Asia/Tokyo", "Asia/Tokyo")):
         spec = spec_of({**shop_attributes, "timezone": zone}, score="0 6 * * *")
         (schedule,) = automation(spec, files).schedules or ()
@@ -73,14 +104,22 @@ def test_by_default_the_fleets_zone_counts(shop_attributes: dict[str, Any], file
 
 
 @pytest.mark.parametrize("resume", [True, False])
-def test_only_a_run_whose_process_is_gone_is_launched_again(shop_attributes: dict[str, Any], files: FleetFiles, resume: bool) -> None:
+def test_only_a_run_whose_process_is_gone_is_launched_again(
+    shop_attributes: dict[str, Any], files: FleetFiles, resume: bool
+) -> None:
     job = defs_of(spec_of(shop_attributes, resume=resume), files).resolve_job_def("shop_retrain")
-    retried = {"dagster/max_retries": "1", "dagster/retry_on_asset_or_op_failure": "false"} if resume else {}
+    retried = (
+        {"dagster/max_retries": "1", "dagster/retry_on_asset_or_op_failure": "false"}
+        if resume
+        else {}
+    )
     assert {name: value for name, value in job.tags.items() if "retr" in name} == retried
     assert job.tags[FLEET_TAG] == "shop"
 
 
-def test_automation_changes_neither_models_nor_feature_tables(shop_attributes: dict[str, Any]) -> None:
+def test_automation_changes_neither_models_nor_feature_tables(
+    shop_attributes: dict[str, Any],
+) -> None:
     from pipeline.recognition import features_digest
 
     plain, told = spec_of(shop_attributes), spec_of(shop_attributes, **ALL)
@@ -161,9 +200,13 @@ def settle(file: Path, moment: float) -> None:
     time.sleep(LOCAL_DOUBT_SECONDS + 0.1)
 
 
-def test_features_and_predictions_follow_their_inputs(shop_attributes: dict[str, Any], files: FleetFiles) -> None:
+def test_features_and_predictions_follow_their_inputs(
+    shop_attributes: dict[str, Any], files: FleetFiles
+) -> None:
     defs = defs_of(spec_of(shop_attributes, **ALL), files)
-    features, champion, predictions = (dg.AssetKey(["shop", name]) for name in ("features", "champion", "predictions"))
+    features, champion, predictions = (
+        dg.AssetKey(["shop", name]) for name in ("features", "champion", "predictions")
+    )
     instance = dg.DagsterInstance.ephemeral()
 
     def materialised(*keys: dg.AssetKey) -> None:
@@ -195,9 +238,15 @@ def test_what_a_dead_run_kept_is_told(tmp_path: Path) -> None:
         {"run_id": "done", "started_at": start, "finished_at": start, "n_groups": 7},
         {"run_id": "dead", "started_at": start + pd.Timedelta(minutes=1), "n_groups": 1043},
     ]
-    for contract, rows in ((RUNS, runs), (LEDGER, [{"run_id": "dead", "group_id": name} for name in "abc"])):
+    for contract, rows in (
+        (RUNS, runs),
+        (LEDGER, [{"run_id": "dead", "group_id": name} for name in "abc"]),
+    ):
         tables.write_arrow(
-            [pa.Table.from_pylist(rows, schema=contract.schema)], contract.schema, tables.location("shop", contract.name), mode="append"
+            [pa.Table.from_pylist(rows, schema=contract.schema)],
+            contract.schema,
+            tables.location("shop", contract.name),
+            mode="append",
         )
     (tmp_path / "empty").mkdir()
     assert list(kept_since(tables, start.to_pydatetime())) == [

@@ -20,14 +20,21 @@ BACKTEST = "shop-backtest-2023-08-15"
 def settings(fleet: Any, **changes: Any) -> str:
     """The namespace of a launch with these settings."""
     spec = changes.pop("spec", fleet.spec)
-    scope = LaunchSettings(**changes).scope(spec, fleet.resources["tables"], fleet.resources["registry"])
+    scope = LaunchSettings(**changes).scope(
+        spec, fleet.resources["tables"], fleet.resources["registry"]
+    )
     return scope.namespace
 
 
 def test_only_an_as_of_before_that_of_the_version_that_serves_is_a_backtest(fleet: Any) -> None:
     assert settings(fleet, as_of=BEFORE) == BACKTEST
     assert settings(fleet, as_of="2023-10-14T23:59:30") == "shop-backtest-2023-10-14T235930"
-    assert settings(fleet) == settings(fleet, as_of="2023-10-15") == settings(fleet, as_of="2023-11-01") == "shop"
+    assert (
+        settings(fleet)
+        == settings(fleet, as_of="2023-10-15")
+        == settings(fleet, as_of="2023-11-01")
+        == "shop"
+    )
     # A trial has a champion of its own, and so far none.
     assert settings(fleet, as_of=BEFORE, limit_groups=2) == "shop-trial"
 
@@ -53,9 +60,13 @@ def test_a_backtest_changes_nothing_that_serves(fleet: Any, metadata: Metadata) 
     names = ("runs", "ledger", "decisions", "predictions")
     before = {name: fleet.table(name) for name in names}
     launch = LaunchSettings(as_of=BEFORE)
-    result = fleet.launch("models", "importance", "meta_model", "champion", "predictions", launch=launch)
+    result = fleet.launch(
+        "models", "importance", "meta_model", "champion", "predictions", launch=launch
+    )
     assert result.success
-    assert {alias: number for alias, number in registry.aliases.items() if alias[0] == "shop"} == aliases
+    assert {
+        alias: number for alias, number in registry.aliases.items() if alias[0] == "shop"
+    } == aliases
     for name in names:
         pd.testing.assert_frame_equal(fleet.table(name), before[name])
     told = metadata(result)
@@ -73,7 +84,9 @@ def test_a_backtest_changes_nothing_that_serves(fleet: Any, metadata: Metadata) 
     assert metadata(again)["predictions"]["fleet/fleet_version"] == result.run_id
 
 
-def test_rows_are_not_answered_by_a_version_that_saw_later_ones(fleet: Any, failure: Failure) -> None:
+def test_rows_are_not_answered_by_a_version_that_saw_later_ones(
+    fleet: Any, failure: Failure
+) -> None:
     spec = fleet.spec.model_copy(update={"as_of": BEFORE})
     earlier = type(fleet)(spec, fleet.files, fleet.resources)
     result = earlier.launch("predictions", launch=LaunchSettings(decision="keep"))

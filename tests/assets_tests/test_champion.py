@@ -41,7 +41,12 @@ def spec_of(num_leaves: int, **changes: Any) -> FleetSpec:
             "max_rounds": 60,
             "fit_rows": 20,
             "tune_rows": 5,
-            "search": {"num_leaves": num_leaves, "learning_rate": 0.2, "min_data_in_leaf": 10, "feature_fraction": 1.0},
+            "search": {
+                "num_leaves": num_leaves,
+                "learning_rate": 0.2,
+                "min_data_in_leaf": 10,
+                "feature_fraction": 1.0,
+            },
         },
         "scoring": {"score": "new"},
     }
@@ -55,7 +60,17 @@ def daily_sales() -> pd.DataFrame:
     for store in (*JOINT, *PLAIN):
         warm, wet = random.normal(size=(2, len(days)))
         signal = 8.0 * ((warm > 0) & ((wet > 0) | (store in PLAIN)))
-        parts.append(pd.DataFrame({"store": store, "day": days, "warm": warm, "wet": wet, "amount": 50 + signal + random.normal(size=len(days))}))
+        parts.append(
+            pd.DataFrame(
+                {
+                    "store": store,
+                    "day": days,
+                    "warm": warm,
+                    "wet": wet,
+                    "amount": 50 + signal + random.normal(size=len(days)),
+                }
+            )
+        )
     # Too few rows for a model of its own, and for a test.
     thin = parts[0].tail(12).assign(store="thin")
     return pd.concat([*parts, thin], ignore_index=True)
@@ -76,7 +91,9 @@ def answers(fleet: Any, number: str) -> pd.DataFrame:
     registry = fleet.resources["registry"]
     features = fleet.table("features").sort_values("row_key", ignore_index=True)
     asked = pd.concat([features, features.head(3).assign(store="unheard of")], ignore_index=True)
-    return registry.open_pack(registry.get("shop", number)).predict(asked).assign(store=asked["store"])
+    return (
+        registry.open_pack(registry.get("shop", number)).predict(asked).assign(store=asked["store"])
+    )
 
 
 def by_store(frame: pd.DataFrame, *stores: str) -> pd.DataFrame:
@@ -95,13 +112,17 @@ def group(store: str) -> str:
 def test_groups_move_to_a_new_recipe_only_where_it_is_better(fleets: tuple[Any, Any]) -> None:
     _, deep = fleets
     registry = deep.resources["registry"]
-    assert (registry.get("shop", CHALLENGER).number, registry.get("shop", CHAMPION).number) == ("2", "3")
+    assert (registry.get("shop", CHALLENGER).number, registry.get("shop", CHAMPION).number) == (
+        "2",
+        "3",
+    )
     decided = newest(deep)
     assert set(decided.loc[[group(store) for store in JOINT], "reason"]) == {"better"}
     assert set(decided.loc[[group(store) for store in PLAIN], "reason"]) == {"not_better"}
     assert decided.loc[group("thin"), "reason"] == "follows_parent"
     assert decided["moved"].to_dict() == {
-        key: reason == "better" or (key == group("thin") and decided.loc["[]", "moved"]) for key, reason in decided["reason"].items()
+        key: reason == "better" or (key == group("thin") and decided.loc["[]", "moved"])
+        for key, reason in decided["reason"].items()
     }
     before, after, both = (answers(deep, number) for number in "123")
     stay = [store for store in (*PLAIN, "thin") if not decided.loc[group(store), "moved"]]
@@ -120,11 +141,21 @@ def test_every_decision_is_recorded_with_who_when_from_to_and_why(fleets: tuple[
     runs = deep.table("runs").sort_values("started_at")["run_id"].tolist()
     assert set(second["from_version"]) == {runs[0]}
     moved = second.set_index("group_id")["moved"]
-    assert second.set_index("group_id")["to_version"].to_dict() == {key: runs[1] if moved[key] else runs[0] for key in moved.index}
-    assert (set(second["champion_before"]), set(second["champion_after"]), set(second["challenger"])) == ({"1"}, {"3"}, {"2"})
+    assert second.set_index("group_id")["to_version"].to_dict() == {
+        key: runs[1] if moved[key] else runs[0] for key in moved.index
+    }
+    assert (
+        set(second["champion_before"]),
+        set(second["champion_after"]),
+        set(second["challenger"]),
+    ) == ({"1"}, {"3"}, {"2"})
     assert second["decided_by"].str.len().min() > 0
     tested = second[second["reason"].isin(["better", "not_better"])]
-    assert tested[["n_rows", "n_blocks", "loss_champion", "loss_challenger", "p_value"]].notna().all(axis=None)
+    assert (
+        tested[["n_rows", "n_blocks", "loss_champion", "loss_challenger", "p_value"]]
+        .notna()
+        .all(axis=None)
+    )
     assert (tested["loss_champion"] > tested["loss_challenger"]).equals(tested["p_value"] < 0.5)
 
 
@@ -157,12 +188,17 @@ def month_later(launched: Callable[..., tuple[Any, dg.ExecuteInProcessResult]]) 
     shallow, first = launched(spec_of(2), SQL, daily_sales(), "2023-11-30")
     assert first.success
     deep = type(shallow)(spec_of(8), shallow.files, shallow.resources)
-    assert deep.launch("models", "meta_model", "champion", launch=LaunchSettings(as_of=AS_OF)).success
+    assert deep.launch(
+        "models", "meta_model", "champion", launch=LaunchSettings(as_of=AS_OF)
+    ).success
     return deep
 
 
 def test_a_recipe_that_was_not_beaten_is_fitted_on_the_newer_rows(month_later: Any) -> None:
-    decided, runs = newest(month_later), month_later.table("runs").sort_values("started_at", ignore_index=True)
+    decided, runs = (
+        newest(month_later),
+        month_later.table("runs").sort_values("started_at", ignore_index=True),
+    )
     november, december, refit = runs["run_id"]
     stay = [group(store) for store in PLAIN]
     assert set(decided.loc[stay, "reason"]) == {"earlier_recipe_refitted"}
@@ -179,15 +215,25 @@ def test_a_recipe_that_was_not_beaten_is_fitted_on_the_newer_rows(month_later: A
         assert fitted["booster_id"] not in (old["booster_id"], new["booster_id"])
     champion = month_later.resources["registry"].get("shop", CHAMPION).number
     served = answers(month_later, champion)
-    own = by_store(served[served["answered_by"] == "[store]"], *PLAIN).groupby("store")["booster_id"].unique()
+    own = (
+        by_store(served[served["answered_by"] == "[store]"], *PLAIN)
+        .groupby("store")["booster_id"]
+        .unique()
+    )
     assert not own.empty
-    assert own.to_dict() == {store: [ledger.loc[(refit, group(store)), "booster_id"]] for store in own.index}
+    assert own.to_dict() == {
+        store: [ledger.loc[(refit, group(store)), "booster_id"]] for store in own.index
+    }
 
 
-def test_a_launch_after_a_refit_builds_on_the_whole_fleet_and_changes_nothing(month_later: Any) -> None:
+def test_a_launch_after_a_refit_builds_on_the_whole_fleet_and_changes_nothing(
+    month_later: Any,
+) -> None:
     registry, trained = month_later.resources["registry"], len(month_later.table("runs"))
     before = registry.get("shop", CHAMPION).number
-    assert month_later.launch("models", "meta_model", "champion", launch=LaunchSettings(as_of=AS_OF)).success
+    assert month_later.launch(
+        "models", "meta_model", "champion", launch=LaunchSettings(as_of=AS_OF)
+    ).success
     runs = month_later.table("runs").sort_values("started_at", ignore_index=True)
     assert len(runs) == trained + 1
     ledger = month_later.table("ledger")
@@ -205,7 +251,9 @@ def test_after_a_clean_versions_are_judged_and_rolled_back_as_before(month_later
     assert found.tables["boosters"].partitions
     assert launch(month_later, decision="rollback", rollback_to="1").success
     pd.testing.assert_frame_equal(answers(month_later, "1"), november)
-    assert month_later.launch("models", "meta_model", "champion", "predictions", launch=LaunchSettings(as_of=AS_OF)).success
+    assert month_later.launch(
+        "models", "meta_model", "champion", "predictions", launch=LaunchSettings(as_of=AS_OF)
+    ).success
     again = answers(month_later, registry.get("shop", CHAMPION).number)
     stay = [group(store) for store in PLAIN]
     assert set(newest(month_later).loc[stay, "reason"]) == {"earlier_recipe_refitted"}
@@ -219,12 +267,16 @@ def launch(fleet: Any, **settings: Any) -> dg.ExecuteInProcessResult:
     return fleet.launch("champion", launch=LaunchSettings(as_of=AS_OF, **settings))
 
 
-def test_one_group_and_then_the_whole_fleet_are_rolled_back_and_forth(fleets: tuple[Any, Any], checks: Checks) -> None:
+def test_one_group_and_then_the_whole_fleet_are_rolled_back_and_forth(
+    fleets: tuple[Any, Any], checks: Checks
+) -> None:
     _, deep = fleets
     registry, trained = deep.resources["registry"], len(deep.table("runs"))
     mixed = registry.get("shop", CHAMPION).number
     before, both = answers(deep, "1"), answers(deep, mixed)
-    result = launch(deep, decision="rollback", decision_groups=[group("j1")], why="orders doubled", who="ann")
+    result = launch(
+        deep, decision="rollback", decision_groups=[group("j1")], why="orders doubled", who="ann"
+    )
     assert result.success
     number = registry.get("shop", CHAMPION).number
     found = answers(deep, number)
@@ -232,7 +284,12 @@ def test_one_group_and_then_the_whole_fleet_are_rolled_back_and_forth(fleets: tu
     others = found["store"] != "j1"
     pd.testing.assert_frame_equal(found[others], both[others])
     row = newest(deep).loc[group("j1")]
-    assert (row["decided_by"], row["why"], row["decision"], bool(row["moved"])) == ("ann", "orders doubled", "rollback", True)
+    assert (row["decided_by"], row["why"], row["decision"], bool(row["moved"])) == (
+        "ann",
+        "orders doubled",
+        "rollback",
+        True,
+    )
     assert (row["champion_before"], row["champion_after"]) == (mixed, number)
     # The same challenger does not take it back by itself.
     assert launch(deep).success
@@ -252,7 +309,9 @@ def test_one_group_and_then_the_whole_fleet_are_rolled_back_and_forth(fleets: tu
 
 
 @pytest.mark.parametrize("point", ["decision_recorded", "alias_moved"])
-def test_a_decision_that_was_killed_is_carried_out_by_the_next_launch(fleets: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, point: str) -> None:
+def test_a_decision_that_was_killed_is_carried_out_by_the_next_launch(
+    fleets: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
     def die(name: str) -> None:
         if name == point:
             raise RuntimeError("killed")
@@ -263,7 +322,9 @@ def test_a_decision_that_was_killed_is_carried_out_by_the_next_launch(fleets: tu
     other = "2" if served == "1" else "1"
     with monkeypatch.context() as patch:
         patch.setattr("assets.champion.crash_point", die)
-        assert not launch(deep, decision="rollback", rollback_to=other, why=point, who="ann").success
+        assert not launch(
+            deep, decision="rollback", rollback_to=other, why=point, who="ann"
+        ).success
     assert launch(deep, decision="keep").success
     assert registry.get("shop", CHAMPION).number == other
     rows = deep.table("decisions")
@@ -298,13 +359,25 @@ def test_an_alias_that_was_moved_by_hand_gets_its_decision(fleets: tuple[Any, An
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"decision": "promote", "decision_groups": ['["j9"]']}, "there is no group '[\"j9\"]'; did you mean"),
-        ({"decision": "rollback", "decision_groups": ['["j9"]']}, "there is no group '[\"j9\"]'; did you mean"),
-        ({"decision": "rollback", "rollback_to": "99"}, "registered model 'shop' has no version 99"),
+        (
+            {"decision": "promote", "decision_groups": ['["j9"]']},
+            "there is no group '[\"j9\"]'; did you mean",
+        ),
+        (
+            {"decision": "rollback", "decision_groups": ['["j9"]']},
+            "there is no group '[\"j9\"]'; did you mean",
+        ),
+        (
+            {"decision": "rollback", "rollback_to": "99"},
+            "registered model 'shop' has no version 99",
+        ),
     ],
 )
 def test_what_cannot_be_decided_is_told(
-    fleets: tuple[Any, Any], failure: Callable[[dg.ExecuteInProcessResult], str], settings: Mapping[str, Any], message: str
+    fleets: tuple[Any, Any],
+    failure: Callable[[dg.ExecuteInProcessResult], str],
+    settings: Mapping[str, Any],
+    message: str,
 ) -> None:
     _, deep = fleets
     result = launch(deep, **settings)
@@ -312,13 +385,17 @@ def test_what_cannot_be_decided_is_told(
     assert message in failure(result)
 
 
-def test_a_fleet_that_is_described_otherwise_is_not_judged(fleets: tuple[Any, Any], failure: Callable[[dg.ExecuteInProcessResult], str]) -> None:
+def test_a_fleet_that_is_described_otherwise_is_not_judged(
+    fleets: tuple[Any, Any], failure: Callable[[dg.ExecuteInProcessResult], str]
+) -> None:
     _, deep = fleets
     other = type(deep)(spec_of(4), deep.files, deep.resources)
     assert "materialise models and meta_model first" in failure(other.launch("champion"))
 
 
-def test_packs_in_a_store_are_put_together_without_storing_anything_again(launched: Callable[..., tuple[Any, dg.ExecuteInProcessResult]]) -> None:
+def test_packs_in_a_store_are_put_together_without_storing_anything_again(
+    launched: Callable[..., tuple[Any, dg.ExecuteInProcessResult]],
+) -> None:
     shallow, first = launched(spec_of(2, pack="shared"), SQL, daily_sales(), AS_OF)
     assert first.success
     deep = type(shallow)(spec_of(8, pack="shared"), shallow.files, shallow.resources)

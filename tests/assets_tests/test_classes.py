@@ -27,7 +27,16 @@ def test_a_fleet_of_classes_goes_from_rows_to_answers(
     metadata: Callable[[dg.ExecuteInProcessResult], dict[str, Mapping[str, Any]]],
     task: str,
 ) -> None:
-    spec = parse_spec({**shop_attributes, "task": task, "target": {"column": "label"}, "features": FEATURES, "baselines": {}}, file="defs.yaml")
+    spec = parse_spec(
+        {
+            **shop_attributes,
+            "task": task,
+            "target": {"column": "label"},
+            "features": FEATURES,
+            "baselines": {},
+        },
+        file="defs.yaml",
+    )
     sql = f"SELECT region, store, CAST(sold_on AS DATE) AS sold_on, size, {LABELS[task]} AS label FROM sales"
     fleet, result = launched(spec, sql)
     assert result.success
@@ -37,7 +46,9 @@ def test_a_fleet_of_classes_goes_from_rows_to_answers(
     probabilities = np.stack(predictions["probabilities"].to_list())
     assert probabilities.sum(axis=1) == pytest.approx(1.0)
     if task == "multiclass":
-        assert predictions["prediction"].tolist() == [CLASSES[task][number] for number in probabilities.argmax(axis=1)]
+        assert predictions["prediction"].tolist() == [
+            CLASSES[task][number] for number in probabilities.argmax(axis=1)
+        ]
     else:
         assert predictions["prediction"].tolist() == probabilities[:, 1].tolist()
     told = metadata(result)
@@ -52,7 +63,10 @@ def test_a_fleet_of_classes_goes_from_rows_to_answers(
     assert run.data.metrics["fleet_log_loss"] < run.data.metrics["constant_log_loss"]
     served = mlflow.pyfunc.load_model("models:/shop@champion")
     features = fleet.table("features")
-    question = features.loc[features["row_key"].isin(predictions["row_key"]), served.metadata.get_input_schema().input_names()]
+    question = features.loc[
+        features["row_key"].isin(predictions["row_key"]),
+        served.metadata.get_input_schema().input_names(),
+    ]
     answers = served.predict(question)
     assert list(answers.columns) == served.metadata.get_output_schema().input_names()
     assert sorted(answers["prediction"]) == sorted(predictions["prediction"])

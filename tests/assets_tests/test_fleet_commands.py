@@ -19,7 +19,9 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two fleets, `good` in a folder of another name and `bad`, as they load."""
     for folder, name in (("my-good", "good"), ("bad", "bad")):
         (tmp_path / "pipeline" / "defs" / folder).mkdir(parents=True)
-        (tmp_path / "pipeline" / "defs" / folder / "defs.yaml").write_text(f"attributes: {{name: {name}}}")
+        (tmp_path / "pipeline" / "defs" / folder / "defs.yaml").write_text(
+            f"attributes: {{name: {name}}}"
+        )
     broken = BrokenFleet("bad", "bad/defs.yaml, line 7: target: expected a mapping").build_defs()
     monkeypatch.setattr(fleet_commands, "load_fleets", lambda _: broken)
     monkeypatch.setattr(command_line, "PROJECT", tmp_path)
@@ -27,7 +29,9 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_check_lists_every_broken_fleet_and_fails(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_lists_every_broken_fleet_and_fails(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert command_line.main(["check"]) == 1
     assert capsys.readouterr().err.splitlines() == [
         "many-models: bad/defs.yaml, line 7: target: expected a mapping",
@@ -35,18 +39,24 @@ def test_check_lists_every_broken_fleet_and_fails(project: Path, capsys: pytest.
     ]
 
 
-def test_check_of_one_sound_fleet_passes_beside_a_broken_one(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_of_one_sound_fleet_passes_beside_a_broken_one(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert command_line.main(["check", "good"]) == 0
     assert capsys.readouterr().out == "well described: good\n"
     assert command_line.main(["check", "bad"]) == 1
 
 
-def test_run_becomes_a_launch_of_the_fleets_group_found_by_name_or_folder(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_becomes_a_launch_of_the_fleets_group_found_by_name_or_folder(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     launched: list[list[str]] = []
     monkeypatch.setattr(fleet_commands, "_run_apart", lambda command: launched.append(command) or 0)
     for fleet in ("good", "my-good"):
         assert command_line.main(["run", fleet]) == 0
-    assert {tuple(arguments[1:4]) for arguments in launched} == {("launch", "--assets", 'group:"good"')}
+    assert {tuple(arguments[1:4]) for arguments in launched} == {
+        ("launch", "--assets", 'group:"good"')
+    }
     assert len(launched) == 2
 
 
@@ -55,7 +65,9 @@ def test_run_ends_as_the_launch_does(script: str, status: int) -> None:
     assert fleet_commands._run_apart(["sh", "-c", script]) == status
 
 
-def test_a_dry_run_launches_nothing_beyond_the_models(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_launches_nothing_beyond_the_models(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     launched: list[list[str]] = []
     monkeypatch.setattr(fleet_commands, "_run_apart", lambda command: launched.append(command) or 0)
     monkeypatch.setenv("MANY_MODELS_DRY_RUN", "1")
@@ -77,7 +89,9 @@ def test_run_of_a_broken_or_unknown_fleet_launches_nothing(
 def test_what_nobody_expected_is_one_line_and_a_trace_in_a_log(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(fleet_commands, "load_fleets", Mock(side_effect=RuntimeError("first\nsecond")))
+    monkeypatch.setattr(
+        fleet_commands, "load_fleets", Mock(side_effect=RuntimeError("first\nsecond"))
+    )
     assert command_line.main(["check"]) == 1
     message, trace = capsys.readouterr().err.splitlines()
     assert message == "many-models: RuntimeError: first"
@@ -91,7 +105,9 @@ def test_a_trace_that_cannot_be_written_hides_no_failure(tmp_path: Path) -> None
     assert keep_trace(tmp_path / "logs", "trace") == ""
 
 
-def test_a_failed_step_says_its_cause_once_and_where_the_trace_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_step_says_its_cause_once_and_where_the_trace_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     @dg.asset
     def first() -> None:
         raise ValueError("no such thing\nand a second line")
@@ -100,8 +116,12 @@ def test_a_failed_step_says_its_cause_once_and_where_the_trace_is(tmp_path: Path
     def second() -> None: ...
 
     job = dg.define_asset_job("job", [first, second], executor_def=dg.in_process_executor)
-    definitions = dg.Definitions([first, second], jobs=[job], loggers={"console": console_logger(tmp_path)})
-    definitions.resolve_job_def("job").execute_in_process(run_config={"loggers": {"console": {"config": {}}}}, raise_on_error=False)
+    definitions = dg.Definitions(
+        [first, second], jobs=[job], loggers={"console": console_logger(tmp_path)}
+    )
+    definitions.resolve_job_def("job").execute_in_process(
+        run_config={"loggers": {"console": {"config": {}}}}, raise_on_error=False
+    )
     logging.shutdown([])
     lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
     assert len(lines) == 3
@@ -112,6 +132,10 @@ def test_a_failed_step_says_its_cause_once_and_where_the_trace_is(tmp_path: Path
 
 def test_a_fleet_is_known_by_name_before_folder() -> None:
     names = {"a": "b", "b": "c"}
-    assert [fleet_commands.known_fleet(names, fleet) for fleet in ("a", "b", "c")] == ["b", "b", "c"]
+    assert [fleet_commands.known_fleet(names, fleet) for fleet in ("a", "b", "c")] == [
+        "b",
+        "b",
+        "c",
+    ]
     with pytest.raises(ModelNotFound, match="Available: b, c"):
         fleet_commands.known_fleet(names, "zzz")

@@ -50,8 +50,16 @@ def name_of(fleet: Fleet) -> str:
 
 def keys_and_dependencies(fleet: Fleet) -> dict[str, set[str]]:
     definitions = fleet.build_defs(ComponentTree.for_test().load_context)
-    specs = [spec for asset in definitions.assets or () if isinstance(asset, dg.AssetsDefinition) for spec in asset.specs]
-    return {spec.key.to_user_string(): {dep.asset_key.to_user_string() for dep in spec.deps} for spec in specs}
+    specs = [
+        spec
+        for asset in definitions.assets or ()
+        if isinstance(asset, dg.AssetsDefinition)
+        for spec in asset.specs
+    ]
+    return {
+        spec.key.to_user_string(): {dep.asset_key.to_user_string() for dep in spec.deps}
+        for spec in specs
+    }
 
 
 def test_housing_is_this_chain() -> None:
@@ -68,17 +76,35 @@ def test_housing_is_this_chain() -> None:
 
 def test_flights_has_five_sources_and_the_same_chain() -> None:
     chain = keys_and_dependencies(shipped("flights"))
-    sources = {"flights/flights", "flights/weather", "flights/planes", "flights/airports", "flights/airlines"}
+    sources = {
+        "flights/flights",
+        "flights/weather",
+        "flights/planes",
+        "flights/airports",
+        "flights/airlines",
+    }
     assert chain["flights/features"] == sources
-    assert set(chain) == sources | {f"flights/{link}" for link in ("features", "models", "importance", "meta_model", "champion", "predictions")}
+    assert set(chain) == sources | {
+        f"flights/{link}"
+        for link in ("features", "models", "importance", "meta_model", "champion", "predictions")
+    }
 
 
 def test_every_link_belongs_to_the_fleets_group_and_has_a_description_and_checks() -> None:
     definitions = shipped("housing").build_defs(ComponentTree.for_test().load_context)
-    specs = [spec for asset in definitions.assets or () if isinstance(asset, dg.AssetsDefinition) for spec in asset.specs]
+    specs = [
+        spec
+        for asset in definitions.assets or ()
+        if isinstance(asset, dg.AssetsDefinition)
+        for spec in asset.specs
+    ]
     assert {spec.group_name for spec in specs} == {"housing"}
     assert all(spec.description and spec.kinds for spec in specs)
-    checked = {key.asset_key for asset in [*(definitions.assets or ()), *(definitions.asset_checks or ())] for key in asset.check_keys}  # type: ignore[union-attr]
+    checked = {
+        key.asset_key
+        for asset in [*(definitions.assets or ()), *(definitions.asset_checks or ())]
+        for key in asset.check_keys
+    }  # type: ignore[union-attr]
     assert checked == {spec.key for spec in specs}
 
 
@@ -96,20 +122,29 @@ def test_a_column_that_the_sql_does_not_give_is_refused_with_what_it_gives(folde
 @pytest.mark.parametrize(
     ("told", "message"),
     [
-        ({"score": "0 25 * * *"}, "automation.score: '0 25 * * *' is not a cron text; expected minute, hour"),
+        (
+            {"score": "0 25 * * *"},
+            "automation.score: '0 25 * * *' is not a cron text; expected minute, hour",
+        ),
         ({"retrain": "daily at six"}, "automation.retrain: 'daily at six' is not a cron text"),
         ({"timezone": "Europe/Bonn"}, "'Europe/Bonn' is not a time zone"),
         ({"scores": "0 6 * * *"}, "did you mean 'score'?"),
     ],
 )
-def test_automation_that_nothing_could_launch_is_refused(folder: Path, told: dict[str, Any], message: str) -> None:
+def test_automation_that_nothing_could_launch_is_refused(
+    folder: Path, told: dict[str, Any], message: str
+) -> None:
     assert message in mistake(folder, {"name": "demand", **EXAMPLE, "automation": told})
 
 
-def test_a_missing_sql_file_is_refused_with_its_path_and_the_files_available(tmp_path: Path) -> None:
+def test_a_missing_sql_file_is_refused_with_its_path_and_the_files_available(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "query.sql").write_text(EXAMPLE_SQL)
     message = mistake(tmp_path, {"name": "demand", **EXAMPLE})
-    assert f"features.sql: '{tmp_path}/features.sql' does not exist; available: query.sql" in message
+    assert (
+        f"features.sql: '{tmp_path}/features.sql' does not exist; available: query.sql" in message
+    )
 
 
 def test_a_lag_shorter_than_the_horizon_is_refused(folder: Path) -> None:
@@ -119,7 +154,9 @@ def test_a_lag_shorter_than_the_horizon_is_refused(folder: Path) -> None:
 
 def test_a_component_without_attributes_is_broken(folder: Path) -> None:
     context = ComponentTree.for_test().load_context
-    described = Fleet.load(None, Mock(path=folder, resolution_context=context.resolution_context)).described
+    described = Fleet.load(
+        None, Mock(path=folder, resolution_context=context.resolution_context)
+    ).described
     assert isinstance(described, BrokenFleet)
     assert "has no attributes" in described.message
 
@@ -135,7 +172,9 @@ def test_dagster_documents_the_fields_of_a_fleet_and_refuses_none_itself() -> No
     assert [*Draft202012Validator(schema).iter_errors({"target": "trips", "perod": 1})] == []
 
 
-GOOD = yaml.safe_dump({"type": "assets.fleet.Fleet", "attributes": {"name": "good", **EXAMPLE}}, sort_keys=False)
+GOOD = yaml.safe_dump(
+    {"type": "assets.fleet.Fleet", "attributes": {"name": "good", **EXAMPLE}}, sort_keys=False
+)
 
 
 @pytest.fixture
@@ -143,7 +182,9 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A project with the fleet `good`; imported as `pipeline.defs` while the test lasts."""
     defs = tmp_path / "pipeline" / "defs"
     (defs / "good").mkdir(parents=True)
-    (tmp_path / "pyproject.toml").write_text('[tool.dg]\ndirectory_type = "project"\n[tool.dg.project]\nroot_module = "pipeline"\n')
+    (tmp_path / "pyproject.toml").write_text(
+        '[tool.dg]\ndirectory_type = "project"\n[tool.dg.project]\nroot_module = "pipeline"\n'
+    )
     (defs / "__init__.py").write_text("")
     (defs / "good" / "defs.yaml").write_text(GOOD)
     (defs / "good" / "features.sql").write_text(EXAMPLE_SQL)
@@ -176,7 +217,9 @@ def add_fleet(project: Path, name: str, text: str) -> None:
         ("type: assets.fleet.Fleet\nattributes: {name: other, target: price}\n", "line 2: target: expected a mapping such as {column: price}"),
     ],
 )  # fmt: skip
-def test_a_broken_fleet_stops_no_other_and_says_what_is_wrong(project: Path, text: str, expected: str) -> None:
+def test_a_broken_fleet_stops_no_other_and_says_what_is_wrong(
+    project: Path, text: str, expected: str
+) -> None:
     add_fleet(project, "other", text)
     definitions = load_fleets(project)
     (name,) = broken_fleets(definitions)
@@ -184,7 +227,12 @@ def test_a_broken_fleet_stops_no_other_and_says_what_is_wrong(project: Path, tex
     assert name == "other"
     assert message.startswith("pipeline/defs/other/defs.yaml")
     assert expected in message
-    groups = {spec.group_name for asset in definitions.assets or () if isinstance(asset, dg.AssetsDefinition) for spec in asset.specs}
+    groups = {
+        spec.group_name
+        for asset in definitions.assets or ()
+        if isinstance(asset, dg.AssetsDefinition)
+        for spec in asset.specs
+    }
     assert groups == {"good", "other"}
 
 
@@ -196,7 +244,9 @@ def test_a_broken_fleet_fails_with_its_message_when_it_is_launched() -> None:
     assert failure.user_failure_data.description == "line 7: target: expected a mapping"
 
 
-def test_what_no_folder_is_to_blame_for_is_raised(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_no_folder_is_to_blame_for_is_raised(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (project / "pyproject.toml").write_text("[tool.dg]\n")
     with pytest.raises(Exception, match=r"defs_module or root_module must be set"):
         load_fleets(project)
@@ -220,7 +270,13 @@ def test_a_scaffolded_fleet_loads_as_it_is(tmp_path: Path) -> None:
     from assets.fleet import FleetScaffolder
 
     target = tmp_path / "my-demand"
-    request = Mock(target_path=target, type_name="assets.fleet.Fleet", scaffold_format="yaml", project_root=tmp_path, append=False)
+    request = Mock(
+        target_path=target,
+        type_name="assets.fleet.Fleet",
+        scaffold_format="yaml",
+        project_root=tmp_path,
+        append=False,
+    )
     FleetScaffolder().scaffold(request)
     written = yaml.safe_load((target / "defs.yaml").read_text())
     assert written["type"] == "assets.fleet.Fleet"
@@ -229,7 +285,11 @@ def test_a_scaffolded_fleet_loads_as_it_is(tmp_path: Path) -> None:
 
 def test_import_directions_hold() -> None:
     run = subprocess.run(
-        [sys.executable, "-c", "from importlinter.cli import lint_imports_command; lint_imports_command()"],
+        [
+            sys.executable,
+            "-c",
+            "from importlinter.cli import lint_imports_command; lint_imports_command()",
+        ],
         capture_output=True,
         text=True,
         check=False,

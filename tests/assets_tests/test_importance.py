@@ -17,12 +17,20 @@ Metadata = Callable[[dg.ExecuteInProcessResult], dict[str, Mapping[str, Any]]]
 Checks = Callable[[dg.ExecuteInProcessResult], dict[str, dg.AssetCheckEvaluation]]
 
 
-def test_every_model_has_a_row_per_feature(fleet: Any, first_run: dg.ExecuteInProcessResult, metadata: Metadata) -> None:
+def test_every_model_has_a_row_per_feature(
+    fleet: Any, first_run: dg.ExecuteInProcessResult, metadata: Metadata
+) -> None:
     found, ledger = fleet.table(IMPORTANCE.name), fleet.table("ledger")
     of_run = found[found["run_id"] == first_run.run_id]
     assert not of_run.duplicated(list(IMPORTANCE.key)).any()
-    models = set(ledger.loc[(ledger["run_id"] == first_run.run_id) & ledger["booster_id"].notna(), "group_id"])
-    assert of_run.groupby("group_id")["feature"].nunique().to_dict() == dict.fromkeys(models, len(fleet.spec.feature_columns))
+    models = set(
+        ledger.loc[
+            (ledger["run_id"] == first_run.run_id) & ledger["booster_id"].notna(), "group_id"
+        ]
+    )
+    assert of_run.groupby("group_id")["feature"].nunique().to_dict() == dict.fromkeys(
+        models, len(fleet.spec.feature_columns)
+    )
     told = metadata(first_run)["importance"]
     assert (told["fleet/groups"], told["fleet/copied"]) == (9, 0)
     assert told["dagster/row_count"] == 9 * len(fleet.spec.feature_columns)
@@ -34,21 +42,31 @@ def test_every_model_has_a_row_per_feature(fleet: Any, first_run: dg.ExecuteInPr
     assert "| 6 | 6 |" in first
 
 
-def test_a_group_without_importance_is_a_warning_that_names_it_and_stops_nothing(fleet: Any, monkeypatch: pytest.MonkeyPatch, checks: Checks) -> None:
+def test_a_group_without_importance_is_a_warning_that_names_it_and_stops_nothing(
+    fleet: Any, monkeypatch: pytest.MonkeyPatch, checks: Checks
+) -> None:
     import assets.importance as module
 
     right = module.write_importance
 
-    def wrong(spark: Any, tables: Any, namespace: str, features: Any, spec: Any, run: Any, ledger: Any) -> Any:
+    def wrong(
+        spark: Any, tables: Any, namespace: str, features: Any, spec: Any, run: Any, ledger: Any
+    ) -> Any:
         absent = ledger["group_id"].isin(['["north"]', '["north","n1"]'])
         told = right(spark, tables, namespace, features, spec, run, ledger[~absent])
-        return module.LookedAt(9, 0, {'["north"]': "PackError: damaged"} | dict(told.failed))
+        return module.ImportanceResult(
+            9, 0, {'["north"]': "PackError: damaged"} | dict(told.failed)
+        )
 
     monkeypatch.setattr(module, "write_importance", wrong)
     result = fleet.launch("importance")
     assert result.success
     check = checks(result)["every_model_has_importance"]
-    assert (check.passed, check.severity, check.blocking) == (False, dg.AssetCheckSeverity.WARN, False)
+    assert (check.passed, check.severity, check.blocking) == (
+        False,
+        dg.AssetCheckSeverity.WARN,
+        False,
+    )
     assert (check.metadata["models"].value, check.metadata["absent"].value) == (9, 2)
     text = check.metadata["examples"].value
     assert "PackError: damaged" in text
@@ -57,10 +75,16 @@ def test_a_group_without_importance_is_a_warning_that_names_it_and_stops_nothing
     assert checks(fleet.launch("importance"))["every_model_has_importance"].passed
 
 
-def test_a_training_that_changes_nothing_keeps_every_row(fleet: Any, metadata: Metadata, tmp_path: Path) -> None:
+def test_a_training_that_changes_nothing_keeps_every_row(
+    fleet: Any, metadata: Metadata, tmp_path: Path
+) -> None:
     # A further run would be the newest one for other tests.
     shutil.copytree(fleet.resources["tables"].root, tmp_path / "tables")
     result = fleet.launch("models", "importance", tables=DeltaTables(root=str(tmp_path / "tables")))
     assert result.success
     told = metadata(result)["importance"]
-    assert (told["fleet/groups"], told["fleet/copied"], told["fleet/run_id"]) == (9, 9, result.run_id)
+    assert (told["fleet/groups"], told["fleet/copied"], told["fleet/run_id"]) == (
+        9,
+        9,
+        result.run_id,
+    )

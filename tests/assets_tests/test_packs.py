@@ -20,9 +20,13 @@ Checks = Callable[[dg.ExecuteInProcessResult], dict[str, dg.AssetCheckEvaluation
 
 
 def test_shared_versions_answer_when_the_tables_are_gone(
-    shop_attributes: dict[str, Any], launched: Callable[..., tuple[Any, dg.ExecuteInProcessResult]], checks: Checks
+    shop_attributes: dict[str, Any],
+    launched: Callable[..., tuple[Any, dg.ExecuteInProcessResult]],
+    checks: Checks,
 ) -> None:
-    fleet, result = launched(parse_spec({**shop_attributes, "pack": "shared"}, file="defs.yaml"), SQL)
+    fleet, result = launched(
+        parse_spec({**shop_attributes, "pack": "shared"}, file="defs.yaml"), SQL
+    )
     assert result.success
     assert [name for name, found in checks(result).items() if not found.passed] == []
     registry, tables = fleet.resources["registry"], fleet.resources["tables"]
@@ -34,8 +38,14 @@ def test_shared_versions_answer_when_the_tables_are_gone(
     assert not (pack.folder / "boosters.parquet").exists()
     # A second version of the same boosters adds nothing.
     stored = {path.name for path in store.iterdir()}
-    wider = parse_spec({**shop_attributes, "pack": "shared", "scoring": {"interval": 0.95}}, file="defs.yaml")
-    assert type(fleet)(wider, fleet.files, fleet.resources).launch("models", "meta_model", "champion").success
+    wider = parse_spec(
+        {**shop_attributes, "pack": "shared", "scoring": {"interval": 0.95}}, file="defs.yaml"
+    )
+    assert (
+        type(fleet)(wider, fleet.files, fleet.resources)
+        .launch("models", "meta_model", "champion")
+        .success
+    )
     assert {path.name for path in store.iterdir()} == stored
     assert int(registry.get("shop", CHAMPION).number) == int(first.number) + 1
     for name in ("boosters", "ledger", "holdout", "runs"):
@@ -44,7 +54,10 @@ def test_shared_versions_answer_when_the_tables_are_gone(
         model = registry.open_pack(version)
         model.check_files()
         rows = features[features["row_key"].isin(predictions["row_key"])].set_index("row_key")
-        pd.testing.assert_series_equal(model.predict(rows)["prediction"], predictions.set_index("row_key")["prediction"].reindex(rows.index))
+        pd.testing.assert_series_equal(
+            model.predict(rows)["prediction"],
+            predictions.set_index("row_key")["prediction"].reindex(rows.index),
+        )
     (lost, *_) = sorted(store.iterdir())
     lost.unlink()
     with pytest.raises(PackError, match=lost.name):
@@ -52,7 +65,9 @@ def test_shared_versions_answer_when_the_tables_are_gone(
 
 
 def test_a_damaged_local_copy_is_fetched_again_and_a_damaged_version_is_told(
-    shop_attributes: dict[str, Any], launched: Callable[..., tuple[Any, dg.ExecuteInProcessResult]], checks: Checks
+    shop_attributes: dict[str, Any],
+    launched: Callable[..., tuple[Any, dg.ExecuteInProcessResult]],
+    checks: Checks,
 ) -> None:
     fleet, result = launched(parse_spec(shop_attributes, file="defs.yaml"), SQL)
     assert checks(result)["registered_versions_are_whole"].passed

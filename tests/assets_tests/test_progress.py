@@ -7,7 +7,7 @@ import pytest
 
 from assets.console import _is_for_people
 from assets.progress import progress_lines, rough_duration
-from pipeline.spark.training import Done
+from pipeline.spark.progress import Done
 
 
 class Log:
@@ -22,7 +22,14 @@ class Log:
 
 @pytest.mark.parametrize(
     ("seconds", "told"),
-    [(1, "about 5 s"), (43, "about 45 s"), (99, "about 100 s"), (170, "about 3 min"), (5400, "about 90 min"), (10_149, "about 3 h")],
+    [
+        (1, "about 5 s"),
+        (43, "about 45 s"),
+        (99, "about 100 s"),
+        (170, "about 3 min"),
+        (5400, "about 90 min"),
+        (10_149, "about 3 h"),
+    ],
 )
 def test_durations_are_told_as_far_as_they_can_be_believed(seconds: float, told: str) -> None:
     assert rough_duration(seconds) == told
@@ -31,7 +38,13 @@ def test_durations_are_told_as_far_as_they_can_be_believed(seconds: float, told:
 def test_a_line_tells_what_is_done_and_a_time_only_where_there_is_evidence() -> None:
     log: Any = Log()
     report = progress_lines(log)
-    for done in (Done(0, 0, 40, None), Done(3, 0, 40, None), Done(3, 0, 40, 100.0), Done(20, 1, 40, 170.0), Done(40, 1, 40, None)):
+    for done in (
+        Done(0, 0, 40, None),
+        Done(3, 0, 40, None),
+        Done(3, 0, 40, 100.0),
+        Done(20, 1, 40, 170.0),
+        Done(40, 1, 40, None),
+    ):
         report(done)
     assert log.lines == [
         "3 of 40 groups done, 0 failed, 0 s",
@@ -56,7 +69,9 @@ def record(text: str, level: int = logging.INFO, *, event: object = None) -> log
 
 
 def test_a_dry_run_prints_no_line_that_looks_like_a_fault() -> None:
-    skipped = "Skipping step housing__importance due to skipped dependencies: ['housing__models.result']."
+    skipped = (
+        "Skipping step housing__importance due to skipped dependencies: ['housing__models.result']."
+    )
     missing = "Blocking asset check 'housing/models:x' emitted no result in step 'housing__models_checks'; downstream step 'y' will proceed"
     assert not _is_for_people(record(skipped))
     assert not _is_for_people(record(missing, logging.WARNING))

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from assets.command_line import main
 from assets.scoring_commands import Scorer
 from pipeline.errors import DataError, ModelNotFound, SpecError, StoreError
 from pipeline.models.meta_model import FleetModel, InputError
+from pipeline.reading.formats import FORMATS
 from pipeline.testing.packs import ASKED, asked_pack, asked_rows, register_asked
 from resources.delta_tables import DeltaTables
 from resources.mlflow_registry import MlflowRegistry
@@ -39,8 +41,22 @@ class Fleet:
     folder: Path
     said: list[str] = field(default_factory=list)
 
-    def stream(self, source: Path | str, target: str = "live", *, stopping: threading.Event | None = None, **more: Any) -> pd.DataFrame:
-        self.scorer.stream(ASKED, str(source), str(self.folder / target), stopping=stopping or threading.Event(), report=self.said.append, **more)
+    def stream(
+        self,
+        source: Path | str,
+        target: str = "live",
+        *,
+        stopping: threading.Event | None = None,
+        **more: Any,
+    ) -> pd.DataFrame:
+        self.scorer.stream(
+            ASKED,
+            str(source),
+            str(self.folder / target),
+            stopping=stopping or threading.Event(),
+            report=self.said.append,
+            **more,
+        )
         return self.table(target)
 
     def score(self, source: Path | str, target: str = "scored", **more: Any) -> pd.DataFrame:
@@ -52,7 +68,11 @@ class Fleet:
 
     def expected(self, rows: pd.DataFrame, number: int = 0) -> pd.DataFrame:
         """What the pack alone says, by row_id."""
-        return self.models[self.versions[number].fleet_version].predict(rows).set_axis(rows["row_id"].to_numpy())
+        return (
+            self.models[self.versions[number].fleet_version]
+            .predict(rows)
+            .set_axis(rows["row_id"].to_numpy())
+        )
 
     @property
     def batches(self) -> list[str]:
@@ -60,11 +80,22 @@ class Fleet:
 
 
 @pytest.fixture(scope="module")
-def registered(tmp_path_factory: pytest.TempPathFactory) -> tuple[MlflowRegistry, list[Any], dict[str, FleetModel]]:
+def registered(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[MlflowRegistry, list[Any], dict[str, FleetModel]]:
     root = tmp_path_factory.mktemp("registered")
-    registry = MlflowRegistry(tracking_uri=f"sqlite:///{root}/mlflow/mlflow.db", artifact_root=f"{root}/artifacts", scratch=f"{root}/scratch")
-    packs = {name: asked_pack(root / name / "pack", name, seed) for seed, name in enumerate(("run-1", "run-2"))}
-    versions = [register_asked(registry, pack, name, champion=False) for name, pack in packs.items()]
+    registry = MlflowRegistry(
+        tracking_uri=f"sqlite:///{root}/mlflow/mlflow.db",
+        artifact_root=f"{root}/artifacts",
+        scratch=f"{root}/scratch",
+    )
+    packs = {
+        name: asked_pack(root / name / "pack", name, seed)
+        for seed, name in enumerate(("run-1", "run-2"))
+    }
+    versions = [
+        register_asked(registry, pack, name, champion=False) for name, pack in packs.items()
+    ]
     return registry, versions, {name: FleetModel(pack) for name, pack in packs.items()}
 
 
@@ -75,7 +106,16 @@ def fleet(registered: Any, spark_resource: SparkSessionResource, tmp_path: Path)
     folder = tmp_path / "a folder"
     folder.mkdir()
     return Fleet(
-        Scorer(DeltaTables(root=str(tmp_path / "tables")), registry, spark_resource, tmp_path / "streams"), registry, versions, models, folder
+        Scorer(
+            DeltaTables(root=str(tmp_path / "tables")),
+            registry,
+            spark_resource,
+            tmp_path / "streams",
+        ),
+        registry,
+        versions,
+        models,
+        folder,
     )
 
 
@@ -84,21 +124,32 @@ def same_answers(found: pd.DataFrame, expected: pd.DataFrame) -> None:
     assert sorted(found["row_id"]) == sorted(expected.index)
     ordered = found.set_index("row_id").loc[expected.index]
     for name in ("prediction", "lower", "upper"):
-        assert ordered[name].to_numpy(float).tobytes() == expected[name].to_numpy(float).tobytes(), name
+        assert (
+            ordered[name].to_numpy(float).tobytes() == expected[name].to_numpy(float).tobytes()
+        ), name
     for name in ("answered_by", "booster_id", "fleet_version"):
-        assert ordered[name].where(ordered[name].notna(), None).tolist() == expected[name].tolist(), name
+        assert (
+            ordered[name].where(ordered[name].notna(), None).tolist() == expected[name].tolist()
+        ), name
 
 
 def put(folder: Path, name: str, rows: pd.DataFrame) -> None:
     """Write a file as is right for a stream: under a hidden name, then renamed."""
     folder.mkdir(exist_ok=True)
     hidden = folder / f".{name}"
-    if name.lower().endswith(".csv"):
-        rows.to_csv(hidden, index=False)
-    elif name.endswith(".parquet"):
+    endings = [ending.lower() for ending in hidden.suffixes]
+    compression = {".gz": "gzip", ".zip": {"method": "zip", "archive_name": "rows"}}.get(
+        endings[-1]
+    )
+    if ".csv" in endings or ".tsv" in endings:
+        separator = "\t" if ".tsv" in endings else ","
+        rows.to_csv(hidden, index=False, sep=separator, compression=compression)
+    elif ".parquet" in endings or ".pq" in endings:
         rows.to_parquet(hidden, index=False)
     else:
-        rows.to_json(hidden, orient="records", lines=True, double_precision=15)
+        rows.to_json(
+            hidden, orient="records", lines=True, double_precision=15, compression=compression
+        )
     hidden.rename(folder / name)
 
 
@@ -106,7 +157,9 @@ def put(folder: Path, name: str, rows: pd.DataFrame) -> None:
 
 
 def test_a_delta_table_is_answered_with_its_columns_kept(fleet: Fleet) -> None:
-    rows = asked_rows(3000).assign(big=1 << 60, when=pd.Timestamp("2024-01-01", tz="UTC"), numbers=[[1, 2]] * 3000)
+    rows = asked_rows(3000).assign(
+        big=1 << 60, when=pd.Timestamp("2024-01-01", tz="UTC"), numbers=[[1, 2]] * 3000
+    )
     rows.loc[0, "big"] = None
     rows["big"] = rows["big"].astype("Int64")
     write_deltalake(fleet.folder / "rows", rows.iloc[:1000])
@@ -120,18 +173,32 @@ def test_a_delta_table_is_answered_with_its_columns_kept(fleet: Fleet) -> None:
     assert set(table["big"].to_pylist()) == {None, 1 << 60}
     assert kept["note"].tolist() == rows["note"].tolist()
     assert set(found["scored_period"]) == {"all"}
-    assert fleet.said[0].startswith(f"3,000 rows of {fleet.folder}/rows (version 1) answered by asked version 1 (champion) (run run-1) in ")
+    assert fleet.said[0].startswith(
+        f"3,000 rows of {fleet.folder}/rows (version 1) answered by asked version 1 (champion) (run run-1) in "
+    )
 
 
-def test_csv_files_with_shuffled_columns_and_parquet_of_other_widths_give_the_same_answers(fleet: Fleet) -> None:
+def test_csv_files_with_shuffled_columns_and_parquet_of_other_widths_give_the_same_answers(
+    fleet: Fleet,
+) -> None:
     rows = asked_rows(900)
     folder = fleet.folder / AWKWARD
     for number, part in enumerate(np.array_split(np.arange(900), 3)):
-        put(folder, f"{number}.csv", rows.iloc[part][list(np.random.default_rng(number).permutation(rows.columns))])
+        put(
+            folder,
+            f"{number}.csv",
+            rows.iloc[part][list(np.random.default_rng(number).permutation(rows.columns))],
+        )
     found = fleet.score(folder, "from csv")
     same_answers(found.astype({"row_id": "int64"}), fleet.expected(rows))
     narrow = fleet.folder / "narrow"
-    put(narrow, "a.parquet", rows.iloc[:450].astype({"size": "Int8", "store": "Int16", "kind": "category"})[rows.columns[::-1]])
+    put(
+        narrow,
+        "a.parquet",
+        rows.iloc[:450].astype({"size": "Int8", "store": "Int16", "kind": "category"})[
+            rows.columns[::-1]
+        ],
+    )
     put(narrow, "b.parquet", rows.iloc[450:].astype({"size": "float32", "store": "Int32"}))
     same_answers(fleet.score(f"{narrow}/*.parquet", "from parquet"), fleet.expected(rows))
 
@@ -139,7 +206,12 @@ def test_csv_files_with_shuffled_columns_and_parquet_of_other_widths_give_the_sa
 def test_scoring_again_replaces_its_period_and_leaves_the_others(fleet: Fleet) -> None:
     rows = asked_rows(100)
     put(fleet.folder / "in", "a.parquet", rows)
-    for period, version in (("one", "champion"), ("two", "champion"), ("one", "champion"), ("two", "2")):
+    for period, version in (
+        ("one", "champion"),
+        ("two", "champion"),
+        ("one", "champion"),
+        ("two", "2"),
+    ):
         found = fleet.score(fleet.folder / "in", period=period, version=version)
     assert found["scored_period"].value_counts().to_dict() == {"one": 100, "two": 100}
     same_answers(found[found["scored_period"] == "one"], fleet.expected(rows))
@@ -169,14 +241,22 @@ class NoSpark(SparkSessionResource):
 @pytest.fixture
 def idle(fleet: Fleet) -> Fleet:
     """The fleet without Spark."""
-    fleet.scorer = Scorer(fleet.scorer.tables, fleet.registry, NoSpark(master="local", scratch=""), fleet.scorer.streams)
+    fleet.scorer = Scorer(
+        fleet.scorer.tables,
+        fleet.registry,
+        NoSpark(master="local", scratch=""),
+        fleet.scorer.streams,
+    )
     return fleet
 
 
 def test_missing_columns_are_listed_before_spark_starts(idle: Fleet) -> None:
     put(idle.folder / "in", "a.csv", asked_rows(3).drop(columns=["price", "base"]))
     for way in (idle.score, idle.stream):
-        with pytest.raises(InputError, match=r"missing columns: price, base; it has: row_id, .*fleet 'asked' needs: region, store, price"):
+        with pytest.raises(
+            InputError,
+            match=r"missing columns: price, base; it has: row_id, .*fleet 'asked' needs: region, store, price",
+        ):
             way(idle.folder / "in", "out")
     assert not (idle.folder / "out").exists()
 
@@ -184,7 +264,10 @@ def test_missing_columns_are_listed_before_spark_starts(idle: Fleet) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda rows: rows.assign(Prediction=1.0), "has columns that the answers bring: Prediction"),
+        (
+            lambda rows: rows.assign(Prediction=1.0),
+            "has columns that the answers bring: Prediction",
+        ),
         (lambda rows: rows.assign(scored_at="x"), "scored_at"),
         (lambda rows: rows.assign(price="1.5"), r"not numbers: price \((large_)?string\)"),
     ],
@@ -218,22 +301,39 @@ def test_versions_and_sources_that_do_not_exist_are_named(idle: Fleet) -> None:
         idle.score(idle.folder / "in", version="77")
     with pytest.raises(DataError, match=r"no rows are at .*/gone"):
         idle.score(idle.folder / "gone")
-    with pytest.raises(DataError, match=r"a\.parquet is one file, which `many-models score` answers"):
+    with pytest.raises(
+        DataError, match=r"a\.parquet is one file, which `many-models score` answers"
+    ):
         idle.stream(idle.folder / "in" / "a.parquet")
 
 
-def test_tables_in_an_object_store_are_answered_in_batch_and_as_a_stream(fleet: Fleet, object_store: dict[str, str]) -> None:
+def test_tables_in_an_object_store_are_answered_in_batch_and_as_a_stream(
+    fleet: Fleet, object_store: dict[str, str]
+) -> None:
     address, rows = f"s3://fleets/{fleet.folder.parent.name}", asked_rows(60)
-    fleet.scorer = Scorer(DeltaTables(root=address, storage_options=object_store), fleet.registry, fleet.scorer.spark, fleet.scorer.streams)
-    write_deltalake(f"{address}/rows", rows.iloc[:40], storage_options=object_store, partition_by=["region"])
+    fleet.scorer = Scorer(
+        DeltaTables(root=address, storage_options=object_store),
+        fleet.registry,
+        fleet.scorer.spark,
+        fleet.scorer.streams,
+    )
+    write_deltalake(
+        f"{address}/rows", rows.iloc[:40], storage_options=object_store, partition_by=["region"]
+    )
     said, stopping = fleet.said.append, threading.Event()
     fleet.scorer.stream(ASKED, f"{address}/rows", f"{address}/live", stopping=stopping, report=said)
     write_deltalake(f"{address}/rows", rows.iloc[40:], mode="append", storage_options=object_store)
     fleet.scorer.stream(ASKED, f"{address}/rows", f"{address}/live", stopping=stopping, report=said)
     fleet.scorer.score(ASKED, f"{address}/rows", f"{address}/scored")
     for target in ("live", "scored"):
-        same_answers(DeltaTable(f"{address}/{target}", storage_options=object_store).to_pandas(), fleet.expected(rows))
-    with pytest.raises(DataError, match=r"no Delta table is at s3://.*; files are read from local or mounted folders only"):
+        same_answers(
+            DeltaTable(f"{address}/{target}", storage_options=object_store).to_pandas(),
+            fleet.expected(rows),
+        )
+    with pytest.raises(
+        DataError,
+        match=r"no Delta table is at s3://.*; files are read from local or mounted folders only",
+    ):
         fleet.scorer.score(ASKED, f"{address}/gone", f"{address}/scored")
 
 
@@ -257,6 +357,38 @@ def test_files_of_a_folder_are_answered_once_each(fleet: Fleet, ending: str) -> 
     assert len(fleet.batches) == 3
     assert fleet.batches[0].startswith("batch 0: 200 rows in ")
     assert fleet.batches[0].endswith("answered by version 1 (run run-1)")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "json"])
+def test_files_of_every_ending_are_answered_in_batch_and_as_a_stream(
+    fleet: Fleet, kind: str
+) -> None:
+    endings = [ending for ending, file_format in FORMATS.items() if file_format.kind == kind]
+    rows, folder = asked_rows(20 * (len(endings) + 1)), fleet.folder / AWKWARD
+    for number, ending in enumerate([endings[0], *endings]):
+        if number == 1:  # the first file pins the stream's columns, the others come later
+            fleet.stream(folder)
+        name = f"{number}{ending.upper() if number % 2 else ending}"
+        put(folder, name, rows.iloc[20 * number : 20 * (number + 1)])
+    same_answers(fleet.stream(folder).astype({"row_id": "int64"}), fleet.expected(rows))
+    same_answers(fleet.score(folder).astype({"row_id": "int64"}), fleet.expected(rows))
+
+
+def test_an_archive_that_is_damaged_or_holds_several_files_is_set_aside(fleet: Fleet) -> None:
+    rows, folder = asked_rows(30), fleet.folder / "in"
+    for number, name in enumerate(("a.tsv.gz", "b.tsv.zip", "c.tsv.zip")):
+        put(folder, name, rows.iloc[10 * number : 10 * (number + 1)])
+    whole = (folder / "b.tsv.zip").read_bytes()
+    (folder / "b.tsv.zip").write_bytes(whole[: len(whole) // 2])
+    with zipfile.ZipFile(folder / "c.tsv.zip", "a") as archive:
+        archive.writestr("more", "x")
+    assert len(fleet.stream(folder)) == 10
+    set_aside = "\n".join(fleet.said)
+    assert f"{folder}/b.tsv.zip cannot be read as csv" in set_aside
+    assert f"{folder}/c.tsv.zip cannot be read as csv (the archive holds 2 files" in set_aside
+    (folder / "b.tsv.zip").write_bytes(whole)
+    found = fleet.stream(folder).astype({"row_id": "int64"})
+    same_answers(found, fleet.expected(rows.iloc[:20]))
 
 
 def test_a_folder_may_be_emptied_between_starts_but_not_be_gone(fleet: Fleet) -> None:
@@ -292,7 +424,11 @@ def test_versions_of_a_delta_table_are_answered_once_each(fleet: Fleet) -> None:
     write_deltalake(source, rows.iloc[300:], mode="append")
     found = fleet.stream(source, max_files=1)
     same_answers(found, fleet.expected(rows))
-    assert [line.split(" rows")[0] for line in fleet.batches] == ["batch 0: 150", "batch 1: 150", "batch 2: 100"]
+    assert [line.split(" rows")[0] for line in fleet.batches] == [
+        "batch 0: 150",
+        "batch 1: 150",
+        "batch 2: 100",
+    ]
     assert fleet.stream(source).equals(found)
     assert DeltaTable(fleet.folder / "live").version() == 3  # made, then one commit per micro batch
 
@@ -303,7 +439,9 @@ def test_a_version_that_removes_rows_ends_the_stream_or_is_passed_over(fleet: Fl
     fleet.stream(source)
     DeltaTable(source).delete("row_id = 3")
     write_deltalake(source, rows.iloc[20:40], mode="append")
-    with pytest.raises(DataError, match=r"rows: version 1 \(DELETE\) removes or rewrites rows .* --skip-changes"):
+    with pytest.raises(
+        DataError, match=r"rows: version 1 \(DELETE\) removes or rewrites rows .* --skip-changes"
+    ):
         fleet.stream(source)
     same_answers(fleet.stream(source, skip_changes=True), fleet.expected(rows.iloc[:40]))
 
@@ -319,7 +457,9 @@ def test_the_champion_may_change_between_micro_batches(fleet: Fleet) -> None:
     same_answers(found[found["row_id"] >= 50], fleet.expected(rows.iloc[50:], 1))
 
 
-def test_a_running_stream_takes_new_rows_and_the_new_champion_until_it_is_stopped(fleet: Fleet) -> None:
+def test_a_running_stream_takes_new_rows_and_the_new_champion_until_it_is_stopped(
+    fleet: Fleet,
+) -> None:
     rows, folder, stopping = asked_rows(100), fleet.folder / "in", threading.Event()
     put(folder, "a.parquet", rows.iloc[:50])
 
@@ -331,7 +471,9 @@ def test_a_running_stream_takes_new_rows_and_the_new_champion_until_it_is_stoppe
         if line.startswith("batch 1"):
             stopping.set()
 
-    fleet.scorer.stream(ASKED, str(folder), str(fleet.folder / "live"), every=0.2, stopping=stopping, report=after)
+    fleet.scorer.stream(
+        ASKED, str(folder), str(fleet.folder / "live"), every=0.2, stopping=stopping, report=after
+    )
     found = fleet.table("live")
     same_answers(found[found["row_id"] >= 50], fleet.expected(rows.iloc[50:], 1))
     assert len(found) == 100
@@ -353,10 +495,15 @@ def test_a_checkpoint_belongs_to_one_stream_and_its_table(fleet: Fleet) -> None:
     for name in ("a", "b"):
         put(fleet.folder / name, "x.parquet", asked_rows(20))
     fleet.stream(fleet.folder / "a", checkpoint=checkpoint)
-    with pytest.raises(SpecError, match=r"checkpoint of another stream: --from was .*/a and is .*/b; give each stream"):
+    with pytest.raises(
+        SpecError,
+        match=r"checkpoint of another stream: --from was .*/a and is .*/b; give each stream",
+    ):
         fleet.stream(fleet.folder / "b", checkpoint=checkpoint)
     shutil.rmtree(fleet.folder / "live")
-    with pytest.raises(StoreError, match=r"the checkpoint .* says 0: the table was removed or restored"):
+    with pytest.raises(
+        StoreError, match=r"the checkpoint .* says 0: the table was removed or restored"
+    ):
         fleet.stream(fleet.folder / "a", checkpoint=checkpoint)
     assert len(fleet.stream(fleet.folder / "a", checkpoint=f"{checkpoint} 2")) == 20
     (Path(checkpoint) / "stream.json").write_text("{")
@@ -364,7 +511,9 @@ def test_a_checkpoint_belongs_to_one_stream_and_its_table(fleet: Fleet) -> None:
         fleet.stream(fleet.folder / "a", checkpoint=checkpoint)
 
 
-def test_a_file_that_breaks_a_stream_is_named_and_once_repaired_the_stream_goes_on(fleet: Fleet) -> None:
+def test_a_file_that_breaks_a_stream_is_named_and_once_repaired_the_stream_goes_on(
+    fleet: Fleet,
+) -> None:
     rows, folder = asked_rows(30), fleet.folder / "in"
     put(folder, "a.csv", rows.iloc[:10])
     fleet.stream(folder)
@@ -385,7 +534,10 @@ def test_a_half_written_file_is_set_aside_and_answered_once_it_is_complete(fleet
     lines = fleet.said
     assert len(fleet.stream(folder)) == 10
     told = "\n".join(lines)
-    assert f"set aside, and answered once it is complete: {folder}/b.parquet cannot be read as parquet" in told
+    assert (
+        f"set aside, and answered once it is complete: {folder}/b.parquet cannot be read as parquet"
+        in told
+    )
     assert f"all other rows have been answered; 1 file set aside: {folder}/b.parquet" in lines[-1]
 
     put(folder, "c.parquet", rows.iloc[20:30])  # the others go on, and nothing is told twice
@@ -406,16 +558,24 @@ def test_a_half_written_file_is_set_aside_and_answered_once_it_is_complete(fleet
     same_answers(fleet.stream(folder), fleet.expected(rows))
 
 
-def test_a_value_in_the_middle_of_a_file_that_cannot_be_read_sets_the_whole_file_aside(fleet: Fleet) -> None:
+def test_a_value_in_the_middle_of_a_file_that_cannot_be_read_sets_the_whole_file_aside(
+    fleet: Fleet,
+) -> None:
     rows, folder = asked_rows(30), fleet.folder / "in"
     put(folder, "a.csv", rows.iloc[:10])
-    put(folder, "b.csv", rows.iloc[10:].astype({"price": object}).assign(price=[*[1.5] * 19, "dear"]))
+    put(
+        folder,
+        "b.csv",
+        rows.iloc[10:].astype({"price": object}).assign(price=[*[1.5] * 19, "dear"]),
+    )
     lines = fleet.said
     assert len(fleet.stream(folder)) == 10
     assert any("b.csv cannot be read as csv" in line and "dear" in line for line in lines)
 
 
-def test_a_pack_is_opened_once_per_worker_and_given_up_for_the_next(fleet: Fleet, spark_resource: SparkSessionResource) -> None:
+def test_a_pack_is_opened_once_per_worker_and_given_up_for_the_next(
+    fleet: Fleet, spark_resource: SparkSessionResource
+) -> None:
     from pipeline.spark.answers import _opened, opened_pack
 
     spark = spark_resource.session
@@ -433,7 +593,9 @@ def test_a_pack_is_opened_once_per_worker_and_given_up_for_the_next(fleet: Fleet
                 from pipeline.spark import answers
 
                 n = sum(fleet == "looked at" for fleet in answers._opened)
-                yield pa.RecordBatch.from_pylist([{"pid": os.getpid(), "pack": id(opened), "n": n}] * min(1, batch.num_rows))
+                yield pa.RecordBatch.from_pylist(
+                    [{"pid": os.getpid(), "pack": id(opened), "n": n}] * min(1, batch.num_rows)
+                )
 
         found = spark.range(0, 8, 1, 8).mapInArrow(look, "pid long, pack long, n long").collect()
         return {(row["pid"], row["pack"], row["n"]) for row in found}
@@ -442,7 +604,9 @@ def test_a_pack_is_opened_once_per_worker_and_given_up_for_the_next(fleet: Fleet
         spark.sparkContext.addFile(str(model.folder), recursive=True)
     first = held(models[0]) | held(models[0])
     workers = {pid for pid, _, _ in first}
-    assert len(first) == len(workers)  # eight tasks, twice, in fewer workers: each of them opened it once
+    assert len(first) == len(
+        workers
+    )  # eight tasks, twice, in fewer workers: each of them opened it once
     assert len(workers) < 8
     second = held(models[1])
     assert {n for _, _, n in first | second} == {1}
@@ -452,33 +616,55 @@ def test_a_pack_is_opened_once_per_worker_and_given_up_for_the_next(fleet: Fleet
 # The terminal
 
 
-def test_the_command_answers_and_says_what_is_wrong(fleet: Fleet, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_answers_and_says_what_is_wrong(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("MANY_MODELS_DATA", str(fleet.folder / "data"))
     monkeypatch.setattr(Scorer, "of", classmethod(lambda cls, profile: fleet.scorer))
     put(fleet.folder / "in", "a.csv", asked_rows(12))
     words = [ASKED, "--from", str(fleet.folder / "in"), "--to"]
-    assert main(["score", *words, str(fleet.folder / "scored"), "--period", "p", "--version", "2"]) == 0
+    assert (
+        main(["score", *words, str(fleet.folder / "scored"), "--period", "p", "--version", "2"])
+        == 0
+    )
     assert "12 rows of" in capsys.readouterr().out
     assert main(["stream", *words, str(fleet.folder / "live")]) == 0
     told = capsys.readouterr().out.splitlines()
-    assert [line.split(" ", 1)[1].split(" in ")[0] for line in told[1:]] == ["batch 0: 12 rows", "all available rows have been answered"]
+    assert [line.split(" ", 1)[1].split(" in ")[0] for line in told[1:]] == [
+        "batch 0: 12 rows",
+        "all available rows have been answered",
+    ]
     assert main(["stream", "nobody", *words[1:], str(fleet.folder / "live")]) == 2
     assert "registered model 'nobody' has no champion" in capsys.readouterr().err
     put(fleet.folder / "bad", "a.csv", asked_rows(3)[["store"]])
-    assert main(["score", ASKED, "--from", str(fleet.folder / "bad"), "--to", str(fleet.folder / "x")]) == 1
+    assert (
+        main(["score", ASKED, "--from", str(fleet.folder / "bad"), "--to", str(fleet.folder / "x")])
+        == 1
+    )
     assert "missing columns: region, price" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["stream", "f", "--from", "a", "--to", "b", "--every", "0"], "'0' is not a number of seconds; expected more than 0"),
-        (["stream", "f", "--from", "a", "--to", "b", "--max-files", "0"], "'0' is not a number of files; expected 1 or more"),
-        (["score", "f", "--from", "a", "--to", "b", "--version", "best"], "'best' is no version; expected champion, challenger or a number"),
+        (
+            ["stream", "f", "--from", "a", "--to", "b", "--every", "0"],
+            "'0' is not a number of seconds; expected more than 0",
+        ),
+        (
+            ["stream", "f", "--from", "a", "--to", "b", "--max-files", "0"],
+            "'0' is not a number of files; expected 1 or more",
+        ),
+        (
+            ["score", "f", "--from", "a", "--to", "b", "--version", "best"],
+            "'best' is no version; expected champion, challenger or a number",
+        ),
         (["score", "f", "--from", "a"], "--to"),
     ],
 )
-def test_words_that_make_no_sense_are_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_words_that_make_no_sense_are_refused(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         main(words)
     assert message in capsys.readouterr().err
@@ -488,5 +674,14 @@ def test_a_stream_pins_its_columns(fleet: Fleet) -> None:
     put(fleet.folder / "in", "a.csv", asked_rows(3))
     fleet.stream(fleet.folder / "in", checkpoint=str(fleet.folder / "cp"))
     pinned = json.loads((fleet.folder / "cp" / "stream.json").read_text())
-    assert [column["type"] for column in pinned["columns"]["fields"] if column["name"] in ("price", "store")] == ["string", "double"]
-    assert (pinned["fleet"], pinned["kind"], pinned["whole"], pinned["numbers"]) == (ASKED, "csv", ["store"], ["base", "price", "size"])
+    assert [
+        column["type"]
+        for column in pinned["columns"]["fields"]
+        if column["name"] in ("price", "store")
+    ] == ["string", "double"]
+    assert (pinned["fleet"], pinned["kind"], pinned["whole"], pinned["numbers"]) == (
+        ASKED,
+        "csv",
+        ["store"],
+        ["base", "price", "size"],
+    )

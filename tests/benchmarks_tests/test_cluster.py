@@ -4,7 +4,9 @@ import pandas as pd
 
 from benchmarks.cluster import n_differing
 
-ROWS = pd.DataFrame({"prediction": [0.1, None, 0.3], "answered_by": ["[]", "[]", None]}, index=["a", "b", "c"])
+ROWS = pd.DataFrame(
+    {"prediction": [0.1, None, 0.3], "answered_by": ["[]", "[]", None]}, index=["a", "b", "c"]
+)
 
 
 def test_the_same_in_another_order_does_not_differ() -> None:

@@ -85,15 +85,28 @@ def test_requests_are_handed_on_and_answered(proxy: CountingProxy) -> None:
 
 def test_a_body_in_chunks_arrives_whole(proxy: CountingProxy) -> None:
     client = connection(proxy)
-    client.request("POST", "/a", body=iter([b"one ", b"two"]), encode_chunked=True, headers={"Transfer-Encoding": "chunked"})
+    client.request(
+        "POST",
+        "/a",
+        body=iter([b"one ", b"two"]),
+        encode_chunked=True,
+        headers={"Transfer-Encoding": "chunked"},
+    )
     assert client.getresponse().read() == b"POST /a one two"
     client.close()
 
 
 def test_requests_are_counted_by_method_and_prefix(proxy: CountingProxy) -> None:
-    for path in ("/api/2.0/mlflow/runs/create", "/api/2.0/mlflow/runs/get?run_id=1", "/api/2.0/mlflow/experiments/get"):
+    for path in (
+        "/api/2.0/mlflow/runs/create",
+        "/api/2.0/mlflow/runs/get?run_id=1",
+        "/api/2.0/mlflow/experiments/get",
+    ):
         get(proxy, path)
-    assert proxy.counter.by_prefix() == {"GET /api/2.0/mlflow/runs": 2, "GET /api/2.0/mlflow/experiments": 1}
+    assert proxy.counter.by_prefix() == {
+        "GET /api/2.0/mlflow/runs": 2,
+        "GET /api/2.0/mlflow/experiments": 1,
+    }
     assert proxy.counter.by_prefix(1) == {"GET /api": 3}
     proxy.counter.reset()
     assert proxy.counter.total == 0
@@ -101,7 +114,9 @@ def test_requests_are_counted_by_method_and_prefix(proxy: CountingProxy) -> None
 
 def test_no_request_of_many_clients_is_lost(proxy: CountingProxy) -> None:
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(lambda number: get(proxy, f"/n/{number}"), range(200))) == [f"GET /n/{number} ".encode() for number in range(200)]
+        assert list(pool.map(lambda number: get(proxy, f"/n/{number}"), range(200))) == [
+            f"GET /n/{number} ".encode() for number in range(200)
+        ]
     assert proxy.counter.by_prefix(1) == {"GET /n": 200}
 
 

@@ -19,8 +19,12 @@ def shares(rows: pd.DataFrame, fleet: GeneratedFleet) -> pd.DataFrame:
 
 
 def test_one_seed_gives_one_fleet() -> None:
-    pd.testing.assert_frame_equal(GeneratedFleet(3, seed=5).rows(), GeneratedFleet(3, seed=5).rows())
-    assert not np.allclose(GeneratedFleet(3, seed=5).rows()["y"], GeneratedFleet(3, seed=6).rows()["y"])
+    pd.testing.assert_frame_equal(
+        GeneratedFleet(3, seed=5).rows(), GeneratedFleet(3, seed=5).rows()
+    )
+    assert not np.allclose(
+        GeneratedFleet(3, seed=5).rows()["y"], GeneratedFleet(3, seed=6).rows()["y"]
+    )
 
 
 def test_groups_are_the_same_asked_for_alone() -> None:
@@ -46,7 +50,16 @@ def test_sizes_above_the_minimum_follow_zipf() -> None:
     np.testing.assert_allclose(above[0] / above[[1, 3, 9]], [2, 4, 10], rtol=0.01)
 
 
-@pytest.mark.parametrize("change", [{"n_groups": 0}, {"skew": -1}, {"n_features": 0}, {"signal": "loud"}, {"rows_per_group": 20_000_000}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_groups": 0},
+        {"skew": -1},
+        {"n_features": 0},
+        {"signal": "loud"},
+        {"rows_per_group": 20_000_000},
+    ],
+)
 def test_an_impossible_fleet_is_refused(change: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="expected"):
         GeneratedFleet(**{"n_groups": 2, **change})
@@ -56,7 +69,18 @@ def test_an_impossible_fleet_is_refused(change: dict[str, object]) -> None:
 def test_a_row_is_a_row_of_a_feature_table(signal: str) -> None:
     fleet = GeneratedFleet(3, 200, skew=0.5, signal=signal, n_features=4)
     rows = fleet.rows()
-    assert list(rows) == ["group", "time", "known_at", "is_future", "row_key", "x0", "x1", "x2", "x3", "y"]
+    assert list(rows) == [
+        "group",
+        "time",
+        "known_at",
+        "is_future",
+        "row_key",
+        "x0",
+        "x1",
+        "x2",
+        "x3",
+        "y",
+    ]
     assert rows["time"].dtype == "datetime64[us]"
     assert rows["row_key"].is_unique
     assert rows["row_key"][0] == f'["g00000","{rows["time"][0]}"]'
@@ -74,7 +98,9 @@ def test_every_group_of_500_rows_is_split_70_15_15() -> None:
 def test_groups_of_any_size_are_split_about_70_15_15() -> None:
     fleet = GeneratedFleet(30, 500, skew=1.2)
     found = shares(fleet.rows(), fleet)
-    np.testing.assert_allclose(found[[FIT, TUNE, REPORT]], np.tile([0.70, 0.15, 0.15], (30, 1)), atol=0.01)
+    np.testing.assert_allclose(
+        found[[FIT, TUNE, REPORT]], np.tile([0.70, 0.15, 0.15], (30, 1)), atol=0.01
+    )
 
 
 def test_a_tiny_group_has_about_60_rows_to_learn_from_and_is_large_enough() -> None:
@@ -95,7 +121,9 @@ def test_rivals_get_the_cutoffs_of_a_run() -> None:
 
 
 def test_attributes_are_changed_field_by_field() -> None:
-    spec = GeneratedFleet(2).spec(tuning={"max_trials": 3}, baselines={"first": "x0"}, pooling="none")
+    spec = GeneratedFleet(2).spec(
+        tuning={"max_trials": 3}, baselines={"first": "x0"}, pooling="none"
+    )
     assert (spec.tuning.max_trials, spec.tuning.patience, spec.pooling) == (3, 20, "none")
     assert GeneratedFleet(2).spec(tuning=None).tuning.max_trials == 12
 
@@ -109,7 +137,10 @@ def test_features_are_written_in_several_files(tmp_path: Path) -> None:
     found = table.to_pyarrow_table().sort_by([("row_key", "ascending")])
     assert found.schema.field("time").type == pa.timestamp("us", tz="UTC")
     wanted = fleet.rows().sort_values("row_key", ignore_index=True)
-    pd.testing.assert_frame_equal(found.to_pandas()[["group", "row_key", "x0", "x1", "y"]], wanted[["group", "row_key", "x0", "x1", "y"]])
+    pd.testing.assert_frame_equal(
+        found.to_pandas()[["group", "row_key", "x0", "x1", "y"]],
+        wanted[["group", "row_key", "x0", "x1", "y"]],
+    )
     assert (found["time"].to_pandas().dt.tz_localize(None) == wanted["time"]).all()
 
 

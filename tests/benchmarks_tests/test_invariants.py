@@ -17,7 +17,17 @@ from benchmarks.invariants import _decisions, _hindsight, check_fleet, compare_r
 GRAINS = ((), ("shop", "size"))
 MOMENT = pd.Timestamp("2024-03-01", tz="UTC").as_unit("us")
 GROUPS = ('["a/b \\"ü","1"]', '["b",null]', '["c","3"]')
-STRINGS = ("status", "reason", "booster_id", "fingerprint", "source_run_id", "wave", "baselines", "metrics", "intervals")
+STRINGS = (
+    "status",
+    "reason",
+    "booster_id",
+    "fingerprint",
+    "source_run_id",
+    "wave",
+    "baselines",
+    "metrics",
+    "intervals",
+)
 
 
 def native(group: str) -> bytes:
@@ -29,7 +39,13 @@ def booster_id(group: str) -> str:
 
 
 def ledger_row(run_id: str, grain: int, group: str, **changes: Any) -> dict[str, Any]:
-    trained = {"status": "trained", "reason": None, "booster_id": booster_id(group), "fingerprint": f"made of {group}", "weight": 0.4}
+    trained = {
+        "status": "trained",
+        "reason": None,
+        "booster_id": booster_id(group),
+        "fingerprint": f"made of {group}",
+        "weight": 0.4,
+    }
     told = {
         "n_target": 20,
         "n_report": 2,
@@ -40,36 +56,89 @@ def ledger_row(run_id: str, grain: int, group: str, **changes: Any) -> dict[str,
         "seconds": 0.1,
     }
     intervals = {"intervals": '{"0.8": 1.5, "0.95": 2.5}' if grain == 0 else None}
-    place = {"run_id": run_id, "grain": grain, "group_id": group, "source_run_id": run_id, "wave": f"{run_id}-0"}
+    place = {
+        "run_id": run_id,
+        "grain": grain,
+        "group_id": group,
+        "source_run_id": run_id,
+        "wave": f"{run_id}-0",
+    }
     return {**place, **trained, **told, **intervals, **changes}
 
 
 def without_model(status: str, **changes: Any) -> dict[str, Any]:
-    return {"status": status, "booster_id": None, "wave": None, "source_run_id": None, "weight": 0.0, "n_report": 0, **changes}
+    return {
+        "status": status,
+        "booster_id": None,
+        "wave": None,
+        "source_run_id": None,
+        "weight": 0.0,
+        "n_report": 0,
+        **changes,
+    }
 
 
-def run_row(run_id: str, previous: str | None, waves: list[str] | None, n_groups: int, **changes: Any) -> dict[str, Any]:
+def run_row(
+    run_id: str, previous: str | None, waves: list[str] | None, n_groups: int, **changes: Any
+) -> dict[str, Any]:
     started = MOMENT + pd.Timedelta(hours=len(run_id))
-    pinned = {"data_digest": "rows", "as_of": MOMENT, "tune_start": MOMENT, "report_start": MOMENT, "features_version": 1, "spec_digest": "spec"}
+    pinned = {
+        "data_digest": "rows",
+        "as_of": MOMENT,
+        "tune_start": MOMENT,
+        "report_start": MOMENT,
+        "features_version": 1,
+        "spec_digest": "spec",
+    }
     request = json.dumps({"limit_groups": None})
     times = {"started_at": started, "finished_at": started + pd.Timedelta(minutes=1)}
-    constants = {"constant": 1.0, "constant_without_offset": 2.0, "model_spec": json.dumps({"grains": GRAINS})}
-    told = {"previous_run_id": previous, "request": request, "n_groups": n_groups, "waves": waves and json.dumps(waves)}
+    constants = {
+        "constant": 1.0,
+        "constant_without_offset": 2.0,
+        "model_spec": json.dumps({"grains": GRAINS}),
+    }
+    told = {
+        "previous_run_id": previous,
+        "request": request,
+        "n_groups": n_groups,
+        "waves": waves and json.dumps(waves),
+    }
     return {"run_id": run_id, **times, **pinned, **constants, **told, **changes}
 
 
 def write(table: Path, frame: pd.DataFrame, partition_by: str | None = None) -> None:
-    texts = {name: frame[name].astype(object).where(frame[name].notna(), None) for name in STRINGS if name in frame}
+    texts = {
+        name: frame[name].astype(object).where(frame[name].notna(), None)
+        for name in STRINGS
+        if name in frame
+    }
     schema = pa.Table.from_pandas(frame.assign(**texts), preserve_index=False)
     for number, field in enumerate(schema.schema):
         if pa.types.is_null(field.type):
-            schema = schema.set_column(number, field.name, schema.column(number).cast(pa.string() if field.name in STRINGS else pa.float64()))
-    write_deltalake(table, schema.replace_schema_metadata(), mode="overwrite", schema_mode="overwrite", partition_by=partition_by)
+            schema = schema.set_column(
+                number,
+                field.name,
+                schema.column(number).cast(pa.string() if field.name in STRINGS else pa.float64()),
+            )
+    write_deltalake(
+        table,
+        schema.replace_schema_metadata(),
+        mode="overwrite",
+        schema_mode="overwrite",
+        partition_by=partition_by,
+    )
 
 
 def feature_rows() -> pd.DataFrame:
     shops, sizes = ['a/b "ü', "b", "c", "too late", "made up"], [1, None, 3, 4, 5]
-    frame = pd.DataFrame({"shop": shops, "size": pd.array(sizes, "Int64"), "known_at": MOMENT, "is_future": [False, False, False, False, True]})
+    frame = pd.DataFrame(
+        {
+            "shop": shops,
+            "size": pd.array(sizes, "Int64"),
+            "known_at": MOMENT,
+            "is_future": [False, False, False, False, True],
+        }
+    )
     frame.loc[3, "known_at"] = MOMENT + pd.Timedelta(microseconds=1)
     return pd.concat([frame, frame.head(2)])
 
@@ -77,11 +146,17 @@ def feature_rows() -> pd.DataFrame:
 def make_fleet(tables: Path) -> Path:
     """Two finished runs, the second of which reuses a group and has lost one, and one run that was interrupted."""
     # The group that vanished was in the data of the first run.
-    lost = pd.DataFrame({"shop": ["gone"], "size": pd.array([9], "Int64"), "known_at": MOMENT, "is_future": False})
+    lost = pd.DataFrame(
+        {"shop": ["gone"], "size": pd.array([9], "Int64"), "known_at": MOMENT, "is_future": False}
+    )
     write(tables / "features", pd.concat([feature_rows(), lost]))
     write(tables / "features", feature_rows())
     gone = '["gone","9"]'
-    first = [ledger_row("1", 0, "[]"), *(ledger_row("1", 1, group) for group in (*GROUPS[:2], gone)), ledger_row("1", 1, GROUPS[2])]
+    first = [
+        ledger_row("1", 0, "[]"),
+        *(ledger_row("1", 1, group) for group in (*GROUPS[:2], gone)),
+        ledger_row("1", 1, GROUPS[2]),
+    ]
     kept = {"source_run_id": "1", "wave": "1-0", "status": "reused", "seconds": None}
     second = [
         ledger_row("22", 0, "[]", status="refreshed"),
@@ -100,7 +175,12 @@ def make_fleet(tables: Path) -> Path:
     trained = [*first, second[0], ledger_row("333", 0, "[]")]
     write(tables / "boosters", pd.DataFrame([stored(row) for row in trained]), "wave")
     held = [
-        {**{name: row[name] for name in ("wave", "grain", "group_id")}, "row_key": key, "prediction": 0.5, "group_ids": ids_of(row["group_id"])}
+        {
+            **{name: row[name] for name in ("wave", "grain", "group_id")},
+            "row_key": key,
+            "prediction": 0.5,
+            "group_ids": ids_of(row["group_id"]),
+        }
         for row in trained
         for key in "xy"
     ]
@@ -121,11 +201,21 @@ def rounded_ids(rows: pd.DataFrame) -> pd.DataFrame:
 def stored(row: dict[str, Any]) -> dict[str, Any]:
     text = native(row["group_id"])
     packed = pa.Codec("zstd").compress(text, asbytes=True)
-    return {"wave": row["wave"], "booster_id": row["booster_id"], "sha256": hashlib.sha256(text).hexdigest(), "n_bytes": len(text), "text": packed}
+    return {
+        "wave": row["wave"],
+        "booster_id": row["booster_id"],
+        "sha256": hashlib.sha256(text).hexdigest(),
+        "n_bytes": len(text),
+        "text": packed,
+    }
 
 
 def change(tables: Path, name: str, how: Callable[[pd.DataFrame], pd.DataFrame]) -> None:
-    write(tables / name, how(DeltaTable(tables / name).to_pandas()), DeltaTable(tables / name).metadata().partition_columns[0])
+    write(
+        tables / name,
+        how(DeltaTable(tables / name).to_pandas()),
+        DeltaTable(tables / name).metadata().partition_columns[0],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -167,8 +257,12 @@ def at(run_id: str, group: str, **values: Any) -> Callable[[pd.DataFrame], pd.Da
     return changed
 
 
-def in_column(name: str, value: Any, where: str, wanted: str) -> Callable[[pd.DataFrame], pd.DataFrame]:
-    return lambda rows: rows.assign(**{name: rows[name].astype(object).where(rows[where] != wanted, value)}).infer_objects()
+def in_column(
+    name: str, value: Any, where: str, wanted: str
+) -> Callable[[pd.DataFrame], pd.DataFrame]:
+    return lambda rows: rows.assign(
+        **{name: rows[name].astype(object).where(rows[where] != wanted, value)}
+    ).infer_objects()
 
 
 def flipped(rows: pd.DataFrame) -> pd.DataFrame:
@@ -238,15 +332,26 @@ def test_damage_is_named(damage: str, tables: Path) -> None:
 
 @pytest.mark.parametrize("name", ["runs", "ledger", "boosters", "holdout", "features"])
 def test_a_file_that_is_gone_is_named(name: str, tables: Path) -> None:
-    file = tables / name / pa.table(DeltaTable(tables / name).get_add_actions(flatten=True))["path"][0].as_py()
+    file = (
+        tables
+        / name
+        / pa.table(DeltaTable(tables / name).get_add_actions(flatten=True))["path"][0].as_py()
+    )
     file.unlink()
     assert f"I5: {file} is missing" in violations(tables)
 
 
 def test_a_file_of_another_size_is_named(tables: Path) -> None:
-    file = tables / "boosters" / pa.table(DeltaTable(tables / "boosters").get_add_actions(flatten=True))["path"][0].as_py()
+    file = (
+        tables
+        / "boosters"
+        / pa.table(DeltaTable(tables / "boosters").get_add_actions(flatten=True))["path"][0].as_py()
+    )
     file.write_bytes(file.read_bytes()[:-1])
-    assert any(line.startswith(f"I5: {file} has {file.stat().st_size} bytes") for line in violations(tables))
+    assert any(
+        line.startswith(f"I5: {file} has {file.stat().st_size} bytes")
+        for line in violations(tables)
+    )
 
 
 @pytest.mark.parametrize("name", ["runs", "ledger", "boosters", "holdout"])
@@ -256,19 +361,35 @@ def test_a_table_that_is_gone_is_named(name: str, tables: Path) -> None:
 
 
 def test_any_flipped_byte_of_the_store_is_noticed_or_does_no_harm(tables: Path) -> None:
-    before = DeltaTable(tables / "boosters").to_pandas().sort_values(["wave", "booster_id"], ignore_index=True)
+    before = (
+        DeltaTable(tables / "boosters")
+        .to_pandas()
+        .sort_values(["wave", "booster_id"], ignore_index=True)
+    )
     file = max((tables / "boosters").rglob("*.parquet"), key=lambda path: path.stat().st_size)
     whole = file.read_bytes()
     for place in range(4, len(whole), 97):
         file.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
         if not any(line.startswith("I2") for line in violations(tables)):
-            after = DeltaTable(tables / "boosters").to_pandas().sort_values(["wave", "booster_id"], ignore_index=True)
+            after = (
+                DeltaTable(tables / "boosters")
+                .to_pandas()
+                .sort_values(["wave", "booster_id"], ignore_index=True)
+            )
             pd.testing.assert_frame_equal(before, after[before.columns])
 
 
 def test_a_limited_run_takes_as_many_groups_as_it_was_to(tables: Path) -> None:
-    change(tables, "runs", lambda rows: rows[rows["run_id"] == "1"].assign(request='{"limit_groups": 1}', n_groups=2))
-    change(tables, "ledger", lambda rows: rows[(rows["run_id"] == "1") & rows["group_id"].isin(["[]", A])])
+    change(
+        tables,
+        "runs",
+        lambda rows: rows[rows["run_id"] == "1"].assign(request='{"limit_groups": 1}', n_groups=2),
+    )
+    change(
+        tables,
+        "ledger",
+        lambda rows: rows[(rows["run_id"] == "1") & rows["group_id"].isin(["[]", A])],
+    )
     assert violations(tables) == []
     change(tables, "runs", lambda rows: rows.assign(request='{"limit_groups": 2}'))
     assert any("I1: run 1 has no ledger row of" in line for line in violations(tables))
@@ -280,13 +401,29 @@ def test_equal_runs_are_equal(sound: Path, tables: Path) -> None:
 
 def test_names_times_and_last_digits_do_not_matter(sound: Path, tables: Path) -> None:
     def renamed_run(rows: pd.DataFrame) -> pd.DataFrame:
-        return rows.replace({"run_id": {"22": "other"}, "source_run_id": {"22": "other"}, "wave": {"22-0": "other-0"}})
+        return rows.replace(
+            {
+                "run_id": {"22": "other"},
+                "source_run_id": {"22": "other"},
+                "wave": {"22-0": "other-0"},
+            }
+        )
 
     for name in ("runs", "ledger", "boosters", "holdout"):
         change(tables, name, renamed_run)
-    change(tables, "ledger", lambda rows: rows.assign(rmse=1.5 * (1 + 1e-12), seconds=9.0, metrics='{"fleet":{"rmse":1.5000000000001}}'))
+    change(
+        tables,
+        "ledger",
+        lambda rows: rows.assign(
+            rmse=1.5 * (1 + 1e-12), seconds=9.0, metrics='{"fleet":{"rmse":1.5000000000001}}'
+        ),
+    )
     digits = '{"0.8": 1.5, "0.95": 2.5000000000001}'
-    change(tables, "ledger", lambda rows: rows.assign(intervals=rows["intervals"].where(rows["grain"] != 0, digits)))
+    change(
+        tables,
+        "ledger",
+        lambda rows: rows.assign(intervals=rows["intervals"].where(rows["grain"] != 0, digits)),
+    )
     assert compare_runs(sound, tables) == []
 
 
@@ -294,7 +431,9 @@ def repacked(rows: pd.DataFrame) -> pd.DataFrame:
     """Another text of the same booster: only its parameters section differs."""
     text = native("[]").replace(b"2", b"4")
     place = (rows["booster_id"] == booster_id("[]")) & (rows["wave"] == "22-0")
-    rows["text"] = rows["text"].astype(object).where(~place, pa.Codec("zstd").compress(text, asbytes=True))
+    rows["text"] = (
+        rows["text"].astype(object).where(~place, pa.Codec("zstd").compress(text, asbytes=True))
+    )
     return rows
 
 
@@ -321,34 +460,60 @@ def test_a_difference_is_named(difference: str, sound: Path, tables: Path) -> No
 
 def test_a_folder_without_finished_run_cannot_be_compared(sound: Path, tables: Path) -> None:
     change(tables, "runs", lambda rows: rows[rows["run_id"] == "333"])
-    assert compare_runs(sound, tables) == [f"a finished run cannot be read: {tables}: no run has finished"]
+    assert compare_runs(sound, tables) == [
+        f"a finished run cannot be read: {tables}: no run has finished"
+    ]
 
 
 def decisions(*moves: tuple[Any, Any, Any]) -> pd.DataFrame:
     """Decisions in their order: version before, version after, and whether it was carried out."""
-    rows = pd.DataFrame(moves, columns=["champion_before", "champion_after", "moved"]).astype({"moved": "boolean"})
+    rows = pd.DataFrame(moves, columns=["champion_before", "champion_after", "moved"]).astype(
+        {"moved": "boolean"}
+    )
     rows["decision_id"] = [f"d{number}" for number in range(len(rows))]
-    return rows.assign(decided_at=[MOMENT + pd.Timedelta(hours=number) for number in range(len(rows))])
+    return rows.assign(
+        decided_at=[MOMENT + pd.Timedelta(hours=number) for number in range(len(rows))]
+    )
 
 
 @pytest.mark.parametrize(
     ("moves", "champion", "expected"),
     [
         ([(None, "1", True), ("1", "1", False), ("1", "3", True)], "3", []),
-        ([(None, "1", True), ("1", "2", None)], None, ["I15: decisions that were not carried out: d1"]),
-        ([(None, "1", True), ("2", "3", True)], "3", ["I15: decision d1 found version 2 serving, and none left it there"]),
+        (
+            [(None, "1", True), ("1", "2", None)],
+            None,
+            ["I15: decisions that were not carried out: d1"],
+        ),
+        (
+            [(None, "1", True), ("2", "3", True)],
+            "3",
+            ["I15: decision d1 found version 2 serving, and none left it there"],
+        ),
         ([(None, "1", True)], "2", ["I15: version 2 serves, and no decision put it there"]),
     ],
 )
-def test_an_alias_that_moved_has_its_decision(tmp_path: Path, moves: list[Any], champion: str | None, expected: list[str]) -> None:
+def test_an_alias_that_moved_has_its_decision(
+    tmp_path: Path, moves: list[Any], champion: str | None, expected: list[str]
+) -> None:
     table = pa.Table.from_pandas(decisions(*moves), preserve_index=False).replace_schema_metadata()
     write_deltalake(tmp_path / "decisions", table)
     assert _decisions(tmp_path, champion) == expected
 
 
 def test_no_row_is_answered_by_a_run_that_saw_later_rows(tmp_path: Path) -> None:
-    answered = [("2024-03-01T00:00:00", "run"), ("2024-03-02T00:00:00", "run"), ("2024-02-29T00:00:00", "run"), ("2024-03-01T00:00:00", "lost")]
-    write_deltalake(tmp_path / "predictions", pa.Table.from_pylist([dict(zip(("as_of", "fleet_version"), row, strict=True)) for row in answered]))
+    answered = [
+        ("2024-03-01T00:00:00", "run"),
+        ("2024-03-02T00:00:00", "run"),
+        ("2024-02-29T00:00:00", "run"),
+        ("2024-03-01T00:00:00", "lost"),
+    ]
+    write_deltalake(
+        tmp_path / "predictions",
+        pa.Table.from_pylist(
+            [dict(zip(("as_of", "fleet_version"), row, strict=True)) for row in answered]
+        ),
+    )
     found = _hindsight(tmp_path, pd.DataFrame([{"run_id": "run", "as_of": MOMENT}]))
     assert found == [
         "I10: rows as of 2024-02-29T00:00:00 are answered by run run, which saw rows until 2024-03-01 00:00:00+00:00",

@@ -38,7 +38,9 @@ def delays(n_rows: int = 200) -> tuple[pd.DataFrame, Problem]:
             "carrier": carrier,
             "seats": pd.array(rng.integers(50, 300, n_rows), dtype="Int64"),
             "dep_delay": offset,
-            "arr_delay": offset + np.where(carrier == "AA", 5.0, -5.0) + 0.1 * rng.normal(size=n_rows),
+            "arr_delay": offset
+            + np.where(carrier == "AA", 5.0, -5.0)
+            + 0.1 * rng.normal(size=n_rows),
         }
     )
     rows.loc[::10, "seats"] = pd.NA
@@ -71,7 +73,9 @@ def test_cutoffs_say_which_rows_are_judged() -> None:
     assert trained is not None
     assert (trained.n_fit, trained.n_tune, trained.n_report) == (70, 15, 15)
     actual = rows.sort_values("time")["y"].to_numpy()[-15:]
-    assert trained.squared_error == pytest.approx(((actual - trained.predictions.to_numpy()) ** 2).sum())
+    assert trained.squared_error == pytest.approx(
+        ((actual - trained.predictions.to_numpy()) ** 2).sum()
+    )
 
 
 def test_report_rows_decide_nothing() -> None:
@@ -122,7 +126,10 @@ def test_defaults_are_lightgbms_own() -> None:
     trained = tune_and_fit(FLEET.rows(0, 1), PROBLEM, n_trials=0)
     assert trained is not None
     assert trained.parameters == {}
-    assert {name: trained.model.get_params()[name] for name in ("learning_rate", "num_leaves", "min_child_samples")} == {
+    assert {
+        name: trained.model.get_params()[name]
+        for name in ("learning_rate", "num_leaves", "min_child_samples")
+    } == {
         "learning_rate": 0.1,
         "num_leaves": 31,
         "min_child_samples": 20,
@@ -165,19 +172,33 @@ def test_an_empty_pool_has_nothing_to_do() -> None:
 
 @pytest.mark.spark
 @pytest.mark.slow
-def test_the_recipe_gives_a_row_per_group_and_logs_three_files_of_each_trained_one(spark: SparkSession, tmp_path: Path) -> None:
+def test_the_recipe_gives_a_row_per_group_and_logs_three_files_of_each_trained_one(
+    spark: SparkSession, tmp_path: Path
+) -> None:
     rows = FLEET.rows().drop(columns="row_key")
     as_text = rows.assign(x2=rows["x2"].map(repr).where(rows["group"] != "g00002", "no number"))
     short = as_text[(rows["group"] != "g00003") | (rows["time"] >= PROBLEM.tune_start)]
     tracking_uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    MlflowClient(tracking_uri=tracking_uri).create_experiment("usual-recipe", artifact_location=(tmp_path / "artifacts").as_uri())
-    settings = {name: spark.conf.get(name) for name in ("spark.sql.adaptive.enabled", "spark.sql.shuffle.partitions")}
+    MlflowClient(tracking_uri=tracking_uri).create_experiment(
+        "usual-recipe", artifact_location=(tmp_path / "artifacts").as_uri()
+    )
+    settings = {
+        name: spark.conf.get(name)
+        for name in ("spark.sql.adaptive.enabled", "spark.sql.shuffle.partitions")
+    }
 
-    found = usual_recipe(spark, spark.createDataFrame(short), PROBLEM, tracking_uri=tracking_uri, n_trials=2)
+    found = usual_recipe(
+        spark, spark.createDataFrame(short), PROBLEM, tracking_uri=tracking_uri, n_trials=2
+    )
 
     found = found.sort_values("group", ignore_index=True)
     assert list(found["group"]) == list(FLEET.groups)
-    assert list(found["status"].str.split(":").str[0]) == ["trained", "trained", "failed", "too_few_rows"]
+    assert list(found["status"].str.split(":").str[0]) == [
+        "trained",
+        "trained",
+        "failed",
+        "too_few_rows",
+    ]
     assert "no number" in found["status"][2]
     trained = found[:2]
     alone = tuned_per_group(rows, PROBLEM, n_trials=2)[:2]
@@ -190,8 +211,14 @@ def test_the_recipe_gives_a_row_per_group_and_logs_three_files_of_each_trained_o
     assert run.info.status == "FINISHED"
     for group in trained["group"]:
         files = client.list_artifacts(run.info.run_id, artifact_folder([group]))
-        assert {Path(file.path).name for file in files} == {"model.txt", "parameters.json", "metrics.json"}
-    metrics = json.loads(Path(client.download_artifacts(run.info.run_id, "g00000/metrics.json")).read_text())
+        assert {Path(file.path).name for file in files} == {
+            "model.txt",
+            "parameters.json",
+            "metrics.json",
+        }
+    metrics = json.loads(
+        Path(client.download_artifacts(run.info.run_id, "g00000/metrics.json")).read_text()
+    )
     assert metrics["rmse"] == pytest.approx((trained["squared_error"][0] / 15) ** 0.5)
     assert len(client.list_artifacts(run.info.run_id)) == 2
     assert {name: spark.conf.get(name) for name in settings} == settings

@@ -35,18 +35,29 @@ def hang() -> bool:
 
 @pytest.mark.parametrize(
     ("work", "outcome"),
-    [(lambda: True, UNHARMED), (lambda: False, OTHER_ANSWERS), (refuse, REFUSED), (fail, RAISED), (die, DIED), (hang, HUNG)],
+    [
+        (lambda: True, UNHARMED),
+        (lambda: False, OTHER_ANSWERS),
+        (refuse, REFUSED),
+        (fail, RAISED),
+        (die, DIED),
+        (hang, HUNG),
+    ],
 )
 def test_what_becomes_of_a_child_is_seen(work: Any, outcome: str) -> None:
     assert in_child(work) == outcome
 
 
-def test_no_damaged_pack_kills_a_process_or_answers_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_damaged_pack_kills_a_process_or_answers_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tampering, "N_PACKS", 40)
     monkeypatch.setattr(tampering, "N_TEXTS", 60)
     runs: Any = SimpleNamespace(new_folder=lambda: tmp_path)
     found = tampering.tampered(runs)
-    assert {name: found[name] for name in ("died", "hung", "raised-something-else", "other-answers")} == {
+    assert {
+        name: found[name] for name in ("died", "hung", "raised-something-else", "other-answers")
+    } == {
         "died": 0,
         "hung": 0,
         "raised-something-else": 0,

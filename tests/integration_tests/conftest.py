@@ -40,7 +40,9 @@ class Chain:
         return run_chain(self.definitions, {**self.resources, "launch": LaunchSettings(**launch)})
 
 
-def run_chain(definitions: dg.Definitions, resources: Mapping[str, Any]) -> dg.ExecuteInProcessResult:
+def run_chain(
+    definitions: dg.Definitions, resources: Mapping[str, Any]
+) -> dg.ExecuteInProcessResult:
     assets = [*definitions.assets, *definitions.asset_checks]
     return dg.materialize(assets, resources=resources, raise_on_error=True)
 
@@ -59,7 +61,9 @@ def chain(spark_resource: SparkSessionResource, tmp_path_factory: pytest.TempPat
         "spark": spark_resource,
         "tables": DeltaTables(root=str(root / "tables")),
         "registry": MlflowRegistry(
-            tracking_uri=f"sqlite:///{root}/mlflow/mlflow.db", artifact_root=f"{root}/mlflow/artifacts", scratch=str(root / "scratch")
+            tracking_uri=f"sqlite:///{root}/mlflow/mlflow.db",
+            artifact_root=f"{root}/mlflow/artifacts",
+            scratch=str(root / "scratch"),
         ),
         "launch": LaunchSettings(),
     }

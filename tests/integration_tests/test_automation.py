@@ -9,12 +9,22 @@ from benchmarks.automation import automation_live, listed_automation
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 
-def test_a_daemon_launches_what_is_due_and_what_died(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_daemon_launches_what_is_due_and_what_died(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))  # put back afterwards
     found = automation_live(tmp_path / "live")
     assert not found.messages
     assert found.assets == {
-        "schedule": {"sales", "features", "models", "importance", "meta_model", "champion", "predictions"},
+        "schedule": {
+            "sales",
+            "features",
+            "models",
+            "importance",
+            "meta_model",
+            "champion",
+            "predictions",
+        },
         "sensor": {"sales"},
         "condition": {"features", "predictions"},
     }

@@ -5,7 +5,14 @@ from typing import Any
 import pytest
 import yaml
 
-from benchmarks.compose import FILE, SECRETS, NativeServices, Unavailable, materialised_through, read_services
+from benchmarks.compose import (
+    FILE,
+    SECRETS,
+    NativeServices,
+    Unavailable,
+    materialised_through,
+    read_services,
+)
 
 DESCRIBED: dict[str, Any] = yaml.safe_load(FILE.read_text(encoding="utf-8"))["services"]
 OURS = {name for name, service in DESCRIBED.items() if "build" in service}
@@ -18,7 +25,9 @@ def test_each_service_is_limited_restarted_and_looked_after() -> None:
         assert service["healthcheck"]["test"][0] == "CMD", name
         image, _, tag = service["image"].partition(":")
         assert tag[:1].isdigit(), f"{image} is not pinned"
-        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", ())), f"{name} is published beyond this machine"
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", ())), (
+            f"{name} is published beyond this machine"
+        )
     for name in OURS:
         assert DESCRIBED[name]["cap_drop"] == ["ALL"], name
     assert "\nUSER app\n" in (FILE.parent / "Dockerfile").read_text(encoding="utf-8")

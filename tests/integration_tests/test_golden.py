@@ -59,12 +59,19 @@ SALES: Mapping[str, Any] = {
     "tuning": {"max_trials": 2, "patience": 1, "max_rounds": 60, "fit_rows": 20, "tune_rows": 5},
     "baselines": {"last value": "amount_lag_1"},
 }
-CLASSES = {"features": {"columns": ["size"], "calendar": ["month"], "categoricals": ["region"]}, "target": {"column": "label"}, "baselines": {}}
+CLASSES = {
+    "features": {"columns": ["size"], "calendar": ["month"], "categoricals": ["region"]},
+    "target": {"column": "label"},
+    "baselines": {},
+}
 TASKS: Mapping[str, tuple[Mapping[str, Any], str]] = {
     "regression": ({}, "0"),
     "quantile": ({"tuning": {**SALES["tuning"], "objective": "quantile", "alpha": 0.8}}, "0"),
     "binary": ({"task": "binary", **CLASSES}, "amount > 150"),
-    "multiclass": ({"task": "multiclass", **CLASSES}, "CASE WHEN amount < 120 THEN 'low' WHEN amount < 200 THEN 'mid' ELSE 'top' END"),
+    "multiclass": (
+        {"task": "multiclass", **CLASSES},
+        "CASE WHEN amount < 120 THEN 'low' WHEN amount < 200 THEN 'mid' ELSE 'top' END",
+    ),
 }
 
 
@@ -79,18 +86,27 @@ class Golden:
     def launch(self, as_of: str | None = None) -> dict[str, Any]:
         """Materialise everything; the golden values of it."""
         launched = {**self.resources, "launch": LaunchSettings(as_of=as_of)}
-        result = dg.materialize([*self.definitions.assets, *self.definitions.asset_checks], resources=launched)
+        result = dg.materialize(
+            [*self.definitions.assets, *self.definitions.asset_checks], resources=launched
+        )
         registry = self.resources["registry"]
         model = registry.open_pack(registry.get(self.name, "champion"))
         return golden_values(self.resources["tables"], self.name, result.run_id, model)
 
 
 @pytest.fixture(scope="module")
-def fleet(spark_resource: SparkSessionResource, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Golden]:
+def fleet(
+    spark_resource: SparkSessionResource, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Golden]:
     """Makes a fleet from the attributes of its defs.yaml, its SQL and its source files."""
     context = ComponentTree.for_test().load_context
 
-    def make(attributes: Mapping[str, Any], sql: str, sources: Mapping[str, pd.DataFrame], tables: Path | None = None) -> Golden:
+    def make(
+        attributes: Mapping[str, Any],
+        sql: str,
+        sources: Mapping[str, pd.DataFrame],
+        tables: Path | None = None,
+    ) -> Golden:
         root = tmp_path_factory.mktemp("golden")
         folder = root / "files"
         folder.mkdir()
@@ -98,7 +114,9 @@ def fleet(spark_resource: SparkSessionResource, tmp_path_factory: pytest.TempPat
         for name, rows in sources.items():
             rows.to_csv(folder / f"{name}.csv", index=False)
         model = Fleet.get_model_cls().model_validate(attributes)
-        component = Fleet.load(model, Mock(path=folder, resolution_context=context.resolution_context))
+        component = Fleet.load(
+            model, Mock(path=folder, resolution_context=context.resolution_context)
+        )
         resources = {
             "spark": spark_resource,
             "tables": DeltaTables(root=str(tables or root / "tables")),
@@ -114,12 +132,16 @@ def sales() -> pd.DataFrame:
     random = np.random.default_rng(11)
     months = pd.date_range("2016-01-01", periods=96, freq="MS")
     parts = []
-    for place, (region, number) in enumerate((region, number) for region in ("north", "south") for number in range(3)):
+    for place, (region, number) in enumerate(
+        (region, number) for region in ("north", "south") for number in range(3)
+    ):
         size = random.integers(1, 50, len(months))
         season = 10 * place * np.sin(months.month.to_numpy() / 12 * 2 * np.pi)
         amount = 60 + 20 * place + (0.5 + place) * size + season + random.normal(0, 5, len(months))
         keys = {"region": region, "store": f"{region[0]}{number}"}
-        parts.append(pd.DataFrame({**keys, "sold_on": months, "size": size, "amount": amount.round(2)}))
+        parts.append(
+            pd.DataFrame({**keys, "sold_on": months, "size": size, "amount": amount.round(2)})
+        )
     return pd.concat(parts, ignore_index=True)
 
 
@@ -127,16 +149,31 @@ def check(name: str, found: Mapping[str, Any]) -> None:
     """Compare with what is on record, or record it."""
     path = FOLDER / f"{name}.json"
     if os.environ.get(WRITE):
-        path.write_text(json.dumps({"processor": processor(), **found}, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+        path.write_text(
+            json.dumps(
+                {"processor": processor(), **found}, indent=1, sort_keys=True, ensure_ascii=False
+            )
+            + "\n"
+        )
     expected = json.loads(path.read_text())
     exact = expected.pop("processor") == processor()
     differs = list(differences(found, expected, exact=exact))
-    assert not differs, "\n".join([f"{len(differs)} golden values of {name} differ:", *differs[:40]])
+    assert not differs, "\n".join(
+        [f"{len(differs)} golden values of {name} differ:", *differs[:40]]
+    )
 
 
 def test_housing(chain: Any) -> None:
     registry, run_id = chain.resources["registry"], chain.result.run_id
-    check("housing", golden_values(chain.resources["tables"], "housing", run_id, registry.open_pack(registry.get("housing", "1"))))
+    check(
+        "housing",
+        golden_values(
+            chain.resources["tables"],
+            "housing",
+            run_id,
+            registry.open_pack(registry.get("housing", "1")),
+        ),
+    )
 
 
 def test_flights(fleet: Callable[..., Golden]) -> None:
@@ -151,7 +188,11 @@ def test_flights(fleet: Callable[..., Golden]) -> None:
         if source["name"] == "flights":
             source["uri"] = "flights.csv"
     attributes["tuning"] |= {"max_trials": 2}
-    cut = fleet(attributes, (FLIGHTS / "features.sql").read_text(), {"flights": rows[rows["dest"].isin(DESTINATIONS)]})
+    cut = fleet(
+        attributes,
+        (FLIGHTS / "features.sql").read_text(),
+        {"flights": rows[rows["dest"].isin(DESTINATIONS)]},
+    )
     check("flights", cut.launch())
 
 
@@ -167,17 +208,25 @@ def test_a_generated_fleet(fleet: Callable[..., Golden], task: str) -> None:
             archive.add(made.resources["tables"].root, arcname="tables")
 
 
-def test_a_fleet_of_the_release_before_is_taken_up(fleet: Callable[..., Golden], tmp_path: Path) -> None:
+def test_a_fleet_of_the_release_before_is_taken_up(
+    fleet: Callable[..., Golden], tmp_path: Path
+) -> None:
     with tarfile.open(RELEASE_BEFORE) as archive:
         archive.extractall(tmp_path, filter="data")
     made = fleet(SALES, SALES_SQL.format(label="0"), {"sales": sales()}, tables=tmp_path / "tables")
     tables = made.resources["tables"]
     before = tables.read_pandas(tables.location("shop", "runs")).iloc[-1]
     written_with = json.loads(before["versions"])
-    if any(written_with[name] != installed_version(name) for name in ("lightgbm", "numpy", "optuna")):
-        pytest.skip("the recorded fleet was trained with other libraries, which trains every group again: record it anew")
+    if any(
+        written_with[name] != installed_version(name) for name in ("lightgbm", "numpy", "optuna")
+    ):
+        pytest.skip(
+            "the recorded fleet was trained with other libraries, which trains every group again: record it anew"
+        )
     values = made.launch(LATE)
     statuses = {group: row[0] for group, row in values["groups"].items()}
     assert statuses == dict.fromkeys(statuses, "reused")
     expected = json.loads((FOLDER / "regression.json").read_text())
-    assert {group: row[3] for group, row in values["groups"].items()} == {group: row[3] for group, row in expected["groups"].items()}
+    assert {group: row[3] for group, row in values["groups"].items()} == {
+        group: row[3] for group, row in expected["groups"].items()
+    }

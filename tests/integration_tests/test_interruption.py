@@ -22,7 +22,13 @@ def launched(data: Path, *settings: str) -> Iterator[subprocess.Popen[str]]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     command = ["make", "run", "FLEET=housing", f"MANY_MODELS_DATA={data}", *settings]
     process = subprocess.Popen(
-        command, cwd=PROJECT, env=inherited, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        cwd=PROJECT,
+        env=inherited,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
     try:
         yield process
@@ -58,7 +64,10 @@ def test_a_dry_run_and_a_run_that_is_ended_by_hand_say_what_they_do(tmp_path: Pa
         told, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "Traceback" not in told
-    (kept, of, run_id), *others = re.findall(r"stopped: (\d+) of (\d+) groups are kept; the next launch of the same resumes run (\S+)", told)
+    (kept, of, run_id), *others = re.findall(
+        r"stopped: (\d+) of (\d+) groups are kept; the next launch of the same resumes run (\S+)",
+        told,
+    )
     assert not others
     assert int(of) == 43
     rows = DeltaTable(ledger).to_pandas()

@@ -8,15 +8,21 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from pyspark.sql import SparkSession
 
 from benchmarks.generated import GeneratedFleet
-from benchmarks.kills import WAVES_REPEATED, Reference, Trial, kill_trials, random_trials, straight_run, survive
+from benchmarks.kills import (
+    WAVES_REPEATED,
+    Reference,
+    Trial,
+    kill_trials,
+    random_trials,
+    straight_run,
+    survive,
+)
 from benchmarks.poison import POISONS, TRAINED, train_poisoned
 from pipeline.crash_points import POINTS
 from pipeline.runs.schedule import Schedule
-from pipeline.spark.fleet_training import _overlapping
-from pipeline.spark.training import TrainedFiles, Wave
+from pipeline.runs.wave import TrainedFiles, Wave, train_overlapping
 
 pytestmark = [pytest.mark.integration, pytest.mark.spark, pytest.mark.slow]
 
@@ -33,21 +39,30 @@ def test_three_random_kills_are_survived(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("crash_at", ["boosters_committed#2:KILL", "ledger_committed:KILL"])
-def test_a_run_killed_at_a_named_point_is_resumed(crash_at: str, reference: Reference, tmp_path: Path) -> None:
+def test_a_run_killed_at_a_named_point_is_resumed(
+    crash_at: str, reference: Reference, tmp_path: Path
+) -> None:
     assert survive(Trial("driver", crash_at=crash_at), reference, tmp_path) == []
 
 
-def test_however_slow_commits_are_two_waves_at_most_are_not_committed(spark: SparkSession) -> None:
+def test_however_slow_commits_are_two_waves_at_most_are_not_committed() -> None:
     trained: list[str] = []
 
     def train(wave: Wave) -> TrainedFiles:
         trained.append(wave.name)
         return TrainedFiles([], [], [])
 
-    groups = pd.DataFrame({"grain": 1, "group_id": [f"g{number}" for number in range(24)], "cost_seconds": 1.0, "task": 0})
+    groups = pd.DataFrame(
+        {
+            "grain": 1,
+            "group_id": [f"g{number}" for number in range(24)],
+            "cost_seconds": 1.0,
+            "task": 0,
+        }
+    )
     schedule = Schedule(groups, slots=2, checkpoint_seconds=4.0, has_history=True)
     committed = []
-    for wave, _ in _overlapping(spark, schedule, "run", train):
+    for wave, _ in train_overlapping(schedule, "run", train, lambda: None):
         time.sleep(0.1)
         assert len(trained) <= len(committed) + WAVES_REPEATED
         schedule.ended(wave.groups, [])
@@ -66,7 +81,9 @@ def test_trials_are_repeatable_and_kill_each_kind_of_process() -> None:
 
 def test_poisoned_groups_harm_nobody_but_themselves(tmp_path: Path) -> None:
     fleet = GeneratedFleet(12, rows_per_group=170, seed=23)
-    poisons = [replace(one, group=group) for one, group in zip(POISONS, fleet.groups[1:], strict=False)]
+    poisons = [
+        replace(one, group=group) for one, group in zip(POISONS, fleet.groups[1:], strict=False)
+    ]
     found = train_poisoned(tmp_path, poisons, fleet)
     assert found.poisons["is_right"].all(), found.poisons.to_string()
     assert found.violations == []
@@ -76,5 +93,7 @@ def test_poisoned_groups_harm_nobody_but_themselves(tmp_path: Path) -> None:
 
 def test_the_checker_imports_nothing_of_the_project() -> None:
     script = "import sys, benchmarks.invariants; print([name for name in sys.modules if name.split('.')[0] in ('pipeline', 'assets', 'resources')])"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"

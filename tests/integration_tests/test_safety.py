@@ -32,7 +32,16 @@ from resources.mlflow_registry import REQUIREMENTS, MlflowRegistry
 pytestmark = [pytest.mark.integration, pytest.mark.spark, pytest.mark.slow]
 
 ANSWERS = ["prediction", "lower", "upper", "answered_by", "booster_id", "fleet_version"]
-NOT_NEEDED = ("assets", "benchmarks", "dagster", "deltalake", "optuna", "pipeline", "pyspark", "resources")
+NOT_NEEDED = (
+    "assets",
+    "benchmarks",
+    "dagster",
+    "deltalake",
+    "optuna",
+    "pipeline",
+    "pyspark",
+    "resources",
+)
 
 # With nothing but what the version's requirements ask for, and what these ask for in turn.
 BLOCK = """
@@ -110,13 +119,19 @@ def closure(names: tuple[str, ...]) -> set[str]:
             continue
         found.add(name)
         wanted = (Requirement(text) for text in needs)
-        waiting += [one.name for one in wanted if one.marker is None or one.marker.evaluate({"extra": ""})]
+        waiting += [
+            one.name for one in wanted if one.marker is None or one.marker.evaluate({"extra": ""})
+        ]
     return found
 
 
 def modules_of(distributions: set[str]) -> list[str]:
     """Top-level modules of installed distributions."""
-    return sorted(module for module, owners in packages_distributions().items() if {canonicalize_name(owner) for owner in owners} & distributions)
+    return sorted(
+        module
+        for module, owners in packages_distributions().items()
+        if {canonicalize_name(owner) for owner in owners} & distributions
+    )
 
 
 @pytest.fixture(scope="module")
@@ -124,19 +139,32 @@ def questions(chain: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The rows that the chain has scored, one of an unseen city, and one of none."""
     features = chain.table("housing", "features")
     rows = features[features["is_future"]].sort_values("row_key")
-    batch = pd.concat([rows, rows.iloc[[0]].assign(city="Atlantis"), rows.iloc[[0]].assign(city=None)], ignore_index=True)
+    batch = pd.concat(
+        [rows, rows.iloc[[0]].assign(city="Atlantis"), rows.iloc[[0]].assign(city=None)],
+        ignore_index=True,
+    )
     file = tmp_path_factory.mktemp("rows") / "rows.parquet"
     batch.drop(columns=["median"]).to_parquet(file)
     return file
 
 
-def bare(script: str, *arguments: str, first: tuple[str, ...] = (), folder: Path) -> subprocess.CompletedProcess[str]:
+def bare(
+    script: str, *arguments: str, first: tuple[str, ...] = (), folder: Path
+) -> subprocess.CompletedProcess[str]:
     """Run a script in an interpreter over the installed packages: neither the checkout nor its editable installation is on its path."""
     site_packages = [path for path in sys.path if path.endswith("site-packages")]
     whole = f"import sys; sys.path[:0] = {site_packages!r}\n{script}"
     environment = {**os.environ, "HOME": str(folder), "MLFLOW_DISABLE_TELEMETRY": "true"}
     command = [sys.executable, *first, "-I", "-S", "-c", whole, *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
 
 
 def check_answers(chain: Any, run: subprocess.CompletedProcess[str]) -> None:
@@ -145,24 +173,40 @@ def check_answers(chain: Any, run: subprocess.CompletedProcess[str]) -> None:
     answers = pd.DataFrame(json.loads(run.stdout.splitlines()[-1]))
     expected = chain.table("housing", "predictions").sort_values("row_key", ignore_index=True)
     assert len(answers) == len(expected) + 2
-    pd.testing.assert_frame_equal(answers.loc[expected.index, ANSWERS], expected[ANSWERS], check_exact=True, check_dtype=False)
+    pd.testing.assert_frame_equal(
+        answers.loc[expected.index, ANSWERS], expected[ANSWERS], check_exact=True, check_dtype=False
+    )
     strangers = answers.iloc[len(expected) :]
     assert set(strangers["answered_by"]) == {"[]"}
     assert (strangers["prediction"] > 0).all()
 
 
-def test_a_registered_version_needs_nothing_but_what_it_names(chain: Any, questions: Path, tmp_path: Path) -> None:
+def test_a_registered_version_needs_nothing_but_what_it_names(
+    chain: Any, questions: Path, tmp_path: Path
+) -> None:
     allowed = modules_of(closure(REQUIREMENTS))
     assert {"lightgbm", "mlflow", "numpy", "pandas", "pyarrow"} <= set(allowed)
     assert not set(NOT_NEEDED) & set(allowed)
     uri, copy = chain.resources["registry"].tracking_uri, tmp_path / "copy"
     copy.mkdir()
-    run = bare(BLOCK + ANSWER, json.dumps([allowed, NOT_NEEDED]), uri, str(questions), "models:/housing@champion", str(copy), folder=tmp_path)
+    run = bare(
+        BLOCK + ANSWER,
+        json.dumps([allowed, NOT_NEEDED]),
+        uri,
+        str(questions),
+        "models:/housing@champion",
+        str(copy),
+        folder=tmp_path,
+    )
     check_answers(chain, run)
 
 
 def test_the_pack_needs_no_mlflow_either(chain: Any, questions: Path, tmp_path: Path) -> None:
-    allowed = [module for module in modules_of(closure(tuple(set(REQUIREMENTS) - {"mlflow"}))) if module != "mlflow"]
+    allowed = [
+        module
+        for module in modules_of(closure(tuple(set(REQUIREMENTS) - {"mlflow"})))
+        if module != "mlflow"
+    ]
     code, pack = model_folder(chain) / "meta_model.py", model_folder(chain) / "artifacts" / "pack"
     script = """
 import importlib.util, sys
@@ -174,7 +218,14 @@ spec.loader.exec_module(module)
 import pandas as pd
 print(pd.DataFrame(module.FleetModel(pack).predict(pd.read_parquet(rows_file))).to_json(orient="columns", double_precision=15))
 """
-    run = bare(BLOCK + script, json.dumps([allowed, [*NOT_NEEDED, "mlflow"]]), str(code), str(pack), str(questions), folder=tmp_path)
+    run = bare(
+        BLOCK + script,
+        json.dumps([allowed, [*NOT_NEEDED, "mlflow"]]),
+        str(code),
+        str(pack),
+        str(questions),
+        folder=tmp_path,
+    )
     assert run.returncode == 0, run.stderr
     found = pd.DataFrame(json.loads(run.stdout.splitlines()[-1])).reset_index(drop=True)
     expected = FleetModel(pack).predict(pd.read_parquet(questions))
@@ -184,7 +235,11 @@ print(pd.DataFrame(module.FleetModel(pack).predict(pd.read_parquet(rows_file))).
 
 def model_folder(chain: Any) -> Path:
     """Where the artifacts of the registered version are."""
-    (found,) = (path.parent for path in (chain.root / "mlflow" / "artifacts").rglob("MLmodel") if "trial" not in str(path))
+    (found,) = (
+        path.parent
+        for path in (chain.root / "mlflow" / "artifacts").rglob("MLmodel")
+        if "trial" not in str(path)
+    )
     return Path(found)
 
 
@@ -200,22 +255,46 @@ def read_only(chain: Any, tmp_path: Path) -> Iterator[Path]:
         path.chmod(mode)
 
 
-def unprivileged(store: Path, script: str, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def unprivileged(
+    store: Path, script: str, *arguments: str, folder: Path
+) -> subprocess.CompletedProcess[str]:
     """Run a script in a process that cannot write to a store; whatever user runs the tests."""
-    run = bare(CANNOT_WRITE + script, str(store), *arguments, first=("-c", UNPRIVILEGED), folder=folder)
+    run = bare(
+        CANNOT_WRITE + script, str(store), *arguments, first=("-c", UNPRIVILEGED), folder=folder
+    )
     if run.returncode == CANNOT:
-        pytest.skip("this process is root and may not give up the right to write everywhere (prctl PR_CAPBSET_DROP)")
+        pytest.skip(
+            "this process is root and may not give up the right to write everywhere (prctl PR_CAPBSET_DROP)"
+        )
     return run
 
 
-def test_a_store_that_can_only_be_read_is_enough(chain: Any, questions: Path, read_only: Path, tmp_path: Path) -> None:
+def test_a_store_that_can_only_be_read_is_enough(
+    chain: Any, questions: Path, read_only: Path, tmp_path: Path
+) -> None:
     uri = chain.resources["registry"].tracking_uri
     before = contents(read_only)
     # As a folder, and by its name in the registry; there MLflow itself would write beside the model, unless it is told to copy it.
-    check_answers(chain, unprivileged(read_only, ANSWER, uri, str(questions), str(model_folder(chain)), "", folder=tmp_path))
+    check_answers(
+        chain,
+        unprivileged(
+            read_only, ANSWER, uri, str(questions), str(model_folder(chain)), "", folder=tmp_path
+        ),
+    )
     copy = tmp_path / "copy"
     copy.mkdir()
-    check_answers(chain, unprivileged(read_only, ANSWER, uri, str(questions), "models:/housing@champion", str(copy), folder=tmp_path))
+    check_answers(
+        chain,
+        unprivileged(
+            read_only,
+            ANSWER,
+            uri,
+            str(questions),
+            "models:/housing@champion",
+            str(copy),
+            folder=tmp_path,
+        ),
+    )
     assert contents(read_only) == before
 
 
@@ -231,21 +310,31 @@ assert len(model.predict(pd.read_parquet(rows_file))) > 2
 """
 
 
-def test_a_pack_is_fetched_from_a_store_that_can_only_be_read(chain: Any, questions: Path, read_only: Path, tmp_path: Path) -> None:
+def test_a_pack_is_fetched_from_a_store_that_can_only_be_read(
+    chain: Any, questions: Path, read_only: Path, tmp_path: Path
+) -> None:
     checkout = str(Path(__file__).parents[2])
     uri = chain.resources["registry"].tracking_uri
-    run = unprivileged(read_only, FETCH, checkout, uri, str(tmp_path / "scratch"), str(questions), folder=tmp_path)
+    run = unprivileged(
+        read_only, FETCH, checkout, uri, str(tmp_path / "scratch"), str(questions), folder=tmp_path
+    )
     assert run.returncode == 0, run.stderr
     assert [path.name[:10] for path in (tmp_path / "scratch" / "packs").iterdir()] == ["housing-1-"]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 # Pickles
 
-NAMED = re.compile(r"\.(pkl|pickle|p|joblib|dill|cloudpickle|pt|pth|npy|npz|skops)(\.|$)", re.IGNORECASE)
+NAMED = re.compile(
+    r"\.(pkl|pickle|p|joblib|dill|cloudpickle|pt|pth|npy|npz|skops)(\.|$)", re.IGNORECASE
+)
 MOST = 1 << 20
 
 
@@ -270,8 +359,15 @@ def pickles_in(path: Path) -> Iterator[str]:
     if data[:4] == b"PAR1":
         table = pq.read_table(path)
         for name in table.column_names:
-            if pa.types.is_binary(table.schema.field(name).type) or pa.types.is_large_binary(table.schema.field(name).type):
-                yield from (f"{path}: a cell of {name}: {found}" for cell in table[name].to_pylist() if cell for found in pickles_in_bytes(cell))
+            if pa.types.is_binary(table.schema.field(name).type) or pa.types.is_large_binary(
+                table.schema.field(name).type
+            ):
+                yield from (
+                    f"{path}: a cell of {name}: {found}"
+                    for cell in table[name].to_pylist()
+                    if cell
+                    for found in pickles_in_bytes(cell)
+                )
     if data[:15] == b"SQLite format 3":
         yield from (f"{path}: {found}" for found in _pickles_in_database(path))
 
@@ -288,16 +384,27 @@ def pickles_in_bytes(data: bytes) -> Iterator[str]:
     if zipfile.is_zipfile(io.BytesIO(data)):
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             for member in archive.namelist():
-                inner = [*pickles_in_bytes(archive.read(member)), *(["its name"] if NAMED.search(member) else [])]
+                inner = [
+                    *pickles_in_bytes(archive.read(member)),
+                    *(["its name"] if NAMED.search(member) else []),
+                ]
                 yield from (f"member {member}: {found}" for found in inner)
 
 
 def _pickles_in_database(path: Path) -> Iterator[str]:
     with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as database:
-        names = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        names = [
+            name
+            for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+        ]
         for name in names:
             for row in database.execute(f'SELECT * FROM "{name}"'):
-                yield from (f"table {name}: {found}" for cell in row if isinstance(cell, bytes) for found in pickles_in_bytes(cell))
+                yield from (
+                    f"table {name}: {found}"
+                    for cell in row
+                    if isinstance(cell, bytes)
+                    for found in pickles_in_bytes(cell)
+                )
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
@@ -319,15 +426,40 @@ def test_a_pickle_is_found_wherever_it_is_hidden(tmp_path: Path, protocol: int) 
     (tmp_path / "python_model.PKL").write_bytes(b"harmless")
     for path in tmp_path.iterdir():
         assert list(pickles_in(path)), path
-    for harmless in (b"", b".", b"{}", b"tree\nversion=v4\n", b"\x89PNG\r\n", b"PAR1", b"artifact_path: model\n"):
+    for harmless in (
+        b"",
+        b".",
+        b"{}",
+        b"tree\nversion=v4\n",
+        b"\x89PNG\r\n",
+        b"PAR1",
+        b"artifact_path: model\n",
+    ):
         assert not list(pickles_in_bytes(harmless)), harmless
 
 
 def test_nothing_that_a_whole_run_leaves_is_pickled(chain: Any) -> None:
-    files = [path for part in ("tables", "mlflow", "scratch") for path in (chain.root / part).rglob("*") if path.is_file()]
-    assert {path.name for path in files} >= {"MLmodel", "meta_model.py", "index.json", "spec.json", "chains.parquet", "boosters.parquet", "mlflow.db"}
+    files = [
+        path
+        for part in ("tables", "mlflow", "scratch")
+        for path in (chain.root / part).rglob("*")
+        if path.is_file()
+    ]
+    assert {path.name for path in files} >= {
+        "MLmodel",
+        "meta_model.py",
+        "index.json",
+        "spec.json",
+        "chains.parquet",
+        "boosters.parquet",
+        "mlflow.db",
+    }
     assert {path.suffix for path in files} >= {".parquet", ".json", ".yaml", ".png"}
-    assert {path.relative_to(chain.root).parts[0] for path in files} == {"tables", "mlflow", "scratch"}
+    assert {path.relative_to(chain.root).parts[0] for path in files} == {
+        "tables",
+        "mlflow",
+        "scratch",
+    }
     assert [told for path in files for told in pickles_in(path)] == []
 
 
@@ -353,7 +485,9 @@ def test_a_registered_version_is_code_that_is_read_and_no_object_that_is_loaded(
 
 
 def test_a_fetched_pack_is_whole_and_leaves_nothing_else_behind(chain: Any, tmp_path: Path) -> None:
-    registry = MlflowRegistry(tracking_uri=chain.resources["registry"].tracking_uri, scratch=str(tmp_path / "scratch"))
+    registry = MlflowRegistry(
+        tracking_uri=chain.resources["registry"].tracking_uri, scratch=str(tmp_path / "scratch")
+    )
     version = registry.get("housing", "champion")
     target = registry.open_pack(version).folder
     assert sorted(path.name for path in target.parent.iterdir()) == [target.name]

@@ -48,7 +48,11 @@ class Registered:
 def registered(tmp_path_factory: pytest.TempPathFactory) -> Registered:
     root = tmp_path_factory.mktemp("data")
     mlflow = root / "mlflow"
-    registry = MlflowRegistry(tracking_uri=f"sqlite:///{mlflow}/mlflow.db", artifact_root=f"{mlflow}/artifacts", scratch=str(root / "scratch"))
+    registry = MlflowRegistry(
+        tracking_uri=f"sqlite:///{mlflow}/mlflow.db",
+        artifact_root=f"{mlflow}/artifacts",
+        scratch=str(root / "scratch"),
+    )
     pack = asked_pack(root / "made" / "pack", "run-1")
     return Registered(root, registry, register_asked(registry, pack, "run-1"), FleetModel(pack))
 
@@ -58,13 +62,21 @@ def same_bits(found: pd.DataFrame, expected: pd.DataFrame, way: str) -> None:
     assert sorted(found.index) == sorted(expected.index), way
     ordered = found.loc[expected.index]
     for name in NUMBERS:
-        assert ordered[name].to_numpy(float).tobytes() == expected[name].to_numpy(float).tobytes(), f"{way}: {name}"
+        assert (
+            ordered[name].to_numpy(float).tobytes() == expected[name].to_numpy(float).tobytes()
+        ), f"{way}: {name}"
     for name in TEXTS:
-        assert ordered[name].astype(object).where(ordered[name].notna(), None).tolist() == expected[name].tolist(), f"{way}: {name}"
+        assert (
+            ordered[name].astype(object).where(ordered[name].notna(), None).tolist()
+            == expected[name].tolist()
+        ), f"{way}: {name}"
 
 
 def test_every_way_to_ask_gives_the_same_bits(
-    registered: Registered, spark_resource: SparkSessionResource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    registered: Registered,
+    spark_resource: SparkSessionResource,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import mlflow
 
@@ -82,13 +94,21 @@ def test_every_way_to_ask_gives_the_same_bits(
     by_pyfunc = mlflow.pyfunc.load_model(uri).predict(asked)
     same_bits(by_pyfunc.set_axis(rows["row_id"].to_numpy()), expected, "pyfunc")
 
-    scorer = Scorer(DeltaTables(root=str(tmp_path)), registered.registry, spark_resource, tmp_path / "streams")
+    scorer = Scorer(
+        DeltaTables(root=str(tmp_path)), registered.registry, spark_resource, tmp_path / "streams"
+    )
     write_deltalake(tmp_path / "rows", rows)
     (tmp_path / "in").mkdir()
     rows.to_csv(tmp_path / "in" / "a.csv", index=False)
     for way, source in (("delta", tmp_path / "rows"), ("csv", tmp_path / "in")):
         scorer.score(ASKED, str(source), str(tmp_path / f"batch {way}"))
-        scorer.stream(ASKED, str(source), str(tmp_path / f"stream {way}"), stopping=threading.Event(), report=lambda _: None)
+        scorer.stream(
+            ASKED,
+            str(source),
+            str(tmp_path / f"stream {way}"),
+            stopping=threading.Event(),
+            report=lambda _: None,
+        )
         for target in (f"batch {way}", f"stream {way}"):
             found = DeltaTable(tmp_path / target).to_pandas().astype({"row_id": "int64"})
             same_bits(found.set_index("row_id"), expected, target)
@@ -100,7 +120,9 @@ def test_every_way_to_ask_gives_the_same_bits(
     table.createOrReplaceTempView("asked_rows")
     spark.udf.register("answer", answer)
     columns = ", ".join(INPUTS)
-    by_sql = spark.sql(f"SELECT row_id, a.* FROM (SELECT row_id, answer(struct({columns})) AS a FROM asked_rows)").toPandas()
+    by_sql = spark.sql(
+        f"SELECT row_id, a.* FROM (SELECT row_id, answer(struct({columns})) AS a FROM asked_rows)"
+    ).toPandas()
     # MLflow's function makes text of a null.
     same_bits(by_sql.set_index("row_id").replace({"booster_id": {"None": None}}), expected, "SQL")
 
@@ -111,8 +133,12 @@ def test_every_way_to_ask_gives_the_same_bits(
     ):
         status, content = ask(connection, body)
         one = asked.iloc[[0]].astype(object)
-        bad = [ask(connection, frame_json(one.assign(price=[value]))) for value in ("twelve", [1.0])]
-        huge = ask(connection, frame_json(one.assign(base=[1.79e308], price=[0.5])).replace("0.5", "1e999"))
+        bad = [
+            ask(connection, frame_json(one.assign(price=[value]))) for value in ("twelve", [1.0])
+        ]
+        huge = ask(
+            connection, frame_json(one.assign(base=[1.79e308], price=[0.5])).replace("0.5", "1e999")
+        )
     assert status == http.HTTPStatus.OK, content
     for (code, told), value in zip(bad, ("'twelve'", "[1.0]"), strict=True):
         assert code == http.HTTPStatus.BAD_REQUEST
@@ -123,7 +149,9 @@ def test_every_way_to_ask_gives_the_same_bits(
     assert huge[0] == http.HTTPStatus.OK
     (answer_to_huge,) = json.loads(huge[1], parse_constant=pytest.fail)["predictions"]
     assert answer_to_huge["upper"] is None
-    by_rest = pd.DataFrame(json.loads(content)["predictions"], columns=list(expected.columns)).set_axis(rows["row_id"].to_numpy())
+    by_rest = pd.DataFrame(
+        json.loads(content)["predictions"], columns=list(expected.columns)
+    ).set_axis(rows["row_id"].to_numpy())
     same_bits(by_rest, expected, "REST")
 
 
@@ -139,7 +167,10 @@ def frame_json(rows: pd.DataFrame) -> str:
 
 def _exact(rows: pd.DataFrame) -> list[list[Any]]:
     """Rows as JSON takes them: Python writes a float by the shortest text that reads back as it."""
-    return [[value if isinstance(value, list) or pd.notna(value) else None for value in row] for row in rows.astype(object).to_numpy().tolist()]
+    return [
+        [value if isinstance(value, list) or pd.notna(value) else None for value in row]
+        for row in rows.astype(object).to_numpy().tolist()
+    ]
 
 
 # Streams that are killed
@@ -147,10 +178,28 @@ def _exact(rows: pd.DataFrame) -> list[list[Any]]:
 
 def stream(root: Path, source: Path, *more: str, crash_at: str = "") -> "subprocess.Popen[str]":
     """`many-models stream` as a process of its own."""
-    environment = {**os.environ, "MANY_MODELS_DATA": str(root), "FLEET_CRASH_AT": crash_at, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    environment = {
+        **os.environ,
+        "MANY_MODELS_DATA": str(root),
+        "FLEET_CRASH_AT": crash_at,
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
     environment.pop("MLFLOW_TRACKING_URI", None)
-    command = [sys.executable, "-m", "assets.command_line", "stream", ASKED, "--from", str(source), "--to", f"{source} answers", *more]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "assets.command_line",
+        "stream",
+        ASKED,
+        "--from",
+        str(source),
+        "--to",
+        f"{source} answers",
+        *more,
+    ]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def put(source: Path, kind: str, rows: pd.DataFrame) -> None:
@@ -161,8 +210,13 @@ def put(source: Path, kind: str, rows: pd.DataFrame) -> None:
     rows.to_csv(source / f"{rows['row_id'].iloc[0]}.csv", index=False)
 
 
-@pytest.mark.parametrize(("kind", "point"), [*(("delta", point) for point in STREAM_POINTS), ("folder", "stream_committed")])
-def test_a_stream_killed_at_a_named_point_answers_every_row_once(registered: Registered, tmp_path: Path, kind: str, point: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "point"),
+    [*(("delta", point) for point in STREAM_POINTS), ("folder", "stream_committed")],
+)
+def test_a_stream_killed_at_a_named_point_answers_every_row_once(
+    registered: Registered, tmp_path: Path, kind: str, point: str
+) -> None:
     source, rows = tmp_path / "rows", asked_rows(300)
     for start in (0, 100, 200):
         put(source, kind, rows.iloc[start : start + 100])
@@ -176,12 +230,16 @@ def test_a_stream_killed_at_a_named_point_answers_every_row_once(registered: Reg
     out, err = again.communicate(timeout=180)
     assert again.returncode == 0, err
     assert ("was committed before the restart, passed over" in out) == (point == "stream_committed")
-    found = DeltaTable(f"{source} answers").to_pandas().astype({"row_id": "int64"}).set_index("row_id")
+    found = (
+        DeltaTable(f"{source} answers").to_pandas().astype({"row_id": "int64"}).set_index("row_id")
+    )
     same_bits(found, registered.model.predict(rows).set_axis(rows["row_id"].to_numpy()), point)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_running_stream_ends_cleanly_when_it_is_told_to(registered: Registered, tmp_path: Path, number: signal.Signals) -> None:
+def test_a_running_stream_ends_cleanly_when_it_is_told_to(
+    registered: Registered, tmp_path: Path, number: signal.Signals
+) -> None:
     source = tmp_path / "rows"
     put(source, "delta", asked_rows(50))
     running = stream(registered.root, source, "--every", "0.5")
@@ -195,7 +253,9 @@ def test_a_running_stream_ends_cleanly_when_it_is_told_to(registered: Registered
 
 
 def test_rows_survive_random_actions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream_kills, "RUNNING", {"add": 30, "champion": 10, "kill": 45, "check": 15})
+    monkeypatch.setattr(
+        stream_kills, "RUNNING", {"add": 30, "champion": 10, "kill": 45, "check": 15}
+    )
     found = stream_kills.stream_kills(tmp_path / "torment", n=20, seed=1)
     assert (found["lost"], found["doubled"], found["wrong"]) == (0, 0, 0)
     assert found["kills"] >= 1

@@ -9,7 +9,13 @@ from pipeline.testing.data import feature_rows, small_spec, training_settings
 from pipeline.training.trainer import TrainingSettings
 
 # Machines are shared: an example that is slow today says nothing about the code. The same examples every time.
-settings.register_profile("domain", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "domain",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("domain")
 
 

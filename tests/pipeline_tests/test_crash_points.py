@@ -52,9 +52,14 @@ def test_nothing_happens_unless_armed(sent: list[tuple[int, int]]) -> None:
     assert sent == []
 
 
-@pytest.mark.parametrize(("name", "number"), [("KILL", signal.SIGKILL), ("SIGTERM", signal.SIGTERM), ("SEGV", signal.SIGSEGV)])
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [("KILL", signal.SIGKILL), ("SIGTERM", signal.SIGTERM), ("SEGV", signal.SIGSEGV)],
+)
 @pytest.mark.parametrize("armed", [*POINTS, *STREAM_POINTS, *DECISION_POINTS])
-def test_the_armed_point_alone_sends_this_process_its_signal(sent: list[tuple[int, int]], armed: str, name: str, number: signal.Signals) -> None:
+def test_the_armed_point_alone_sends_this_process_its_signal(
+    sent: list[tuple[int, int]], armed: str, name: str, number: signal.Signals
+) -> None:
     arm(f"{armed}:{name}")
     for point in (*POINTS, *STREAM_POINTS, *DECISION_POINTS):
         crash_point(point)
@@ -70,7 +75,9 @@ def test_only_the_named_turn_counts(sent: list[tuple[int, int]]) -> None:
     assert seen == [0, 0, 1, 1, 1]
 
 
-def test_arming_again_counts_from_the_beginning_and_nothing_disarms(sent: list[tuple[int, int]]) -> None:
+def test_arming_again_counts_from_the_beginning_and_nothing_disarms(
+    sent: list[tuple[int, int]],
+) -> None:
     arm("wave_committed#2:TERM")
     crash_point("wave_committed")
     arm("wave_committed#2:TERM")
@@ -80,10 +87,17 @@ def test_arming_again_counts_from_the_beginning_and_nothing_disarms(sent: list[t
     assert sent == []
 
 
-@pytest.mark.parametrize(("text", "number", "came_to"), [("wave_trained:KILL", signal.SIGKILL, 0), ("wave_trained#2:TERM", signal.SIGTERM, 1)])
-def test_a_process_dies_at_the_point(tmp_path: Path, text: str, number: signal.Signals, came_to: int) -> None:
+@pytest.mark.parametrize(
+    ("text", "number", "came_to"),
+    [("wave_trained:KILL", signal.SIGKILL, 0), ("wave_trained#2:TERM", signal.SIGTERM, 1)],
+)
+def test_a_process_dies_at_the_point(
+    tmp_path: Path, text: str, number: signal.Signals, came_to: int
+) -> None:
     def run() -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Spark and Dagster, in tests before this one, handle it
+        signal.signal(
+            signal.SIGTERM, signal.SIG_DFL
+        )  # Spark and Dagster, in tests before this one, handle it
         arm(text)
         for turn in range(3):
             crash_point("run_planned")
@@ -99,6 +113,14 @@ def test_a_process_dies_at_the_point(tmp_path: Path, text: str, number: signal.S
 
 def test_every_point_is_somewhere_on_the_way_of_a_run_or_a_stream() -> None:
     root = Path(__file__).parents[2]
-    code = "".join(path.read_text(encoding="utf-8") for folder in ("pipeline", "assets") for path in (root / folder).rglob("*.py"))
+    code = "".join(
+        path.read_text(encoding="utf-8")
+        for folder in ("pipeline", "assets")
+        for path in (root / folder).rglob("*.py")
+    )
     computed = {"boosters_committed", "holdout_committed"}
-    assert [point for point in (*POINTS, *STREAM_POINTS, *DECISION_POINTS) if point not in computed and f'crash_point("{point}")' not in code] == []
+    assert [
+        point
+        for point in (*POINTS, *STREAM_POINTS, *DECISION_POINTS)
+        if point not in computed and f'crash_point("{point}")' not in code
+    ] == []

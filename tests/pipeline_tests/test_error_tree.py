@@ -14,11 +14,23 @@ from pipeline.spark.data_errors import in_error_tree, readable_model_errors
         (InputError("missing columns: price"), DataError, "missing columns: price"),
         (DataError("as it is"), DataError, "as it is"),
         # What Spark tells of a Python process of its own.
-        (RuntimeError("Job aborted\nTraceback\nmlflow_code.InputError: price: 'x' is not a number\n"), DataError, "price: 'x' is not a number"),
-        (RuntimeError("x\npipeline.models.meta_model.PackError: chains.parquet differs\n"), StoreError, "chains.parquet differs"),
+        (
+            RuntimeError(
+                "Job aborted\nTraceback\nmlflow_code.InputError: price: 'x' is not a number\n"
+            ),
+            DataError,
+            "price: 'x' is not a number",
+        ),
+        (
+            RuntimeError("x\npipeline.models.meta_model.PackError: chains.parquet differs\n"),
+            StoreError,
+            "chains.parquet differs",
+        ),
     ],
 )
-def test_an_error_of_ours_keeps_its_message_and_gets_its_place(error: Exception, kind: type[FleetError], message: str) -> None:
+def test_an_error_of_ours_keeps_its_message_and_gets_its_place(
+    error: Exception, kind: type[FleetError], message: str
+) -> None:
     found = in_error_tree(error)
     assert type(found) is kind
     assert str(found) == message

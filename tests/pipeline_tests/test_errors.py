@@ -9,7 +9,9 @@ def test_everything_raised_on_purpose_is_a_fleet_error(child: type[Exception]) -
 
 
 @pytest.mark.parametrize(("child", "builtin"), [(SpecError, ValueError), (ModelNotFound, KeyError)])
-def test_an_error_is_also_the_builtin_that_callers_expect(child: type[Exception], builtin: type[Exception]) -> None:
+def test_an_error_is_also_the_builtin_that_callers_expect(
+    child: type[Exception], builtin: type[Exception]
+) -> None:
     with pytest.raises(builtin):
         raise child("what, value, expected, next step")
 

@@ -12,7 +12,9 @@ SQL = "SELECT * FROM sales"
 RAW = {"sales": "a/1"}
 
 
-def digest(spec: FleetSpec | None = None, sql: str = SQL, raw: Any = RAW, settings: Any = None) -> str | None:
+def digest(
+    spec: FleetSpec | None = None, sql: str = SQL, raw: Any = RAW, settings: Any = None
+) -> str | None:
     return features_digest(spec or small_spec(), sql, raw, settings or {})
 
 
@@ -50,5 +52,17 @@ def test_a_doubtful_source_has_no_digest() -> None:
     source = SourceSpec(name="sales", uri="sales.csv")
     assert raw_digest(source, None) is None
     assert raw_digest(source, "[1]") == raw_digest(source, "[1]")
-    others = [source.model_copy(update={"null_values": ("-",)}), source.model_copy(update={"types": {"a": "string"}})]
-    assert len({raw_digest(source, "[1]"), raw_digest(source, "[2]"), *(raw_digest(other, "[1]") for other in others)}) == 4
+    others = [
+        source.model_copy(update={"null_values": ("-",)}),
+        source.model_copy(update={"types": {"a": "string"}}),
+    ]
+    assert (
+        len(
+            {
+                raw_digest(source, "[1]"),
+                raw_digest(source, "[2]"),
+                *(raw_digest(other, "[1]") for other in others),
+            }
+        )
+        == 4
+    )

@@ -15,7 +15,17 @@ from deltalake import DeltaTable
 
 from pipeline.errors import StoreError
 from pipeline.models.meta_model import filesystem_of
-from pipeline.tables import BOOSTERS, DECISIONS, FEATURES, HOLDOUT, IMPORTANCE, LEDGER, PREDICTIONS, RUNS, TableContract
+from pipeline.tables import (
+    BOOSTERS,
+    DECISIONS,
+    FEATURES,
+    HOLDOUT,
+    IMPORTANCE,
+    LEDGER,
+    PREDICTIONS,
+    RUNS,
+    TableContract,
+)
 from resources import cleaning
 from resources.cleaning import Cleaned, clean
 from resources.delta_tables import DeltaTables
@@ -40,9 +50,17 @@ class Registry:
         return set(self.runs) if name == "shop" else set()
 
 
-def write(tables: DeltaTables, contract: TableContract, rows: list[dict[str, Any]], partition: dict[str, str], namespace: str = "shop") -> None:
+def write(
+    tables: DeltaTables,
+    contract: TableContract,
+    rows: list[dict[str, Any]],
+    partition: dict[str, str],
+    namespace: str = "shop",
+) -> None:
     location = tables.location(namespace, contract.name)
-    file = tables.write_file(pa.Table.from_pylist(rows, schema=contract.schema), contract.schema, location)
+    file = tables.write_file(
+        pa.Table.from_pylist(rows, schema=contract.schema), contract.schema, location
+    )
     assert file is not None
     tables.commit(location, [file], contract.schema, mode="overwrite", partition=partition)
 
@@ -54,11 +72,25 @@ def features(tables: DeltaTables) -> int:
     return tables.write_arrow([rows], FEATURES.schema, location, mode="overwrite")
 
 
-def trained(tables: DeltaTables, number: int, *, reuses: int | None = None, finished: bool = True, namespace: str = "shop", **run: Any) -> str:
+def trained(
+    tables: DeltaTables,
+    number: int,
+    *,
+    reuses: int | None = None,
+    finished: bool = True,
+    namespace: str = "shop",
+    **run: Any,
+) -> str:
     """A run on a feature table of its own; its one group may reuse the booster of an earlier run."""
     run_id, wave = f"run-{number}", f"run-{number if reuses is None else reuses}-w"
     version = features(tables)
-    write(tables, LEDGER, [{"run_id": run_id, "grain": 0, "group_id": "[]", "wave": wave}], {"run_id": run_id}, namespace)
+    write(
+        tables,
+        LEDGER,
+        [{"run_id": run_id, "grain": 0, "group_id": "[]", "wave": wave}],
+        {"run_id": run_id},
+        namespace,
+    )
     write(tables, IMPORTANCE, [{"run_id": run_id, "feature": "x"}], {"run_id": run_id}, namespace)
     if reuses is None:
         write(tables, BOOSTERS, [{"wave": wave, "booster_id": run_id}], {"wave": wave}, namespace)
@@ -83,16 +115,28 @@ def values(tables: DeltaTables, contract: TableContract, column: str) -> set[str
 def files(tables: DeltaTables) -> set[str]:
     filesystem, root = filesystem_of(tables.root, tables.storage_options)
     found = filesystem.get_file_info(pf.FileSelector(root, recursive=True))
-    return {info.path for info in found if info.type == pf.FileType.File and "/lease" not in info.path}
+    return {
+        info.path for info in found if info.type == pf.FileType.File and "/lease" not in info.path
+    }
 
 
 def is_readable(tables: DeltaTables, version: int) -> bool:
     location = tables.location("shop", FEATURES.name)
     table = DeltaTable(location, version=version)
-    return all((Path(location) / path).exists() for path in pa.table(table.get_add_actions(flatten=True))["path"].to_pylist())
+    return all(
+        (Path(location) / path).exists()
+        for path in pa.table(table.get_add_actions(flatten=True))["path"].to_pylist()
+    )
 
 
-def cleaned(tables: DeltaTables, registry: Registry | None = None, *, keep: timedelta = NOTHING, keep_runs: int = 2, **options: Any) -> Cleaned:
+def cleaned(
+    tables: DeltaTables,
+    registry: Registry | None = None,
+    *,
+    keep: timedelta = NOTHING,
+    keep_runs: int = 2,
+    **options: Any,
+) -> Cleaned:
     return clean(tables, registry or Registry(), "shop", keep=keep, keep_runs=keep_runs, **options)  # type: ignore[arg-type]
 
 
@@ -111,7 +155,12 @@ def four(tables: DeltaTables) -> DeltaTables:
 
 def test_everything_of_the_newest_runs_stays(four: DeltaTables) -> None:
     cleaned(four)
-    for contract, column in ((RUNS, "run_id"), (LEDGER, "run_id"), (IMPORTANCE, "run_id"), (BOOSTERS, "booster_id")):
+    for contract, column in (
+        (RUNS, "run_id"),
+        (LEDGER, "run_id"),
+        (IMPORTANCE, "run_id"),
+        (BOOSTERS, "booster_id"),
+    ):
         assert values(four, contract, column) == {"run-2", "run-3"}
     assert values(four, HOLDOUT, "wave") == {"run-2-w", "run-3-w"}
     assert [is_readable(four, version) for version in range(4)] == [False, False, True, True]
@@ -125,10 +174,21 @@ def test_a_booster_that_a_kept_run_reuses_stays(four: DeltaTables) -> None:
     assert values(four, LEDGER, "run_id") == {"run-4"}
 
 
-def test_runs_that_a_version_answers_with_or_that_served_stay_in_the_ledger(four: DeltaTables) -> None:
-    write(four, DECISIONS, [{"decision_id": "d", "from_version": None, "to_version": "run-1"}], {"decision_id": "d"})
+def test_runs_that_a_version_answers_with_or_that_served_stay_in_the_ledger(
+    four: DeltaTables,
+) -> None:
+    write(
+        four,
+        DECISIONS,
+        [{"decision_id": "d", "from_version": None, "to_version": "run-1"}],
+        {"decision_id": "d"},
+    )
     cleaned(four, Registry(runs=("run-0", "run-3")), keep_runs=1)
-    assert values(four, LEDGER, "run_id") == values(four, RUNS, "run_id") == {"run-0", "run-1", "run-3"}
+    assert (
+        values(four, LEDGER, "run_id")
+        == values(four, RUNS, "run_id")
+        == {"run-0", "run-1", "run-3"}
+    )
     assert values(four, BOOSTERS, "booster_id") == {"run-3"}
     assert not is_readable(four, 0)
 
@@ -166,7 +226,12 @@ def test_feature_tables_of_trials_and_backtests_stay(tables: DeltaTables) -> Non
 
 def test_replaced_files_of_every_table_go(four: DeltaTables) -> None:
     for _ in range(2):
-        four.write_arrow([pa.table({"x": [1]})], RAW_SCHEMA, four.location("shop", "raw", "sales"), mode="overwrite")
+        four.write_arrow(
+            [pa.table({"x": [1]})],
+            RAW_SCHEMA,
+            four.location("shop", "raw", "sales"),
+            mode="overwrite",
+        )
         write(four, PREDICTIONS, [{"as_of": "2026-01-01", "row_key": "a"}], {"as_of": "2026-01-01"})
     write(four, PREDICTIONS, [{"as_of": "2026-01-02", "row_key": "a"}], {"as_of": "2026-01-02"})
     found = cleaned(four).tables
@@ -183,13 +248,17 @@ def test_what_interrupted_runs_left_goes_and_what_is_not_ours_stays(four: DeltaT
     (lost / "_delta_log").rename(lost.parent / "away")
     before = {path.name for path in lost.iterdir()}
     found = cleaned(four, keep_runs=9)
-    assert [(Path(path).name, size) for path, size in found.tables["boosters"].files] == [("part-left.parquet", 5)]
+    assert [(Path(path).name, size) for path, size in found.tables["boosters"].files] == [
+        ("part-left.parquet", 5)
+    ]
     assert (boosters / "notes.txt").exists()
     # A folder without a log may only have lost it.
     assert {path.name for path in lost.iterdir()} == before
 
 
-def test_a_table_that_is_written_without_the_lease_keeps_files_that_have_no_commit_yet(four: DeltaTables) -> None:
+def test_a_table_that_is_written_without_the_lease_keeps_files_that_have_no_commit_yet(
+    four: DeltaTables,
+) -> None:
     being_written = Path(four.location("shop", "features")) / "part-new.parquet"
     being_written.write_bytes(b"12345")
     cleaned(four)
@@ -219,7 +288,9 @@ def test_a_dry_run_says_the_same_and_touches_nothing(four: DeltaTables) -> None:
     assert "part-left.parquet" in told.text
     assert "would be removed (dry run: nothing was)" in told.text
     done = cleaned(four)
-    assert {name: one.partitions for name, one in told.tables.items()} == {name: one.partitions for name, one in done.tables.items()}
+    assert {name: one.partitions for name, one in told.tables.items()} == {
+        name: one.partitions for name, one in done.tables.items()
+    }
     assert told.tables["features"] == done.tables["features"]
 
 
@@ -231,13 +302,18 @@ def test_a_second_time_there_is_nothing_to_do(four: DeltaTables) -> None:
 
 def test_nothing_is_removed_while_the_fleet_is_trained(four: DeltaTables) -> None:
     before = files(four)
-    with hold_lease(four, "shop", "run-9"), pytest.raises(StoreError, match="is being trained by run run-9"):
+    with (
+        hold_lease(four, "shop", "run-9"),
+        pytest.raises(StoreError, match="is being trained by run run-9"),
+    ):
         cleaned(four)
     assert files(four) == before
 
 
 @pytest.mark.parametrize("turn", [1, 3, 5])
-def test_a_clean_that_was_killed_is_finished_by_the_next(four: DeltaTables, monkeypatch: pytest.MonkeyPatch, turn: int) -> None:
+def test_a_clean_that_was_killed_is_finished_by_the_next(
+    four: DeltaTables, monkeypatch: pytest.MonkeyPatch, turn: int
+) -> None:
     left = turn
 
     def die(_: str) -> None:

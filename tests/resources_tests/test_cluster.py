@@ -18,7 +18,14 @@ class Registrations:
     lines: list[str] = field(default_factory=list)
 
     def wait(self, **conf: str) -> Executors:
-        return wait_for_executors(self._count, MASTER, conf, clock=lambda: self.now, pause=self._pause, report=self.lines.append)
+        return wait_for_executors(
+            self._count,
+            MASTER,
+            conf,
+            clock=lambda: self.now,
+            pause=self._pause,
+            report=self.lines.append,
+        )
 
     def _count(self) -> Executors:
         return self.steps[max(moment for moment in self.steps if moment <= self.now)]
@@ -29,7 +36,12 @@ class Registrations:
 
 def registrations(*moments: float) -> Registrations:
     """An executor of two cores at each moment."""
-    return Registrations({0.0: Executors(0, 0), **{moment: Executors(n, 2 * n) for n, moment in enumerate(moments, 1)}})
+    return Registrations(
+        {
+            0.0: Executors(0, 0),
+            **{moment: Executors(n, 2 * n) for n, moment in enumerate(moments, 1)},
+        }
+    )
 
 
 def test_slots_are_counted_once_no_more_executors_come() -> None:
@@ -43,7 +55,10 @@ def test_the_executors_that_were_asked_for_are_waited_for() -> None:
     found = registrations(1, 60)
     assert found.wait(**{"spark.executor.instances": "2"}) == Executors(2, 4)
     assert found.now == 60
-    assert found.lines[0] == f"waiting for executors of {MASTER}: 1 registered, expected 2 (spark.executor.instances)\n"
+    assert (
+        found.lines[0]
+        == f"waiting for executors of {MASTER}: 1 registered, expected 2 (spark.executor.instances)\n"
+    )
 
 
 def test_nobody_waits_longer_than_for_the_most_cores() -> None:
@@ -61,11 +76,16 @@ def test_nobody_waits_longer_than_for_the_most_cores() -> None:
         ((1,), {"spark.executor.instances": "3"}, 1, "3 (spark.executor.instances)"),
     ],
 )
-def test_executors_that_do_not_come_end_the_wait(moments: tuple[float, ...], conf: dict[str, str], seen: int, expected: str) -> None:
+def test_executors_that_do_not_come_end_the_wait(
+    moments: tuple[float, ...], conf: dict[str, str], seen: int, expected: str
+) -> None:
     found = registrations(*moments)
     with pytest.raises(StoreError) as told:
         found.wait(**conf)
-    assert f"{MASTER}: {seen} executors registered within 120 s, expected {expected}; check that" in str(told.value)
+    assert (
+        f"{MASTER}: {seen} executors registered within 120 s, expected {expected}; check that"
+        in str(told.value)
+    )
     assert found.now == LONGEST_SECONDS
     assert found.lines
 
@@ -82,7 +102,10 @@ class Summaries(list[SimpleNamespace]):
 
 @pytest.fixture
 def spark_context() -> SimpleNamespace:
-    summaries = Summaries(SimpleNamespace(id=lambda name=name: name, totalCores=lambda n=n: n) for name, n in (("driver", 0), ("0", 4), ("1", 2)))
+    summaries = Summaries(
+        SimpleNamespace(id=lambda name=name: name, totalCores=lambda n=n: n)
+        for name, n in (("driver", 0), ("0", 4), ("1", 2))
+    )
     store = SimpleNamespace(executorList=lambda active: summaries)
     spark = SimpleNamespace(isStopped=lambda: False, statusStore=lambda: store)
     return SimpleNamespace(master=MASTER, _jsc=SimpleNamespace(sc=lambda: spark), spark=spark)

@@ -16,7 +16,7 @@ from deltalake import DeltaTable, write_deltalake
 from pyspark.sql import DataFrame, SparkSession
 
 from pipeline.errors import StoreError
-from pipeline.spark.files import WrittenFile
+from pipeline.storage import WrittenFile
 from pipeline.tables import ALL, Column, TableContract, in_format
 from pipeline.testing.doubles import FailingTables, MemoryTables
 from resources.delta_tables import DeltaTables, contract_metadata
@@ -39,7 +39,10 @@ def any_tables(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     if request.param == "memory":
         return MemoryTables()
     if request.param == "s3":
-        return DeltaTables(root=f"s3://{BUCKET}/{tmp_path.name}", storage_options=request.getfixturevalue("object_store"))
+        return DeltaTables(
+            root=f"s3://{BUCKET}/{tmp_path.name}",
+            storage_options=request.getfixturevalue("object_store"),
+        )
     return DeltaTables(root=str(tmp_path))
 
 
@@ -49,7 +52,9 @@ def local(tmp_path: Path) -> DeltaTables:
 
 
 def rows(*values: int, name: str | None = "a") -> pa.Table:
-    return pa.table({"x": pa.array(values, pa.int64()), "name": pa.array([name] * len(values), pa.string())})
+    return pa.table(
+        {"x": pa.array(values, pa.int64()), "name": pa.array([name] * len(values), pa.string())}
+    )
 
 
 def values(tables: Any, location: str) -> list[int]:
@@ -71,13 +76,25 @@ def test_what_is_written_is_read(any_tables: Any) -> None:
     location = any_tables.location("shop", "raw", "sales")
     assert location == f"{any_tables.root}/shop/raw/sales"
     assert not any_tables.exists(location)
-    assert any_tables.write_arrow([rows(1, 2), rows(), rows(3, name=None)], SCHEMA, location, mode="overwrite") == 0
+    assert (
+        any_tables.write_arrow(
+            [rows(1, 2), rows(), rows(3, name=None)], SCHEMA, location, mode="overwrite"
+        )
+        == 0
+    )
     assert any_tables.exists(location)
     assert any_tables.version(location) == 0
     found = any_tables.read_arrow(location)
-    assert sorted(found.to_pylist(), key=lambda row: row["x"]) == [{"x": 1, "name": "a"}, {"x": 2, "name": "a"}, {"x": 3, "name": None}]
+    assert sorted(found.to_pylist(), key=lambda row: row["x"]) == [
+        {"x": 1, "name": "a"},
+        {"x": 2, "name": "a"},
+        {"x": 3, "name": None},
+    ]
     assert any_tables.read_arrow(location, where={"name": "a"}, columns=["x"]).num_rows == 2
-    assert list(any_tables.read_pandas(location, where={"name": "none such"}).columns) == ["x", "name"]
+    assert list(any_tables.read_pandas(location, where={"name": "none such"}).columns) == [
+        "x",
+        "name",
+    ]
 
 
 def test_append_adds_and_overwrite_replaces(any_tables: Any) -> None:
@@ -91,7 +108,14 @@ def test_append_adds_and_overwrite_replaces(any_tables: Any) -> None:
 
 def test_a_commit_of_one_transaction_happens_once(any_tables: Any) -> None:
     location = any_tables.location("shop", "t")
-    for number, expected in [(0, [0]), (0, [0]), (1, [0, 1]), (1, [0, 1]), (0, [0, 1]), (2, [0, 1, 2])]:
+    for number, expected in [
+        (0, [0]),
+        (0, [0]),
+        (1, [0, 1]),
+        (1, [0, 1]),
+        (0, [0, 1]),
+        (2, [0, 1, 2]),
+    ]:
         file = any_tables.write_file(rows(number), SCHEMA, location)
         any_tables.commit(location, [file], SCHEMA, mode="append", app=("run-1/ledger", number))
         assert values(any_tables, location) == expected
@@ -106,9 +130,19 @@ def test_what_an_application_committed_last_is_known(any_tables: Any) -> None:
     any_tables.create(location, SCHEMA)
     any_tables.create(location, SCHEMA)
     assert any_tables.transaction(location, "stream") is None
-    assert (any_tables.version(location), values(any_tables, location), any_tables.layout(location)[0].names) == (0, [], ["x", "name"])
+    assert (
+        any_tables.version(location),
+        values(any_tables, location),
+        any_tables.layout(location)[0].names,
+    ) == (0, [], ["x", "name"])
     for number in (0, 3):
-        any_tables.commit(location, [any_tables.write_file(rows(number), SCHEMA, location)], SCHEMA, mode="append", app=("stream", number))
+        any_tables.commit(
+            location,
+            [any_tables.write_file(rows(number), SCHEMA, location)],
+            SCHEMA,
+            mode="append",
+            app=("stream", number),
+        )
         assert any_tables.transaction(location, "stream") == number
     any_tables.create(location, SCHEMA)
     assert values(any_tables, location) == [0, 3]
@@ -137,7 +171,13 @@ def test_transactions_of_two_applications_that_race_both_land(local: DeltaTables
 
     def commit(name: str) -> None:
         for number in range(5):
-            local.commit(location, [local.write_file(rows(number), SCHEMA, location)], SCHEMA, mode="append", app=(name, number))
+            local.commit(
+                location,
+                [local.write_file(rows(number), SCHEMA, location)],
+                SCHEMA,
+                mode="append",
+                app=(name, number),
+            )
 
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(commit, ["one", "two", "three"]))
@@ -149,7 +189,9 @@ def test_overwriting_one_partition_leaves_the_others(any_tables: Any) -> None:
 
     def put(name: str, *numbers: int) -> None:
         file = any_tables.write_file(rows(*numbers, name=name), SCHEMA, location)
-        any_tables.commit(location, [file] if file else [], SCHEMA, mode="overwrite", partition={"name": name})
+        any_tables.commit(
+            location, [file] if file else [], SCHEMA, mode="overwrite", partition={"name": name}
+        )
 
     put("2013-12-24T00:00:00", 1, 2)
     put("ü [x]%/", 3)
@@ -166,7 +208,9 @@ def test_a_commit_that_names_a_missing_file_is_refused(any_tables: Any) -> None:
         any_tables.commit(location, [WrittenFile("gone.parquet", 10, 1)], SCHEMA, mode="append")
     written = any_tables.write_file(rows(2), SCHEMA, location)
     with pytest.raises(StoreError, match="nothing was committed"):
-        any_tables.commit(location, [WrittenFile(written.path, written.size + 1, 1)], SCHEMA, mode="append")
+        any_tables.commit(
+            location, [WrittenFile(written.path, written.size + 1, 1)], SCHEMA, mode="append"
+        )
     assert any_tables.version(location) == 0
     assert values(any_tables, location) == [1]
 
@@ -220,12 +264,16 @@ def test_spark_writes_and_reads_every_root(spark: SparkSession, tables: DeltaTab
 def test_spark_overwrites_one_partition(spark: SparkSession, any_tables: Any) -> None:
     location = any_tables.location("shop", "predictions")
     for name, number in [("2013-12-24", 1), ("2013-12-25", 2), ("2013-12-24", 3)]:
-        any_tables.write_spark(spark_rows(spark, (number, name)), location, partition={"name": name})
+        any_tables.write_spark(
+            spark_rows(spark, (number, name)), location, partition={"name": name}
+        )
     assert as_set(any_tables.read_spark(spark, location)) == {(3, "2013-12-24"), (2, "2013-12-25")}
 
 
 @pytest.mark.spark
-def test_nothing_is_committed_when_the_written_rows_are_refused(spark: SparkSession, any_tables: Any) -> None:
+def test_nothing_is_committed_when_the_written_rows_are_refused(
+    spark: SparkSession, any_tables: Any
+) -> None:
     location = any_tables.location("shop", "features")
     any_tables.write_spark(spark_rows(spark, (1, "a")), location)
     seen: list[set[tuple[Any, ...]]] = []
@@ -244,7 +292,9 @@ def test_nothing_is_committed_when_the_written_rows_are_refused(spark: SparkSess
 @pytest.mark.spark
 def test_a_partition_column_is_also_in_the_file(spark: SparkSession, local: DeltaTables) -> None:
     location = local.location("shop", "predictions")
-    local.write_spark(spark_rows(spark, (1, "2013-12-24")), location, partition={"name": "2013-12-24"})
+    local.write_spark(
+        spark_rows(spark, (1, "2013-12-24")), location, partition={"name": "2013-12-24"}
+    )
     (path,) = Path(location).glob("*.parquet")
     assert path.name.startswith("part-")
     assert pq.read_table(path).to_pylist() == [{"x": 1, "name": "2013-12-24"}]
@@ -263,14 +313,25 @@ def test_a_commit_says_how_many_rows_a_file_has(local: DeltaTables) -> None:
 
 
 @pytest.mark.parametrize("keep", ["append", "partition"])
-def test_rows_that_could_not_be_read_beside_the_others_are_refused(local: DeltaTables, keep: str) -> None:
+def test_rows_that_could_not_be_read_beside_the_others_are_refused(
+    local: DeltaTables, keep: str
+) -> None:
     location = local.location("shop", "t")
     partition = {"name": "a"} if keep == "partition" else None
-    local.commit(location, [local.write_file(rows(1), SCHEMA, location)], SCHEMA, mode="append", partition=partition)  # type: ignore[list-item]
+    local.commit(
+        location,
+        [local.write_file(rows(1), SCHEMA, location)],
+        SCHEMA,
+        mode="append",
+        partition=partition,
+    )  # type: ignore[list-item]
     other = pa.schema([("x", pa.string()), ("name", pa.string())])
     file = local.write_file(pa.table({"x": ["one"], "name": ["b"]}), other, location)
     mode, target = ("append", None) if keep == "append" else ("overwrite", {"name": "b"})
-    with pytest.raises(StoreError, match=r"column 'x' is .*long.* in the table and .*string.* in the new rows; nothing was committed"):
+    with pytest.raises(
+        StoreError,
+        match=r"column 'x' is .*long.* in the table and .*string.* in the new rows; nothing was committed",
+    ):
         local.commit(location, [file], other, mode=mode, partition=target)  # type: ignore[list-item, arg-type]
     assert values(local, location) == [1]
 
@@ -282,35 +343,64 @@ def protocol(table: Path, **protocol: Any) -> None:
 
 
 @pytest.mark.parametrize("feature", ["deletionVectors", "columnMapping"])
-def test_a_table_with_features_that_are_not_read_here_is_refused(tmp_path: Path, local: DeltaTables, feature: str) -> None:
+def test_a_table_with_features_that_are_not_read_here_is_refused(
+    tmp_path: Path, local: DeltaTables, feature: str
+) -> None:
     path = tmp_path / "shop" / "t"
     write_deltalake(path, rows(1))
-    protocol(path, minReaderVersion=3, minWriterVersion=7, readerFeatures=[feature], writerFeatures=[feature])
+    protocol(
+        path,
+        minReaderVersion=3,
+        minWriterVersion=7,
+        readerFeatures=[feature],
+        writerFeatures=[feature],
+    )
     with pytest.raises(StoreError, match=f"Delta features that are not read here: {feature}"):
         local.read_arrow(local.location("shop", "t"))
 
 
-def test_column_mapping_of_the_older_protocol_is_refused_too(tmp_path: Path, local: DeltaTables) -> None:
+def test_column_mapping_of_the_older_protocol_is_refused_too(
+    tmp_path: Path, local: DeltaTables
+) -> None:
     path = tmp_path / "shop" / "t"
     write_deltalake(path, rows(1))
     log = path / "_delta_log"
-    first = [json.loads(line) for line in (log / "00000000000000000000.json").read_text(encoding="utf-8").splitlines()]
+    first = [
+        json.loads(line)
+        for line in (log / "00000000000000000000.json").read_text(encoding="utf-8").splitlines()
+    ]
     (metadata,) = (action for action in first if "metaData" in action)
     shape = json.loads(metadata["metaData"]["schemaString"])
     for number, field in enumerate(shape["fields"], start=1):
-        field["metadata"] = {"delta.columnMapping.id": number, "delta.columnMapping.physicalName": f"col-{number}"}
-    metadata["metaData"] |= {"schemaString": json.dumps(shape), "configuration": {"delta.columnMapping.mode": "name"}}
+        field["metadata"] = {
+            "delta.columnMapping.id": number,
+            "delta.columnMapping.physicalName": f"col-{number}",
+        }
+    metadata["metaData"] |= {
+        "schemaString": json.dumps(shape),
+        "configuration": {"delta.columnMapping.mode": "name"},
+    }
     lines = [{"protocol": {"minReaderVersion": 2, "minWriterVersion": 5}}, metadata]
-    (log / "00000000000000000001.json").write_text("\n".join(json.dumps(line) for line in lines) + "\n", encoding="utf-8")
+    (log / "00000000000000000001.json").write_text(
+        "\n".join(json.dumps(line) for line in lines) + "\n", encoding="utf-8"
+    )
     with pytest.raises(StoreError, match="Delta features that are not read here: columnMapping"):
         local.version(local.location("shop", "t"))
 
 
-def test_a_log_that_names_a_file_outside_the_table_is_refused(tmp_path: Path, local: DeltaTables, spark: SparkSession) -> None:
+def test_a_log_that_names_a_file_outside_the_table_is_refused(
+    tmp_path: Path, local: DeltaTables, spark: SparkSession
+) -> None:
     location = local.location("shop", "t")
     local.write_arrow([rows(1)], SCHEMA, location, mode="append")
     log = Path(location) / "_delta_log" / "00000000000000000001.json"
-    action = {"path": "../../secret.parquet", "size": 1, "partitionValues": {}, "modificationTime": 0, "dataChange": True}
+    action = {
+        "path": "../../secret.parquet",
+        "size": 1,
+        "partitionValues": {},
+        "modificationTime": 0,
+        "dataChange": True,
+    }
     log.write_text(json.dumps({"add": action}) + "\n", encoding="utf-8")
     with pytest.raises(StoreError, match=r"outside the table: \.\./\.\./secret\.parquet"):
         local.read_spark(spark, location)
@@ -334,12 +424,20 @@ def test_a_root_that_is_a_file_is_told_as_such(tmp_path: Path) -> None:
 @pytest.mark.parametrize("contract", ALL, ids=lambda contract: contract.name)
 def test_a_contract_is_shown_whole(contract: TableContract) -> None:
     shown: Callable[[str], Any] = contract_metadata(contract, "/data/t").get
-    assert [column.name for column in shown("dagster/column_schema").columns] == contract.schema.names
+    assert [
+        column.name for column in shown("dagster/column_schema").columns
+    ] == contract.schema.names
     assert all(column.description for column in shown("dagster/column_schema").columns)
-    assert (shown("dagster/uri"), shown("fleet/row"), shown("fleet/format")) == ("/data/t", contract.row, contract.format)
+    assert (shown("dagster/uri"), shown("fleet/row"), shown("fleet/format")) == (
+        "/data/t",
+        contract.row,
+        contract.format,
+    )
 
 
-def test_a_column_of_a_later_release_joins_a_table_and_is_null_in_its_older_rows(any_tables: Any) -> None:
+def test_a_column_of_a_later_release_joins_a_table_and_is_null_in_its_older_rows(
+    any_tables: Any,
+) -> None:
     location = any_tables.location("fleet", "ledger")
     any_tables.write_arrow([rows(1)], SCHEMA, location, mode="append")
     wider = SCHEMA.append(pa.field("since", pa.string()))
@@ -350,10 +448,17 @@ def test_a_column_of_a_later_release_joins_a_table_and_is_null_in_its_older_rows
     assert read.column("x").to_pylist() == [1, 2]
 
 
-def test_rows_of_an_earlier_release_have_late_columns_as_null_and_no_other_column_may_lack() -> None:
-    columns = (Column("x", pa.int64(), "a number"), Column("since", pa.string(), "came later", is_late=True))
+def test_rows_of_an_earlier_release_have_late_columns_as_null_and_no_other_column_may_lack() -> (
+    None
+):
+    columns = (
+        Column("x", pa.int64(), "a number"),
+        Column("since", pa.string(), "came later", is_late=True),
+    )
     contract = TableContract(name="things", row="a thing", key=("x",), columns=columns)
     found = in_format(pd.DataFrame({"x": [1, 2]}), contract, "somewhere/things")
     assert found["since"].tolist() == [None, None]
-    with pytest.raises(StoreError, match="somewhere/things was written by an earlier version: it has no column x"):
+    with pytest.raises(
+        StoreError, match="somewhere/things was written by an earlier version: it has no column x"
+    ):
         in_format(pd.DataFrame({"since": ["now"]}), contract, "somewhere/things")

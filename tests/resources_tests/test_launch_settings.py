@@ -21,16 +21,22 @@ def test_the_launch_comes_before_the_fleet_and_the_fleet_before_the_data(shop: F
     dated = shop.model_copy(update={"as_of": "2013-12-24"})
     assert LaunchSettings().moment(shop) is None
     assert LaunchSettings().moment(dated) == pd.Timestamp("2013-12-24")
-    assert LaunchSettings(as_of="2014-01-01T18:00").moment(dated) == pd.Timestamp("2014-01-01 18:00")
+    assert LaunchSettings(as_of="2014-01-01T18:00").moment(dated) == pd.Timestamp(
+        "2014-01-01 18:00"
+    )
 
 
 def test_a_moment_with_a_zone_becomes_utc(shop: FleetSpec) -> None:
-    assert LaunchSettings(as_of="2014-01-01T01:00+02:00").moment(shop) == pd.Timestamp("2013-12-31 23:00")
+    assert LaunchSettings(as_of="2014-01-01T01:00+02:00").moment(shop) == pd.Timestamp(
+        "2013-12-31 23:00"
+    )
 
 
 @pytest.mark.parametrize("text", ["yesterdayish", "2013-13-01", "24.12.2013 nachts", "NaT"])
 def test_what_is_no_moment_is_refused(shop: FleetSpec, text: str) -> None:
-    with pytest.raises(SpecError, match=r"as_of: .* is not a date or time; expected one such as 2013-12-24") as told:
+    with pytest.raises(
+        SpecError, match=r"as_of: .* is not a date or time; expected one such as 2013-12-24"
+    ) as told:
         LaunchSettings(as_of=text).moment(shop)
     assert text in str(told.value)
 
@@ -42,11 +48,22 @@ def test_a_limit_is_at_least_one(number: int) -> None:
 
 
 def test_a_launch_asks_for_what_its_settings_say(shop: FleetSpec) -> None:
-    request = LaunchSettings(as_of="2014-01-01", limit_groups=3, retrain="stale").request(shop, "run-7")
-    assert (request.run_id, request.as_of, request.limit_groups) == ("run-7", pd.Timestamp("2014-01-01"), 3)
+    request = LaunchSettings(as_of="2014-01-01", limit_groups=3, retrain="stale").request(
+        shop, "run-7"
+    )
+    assert (request.run_id, request.as_of, request.limit_groups) == (
+        "run-7",
+        pd.Timestamp("2014-01-01"),
+        3,
+    )
     assert (request.retrain, request.listed) == ("stale", ())
     plain = LaunchSettings().request(shop, "run-8")
-    assert (plain.as_of, plain.limit_groups, plain.retrain, plain.listed) == (None, None, "changed", ())
+    assert (plain.as_of, plain.limit_groups, plain.retrain, plain.listed) == (
+        None,
+        None,
+        "changed",
+        (),
+    )
 
 
 @pytest.mark.parametrize("retrain", ["changed", "listed"])
@@ -57,7 +74,10 @@ def test_groups_mean_that_those_are_trained(shop: FleetSpec, retrain: Any) -> No
 
 @pytest.mark.parametrize("retrain", ["stale", "all"])
 def test_groups_with_another_choice_are_refused(shop: FleetSpec, retrain: Any) -> None:
-    with pytest.raises(SpecError, match=f"groups are listed, and retrain is '{retrain}'; expected listed, or no groups"):
+    with pytest.raises(
+        SpecError,
+        match=f"groups are listed, and retrain is '{retrain}'; expected listed, or no groups",
+    ):
         LaunchSettings(retrain=retrain, groups=LISTED).request(shop, "run-7")
 
 
@@ -67,12 +87,17 @@ def test_listed_without_groups_is_refused(shop: FleetSpec) -> None:
 
 
 def test_requests_that_ask_for_the_same_read_the_same(shop: FleetSpec) -> None:
-    one, other = (LaunchSettings(groups=groups).request(shop, "run").text for groups in (["[]", *LISTED], [*LISTED, "[]"]))
+    one, other = (
+        LaunchSettings(groups=groups).request(shop, "run").text
+        for groups in (["[]", *LISTED], [*LISTED, "[]"])
+    )
     assert one == other != LaunchSettings().request(shop, "run").text
 
 
 def test_every_setting_says_what_it_does() -> None:
-    assert [name for name, field in LaunchSettings.model_fields.items() if not field.description] == []
+    assert [
+        name for name, field in LaunchSettings.model_fields.items() if not field.description
+    ] == []
 
 
 def test_refused_settings_end_a_launch_before_its_first_step() -> None:
@@ -86,5 +111,7 @@ def test_refused_settings_end_a_launch_before_its_first_step() -> None:
     result = dg.materialize([first], resources={"launch": launch}, raise_on_error=False)
     assert not result.success
     assert started == []
-    (failure,) = (event for event in result.all_events if event.event_type == dg.DagsterEventType.RUN_FAILURE)
+    (failure,) = (
+        event for event in result.all_events if event.event_type == dg.DagsterEventType.RUN_FAILURE
+    )
     assert "MANY_MODELS_LIMIT_GROUPS is 'abc'" in failure.job_failure_data.error.to_string()

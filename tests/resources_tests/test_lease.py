@@ -24,8 +24,9 @@ from deltalake import DeltaTable
 from deltalake.exceptions import CommitFailedError
 
 from pipeline.errors import StoreError
-from pipeline.spark.fleet_training import Commits
-from pipeline.tables import RUNS
+from pipeline.runs.commits import Commits
+from pipeline.tables import LEDGER
+from pipeline.testing.runs import own_tables
 from resources import lease as lease_module
 from resources.delta_tables import DeltaTables
 from resources.lease import LEASES, Lease, LeaseRow, _LeaseTable, current_lease, hold_lease
@@ -69,7 +70,9 @@ class Child:
             text=True,
         )
 
-    def tell(self, do: str, tables: DeltaTables | None = None, run_id: str = "", expiry: float = 3600.0) -> None:
+    def tell(
+        self, do: str, tables: DeltaTables | None = None, run_id: str = "", expiry: float = 3600.0
+    ) -> None:
         assert self.process.stdin
         told: dict[str, Any] = {"do": do, "run_id": run_id, "expiry": expiry}
         if tables is not None:
@@ -101,7 +104,10 @@ def children(n: int) -> Iterator[list[Child]]:
 @pytest.fixture(params=["a folder [x]", "s3"])
 def tables(request: pytest.FixtureRequest, tmp_path: Path) -> DeltaTables:
     if request.param == "s3":
-        return DeltaTables(root=f"s3://{BUCKET}/{tmp_path.name}", storage_options=request.getfixturevalue("object_store"))
+        return DeltaTables(
+            root=f"s3://{BUCKET}/{tmp_path.name}",
+            storage_options=request.getfixturevalue("object_store"),
+        )
     return DeltaTables(root=str(tmp_path / request.param))
 
 
@@ -126,8 +132,23 @@ class Clock:
 def row_of(**changes: Any) -> LeaseRow:
     """A lease that a living process of this machine took at the start."""
     pid = os.getpid()
-    host, boot, ticks = socket.gethostname(), lease_module._boot_id(), lease_module._process_started(pid)
-    row = LeaseRow("run-1", f"{host}:{pid}", host, boot, pid, ticks, START, START, START + timedelta(seconds=60), released=False)
+    host, boot, ticks = (
+        socket.gethostname(),
+        lease_module._boot_id(),
+        lease_module._process_started(pid),
+    )
+    row = LeaseRow(
+        "run-1",
+        f"{host}:{pid}",
+        host,
+        boot,
+        pid,
+        ticks,
+        START,
+        START,
+        START + timedelta(seconds=60),
+        released=False,
+    )
     return replace(row, **changes)
 
 
@@ -152,9 +173,17 @@ def test_a_lease_is_held_within_the_block_and_free_after_it(tables: DeltaTables)
         lease.check()
         row = current_lease(tables, "shop")
         assert row is not None
-        assert (row.run_id, row.pid, row.host, row.released) == ("run-1", os.getpid(), socket.gethostname(), False)
+        assert (row.run_id, row.pid, row.host, row.released) == (
+            "run-1",
+            os.getpid(),
+            socket.gethostname(),
+            False,
+        )
         assert row.expires_at - row.taken_at == timedelta(seconds=60)
-        with pytest.raises(StoreError, match=r"fleet 'shop' is being trained by run run-1 \(this very process\) since .* expires at .* 60 s after"):
+        with pytest.raises(
+            StoreError,
+            match=r"fleet 'shop' is being trained by run run-1 \(this very process\) since .* expires at .* 60 s after",
+        ):
             hold_lease(tables, "shop", "run-2").__enter__()
         with hold_lease(tables, "shop-trial", "run-2") as other:
             other.check()
@@ -179,8 +208,13 @@ def test_of_two_takers_who_read_the_same_version_one_lands(tables: DeltaTables) 
 
 @pytest.mark.slow
 @pytest.mark.integration
-def test_of_eight_processes_one_takes_the_lease(tmp_path: Path, object_store: dict[str, str]) -> None:
-    roots = [DeltaTables(root=str(tmp_path)), DeltaTables(root=f"s3://{BUCKET}/race", storage_options=object_store)]
+def test_of_eight_processes_one_takes_the_lease(
+    tmp_path: Path, object_store: dict[str, str]
+) -> None:
+    roots = [
+        DeltaTables(root=str(tmp_path)),
+        DeltaTables(root=f"s3://{BUCKET}/race", storage_options=object_store),
+    ]
     with children(8) as started:
         for number, tables in enumerate([root for root in roots for _ in range(3)]):
             for index, child in enumerate(started):
@@ -191,7 +225,11 @@ def test_of_eight_processes_one_takes_the_lease(tmp_path: Path, object_store: di
             row = current_lease(tables, "shop")
             assert row is not None
             assert row.run_id == winner
-            assert all(f"is being trained by run {winner} (host" in answer for answer in answers if answer != "done"), answers
+            assert all(
+                f"is being trained by run {winner} (host" in answer
+                for answer in answers
+                if answer != "done"
+            ), answers
             assert [child.ask("give back") for child in started] == ["done"] * 8
 
 
@@ -202,7 +240,9 @@ def test_a_killed_run_is_followed_at_once(local: DeltaTables) -> None:
         with pytest.raises(StoreError, match=rf"run killed \(host .*, pid {child.process.pid}\)"):
             hold_lease(local, "shop", "next").__enter__()
         child.process.kill()
-        for _ in range(100):  # a zombie from then on: its parent, this process, has not waited for it
+        for _ in range(
+            100
+        ):  # a zombie from then on: its parent, this process, has not waited for it
             if lease_module._process_state(child.process.pid)[0] == "Z":
                 break
             time.sleep(0.05)
@@ -214,7 +254,9 @@ def test_a_killed_run_is_followed_at_once(local: DeltaTables) -> None:
 
 
 @pytest.mark.integration
-def test_a_frozen_run_loses_its_lease_once_that_expired_and_somebody_took_it(local: DeltaTables) -> None:
+def test_a_frozen_run_loses_its_lease_once_that_expired_and_somebody_took_it(
+    local: DeltaTables,
+) -> None:
     with children(1) as (child,):
         assert child.ask("take", local, "frozen", expiry=2.0) == "done"
         child.process.send_signal(signal.SIGSTOP)
@@ -251,7 +293,9 @@ def test_a_frozen_run_loses_its_lease_once_that_expired_and_somebody_took_it(loc
         ({"pid": 1, "process_started": 0}, 0, False),  # there, whoever it belongs to
     ],
 )
-def test_who_may_take_what_another_left(local: DeltaTables, changes: dict[str, Any], seconds: float, taken: bool) -> None:
+def test_who_may_take_what_another_left(
+    local: DeltaTables, changes: dict[str, Any], seconds: float, taken: bool
+) -> None:
     left_behind(local, **changes)
     clock = Clock()
     clock.pass_by(seconds)
@@ -264,9 +308,17 @@ def test_who_may_take_what_another_left(local: DeltaTables, changes: dict[str, A
 
 
 @pytest.mark.parametrize(
-    ("changes", "taken"), [({}, True), ({"host": "elsewhere"}, False), ({"boot_id": "another boot"}, False), ({"boot_id": ""}, False)]
+    ("changes", "taken"),
+    [
+        ({}, True),
+        ({"host": "elsewhere"}, False),
+        ({"boot_id": "another boot"}, False),
+        ({"boot_id": ""}, False),
+    ],
 )
-def test_a_process_is_known_to_be_gone_only_where_its_pid_means_something(local: DeltaTables, changes: dict[str, Any], taken: bool) -> None:
+def test_a_process_is_known_to_be_gone_only_where_its_pid_means_something(
+    local: DeltaTables, changes: dict[str, Any], taken: bool
+) -> None:
     assert left_behind(local, pid=free_pid(), **changes).is_free(START) is taken
 
 
@@ -299,7 +351,10 @@ def test_what_ran_out_and_was_taken_is_lost_and_not_given_back(local: DeltaTable
     with hold_lease(local, "shop", "run-1", expiry_seconds=3600, now=clock) as lease:
         clock.pass_by(3600)
         with hold_lease(local, "shop", "run-2", expiry_seconds=3600, now=clock) as other:
-            with pytest.raises(StoreError, match=r"run run-1 lost its lease of fleet 'shop'.*run run-2 on .*nothing more is committed"):
+            with pytest.raises(
+                StoreError,
+                match=r"run run-1 lost its lease of fleet 'shop'.*run run-2 on .*nothing more is committed",
+            ):
                 lease.check()
             lease.release()
             other.check()
@@ -333,7 +388,10 @@ def test_an_unreachable_store_is_borne_until_the_lease_expires(
             time.sleep(0.4)
             lease.check()
             clock.pass_by(0.4)
-            with pytest.raises(StoreError, match=r"run-1 could not renew its lease of fleet 'shop' since .*connection refused.*run again"):
+            with pytest.raises(
+                StoreError,
+                match=r"run-1 could not renew its lease of fleet 'shop' since .*connection refused.*run again",
+            ):
                 lease.check()
             with pytest.raises(StoreError, match="cannot be read: connection refused"):
                 hold_lease(local, "shop", "run-2").__enter__()
@@ -361,8 +419,13 @@ def test_a_lease_that_cannot_be_given_back_hides_no_error(
     assert "was not given back" in caplog.text
 
 
-@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit, DagsterExecutionInterruptedError, dg.DagsterError, ValueError])
-def test_whatever_ends_the_block_gives_the_lease_back(local: DeltaTables, interrupt: type[BaseException]) -> None:
+@pytest.mark.parametrize(
+    "interrupt",
+    [KeyboardInterrupt, SystemExit, DagsterExecutionInterruptedError, dg.DagsterError, ValueError],
+)
+def test_whatever_ends_the_block_gives_the_lease_back(
+    local: DeltaTables, interrupt: type[BaseException]
+) -> None:
     with pytest.raises(interrupt), hold_lease(local, "shop", "run-1") as lease:
         raise interrupt
     row = current_lease(local, "shop")
@@ -371,7 +434,9 @@ def test_whatever_ends_the_block_gives_the_lease_back(local: DeltaTables, interr
     assert not lease._thread.is_alive()
 
 
-def test_a_commit_whose_answer_was_lost_is_looked_up(local: DeltaTables, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_commit_whose_answer_was_lost_is_looked_up(
+    local: DeltaTables, monkeypatch: pytest.MonkeyPatch
+) -> None:
     commit = _LeaseTable._commit
 
     def landing(*told: Any) -> None:
@@ -385,7 +450,9 @@ def test_a_commit_whose_answer_was_lost_is_looked_up(local: DeltaTables, monkeyp
     assert local.version(local.location("shop", "leases")) == 3
 
 
-def test_a_refused_commit_that_nobody_overtook_is_tried_again(local: DeltaTables, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_commit_that_nobody_overtook_is_tried_again(
+    local: DeltaTables, monkeypatch: pytest.MonkeyPatch
+) -> None:
     commit = _LeaseTable._commit
     refusals = iter([CommitFailedError("409"), None, CommitFailedError("409"), None])
 
@@ -404,9 +471,14 @@ def test_a_refused_commit_that_nobody_overtook_is_tried_again(local: DeltaTables
 
 @pytest.mark.parametrize(
     ("error", "message"),
-    [(OSError("no space left on device"), "no space left on device; check that"), (CommitFailedError("503"), "refused 5 commits")],
+    [
+        (OSError("no space left on device"), "no space left on device; check that"),
+        (CommitFailedError("503"), "refused 5 commits"),
+    ],
 )
-def test_a_store_that_refuses_every_write_is_an_error(local: DeltaTables, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str) -> None:
+def test_a_store_that_refuses_every_write_is_an_error(
+    local: DeltaTables, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
     def refusing(*told: Any) -> None:
         raise error
 
@@ -415,8 +487,14 @@ def test_a_store_that_refuses_every_write_is_an_error(local: DeltaTables, monkey
         hold_lease(local, "shop", "run-1").__enter__()
 
 
-def test_old_log_entries_go_and_a_stale_commit_in_their_place_is_not_believed(local: DeltaTables, monkeypatch: pytest.MonkeyPatch) -> None:
-    none_kept = {**lease_module._KEPT, "delta.logRetentionDuration": "interval 0 seconds", "delta.deletedFileRetentionDuration": "interval 0 seconds"}
+def test_old_log_entries_go_and_a_stale_commit_in_their_place_is_not_believed(
+    local: DeltaTables, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    none_kept = {
+        **lease_module._KEPT,
+        "delta.logRetentionDuration": "interval 0 seconds",
+        "delta.deletedFileRetentionDuration": "interval 0 seconds",
+    }
     monkeypatch.setattr(lease_module, "_KEPT", none_kept)
     table = _LeaseTable(local, "shop")
     table.swap(None, row_of())
@@ -436,7 +514,9 @@ def test_old_log_entries_go_and_a_stale_commit_in_their_place_is_not_believed(lo
 
 
 def test_a_clock_of_pandas_will_do(local: DeltaTables) -> None:
-    with hold_lease(local, "shop", "run-1", now=lambda: pd.Timestamp("2026-11-21 09:00:00.123456789", tz="UTC")) as lease:
+    with hold_lease(
+        local, "shop", "run-1", now=lambda: pd.Timestamp("2026-11-21 09:00:00.123456789", tz="UTC")
+    ) as lease:
         lease.check()
         assert isinstance(lease, Lease)
 
@@ -482,8 +562,8 @@ def test_a_lease_of_an_earlier_release_has_no_fence_and_gains_one(local: DeltaTa
 def test_where_the_lease_was_removed_the_fence_goes_on_from_the_tables(local: DeltaTables) -> None:
     for _ in range(3):
         with hold_lease(local, "shop", "run-1") as lease:
-            commits = Commits(local, "shop", "run-1", lease)
-            commits.replace_run(RUNS, pa.Table.from_pylist([{"run_id": "run-1"}], schema=RUNS.schema))
+            commits = Commits(own_tables(local, "shop"), "run-1", lease)
+            commits.ledger(LEDGER.schema.empty_table().to_pandas())
     shutil.rmtree(local.location("shop", LEASES.name))
     with hold_lease(local, "shop", "run-2") as lease:
         assert lease.fence == 4

@@ -43,7 +43,9 @@ print("stopped")
 
 def says_stopped(script: str, folder: Path) -> None:
     command = [sys.executable, "-c", script, str(folder)]
-    told = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, cwd=folder)
+    told = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=120, cwd=folder
+    )
     assert told.returncode == 0, told.stderr[-3000:]
     assert told.stdout.splitlines()[-1] == "stopped"
 
@@ -78,7 +80,9 @@ def test_of_two_that_start_together_one_opens_and_stops_the_session(tmp_path: Pa
 
 
 def test_a_session_that_is_open_is_used_and_left_open(spark: SparkSession, tmp_path: Path) -> None:
-    resource = SparkSessionResource(master="local[1]", scratch=str(tmp_path), conf={"spark.sql.shuffle.partitions": "9"})
+    resource = SparkSessionResource(
+        master="local[1]", scratch=str(tmp_path), conf={"spark.sql.shuffle.partitions": "9"}
+    )
     before = spark.conf.get("spark.sql.shuffle.partitions")
     with resource.yield_for_execution(dg.build_init_resource_context()) as held:
         assert held.session.sparkContext is spark.sparkContext
@@ -101,7 +105,12 @@ def test_files_cannot_be_read_from_sql(spark: SparkSession, tmp_path: Path) -> N
 
 
 def test_further_settings_win_over_ours() -> None:
-    resource = SparkSessionResource(master="local[3]", task_cpus=3, scratch="scratch", conf={"spark.sql.shuffle.partitions": "9", "spark.x": "y"})
+    resource = SparkSessionResource(
+        master="local[3]",
+        task_cpus=3,
+        scratch="scratch",
+        conf={"spark.sql.shuffle.partitions": "9", "spark.x": "y"},
+    )
     settings = resource._settings()
     assert settings["spark.task.cpus"] == "3"
     assert settings["spark.sql.shuffle.partitions"] == "9"
@@ -109,7 +118,9 @@ def test_further_settings_win_over_ours() -> None:
 
 
 def test_only_executors_of_a_cluster_have_memory_and_an_environment_of_their_own() -> None:
-    cluster = SparkSessionResource(master="spark://host:7077", executor_memory="2g", scratch="scratch")
+    cluster = SparkSessionResource(
+        master="spark://host:7077", executor_memory="2g", scratch="scratch"
+    )
     settings = cluster._settings()
     assert settings["spark.executor.memory"] == "2g"
     assert settings["spark.executorEnv.MALLOC_ARENA_MAX"] == "2"
@@ -117,7 +128,10 @@ def test_only_executors_of_a_cluster_have_memory_and_an_environment_of_their_own
     alone = cluster.model_copy(update={"master": "local[2,4]"})._settings()
     assert "UseSerialGC" in alone["spark.driver.extraJavaOptions"]
     assert not any(name.startswith("spark.executor") for name in alone)
-    assert "spark.executor.memory" not in cluster.model_copy(update={"executor_memory": None})._settings()
+    assert (
+        "spark.executor.memory"
+        not in cluster.model_copy(update={"executor_memory": None})._settings()
+    )
 
 
 @pytest.mark.parametrize(
@@ -125,11 +139,21 @@ def test_only_executors_of_a_cluster_have_memory_and_an_environment_of_their_own
     [
         ("spark://host:7077", {}, sys.executable),
         ("spark://host:7077", {"worker_python": "/opt/python"}, "/opt/python"),
-        ("yarn", {"worker_python": "/opt/python", "conf": {"spark.pyspark.python": "/conf/python"}}, "/conf/python"),
-        ("local[2,4]", {"worker_python": "/opt/python", "conf": {"spark.pyspark.python": "/conf/python"}}, sys.executable),
+        (
+            "yarn",
+            {"worker_python": "/opt/python", "conf": {"spark.pyspark.python": "/conf/python"}},
+            "/conf/python",
+        ),
+        (
+            "local[2,4]",
+            {"worker_python": "/opt/python", "conf": {"spark.pyspark.python": "/conf/python"}},
+            sys.executable,
+        ),
     ],
 )
-def test_the_workers_python_is_the_users_on_a_cluster(master: str, settings: dict[str, Any], expected: str) -> None:
+def test_the_workers_python_is_the_users_on_a_cluster(
+    master: str, settings: dict[str, Any], expected: str
+) -> None:
     assert SparkSessionResource(master=master, scratch="scratch", **settings)._python() == expected
 
 
@@ -138,7 +162,9 @@ def test_slots_are_tasks_at_once(spark_resource: SparkSessionResource) -> None:
     assert spark_resource.model_copy(update={"task_cpus": 2}).slots == 1
 
 
-def test_a_session_that_cannot_start_says_so_where_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_session_that_cannot_start_says_so_where_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(_: Path) -> str:
         raise OSError("no java today")
 
@@ -151,4 +177,6 @@ def test_a_session_that_cannot_start_says_so_where_it_is_asked_for(tmp_path: Pat
 
 
 def test_every_setting_says_what_it_does() -> None:
-    assert [name for name, field in SparkSessionResource.model_fields.items() if not field.description] == []
+    assert [
+        name for name, field in SparkSessionResource.model_fields.items() if not field.description
+    ] == []

@@ -19,7 +19,9 @@ def test_a_categorical_without_a_value_has_an_empty_list() -> None:
 
 
 @given(counts, st.integers(2, 6))
-def test_no_left_out_value_is_more_frequent_than_a_kept_one(values: dict[str, int], limit: int) -> None:
+def test_no_left_out_value_is_more_frequent_than_a_kept_one(
+    values: dict[str, int], limit: int
+) -> None:
     kept = choose_categories({"x": values}, limit)["x"]
     assert len(kept) == min(limit, len(values))
     assert kept == sorted(set(kept))

@@ -14,8 +14,17 @@ def made_up(period: str, horizon: str, *series: str, last_days: bool = False) ->
     spec = small_spec(period=period, horizon=horizon)
     newest = np.array(series, dtype="datetime64[us]")
     end = spec.horizon_end(pd.Timestamp(newest.max()))
-    places, times = future_times(Period.parse(period), pd.Timestamp(newest.max()), end, newest, np.full(len(newest), last_days))
-    return [[str(moment)[:10] for moment in np.sort(times[places == place])] for place in range(len(newest))]
+    places, times = future_times(
+        Period.parse(period),
+        pd.Timestamp(newest.max()),
+        end,
+        newest,
+        np.full(len(newest), last_days),
+    )
+    return [
+        [str(moment)[:10] for moment in np.sort(times[places == place])]
+        for place in range(len(newest))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -27,7 +36,9 @@ def made_up(period: str, horizon: str, *series: str, last_days: bool = False) ->
         ("1 year", "2023-02-28", ["2024-02-29", "2025-02-28", "2026-02-28"]),
     ],
 )
-def test_month_ends_are_followed_by_month_ends(period: str, newest: str, expected: list[str]) -> None:
+def test_month_ends_are_followed_by_month_ends(
+    period: str, newest: str, expected: list[str]
+) -> None:
     horizon = period.replace("1", "3")
     assert made_up(period, horizon, newest, last_days=True) == [expected]
 
@@ -51,5 +62,11 @@ def test_fixed_periods_go_on_from_the_newest_row_of_the_fleet() -> None:
 def test_without_a_time_there_is_nothing_to_follow(series: list[Any]) -> None:
     newest = np.array(series, dtype="datetime64[us]")
     moment = pd.Timestamp("2023-01-01")
-    places, times = future_times(Period(1, "month"), moment, moment + pd.Timedelta(days=40), newest, np.zeros(len(newest), bool))
+    places, times = future_times(
+        Period(1, "month"),
+        moment,
+        moment + pd.Timedelta(days=40),
+        newest,
+        np.zeros(len(newest), bool),
+    )
     assert len(places) == len(times) == 0

@@ -75,7 +75,9 @@ def test_scripts_are_refused(text: str) -> None:
 )
 def test_functions_that_reach_outside_the_data_are_refused(call: str) -> None:
     assert "reaches outside the data" in refusal(f"SELECT {call} AS x FROM sales")
-    assert "reaches outside the data" in refusal(f"WITH a AS (SELECT 1 AS one FROM sales WHERE {call} = 'x') SELECT * FROM a")
+    assert "reaches outside the data" in refusal(
+        f"WITH a AS (SELECT 1 AS one FROM sales WHERE {call} = 'x') SELECT * FROM a"
+    )
     assert "reaches outside the data" in refused_expression(call)
 
 
@@ -122,7 +124,9 @@ def test_only_the_declared_sources_are_read(table: str) -> None:
     ],
 )
 def test_anything_but_one_select_is_refused(text: str) -> None:
-    assert "expected exactly one SELECT" in refusal(text) or "not SQL that Spark understands" in refusal(text)
+    assert "expected exactly one SELECT" in refusal(
+        text
+    ) or "not SQL that Spark understands" in refusal(text)
 
 
 def test_broken_sql_is_told_with_its_place() -> None:
@@ -151,14 +155,29 @@ def test_row_wise_expressions_are_allowed(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["sum(price)", "max(price)", "first(price)", "percentile(price, 0.5)", "count(*)", "collect_list(price)", "avg(price) + 1"]
+    "text",
+    [
+        "sum(price)",
+        "max(price)",
+        "first(price)",
+        "percentile(price, 0.5)",
+        "count(*)",
+        "collect_list(price)",
+        "avg(price) + 1",
+    ],
 )
 def test_aggregates_are_refused_in_derived_columns(text: str) -> None:
     assert "looks at other rows" in refused_expression(text)
 
 
 @pytest.mark.parametrize(
-    "text", ["lag(price) OVER (ORDER BY day)", "row_number() OVER (PARTITION BY city ORDER BY day)", "sum(price) OVER ()", "lead(price, 1)"]
+    "text",
+    [
+        "lag(price) OVER (ORDER BY day)",
+        "row_number() OVER (PARTITION BY city ORDER BY day)",
+        "sum(price) OVER ()",
+        "lead(price, 1)",
+    ],
 )
 def test_windows_are_refused_in_derived_columns(text: str) -> None:
     assert "declare a lag or a rolling window" in refused_expression(text)
@@ -181,7 +200,9 @@ def test_windows_are_refused_in_derived_columns(text: str) -> None:
     ],
 )
 def test_only_one_expression_is_a_derived_column(text: str) -> None:
-    assert "not a single row-wise expression" in refused_expression(text) or "not an SQL expression" in refused_expression(text)
+    assert "not a single row-wise expression" in refused_expression(
+        text
+    ) or "not an SQL expression" in refused_expression(text)
 
 
 @pytest.mark.parametrize("text", ["*", "struct(*)", "hash(*)", "to_json(struct(*))", "sales.*"])
@@ -200,7 +221,10 @@ def test_sql_and_declared_features_fit() -> None:
 
 
 def test_a_column_that_the_sql_does_not_give_is_named_with_its_field_and_what_there_is() -> None:
-    with pytest.raises(SpecError, match=r"features\.columns: features\.sql gives no column 'promotion'; it gives: city, day, kind, price"):
+    with pytest.raises(
+        SpecError,
+        match=r"features\.columns: features\.sql gives no column 'promotion'; it gives: city, day, kind, price",
+    ):
         check_features(small_spec(), SQL.replace("promotion, ", ""), file="features.sql")
 
 
@@ -214,25 +238,44 @@ def test_a_star_is_checked_once_the_columns_are_known() -> None:
 
 def test_a_column_that_no_source_has_is_refused_with_what_the_sources_give() -> None:
     with pytest.raises(SpecError, match="sales has region, city") as caught:
-        check_features(small_spec(), SQL.replace("price", "prise AS price"), file="features.sql", schemas=SCHEMAS)
+        check_features(
+            small_spec(),
+            SQL.replace("price", "prise AS price"),
+            file="features.sql",
+            schemas=SCHEMAS,
+        )
     assert "prise" in str(caught.value)
 
 
 def test_columns_are_found_in_any_case() -> None:
-    check_features(small_spec(), SQL.upper().replace("FROM SALES", "FROM sales"), file="features.sql", schemas=SCHEMAS)
+    check_features(
+        small_spec(),
+        SQL.upper().replace("FROM SALES", "FROM sales"),
+        file="features.sql",
+        schemas=SCHEMAS,
+    )
 
 
-@pytest.mark.parametrize("text", ["sales / 2", "price - SALES", "coalesce(price, s.sales)", "usual_sales", "day"])
+@pytest.mark.parametrize(
+    "text", ["sales / 2", "price - SALES", "coalesce(price, s.sales)", "usual_sales", "day"]
+)
 def test_a_derived_column_sees_only_what_is_known(text: str) -> None:
     spec = small_spec(features={"derived": {"x": text}})
-    with pytest.raises(SpecError, match=r"features\.derived\.x: '\w+' is not a feature known when the prediction is made; known: .*price"):
+    with pytest.raises(
+        SpecError,
+        match=r"features\.derived\.x: '\w+' is not a feature known when the prediction is made; known: .*price",
+    ):
         check_features(spec, SQL, file="features.sql")
 
 
 def test_a_derived_column_sees_those_before_it_only() -> None:
-    check_features(small_spec(features={"derived": {"x": "price * 2", "y": "x + 1"}}), SQL, file="features.sql")
+    check_features(
+        small_spec(features={"derived": {"x": "price * 2", "y": "x + 1"}}), SQL, file="features.sql"
+    )
     with pytest.raises(SpecError, match=r"features\.derived\.x: 'y'"):
-        check_features(small_spec(features={"derived": {"x": "y + 1", "y": "price"}}), SQL, file="features.sql")
+        check_features(
+            small_spec(features={"derived": {"x": "y + 1", "y": "price"}}), SQL, file="features.sql"
+        )
 
 
 def test_a_lag_of_the_target_is_known() -> None:
@@ -244,7 +287,9 @@ def test_a_lag_of_the_target_is_known() -> None:
     check_features(small_spec(features=features), SQL, file="features.sql")
 
 
-@pytest.mark.parametrize("call", ["rand()", "uuid()", "now()", "current_timestamp()", "current_date()"])
+@pytest.mark.parametrize(
+    "call", ["rand()", "uuid()", "now()", "current_timestamp()", "current_date()"]
+)
 def test_a_function_that_answers_differently_each_time_is_refused(call: str) -> None:
     with pytest.raises(SpecError, match="another answer each time"):
         check_expression(call, where="features.derived.x")
@@ -293,7 +338,10 @@ def test_chance_and_the_clock_are_refused(call: str) -> None:
     ],
 )
 def test_the_session_files_and_services_are_refused(call: str) -> None:
-    assert any(part in refusal(f"SELECT {call} AS x FROM sales") for part in ("reaches outside", "take for a function", "row's file"))
+    assert any(
+        part in refusal(f"SELECT {call} AS x FROM sales")
+        for part in ("reaches outside", "take for a function", "row's file")
+    )
 
 
 def test_an_unknown_function_is_told_with_those_close_to_it_and_how_to_allow_it() -> None:
@@ -305,18 +353,28 @@ def test_an_unknown_function_is_told_with_those_close_to_it_and_how_to_allow_it(
 
 
 def test_a_fleet_can_allow_a_function_but_none_that_does_harm() -> None:
-    sql = SQL.replace("promotion", "max(price) AS promotion, Collect_Set(kind) AS kinds") + " GROUP BY ALL"
+    sql = (
+        SQL.replace("promotion", "max(price) AS promotion, Collect_Set(kind) AS kinds")
+        + " GROUP BY ALL"
+    )
     with pytest.raises(SpecError, match="calls 'collect_set'"):
         check_features(small_spec(), sql, file="features.sql")
     check_features(small_spec(sql={"functions": ["collect_set"]}), sql, file="features.sql")
-    check_features(small_spec(sql={"functions": ["theirs"]}, features={"derived": {"x": "theirs(price)"}}), SQL, file="features.sql")
+    check_features(
+        small_spec(sql={"functions": ["theirs"]}, features={"derived": {"x": "theirs(price)"}}),
+        SQL,
+        file="features.sql",
+    )
     for name in ("reflect", "Java_Method", "rand", "ai_gen"):
         with pytest.raises(SpecError, match=f"sql.functions calls {name.lower()}, which"):
             check_features(small_spec(sql={"functions": [name]}), SQL, file="features.sql")
 
 
 def test_allowing_a_function_trains_nothing_again() -> None:
-    assert small_spec(sql={"functions": ["collect_set"]}).training_digest == small_spec().training_digest
+    assert (
+        small_spec(sql={"functions": ["collect_set"]}).training_digest
+        == small_spec().training_digest
+    )
 
 
 def test_no_function_is_both_allowed_and_harmful() -> None:
@@ -347,7 +405,11 @@ def test_syntax_that_is_not_allowed_is_refused(text: str) -> None:
 
 
 def test_a_common_table_expression_is_read_only_where_it_is_visible() -> None:
-    parse_select("WITH a AS (SELECT 1 AS x), b AS (SELECT * FROM a) SELECT * FROM b WHERE x IN (SELECT x FROM a)", ["sales"], file="features.sql")
+    parse_select(
+        "WITH a AS (SELECT 1 AS x), b AS (SELECT * FROM a) SELECT * FROM b WHERE x IN (SELECT x FROM a)",
+        ["sales"],
+        file="features.sql",
+    )
     for text in (
         "WITH a AS (SELECT * FROM b), b AS (SELECT 1) SELECT * FROM a",
         "SELECT * FROM (WITH b AS (SELECT 1 AS x) SELECT * FROM b) AS t JOIN b",
@@ -359,7 +421,11 @@ def test_a_common_table_expression_is_read_only_where_it_is_visible() -> None:
 def test_a_first_row_needs_an_order() -> None:
     assert "without an order" in refusal("SELECT city, first(price) FROM sales GROUP BY city")
     assert "without an order" in refusal("SELECT last(price) OVER (PARTITION BY city) FROM sales")
-    parse_select("SELECT first(price) IGNORE NULLS OVER (PARTITION BY city ORDER BY day) FROM sales", ["sales"], file="features.sql")
+    parse_select(
+        "SELECT first(price) IGNORE NULLS OVER (PARTITION BY city ORDER BY day) FROM sales",
+        ["sales"],
+        file="features.sql",
+    )
 
 
 @pytest.mark.parametrize("text", ["explode(array(1, 2))", "stack(2, 1, 2)"])
@@ -369,9 +435,13 @@ def test_a_derived_column_makes_no_rows(text: str) -> None:
 
 def test_a_lambda_cannot_borrow_the_name_of_a_column_that_is_not_known() -> None:
     for name, refused in (("x", False), ("sales", True), ("known_at", True)):
-        spec = small_spec(features={"derived": {"y": f"aggregate(array(price), 0D, (a, {name}) -> a + {name})"}})
+        spec = small_spec(
+            features={"derived": {"y": f"aggregate(array(price), 0D, (a, {name}) -> a + {name})"}}
+        )
         if refused:
-            with pytest.raises(SpecError, match=f"'{name}' is the name of a column that is not known"):
+            with pytest.raises(
+                SpecError, match=f"'{name}' is the name of a column that is not known"
+            ):
                 check_features(spec, SQL, file="features.sql")
         else:
             check_features(spec, SQL, file="features.sql")
@@ -382,12 +452,23 @@ def test_a_lambda_cannot_borrow_the_name_of_a_column_that_is_not_known() -> None
     [
         ("SELECT city -- a /* b\nFROM sales /* c */ -- d", "SELECT city FROM sales"),
         ("SELECT Pmod(price, 7), LN(price), substr(city, 2), array(1)[0] FROM sales", None),
-        ("SELECT 'it''s', \"a'b\", 'c\\\\' FROM sales", "SELECT 'it\\'s', 'a\\'b', 'c\\\\' FROM sales"),
+        (
+            "SELECT 'it''s', \"a'b\", 'c\\\\' FROM sales",
+            "SELECT 'it\\'s', 'a\\'b', 'c\\\\' FROM sales",
+        ),
         ("SELECT x FROM sales LATERAL VIEW explode(array(1)) `t AS y --` AS x", None),
-        ("SELECT timestampadd(MINUTE, 1, day), datediff(day, day, day), day << 1, DATE '2024-01-31', 'a' 'b' FROM sales", None),
-        ("SELECT city FROM sales QUALIFY row_number() OVER (PARTITION BY city ORDER BY day) = 1", None),
+        (
+            "SELECT timestampadd(MINUTE, 1, day), datediff(day, day, day), day << 1, DATE '2024-01-31', 'a' 'b' FROM sales",
+            None,
+        ),
+        (
+            "SELECT city FROM sales QUALIFY row_number() OVER (PARTITION BY city ORDER BY day) = 1",
+            None,
+        ),
     ],
 )
-def test_what_runs_is_what_was_written_without_its_comments(text: str, rendered: str | None) -> None:
+def test_what_runs_is_what_was_written_without_its_comments(
+    text: str, rendered: str | None
+) -> None:
     query = parse_select(text, ["sales"], file="features.sql")
     assert render(query).replace("ARRAY", "array") == (rendered or text)

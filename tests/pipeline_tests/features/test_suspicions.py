@@ -21,9 +21,15 @@ def shops(**columns: Any) -> pd.DataFrame:
         sales = level + 5 * np.sin(np.arange(N_DAYS) / 20) + random.normal(0, 3, N_DAYS)
         sales[random.random(N_DAYS) < 0.3] = 0.0
         time = pd.date_range("2024-01-01", periods=N_DAYS, unit="us")
-        parts.append(pd.DataFrame({"region": "north", "city": city, "time": time, "known_at": time, "sales": sales}))
+        parts.append(
+            pd.DataFrame(
+                {"region": "north", "city": city, "time": time, "known_at": time, "sales": sales}
+            )
+        )
     rows = pd.concat(parts, ignore_index=True)
-    return rows.assign(usual_sales=rows["sales"], **{name: make(rows, random) for name, make in columns.items()})
+    return rows.assign(
+        usual_sales=rows["sales"], **{name: make(rows, random) for name, make in columns.items()}
+    )
 
 
 def suspicions(rows: pd.DataFrame, *columns: str, **changes: Any) -> Suspicions:
@@ -40,8 +46,14 @@ def suspicions(rows: pd.DataFrame, *columns: str, **changes: Any) -> Suspicions:
     [
         (lambda rows, _: rows["sales"], "equal to the target in 100.0%"),
         # Rounding hides some of it; the days without sales are equal anyway.
-        (lambda rows, random: rows["sales"].where(random.random(len(rows)) > 0.03, 7.0), "equal to the target in 9"),
-        (lambda rows, random: rows["sales"] * (1 + random.normal(0, 0.02, len(rows))), "correlation 0.99"),
+        (
+            lambda rows, random: rows["sales"].where(random.random(len(rows)) > 0.03, 7.0),
+            "equal to the target in 9",
+        ),
+        (
+            lambda rows, random: rows["sales"] * (1 + random.normal(0, 0.02, len(rows))),
+            "correlation 0.99",
+        ),
         (lambda rows, _: 1000 - 2 * rows["sales"], "correlation 1.000"),
     ],
     ids=["copy", "almost", "noise", "mirrored"],
@@ -80,13 +92,18 @@ def test_zeros_in_common_are_no_copy() -> None:
 def test_a_column_that_moves_as_it_did_before_is_not_named() -> None:
     # Both rise and fall with the year, slowly: the column knows no change before it happens.
     wave = np.sin(np.arange(N_DAYS) / 20)
-    rows = shops().assign(sales=np.tile(wave, 2), temperature=np.tile(np.sin((np.arange(N_DAYS) + 0.6) / 20), 2))
+    rows = shops().assign(
+        sales=np.tile(wave, 2), temperature=np.tile(np.sin((np.arange(N_DAYS) + 0.6) / 20), 2)
+    )
     assert suspicions(rows, "temperature").like_the_target == {}
 
 
 @pytest.mark.parametrize("classes", [("no", "yes"), ("0", "1"), ("false", "true")])
 def test_classes_are_looked_at_as_well(classes: tuple[str, str]) -> None:
-    rows = shops(leak=lambda rows, _: (rows["sales"] > 0).astype(float), other=lambda rows, _: rows["sales"].shift(3))
+    rows = shops(
+        leak=lambda rows, _: (rows["sales"] > 0).astype(float),
+        other=lambda rows, _: rows["sales"].shift(3),
+    )
     rows["sales"] = rows["leak"].map(dict(enumerate(classes)))
     found = suspicions(rows, "leak", "other", task="binary", baselines={"usual": "other"})
     assert list(found.like_the_target) == ["leak"]
@@ -94,7 +111,10 @@ def test_classes_are_looked_at_as_well(classes: tuple[str, str]) -> None:
 
 def lagged(rows: pd.DataFrame, **changes: Any) -> dict[str, str]:
     return suspicions(
-        rows, features={"lags": [{"column": "sales", "periods": [1, 2]}]}, baselines={"seasonal naive": "usual_sales"}, **changes
+        rows,
+        features={"lags": [{"column": "sales", "periods": [1, 2]}]},
+        baselines={"seasonal naive": "usual_sales"},
+        **changes,
     ).missed_lags
 
 
@@ -122,28 +142,54 @@ def test_a_gap_beside_a_change_of_the_clocks_is_a_gap() -> None:
 
 
 def test_lags_of_months_that_were_known_too_late_are_named() -> None:
-    rows = shops().iloc[:4].assign(time=pd.to_datetime(["2024-01-31", "2024-02-10", "2024-03-05", "2024-05-20"]).astype("datetime64[us]"))
+    rows = (
+        shops()
+        .iloc[:4]
+        .assign(
+            time=pd.to_datetime(["2024-01-31", "2024-02-10", "2024-03-05", "2024-05-20"]).astype(
+                "datetime64[us]"
+            )
+        )
+    )
     rows["known_at"] = rows["time"]
     assert lagged(rows, period="1 month", horizon="1 month") == {"sales_lag_1": "2 of 4 rows"}
     assert lagged(rows, period="1 month", horizon="0 days") == {}
 
 
 def test_a_fleet_without_lags_and_columns_has_nothing_to_look_at() -> None:
-    spec: FleetSpec = small_spec(features={"columns": []}, baselines={"seasonal naive": "usual_sales"})
+    spec: FleetSpec = small_spec(
+        features={"columns": []}, baselines={"seasonal naive": "usual_sales"}
+    )
     table = pa.Table.from_pandas(shops(), preserve_index=False)
     assert find_suspicions(table.select(columns_looked_at(spec)), spec) == Suspicions({}, {}, {})
 
 
 @pytest.mark.parametrize(
-    ("zone", "hours"), [("Europe/Berlin", "22:00 or 23:00"), ("Asia/Kolkata", "18:30"), ("America/New_York", "04:00 or 05:00"), ("UTC", None)]
+    ("zone", "hours"),
+    [
+        ("Europe/Berlin", "22:00 or 23:00"),
+        ("Asia/Kolkata", "18:30"),
+        ("America/New_York", "04:00 or 05:00"),
+        ("UTC", None),
+    ],
 )
 def test_midnights_of_another_zone_are_named(zone: str, hours: str | None) -> None:
-    time = pd.date_range("2024-01-01", periods=2 * N_DAYS, freq="D", tz=zone).tz_convert("UTC").tz_localize(None).as_unit("us")
+    time = (
+        pd.date_range("2024-01-01", periods=2 * N_DAYS, freq="D", tz=zone)
+        .tz_convert("UTC")
+        .tz_localize(None)
+        .as_unit("us")
+    )
     rows = shops().assign(time=time, known_at=time)
     expected = {} if hours is None else {"day": f"all rows lie at {hours} UTC"}
     assert suspicions(rows).other_midnights == expected
     assert suspicions(rows, timezone=zone).other_midnights == {}
     # Hours begin everywhere alike, and times all over the day are no midnights.
-    assert suspicions(rows, period="1 hour", baselines={"seasonal naive": "usual_sales"}).other_midnights == {}
+    assert (
+        suspicions(
+            rows, period="1 hour", baselines={"seasonal naive": "usual_sales"}
+        ).other_midnights
+        == {}
+    )
     spread = time + pd.to_timedelta(np.arange(len(time)) % 5, unit="h")
     assert suspicions(rows.assign(time=spread)).other_midnights == {}

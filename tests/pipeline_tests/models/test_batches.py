@@ -46,16 +46,25 @@ def booster(seed: int) -> EncodedBooster:
 @pytest.fixture(scope="module", params=["independent", "correction"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> FleetModel:
     random = np.random.default_rng(1)
-    keys = [(0, []), *((1, [region]) for region in REGIONS), *((2, [region, store]) for region in REGIONS[:3] for store in STORES)]
+    keys = [
+        (0, []),
+        *((1, [region]) for region in REGIONS),
+        *((2, [region, store]) for region in REGIONS[:3] for store in STORES),
+    ]
     boosters = [booster(number) for number in range(len(keys))]
     ledger = pd.DataFrame(
         {
             "grain": [grain for grain, _ in keys],
             "group_id": [group_id(values) for _, values in keys],
             # Some have no model of their own, and some that have one leave the word to their parent.
-            "booster_id": [None if number % 5 == 4 else one.booster_id for number, one in enumerate(boosters)],
+            "booster_id": [
+                None if number % 5 == 4 else one.booster_id for number, one in enumerate(boosters)
+            ],
             "weight": np.where(np.arange(len(keys)) % 7 == 6, 0.0, random.random(len(keys))),
-            "intervals": [None if number % 3 == 2 else json.dumps({"0.8": random.random(), "0.95": None}) for number in range(len(keys))],
+            "intervals": [
+                None if number % 3 == 2 else json.dumps({"0.8": random.random(), "0.95": None})
+                for number in range(len(keys))
+            ],
         }
     )
     ledger.loc[0, "intervals"] = '{"0.8": 0.5, "0.95": 0.75}'
@@ -72,7 +81,9 @@ def batch_of(seed: int) -> pd.DataFrame:
     n = int(random.integers(1, 40))
 
     def some(values: list[Any]) -> Any:
-        return pd.Series([values[place] for place in random.integers(0, len(values), n)], dtype=object)
+        return pd.Series(
+            [values[place] for place in random.integers(0, len(values), n)], dtype=object
+        )
 
     return pd.DataFrame(
         {
@@ -98,7 +109,9 @@ def check_equal(found: pd.DataFrame, expected: pd.DataFrame) -> None:
 
 @pytest.mark.parametrize("interval", [0.8, 0.95])
 @pytest.mark.parametrize("seed", range(12))
-def test_a_mixed_batch_is_the_same_rows_asked_one_at_a_time(model: FleetModel, seed: int, interval: float) -> None:
+def test_a_mixed_batch_is_the_same_rows_asked_one_at_a_time(
+    model: FleetModel, seed: int, interval: float
+) -> None:
     batch = batch_of(seed)
     alone = [model.predict(batch.iloc[[place]], interval=interval) for place in range(len(batch))]
     check_equal(model.predict(batch, interval=interval), pd.concat(alone))
@@ -114,7 +127,9 @@ def test_the_batches_hold_all_that_they_should(model: FleetModel) -> None:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_neither_the_order_of_columns_nor_that_of_rows_matters(model: FleetModel, seed: int) -> None:
+def test_neither_the_order_of_columns_nor_that_of_rows_matters(
+    model: FleetModel, seed: int
+) -> None:
     batch, random = batch_of(seed), np.random.default_rng(seed)
     expected = model.predict(batch)
     check_equal(model.predict(batch[random.permutation(batch.columns)]), expected)
@@ -125,33 +140,52 @@ def test_neither_the_order_of_columns_nor_that_of_rows_matters(model: FleetModel
 @pytest.mark.parametrize("width", WIDTHS)
 def test_numbers_of_any_width_are_the_same_keys_and_features(model: FleetModel, width: str) -> None:
     batch = batch_of(3)
-    batch = batch.assign(store=[55 if store is None else store for store in batch["store"]], amount=batch["count"] - 2)
+    batch = batch.assign(
+        store=[55 if store is None else store for store in batch["store"]],
+        amount=batch["count"] - 2,
+    )
     expected = model.predict(batch)
     assert (expected["answered_by"] == "[region, store]").any()
-    check_equal(model.predict(batch.astype(dict.fromkeys(("store", "count", "amount"), width))), expected)
+    check_equal(
+        model.predict(batch.astype(dict.fromkeys(("store", "count", "amount"), width))), expected
+    )
     check_equal(model.predict(batch.astype({"store": width})), expected)
 
 
 @pytest.mark.parametrize("missing", [None, np.nan, pd.NA, pd.NaT])
-def test_a_null_key_is_a_key_of_its_own_however_it_is_written(model: FleetModel, missing: Any) -> None:
+def test_a_null_key_is_a_key_of_its_own_however_it_is_written(
+    model: FleetModel, missing: Any
+) -> None:
     batch = batch_of(4).assign(region="north")
     stores = pd.Series([7, None] * len(batch), dtype=object)[: len(batch)].set_axis(batch.index)
     expected = model.predict(batch.assign(store=stores))
     assert len(set(expected["booster_id"].dropna())) > 1
-    check_equal(model.predict(batch.assign(store=[missing if store is None else store for store in stores])), expected)
+    check_equal(
+        model.predict(
+            batch.assign(store=[missing if store is None else store for store in stores])
+        ),
+        expected,
+    )
     check_equal(model.predict(batch.assign(store=stores.astype("Float64"))), expected)
 
 
 @pytest.mark.parametrize("lacking", [["x"], ["kind"], ["x", "kind"]])
 @pytest.mark.parametrize("seed", range(4))
-def test_an_optional_column_that_is_missing_is_null_in_every_row(model: FleetModel, seed: int, lacking: list[str]) -> None:
+def test_an_optional_column_that_is_missing_is_null_in_every_row(
+    model: FleetModel, seed: int, lacking: list[str]
+) -> None:
     batch = batch_of(seed)
-    check_equal(model.predict(batch.drop(columns=lacking)), model.predict(batch.assign(**dict.fromkeys(lacking))))
+    check_equal(
+        model.predict(batch.drop(columns=lacking)),
+        model.predict(batch.assign(**dict.fromkeys(lacking))),
+    )
 
 
 def test_an_unseen_category_is_answered_as_a_null_one(model: FleetModel) -> None:
     batch = batch_of(5)
-    check_equal(model.predict(batch.assign(kind="unheard of")), model.predict(batch.assign(kind=None)))
+    check_equal(
+        model.predict(batch.assign(kind="unheard of")), model.predict(batch.assign(kind=None))
+    )
 
 
 @pytest.mark.parametrize("rows", [slice(0), []])

@@ -20,7 +20,11 @@ def trained(*, threads: int = 1, seed: int = 1) -> lgb.Booster:
         "bagging_fraction": 0.7,
         "bagging_freq": 1,
     }
-    return lgb.train(parameters, lgb.Dataset(matrix, matrix[:, 0] + rng.normal(size=500), params={"verbosity": -1}), num_boost_round=20)
+    return lgb.train(
+        parameters,
+        lgb.Dataset(matrix, matrix[:, 0] + rng.normal(size=500), params={"verbosity": -1}),
+        num_boost_round=20,
+    )
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
@@ -44,7 +48,10 @@ def test_a_boosters_id_does_not_depend_on_the_number_of_threads() -> None:
 
 
 def test_other_trees_have_another_id() -> None:
-    assert encode_booster(trained(seed=1).model_to_string()).booster_id != encode_booster(trained(seed=2).model_to_string()).booster_id
+    assert (
+        encode_booster(trained(seed=1).model_to_string()).booster_id
+        != encode_booster(trained(seed=2).model_to_string()).booster_id
+    )
 
 
 def test_only_the_parameters_are_left_out_of_the_id() -> None:
@@ -61,6 +68,7 @@ def test_the_same_text_is_stored_the_same() -> None:
 def test_a_message_says_where_the_damage_is() -> None:
     row = vars(encode_booster("tree")) | {"sha256": "0" * 64}
     with pytest.raises(
-        PackError, match=r"^s3://bucket/boosters: booster [0-9a-f]{64} is damaged: its digest is [0-9a-f]{64}, expected 0{64}; restore"
+        PackError,
+        match=r"^s3://bucket/boosters: booster [0-9a-f]{64} is damaged: its digest is [0-9a-f]{64}, expected 0{64}; restore",
     ):
         decode_booster(row, "s3://bucket/boosters")

@@ -19,7 +19,9 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 
 def booster_of(matrix: Any, target: Any, **parameters: Any) -> lgb.Booster:
     data = lgb.Dataset(matrix, target, params={"verbosity": -1})
-    fitted = lgb.train({"verbosity": -1, "num_threads": 1, "num_leaves": 7, **parameters}, data, num_boost_round=12)
+    fitted = lgb.train(
+        {"verbosity": -1, "num_threads": 1, "num_leaves": 7, **parameters}, data, num_boost_round=12
+    )
     return lgb.Booster(model_str=fitted.model_to_string())
 
 
@@ -36,7 +38,9 @@ def oslo(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 @pytest.mark.parametrize("task", OBJECTIVES)
-def test_gain_splits_and_shap_are_lightgbms_own(oslo: pd.DataFrame, fleet_settings: TrainingSettings, task: str) -> None:
+def test_gain_splits_and_shap_are_lightgbms_own(
+    oslo: pd.DataFrame, fleet_settings: TrainingSettings, task: str
+) -> None:
     model_spec = fleet_settings.model_spec
     matrix = design_matrix(oslo, model_spec)
     booster = booster_of(matrix, target_of(oslo, task), **OBJECTIVES[task])
@@ -50,11 +54,17 @@ def test_gain_splits_and_shap_are_lightgbms_own(oslo: pd.DataFrame, fleet_settin
     n_classes = OBJECTIVES[task].get("num_class", 1)
     parts = booster.predict(matrix, pred_contrib=True).reshape(len(oslo), n_classes, -1)
     assert parts.shape[2] == len(model_spec.features) + 1
-    np.testing.assert_allclose(found["shap"], [np.abs(parts[:, :, place]).mean() for place in range(len(model_spec.features))], rtol=1e-12)
+    np.testing.assert_allclose(
+        found["shap"],
+        [np.abs(parts[:, :, place]).mean() for place in range(len(model_spec.features))],
+        rtol=1e-12,
+    )
     assert set(found["n_rows"]) == {len(oslo)}
 
 
-def test_shap_values_and_their_base_add_up_to_the_raw_score(oslo: pd.DataFrame, fleet_settings: TrainingSettings) -> None:
+def test_shap_values_and_their_base_add_up_to_the_raw_score(
+    oslo: pd.DataFrame, fleet_settings: TrainingSettings
+) -> None:
     matrix = design_matrix(oslo, fleet_settings.model_spec)
     booster = booster_of(matrix, target_of(oslo, "binary"), objective="binary")
     one = oslo.head(1)
@@ -66,7 +76,9 @@ def test_shap_values_and_their_base_add_up_to_the_raw_score(oslo: pd.DataFrame, 
     assert found["shap"].max() > 0
 
 
-def test_ranks_are_by_gain_and_a_feature_without_splits_has_none(oslo: pd.DataFrame, fleet_settings: TrainingSettings) -> None:
+def test_ranks_are_by_gain_and_a_feature_without_splits_has_none(
+    oslo: pd.DataFrame, fleet_settings: TrainingSettings
+) -> None:
     model_spec = fleet_settings.model_spec
     constant = oslo.assign(promotion=0.0)
     booster = booster_of(design_matrix(constant, model_spec), target_of(oslo, "regression"))
@@ -80,16 +92,24 @@ def test_ranks_are_by_gain_and_a_feature_without_splits_has_none(oslo: pd.DataFr
     assert ranked.index[0] == "price"
 
 
-def test_a_booster_without_splits_has_no_shares_and_no_ranks(oslo: pd.DataFrame, fleet_settings: TrainingSettings) -> None:
+def test_a_booster_without_splits_has_no_shares_and_no_ranks(
+    oslo: pd.DataFrame, fleet_settings: TrainingSettings
+) -> None:
     matrix = design_matrix(oslo, fleet_settings.model_spec)
-    found = group_importance(booster_of(matrix, np.ones(len(oslo))), oslo, fleet_settings.model_spec)
+    found = group_importance(
+        booster_of(matrix, np.ones(len(oslo))), oslo, fleet_settings.model_spec
+    )
     assert found["gain"].tolist() == [0.0] * len(found)
     assert found[["gain_share", "rank"]].isna().all(axis=None)
     assert found["shap"].tolist() == [0.0] * len(found)
 
 
-def test_without_rows_there_is_gain_and_no_shap(oslo: pd.DataFrame, fleet_settings: TrainingSettings) -> None:
-    booster = booster_of(design_matrix(oslo, fleet_settings.model_spec), target_of(oslo, "regression"))
+def test_without_rows_there_is_gain_and_no_shap(
+    oslo: pd.DataFrame, fleet_settings: TrainingSettings
+) -> None:
+    booster = booster_of(
+        design_matrix(oslo, fleet_settings.model_spec), target_of(oslo, "regression")
+    )
     found = group_importance(booster, oslo.head(0), fleet_settings.model_spec)
     assert found["gain"].sum() > 0
     assert found["shap"].isna().all()

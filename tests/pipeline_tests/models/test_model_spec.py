@@ -19,7 +19,12 @@ CUTOFFS = Cutoffs(*(pd.Timestamp(day) for day in ("2024-10-26", "2024-07-26", "2
 CATEGORIES = {"kind": ["große", "petit é", "🦊", '"']}
 FLEETS = {
     "regression": small_spec(
-        target={"column": "sales", "transform": "log1p", "offset": "usual_sales", "scale": "usual_sales"},
+        target={
+            "column": "sales",
+            "transform": "log1p",
+            "offset": "usual_sales",
+            "scale": "usual_sales",
+        },
         scoring={"interval": 0.9, "intervals": [0.5, 0.99]},
         features={"columns": ["price", "promotion", "usual_sales"]},
     ),
@@ -28,9 +33,13 @@ FLEETS = {
     "count": small_spec(tuning={"objective": "poisson"}),
 }
 MODEL_SPECS = {
-    "regression": build_model_spec(FLEETS["regression"], CATEGORIES, own=CORRECTION, nullable=["price", "usual_sales", "kind"]),
+    "regression": build_model_spec(
+        FLEETS["regression"], CATEGORIES, own=CORRECTION, nullable=["price", "usual_sales", "kind"]
+    ),
     "binary": build_model_spec(FLEETS["binary"], CATEGORIES, ["no", "yes"]),
-    "multiclass": build_model_spec(FLEETS["multiclass"], {}, ["low", "mid", "tôp"], [0.25, 0.5, 0.1 + 0.15]),
+    "multiclass": build_model_spec(
+        FLEETS["multiclass"], {}, ["low", "mid", "tôp"], [0.25, 0.5, 0.1 + 0.15]
+    ),
     "count": build_model_spec(FLEETS["count"], CATEGORIES),
 }
 TEXTS = {
@@ -50,7 +59,9 @@ PACKED = "1ff7fe06e0be437c6d4213e136c9dd6e31e291f20dfac152ce53e0ca9cd34b89"
 
 def digest_of(task: str) -> str:
     spec, found = FLEETS[task], MODEL_SPECS[task]
-    return shared_digest(found, learning_goal(spec, len(found.classes)), spec.tuning, CUTOFFS, spec.target.weight)
+    return shared_digest(
+        found, learning_goal(spec, len(found.classes)), spec.tuning, CUTOFFS, spec.target.weight
+    )
 
 
 def packed_text(folder: Path) -> str:
@@ -65,7 +76,9 @@ def packed_text(folder: Path) -> str:
         }
     )
     own = PackedRun(Generation(MODEL_SPECS["regression"], "run-1", 0.1, None), ledger)
-    other = PackedRun(Generation(MODEL_SPECS["count"], "run-0", 0.1, None), ledger.drop(columns="answered_by"))
+    other = PackedRun(
+        Generation(MODEL_SPECS["count"], "run-0", 0.1, None), ledger.drop(columns="answered_by")
+    )
     write_pack(folder, [own, other], lambda _: [])
     return (folder / "spec.json").read_text(encoding="utf-8")
 
@@ -93,11 +106,21 @@ def test_what_an_earlier_release_did_not_write_is_not_written_again() -> None:
     model_spec = ModelSpec.from_dict(described)
     assert model_spec.is_count is None
     assert model_spec.to_json() == json.dumps(described, ensure_ascii=False)
-    entry = {**described, "fleet_version": "run-1", "constant": 0.1, "constant_without_offset": None}
+    entry = {
+        **described,
+        "fleet_version": "run-1",
+        "constant": 0.1,
+        "constant_without_offset": None,
+    }
     assert json.dumps(Generation.from_dict(entry).to_dict()) == json.dumps(entry)
 
 
 def test_a_runs_row_says_what_its_generation_is() -> None:
-    run = {"run_id": "run-1", "model_spec": TEXTS["multiclass"], "constant": float("nan"), "constant_without_offset": None}
+    run = {
+        "run_id": "run-1",
+        "model_spec": TEXTS["multiclass"],
+        "constant": float("nan"),
+        "constant_without_offset": None,
+    }
     assert Generation.of_run(run) == Generation(MODEL_SPECS["multiclass"], "run-1", None, None)
     assert Generation.of_run(pd.Series({**run, "constant": 1})).constant == 1.0

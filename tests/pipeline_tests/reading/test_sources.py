@@ -20,7 +20,9 @@ ROWS = [{"city": "oslo", "sales": 1.5}, {"city": "roma", "sales": None}]
 
 
 def read(folder: Path, uri: str, **options: Any) -> list[dict[str, Any]]:
-    tables = [table for _, table in read_source(SourceSpec(name="sales", uri=uri, **options), folder)]
+    tables = [
+        table for _, table in read_source(SourceSpec(name="sales", uri=uri, **options), folder)
+    ]
     return [row for table in tables for row in table.to_pylist()]
 
 
@@ -59,14 +61,21 @@ def test_zipped_csv(tmp_path: Path) -> None:
 
 
 def test_what_macs_and_editors_leave_in_an_archive_does_not_count(tmp_path: Path) -> None:
-    zipped(tmp_path / "sales.csv.zip", **{"data/": "", "data/sales.csv": CSV, "__MACOSX/data/sales.csv": "x", ".DS_Store": "x"})
+    zipped(
+        tmp_path / "sales.csv.zip",
+        **{"data/": "", "data/sales.csv": CSV, "__MACOSX/data/sales.csv": "x", ".DS_Store": "x"},
+    )
     assert read(tmp_path, "sales.csv.zip") == ROWS
 
 
 @pytest.mark.parametrize("files", [{"data/": ""}, {"a.csv": CSV, "b.csv": CSV}])
-def test_an_archive_of_any_other_number_of_files_is_refused(tmp_path: Path, files: dict[str, str]) -> None:
+def test_an_archive_of_any_other_number_of_files_is_refused(
+    tmp_path: Path, files: dict[str, str]
+) -> None:
     zipped(tmp_path / "sales.csv.zip", **files)
-    with pytest.raises(DataError, match=f"the archive holds {sum(map(bool, files.values()))} files, expected one"):
+    with pytest.raises(
+        DataError, match=f"the archive holds {sum(map(bool, files.values()))} files, expected one"
+    ):
         read(tmp_path, "sales.csv.zip")
 
 
@@ -83,14 +92,19 @@ def test_parquet(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ending", ["jsonl", "ndjson", "jsonl.gz"])
 def test_json_lines(tmp_path: Path, ending: str) -> None:
     text = "\n".join(json.dumps(row) for row in ROWS)
-    (tmp_path / f"sales.{ending}").write_bytes(gzip.compress(text.encode()) if ending.endswith("gz") else text.encode())
+    (tmp_path / f"sales.{ending}").write_bytes(
+        gzip.compress(text.encode()) if ending.endswith("gz") else text.encode()
+    )
     assert read(tmp_path, f"sales.{ending}") == ROWS
 
 
 def test_delta(tmp_path: Path) -> None:
     write_deltalake(str(tmp_path / "sales"), pa.Table.from_pylist(ROWS))
     assert read(tmp_path, "sales", format="delta") == ROWS
-    assert read(tmp_path, "sales", format="delta", types={"sales": "string"})[0] == {"city": "oslo", "sales": "1.5"}
+    assert read(tmp_path, "sales", format="delta", types={"sales": "string"})[0] == {
+        "city": "oslo",
+        "sales": "1.5",
+    }
 
 
 def test_a_folder_that_is_no_delta_table_is_refused(tmp_path: Path) -> None:
@@ -114,7 +128,12 @@ def test_a_glob_reaches_into_folders(tmp_path: Path) -> None:
 
 def test_a_folder_is_read_without_hidden_files(tmp_path: Path) -> None:
     written(tmp_path / "sales" / "a" / "1.csv")
-    for hidden in (".part.crc", "_SUCCESS", ".ipynb_checkpoints/1-checkpoint.csv", "_temporary/2.csv"):
+    for hidden in (
+        ".part.crc",
+        "_SUCCESS",
+        ".ipynb_checkpoints/1-checkpoint.csv",
+        "_temporary/2.csv",
+    ):
         written(tmp_path / "sales" / hidden, "damaged\n1\n")
     assert read(tmp_path, "sales", format="csv") == ROWS
 
@@ -124,14 +143,29 @@ def test_a_project_in_a_hidden_folder_is_read(tmp_path: Path) -> None:
     assert read(tmp_path / ".project", "_sales", format="csv") == ROWS
 
 
-@pytest.mark.parametrize("name", ["sales [1].csv", "sal*es.csv", "what?.csv", "a b.csv", "Verkäufe.csv", "100%20.csv", "a#b.csv"])
-def test_a_file_whose_name_holds_odd_characters_is_meant_literally(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sales [1].csv",
+        "sal*es.csv",
+        "what?.csv",
+        "a b.csv",
+        "Verkäufe.csv",
+        "100%20.csv",
+        "a#b.csv",
+    ],
+)
+def test_a_file_whose_name_holds_odd_characters_is_meant_literally(
+    tmp_path: Path, name: str
+) -> None:
     written(tmp_path / name)
     assert read(tmp_path, name) == ROWS
 
 
 @pytest.mark.parametrize("folder", ["a [b]", "100*", "Ordner für x", "a?"])
-def test_a_project_folder_whose_name_holds_odd_characters_is_no_glob(tmp_path: Path, folder: str) -> None:
+def test_a_project_folder_whose_name_holds_odd_characters_is_no_glob(
+    tmp_path: Path, folder: str
+) -> None:
     written(tmp_path / folder / "sales-1.csv")
     assert read(tmp_path / folder, "sales-*.csv") == ROWS
     assert read(tmp_path / folder, "sales-1.csv") == ROWS
@@ -148,7 +182,9 @@ def test_a_file_of_an_installed_package(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("package", ["no_such_package", "no_such_package.inner", ""])
 def test_a_package_that_is_not_installed_is_named(tmp_path: Path, package: str) -> None:
-    with pytest.raises(SpecError, match=f"package '{package}' of 'package://{package}/x.csv' is not installed"):
+    with pytest.raises(
+        SpecError, match=f"package '{package}' of 'package://{package}/x.csv' is not installed"
+    ):
         read(tmp_path, f"package://{package}/x.csv")
 
 
@@ -159,10 +195,20 @@ def test_types_override_what_would_be_guessed(tmp_path: Path) -> None:
     assert typed == {"zip": "01234", "n": 1.0, "day": pd.Timestamp("2024-01-31", tz="UTC")}
 
 
-@pytest.mark.parametrize("text", ["2024-01-31 12:30:00", "2024-01-31T12:30:00Z", "2024-01-31T14:30:00+02:00", "2024-01-31 12:30:00.000001"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "2024-01-31 12:30:00",
+        "2024-01-31T12:30:00Z",
+        "2024-01-31T14:30:00+02:00",
+        "2024-01-31 12:30:00.000001",
+    ],
+)
 @pytest.mark.parametrize("ending", ["csv", "jsonl"])
 def test_timestamps_without_a_zone_are_utc(tmp_path: Path, text: str, ending: str) -> None:
-    written(tmp_path / f"x.{ending}", f"at\n{text}\n" if ending == "csv" else json.dumps({"at": text}))
+    written(
+        tmp_path / f"x.{ending}", f"at\n{text}\n" if ending == "csv" else json.dumps({"at": text})
+    )
     [row] = read(tmp_path, f"x.{ending}", types={"at": "timestamp"})
     assert row["at"].replace(microsecond=0) == pd.Timestamp("2024-01-31 12:30", tz="UTC")
 
@@ -179,7 +225,9 @@ def test_types_are_cast_in_typed_formats(tmp_path: Path, ending: str) -> None:
 
 def test_a_value_that_is_not_of_its_type_is_told_with_the_file(tmp_path: Path) -> None:
     written(tmp_path / "x.csv")
-    with pytest.raises(DataError, match=r"source 'sales': .*x\.csv cannot be read as csv") as caught:
+    with pytest.raises(
+        DataError, match=r"source 'sales': .*x\.csv cannot be read as csv"
+    ) as caught:
         read(tmp_path, "x.csv", types={"city": "long"})
     assert "oslo" in str(caught.value)
 
@@ -214,7 +262,9 @@ def test_nothing_at_the_address_is_told(tmp_path: Path, uri: str) -> None:
     assert f"tried: {tmp_path}/{uri}" in str(caught.value)
 
 
-def test_a_relative_path_counts_from_the_fleet_first_and_then_from_the_repository(tmp_path: Path) -> None:
+def test_a_relative_path_counts_from_the_fleet_first_and_then_from_the_repository(
+    tmp_path: Path,
+) -> None:
     fleet = tmp_path / "pipeline" / "defs" / "shop"
     (tmp_path / "data").mkdir()
     fleet.mkdir(parents=True)
@@ -265,7 +315,12 @@ def test_a_format_that_cannot_be_told_must_be_set(tmp_path: Path, uri: str) -> N
         ("x.csv", b"a\n\xff\xfe\n"),
         ("x.csv.gz", b"not gzip"),
         ("x.csv.gz", gzip.compress(CSV.encode() * 100)[:-20]),
-        ("x.csv.gz", gzip.compress(CSV.encode() * 100)[:15] + b"\xff" * 9 + gzip.compress(CSV.encode() * 100)[24:]),
+        (
+            "x.csv.gz",
+            gzip.compress(CSV.encode() * 100)[:15]
+            + b"\xff" * 9
+            + gzip.compress(CSV.encode() * 100)[24:],
+        ),
         ("x.csv.zip", b"PK\x03\x04 truncated"),
     ],
 )

@@ -21,11 +21,19 @@ from pipeline.reporting.summary import (
 from pipeline.spec import FleetSpec
 from pipeline.testing.data import small_spec
 
-GROUPS = [(0, "[]"), (1, '["north"]'), (2, '["north","oslo"]'), (2, '["north","bergen"]'), (2, '["north","new"]')]
+GROUPS = [
+    (0, "[]"),
+    (1, '["north"]'),
+    (2, '["north","oslo"]'),
+    (2, '["north","bergen"]'),
+    (2, '["north","new"]'),
+]
 
 
 def baseline(n: int, rmse: float | None, mape: float | None, fleet_mape: float | None) -> str:
-    return json.dumps({"usual": {"n": n, "rmse": rmse, "mape": mape, "fleet_rmse": 1.0, "fleet_mape": fleet_mape}})
+    return json.dumps(
+        {"usual": {"n": n, "rmse": rmse, "mape": mape, "fleet_rmse": 1.0, "fleet_mape": fleet_mape}}
+    )
 
 
 def ledger(**changes: Any) -> pd.DataFrame:
@@ -42,7 +50,13 @@ def ledger(**changes: Any) -> pd.DataFrame:
         mape=[9.0, 9.0, 4.0, 8.0, np.nan],
         pooled_rmse=[1.75, 1.75, 1.5, 2.0, np.nan],
         pooled_mape=[10.0, 10.0, 7.0, 7.0, np.nan],
-        baselines=[baseline(50, 2.5, 11.0, 9.5), baseline(50, 2.5, 11.0, 9.5), baseline(40, 2.0, 12.0, 4.0), baseline(0, None, None, None), None],
+        baselines=[
+            baseline(50, 2.5, 11.0, 9.5),
+            baseline(50, 2.5, 11.0, 9.5),
+            baseline(40, 2.0, 12.0, 4.0),
+            baseline(0, None, None, None),
+            None,
+        ],
         seconds=[3.0, 2.0, 1.0, np.nan, np.nan],
     )
     return frame.assign(**changes)
@@ -58,7 +72,14 @@ def test_the_fleet_stands_beside_the_pooled_model_and_every_baseline(spec: Fleet
 
 
 def test_what_was_not_measured_is_null(spec: FleetSpec) -> None:
-    nothing = ledger(report_rows=np.nan, rmse=np.nan, mape=np.nan, pooled_rmse=np.nan, pooled_mape=np.nan, baselines=None)
+    nothing = ledger(
+        report_rows=np.nan,
+        rmse=np.nan,
+        mape=np.nan,
+        pooled_rmse=np.nan,
+        pooled_mape=np.nan,
+        baselines=None,
+    )
     assert fleet_errors(nothing, spec) == [
         Error("fleet", None, None, 0, None, 0),
         Error("pooled model", None, None, 0, 0, 0),
@@ -74,11 +95,26 @@ def class_spec() -> FleetSpec:
 
 def metrics(fleet: float, pooled: float, usual: float | None, accuracy: float = 0.75) -> str:
     losses = {"fleet": fleet, "pooled": pooled, "constant": 0.9, "usual": usual}
-    return json.dumps({way: {"log_loss": loss, "brier": 0.1, "accuracy": accuracy if loss else None} for way, loss in losses.items()})
+    return json.dumps(
+        {
+            way: {"log_loss": loss, "brier": 0.1, "accuracy": accuracy if loss else None}
+            for way, loss in losses.items()
+        }
+    )
 
 
 def compared(n: int, fleet: float | None) -> str:
-    return json.dumps({"usual": {"n": n, "log_loss": 0.6, "accuracy": 0.5, "fleet_log_loss": fleet, "fleet_accuracy": 0.5}})
+    return json.dumps(
+        {
+            "usual": {
+                "n": n,
+                "log_loss": 0.6,
+                "accuracy": 0.5,
+                "fleet_log_loss": fleet,
+                "fleet_accuracy": 0.5,
+            }
+        }
+    )
 
 
 def class_ledger() -> pd.DataFrame:
@@ -87,7 +123,13 @@ def class_ledger() -> pd.DataFrame:
         mape=np.nan,
         pooled_rmse=np.nan,
         pooled_mape=np.nan,
-        metrics=[metrics(0.5, 0.55, 0.6), None, metrics(0.4, 0.5, 0.6), metrics(0.8, 0.7, None), None],
+        metrics=[
+            metrics(0.5, 0.55, 0.6),
+            None,
+            metrics(0.4, 0.5, 0.6),
+            metrics(0.8, 0.7, None),
+            None,
+        ],
         # On the rows that the baseline answers, the fleet is worse.
         baselines=[compared(50, 0.5), None, compared(30, 0.7), compared(0, None), None],
     )
@@ -132,7 +174,10 @@ def test_every_group_is_counted_once() -> None:
 
 
 def test_failed_groups_come_before_bad_ones() -> None:
-    assert worst_groups(ledger())["group_id"].tolist()[:2] == ['["north","bergen"]', '["north","oslo"]']
+    assert worst_groups(ledger())["group_id"].tolist()[:2] == [
+        '["north","bergen"]',
+        '["north","oslo"]',
+    ]
     assert len(worst_groups(ledger(), n=1)) == 1
 
 
@@ -150,7 +195,9 @@ def test_a_summary_is_for_people(spec: FleetSpec) -> None:
 
 
 def test_a_text_table_is_aligned() -> None:
-    assert text_table(["name", "n"], [["a", "1"], ["long name", "1,000"], ["b", "-"]]).split("\n") == [
+    assert text_table(["name", "n"], [["a", "1"], ["long name", "1,000"], ["b", "-"]]).split(
+        "\n"
+    ) == [
         "name           n",
         "a              1",
         "long name  1,000",
@@ -214,10 +261,19 @@ def test_top_features_are_those_of_the_finest_grain_with_models() -> None:
         (2, "no splits"): {"price": np.nan, "kind": np.nan, "day": np.nan},
     }
     rows = pd.DataFrame(
-        [(grain, group, name, share) for (grain, group), found in shares.items() for name, share in found.items()],
+        [
+            (grain, group, name, share)
+            for (grain, group), found in shares.items()
+            for name, share in found.items()
+        ],
         columns=["grain", "group_id", "feature", "gain_share"],
     )
-    rows["rank"] = rows["gain_share"].where(rows["gain_share"] > 0).groupby([rows["grain"], rows["group_id"]]).rank(method="first", ascending=False)
+    rows["rank"] = (
+        rows["gain_share"]
+        .where(rows["gain_share"] > 0)
+        .groupby([rows["grain"], rows["group_id"]])
+        .rank(method="first", ascending=False)
+    )
     for frame in (rows, rows.astype({"feature": "category", "group_id": "category"})):
         found = top_features(frame).set_index("feature")
         assert list(found.index) == ["kind", "price", "day"]
@@ -231,7 +287,15 @@ def test_top_features_are_those_of_the_finest_grain_with_models() -> None:
 
 
 def test_without_any_model_there_are_no_top_features_and_an_empty_plot(spec: FleetSpec) -> None:
-    nothing = pd.DataFrame({"grain": pd.array([], dtype="int32"), "group_id": [], "feature": [], "gain_share": [], "rank": []})
+    nothing = pd.DataFrame(
+        {
+            "grain": pd.array([], dtype="int32"),
+            "group_id": [],
+            "feature": [],
+            "gain_share": [],
+            "rank": [],
+        }
+    )
     top = top_features(nothing)
     assert top.empty
     assert markdown_table(top).startswith("| feature | mean_share_percent |")

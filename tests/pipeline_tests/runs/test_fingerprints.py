@@ -15,9 +15,17 @@ CUTOFFS = Cutoffs(*(pd.Timestamp(day) for day in ("2024-10-26", "2024-07-26", "2
 CATEGORIES = {"kind": ["large", "small"]}
 
 
-def digest(cutoffs: Cutoffs = CUTOFFS, categories: dict[str, list[str]] = CATEGORIES, **changes: Any) -> str:
+def digest(
+    cutoffs: Cutoffs = CUTOFFS, categories: dict[str, list[str]] = CATEGORIES, **changes: Any
+) -> str:
     spec = small_spec(**changes)
-    return shared_digest(build_model_spec(spec, categories), learning_goal(spec, 0), spec.tuning, cutoffs, spec.target.weight)
+    return shared_digest(
+        build_model_spec(spec, categories),
+        learning_goal(spec, 0),
+        spec.tuning,
+        cutoffs,
+        spec.target.weight,
+    )
 
 
 @pytest.mark.parametrize(
@@ -79,9 +87,15 @@ def test_columns_that_a_batch_may_lack_and_levels_of_intervals_change_no_booster
     spec = small_spec(scoring={"interval": 0.9, "intervals": [0.5]})
     model_spec = build_model_spec(spec, CATEGORIES, nullable=["price", "kind"])
     assert model_spec.optional == ("price", "kind")
-    assert shared_digest(model_spec, learning_goal(spec, 0), spec.tuning, CUTOFFS, spec.target.weight) == digest()
+    assert (
+        shared_digest(model_spec, learning_goal(spec, 0), spec.tuning, CUTOFFS, spec.target.weight)
+        == digest()
+    )
     old = replace(model_spec, optional=(), interval=None, intervals=())
-    assert shared_digest(old, learning_goal(spec, 0), spec.tuning, CUTOFFS, spec.target.weight) == digest()
+    assert (
+        shared_digest(old, learning_goal(spec, 0), spec.tuning, CUTOFFS, spec.target.weight)
+        == digest()
+    )
 
 
 def test_other_code_and_other_libraries_change_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,13 +105,20 @@ def test_other_code_and_other_libraries_change_it(monkeypatch: pytest.MonkeyPatc
         assert digest() != before
     for library in ("lightgbm", "numpy", "optuna"):
         with monkeypatch.context() as changed:
-            changed.setattr(module, "installed_version", lambda name, library=library: "0" if name == library else module.__name__)
+            changed.setattr(
+                module,
+                "installed_version",
+                lambda name, library=library: "0" if name == library else module.__name__,
+            )
             one = digest()
             changed.setattr(module, "installed_version", lambda _: module.__name__)
             assert digest() != one
 
 
 def test_a_fingerprint_is_of_rows_settings_and_start() -> None:
-    found = {fingerprint(*parts) for parts in [("r", "s", "{}"), ("q", "s", "{}"), ("r", "t", "{}"), ("r", "s", "[]")]}
+    found = {
+        fingerprint(*parts)
+        for parts in [("r", "s", "{}"), ("q", "s", "{}"), ("r", "t", "{}"), ("r", "s", "[]")]
+    }
     assert len(found) == 4
     assert fingerprint("r", "s", "{}") in found

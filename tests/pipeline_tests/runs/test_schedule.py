@@ -11,7 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.runs.schedule import LEARNT_FROM, PROBE_GROUPS, SHOWN_FROM, WAVES_AT_ONCE, Pace, Schedule, seconds_left
+from pipeline.runs.schedule import (
+    LEARNT_FROM,
+    PROBE_GROUPS,
+    SHOWN_FROM,
+    WAVES_AT_ONCE,
+    Pace,
+    Schedule,
+    seconds_left,
+)
 
 CHECKPOINT = 60.0
 # A group that a wave may hold beside others takes at most so much of a checkpoint.
@@ -31,7 +39,9 @@ class Cluster:
     schedule: Schedule
     real: Callable[[str, float], float]
     slots: int
-    ended: list[tuple[float, int, float, int]] = field(default_factory=list)  # moment, slot, seconds, wave
+    ended: list[tuple[float, int, float, int]] = field(
+        default_factory=list
+    )  # moment, slot, seconds, wave
     committed: dict[int, float] = field(default_factory=dict)
     waves: list[pd.DataFrame] = field(default_factory=list)
     trained: list[str] = field(default_factory=list)
@@ -66,7 +76,9 @@ class Cluster:
                     moment += seconds
                     self.ended.append((moment, slot, seconds, wave))
                     self.trained.append(group)
-                    outcomes[wave].append({"grain": 1, "group_id": group, "status": "trained", "seconds": seconds})
+                    outcomes[wave].append(
+                        {"grain": 1, "group_id": group, "status": "trained", "seconds": seconds}
+                    )
                 heapq.heappush(free, (moment, slot))
                 heapq.heappush(ends, (moment, wave))
             if not ends:
@@ -89,8 +101,16 @@ class Cluster:
         return worst
 
 
-def cluster_of(costs: Sequence[float], real: Callable[[str, float], float], *, slots: int = 2, has_history: bool = False) -> Cluster:
-    schedule = Schedule(groups_of(costs), slots=slots, checkpoint_seconds=CHECKPOINT, has_history=has_history)
+def cluster_of(
+    costs: Sequence[float],
+    real: Callable[[str, float], float],
+    *,
+    slots: int = 2,
+    has_history: bool = False,
+) -> Cluster:
+    schedule = Schedule(
+        groups_of(costs), slots=slots, checkpoint_seconds=CHECKPOINT, has_history=has_history
+    )
     return Cluster(schedule, real, slots)
 
 
@@ -99,7 +119,11 @@ def cluster_of(costs: Sequence[float], real: Callable[[str, float], float], *, s
 
 @settings(max_examples=60)
 @given(
-    st.lists(st.one_of(st.floats(0.001, SHORT * CHECKPOINT), st.just(SHORT * CHECKPOINT)), min_size=1, max_size=80),
+    st.lists(
+        st.one_of(st.floats(0.001, SHORT * CHECKPOINT), st.just(SHORT * CHECKPOINT)),
+        min_size=1,
+        max_size=80,
+    ),
     st.lists(st.floats(SHORT * CHECKPOINT, 600), max_size=2),
     st.floats(1 / 30, 10),
     st.floats(-0.7, 0.7),
@@ -109,9 +133,13 @@ def cluster_of(costs: Sequence[float], real: Callable[[str, float], float], *, s
 def test_a_kill_costs_at_most_two_checkpoints_per_slot_however_wrong_the_plan(
     short: list[float], long: list[float], wrong: float, bent: float, slots: int, has_history: bool
 ) -> None:
-    seconds = {f"g{number}": taken for number, taken in enumerate(sorted([*short, *long], reverse=True))}
+    seconds = {
+        f"g{number}": taken for number, taken in enumerate(sorted([*short, *long], reverse=True))
+    }
     costs = [wrong * taken ** (1 + bent) for taken in seconds.values()]
-    cluster = cluster_of(costs, lambda group, _: seconds[group], slots=slots, has_history=has_history)
+    cluster = cluster_of(
+        costs, lambda group, _: seconds[group], slots=slots, has_history=has_history
+    )
     cluster.run()
     assert sorted(cluster.trained) == sorted(seconds)
     assert cluster.worst_loss() <= 2 * CHECKPOINT
@@ -119,7 +147,9 @@ def test_a_kill_costs_at_most_two_checkpoints_per_slot_however_wrong_the_plan(
 
 def test_the_bound_holds_where_one_group_holds_up_two_waves() -> None:
     # Foreseen as equal: one group hangs for minutes, the others come in the worst order for the other slot.
-    seconds = {"g0": 600.0} | {f"g{number}": 24.0 if number % 13 == 0 else 3.0 for number in range(1, 200)}
+    seconds = {"g0": 600.0} | {
+        f"g{number}": 24.0 if number % 13 == 0 else 3.0 for number in range(1, 200)
+    }
     cluster = cluster_of([1.0] * 200, lambda group, _: seconds[group], has_history=True)
     cluster.run()
     assert CHECKPOINT < cluster.worst_loss() <= 2 * CHECKPOINT
@@ -191,7 +221,9 @@ def test_slots_stay_busy_however_wrong_the_plan(wrong: float, slots: int) -> Non
     rng = np.random.default_rng(1)
     real = sorted(rng.lognormal(0.0, 1.0, 150 * slots), reverse=True)
     seconds = {f"g{number}": taken for number, taken in enumerate(real)}
-    cluster = cluster_of([wrong * taken for taken in real], lambda group, _: seconds[group], slots=slots)
+    cluster = cluster_of(
+        [wrong * taken for taken in real], lambda group, _: seconds[group], slots=slots
+    )
     assert cluster.run() <= 1.1 * sum(real) / slots + max(real)
 
 
@@ -256,7 +288,10 @@ def test_a_pace_is_learnt_from_sums_before_there_are_enough_groups() -> None:
 def test_a_pace_that_is_two_numbers_is_found(factor: float, per_group: float, n: int) -> None:
     planned = [0.1 * (number + 1) for number in range(n)]
     found = Pace.learnt(planned, [factor * cost + per_group for cost in planned])
-    assert (found.factor, found.per_group) == (pytest.approx(factor, abs=1e-6), pytest.approx(per_group, abs=1e-6))
+    assert (found.factor, found.per_group) == (
+        pytest.approx(factor, abs=1e-6),
+        pytest.approx(per_group, abs=1e-6),
+    )
 
 
 @given(st.lists(st.tuples(st.floats(0.001, 10), st.floats(0, 100)), min_size=1, max_size=30))
@@ -265,14 +300,23 @@ def test_a_pace_is_never_negative_and_keeps_the_sum(seen: list[tuple[float, floa
     pace = Pace.learnt(planned, real)
     assert pace.factor >= 0
     assert pace.per_group >= 0
-    assert sum(pace.expected(cost) for cost in planned) == pytest.approx(sum(max(taken, 0.01) for taken in real))
+    assert sum(pace.expected(cost) for cost in planned) == pytest.approx(
+        sum(max(taken, 0.01) for taken in real)
+    )
 
 
 # Seconds left
 
 
 def left(**changes: Any) -> float | None:
-    asked: dict[str, Any] = {"slots": 2, "groups_left": 30, "planned_left": 30.0, "spent": 100.0, "elapsed": 50.0, **changes}
+    asked: dict[str, Any] = {
+        "slots": 2,
+        "groups_left": 30,
+        "planned_left": 30.0,
+        "spent": 100.0,
+        "elapsed": 50.0,
+        **changes,
+    }
     pace = asked.pop("pace", Pace(10.0, 0.0, 10))
     return seconds_left(pace, **asked)
 
@@ -300,7 +344,11 @@ def test_what_is_told_on_the_way_is_within_a_half_of_what_it_takes() -> None:
     total = cluster.run()
     planned = dict(zip(seconds, [0.1 * taken**0.8 for taken in real], strict=True))
     for moment in sorted(cluster.committed.values())[:-3]:
-        done = [group for (end, *_), group in zip(cluster.ended, cluster.trained, strict=True) if end <= moment]
+        done = [
+            group
+            for (end, *_), group in zip(cluster.ended, cluster.trained, strict=True)
+            if end <= moment
+        ]
         seen = [(planned[group], seconds[group]) for group in done]
         told = seconds_left(
             Pace.learnt(*zip(*seen, strict=True)),

@@ -32,7 +32,14 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Context:
 
 @pytest.mark.parametrize(
     ("master", "expected"),
-    [("local", True), ("local[2]", True), ("local[*,4]", True), ("local-cluster[2,1,1024]", False), ("spark://local:7077", False), ("yarn", False)],
+    [
+        ("local", True),
+        ("local[2]", True),
+        ("local[*,4]", True),
+        ("local-cluster[2,1,1024]", False),
+        ("spark://local:7077", False),
+        ("yarn", False),
+    ],
 )
 def test_only_a_local_session_sees_the_drivers_folders(master: str, expected: bool) -> None:
     assert is_local(master) is expected

@@ -10,42 +10,71 @@ import pyarrow as pa
 import pytest
 from pyspark.sql import DataFrame, SparkSession
 
-from pipeline.models.meta_model import Generation
 from pipeline.models.promotion import NEW_RECIPE, REFRESH, UNCHANGED, Judgement, Side
+from pipeline.runs.history import History
+from pipeline.runs.request import Request
 from pipeline.spark.comparison import Contest, judge
-from pipeline.spark.fleet_training import Cluster, History, Request, plan_run, train_run
+from pipeline.spark.planning import plan_run
+from pipeline.spark.training_run import train_run
 from pipeline.spec import FleetSpec
-from pipeline.tables import RUNS, records
 from pipeline.testing.data import feature_rows, small_spec, with_classes
 from pipeline.testing.doubles import FreeLease
+from pipeline.testing.runs import own_tables, quiet_context
 from resources.delta_tables import DeltaTables
 
 pytestmark = [pytest.mark.spark, pytest.mark.slow]
 
-STUMPS: Mapping[str, Any] = {"max_trials": 1, "patience": 1, "max_rounds": 30, "search": {"num_leaves": 2}}
+STUMPS: Mapping[str, Any] = {
+    "max_trials": 1,
+    "patience": 1,
+    "max_rounds": 30,
+    "search": {"num_leaves": 2},
+}
 TREES: Mapping[str, Any] = {**STUMPS, "search": {"num_leaves": 8}}
 
 
 def in_spark(spark: SparkSession, rows: pd.DataFrame) -> DataFrame:
-    zoned = rows.assign(time=rows["time"].dt.tz_localize("UTC"), known_at=rows["known_at"].dt.tz_localize("UTC"))
-    return spark.createDataFrame(pa.Table.from_pandas(zoned, preserve_index=False).replace_schema_metadata())
+    zoned = rows.assign(
+        time=rows["time"].dt.tz_localize("UTC"), known_at=rows["known_at"].dt.tz_localize("UTC")
+    )
+    return spark.createDataFrame(
+        pa.Table.from_pandas(zoned, preserve_index=False).replace_schema_metadata()
+    )
 
 
 def judged(
-    spark: SparkSession, root: Path, before: FleetSpec, after: FleetSpec, rows: pd.DataFrame, later: pd.DataFrame | None = None
+    spark: SparkSession,
+    root: Path,
+    before: FleetSpec,
+    after: FleetSpec,
+    rows: pd.DataFrame,
+    later: pd.DataFrame | None = None,
 ) -> tuple[Judgement, dict[str, pd.DataFrame]]:
     """Train by two specs, let the second challenge the first; the judgement, and both ledgers."""
     tables, ledgers, sides = DeltaTables(root=str(root)), {}, {}
-    cluster = Cluster(spark, lambda *_: None)
-    for name, spec, seen in (("old", before, rows), ("new", after, rows if later is None else later)):
-        run = plan_run(in_spark(spark, seen), spec, Request(name), History.read(tables, spec.name), slots=2, threads=1)
-        ledgers[name] = train_run(cluster, tables, spec.name, run, spec, features_version=0, lease=FreeLease())
-    for found in records(tables.read_pandas(tables.location(after.name, RUNS.name))):
-        sides[found["run_id"]] = Side.of_ledger(Generation.of_run(found), ledgers[found["run_id"]]), found
+    context = quiet_context(spark)
+    for name, spec, seen in (
+        ("old", before, rows),
+        ("new", after, rows if later is None else later),
+    ):
+        run = plan_run(
+            context,
+            in_spark(spark, seen),
+            spec,
+            Request(name),
+            History.read(own_tables(tables, spec.name)),
+        )
+        ledgers[name] = train_run(
+            context, own_tables(tables, spec.name), run, spec, features_version=0, lease=FreeLease()
+        )
+    for name in ("old", "new"):
+        found = own_tables(tables, after.name).run(name)
+        assert found is not None
+        sides[name] = Side.of_ledger(found.generation, ledgers[name]), found
     (champion, _), (challenger, run) = sides["old"], sides["new"]
     contest = Contest(run, challenger, {"old": champion}, dict.fromkeys(champion.groups, "old"))
     features = in_spark(spark, rows if later is None else later)
-    return judge(cluster, tables, after.name, features, after, contest, slots=2, threads=1), ledgers
+    return judge(context, own_tables(tables, after.name), features, after, contest), ledgers
 
 
 @pytest.mark.parametrize(
@@ -59,10 +88,17 @@ def judged(
         ({"task": "multiclass", "target": {"column": "label"}, "baselines": None}, "log_loss"),
     ],
 )
-def test_a_twin_errs_as_its_own_run_did_on_the_same_rows(spark: SparkSession, tmp_path: Path, changes: dict[str, Any], measure: str) -> None:
-    names = {"binary": ("low", "high"), "multiclass": ("low", "middle", "high")}.get(str(changes.get("task")), ("any", "other"))
+def test_a_twin_errs_as_its_own_run_did_on_the_same_rows(
+    spark: SparkSession, tmp_path: Path, changes: dict[str, Any], measure: str
+) -> None:
+    names = {"binary": ("low", "high"), "multiclass": ("low", "middle", "high")}.get(
+        str(changes.get("task")), ("any", "other")
+    )
     rows = with_classes(feature_rows(335), names)
-    specs = [small_spec(**{**changes, "tuning": {**changes.get("tuning", {}), **recipe}}) for recipe in (STUMPS, TREES)]
+    specs = [
+        small_spec(**{**changes, "tuning": {**changes.get("tuning", {}), **recipe}})
+        for recipe in (STUMPS, TREES)
+    ]
     judgement, ledgers = judged(spark, tmp_path, specs[0], specs[1], rows)
     decided = judgement.decisions.set_index("group_id")
     assert set(decided["kind"]) == {NEW_RECIPE}
@@ -71,10 +107,14 @@ def test_a_twin_errs_as_its_own_run_did_on_the_same_rows(spark: SparkSession, tm
         finest = ledgers[run][ledgers[run]["grain"] == 2].set_index("group_id")
         for group, row in finest.iterrows():
             stated = json.loads(row["metrics"])["fleet"][measure]
-            assert decided.loc[group, f"loss_{side}"] == pytest.approx(stated**2 if measure == "rmse" else stated, rel=1e-9)
+            assert decided.loc[group, f"loss_{side}"] == pytest.approx(
+                stated**2 if measure == "rmse" else stated, rel=1e-9
+            )
 
 
-def test_a_recipe_with_other_features_is_fitted_with_those(spark: SparkSession, tmp_path: Path) -> None:
+def test_a_recipe_with_other_features_is_fitted_with_those(
+    spark: SparkSession, tmp_path: Path
+) -> None:
     rows = feature_rows(335)
     with_promotion = small_spec(tuning=STUMPS)
     without = small_spec(tuning=STUMPS, features={"columns": ["price"]})
@@ -82,16 +122,24 @@ def test_a_recipe_with_other_features_is_fitted_with_those(spark: SparkSession, 
     decided = judgement.decisions.set_index("group_id")
     assert not decided.loc[decided["grain"] == 2, "promoted"].any()
     expected = ledgers["old"].set_index("group_id")["report_blend"] ** 2
-    pd.testing.assert_series_equal(decided["loss_champion"], expected.reindex(decided.index), check_names=False, check_exact=False, rtol=1e-9)
+    pd.testing.assert_series_equal(
+        decided["loss_champion"],
+        expected.reindex(decided.index),
+        check_names=False,
+        check_exact=False,
+        rtol=1e-9,
+    )
 
 
-def test_the_same_recipe_on_newer_rows_is_a_refresh_and_takes_no_fit(spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_recipe_on_newer_rows_is_a_refresh_and_takes_no_fit(
+    spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from pipeline.spark import comparison
 
     def fit(*_: Any) -> Any:
         raise AssertionError("a twin was fitted")
 
-    monkeypatch.setattr(comparison, "_fitted", fit)
+    monkeypatch.setattr(comparison, "train_aside", fit)
     spec, rows = small_spec(tuning=STUMPS), feature_rows(340)
     judgement, _ = judged(spark, tmp_path, spec, spec, rows[rows["time"] < "2024-12-01"], rows)
     decided = judgement.decisions

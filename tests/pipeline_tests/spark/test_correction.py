@@ -10,12 +10,18 @@ import pyarrow as pa
 import pytest
 from pyspark.sql import DataFrame, SparkSession
 
-from pipeline.models.meta_model import CORRECTION, INDEPENDENT, FleetModel, Generation
-from pipeline.models.pack import PackedRun, write_pack
-from pipeline.spark.fleet_training import Cluster, History, PlannedRun, Request, choose_own, plan_run, train_run
+from pipeline.models.meta_model import CORRECTION, INDEPENDENT, FleetModel
+from pipeline.models.pack import Generation, PackedRun, write_pack
+from pipeline.runs.history import History
+from pipeline.runs.planned_run import PlannedRun
+from pipeline.runs.request import Request
+from pipeline.spark.pilot import choose_own
+from pipeline.spark.planning import plan_run
+from pipeline.spark.training_run import train_run
 from pipeline.spec import FleetSpec
 from pipeline.testing.data import feature_rows, small_spec
 from pipeline.testing.doubles import FreeLease
+from pipeline.testing.runs import own_tables, quiet_context
 from resources.delta_tables import DeltaTables
 
 pytestmark = pytest.mark.spark
@@ -37,16 +43,37 @@ def features(spark: SparkSession, rows: pd.DataFrame) -> DataFrame:
 
 
 def in_spark(spark: SparkSession, rows: pd.DataFrame) -> DataFrame:
-    zoned = rows.assign(time=rows["time"].dt.tz_localize("UTC"), known_at=rows["known_at"].dt.tz_localize("UTC"))
-    return spark.createDataFrame(pa.Table.from_pandas(zoned, preserve_index=False).replace_schema_metadata())
+    zoned = rows.assign(
+        time=rows["time"].dt.tz_localize("UTC"), known_at=rows["known_at"].dt.tz_localize("UTC")
+    )
+    return spark.createDataFrame(
+        pa.Table.from_pandas(zoned, preserve_index=False).replace_schema_metadata()
+    )
 
 
-def planned(tables: DeltaTables, features: DataFrame, spec: FleetSpec, run_id: str, **request: Any) -> PlannedRun:
-    return plan_run(features, spec, Request(run_id, **request), History.read(tables, spec.name), slots=2, threads=1)
+def planned(
+    tables: DeltaTables, features: DataFrame, spec: FleetSpec, run_id: str, **request: Any
+) -> PlannedRun:
+    return plan_run(
+        quiet_context(features.sparkSession),
+        features,
+        spec,
+        Request(run_id, **request),
+        History.read(own_tables(tables, spec.name)),
+    )
 
 
-def trained(spark: SparkSession, tables: DeltaTables, run: PlannedRun, spec: FleetSpec) -> pd.DataFrame:
-    return train_run(Cluster(spark, lambda *_: None), tables, spec.name, run, spec, features_version=0, lease=FreeLease())
+def trained(
+    spark: SparkSession, tables: DeltaTables, run: PlannedRun, spec: FleetSpec
+) -> pd.DataFrame:
+    return train_run(
+        quiet_context(spark),
+        own_tables(tables, spec.name),
+        run,
+        spec,
+        features_version=0,
+        lease=FreeLease(),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +82,9 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> DeltaTables:
 
 
 @pytest.fixture(scope="module")
-def ledger(spark: SparkSession, tables: DeltaTables, features: DataFrame, spec: FleetSpec) -> pd.DataFrame:
+def ledger(
+    spark: SparkSession, tables: DeltaTables, features: DataFrame, spec: FleetSpec
+) -> pd.DataFrame:
     return trained(spark, tables, planned(tables, features, spec, "first"), spec)
 
 
@@ -63,7 +92,9 @@ def boosters(tables: DeltaTables, spec: FleetSpec) -> list[dict[str, Any]]:
     return tables.read_arrow(tables.location(spec.name, "boosters")).to_pylist()
 
 
-def packed(folder: Path, tables: DeltaTables, spec: FleetSpec, ledger: pd.DataFrame, **changes: Any) -> FleetModel:
+def packed(
+    folder: Path, tables: DeltaTables, spec: FleetSpec, ledger: pd.DataFrame, **changes: Any
+) -> FleetModel:
     run = tables.read_pandas(tables.location(spec.name, "runs")).iloc[0]
     generation = Generation.of_run(run)
     generation = replace(generation, model_spec=replace(generation.model_spec, **changes))
@@ -71,7 +102,9 @@ def packed(folder: Path, tables: DeltaTables, spec: FleetSpec, ledger: pd.DataFr
     return FleetModel(folder)
 
 
-def test_coarse_groups_predict_every_row_and_finest_ones_the_held_out_rows(tables: DeltaTables, ledger: pd.DataFrame, spec: FleetSpec) -> None:
+def test_coarse_groups_predict_every_row_and_finest_ones_the_held_out_rows(
+    tables: DeltaTables, ledger: pd.DataFrame, spec: FleetSpec
+) -> None:
     assert set(ledger["status"]) == {"trained"}
     holdout = tables.read_pandas(tables.location(spec.name, "holdout"))
     splits = {grain: set(part["split"]) for grain, part in holdout.groupby("grain")}
@@ -83,10 +116,14 @@ def test_coarse_groups_predict_every_row_and_finest_ones_the_held_out_rows(table
 def test_out_of_fold_predictions_are_worse_than_the_served_model_on_its_own_rows(
     tmp_path: Path, tables: DeltaTables, ledger: pd.DataFrame, spec: FleetSpec, rows: pd.DataFrame
 ) -> None:
-    pooled_alone = packed(tmp_path / "pack", tables, spec, ledger[ledger["grain"] == 0].assign(weight=1.0))
+    pooled_alone = packed(
+        tmp_path / "pack", tables, spec, ledger[ledger["grain"] == 0].assign(weight=1.0)
+    )
     answers = pooled_alone.predict(rows).set_index(rows["row_key"])["prediction"]
     holdout = tables.read_pandas(tables.location(spec.name, "holdout"))
-    out_of_fold = holdout[(holdout["grain"] == 0) & (holdout["split"] == "fit")].set_index("row_key")
+    out_of_fold = holdout[(holdout["grain"] == 0) & (holdout["split"] == "fit")].set_index(
+        "row_key"
+    )
     own_rows = (out_of_fold["actual"] - answers.reindex(out_of_fold.index)).std()
     assert (out_of_fold["actual"] - out_of_fold["prediction"]).std() > own_rows
 
@@ -95,51 +132,102 @@ def test_an_answer_is_the_parents_plus_what_the_trees_add(
     tmp_path: Path, tables: DeltaTables, ledger: pd.DataFrame, spec: FleetSpec, rows: pd.DataFrame
 ) -> None:
     batch = rows[rows["city"] == "oslo"].tail(20)
-    full = packed(tmp_path / "full" / "pack", tables, spec, ledger.assign(weight=1.0)).predict(batch)
-    parents = packed(tmp_path / "parents" / "pack", tables, spec, ledger.assign(weight=np.where(ledger["grain"] == 2, 0.0, 1.0))).predict(batch)
-    only_oslo = ledger[(ledger["grain"] == 2) & ledger["group_id"].str.contains("oslo")].assign(weight=1.0)
-    trees = packed(tmp_path / "trees" / "pack", tables, spec, only_oslo, own=INDEPENDENT).predict(batch)
-    np.testing.assert_allclose(full["prediction"], parents["prediction"] + trees["prediction"], rtol=1e-12)
-    half = packed(tmp_path / "half" / "pack", tables, spec, ledger.assign(weight=np.where(ledger["grain"] == 2, 0.5, 1.0))).predict(batch)
-    np.testing.assert_allclose(half["prediction"], (full["prediction"] + parents["prediction"]) / 2, rtol=1e-12)
+    full = packed(tmp_path / "full" / "pack", tables, spec, ledger.assign(weight=1.0)).predict(
+        batch
+    )
+    parents = packed(
+        tmp_path / "parents" / "pack",
+        tables,
+        spec,
+        ledger.assign(weight=np.where(ledger["grain"] == 2, 0.0, 1.0)),
+    ).predict(batch)
+    only_oslo = ledger[(ledger["grain"] == 2) & ledger["group_id"].str.contains("oslo")].assign(
+        weight=1.0
+    )
+    trees = packed(tmp_path / "trees" / "pack", tables, spec, only_oslo, own=INDEPENDENT).predict(
+        batch
+    )
+    np.testing.assert_allclose(
+        full["prediction"], parents["prediction"] + trees["prediction"], rtol=1e-12
+    )
+    half = packed(
+        tmp_path / "half" / "pack",
+        tables,
+        spec,
+        ledger.assign(weight=np.where(ledger["grain"] == 2, 0.5, 1.0)),
+    ).predict(batch)
+    np.testing.assert_allclose(
+        half["prediction"], (full["prediction"] + parents["prediction"]) / 2, rtol=1e-12
+    )
 
 
 def test_a_model_that_has_no_weight_still_carries_those_that_correct_it(
     tmp_path: Path, tables: DeltaTables, ledger: pd.DataFrame, spec: FleetSpec, rows: pd.DataFrame
 ) -> None:
     batch = rows[rows["city"] == "oslo"].tail(20)
-    all_weights = packed(tmp_path / "all" / "pack", tables, spec, ledger.assign(weight=1.0)).predict(batch)
-    finest_only = packed(tmp_path / "finest" / "pack", tables, spec, ledger.assign(weight=np.where(ledger["grain"] == 2, 1.0, 0.0))).predict(batch)
+    all_weights = packed(
+        tmp_path / "all" / "pack", tables, spec, ledger.assign(weight=1.0)
+    ).predict(batch)
+    finest_only = packed(
+        tmp_path / "finest" / "pack",
+        tables,
+        spec,
+        ledger.assign(weight=np.where(ledger["grain"] == 2, 1.0, 0.0)),
+    ).predict(batch)
     np.testing.assert_allclose(all_weights["prediction"], finest_only["prediction"], rtol=1e-12)
     assert set(finest_only["answered_by"]) == {"[region, city]"}
 
 
 def test_children_change_with_their_parents_and_nothing_else_does(
-    spark: SparkSession, tables: DeltaTables, ledger: pd.DataFrame, spec: FleetSpec, rows: pd.DataFrame
+    spark: SparkSession,
+    tables: DeltaTables,
+    ledger: pd.DataFrame,
+    spec: FleetSpec,
+    rows: pd.DataFrame,
 ) -> None:
-    assert set(planned(tables, in_spark(spark, rows), spec, "again").plan.groups["action"]) == {"reuse"}
+    assert set(planned(tables, in_spark(spark, rows), spec, "again").plan.groups["action"]) == {
+        "reuse"
+    }
     changed = rows.assign(price=rows["price"].where(rows["city"] != "oslo", rows["price"] + 1))
     run = planned(tables, in_spark(spark, changed), spec, "changed")
     # The pooled group holds oslo, so all groups that correct it change with it.
     assert set(run.plan.groups["action"]) == {"refresh"}
     independent = small_spec(tuning={"max_trials": 2, "max_rounds": 30}, name="alone")
-    trained(spark, tables, planned(tables, in_spark(spark, rows), independent, "first"), independent)
+    trained(
+        spark, tables, planned(tables, in_spark(spark, rows), independent, "first"), independent
+    )
     alone = planned(tables, in_spark(spark, changed), independent, "changed").plan.groups
-    assert set(alone.loc[alone["action"] == "refresh", "group_id"]) == {"[]", '["north"]', '["north","oslo"]'}
+    assert set(alone.loc[alone["action"] == "refresh", "group_id"]) == {
+        "[]",
+        '["north"]',
+        '["north","oslo"]',
+    }
 
 
-def test_auto_corrects_only_where_that_is_better_and_keeps_its_choice(spark: SparkSession, tmp_path: Path, features: DataFrame) -> None:
+def test_auto_corrects_only_where_that_is_better_and_keeps_its_choice(
+    spark: SparkSession, tmp_path: Path, features: DataFrame
+) -> None:
     tables = DeltaTables(root=str(tmp_path))
     spec = small_spec(own="auto", tuning={"max_trials": 1, "max_rounds": 30})
     run = planned(tables, features, spec, "first")
     assert run.must_choose
-    own, told = choose_own(Cluster(spark, lambda *_: None), tables, spec.name, run, spec)
-    errors = {name: float(number) for name, number in (part.split() for part in told.split(": ")[-1].split(", "))}
+    own, told = choose_own(quiet_context(spark), own_tables(tables, spec.name), run, spec)
+    errors = {
+        name: float(number)
+        for name, number in (part.split() for part in told.split(": ")[-1].split(", "))
+    }
     assert set(errors) == {INDEPENDENT, CORRECTION}
     # A tie is no reason to correct.
     assert own == INDEPENDENT or errors[CORRECTION] < errors[INDEPENDENT]
     assert not tables.exists(tables.location(spec.name, "ledger"))
-    chosen = plan_run(features, spec, Request("first"), History.read(tables, spec.name), slots=2, threads=1, own=own)
+    chosen = plan_run(
+        quiet_context(features.sparkSession),
+        features,
+        spec,
+        Request("first"),
+        History.read(own_tables(tables, spec.name)),
+        own=own,
+    )
     trained(spark, tables, chosen, spec)
     later = planned(tables, features, spec, "second")
     assert (later.must_choose, later.settings.model_spec.own) == (False, own)

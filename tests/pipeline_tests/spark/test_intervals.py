@@ -17,7 +17,21 @@ pytestmark = pytest.mark.spark
 
 LEVELS = (0.07, 0.5, 0.55, 0.8, 0.95, 0.99, 0.9999)
 # Where k = ceil((n + 1) level) is a whole number before it is rounded up, and on either side of that.
-SIZES = (1, MIN_INTERVAL_ROWS - 1, MIN_INTERVAL_ROWS, 38, 39, 40, 98, 99, 100, 101, 500, 9_998, 9_999)
+SIZES = (
+    1,
+    MIN_INTERVAL_ROWS - 1,
+    MIN_INTERVAL_ROWS,
+    38,
+    39,
+    40,
+    98,
+    99,
+    100,
+    101,
+    500,
+    9_998,
+    9_999,
+)
 
 
 def of_numpy(misses: npt.NDArray[np.float64]) -> list[float | None]:
@@ -33,24 +47,39 @@ def groups() -> dict[str, npt.NDArray[np.float64]]:
     found["with ties"] = random.integers(0, 4, 700).astype(float)
     found["all equal"] = np.full(64, 1.5)
     found["all zero"] = np.zeros(40)
-    found["huge and tiny"] = np.concatenate([random.exponential(1e300, 50), random.exponential(1e-300, 50)])
+    found["huge and tiny"] = np.concatenate(
+        [random.exponential(1e300, 50), random.exponential(1e-300, 50)]
+    )
     return found
 
 
 @pytest.fixture(scope="module")
-def found(spark: SparkSession, groups: dict[str, npt.NDArray[np.float64]]) -> dict[str, list[float | None]]:
-    rows = pd.concat([pd.DataFrame({"grain": 1, "group_id": name, "miss": misses}) for name, misses in groups.items()])
+def found(
+    spark: SparkSession, groups: dict[str, npt.NDArray[np.float64]]
+) -> dict[str, list[float | None]]:
+    rows = pd.concat(
+        [
+            pd.DataFrame({"grain": 1, "group_id": name, "miss": misses})
+            for name, misses in groups.items()
+        ]
+    )
     # A row without an offset has no miss.
-    nulls = pd.DataFrame({"grain": 1, "group_id": ["of 100"] * 50 + ["only nulls"] * 50, "miss": np.nan})
+    nulls = pd.DataFrame(
+        {"grain": 1, "group_id": ["of 100"] * 50 + ["only nulls"] * 50, "miss": np.nan}
+    )
     other = rows[rows["group_id"] == "of 100"].assign(grain=2, miss=7.0)
     shuffled = pd.concat([rows, other, nulls]).sample(frac=1.0, random_state=4)
-    frame = spark.createDataFrame(pa.Table.from_pandas(shuffled, preserve_index=False).replace_schema_metadata())
+    frame = spark.createDataFrame(
+        pa.Table.from_pandas(shuffled, preserve_index=False).replace_schema_metadata()
+    )
     table = half_widths(frame.repartition(7), LEVELS).collect()
     assert [row["half_widths"] for row in table if row["grain"] == 2] == [[7.0] * 6 + [None]]
     return {row["group_id"]: row["half_widths"] for row in table if row["grain"] == 1}
 
 
-def test_half_widths_are_exact_order_statistics(found: dict[str, list[float | None]], groups: dict[str, npt.NDArray[np.float64]]) -> None:
+def test_half_widths_are_exact_order_statistics(
+    found: dict[str, list[float | None]], groups: dict[str, npt.NDArray[np.float64]]
+) -> None:
     assert found == {name: of_numpy(misses) for name, misses in groups.items()}
 
 
@@ -60,7 +89,9 @@ def test_half_widths_rise_with_the_level(found: dict[str, list[float | None]]) -
         assert there == sorted(there)
 
 
-def test_too_few_rows_for_a_level_leave_it_to_the_parent(found: dict[str, list[float | None]]) -> None:
+def test_too_few_rows_for_a_level_leave_it_to_the_parent(
+    found: dict[str, list[float | None]],
+) -> None:
     at = {level: number for number, level in enumerate(LEVELS)}
     assert found[f"of {MIN_INTERVAL_ROWS - 1}"] == [None] * len(LEVELS)
     assert found["of 38"][at[0.95]] is not None

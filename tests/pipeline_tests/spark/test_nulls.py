@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from pyspark.sql import DataFrame, SparkSession
 
-from pipeline.spark.training import MASK_BITS, TrainingData, count_groups
+from pipeline.spark.counting import MASK_BITS, CountedGroups, count_groups
 from pipeline.spec import FleetSpec
 from pipeline.testing.data import feature_rows, small_spec
 from pipeline.training.splits import resolve_cutoffs
@@ -20,12 +20,16 @@ CATEGORIES = {"kind": ["large", "small"]}
 
 def in_spark(spark: SparkSession, rows: pd.DataFrame) -> DataFrame:
     zoned = rows.assign(**{name: rows[name].dt.tz_localize("UTC") for name in ("time", "known_at")})
-    return spark.createDataFrame(pa.Table.from_pandas(zoned, preserve_index=False).replace_schema_metadata())
+    return spark.createDataFrame(
+        pa.Table.from_pandas(zoned, preserve_index=False).replace_schema_metadata()
+    )
 
 
-def counted(spark: SparkSession, rows: pd.DataFrame, spec: FleetSpec) -> TrainingData:
+def counted(spark: SparkSession, rows: pd.DataFrame, spec: FleetSpec) -> CountedGroups:
     newest = pd.Timestamp(rows["time"].max())
-    return count_groups(in_spark(spark, rows), spec, resolve_cutoffs(spec.splits, newest, newest), CATEGORIES)
+    return count_groups(
+        in_spark(spark, rows), spec, resolve_cutoffs(spec.splits, newest, newest), CATEGORIES
+    )
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +55,13 @@ def rows() -> pd.DataFrame:
     ],
 )
 def test_a_feature_has_nulls_if_a_row_that_is_learnt_from_has_one(
-    spark: SparkSession, rows: pd.DataFrame, name: str | None, row: int, value: Any, also: dict[str, Any], found: tuple[str, ...]
+    spark: SparkSession,
+    rows: pd.DataFrame,
+    name: str | None,
+    row: int,
+    value: Any,
+    also: dict[str, Any],
+    found: tuple[str, ...],
 ) -> None:
     changed = rows.copy()
     for column, cell in {**({} if name is None else {name: value}), **also}.items():
@@ -61,17 +71,30 @@ def test_a_feature_has_nulls_if_a_row_that_is_learnt_from_has_one(
 
 def test_features_of_any_number_are_looked_at(spark: SparkSession, rows: pd.DataFrame) -> None:
     names = [f"x{number}" for number in range(2 * MASK_BITS + 5)]
-    with_nulls = [0, 1, MASK_BITS - 1, MASK_BITS, MASK_BITS + 1, 2 * MASK_BITS - 1, 2 * MASK_BITS, len(names) - 1]
+    with_nulls = [
+        0,
+        1,
+        MASK_BITS - 1,
+        MASK_BITS,
+        MASK_BITS + 1,
+        2 * MASK_BITS - 1,
+        2 * MASK_BITS,
+        len(names) - 1,
+    ]
     many = pd.DataFrame(1.0, index=rows.index, columns=names)
     for number in with_nulls:
         many.iloc[number, number] = np.nan
     spec = small_spec(features={"columns": names, "calendar": [], "categoricals": []})
-    assert counted(spark, pd.concat([rows, many], axis=1), spec).nullable == tuple(names[number] for number in with_nulls)
+    assert counted(spark, pd.concat([rows, many], axis=1), spec).nullable == tuple(
+        names[number] for number in with_nulls
+    )
 
 
 def test_hashes_of_rows_are_those_of_earlier_releases(spark: SparkSession) -> None:
     """Another hash would train every group of every fleet again."""
-    data = counted(spark, pd.DataFrame(ROWS), small_spec(grains=[[], ["region"]], entity=["region", "city"]))
+    data = counted(
+        spark, pd.DataFrame(ROWS), small_spec(grains=[[], ["region"]], entity=["region", "city"])
+    )
     assert data.counts.set_index("group_id")["rows_hash"].to_dict() == HASHES
 
 
@@ -90,4 +113,8 @@ ROWS: dict[str, Any] = {
     "sales": [11.0, 19.5, 31.25],
     "sales_lag_7": [None, 10.5, 30.0],
 }
-HASHES = {"[]": "3-179537e44-15f6818b2", '["north"]': "2-db45f39f-c0ba2b20", '["south"]': "1-4dfe169f-1007d86c"}
+HASHES = {
+    "[]": "3-179537e44-15f6818b2",
+    '["north"]': "2-db45f39f-c0ba2b20",
+    '["south"]': "1-4dfe169f-1007d86c",
+}

@@ -15,7 +15,7 @@ from pyspark.sql import DataFrame, SparkSession
 
 from pipeline.models.meta_model import design_matrix
 from pipeline.models.pack import build_model_spec
-from pipeline.spark.training import count_groups
+from pipeline.spark.counting import count_groups
 from pipeline.spec import parse_spec
 from pipeline.training.splits import Cutoffs
 
@@ -51,7 +51,9 @@ class Groups:
         one: dict[str, npt.NDArray[Any]] = {name: random.uniform(1, 9, SLOTS) for name in NUMBERS}
         one["x"][0] = one["y"][1] = one["guess"][2] = one["level"][3] = 0.0
         one["n"] = np.arange(SLOTS) * 1.0
-        one["time"] = pd.date_range("2024-01-01", periods=SLOTS, unit="us").to_numpy().astype("int64")
+        one["time"] = (
+            pd.date_range("2024-01-01", periods=SLOTS, unit="us").to_numpy().astype("int64")
+        )
         one["known_at"] = one["time"] + 3_600_000_000
         one["kind"] = np.array(["a", "b", "c", "a", "unseen", "b"], dtype=object)
         one["row_key"] = np.array([f"key {slot}" for slot in range(SLOTS)], dtype=object)
@@ -64,14 +66,23 @@ class Groups:
 
     def seen_by_training(self) -> npt.NDArray[np.int64]:
         """Per group the sorted numbers of its rows' canonical forms: equal rows have equal numbers."""
-        frame = pd.DataFrame({name: pd.Series(values).mask(self.is_null[name]) for name, values in self.cells.items()})
+        frame = pd.DataFrame(
+            {
+                name: pd.Series(values).mask(self.is_null[name])
+                for name, values in self.cells.items()
+            }
+        )
         matrix = design_matrix(frame, build_model_spec(SPEC, CATEGORIES)).astype(np.float64)
         exact = frame[EXACT].to_numpy(dtype=np.float64)
         exact[~np.isfinite(exact)] = np.nan
         target = frame["y"].to_numpy(dtype=np.float64)
         numbers = np.column_stack([matrix, exact, target]) + 0.0  # no negative zeros
         numbers[np.isnan(numbers)] = np.nan  # one kind of NaN
-        others = [self.cells["time"], self.cells["known_at"], pd.factorize(self.cells["row_key"])[0]]
+        others = [
+            self.cells["time"],
+            self.cells["known_at"],
+            pd.factorize(self.cells["row_key"])[0],
+        ]
         rows = np.ascontiguousarray(np.column_stack([numbers.view(np.int64), *others]))
         codes = pd.factorize(np.array([row.tobytes() for row in rows], dtype=object))[0]
         weight = frame["w"].to_numpy(dtype=np.float64)
@@ -82,12 +93,16 @@ class Groups:
         """All rows in any order, over several partitions; from a file, as half a million rows do not go through the driver."""
         kept = np.flatnonzero(self.is_there)
         np.random.default_rng(seed).shuffle(kept)
-        columns = {name: pa.array(values[kept], mask=self.is_null[name][kept], from_pandas=False) for name, values in self.cells.items()}
+        columns = {
+            name: pa.array(values[kept], mask=self.is_null[name][kept], from_pandas=False)
+            for name, values in self.cells.items()
+        }
         for name in ("time", "known_at"):
             columns[name] = columns[name].cast(pa.timestamp("us", tz="UTC"))
-        columns["n"] = pa.array(self.cells["n"][kept], mask=self.is_null["n"][kept] | ~np.isfinite(self.cells["n"][kept])).cast(
-            pa.int64(), safe=False
-        )
+        columns["n"] = pa.array(
+            self.cells["n"][kept],
+            mask=self.is_null["n"][kept] | ~np.isfinite(self.cells["n"][kept]),
+        ).cast(pa.int64(), safe=False)
         columns["group"] = pa.array(self.group[kept]).cast(pa.string())
         file = folder / f"{uuid.uuid4().hex}.parquet"
         pq.write_table(pa.table(columns), file)
@@ -102,7 +117,9 @@ def edited(groups: Groups, seed: int) -> npt.NDArray[np.object_]:  # noqa: C901 
     other = np.arange(groups.n) * SLOTS + random.integers(0, N_ROWS, groups.n)
     spare = np.arange(groups.n) * SLOTS + N_ROWS
 
-    def set_to(name: str, value: Callable[[Any], Any] | Any, null: bool = False) -> Callable[[Any], None]:
+    def set_to(
+        name: str, value: Callable[[Any], Any] | Any, null: bool = False
+    ) -> Callable[[Any], None]:
         def edit(chosen: Any) -> None:
             values[name][at[chosen]] = value(values[name][at[chosen]]) if callable(value) else value
             is_null[name][at[chosen]] = null
@@ -159,9 +176,15 @@ def edited(groups: Groups, seed: int) -> npt.NDArray[np.object_]:  # noqa: C901 
         }
     for value in ("a", "b", "unseen", "strange", ""):
         edits[f"kind {value}"] = set_to("kind", value)
-    edits |= {"kind null": set_to("kind", "a", null=True), "kind swap": swap("kind"), "key": set_to("row_key", "other")}
+    edits |= {
+        "kind null": set_to("kind", "a", null=True),
+        "kind swap": swap("kind"),
+        "key": set_to("row_key", "other"),
+    }
     for name in ("time", "known_at"):
-        edits |= {f"{name} {by}": set_to(name, lambda old, by=by: old + by) for by in (1, DAY, -DAY)} | {f"{name} swap": swap(name)}
+        edits |= {
+            f"{name} {by}": set_to(name, lambda old, by=by: old + by) for by in (1, DAY, -DAY)
+        } | {f"{name} swap": swap(name)}
     names = random.choice(list(edits), groups.n).astype(object)
     names[0] = "nothing"
     for name, edit in edits.items():
@@ -169,14 +192,18 @@ def edited(groups: Groups, seed: int) -> npt.NDArray[np.object_]:  # noqa: C901 
     return names
 
 
-def test_the_hash_differs_exactly_where_training_would_see_a_difference(spark: SparkSession, tmp_path: Path) -> None:
+def test_the_hash_differs_exactly_where_training_would_see_a_difference(
+    spark: SparkSession, tmp_path: Path
+) -> None:
     groups = Groups(N_GROUPS)
     names = edited(groups, seed=1)
     seen = groups.seen_by_training()
     differs = (seen != seen[0]).any(axis=1)
     counts = count_groups(groups.in_spark(spark, tmp_path, 2), SPEC, CUTOFFS, CATEGORIES).counts
     finest = counts[counts["grain"] == 1]
-    hashes = pd.Series(finest["rows_hash"].to_numpy(), index=[int(group[2:-2]) for group in finest["group_id"]]).reindex(range(N_GROUPS))
+    hashes = pd.Series(
+        finest["rows_hash"].to_numpy(), index=[int(group[2:-2]) for group in finest["group_id"]]
+    ).reindex(range(N_GROUPS))
     found = (hashes != hashes[0]).to_numpy()
     wrong = pd.Series(names[found != differs]).value_counts()
     assert wrong.empty, wrong.to_dict()
@@ -184,33 +211,50 @@ def test_the_hash_differs_exactly_where_training_would_see_a_difference(spark: S
     assert 10_000 < differs.sum() < 95_000
     forms = pd.Series([row.tobytes() for row in seen])
     assert forms.nunique() == hashes.nunique()
-    assert pd.DataFrame({"form": forms, "hash": hashes}).drop_duplicates().shape[0] == forms.nunique()
+    assert (
+        pd.DataFrame({"form": forms, "hash": hashes}).drop_duplicates().shape[0] == forms.nunique()
+    )
 
 
-def test_the_hash_depends_neither_on_the_order_of_rows_nor_on_files(spark: SparkSession, tmp_path: Path) -> None:
+def test_the_hash_depends_neither_on_the_order_of_rows_nor_on_files(
+    spark: SparkSession, tmp_path: Path
+) -> None:
     groups = Groups(20)
     edited(groups, seed=3)
     one, other = (
-        count_groups(groups.in_spark(spark, tmp_path, seed).repartition(n), SPEC, CUTOFFS, CATEGORIES).counts.sort_values(
-            ["grain", "group_id"], ignore_index=True
-        )
+        count_groups(
+            groups.in_spark(spark, tmp_path, seed).repartition(n), SPEC, CUTOFFS, CATEGORIES
+        ).counts.sort_values(["grain", "group_id"], ignore_index=True)
         for seed, n in ((1, 1), (2, 7))
     )
-    assert one[["group_id", "rows_hash"]].to_numpy().tolist() == other[["group_id", "rows_hash"]].to_numpy().tolist()
+    assert (
+        one[["group_id", "rows_hash"]].to_numpy().tolist()
+        == other[["group_id", "rows_hash"]].to_numpy().tolist()
+    )
 
 
-def test_rows_that_move_between_groups_change_what_contains_both(spark: SparkSession, tmp_path: Path) -> None:
+def test_rows_that_move_between_groups_change_what_contains_both(
+    spark: SparkSession, tmp_path: Path
+) -> None:
     groups = Groups(2)
     rows = groups.in_spark(spark, tmp_path, 1)
     moved = rows.replace({"0": "1", "1": "2"}, subset=["group"])
-    hashes = [count_groups(frame, SPEC, CUTOFFS, CATEGORIES).counts.set_index("group_id")["rows_hash"] for frame in (rows, moved)]
+    hashes = [
+        count_groups(frame, SPEC, CUTOFFS, CATEGORIES).counts.set_index("group_id")["rows_hash"]
+        for frame in (rows, moved)
+    ]
     assert hashes[0]["[]"] != hashes[1]["[]"]
 
 
-@pytest.mark.parametrize("categories", [{"kind": ["a", "b", "c", "new"]}, {"kind": ["a", "b", "c", "strange"]}])
-def test_categories_that_a_group_does_not_have_leave_its_hash(spark: SparkSession, tmp_path: Path, categories: dict[str, list[str]]) -> None:
+@pytest.mark.parametrize(
+    "categories", [{"kind": ["a", "b", "c", "new"]}, {"kind": ["a", "b", "c", "strange"]}]
+)
+def test_categories_that_a_group_does_not_have_leave_its_hash(
+    spark: SparkSession, tmp_path: Path, categories: dict[str, list[str]]
+) -> None:
     rows = Groups(1).in_spark(spark, tmp_path, 1)
     one, same, other = (
-        count_groups(rows, SPEC, CUTOFFS, chosen).counts["rows_hash"].tolist() for chosen in (CATEGORIES, categories, {"kind": ["b", "a", "c"]})
+        count_groups(rows, SPEC, CUTOFFS, chosen).counts["rows_hash"].tolist()
+        for chosen in (CATEGORIES, categories, {"kind": ["b", "a", "c"]})
     )
     assert one == same != other

@@ -20,13 +20,20 @@ from pipeline.errors import DataError, StoreError
 from pipeline.models.meta_model import group_id, group_ids
 from pipeline.models.start import Start
 from pipeline.runs.fingerprints import fingerprint, shared_digest
-from pipeline.spark import fleet_training, training
-from pipeline.spark.fleet_training import Cluster, History, PlannedRun, Request, plan_run, train_run
-from pipeline.spark.training import placed_rows, without_adaptive_execution
+from pipeline.runs.history import History
+from pipeline.runs.planned_run import PlannedRun
+from pipeline.runs.request import Request
+from pipeline.runs.second_pass import plan_second_pass
+from pipeline.spark import training
+from pipeline.spark.execution import without_adaptive_execution
+from pipeline.spark.planning import plan_run
+from pipeline.spark.training import placed_rows
+from pipeline.spark.training_run import train_run
 from pipeline.spec import FleetSpec
 from pipeline.tables import LEDGER
 from pipeline.testing.data import feature_rows, small_spec
 from pipeline.testing.doubles import FailingTrainer, FreeLease
+from pipeline.testing.runs import own_tables, quiet_context
 from pipeline.training.outcome import Outcome
 from pipeline.training.trainer import RATE, train_group
 from resources.delta_tables import DeltaTables
@@ -39,7 +46,15 @@ SPEC = small_spec(tuning={"checkpoint_seconds": 0.05})
 N_GROUPS = 7
 SPEC_OF_ONE_WAVE = small_spec(tuning={"checkpoint_seconds": 600})
 # What may differ between an interrupted and an uninterrupted run.
-OF_THE_RUN = ["run_id", "source_run_id", "wave", "seconds", "lightgbm_seconds", "task", "planned_seconds"]
+OF_THE_RUN = [
+    "run_id",
+    "source_run_id",
+    "wave",
+    "seconds",
+    "lightgbm_seconds",
+    "task",
+    "planned_seconds",
+]
 
 
 @dataclass
@@ -55,12 +70,25 @@ class Fleet:
         self.tables = DeltaTables(root=str(self.root))
 
     def plan(self, rows: pd.DataFrame, run_id: str, **asked: Any) -> PlannedRun:
-        history = History.read(self.tables, "small")
-        return plan_run(self.frame(rows), self.spec, Request(run_id, **asked), history, slots=2, threads=1)
+        history = History.read(own_tables(self.tables, "small"))
+        return plan_run(
+            quiet_context(self.spark),
+            self.frame(rows),
+            self.spec,
+            Request(run_id, **asked),
+            history,
+        )
 
-    def train(self, run: PlannedRun, check: Callable[[], None] = lambda: None, **cluster: Any) -> pd.DataFrame:
+    def train(
+        self, run: PlannedRun, check: Callable[[], None] = lambda: None, **cluster: Any
+    ) -> pd.DataFrame:
         return train_run(
-            Cluster(self.spark, lambda *_: None, **cluster), self.tables, "small", run, self.spec, features_version=0, lease=FreeLease(check)
+            quiet_context(self.spark, **cluster),
+            own_tables(self.tables, "small"),
+            run,
+            self.spec,
+            features_version=0,
+            lease=FreeLease(check),
         )
 
     def launch(self, rows: pd.DataFrame, run_id: str, **asked: Any) -> pd.DataFrame:
@@ -70,8 +98,12 @@ class Fleet:
         return self.tables.read_pandas(self.tables.location("small", name))
 
     def frame(self, rows: pd.DataFrame) -> DataFrame:
-        zoned = rows.assign(**{name: rows[name].dt.tz_localize("UTC") for name in ("time", "known_at")})
-        return self.spark.createDataFrame(pa.Table.from_pandas(zoned, preserve_index=False).replace_schema_metadata())
+        zoned = rows.assign(
+            **{name: rows[name].dt.tz_localize("UTC") for name in ("time", "known_at")}
+        )
+        return self.spark.createDataFrame(
+            pa.Table.from_pandas(zoned, preserve_index=False).replace_schema_metadata()
+        )
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +112,9 @@ def rows() -> pd.DataFrame:
 
 
 @pytest.fixture(scope="module")
-def first(spark: SparkSession, rows: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> tuple[Fleet, pd.DataFrame]:
+def first(
+    spark: SparkSession, rows: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Fleet, pd.DataFrame]:
     """A fleet that was trained once; do not train it again."""
     fleet = Fleet(spark, tmp_path_factory.mktemp("first"))
     return fleet, fleet.launch(rows, "run-1")
@@ -104,7 +138,11 @@ def by_group(ledger: pd.DataFrame, column: str) -> dict[str, Any]:
 
 def half_widths(ledger: pd.DataFrame) -> dict[str, dict[str, float]]:
     """Of the groups that have some."""
-    return {group: json.loads(text) for group, text in by_group(ledger, "intervals").items() if isinstance(text, str)}
+    return {
+        group: json.loads(text)
+        for group, text in by_group(ledger, "intervals").items()
+        if isinstance(text, str)
+    }
 
 
 def changed(rows: pd.DataFrame, city: str) -> pd.DataFrame:
@@ -116,13 +154,28 @@ def changed(rows: pd.DataFrame, city: str) -> pd.DataFrame:
 # Nothing changed, something changed
 
 
-def test_an_unchanged_fleet_is_reused_as_a_whole(fleet: Fleet, first: tuple[Fleet, pd.DataFrame], rows: pd.DataFrame) -> None:
+def test_an_unchanged_fleet_is_reused_as_a_whole(
+    fleet: Fleet, first: tuple[Fleet, pd.DataFrame], rows: pd.DataFrame
+) -> None:
     before, after = first[1], fleet.launch(rows.sample(frac=1.0, random_state=1), "run-2")
     assert set(before["status"]) == {"trained"}
     assert set(after["status"]) == {"reused"}
-    kept = ["grain", "group_id", "booster_id", "fingerprint", "source_run_id", "wave", "weight", "parameters", "report_blend", "rmse"]
+    kept = [
+        "grain",
+        "group_id",
+        "booster_id",
+        "fingerprint",
+        "source_run_id",
+        "wave",
+        "weight",
+        "parameters",
+        "report_blend",
+        "rmse",
+    ]
     pd.testing.assert_frame_equal(after[kept], before[kept])
-    assert half_widths(after) == {group: pytest.approx(halves) for group, halves in half_widths(before).items()}
+    assert half_widths(after) == {
+        group: pytest.approx(halves) for group, halves in half_widths(before).items()
+    }
     assert after["seconds"].isna().all()
     assert len(fleet.table("boosters")) == len(first[0].table("boosters"))
     runs = fleet.table("runs").set_index("run_id")
@@ -130,14 +183,22 @@ def test_an_unchanged_fleet_is_reused_as_a_whole(fleet: Fleet, first: tuple[Flee
     assert set(json.loads(runs.loc["run-2", "waves"])) == set(before["wave"])
 
 
-def test_late_rows_of_one_group_train_it_and_what_contains_it(fleet: Fleet, first: tuple[Fleet, pd.DataFrame], rows: pd.DataFrame) -> None:
+def test_late_rows_of_one_group_train_it_and_what_contains_it(
+    fleet: Fleet, first: tuple[Fleet, pd.DataFrame], rows: pd.DataFrame
+) -> None:
     before, after = first[1], fleet.launch(changed(rows, "oslo"), "run-2")
     statuses = by_group(after, "status")
     anew = {"[]", '["north"]', OSLO}
     assert {group for group, status in statuses.items() if status == "refreshed"} == anew
-    assert {group for group, status in statuses.items() if status == "reused"} == set(statuses) - anew
+    assert {group for group, status in statuses.items() if status == "reused"} == set(
+        statuses
+    ) - anew
     for column in ("booster_id", "source_run_id", "tuned_as_of", "parameters"):
-        same = {group for group in statuses if by_group(after, column)[group] == by_group(before, column)[group]}
+        same = {
+            group
+            for group in statuses
+            if by_group(after, column)[group] == by_group(before, column)[group]
+        }
         assert same >= set(statuses) - anew
         assert (same & anew == set()) == (column in ("booster_id", "source_run_id"))
     # Weights are learnt from the rows that all of a group's models have predicted, old and new.
@@ -152,55 +213,88 @@ def test_a_group_that_is_gone_keeps_its_model_and_its_weight_and_spoils_no_ones(
     fleet: Fleet, first: tuple[Fleet, pd.DataFrame], rows: pd.DataFrame
 ) -> None:
     left = rows[rows["city"] != "napoli"]
-    before, after = first[1].set_index("group_id"), fleet.launch(left, "run-2").set_index("group_id")
+    before, after = (
+        first[1].set_index("group_id"),
+        fleet.launch(left, "run-2").set_index("group_id"),
+    )
     gone = after.loc[NAPOLI]
     assert (gone["status"], gone["reason"], gone["n_rows"]) == ("reused", "vanished", 0)
-    assert (gone["booster_id"], gone["weight"]) == (before.loc[NAPOLI, "booster_id"], before.loc[NAPOLI, "weight"])
+    assert (gone["booster_id"], gone["weight"]) == (
+        before.loc[NAPOLI, "booster_id"],
+        before.loc[NAPOLI, "weight"],
+    )
     assert after.loc["[]", "report_rows"] == before.loc["[]", "report_rows"] * 3 / 4
-    alone = Fleet(fleet.spark, fleet.root.parent / "alone").launch(left, "run-1").set_index("group_id")
-    assert after.loc['["north"]', "report_constant"] == pytest.approx(alone.loc['["north"]', "report_constant"])
+    alone = (
+        Fleet(fleet.spark, fleet.root.parent / "alone").launch(left, "run-1").set_index("group_id")
+    )
+    assert after.loc['["north"]', "report_constant"] == pytest.approx(
+        alone.loc['["north"]', "report_constant"]
+    )
     again = fleet.plan(left, "run-3").plan.groups.set_index("group_id")
     assert (again.loc[NAPOLI, "action"], set(again["action"])) == ("reuse", {"reuse"})
 
 
-def test_only_listed_groups_are_trained_and_the_others_stay(fleet: Fleet, rows: pd.DataFrame) -> None:
+def test_only_listed_groups_are_trained_and_the_others_stay(
+    fleet: Fleet, rows: pd.DataFrame
+) -> None:
     run = fleet.plan(changed(rows, "oslo"), "run-2", retrain="listed", listed=(NAPOLI,))
-    assert by_group(run.plan.groups, "action") == {group: "train" if group == NAPOLI else "reuse" for group in run.plan.groups["group_id"]}
-    assert set(run.plan.groups.loc[run.plan.groups["action"] == "reuse", "reason"]) == {"not_listed"}
+    assert by_group(run.plan.groups, "action") == {
+        group: "train" if group == NAPOLI else "reuse" for group in run.plan.groups["group_id"]
+    }
+    assert set(run.plan.groups.loc[run.plan.groups["action"] == "reuse", "reason"]) == {
+        "not_listed"
+    }
     with pytest.raises(DataError, match="did you mean"):
         fleet.plan(rows, "run-2", retrain="listed", listed=(group_id(["south", "napol"]),))
 
 
 def test_a_first_run_of_listed_groups_judges_their_rows(empty: Fleet, rows: pd.DataFrame) -> None:
     ledger = empty.launch(rows, "run-1", retrain="listed", listed=(OSLO,)).set_index("group_id")
-    assert by_group(ledger.reset_index(), "status") == {group: "trained" if group == OSLO else "inherited" for group in ledger.index}
+    assert by_group(ledger.reset_index(), "status") == {
+        group: "trained" if group == OSLO else "inherited" for group in ledger.index
+    }
     assert set(ledger["reason"].dropna()) == {"not_listed"}
     assert ledger.loc[OSLO, "weight"] > 0.5
     assert ledger.loc[OSLO, "report_own"] < ledger.loc[OSLO, "report_parent"]
 
 
-def test_a_run_of_an_earlier_as_of_does_not_build_on_what_saw_more(fleet: Fleet, rows: pd.DataFrame) -> None:
+def test_a_run_of_an_earlier_as_of_does_not_build_on_what_saw_more(
+    fleet: Fleet, rows: pd.DataFrame
+) -> None:
     earlier = fleet.plan(rows, "run-2", as_of=rows["known_at"].max() - pd.Timedelta(days=1))
-    assert (earlier.previous_run_id, earlier.memory.before) == (None, {})
+    assert (earlier.previous_run_id, earlier.earlier.before) == (None, {})
     assert {Start.from_json(text) for text in earlier.plan.to_train["started_from"]} == {Start()}
     same = fleet.plan(rows, "run-2", as_of=rows["known_at"].max())
     assert (same.previous_run_id, set(same.plan.groups["action"])) == ("run-1", {"reuse"})
 
 
-def test_another_spec_begins_with_what_was_found_under_the_last(fleet: Fleet, rows: pd.DataFrame) -> None:
+def test_another_spec_begins_with_what_was_found_under_the_last(
+    fleet: Fleet, rows: pd.DataFrame
+) -> None:
     fleet.spec = small_spec(tuning={"seed": 9})
     run = fleet.plan(rows, "run-2")
     assert set(run.plan.groups["action"]) == {"train"}
-    starts = {group: Start.from_json(text) for group, text in by_group(run.plan.groups, "started_from").items()}
+    starts = {
+        group: Start.from_json(text)
+        for group, text in by_group(run.plan.groups, "started_from").items()
+    }
     assert all(start.refit is None for start in starts.values())
-    assert {group: len(start.trials) for group, start in starts.items() if group in ("[]", OSLO)} == {"[]": 1, OSLO: 2}
+    assert {
+        group: len(start.trials) for group, start in starts.items() if group in ("[]", OSLO)
+    } == {"[]": 1, OSLO: 2}
 
 
-def test_new_categories_leave_groups_alone_that_do_not_have_them(fleet: Fleet, rows: pd.DataFrame) -> None:
+def test_new_categories_leave_groups_alone_that_do_not_have_them(
+    fleet: Fleet, rows: pd.DataFrame
+) -> None:
     at = rows.index[rows["city"] == "oslo"][:40]
-    run = fleet.plan(rows.assign(kind=rows["kind"].where(~rows.index.isin(at), "a new kind")), "run-2")
+    run = fleet.plan(
+        rows.assign(kind=rows["kind"].where(~rows.index.isin(at), "a new kind")), "run-2"
+    )
     assert run.settings.model_spec.categories["kind"] == ("large", "small", "a new kind")
-    assert {group for group, action in by_group(run.plan.groups, "action").items() if action != "reuse"} == {"[]", '["north"]', OSLO}
+    assert {
+        group for group, action in by_group(run.plan.groups, "action").items() if action != "reuse"
+    } == {"[]", '["north"]', OSLO}
 
 
 # Interruptions
@@ -237,7 +331,14 @@ def failing_when_done(fleet: Fleet, *, turn: int) -> Callable[[], None]:
     return check
 
 
-@pytest.fixture(params=["before the second wave", "between its boosters and its ledger rows", "before the complete ledger", "before the end"])
+@pytest.fixture(
+    params=[
+        "before the second wave",
+        "between its boosters and its ledger rows",
+        "before the complete ledger",
+        "before the end",
+    ]
+)
 def interrupted(request: pytest.FixtureRequest, empty: Fleet, rows: pd.DataFrame) -> Fleet:
     """A fleet whose first run ended there."""
     # The manifest first, then each wave twice: before its boosters and before its ledger rows.
@@ -252,7 +353,9 @@ def interrupted(request: pytest.FixtureRequest, empty: Fleet, rows: pd.DataFrame
     return empty
 
 
-def test_an_interrupted_run_is_finished_as_if_nothing_had_happened(interrupted: Fleet, first: tuple[Fleet, pd.DataFrame], rows: pd.DataFrame) -> None:
+def test_an_interrupted_run_is_finished_as_if_nothing_had_happened(
+    interrupted: Fleet, first: tuple[Fleet, pd.DataFrame], rows: pd.DataFrame
+) -> None:
     fleet = interrupted
     left = fleet.table("ledger")
     assert 0 < len(left) <= N_GROUPS
@@ -275,7 +378,9 @@ def test_an_interrupted_run_is_finished_as_if_nothing_had_happened(interrupted: 
     assert set(fleet.plan(rows, "run-c").plan.groups["action"]) == {"reuse"}
 
 
-def test_orphans_of_a_wave_are_there_and_do_not_count(empty: Fleet, first: tuple[Fleet, pd.DataFrame], rows: pd.DataFrame) -> None:
+def test_orphans_of_a_wave_are_there_and_do_not_count(
+    empty: Fleet, first: tuple[Fleet, pd.DataFrame], rows: pd.DataFrame
+) -> None:
     with pytest.raises(StoreError):
         empty.train(empty.plan(rows, "run-a"), failing_at(3))
     orphans = set(empty.table("holdout")["wave"])
@@ -287,13 +392,19 @@ def test_orphans_of_a_wave_are_there_and_do_not_count(empty: Fleet, first: tuple
     assert (ledger["report_rows"] == first[1]["report_rows"]).all()
 
 
-def test_another_request_does_not_resume_but_reuses_what_was_done(empty: Fleet, rows: pd.DataFrame) -> None:
+def test_another_request_does_not_resume_but_reuses_what_was_done(
+    empty: Fleet, rows: pd.DataFrame
+) -> None:
     with pytest.raises(StoreError):
         empty.train(empty.plan(rows, "run-a"), failing_at(4))
     done = set(empty.table("ledger")["group_id"])
     other = empty.plan(rows, "run-b", retrain="stale")
     assert (other.is_resumed, other.run_id) == (False, "run-b")
-    assert {group for group, action in by_group(other.plan.groups, "action").items() if action == "reuse"} == done
+    assert {
+        group
+        for group, action in by_group(other.plan.groups, "action").items()
+        if action == "reuse"
+    } == done
     everything = empty.plan(rows, "run-b", retrain="all")
     assert (everything.is_resumed, set(everything.plan.groups["action"])) == (False, {"train"})
     later = empty.plan(changed(rows, "oslo"), "run-b")
@@ -303,7 +414,9 @@ def test_another_request_does_not_resume_but_reuses_what_was_done(empty: Fleet, 
 # Waves end by the clock
 
 
-def test_a_wave_whose_time_is_over_gives_back_what_it_has_not_started(empty: Fleet, first: tuple[Fleet, pd.DataFrame], rows: pd.DataFrame) -> None:
+def test_a_wave_whose_time_is_over_gives_back_what_it_has_not_started(
+    empty: Fleet, first: tuple[Fleet, pd.DataFrame], rows: pd.DataFrame
+) -> None:
     # Foreseen to last a moment, and each group takes a second: two slots start two groups, and then no more.
     empty.spec = small_spec(tuning={"checkpoint_seconds": 1.0})
 
@@ -334,10 +447,16 @@ def test_a_coarse_groups_sample_is_thin_nested_and_leaves_small_groups_whole(
     exponents = {0: 2, 1: 1, 2: 0}
     groups["exponent"] = groups["grain"].map(exponents)
     with without_adaptive_execution(spark):
-        placed = placed_rows(spark, run.rows, empty.spec, groups).select("grain", "group_id", "city", "row_key", RATE).toPandas()
+        placed = (
+            placed_rows(spark, run.rows, empty.spec, groups)
+            .select("grain", "group_id", "city", "row_key", RATE)
+            .toPandas()
+        )
     kept = {grain: set(of["row_key"]) for grain, of in placed.groupby("grain")}
     roma = set(seen.loc[seen["city"] == "roma", "row_key"])
-    assert kept[0] < kept[1] < kept[2] | roma == set(seen["row_key"])  # with so few rows roma has no model of its own
+    assert (
+        kept[0] < kept[1] < kept[2] | roma == set(seen["row_key"])
+    )  # with so few rows roma has no model of its own
     rates = placed.groupby(["grain", "city"])[RATE].agg(["min", "max"])
     assert (rates["min"] == rates["max"]).all()
     assert rates["min"].to_dict() == {
@@ -350,20 +469,27 @@ def test_a_coarse_groups_sample_is_thin_nested_and_leaves_small_groups_whole(
 
 
 def test_a_sampled_fleet_is_judged_on_the_rows_that_all_its_models_have_predicted(
-    empty: Fleet, first: tuple[Fleet, pd.DataFrame], rows: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+    empty: Fleet,
+    first: tuple[Fleet, pd.DataFrame],
+    rows: pd.DataFrame,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(training, "SAMPLED_WHOLE", 10)
     tuning = SPEC_OF_ONE_WAVE.tuning.model_copy(update={"max_rows": 400})
     empty.spec = SPEC_OF_ONE_WAVE.model_copy(update={"tuning": tuning})
     run = empty.plan(rows, "run-1")
     groups = run.plan.groups.set_index("group_id")
-    assert groups["exponent"].to_dict() == {"[]": 2, '["north"]': 1, '["south"]': 1} | {group: 0 for group in groups.index if "," in group}
+    assert groups["exponent"].to_dict() == {"[]": 2, '["north"]': 1, '["south"]': 1} | {
+        group: 0 for group in groups.index if "," in group
+    }
     assert groups.loc["[]", "rows_hash"].endswith("/2")
     ledger, whole = empty.train(run).set_index("group_id"), first[1].set_index("group_id")
     assert set(ledger["status"]) == {"trained"}
     assert 0.1 * 1200 < ledger.loc["[]", ["n_fit", "n_tune", "n_report"]].sum() < 0.45 * 1200
     assert 0.1 < ledger.loc["[]", "report_rows"] / whole.loc["[]", "report_rows"] < 0.45
-    assert ledger.loc["[]", "report_constant"] == pytest.approx(whole.loc["[]", "report_constant"], rel=0.25)
+    assert ledger.loc["[]", "report_constant"] == pytest.approx(
+        whole.loc["[]", "report_constant"], rel=0.25
+    )
     assert ledger.loc["[]", "rmse"] == pytest.approx(whole.loc["[]", "rmse"], rel=0.5)
     assert ledger.loc[OSLO, "booster_id"] == whole.loc[OSLO, "booster_id"]
 
@@ -371,8 +497,12 @@ def test_a_sampled_fleet_is_judged_on_the_rows_that_all_its_models_have_predicte
 # Budgets
 
 
-def test_a_spent_budget_leaves_every_group_its_first_model(empty: Fleet, rows: pd.DataFrame) -> None:
-    empty.spec = small_spec(tuning={"checkpoint_seconds": 600, "budget_seconds": 1e-6, "max_trials": 4})
+def test_a_spent_budget_leaves_every_group_its_first_model(
+    empty: Fleet, rows: pd.DataFrame
+) -> None:
+    empty.spec = small_spec(
+        tuning={"checkpoint_seconds": 600, "budget_seconds": 1e-6, "max_trials": 4}
+    )
     ledger = empty.launch(rows, "run-1")
     assert set(ledger["status"]) == {"trained"}
     assert set(ledger["n_trials"]) == {1}
@@ -381,7 +511,9 @@ def test_a_spent_budget_leaves_every_group_its_first_model(empty: Fleet, rows: p
 
 
 def test_what_is_left_of_a_budget_improves_groups(empty: Fleet, rows: pd.DataFrame) -> None:
-    empty.spec = small_spec(tuning={"checkpoint_seconds": 600, "budget_seconds": 1e6, "max_trials": 3, "patience": 3})
+    empty.spec = small_spec(
+        tuning={"checkpoint_seconds": 600, "budget_seconds": 1e6, "max_trials": 3, "patience": 3}
+    )
     ledger = empty.launch(rows, "run-1")
     assert len(ledger) == 7
     assert set(ledger["n_trials"]) == {3}
@@ -393,7 +525,9 @@ def test_what_is_left_of_a_budget_improves_groups(empty: Fleet, rows: pd.DataFra
     assert set(empty.plan(rows, "run-2").plan.groups["action"]) == {"reuse"}
 
 
-def passes(run: PlannedRun, spec: FleetSpec, *, seconds: float = 1.0) -> Iterator[tuple[Sequence[str], dict[tuple[int, str], dict[str, Any]]]]:
+def passes(
+    run: PlannedRun, spec: FleetSpec, *, seconds: float = 1.0
+) -> Iterator[tuple[Sequence[str], dict[tuple[int, str], dict[str, Any]]]]:
     """The groups of each second pass, and the rows so far; every group has taken those seconds."""
     to_train = run.plan.to_train
     found = {
@@ -402,13 +536,15 @@ def passes(run: PlannedRun, spec: FleetSpec, *, seconds: float = 1.0) -> Iterato
         }
         for number, (grain, group) in enumerate(zip(to_train["grain"], to_train["group_id"], strict=True))
     }  # fmt: skip
-    for plan in fleet_training._second_pass(run, spec, found):
+    for plan in plan_second_pass(run, spec, found):
         for key in zip(plan.groups["grain"], plan.groups["group_id"], strict=True):
             found[int(key[0]), str(key[1])] |= {"stopped_by": "patience", "seconds": 2 * seconds}
         yield plan.groups["group_id"].tolist(), found
 
 
-def test_a_budget_goes_to_the_largest_errors_first_and_is_kept(first: tuple[Fleet, pd.DataFrame], rows: pd.DataFrame, empty: Fleet) -> None:
+def test_a_budget_goes_to_the_largest_errors_first_and_is_kept(
+    first: tuple[Fleet, pd.DataFrame], rows: pd.DataFrame, empty: Fleet
+) -> None:
     spec = small_spec(tuning={"max_trials": 4, "patience": 3, "budget_seconds": 11.0})
     empty.spec = spec
     run = empty.plan(rows, "run-1")
@@ -417,17 +553,33 @@ def test_a_budget_goes_to_the_largest_errors_first_and_is_kept(first: tuple[Flee
     [(chosen, found)] = passes(run, spec)
     assert sorted(chosen) == sorted(order[:2])
     assert {key[1] for key, row in found.items() if row["stopped_by"] == "budget"} == set(order[2:])
-    plenty = spec.model_copy(update={"tuning": spec.tuning.model_copy(update={"budget_seconds": 1e6})})
+    plenty = spec.model_copy(
+        update={"tuning": spec.tuning.model_copy(update={"budget_seconds": 1e6})}
+    )
     assert sorted(group for chosen, _ in passes(run, plenty) for group in chosen) == sorted(order)
-    waves = spec.model_copy(update={"tuning": plenty.tuning.model_copy(update={"checkpoint_seconds": 1.0})})
+    waves = spec.model_copy(
+        update={"tuning": plenty.tuning.model_copy(update={"checkpoint_seconds": 1.0})}
+    )
     assert [len(chosen) for chosen, _ in passes(run, waves)] == [1] * 7
-    assert list(passes(run, spec.model_copy(update={"tuning": spec.tuning.model_copy(update={"budget_seconds": None})}))) == []
+    assert (
+        list(
+            passes(
+                run,
+                spec.model_copy(
+                    update={"tuning": spec.tuning.model_copy(update={"budget_seconds": None})}
+                ),
+            )
+        )
+        == []
+    )
 
 
 # Harm
 
 
-def test_a_group_that_kills_spark_workers_is_crashed_and_the_others_are_trained(empty: Fleet, rows: pd.DataFrame) -> None:
+def test_a_group_that_kills_spark_workers_is_crashed_and_the_others_are_trained(
+    empty: Fleet, rows: pd.DataFrame
+) -> None:
     empty.spec = SPEC_OF_ONE_WAVE
 
     def train(frame: pd.DataFrame, grain: int, settings: Any, start: Start) -> Outcome:
@@ -435,15 +587,23 @@ def test_a_group_that_kills_spark_workers_is_crashed_and_the_others_are_trained(
             os.kill(os.getppid(), signal.SIGKILL)
         return train_group(frame, grain, settings, start)
 
-    ledger = empty.train(empty.plan(rows[rows["region"] == "north"], "run-1"), train=train).set_index("group_id")
+    ledger = empty.train(
+        empty.plan(rows[rows["region"] == "north"], "run-1"), train=train
+    ).set_index("group_id")
     assert len(ledger) == 4
-    assert (ledger.loc[OSLO, "status"], ledger.loc[OSLO, "reason"], ledger.loc[OSLO, "error_class"]) == ("crashed", "native_crash", "ExecutorLost")
+    assert (
+        ledger.loc[OSLO, "status"],
+        ledger.loc[OSLO, "reason"],
+        ledger.loc[OSLO, "error_class"],
+    ) == ("crashed", "native_crash", "ExecutorLost")
     assert set(ledger.drop(OSLO)["status"]) == {"trained"}
     assert ledger["report_rows"].notna().all()
     assert ledger.loc[OSLO, "weight"] == 0.0
 
 
-def test_what_is_wrong_with_the_data_is_not_a_groups_fault(empty: Fleet, rows: pd.DataFrame) -> None:
+def test_what_is_wrong_with_the_data_is_not_a_groups_fault(
+    empty: Fleet, rows: pd.DataFrame
+) -> None:
     run = empty.plan(rows, "run-1")
     broken = replace(run, rows=run.rows.where("raise_error('unreadable') IS NULL"))
     with pytest.raises(Exception, match="unreadable"):
@@ -470,21 +630,33 @@ def poisoned() -> pd.DataFrame:
     rows = feature_rows(160, cities={"north": tuple(POISONS)})
     city = rows["city"]
     rows["sales"] = (
-        rows["sales"].mask(city == "constant", 3.0).mask(city == "all null", np.nan).mask((city == "infinite") & (rows.index % 5 == 0), np.inf)
+        rows["sales"]
+        .mask(city == "constant", 3.0)
+        .mask(city == "all null", np.nan)
+        .mask((city == "infinite") & (rows.index % 5 == 0), np.inf)
     )
     return rows[(city != "few") | (rows["time"] < "2024-01-20")]
 
 
-def test_poisons_are_rows_of_the_ledger_and_every_other_group_is_trained(empty: Fleet, poisoned: pd.DataFrame) -> None:
+def test_poisons_are_rows_of_the_ledger_and_every_other_group_is_trained(
+    empty: Fleet, poisoned: pd.DataFrame
+) -> None:
     empty.spec = small_spec(
-        splits={"report": "20 days", "tune": "30 days"}, tuning={"checkpoint_seconds": 600, "kill_after_seconds": 15, "max_rounds": 10}
+        splits={"report": "20 days", "tune": "30 days"},
+        tuning={"checkpoint_seconds": 600, "kill_after_seconds": 15, "max_rounds": 10},
     )
     harm = {group_id(["north", city]): city for city in ("raise", "hang", "memory", "KILL")}
-    ledger = empty.train(empty.plan(poisoned, "run-1"), train=FailingTrainer(harm), memory_bytes=2 << 30)
+    ledger = empty.train(
+        empty.plan(poisoned, "run-1"), train=FailingTrainer(harm), memory_bytes=2 << 30
+    )
     found = ledger.set_index("group_id")
     for city, (status, reason, error_class) in POISONS.items():
         row = found.loc[group_id(["north", city])]
-        told = (row["status"], row["reason"], row["error_class"] if isinstance(row["error_class"], str) else None)
+        told = (
+            row["status"],
+            row["reason"],
+            row["error_class"] if isinstance(row["error_class"], str) else None,
+        )
         assert told == (status, reason, error_class), city
         assert (row["booster_id"] is None or pd.isna(row["booster_id"])) == (status != "trained")
         assert (row["weight"] == 0.0) >= (status != "trained")
@@ -494,24 +666,36 @@ def test_poisons_are_rows_of_the_ledger_and_every_other_group_is_trained(empty: 
     # Whoever failed is tried again; whoever crashed is not, until it changes.
     again = by_group(empty.plan(poisoned, "run-2").plan.groups, "action")
     expected = {"failed": "train", "crashed": "reuse", "trained": "reuse", "inherited": "inherit"}
-    by_trainer = {"constant": "reuse", "infinite": "reuse"}  # the others are seen when the run is planned
+    by_trainer = {
+        "constant": "reuse",
+        "infinite": "reuse",
+    }  # the others are seen when the run is planned
     assert {city: again[group_id(["north", city])] for city in POISONS} == {
         city: by_trainer.get(city, expected[status]) for city, (status, *_) in POISONS.items()
     }
 
 
-def test_a_pooled_group_that_crashes_costs_the_others_nothing(fleet: Fleet, first: tuple[Fleet, pd.DataFrame], rows: pd.DataFrame) -> None:
+def test_a_pooled_group_that_crashes_costs_the_others_nothing(
+    fleet: Fleet, first: tuple[Fleet, pd.DataFrame], rows: pd.DataFrame
+) -> None:
     run = fleet.plan(changed(rows, "oslo"), "run-2")
     ledger = fleet.train(run, train=FailingTrainer({"[]": "KILL"})).set_index("group_id")
     assert ledger["status"].value_counts().to_dict() == {"reused": 4, "refreshed": 2, "crashed": 1}
-    assert ledger.loc["[]", "report_rows"] == first[1].set_index("group_id").loc["[]", "report_rows"]
+    assert (
+        ledger.loc["[]", "report_rows"] == first[1].set_index("group_id").loc["[]", "report_rows"]
+    )
     assert (ledger["weight"] > 0).any()
 
 
-def test_a_refreshed_fleet_of_noise_trusts_its_models_no_more_than_a_trained_one(empty: Fleet, rows: pd.DataFrame) -> None:
+def test_a_refreshed_fleet_of_noise_trusts_its_models_no_more_than_a_trained_one(
+    empty: Fleet, rows: pd.DataFrame
+) -> None:
     noise = rows.assign(sales=np.random.default_rng(8).normal(100, 10, len(rows)))
     before = empty.launch(noise, "run-1")
-    after = empty.launch(noise.assign(sales=noise["sales"].where(noise.index % 40 != 0, noise["sales"] + 0.01)), "run-2")
+    after = empty.launch(
+        noise.assign(sales=noise["sales"].where(noise.index % 40 != 0, noise["sales"] + 0.01)),
+        "run-2",
+    )
     assert set(after["status"]) == {"refreshed"}
     finest = [ledger.loc[ledger["grain"] == 2, "weight"].mean() for ledger in (before, after)]
     assert finest[1] <= finest[0] + 0.02
@@ -521,35 +705,53 @@ def test_a_baseline_that_is_declared_later_is_measured_without_any_training(
     fleet: Fleet, first: tuple[Fleet, pd.DataFrame], rows: pd.DataFrame
 ) -> None:
     # In another order, too: baselines have names.
-    fleet.spec = small_spec(tuning={"checkpoint_seconds": 0.05}, baselines={"price itself": "price", **SPEC.baselines})
+    fleet.spec = small_spec(
+        tuning={"checkpoint_seconds": 0.05}, baselines={"price itself": "price", **SPEC.baselines}
+    )
     before, after = first[1], fleet.launch(rows, "run-2")
     assert set(after["status"]) == {"reused"}
-    for old, new in zip(before["baselines"].map(json.loads), after["baselines"].map(json.loads), strict=True):
+    for old, new in zip(
+        before["baselines"].map(json.loads), after["baselines"].map(json.loads), strict=True
+    ):
         assert new.pop("price itself")["n"] > 0
         assert {name: pytest.approx(measures) for name, measures in old.items()} == new
 
 
-def test_rows_of_weight_0_change_no_number(spark: SparkSession, rows: pd.DataFrame, tmp_path: Path) -> None:
+def test_rows_of_weight_0_change_no_number(
+    spark: SparkSession, rows: pd.DataFrame, tmp_path: Path
+) -> None:
     spec = small_spec(target={"weight": "size"}, tuning={"checkpoint_seconds": 600})
     sound = rows.assign(size=1.0)
     junk = sound.assign(sales=1e9, size=0.0, row_key=sound["row_key"] + "?", kind="never sold")
     ledgers = []
-    for name, frame in (("sound", sound), ("with junk", pd.concat([sound, junk], ignore_index=True))):
+    for name, frame in (
+        ("sound", sound),
+        ("with junk", pd.concat([sound, junk], ignore_index=True)),
+    ):
         fleet = Fleet(spark, tmp_path / name, spec)
         run = fleet.plan(frame, "run")
         ledgers.append(fleet.train(run))
-        assert run.constants[0] == pytest.approx(sound.loc[sound["time"] < run.cutoffs.tune_start, "sales"].mean())
+        assert run.constants[0] == pytest.approx(
+            sound.loc[sound["time"] < run.cutoffs.tune_start, "sales"].mean()
+        )
     same = [name for name in ledgers[0].columns if name not in ("n_rows", *OF_THE_RUN)]
     pd.testing.assert_frame_equal(ledgers[0][same], ledgers[1][same])
 
 
-def test_integer_keys_beyond_53_bits_beside_a_null_key_are_exact(empty: Fleet, rows: pd.DataFrame) -> None:
-    numbers = {city: 2**53 + 1 + 2 * number for number, city in enumerate(sorted(set(rows["city"]) - {"oslo"}))}
+def test_integer_keys_beyond_53_bits_beside_a_null_key_are_exact(
+    empty: Fleet, rows: pd.DataFrame
+) -> None:
+    numbers = {
+        city: 2**53 + 1 + 2 * number
+        for number, city in enumerate(sorted(set(rows["city"]) - {"oslo"}))
+    }
     cities = pd.array([numbers.get(city) for city in rows["city"]], dtype="Int64")
     ledger = empty.launch(rows.assign(city=cities), "run-1")
     finest = ledger[ledger["grain"] == 2]
     keys = rows[["region", "city"]].drop_duplicates().itertuples(index=False)
-    assert set(finest["group_id"]) == {group_id([region, numbers.get(city)]) for region, city in keys}
+    assert set(finest["group_id"]) == {
+        group_id([region, numbers.get(city)]) for region, city in keys
+    }
     assert finest["report_rows"].gt(0).all()
     assert finest["rmse"].notna().all()
     assert empty.table("runs")["unknown_groups"].tolist() == ["[]"]
@@ -558,11 +760,18 @@ def test_integer_keys_beyond_53_bits_beside_a_null_key_are_exact(empty: Fleet, r
 # Tables of an earlier release
 
 
-def test_a_ledger_of_an_earlier_format_is_refused_and_nothing_is_added_to_it(fleet: Fleet, rows: pd.DataFrame) -> None:
+def test_a_ledger_of_an_earlier_format_is_refused_and_nothing_is_added_to_it(
+    fleet: Fleet, rows: pd.DataFrame
+) -> None:
     location = fleet.tables.location("small", "ledger")
     before = fleet.table("ledger").drop(columns="intervals").assign(interval=1.0)
     shutil.rmtree(location)
-    fleet.tables.write_arrow([pa.Table.from_pandas(before, preserve_index=False)], pa.Schema.from_pandas(before), location, mode="overwrite")
+    fleet.tables.write_arrow(
+        [pa.Table.from_pandas(before, preserve_index=False)],
+        pa.Schema.from_pandas(before),
+        location,
+        mode="overwrite",
+    )
     told = r"ledger was written by an earlier version: it has no column intervals, expected format 3 .*; move it away .*, or use a new data root"
     with pytest.raises(StoreError, match=told):
         fleet.launch(rows, "run-2")
@@ -578,7 +787,9 @@ def test_a_ledger_of_an_earlier_format_is_refused_and_nothing_is_added_to_it(fle
 # Without pooling
 
 
-def test_without_pooling_the_finest_groups_are_trained_alone_and_all_rows_judged(empty: Fleet, rows: pd.DataFrame) -> None:
+def test_without_pooling_the_finest_groups_are_trained_alone_and_all_rows_judged(
+    empty: Fleet, rows: pd.DataFrame
+) -> None:
     empty.spec = small_spec(pooling="none")
     ledger = empty.launch(rows, "run-1").set_index("group_id")
     finest = ledger["grain"] == 2
@@ -593,11 +804,17 @@ def test_without_pooling_the_finest_groups_are_trained_alone_and_all_rows_judged
     assert again.loc["[]", "reason"] == "pooling_none"
 
 
-def test_digests_of_a_run_are_those_of_its_ledger(first: tuple[Fleet, pd.DataFrame], rows: pd.DataFrame) -> None:
+def test_digests_of_a_run_are_those_of_its_ledger(
+    first: tuple[Fleet, pd.DataFrame], rows: pd.DataFrame
+) -> None:
     fleet, ledger = first
     run = fleet.plan(rows, "run-2")
-    shared = shared_digest(run.settings.model_spec, run.settings.goal, run.settings.tuning, run.cutoffs, None)
+    shared = shared_digest(
+        run.settings.model_spec, run.settings.goal, run.settings.tuning, run.cutoffs, None
+    )
     hashes = by_group(run.plan.groups, "rows_hash")
     for row in ledger.to_dict("records"):
-        assert row["fingerprint"] == fingerprint(hashes[row["group_id"]], shared, row["started_from"])
+        assert row["fingerprint"] == fingerprint(
+            hashes[row["group_id"]], shared, row["started_from"]
+        )
     assert set(hashes) == {str(name) for keys in SPEC.grains for name in group_ids(rows, keys)}

@@ -40,7 +40,10 @@ SPEC = parse_spec(
 
 def batches(*sizes: int) -> list[pa.RecordBatch]:
     starts = np.cumsum([0, *sizes])
-    return [pa.RecordBatch.from_pydict({"n": np.arange(start, start + size)}) for start, size in zip(starts, sizes, strict=False)]
+    return [
+        pa.RecordBatch.from_pydict({"n": np.arange(start, start + size)})
+        for start, size in zip(starts, sizes, strict=False)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +57,9 @@ def batches(*sizes: int) -> list[pa.RecordBatch]:
         ([], {"n_rows": 2}, []),
     ],
 )
-def test_batches_are_put_together_in_order_and_none_is_divided(sizes: list[int], limits: dict[str, int], expected: list[int]) -> None:
+def test_batches_are_put_together_in_order_and_none_is_divided(
+    sizes: list[int], limits: dict[str, int], expected: list[int]
+) -> None:
     found = list(gather_batches(iter(batches(*sizes)), **limits))
     assert [part.num_rows for part in found] == expected
     assert [number for part in found for number in part["n"].to_pylist()] == list(range(sum(sizes)))
@@ -77,7 +82,9 @@ def test_a_null_beside_it_does_not_change_a_whole_number(pack: Path) -> None:
         {
             "store": pa.array([BIG, None], pa.int64()),
             "x": pa.array([1, None], pa.int64()),
-            "time": pa.array([pd.Timestamp("2024-01-02", tz="UTC")] * 2, pa.timestamp("us", tz="UTC")),
+            "time": pa.array(
+                [pd.Timestamp("2024-01-02", tz="UTC")] * 2, pa.timestamp("us", tz="UTC")
+            ),
         }
     )
     frame = asked_rows(rows.append_column("kind", rows["store"]), FleetModel(pack))
@@ -90,9 +97,17 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import lightgbm as lgb
 
     random = np.random.default_rng(0)
-    matrix = np.column_stack([random.normal(size=300), random.integers(0, 2, 300)]).astype(np.float32)
+    matrix = np.column_stack([random.normal(size=300), random.integers(0, 2, 300)]).astype(
+        np.float32
+    )
     boosters = [
-        encode_booster(lgb.train({"verbosity": -1, "num_threads": 1}, lgb.Dataset(matrix, slope * matrix[:, 0] + matrix[:, 1]), 5).model_to_string())
+        encode_booster(
+            lgb.train(
+                {"verbosity": -1, "num_threads": 1},
+                lgb.Dataset(matrix, slope * matrix[:, 0] + matrix[:, 1]),
+                5,
+            ).model_to_string()
+        )
         for slope in (1, 2, 3)
     ]
     ledger = pd.DataFrame(
@@ -104,7 +119,12 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "intervals": ['{"0.8": 1.0, "0.95": 2.0}', '{"0.8": 2.0, "0.95": 3.0}', None],
         }
     )
-    generation = Generation(build_model_spec(SPEC, {"kind": [str(BIG), "7"]}), "run", constant=0.0, constant_without_offset=0.0)
+    generation = Generation(
+        build_model_spec(SPEC, {"kind": [str(BIG), "7"]}),
+        "run",
+        constant=0.0,
+        constant_without_offset=0.0,
+    )
     folder = tmp_path_factory.mktemp("numbered") / "numbered"
     write_pack(folder, [PackedRun(generation, ledger)], lambda _: map(vars, boosters))
     return folder
@@ -116,10 +136,15 @@ def test_every_batch_size_gives_the_packs_own_answers(spark: SparkSession, pack:
     table = pa.table(
         {
             "row_key": [f"{number:03d}" for number in range(n_rows)],
-            "time": pa.array([pd.Timestamp("2024-01-02", tz="UTC")] * n_rows, pa.timestamp("us", tz="UTC")),
+            "time": pa.array(
+                [pd.Timestamp("2024-01-02", tz="UTC")] * n_rows, pa.timestamp("us", tz="UTC")
+            ),
             "store": pa.array(store, pa.int64()),
             "kind": pa.array(kind, pa.int64()),
-            "x": pa.array([None if number % 10 == 0 else number / 10 for number in range(n_rows)], pa.float64()),
+            "x": pa.array(
+                [None if number % 10 == 0 else number / 10 for number in range(n_rows)],
+                pa.float64(),
+            ),
         }
     )
     alone = FleetModel(pack).predict(asked_rows(table, FleetModel(pack)))
@@ -128,7 +153,14 @@ def test_every_batch_size_gives_the_packs_own_answers(spark: SparkSession, pack:
     try:
         for size in (7, 10_000):
             spark.conf.set("spark.sql.execution.arrow.maxRecordsPerBatch", size)
-            answers = score_rows(spark, spark.createDataFrame(table).repartition(2, "row_key"), SPEC, FleetModel(pack), AS_OF, {})
+            answers = score_rows(
+                spark,
+                spark.createDataFrame(table).repartition(2, "row_key"),
+                SPEC,
+                FleetModel(pack),
+                AS_OF,
+                {},
+            )
             found = answers.toPandas().sort_values("row_key", ignore_index=True)
             pd.testing.assert_frame_equal(found[list(alone.columns)], alone, check_exact=True)
             assert found["store"].isna().sum() == 30
@@ -138,24 +170,38 @@ def test_every_batch_size_gives_the_packs_own_answers(spark: SparkSession, pack:
 
 
 def test_scoring_needs_no_exchange(spark: SparkSession, pack: Path) -> None:
-    rows = spark.createDataFrame([], "row_key string, time timestamp, store long, kind long, x double")
+    rows = spark.createDataFrame(
+        [], "row_key string, time timestamp, store long, kind long, x double"
+    )
     answers = score_rows(spark, rows, SPEC, FleetModel(pack), AS_OF, {})
     assert "Exchange" not in answers._jdf.queryExecution().toString()
     assert answers.count() == 0
 
 
-def test_a_column_that_is_listed_twice_is_refused_before_a_row_is_read(spark: SparkSession, pack: Path) -> None:
-    rows = spark.createDataFrame([], "row_key string, time timestamp, store long, kind long, x double")
+def test_a_column_that_is_listed_twice_is_refused_before_a_row_is_read(
+    spark: SparkSession, pack: Path
+) -> None:
+    rows = spark.createDataFrame(
+        [], "row_key string, time timestamp, store long, kind long, x double"
+    )
     doubled = rows.select("*", sf.lit(1.0).alias("x"))
-    with pytest.raises(InputError, match="the batch: columns listed more than once: x; rename or remove all but one of each"):
+    with pytest.raises(
+        InputError,
+        match="the batch: columns listed more than once: x; rename or remove all but one of each",
+    ):
         score_rows(spark, doubled, SPEC, FleetModel(pack), AS_OF, {})
     names = ["store", "x", "kind", "kind"]
     with pytest.raises(InputError, match=r"rows\.parquet: columns listed more than once: kind;"):
-        check_columns(pa.schema([(name, pa.float64()) for name in names]), "rows.parquet", FleetModel(pack))
+        check_columns(
+            pa.schema([(name, pa.float64()) for name in names]), "rows.parquet", FleetModel(pack)
+        )
 
 
 def test_a_worker_opens_a_pack_once_for_all_of_its_tasks(spark: SparkSession, pack: Path) -> None:
-    rows = spark.createDataFrame([(str(n), None, n, n, 0.5) for n in range(8)], "row_key string, time timestamp, store long, kind long, x double")
+    rows = spark.createDataFrame(
+        [(str(n), None, n, n, 0.5) for n in range(8)],
+        "row_key string, time timestamp, store long, kind long, x double",
+    )
     for _ in range(2):
         score_rows(spark, rows, SPEC, FleetModel(pack), AS_OF, {}).collect()
     fleet = FleetModel(pack).fleet
@@ -165,8 +211,12 @@ def test_a_worker_opens_a_pack_once_for_all_of_its_tasks(spark: SparkSession, pa
 
         for batch in batches:
             opened = answers._opened.get(fleet)
-            yield pa.RecordBatch.from_pydict({"cached": [-1 if opened is None else opened[1].cached_bytes] * batch.num_rows})
+            yield pa.RecordBatch.from_pydict(
+                {"cached": [-1 if opened is None else opened[1].cached_bytes] * batch.num_rows}
+            )
 
     # Of the workers that answered, each still has the boosters that it was asked for.
-    found = {row["cached"] for row in spark.range(0, 2, 1, 2).mapInArrow(look, "cached long").collect()}
+    found = {
+        row["cached"] for row in spark.range(0, 2, 1, 2).mapInArrow(look, "cached long").collect()
+    }
     assert max(found) > 0

@@ -38,7 +38,9 @@ def refusal(spark: SparkSession, text: str) -> str:
     return str(caught.value)
 
 
-def test_a_comment_that_goes_on_for_spark_alone_stops_the_build(spark: SparkSession, tmp_path: Path) -> None:
+def test_a_comment_that_goes_on_for_spark_alone_stops_the_build(
+    spark: SparkSession, tmp_path: Path
+) -> None:
     hidden = f"SELECT city FROM sales -- \\\nWHERE price > 1 -- {tmp_path}"
     message = refusal(spark, hidden)
     assert "Spark reads it differently from the check" in message
@@ -48,7 +50,12 @@ def test_a_comment_that_goes_on_for_spark_alone_stops_the_build(spark: SparkSess
 def test_a_derived_column_cannot_read_the_target_behind_a_comment(spark: SparkSession) -> None:
     text = "price /* -- */ -- \\\n + 1"
     with pytest.raises(SpecError, match=r"^features\.derived\.x: Spark reads it differently"):
-        derived_column(spark, text, check_expression(text, where="features.derived.x"), where="features.derived.x")
+        derived_column(
+            spark,
+            text,
+            check_expression(text, where="features.derived.x"),
+            where="features.derived.x",
+        )
 
 
 def test_what_spark_reads_beyond_the_tree_is_found(spark: SparkSession) -> None:
@@ -63,12 +70,19 @@ def test_what_spark_reads_beyond_the_tree_is_found(spark: SparkSession) -> None:
     assert beyond("SELECT city FROM other.sales") == "the relation other.sales"
     assert "the relation range" in beyond("SELECT city FROM range(3)")
     assert beyond("SELECT price FROM sales") == "the column price"
-    assert beyond("SELECT city FROM sales WHERE city IN (SELECT city FROM secret)") == "the relation secret"
+    assert (
+        beyond("SELECT city FROM sales WHERE city IN (SELECT city FROM secret)")
+        == "the relation secret"
+    )
     assert "ScriptTransformation" in beyond("SELECT TRANSFORM(city) USING 'cat' FROM sales")
     assert "Sample" in beyond("SELECT city FROM sales TABLESAMPLE (10 PERCENT)")
-    assert "WithWindowDefinition" in beyond("SELECT city FROM sales WINDOW w AS (PARTITION BY rand())")
+    assert "WithWindowDefinition" in beyond(
+        "SELECT city FROM sales WINDOW w AS (PARTITION BY rand())"
+    )
     user = parse_select("SELECT s.user FROM sales AS s", ["sales"], file="features.sql")
-    assert list(excess(read_statement(spark, "SELECT user FROM sales"), user)) == ["the column user, which may be a function"]
+    assert list(excess(read_statement(spark, "SELECT user FROM sales"), user)) == [
+        "the column user, which may be a function"
+    ]
     expression = check_expression("price", where="x")
     assert "a node Project" in "; ".join(excess(read_expression(spark, "(SELECT 1)"), expression))
 
@@ -84,7 +98,10 @@ def test_a_function_that_the_tree_calls_but_nobody_allowed_is_found(spark: Spark
     ("text", "part"),
     [
         ("SELECT rand() AS x FROM sales", "rand("),
-        ("SELECT city FROM sales WHERE price > (SELECT max(price) FROM sales WHERE price > randn())", "scalar-subquery"),
+        (
+            "SELECT city FROM sales WHERE price > (SELECT max(price) FROM sales WHERE price > randn())",
+            "scalar-subquery",
+        ),
         ("SELECT sum(price) OVER (PARTITION BY uuid()) AS x FROM sales", "uuid("),
         ("SELECT city FROM other", "the view 'other'"),
         ("SELECT id FROM range(3)", "reads Range"),
@@ -168,4 +185,9 @@ def test_what_people_write_every_day_is_read_alike(spark: SparkSession) -> None:
     expressions = [part.strip() for line in PLAIN.strip().splitlines() for part in line.split(";")]
     text = f"SELECT {', '.join(f'{one} AS x{number}' for number, one in enumerate(expressions))} FROM sales WHERE city IS NOT NULL"
     check_select(spark, text, ["sales"], file="features.sql")
-    check_select(spark, "SELECT city, sum(price) AS total FROM sales GROUP BY ALL", ["sales"], file="features.sql")
+    check_select(
+        spark,
+        "SELECT city, sum(price) AS total FROM sales GROUP BY ALL",
+        ["sales"],
+        file="features.sql",
+    )

@@ -5,7 +5,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.training.blend import N_BLOCKS, Evidence, GroupSkill, Moments, choose_weights, learn_blend
+from pipeline.training.blend import (
+    N_BLOCKS,
+    Evidence,
+    GroupSkill,
+    Moments,
+    choose_weights,
+    learn_blend,
+)
 from pipeline.training.splits import REPORT, TUNE
 
 Pooling = Literal["blend", "select", "none"]
@@ -19,29 +26,41 @@ class Rows:
     def __init__(self, n: int, *, n_groups: int = 4, seed: int = 0) -> None:
         self.rng = np.random.default_rng(seed)
         city = self.rng.integers(0, n_groups, n)
-        self.groups = np.column_stack([np.full(n, "[]"), [f'["{c % 2}"]' for c in city], [f'["{c % 2}","{c}"]' for c in city]]).astype(object)
+        self.groups = np.column_stack(
+            [np.full(n, "[]"), [f'["{c % 2}"]' for c in city], [f'["{c % 2}","{c}"]' for c in city]]
+        ).astype(object)
         self.split = np.where(np.arange(n) % 5 < 4, TUNE, REPORT).astype(object)
         self.block = np.where(self.split == TUNE, np.arange(n) * N_BLOCKS // n, 0)
         self.target = self.rng.normal(size=n)
-        self.predictions = np.column_stack([self.target + scale * self.rng.normal(size=n) for scale in (0.5, 0.5, 0.5)])
+        self.predictions = np.column_stack(
+            [self.target + scale * self.rng.normal(size=n) for scale in (0.5, 0.5, 0.5)]
+        )
         self.weight = np.ones(n)
         self.has_model: list[set[str]] = [set(self.groups[:, grain]) for grain in range(GRAINS)]
 
     def moments(self) -> Moments:
-        return Moments.of_rows(self.split, self.block, self.groups, self.target, self.predictions, self.weight)
+        return Moments.of_rows(
+            self.split, self.block, self.groups, self.target, self.predictions, self.weight
+        )
 
     def learn(self, pooling: Pooling = "blend") -> dict[tuple[int, str], GroupSkill]:
         return learn_blend(self.moments(), self.has_model, CONSTANT, pooling)
 
     def weights(self, grain: int, pooling: Pooling = "blend") -> dict[str, float]:
-        return {group: skill.weight for (level, group), skill in self.learn(pooling).items() if level == grain}
+        return {
+            group: skill.weight
+            for (level, group), skill in self.learn(pooling).items()
+            if level == grain
+        }
 
     @property
     def noise(self) -> Any:
         return self.rng.normal(size=len(self.target))
 
 
-def oracle(rows: Rows, skills: dict[tuple[int, str], GroupSkill]) -> dict[tuple[int, str], tuple[float | None, ...]]:
+def oracle(
+    rows: Rows, skills: dict[tuple[int, str], GroupSkill]
+) -> dict[tuple[int, str], tuple[float | None, ...]]:
     """The recursion, row by row."""
     errors: dict[tuple[int, str, str, str], list[float]] = {}
     for row in range(len(rows.target)):
@@ -50,16 +69,32 @@ def oracle(rows: Rows, skills: dict[tuple[int, str], GroupSkill]) -> dict[tuple[
             group, own, parent = rows.groups[row, grain], rows.predictions[row, grain], answer
             trained = group in rows.has_model[grain]
             if trained:
-                answer = skills[grain, group].weight * own + (1 - skills[grain, group].weight) * parent
-            said = {"own": own if trained else None, "parent": parent, "blend": answer, "constant": CONSTANT}
+                answer = (
+                    skills[grain, group].weight * own + (1 - skills[grain, group].weight) * parent
+                )
+            said = {
+                "own": own if trained else None,
+                "parent": parent,
+                "blend": answer,
+                "constant": CONSTANT,
+            }
             for name, value in said.items():
                 if value is not None:
-                    errors.setdefault((grain, group, rows.split[row], name), []).append((rows.target[row] - value) ** 2)
+                    errors.setdefault((grain, group, rows.split[row], name), []).append(
+                        (rows.target[row] - value) ** 2
+                    )
 
     def rmse(*key: Any) -> float | None:
         return float(np.sqrt(np.mean(errors[key]))) if key in errors else None
 
-    wanted = [(TUNE, "own"), (TUNE, "parent"), (REPORT, "own"), (REPORT, "parent"), (REPORT, "blend"), (REPORT, "constant")]
+    wanted = [
+        (TUNE, "own"),
+        (TUNE, "parent"),
+        (REPORT, "own"),
+        (REPORT, "parent"),
+        (REPORT, "blend"),
+        (REPORT, "constant"),
+    ]
     return {key: tuple(rmse(*key, *entry) for entry in wanted) for key in skills}
 
 
@@ -73,7 +108,14 @@ def test_errors_are_those_of_answering_row_by_row(pooling: Pooling) -> None:
     skills = rows.learn(pooling)
     for key, expected in oracle(rows, skills).items():
         skill = skills[key]
-        found = (skill.tune_own, skill.tune_parent, skill.report_own, skill.report_parent, skill.report_blend, skill.report_constant)
+        found = (
+            skill.tune_own,
+            skill.tune_parent,
+            skill.report_own,
+            skill.report_parent,
+            skill.report_blend,
+            skill.report_constant,
+        )
         assert found == pytest.approx(expected), key
     assert skills[2, '["1","3"]'].report_blend is None
     assert skills[2, '["0","2"]'].tune_own is None
@@ -82,7 +124,10 @@ def test_errors_are_those_of_answering_row_by_row(pooling: Pooling) -> None:
 def test_sums_per_group_say_the_same_as_rows() -> None:
     rows = Rows(300)
     moments = rows.moments()
-    keys = [tuple(key) for key in np.column_stack([moments.split, moments.block.astype(str), moments.groups])]
+    keys = [
+        tuple(key)
+        for key in np.column_stack([moments.split, moments.block.astype(str), moments.groups])
+    ]
     first = sorted({key: number for number, key in reversed(list(enumerate(keys)))}.values())
     added = [np.flatnonzero([key == keys[number] for key in keys]) for number in first]
     summed = Moments(
@@ -93,7 +138,9 @@ def test_sums_per_group_say_the_same_as_rows() -> None:
         np.stack([moments.products[rows_].sum(axis=0) for rows_ in added]),
     )
     found, expected = learn_blend(summed, rows.has_model, CONSTANT, "blend"), rows.learn()
-    assert {key: skill.weight for key, skill in found.items()} == pytest.approx({key: skill.weight for key, skill in expected.items()})
+    assert {key: skill.weight for key, skill in found.items()} == pytest.approx(
+        {key: skill.weight for key, skill in expected.items()}
+    )
 
 
 def test_a_better_own_model_answers_alone() -> None:
@@ -216,7 +263,9 @@ def test_rows_of_no_weight_choose_nothing() -> None:
     before = rows.learn()
     rows.predictions[rows.weight == 0] = 1e3
     after = rows.learn()
-    assert {key: skill.weight for key, skill in after.items()} == pytest.approx({key: skill.weight for key, skill in before.items()})
+    assert {key: skill.weight for key, skill in after.items()} == pytest.approx(
+        {key: skill.weight for key, skill in before.items()}
+    )
     assert after[0, "[]"].report_blend == pytest.approx(before[0, "[]"].report_blend)
 
 
@@ -235,7 +284,9 @@ def test_the_order_of_the_rows_does_not_matter() -> None:
     order = np.random.default_rng(5).permutation(500)
     for name in ("split", "block", "groups", "target", "predictions", "weight"):
         setattr(shuffled, name, getattr(rows, name)[order])
-    one, other = ({key: skill.weight for key, skill in found.learn().items()} for found in (rows, shuffled))
+    one, other = (
+        {key: skill.weight for key, skill in found.learn().items()} for found in (rows, shuffled)
+    )
     assert one == pytest.approx(other)
 
 
@@ -252,13 +303,26 @@ def test_a_fleet_without_tune_rows_trusts_the_pooled_model() -> None:
 
 
 @settings(max_examples=200)
-@given(st.integers(0, 10**9), st.integers(1, 5), st.sampled_from(["blend", "select", "none"]), st.sampled_from([0.0, 1.0]))
-def test_weights_lie_between_nothing_and_everything(seed: int, n_groups: int, pooling: Pooling, prior: float) -> None:
+@given(
+    st.integers(0, 10**9),
+    st.integers(1, 5),
+    st.sampled_from(["blend", "select", "none"]),
+    st.sampled_from([0.0, 1.0]),
+)
+def test_weights_lie_between_nothing_and_everything(
+    seed: int, n_groups: int, pooling: Pooling, prior: float
+) -> None:
     rng = np.random.default_rng(seed)
     # One row per block and group: differences and errors of any size, often none at all.
-    differs, errs = (10 ** rng.uniform(-8, 8, (N_BLOCKS, n_groups)) * rng.choice([-1, 0, 1], (N_BLOCKS, n_groups)) for _ in range(2))
+    differs, errs = (
+        10 ** rng.uniform(-8, 8, (N_BLOCKS, n_groups))
+        * rng.choice([-1, 0, 1], (N_BLOCKS, n_groups))
+        for _ in range(2)
+    )
     errs = np.where(rng.random(n_groups) < 0.2, differs, errs)
-    evidence = Evidence(differs * errs, differs**2, (errs**2).sum(axis=0), np.full(n_groups, float(N_BLOCKS)))
+    evidence = Evidence(
+        differs * errs, differs**2, (errs**2).sum(axis=0), np.full(n_groups, float(N_BLOCKS))
+    )
     trained = rng.random(n_groups) < 0.7
     weights = choose_weights(evidence, trained, pooling, prior)
     assert np.isfinite(weights).all()
@@ -267,10 +331,19 @@ def test_weights_lie_between_nothing_and_everything(seed: int, n_groups: int, po
 
 
 @settings(max_examples=25)
-@given(st.integers(0, 10**6), st.integers(1, 120), st.integers(1, 6), st.sampled_from(["blend", "select", "none"]))
-def test_every_judged_group_has_a_weight_whatever_the_rows(seed: int, n_rows: int, n_groups: int, pooling: Pooling) -> None:
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 120),
+    st.integers(1, 6),
+    st.sampled_from(["blend", "select", "none"]),
+)
+def test_every_judged_group_has_a_weight_whatever_the_rows(
+    seed: int, n_rows: int, n_groups: int, pooling: Pooling
+) -> None:
     rows = Rows(n_rows, n_groups=n_groups, seed=seed)
     rows.predictions *= rows.rng.choice([0.0, 1.0, 1e6], size=rows.predictions.shape)
     skills = rows.learn(pooling)
-    assert set(skills) == {(grain, group) for grain in range(GRAINS) for group in rows.groups[:, grain]}
+    assert set(skills) == {
+        (grain, group) for grain in range(GRAINS) for group in rows.groups[:, grain]
+    }
     assert all(0 <= skill.weight <= 1 for skill in skills.values())

@@ -46,7 +46,9 @@ def outcome_of(answer: bytes | Outcome) -> Outcome:
 
 
 def test_answers_come_back_from_one_child_that_is_not_this_process() -> None:
-    with closing(GroupProcess(lambda _: str(os.getpid()).encode(), limit_seconds=PLENTY)) as process:
+    with closing(
+        GroupProcess(lambda _: str(os.getpid()).encode(), limit_seconds=PLENTY)
+    ) as process:
         first, second = process.run(b"a"), process.run(b"b")
     assert first == second != str(os.getpid()).encode()
 
@@ -70,7 +72,9 @@ def test_a_group_whose_process_dies_once_is_tried_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGTERM])
-def test_a_group_that_kills_its_process_twice_is_crashed(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_group_that_kills_its_process_twice_is_crashed(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     tried = tmp_path / "tried"
 
     def dies(message: bytes) -> bytes:
@@ -80,7 +84,11 @@ def test_a_group_that_kills_its_process_twice_is_crashed(tmp_path: Path, number:
 
     with closing(GroupProcess(dies, limit_seconds=PLENTY)) as process:
         outcome = outcome_of(process.run(b"a"))
-    assert (outcome.status, outcome.reason, outcome.ledger["error_class"]) == ("crashed", "native_crash", number.name)
+    assert (outcome.status, outcome.reason, outcome.ledger["error_class"]) == (
+        "crashed",
+        "native_crash",
+        number.name,
+    )
     assert "died 2 times" in outcome.ledger["error_message"]
     assert outcome.booster is None
     assert tried.read_text() == "xx"
@@ -95,7 +103,11 @@ def test_a_group_that_ends_its_process_is_crashed_with_its_exit_status() -> None
 def test_a_group_that_hangs_is_ended_and_failed() -> None:
     with closing(GroupProcess(slow, limit_seconds=0.2)) as process:
         outcome = outcome_of(process.run(b"a"))
-    assert (outcome.status, outcome.reason, outcome.ledger["error_class"]) == ("failed", "timeout", "TimeoutError")
+    assert (outcome.status, outcome.reason, outcome.ledger["error_class"]) == (
+        "failed",
+        "timeout",
+        "TimeoutError",
+    )
     assert outcome.ledger["error_message"] == "not finished after 0.2 s (tuning.kill_after_seconds)"
     assert outcome.ledger["seconds"] == 0.2
 
@@ -109,18 +121,28 @@ def hoard(message: bytes) -> bytes:
 
 
 def test_memory_is_limited_beyond_what_the_process_has() -> None:
-    with closing(GroupProcess(spoilt(b"much", hoard), limit_seconds=PLENTY, memory_bytes=1 << 29)) as process:
+    with closing(
+        GroupProcess(spoilt(b"much", hoard), limit_seconds=PLENTY, memory_bytes=1 << 29)
+    ) as process:
         answer = process.run(b"much")
         assert answer == b"MemoryError" or outcome_of(answer).status == "crashed"
         assert process.run(b"a") == b"of a"
 
 
 def test_a_limit_leaves_room_for_what_it_allows() -> None:
-    with closing(GroupProcess(lambda _: str(np.ones(1 << 24).nbytes).encode(), limit_seconds=PLENTY, memory_bytes=1 << 29)) as process:
+    with closing(
+        GroupProcess(
+            lambda _: str(np.ones(1 << 24).nbytes).encode(),
+            limit_seconds=PLENTY,
+            memory_bytes=1 << 29,
+        )
+    ) as process:
         assert process.run(b"a") == str(8 << 24).encode()
 
 
-@pytest.mark.parametrize("harm", [killed(signal.SIGKILL), killed(signal.SIGSEGV), lambda _: os._exit(1), slow])
+@pytest.mark.parametrize(
+    "harm", [killed(signal.SIGKILL), killed(signal.SIGSEGV), lambda _: os._exit(1), slow]
+)
 def test_groups_after_a_harmful_one_are_answered(harm: Work) -> None:
     with closing(GroupProcess(spoilt(b"bad", harm), limit_seconds=1.0)) as process:
         assert process.run(b"a") == b"of a"
@@ -163,7 +185,9 @@ def orphan_maker(tmp_path: Path) -> Iterator[tuple[int, int]]:
         (tmp_path / "child").rename(pids)
         return slow(message)
 
-    parent = mp.get_context("fork").Process(target=lambda: GroupProcess(busy, limit_seconds=PLENTY).run(b"a"))
+    parent = mp.get_context("fork").Process(
+        target=lambda: GroupProcess(busy, limit_seconds=PLENTY).run(b"a")
+    )
     parent.start()
     assert parent.pid is not None
     deadline = time.monotonic() + PLENTY
@@ -174,9 +198,13 @@ def orphan_maker(tmp_path: Path) -> Iterator[tuple[int, int]]:
     parent.join()
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks /proc whether a process is there")
+@pytest.mark.skipif(
+    not Path("/proc/self/stat").exists(), reason="asks /proc whether a process is there"
+)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_busy_child_dies_with_its_parent(orphan_maker: tuple[int, int], number: signal.Signals) -> None:
+def test_a_busy_child_dies_with_its_parent(
+    orphan_maker: tuple[int, int], number: signal.Signals
+) -> None:
     parent, child = orphan_maker
     assert is_alive(child)
     os.kill(parent, number)

@@ -8,7 +8,11 @@ from hypothesis import strategies as st
 from pipeline.spec import SplitsSpec
 from pipeline.training.splits import FIT, GAP, REPORT, TUNE, Cutoffs, resolve_cutoffs
 
-START, MIDDLE, END = pd.Timestamp("2024-10-01"), pd.Timestamp("2024-12-01"), pd.Timestamp("2025-01-01")
+START, MIDDLE, END = (
+    pd.Timestamp("2024-10-01"),
+    pd.Timestamp("2024-12-01"),
+    pd.Timestamp("2025-01-01"),
+)
 CUTOFFS = Cutoffs(as_of=END, tune_start=START, report_start=MIDDLE)
 times = st.datetimes(min_value=pd.Timestamp("2024-08-01"), max_value=pd.Timestamp("2025-01-01"))
 
@@ -22,8 +26,12 @@ def assigned(time: str, known_at: str | None = None) -> str:
 
 
 @given(st.lists(st.tuples(times, times), min_size=1, max_size=40))
-def test_no_split_learns_from_what_was_known_after_it_was_closed(pairs: list[tuple[pd.Timestamp, pd.Timestamp]]) -> None:
-    time, known_at = (np.array(column, dtype="datetime64[us]") for column in zip(*pairs, strict=True))
+def test_no_split_learns_from_what_was_known_after_it_was_closed(
+    pairs: list[tuple[pd.Timestamp, pd.Timestamp]],
+) -> None:
+    time, known_at = (
+        np.array(column, dtype="datetime64[us]") for column in zip(*pairs, strict=True)
+    )
     split = CUTOFFS.assign(time, known_at)
     assert set(split) <= {FIT, TUNE, REPORT, GAP}
     start, middle = START.to_datetime64(), MIDDLE.to_datetime64()
@@ -40,7 +48,10 @@ def test_cutoffs_belong_to_the_later_part() -> None:
     assert assigned("2024-12-01") == REPORT
 
 
-@pytest.mark.parametrize(("time", "known_at"), [("2024-09-30", "2024-10-01"), ("2024-09-01", "2025-01-01"), ("2024-11-30", "2024-12-01")])
+@pytest.mark.parametrize(
+    ("time", "known_at"),
+    [("2024-09-30", "2024-10-01"), ("2024-09-01", "2025-01-01"), ("2024-11-30", "2024-12-01")],
+)
 def test_outcomes_known_after_their_part_was_closed_are_gap_rows(time: str, known_at: str) -> None:
     assert assigned(time, known_at) == GAP
 
@@ -62,18 +73,38 @@ def test_a_row_without_a_time_is_in_no_split() -> None:
         ("2024-03-31", "1 year", "1 month", "2023-12-01", "2024-01-01"),
     ],
 )
-def test_cutoffs_move_by_whole_units(newest: str, report: str, tune: str, tune_start: str, report_start: str) -> None:
-    cutoffs = resolve_cutoffs(SplitsSpec(report=report, tune=tune), pd.Timestamp("2030-01-01"), pd.Timestamp(newest))
-    assert (cutoffs.tune_start, cutoffs.report_start) == (pd.Timestamp(tune_start), pd.Timestamp(report_start))
+def test_cutoffs_move_by_whole_units(
+    newest: str, report: str, tune: str, tune_start: str, report_start: str
+) -> None:
+    cutoffs = resolve_cutoffs(
+        SplitsSpec(report=report, tune=tune), pd.Timestamp("2030-01-01"), pd.Timestamp(newest)
+    )
+    assert (cutoffs.tune_start, cutoffs.report_start) == (
+        pd.Timestamp(tune_start),
+        pd.Timestamp(report_start),
+    )
 
 
-@given(st.datetimes(min_value=pd.Timestamp("2000-01-01"), max_value=pd.Timestamp("2030-01-01")), st.integers(1, 24), st.integers(1, 24))
-def test_the_newest_row_is_always_a_report_row(newest: pd.Timestamp, report: int, tune: int) -> None:
-    cutoffs = resolve_cutoffs(SplitsSpec(report=f"{report} months", tune=f"{tune} weeks"), pd.Timestamp(newest), pd.Timestamp(newest))
+@given(
+    st.datetimes(min_value=pd.Timestamp("2000-01-01"), max_value=pd.Timestamp("2030-01-01")),
+    st.integers(1, 24),
+    st.integers(1, 24),
+)
+def test_the_newest_row_is_always_a_report_row(
+    newest: pd.Timestamp, report: int, tune: int
+) -> None:
+    cutoffs = resolve_cutoffs(
+        SplitsSpec(report=f"{report} months", tune=f"{tune} weeks"),
+        pd.Timestamp(newest),
+        pd.Timestamp(newest),
+    )
     assert cutoffs.tune_start < cutoffs.tune_middle < cutoffs.report_start <= pd.Timestamp(newest)
 
 
 def test_newer_rows_of_the_same_unit_move_no_cutoff() -> None:
     splits = SplitsSpec(report="1 month", tune="1 month")
-    first, last = (resolve_cutoffs(splits, END, pd.Timestamp(day)) for day in ("2024-12-01", "2024-12-31 23:59"))
+    first, last = (
+        resolve_cutoffs(splits, END, pd.Timestamp(day))
+        for day in ("2024-12-01", "2024-12-31 23:59")
+    )
     assert first == last

@@ -20,17 +20,17 @@ from pipeline.training.objective import (
     search_space,
     suggest_parameters,
 )
-from pipeline.training.tuner import Clock, Learnable, Study, Tuned
+from pipeline.training.tuner import Clock, Learner, Study, TrainingSet, TuningResult
 
 RNG = np.random.default_rng(7)
 N_TUNE = 80
 
 
-def learnable(n: int, *, seed: int, noise: float = 1.0, weight: bool = False) -> Learnable:
+def learnable(n: int, *, seed: int, noise: float = 1.0, weight: bool = False) -> TrainingSet:
     rng = np.random.default_rng(seed)
     matrix = rng.normal(size=(n, 4)).astype(np.float32)
     target = 3 * matrix[:, 0] + 2 * np.sin(3 * matrix[:, 1]) + noise * rng.normal(size=n)
-    return Learnable(matrix, target, rng.uniform(0.1, 3, n) if weight else None)
+    return TrainingSet(matrix, target, rng.uniform(0.1, 3, n) if weight else None)
 
 
 FIT_ROWS, TUNE_ROWS = learnable(300, seed=1), learnable(N_TUNE, seed=2)
@@ -64,32 +64,43 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
 
 def studied(
-    fit: Learnable = FIT_ROWS,
-    tune: Learnable = TUNE_ROWS,
+    fit: TrainingSet = FIT_ROWS,
+    tune: TrainingSet = TUNE_ROWS,
     blocks: Any = BLOCKS,
     goal: Any = SQUARES,
     start: Start | None = None,
     **tuning: Any,
-) -> Tuned:
+) -> TuningResult:
     settings = {"max_trials": 5, "patience": 5, "max_rounds": 120, **tuning}
-    return Study(fit, tune, blocks, [], TuningSpec(**settings), 1, goal, start or Start(), Clock()).run()
+    learner = Learner(goal, TuningSpec(**settings))
+    return Study(fit, tune, blocks, learner, start or Start()).run()
 
 
-def mean_squares(booster: lgb.Booster, rows: Learnable, n_rounds: int) -> float:
-    return float(np.average((rows.target - booster.predict(rows.matrix, num_iteration=n_rounds)) ** 2, weights=rows.weight))
+def mean_squares(booster: lgb.Booster, rows: TrainingSet, n_rounds: int) -> float:
+    return float(
+        np.average(
+            (rows.target - booster.predict(rows.matrix, num_iteration=n_rounds)) ** 2,
+            weights=rows.weight,
+        )
+    )
 
 
 def test_the_best_rounds_are_the_best_round_and_one(recorder: Recorder) -> None:
     found = studied(max_trials=1)
     [(booster, _)] = recorder.trials
-    losses = [mean_squares(booster, TUNE_ROWS, rounds) for rounds in range(1, booster.current_iteration() + 1)]
+    losses = [
+        mean_squares(booster, TUNE_ROWS, rounds)
+        for rounds in range(1, booster.current_iteration() + 1)
+    ]
     assert found.n_rounds == 1 + int(np.argmin(losses))
     assert found.tune_loss == pytest.approx(min(losses))
     assert 1 < found.n_rounds < 120
 
 
 def test_a_model_that_gets_worse_from_the_first_round_on_has_one_round() -> None:
-    backwards = Learnable(TUNE_ROWS.matrix, -FIT_ROWS.target.mean() - 5 * TUNE_ROWS.matrix[:, 0], None)
+    backwards = TrainingSet(
+        TUNE_ROWS.matrix, -FIT_ROWS.target.mean() - 5 * TUNE_ROWS.matrix[:, 0], None
+    )
     found = studied(tune=backwards, max_trials=1)
     assert found.n_rounds == 1
 
@@ -102,7 +113,9 @@ def test_boosting_stops_after_rounds_without_improvement(recorder: Recorder) -> 
 
 
 @pytest.mark.parametrize("weight", [False, True])
-def test_each_block_is_predicted_by_the_winner_on_the_other(recorder: Recorder, monkeypatch: pytest.MonkeyPatch, weight: bool) -> None:
+def test_each_block_is_predicted_by_the_winner_on_the_other(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch, weight: bool
+) -> None:
     monkeypatch.setattr(optuna.Trial, "should_prune", lambda trial: False)
     tune = learnable(N_TUNE, seed=2, weight=weight)
     found = studied(tune=tune, max_trials=6, patience=6)
@@ -118,7 +131,10 @@ def test_each_block_is_predicted_by_the_winner_on_the_other(recorder: Recorder, 
         assert found.cross_predictions[own] == pytest.approx(expected)
         winner = found.later if own is BLOCKS else found.earlier
         assert winner is not None
-        assert (winner.n_rounds, winner.parameters.items() <= recorder.parameters[number].items()) == (rounds, True)
+        assert (
+            winner.n_rounds,
+            winner.parameters.items() <= recorder.parameters[number].items(),
+        ) == (rounds, True)
 
 
 def test_a_half_without_tune_rows_has_no_winner() -> None:
@@ -129,7 +145,11 @@ def test_a_half_without_tune_rows_has_no_winner() -> None:
 
 def test_a_blocks_own_outcomes_do_not_choose_its_predictions() -> None:
     found = studied(max_trials=1)
-    changed = Learnable(TUNE_ROWS.matrix, np.where(BLOCKS, TUNE_ROWS.target + RNG.normal(size=N_TUNE), TUNE_ROWS.target), None)
+    changed = TrainingSet(
+        TUNE_ROWS.matrix,
+        np.where(BLOCKS, TUNE_ROWS.target + RNG.normal(size=N_TUNE), TUNE_ROWS.target),
+        None,
+    )
     again = studied(tune=changed, max_trials=1, max_rounds=120)
     assert np.array_equal(found.cross_predictions[BLOCKS], again.cross_predictions[BLOCKS])
 
@@ -138,7 +158,12 @@ def test_the_loss_of_all_tune_rows_weighs_both_blocks_by_their_weight(recorder: 
     tune = learnable(N_TUNE, seed=2, weight=True)
     found = studied(tune=tune, blocks=np.arange(N_TUNE) < 15, max_trials=1)
     [(booster, _)] = recorder.trials
-    assert found.tune_loss == pytest.approx(min(mean_squares(booster, tune, rounds) for rounds in range(1, booster.current_iteration() + 1)))
+    assert found.tune_loss == pytest.approx(
+        min(
+            mean_squares(booster, tune, rounds)
+            for rounds in range(1, booster.current_iteration() + 1)
+        )
+    )
 
 
 @pytest.mark.parametrize("blocks", [np.ones(N_TUNE, dtype=bool), np.zeros(N_TUNE, dtype=bool)])
@@ -172,7 +197,9 @@ def test_a_study_ends_at_its_time_limit_with_what_it_has() -> None:
     assert found.n_rounds >= 1
 
 
-def test_trials_that_are_given_up_are_counted_and_do_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trials_that_are_given_up_are_counted_and_do_no_harm(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     calls: list[int] = []
 
     def prune(trial: optuna.Trial) -> bool:
@@ -183,7 +210,11 @@ def test_trials_that_are_given_up_are_counted_and_do_no_harm(monkeypatch: pytest
     monkeypatch.setattr(optuna.Trial, "should_prune", prune)
     found = studied(max_trials=4, patience=10)
     assert (found.n_trials, found.n_pruned, found.stopped_by) == (4, 3, "max_trials")
-    assert (found.parameters, found.n_rounds, found.tune_loss) == (alone.parameters, alone.n_rounds, alone.tune_loss)
+    assert (found.parameters, found.n_rounds, found.tune_loss) == (
+        alone.parameters,
+        alone.n_rounds,
+        alone.tune_loss,
+    )
     assert np.array_equal(found.cross_predictions, alone.cross_predictions)
 
 
@@ -196,13 +227,21 @@ def test_trials_that_are_given_up_count_against_patience(monkeypatch: pytest.Mon
 def test_a_study_is_the_same_for_the_same_seed() -> None:
     one, other = (studied(max_trials=4) for _ in range(2))
     assert np.array_equal(one.cross_predictions, other.cross_predictions)
-    assert (one.parameters, one.n_rounds, one.tune_loss) == (other.parameters, other.n_rounds, other.tune_loss)
+    assert (one.parameters, one.n_rounds, one.tune_loss) == (
+        other.parameters,
+        other.n_rounds,
+        other.tune_loss,
+    )
 
 
 def test_the_data_set_is_built_once_for_all_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[int] = []
-    dataset = Learnable.dataset
-    monkeypatch.setattr(Learnable, "dataset", lambda rows, *args, **kwargs: built.append(len(rows)) or dataset(rows, *args, **kwargs))
+    dataset = TrainingSet.dataset
+    monkeypatch.setattr(
+        TrainingSet,
+        "dataset",
+        lambda rows, *args, **kwargs: built.append(len(rows)) or dataset(rows, *args, **kwargs),
+    )
     studied(max_trials=4)
     assert built == [300, 40, 40]
 
@@ -228,17 +267,24 @@ def goal_of(name: str) -> dict[str, Any]:
     return learning_goal(small_spec(baselines=None, **GOALS[name]), n_classes=3)
 
 
-def suited(rows: Learnable, name: str) -> Learnable:
+def suited(rows: TrainingSet, name: str) -> TrainingSet:
     """The rows with a target that the goal takes."""
     steps = np.digitize(rows.target, [-2.0, 2.0]).astype(float)
-    target = {"binary": (rows.target > 0).astype(float), "multiclass": steps, "poisson": steps, "tweedie": steps}.get(name, rows.target)
-    return Learnable(rows.matrix, target, rows.weight)
+    target = {
+        "binary": (rows.target > 0).astype(float),
+        "multiclass": steps,
+        "poisson": steps,
+        "tweedie": steps,
+    }.get(name, rows.target)
+    return TrainingSet(rows.matrix, target, rows.weight)
 
 
 @pytest.mark.parametrize("name", GOALS)
 def test_every_goal_learns(name: str) -> None:
     tune = suited(TUNE_ROWS, name)
-    found = studied(suited(FIT_ROWS, name), tune, goal=goal_of(name), max_trials=1).cross_predictions
+    found = studied(
+        suited(FIT_ROWS, name), tune, goal=goal_of(name), max_trials=1
+    ).cross_predictions
     if name == "multiclass":
         assert found.shape == (N_TUNE, 3)
         assert found.sum(axis=1) == pytest.approx(1.0)
@@ -253,7 +299,11 @@ def test_losses_of_rows_rank_models_as_lightgbm_does(name: str) -> None:
     fit, goal, stated, told = suited(FIT_ROWS, name), goal_of(name), {}, {}
     # Less a term that no prediction changes: from one round to another the losses differ by the same.
     booster = lgb.train(
-        fixed_parameters(TuningSpec(), goal, threads=1), (data := fit.dataset([])), 20, valid_sets=[data], callbacks=[lgb.record_evaluation(stated)]
+        fixed_parameters(TuningSpec(), goal, threads=1),
+        (data := fit.dataset([])),
+        20,
+        valid_sets=[data],
+        callbacks=[lgb.record_evaluation(stated)],
     )
     for n_rounds in (5, 20):
         losses = row_losses(goal, fit.target, booster.predict(fit.matrix, num_iteration=n_rounds))
@@ -266,19 +316,33 @@ def test_losses_of_rows_rank_models_as_lightgbm_does(name: str) -> None:
 
 def test_a_goal_says_what_lightgbm_needs_to_know() -> None:
     assert goal_of("quantile") == {"objective": "quantile", "metric": "quantile", "alpha": 0.8}
-    assert goal_of("tweedie") == {"objective": "tweedie", "metric": "tweedie", "tweedie_variance_power": 1.3}
+    assert goal_of("tweedie") == {
+        "objective": "tweedie",
+        "metric": "tweedie",
+        "tweedie_variance_power": 1.3,
+    }
     assert goal_of("binary") == {"objective": "binary", "metric": "binary_logloss"}
-    assert goal_of("multiclass") == {"objective": "multiclass", "metric": "multi_logloss", "num_class": 3}
+    assert goal_of("multiclass") == {
+        "objective": "multiclass",
+        "metric": "multi_logloss",
+        "num_class": 3,
+    }
     assert learning_goal(small_spec(tuning={"objective": "quantile"}))["alpha"] == 0.5
     assert learning_goal(small_spec(tuning={"objective": "huber"}))["alpha"] == 0.9
-    assert learning_goal(small_spec(tuning={"objective": "tweedie"}))["tweedie_variance_power"] == 1.5
+    assert (
+        learning_goal(small_spec(tuning={"objective": "tweedie"}))["tweedie_variance_power"] == 1.5
+    )
 
 
 def test_constraints_stand_in_the_order_of_the_features() -> None:
     spec = small_spec(features={"monotone": {"promotion": 1, "price": -1}})
-    constraints = dict(zip(spec.feature_columns, learning_goal(spec)["monotone_constraints"], strict=True))
+    constraints = dict(
+        zip(spec.feature_columns, learning_goal(spec)["monotone_constraints"], strict=True)
+    )
     assert constraints == {"price": -1, "promotion": 1, "day_of_week": 0, "kind": 0}
-    assert "monotone_constraints" not in learning_goal(small_spec(features={"monotone": {"price": 0}}))
+    assert "monotone_constraints" not in learning_goal(
+        small_spec(features={"monotone": {"price": 0}})
+    )
 
 
 def test_no_trial_changes_what_is_fixed(recorder: Recorder) -> None:
@@ -292,14 +356,26 @@ def test_the_defaults_lie_within_what_is_searched(n_rows: int) -> None:
     study = optuna.create_study()
     study.enqueue_trial(default_parameters(n_rows))
     found: list[dict[str, Any]] = []
-    study.optimize(lambda trial: found.append(suggest_parameters(trial, search_space(n_rows, TuningSpec()))) or 0.0, n_trials=1)
+    study.optimize(
+        lambda trial: (
+            found.append(suggest_parameters(trial, search_space(n_rows, TuningSpec()))) or 0.0
+        ),
+        n_trials=1,
+    )
     assert found == [default_parameters(n_rows)]
 
 
 # Earlier runs
 
 
-GOOD = {"learning_rate": 0.07, "num_leaves": 5, "min_data_in_leaf": 9, "lambda_l2": 2.0, "feature_fraction": 0.6, "bagging_fraction": 0.8}
+GOOD = {
+    "learning_rate": 0.07,
+    "num_leaves": 5,
+    "min_data_in_leaf": 9,
+    "lambda_l2": 2.0,
+    "feature_fraction": 0.6,
+    "bagging_fraction": 0.8,
+}
 PARENTS = {**GOOD, "num_leaves": 7}
 
 
@@ -319,10 +395,23 @@ def test_equal_starts_are_tried_once(recorder: Recorder) -> None:
 
 
 def test_parameters_from_elsewhere_come_to_the_edge_of_the_space(recorder: Recorder) -> None:
-    far = {"learning_rate": 0.9, "num_leaves": 127, "min_data_in_leaf": 1, "lambda_l2": 0.0, "gone": 3, **dict.fromkeys(["bagging_fraction"], 1.0)}
+    far = {
+        "learning_rate": 0.9,
+        "num_leaves": 127,
+        "min_data_in_leaf": 1,
+        "lambda_l2": 0.0,
+        "gone": 3,
+        **dict.fromkeys(["bagging_fraction"], 1.0),
+    }
     studied(start=Start(trials=(far,)), max_trials=1)
     [first] = tried(recorder)
-    clipped = {"learning_rate": 0.1, "num_leaves": 8, "min_data_in_leaf": 5, "lambda_l2": 1.0, "bagging_fraction": 0.9}
+    clipped = {
+        "learning_rate": 0.1,
+        "num_leaves": 8,
+        "min_data_in_leaf": 5,
+        "lambda_l2": 1.0,
+        "bagging_fraction": 0.9,
+    }
     assert {name: first[name] for name in clipped} == clipped
     assert 0.3 <= first["feature_fraction"] <= 0.8
     assert "gone" not in recorder.parameters[0]
@@ -337,14 +426,22 @@ def test_a_first_pass_tries_no_more_than_it_may() -> None:
 def test_what_is_found_begins_the_next_study_no_worse() -> None:
     first = studied(max_trials=4)
     again = studied(start=Start(trials=(first.parameters,)), max_trials=1)
-    assert (again.tune_loss, again.n_rounds, again.parameters) == (first.tune_loss, first.n_rounds, first.parameters)
+    assert (again.tune_loss, again.n_rounds, again.parameters) == (
+        first.tune_loss,
+        first.n_rounds,
+        first.parameters,
+    )
 
 
 # The search space
 
 
 def test_a_parameter_may_be_fixed_or_its_range_widened(recorder: Recorder) -> None:
-    search = {"num_leaves": 100, "path_smooth": {"low": 0.5, "high": 2.5}, "max_depth": {"low": 3, "high": 4}}
+    search = {
+        "num_leaves": 100,
+        "path_smooth": {"low": 0.5, "high": 2.5},
+        "max_depth": {"low": 3, "high": 4},
+    }
     studied(search=search, max_trials=6, patience=9)
     assert len(recorder.parameters) == 6
     for found in recorder.parameters:
@@ -365,7 +462,10 @@ def test_a_search_of_the_spec_wins_over_the_default_and_leaves_the_rest(n_rows: 
     tuning = TuningSpec(search={"num_leaves": {"low": 2, "high": 900, "log": True}})
     space = search_space(n_rows, tuning)
     assert space["num_leaves"] == SearchRange(low=2, high=900, log=True)
-    assert {**space, "num_leaves": None} == {**search_space(n_rows, TuningSpec()), "num_leaves": None}
+    assert {**space, "num_leaves": None} == {
+        **search_space(n_rows, TuningSpec()),
+        "num_leaves": None,
+    }
     assert inside({"num_leaves": 1000, "other": 1}, space) == {"num_leaves": 900}
 
 
@@ -391,9 +491,14 @@ STANDARD_ERROR = float(SIGNS.std(ddof=1)) / np.sqrt(N_TUNE)
 
 
 @pytest.mark.parametrize(("gain", "n_trials"), [(0.9, 4), (1.1, 8)])
-def test_a_gain_within_the_noise_does_not_prolong_the_study(monkeypatch: pytest.MonkeyPatch, gain: float, n_trials: int) -> None:
+def test_a_gain_within_the_noise_does_not_prolong_the_study(
+    monkeypatch: pytest.MonkeyPatch, gain: float, n_trials: int
+) -> None:
     # Each trial's rows are missed by a little less than the last one's, with an error of just one.
-    misses = [np.cumsum(np.full(9, -gain * STANDARD_ERROR))[number] + SIGNS * (number % 2) for number in range(9)]
+    misses = [
+        np.cumsum(np.full(9, -gain * STANDARD_ERROR))[number] + SIGNS * (number % 2)
+        for number in range(9)
+    ]
     shifted(misses, monkeypatch)
     found = studied(max_trials=8, patience=3)
     assert found.n_trials == n_trials
@@ -405,7 +510,10 @@ def test_a_gain_within_the_noise_is_taken_all_the_same(monkeypatch: pytest.Monke
     assert studied(max_trials=3, patience=9).tune_loss == pytest.approx(0.997)
 
 
-@pytest.mark.parametrize(("gains", "expected"), [([1.0], False), ([1.0, 1.0], True), ([0.0, 0.0], False), ([3.0, -1.0], False)])
+@pytest.mark.parametrize(
+    ("gains", "expected"),
+    [([1.0], False), ([1.0, 1.0], True), ([0.0, 0.0], False), ([3.0, -1.0], False)],
+)
 def test_one_row_tells_nothing_of_noise(gains: list[float], expected: bool) -> None:
     values, ones, zeros = np.array(gains), np.ones(len(gains)), np.zeros(len(gains))
     assert bool(module._is_beyond_noise(values, None)) is expected
@@ -418,5 +526,11 @@ def test_one_row_tells_nothing_of_noise(gains: list[float], expected: bool) -> N
 
 def test_the_clock_counts_what_is_inside_lightgbm() -> None:
     clock = Clock()
-    Study(FIT_ROWS, TUNE_ROWS, BLOCKS, [], TuningSpec(max_trials=1, max_rounds=20), 1, goal_of("l2"), Start(), clock).run()
+    Study(
+        FIT_ROWS,
+        TUNE_ROWS,
+        BLOCKS,
+        Learner(goal_of("l2"), TuningSpec(max_trials=1, max_rounds=20), clock=clock),
+        Start(),
+    ).run()
     assert clock.seconds > 0

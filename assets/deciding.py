@@ -1,0 +1,407 @@
+"""What a launch of `champion` does with the registry: judge a challenger, or roll back."""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pandas as pd
+
+from assets.combined_version import register_combined
+from assets.progress import no_progress, progress_lines
+from assets.refits import refit
+from pipeline.crash_points import crash_point
+from pipeline.errors import ModelNotFound, SpecError, StoreError
+from pipeline.models.meta_model import FleetModel, GroupKey, PackError
+from pipeline.models.promotion import (
+    CAN_OPEN,
+    GATES,
+    NEW_RECIPE,
+    Gate,
+    Judgement,
+    Side,
+    answers_differ,
+    earlier_recipes,
+    found_elsewhere,
+    held_back,
+    judge_challenger,
+    may_serve,
+    number_before,
+    overridden,
+    rolled_back,
+    stays,
+    with_refits,
+)
+from pipeline.runs.decisions import Decisions
+from pipeline.runs.fleet_tables import FleetTables
+from pipeline.runs.manifest import RunManifest
+from pipeline.runs.plan import refuse_unknown
+from pipeline.spark.comparison import Contest, judge
+from pipeline.spec import FleetSpec
+from pipeline.tables import DECISIONS
+from resources.launch_settings import LaunchSettings
+from resources.mlflow_registry import CHALLENGER, CHAMPION, MlflowRegistry, Version
+from resources.spark_session import SparkSessionResource
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a launch decided.
+
+    Args:
+        decisions: one row per group, columns of `tables.DECISIONS` that differ from group to group.
+        gates: of the challenger; none for a rollback.
+        before: the version that served; None for none.
+        after: the version that serves; None for none.
+        challenger: the version that was judged; None for a rollback.
+    """
+
+    decisions: pd.DataFrame
+    gates: Sequence[Gate]
+    before: Version | None
+    after: Version | None
+    challenger: Version | None
+
+    @property
+    def moves_alias(self) -> bool:
+        """Whether another version serves from now on."""
+        return version_number(self.before) != version_number(self.after)
+
+    @property
+    def moved(self) -> "pd.Series[Any]":
+        """Per decision whether another fleet version answers since."""
+        return answers_differ(self.decisions) & self.moves_alias
+
+    @property
+    def failed_gates(self) -> list[Gate]:
+        """The gates that the challenger did not pass."""
+        return [gate for gate in self.gates if not gate.passed]
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether gates kept the challenger from serving."""
+        return bool((self.decisions["reason"] == GATES).any())
+
+
+def version_number(version: Version | None) -> str:
+    """A version as people and metadata name it."""
+    return version.number if version else "none"
+
+
+@dataclass(frozen=True)
+class Deciding:
+    """One launch of `champion`.
+
+    Args:
+        spec: the fleet.
+        tables: of the fleet.
+        registry: where its versions and aliases are.
+        spark: where twins and refits are fitted.
+        launch: what is asked for.
+        launch_id: the Dagster run.
+        log: for people.
+    """
+
+    spec: FleetSpec
+    tables: FleetTables
+    registry: MlflowRegistry
+    spark: SparkSessionResource
+    launch: LaunchSettings
+    launch_id: str
+    log: dg.DagsterLogManager
+
+    def run(self) -> Outcome:
+        """Decide, record the decision, and move the alias."""
+        self._finish_killed_launch()
+        outcome = self._roll_back() if self.launch.decision == "rollback" else self._judge()
+        self._carry_out(outcome)
+        return outcome
+
+    @property
+    def _decisions(self) -> Decisions:
+        return Decisions(self.tables)
+
+    @property
+    def _namespace(self) -> str:
+        return self.tables.namespace
+
+    def _judge(self) -> Outcome:
+        """Judge the challenger, group by group, and say which version serves from now on."""
+        challenger = self.registry.get(self._namespace, CHALLENGER)
+        before = self.registry.find(self._namespace, CHAMPION)
+        if self.launch.decision == "keep" and before is None:
+            raise SpecError(
+                "decision is keep, and no version is champion yet; expected judge or promote"
+            )
+        serving_model = self._serving_model(before)
+        try:
+            model = self._open(challenger)
+        except PackError as error:
+            gate = Gate(
+                CAN_OPEN, passed=False, found=str(error), expected="a pack that can be opened"
+            )
+            serving = {} if serving_model is None else serving_model.serving()
+            return Outcome(stays(serving), [gate], before, before, challenger)
+        ledger = self.tables.ledger(challenger.fleet_version)
+        refuse_unknown(self.launch.decision_groups, ledger["group_id"].tolist())
+        contest = self._contest(challenger, ledger, serving_model)
+        judgement = self._judgement(contest)
+        gates = [*judge_challenger(ledger, model.groups()), *judgement.gates]
+        if not may_serve(gates, is_first=serving_model is None, decision=self.launch.decision):
+            return Outcome(
+                _decision_columns(held_back(judgement)), gates, before, before, challenger
+            )
+        after: Version | None = challenger
+        if not judgement.is_whole:
+            judgement, after = self._combine(contest, judgement, model, serving_model, before)
+        return Outcome(_decision_columns(judgement.decisions), gates, before, after, challenger)
+
+    def _contest(
+        self, challenger: Version, ledger: pd.DataFrame, serving_model: FleetModel | None
+    ) -> Contest:
+        """The challenger, and who answers now."""
+        run = self._run_of(challenger)
+        serving: dict[GroupKey, str] = {}
+        champions: dict[str, Side] = {}
+        if serving_model is not None:
+            serving = serving_model.serving()
+            for generation in serving_model.generations:
+                version = generation.fleet_version
+                if version in serving.values():
+                    champions[version] = Side.of_ledger(generation, self.tables.ledger(version))
+        return Contest(
+            run=run,
+            challenger=Side.of_ledger(run.generation, ledger),
+            champions=champions,
+            serving=serving,
+            rolled_back=self._decisions.rolled_back_from(challenger.fleet_version),
+        )
+
+    def _run_of(self, challenger: Version) -> RunManifest:
+        run = self.tables.run(challenger.fleet_version)
+        if run is None:
+            location = self.tables.tables.location(self._namespace)
+            raise StoreError(
+                f"the tables at {location} do not know run {challenger.fleet_version} of version "
+                f"{challenger.number}: "
+                "registry and data root do not belong together; materialise models again"
+            )
+        if run.spec_digest != self.spec.training_digest:
+            raise SpecError(
+                f"fleet {self.spec.name!r} is described otherwise than when version "
+                f"{challenger.number} "
+                f"(run {challenger.fleet_version}) was trained; materialise models and meta_model "
+                "first, or roll back"
+            )
+        return run
+
+    def _judgement(self, contest: Contest) -> Judgement:
+        """What the tests, or a person, say of each group of the challenger."""
+        if contest.serving:
+            kinds = list(contest.kinds().values())
+            n_new = kinds.count(NEW_RECIPE)
+            beside = f"; beside {n_new:,} new recipes the earlier ones are fitted" if n_new else ""
+            self.log.info(f"comparing {len(kinds):,} groups with what answers them now{beside}")
+        features = self.tables.features(self.spark.session, contest.run.features_version)
+        judged = judge(
+            self.spark.training_context(no_progress), self.tables, features, self.spec, contest
+        )
+        decision, groups = self.launch.decision, self.launch.decision_groups
+        return overridden(judged, decision, groups, contest.challenger.fleet_version)
+
+    def _combine(
+        self,
+        contest: Contest,
+        judgement: Judgement,
+        challenger: FleetModel,
+        serving: FleetModel | None,
+        before: Version | None,
+    ) -> tuple[Judgement, Version | None]:
+        """Register a version that combines promoted groups with those that stay.
+
+        Those that stay are fitted on newer rows. Returns the decisions, and the version that
+        serves.
+        """
+        after = before
+        with self._refitted_recipes(contest, judgement) as (decided, refitted):
+            if decided.changes_answers:
+                models = [challenger, *refitted, *([] if serving is None else [serving])]
+                n_runs = len(set(decided.serving.values()))
+                self.log.info(f"registering a version that combines {n_runs:,} training runs")
+                after = self._register(
+                    decided.serving, models, _decision_columns(decided.decisions)
+                )
+        return decided, after
+
+    @contextmanager
+    def _refitted_recipes(
+        self, contest: Contest, judgement: Judgement
+    ) -> Iterator[tuple[Judgement, list[FleetModel]]]:
+        """Fit the recipes that the challenger did not beat on its rows.
+
+        The decisions then, and the models while they are needed.
+        """
+        models: list[FleetModel] = []
+        refits = {}
+        staying = earlier_recipes(judgement.decisions, contest.champions, contest.challenger)
+        with tempfile.TemporaryDirectory() as folder:
+            for number, recipes in enumerate(staying):
+                if not contest.run.is_on_other_rows(self.tables.run(recipes.fleet_version)):
+                    continue
+                self.log.info(
+                    f"fitting {len(recipes.starts):,} earlier recipes on newer rows: what is new "
+                    f"is not better in {len(recipes.groups):,} groups"
+                )
+                try:
+                    model = refit(
+                        self.tables,
+                        self.registry,
+                        self.spark,
+                        self.spec,
+                        contest.run,
+                        recipes,
+                        run_id=f"{self.launch_id}-{number}",
+                        report=progress_lines(self.log),
+                        folder=Path(folder) / str(number),
+                    )
+                except StoreError as error:
+                    # Another training of the fleet, for one: the next launch decides the same, and
+                    # fits them.
+                    self.log.warning(f"these groups keep their models on older rows: {error}")
+                    continue
+                models.append(model)
+                refits[model.fleet_version] = recipes.groups
+            yield with_refits(judgement, refits), models
+
+    def _roll_back(self) -> Outcome:
+        """Let what served before serve again, for the whole fleet or for some groups.
+
+        Nothing is trained.
+        """
+        before = self.registry.get(self._namespace, CHAMPION)
+        target = self.registry.get(
+            self._namespace, self.launch.rollback_to or self._number_before(before)
+        )
+        current, earlier = self._open(before), self._open(target)
+        listed = self.launch.decision_groups
+        refuse_unknown(
+            listed, sorted({group for _, group in [*current.groups(), *earlier.groups()]})
+        )
+        decisions = rolled_back(current.serving(), earlier.serving(), listed)
+        after = target
+        if listed:
+            moved = {
+                GroupKey.of(row): str(row["to_version"]) for row in decisions.to_dict("records")
+            }
+            after = self._register({**current.serving(), **moved}, [current, earlier], decisions)
+        return Outcome(decisions, [], before, after, None)
+
+    def _number_before(self, champion: Version) -> str:
+        """The registered version that served before the champion."""
+        number = number_before(self._decisions.alias_moves(), champion.number)
+        if number is None:
+            raise ModelNotFound(
+                f"no version served before version {champion.number}, according to "
+                f"{self._decisions.location}; name one in rollback_to"
+            )
+        return number
+
+    def _finish_killed_launch(self) -> None:
+        """Bring the alias and the table of decisions together again.
+
+        A launch that was killed after it had recorded its decision is carried out now, under its
+        own who and why. An alias that is elsewhere than the last decision left it was moved by
+        hand, or by a launch of an earlier release that was killed: it gets rows that say so.
+        """
+        current = self.registry.find(self._namespace, CHAMPION)
+        serves = current.number if current else None
+        moves = self._decisions.alias_moves()
+        last = (
+            moves.iloc[-1]
+            if len(moves)
+            else pd.Series({"champion_before": None, "champion_after": None, "moved": True})
+        )
+        recorded = None
+        if not pd.isna(last["champion_after"]):
+            recorded = self.registry.find(self._namespace, str(last["champion_after"]))
+        was_killed = recorded is not None and pd.isna(last["moved"])
+        if (
+            recorded is not None
+            and was_killed
+            and serves in (last["champion_before"], last["champion_after"])
+        ):
+            self.registry.promote(recorded)
+            rows = self._decisions.rows_of(str(last["decision_id"]))
+            self._decisions.write(rows.assign(moved=answers_differ(rows)))
+        elif current is not None and serves != last["champion_after"]:
+            before, after = (self._serving(version) for version in (recorded, current))
+            rows = found_elsewhere(before, after).assign(
+                decision_id=f"{self.launch_id}-found",
+                decided_at=pd.Timestamp.now(tz="UTC"),
+                champion_before=recorded.number if recorded else None,
+                champion_after=current.number,
+            )
+            self._decisions.write(rows)
+
+    def _carry_out(self, outcome: Outcome) -> None:
+        """Record the decision, move the alias, and mark the decision as carried out.
+
+        Who and why are written before the alias moves, so that a kill loses neither: the next
+        launch finishes what it finds unmarked.
+        """
+        rows = outcome.decisions.assign(
+            decision_id=self.launch_id,
+            decided_at=pd.Timestamp.now(tz="UTC"),
+            decided_by=self.launch.decided_by,
+            decision=self.launch.decision,
+            why=self.launch.why,
+            champion_before=outcome.before.number if outcome.before else None,
+            champion_after=outcome.after.number if outcome.after else None,
+            challenger=outcome.challenger.number if outcome.challenger else None,
+        )
+        if outcome.after is not None and outcome.moves_alias:
+            self._decisions.write(rows.assign(moved=None))
+            crash_point("decision_recorded")
+            self.registry.promote(outcome.after)
+            crash_point("alias_moved")
+        self._decisions.write(rows.assign(moved=outcome.moved))
+
+    def _open(self, version: Version) -> FleetModel:
+        return self.registry.open_pack(version, self.tables.tables.storage_options)
+
+    def _serving_model(self, champion: Version | None) -> FleetModel | None:
+        """The champion's model.
+
+        None where there is none, or its pack cannot be opened: it answers nobody, and is not
+        compared.
+        """
+        if champion is None:
+            return None
+        try:
+            return self._open(champion)
+        except PackError as error:
+            self.log.warning(f"version {champion.number} serves, and cannot be opened: {error}")
+            return None
+
+    def _serving(self, version: Version | None) -> dict[GroupKey, str]:
+        """The fleet version that answers each group in a version.
+
+        A version that cannot be opened answers nobody.
+        """
+        model = self._serving_model(version)
+        return {} if model is None else dict(model.serving())
+
+    def _register(
+        self, serving: Any, models: Sequence[FleetModel], decisions: pd.DataFrame
+    ) -> Version:
+        return register_combined(
+            self.tables, self.registry, self.spark, self.spec, serving, models, decisions
+        )
+
+
+def _decision_columns(decisions: pd.DataFrame) -> pd.DataFrame:
+    """What the table of decisions keeps of them."""
+    return decisions.reindex(columns=[name for name in DECISIONS.schema.names if name in decisions])

@@ -1,0 +1,119 @@
+"""What every asset of the chain shares: its key, its settings, and readable errors."""
+
+import datetime as dt
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from pipeline.errors import FleetError
+from pipeline.recognition import DIGEST
+from pipeline.spark.data_errors import readable_model_errors
+from pipeline.spec import FleetSpec
+from pipeline.storage import Snapshot, Tables
+
+
+@dataclass(frozen=True)
+class FleetFiles:
+    """The files a fleet is written in.
+
+    Args:
+        folder: of its defs.yaml.
+        sql: text of its SQL file.
+    """
+
+    folder: Path
+    sql: str
+
+
+def asset_key(spec: FleetSpec, name: str) -> dg.AssetKey:
+    """The key of one asset of the fleet."""
+    return dg.AssetKey([spec.name, name])
+
+
+def asset_settings(
+    spec: FleetSpec, name: str, *, description: str, kinds: set[str], deps: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Arguments of `dg.asset` that every asset of the chain has."""
+    return {
+        "key": asset_key(spec, name),
+        "group_name": spec.name,
+        "description": description,
+        "kinds": kinds,
+        "owners": list(spec.owners) or None,
+        "deps": [asset_key(spec, dep) for dep in deps],
+    }
+
+
+def check_specs(
+    spec: FleetSpec, name: str, descriptions: Mapping[str, str], *, blocking: Collection[str] = ()
+) -> list[dg.AssetCheckSpec]:
+    """The checks of one asset of the fleet.
+
+    Args:
+        spec: the fleet.
+        name: of the asset.
+        descriptions: what must hold, by name of the check.
+        blocking: names of the checks that end the run where they fail.
+    """
+    return [
+        dg.AssetCheckSpec(
+            check,
+            asset=asset_key(spec, name),
+            blocking=check in blocking,
+            description=description,
+        )
+        for check, description in descriptions.items()
+    ]
+
+
+@contextmanager
+def readable_failures() -> Iterator[None]:
+    """Show an error of ours as the step's failure, in its own words.
+
+    Nothing that was written is lost.
+    """
+    try:
+        with readable_model_errors():
+            yield
+    except FleetError as error:
+        raise dg.Failure(
+            description=str(error),
+            metadata={"fleet/error": type(error).__name__},
+            allow_retries=False,
+        ) from error
+
+
+def unchanged(tables: Tables, location: str, digest: str | None) -> Snapshot | None:
+    """A table whose newest commit was made of just what it would be made of now.
+
+    None where it is to be made again.
+    """
+    if digest is None:
+        return None
+    found = tables.snapshot(location)
+    return found if found is not None and found.metadata.get(DIGEST) == digest else None
+
+
+def since(found: Snapshot) -> str:
+    """When a version was committed, in local time, with the date where that is not today's."""
+    committed = found.committed_at.astimezone()
+    is_today = committed.date() == dt.datetime.now().astimezone().date()
+    return committed.strftime("%H:%M" if is_today else "%Y-%m-%d %H:%M")
+
+
+def png(picture: bytes) -> dg.MarkdownMetadataValue:
+    """A picture that the UI shows in place."""
+    import base64
+
+    return dg.MetadataValue.md(
+        f"![plot](data:image/png;base64,{base64.b64encode(picture).decode()})"
+    )
+
+
+def prefixed(counts: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata under our own prefix."""
+    return {f"fleet/{name}": value for name, value in counts.items()}

@@ -1,0 +1,124 @@
+"""What earlier training runs of a fleet left for the next one to build on."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from pipeline.models.meta_model import GroupKey
+from pipeline.runs.fleet_tables import FleetTables
+from pipeline.runs.manifest import RunManifest
+from pipeline.spec import FleetSpec
+from pipeline.tables import fleet_runs, records
+
+LedgerRow = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class History:
+    """The runs before this one, from the fleet's tables.
+
+    Args:
+        runs: rows of `tables.RUNS`, oldest first.
+        ledger: gives a run's ledger rows.
+    """
+
+    runs: pd.DataFrame
+    ledger: Callable[[str], pd.DataFrame]
+
+    @classmethod
+    def read(cls, tables: FleetTables) -> "History":
+        """From the tables of a fleet; empty where there are none yet.
+
+        Raises:
+            StoreError: if they are of another format.
+        """
+        # A table of another format is not added to, even where no run asks for its rows.
+        tables.ledger("")
+        runs = tables.runs().sort_values("started_at", ignore_index=True)
+        return cls(runs, tables.ledger)
+
+    def newest_finished(self, as_of: pd.Timestamp) -> RunManifest | None:
+        """The newest finished run that saw nothing that a run of this as-of must not see."""
+        runs = fleet_runs(self.runs)
+        is_known = runs["finished_at"].notna() & (runs["as_of"].dt.tz_convert(None) <= as_of)
+        found = records(runs[is_known])
+        return RunManifest.from_row(found[-1]) if found else None
+
+    def unfinished(self, since: RunManifest | None) -> list[RunManifest]:
+        """Runs that did not come to their end, newest last, started after a given one."""
+        runs = self.runs[self.runs["finished_at"].isna()]
+        if since is not None:
+            runs = runs[runs["started_at"] > since.started_at]
+        return [RunManifest.from_row(row) for row in records(runs)]
+
+
+@dataclass(frozen=True)
+class EarlierRuns:
+    """The ledger rows that a run may build on, by group.
+
+    Args:
+        kept: of the very run that is resumed.
+        before: of the newest finished run.
+        unfinished: of runs that were never finished, newer than `before`.
+        same_spec: whether `before` was trained under the same spec, so that its parameters may be
+            refitted without trials.
+    """
+
+    kept: Mapping[GroupKey, LedgerRow] = field(default_factory=dict)
+    before: Mapping[GroupKey, LedgerRow] = field(default_factory=dict)
+    unfinished: Mapping[GroupKey, LedgerRow] = field(default_factory=dict)
+    same_spec: bool = True
+
+    @classmethod
+    def read(
+        cls,
+        history: History,
+        before: RunManifest | None,
+        resumed: RunManifest | None,
+        spec: FleetSpec,
+    ) -> "EarlierRuns":
+        """The rows of a fleet's earlier runs.
+
+        Args:
+            history: all of them.
+            before: the newest finished run.
+            resumed: the interrupted run that is taken up again.
+            spec: the fleet as it is described now.
+        """
+        unfinished: dict[GroupKey, LedgerRow] = {}
+        for run in history.unfinished(before):
+            if resumed is None or run.run_id != resumed.run_id:
+                unfinished |= by_group(history.ledger(run.run_id))
+        return cls(
+            kept={} if resumed is None else by_group(history.ledger(resumed.run_id)),
+            before={} if before is None else by_group(history.ledger(before.run_id)),
+            unfinished=unfinished,
+            same_spec=before is not None and before.spec_digest == spec.training_digest,
+        )
+
+    def source_of(self, key: GroupKey, fingerprint: str) -> LedgerRow:
+        """The row that a group with this fingerprint is reused from."""
+        row = self.before.get(key)
+        if row is not None and row["fingerprint"] == fingerprint:
+            return row
+        return self.unfinished[key]
+
+    @property
+    def timed(self) -> pd.DataFrame:
+        """Groups whose seconds predict the next run's: status, seconds and n_target of each.
+
+        Those of the run before, and those that the resumed run trained before it was interrupted.
+        """
+        columns = ["status", "seconds", "n_target"]
+        rows = [row for row in (*self.before.values(), *self.kept.values()) if row["seconds"]]
+        found = pd.DataFrame(
+            [{name: row[name] for name in columns} for row in rows], columns=columns
+        )
+        return found.astype({"seconds": float, "n_target": float})
+
+
+def by_group(ledger: pd.DataFrame) -> dict[GroupKey, LedgerRow]:
+    """Ledger rows of one run, by group."""
+    return {GroupKey.of(row): row for row in records(ledger)}

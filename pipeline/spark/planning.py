@@ -1,0 +1,83 @@
+"""Planning a training run: what Spark counts, and the layout that follows from it."""
+
+from pyspark.sql import DataFrame
+
+from pipeline.errors import DataError
+from pipeline.features.encoding import choose_categories
+from pipeline.runs.history import History
+from pipeline.runs.planned_run import CountedRows, PlannedRun, known_categories, lay_out_run
+from pipeline.runs.request import Request
+from pipeline.spark.counting import count_categories, count_classes, count_groups
+from pipeline.spark.features import newest_known, newest_time
+from pipeline.spark.rows import limited_rows, visible_rows
+from pipeline.spark.training import TrainingContext
+from pipeline.spec import FleetSpec
+from pipeline.training.splits import resolve_cutoffs
+
+
+def plan_run(
+    context: TrainingContext,
+    features: DataFrame,
+    spec: FleetSpec,
+    request: Request,
+    history: History,
+    *,
+    own: str | None = None,
+) -> PlannedRun:
+    """Count the groups, fix the dates, find what earlier runs left, and lay out the work.
+
+    Nothing is trained.
+
+    Args:
+        context: where the run is going to train.
+        features: the feature table.
+        spec: the fleet.
+        request: what the launch asks for.
+        history: earlier runs.
+        own: `independent` or `correction`, where the spec leaves it open (see `choose_own`); by
+            default that of the run before.
+
+    Raises:
+        DataError: if no row is visible at the as-of, or a listed group does not exist, or the
+            classes are not what the task needs.
+    """
+    as_of = (
+        request.as_of if request.as_of is not None else newest_known(features, spec.target.column)
+    )
+    rows = limited_rows(visible_rows(features, as_of), spec, request.limit_groups)
+    newest = newest_time(rows, spec.target.column)
+    if newest is None:
+        known = features.where("NOT is_future").selectExpr(
+            "string(min(known_at))", "string(max(known_at))"
+        )
+        earliest, latest = known.collect()[0]
+        raise DataError(
+            f"as of {as_of} no row is known yet; known_at runs from {earliest} to {latest}: choose "
+            "an as-of within or after it"
+        )
+    cutoffs = resolve_cutoffs(spec.splits, as_of, newest, spec.timezone)
+    categories = choose_categories(
+        count_categories(rows, spec, cutoffs),
+        spec.features.max_categories,
+        known_categories(spec, history.newest_finished(as_of)),
+    )
+    classes = count_classes(rows, spec, cutoffs)
+    groups = count_groups(rows, spec, cutoffs, categories, classes)
+    counted = CountedRows(
+        cutoffs=cutoffs,
+        categories=categories,
+        classes=list(classes),
+        counts=groups.counts,
+        constants=groups.constants,
+        nullable=groups.nullable,
+    )
+    return lay_out_run(
+        rows,
+        counted,
+        spec,
+        request,
+        history,
+        slots=context.slots,
+        threads=context.threads,
+        own=own,
+    )
