@@ -10,7 +10,7 @@ from typing import Any
 import dagster as dg
 import pandas as pd
 
-from assets.mosaic import register_mosaic
+from assets.combined_version import register_combined
 from assets.progress import no_progress, progress_lines
 from assets.refits import refit
 from pipeline.crash_points import crash_point
@@ -397,7 +397,7 @@ class Deciding:
     def _register(
         self, serving: Any, models: Sequence[FleetModel], decisions: pd.DataFrame
     ) -> Version:
-        return register_mosaic(
+        return register_combined(
             self.tables, self.registry, self.spark, self.spec, serving, models, decisions
         )
 

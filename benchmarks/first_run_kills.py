@@ -19,6 +19,7 @@ from deltalake import DeltaTable
 from benchmarks.generated import GeneratedFleet, write_features
 from benchmarks.kills import SLOTS, Child, end_of, left_over, sleep_until, tables_of, train_told
 from benchmarks.runs import NotMeasured
+from pipeline.models.meta_model import GroupKey
 from pipeline.models.start import Start
 from pipeline.runs.planned_run import PlannedRun
 from pipeline.spec import FleetSpec
@@ -32,8 +33,6 @@ FLEET = GeneratedFleet(90, rows_per_group=500, skew=0.5, seed=29)
 # What a group's trainer tells, a line when it begins and one when it ends.
 GROUPS_TOLD = "groups.jsonl"
 MODULE = "benchmarks.first_run_kills"
-
-Key = tuple[int, str]
 
 
 def spec() -> FleetSpec:
@@ -166,12 +165,12 @@ def _lost_by_kill(folder: Path, reference: Path, scale: float, after: float) -> 
 
 def _work(
     told: Sequence[Mapping[str, Any]], killed: float
-) -> tuple[dict[Key, float], dict[Key, float]]:
+) -> tuple[dict[GroupKey, float], dict[GroupKey, float]]:
     """Seconds of the groups that ended before a moment, and of those that were being trained then."""
-    begun: dict[Key, float] = {}
-    finished: dict[Key, float] = {}
+    begun: dict[GroupKey, float] = {}
+    finished: dict[GroupKey, float] = {}
     for line in told:
-        key, moment = (int(line["grain"]), str(line["group_id"])), float(line["moment"])
+        key, moment = GroupKey.of(line), float(line["moment"])
         if moment > killed:
             continue
         if line["event"] == "begun":
@@ -181,13 +180,13 @@ def _work(
     return finished, {key: killed - moment for key, moment in begun.items()}
 
 
-def _committed(folder: Path) -> set[Key]:
+def _committed(folder: Path) -> set[GroupKey]:
     """Groups that have a ledger row."""
     location = tables_of(folder) / "ledger"
     if not (location / "_delta_log").exists():
         return set()
     rows = DeltaTable(location).to_pandas()
-    return set(zip(rows["grain"].astype(int), rows["group_id"].astype(str), strict=True))
+    return set(GroupKey.of_rows(rows))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,13 @@ from benchmarks.rivals import (
 )
 from benchmarks.runs import NotMeasured, Runs
 from benchmarks.serving import pack_of, packed_spec, questions, region_of, registered
-from pipeline.models.meta_model import FleetModel, answer_columns, decode_booster, group_id
+from pipeline.models.meta_model import (
+    FleetModel,
+    GroupKey,
+    answer_columns,
+    decode_booster,
+    group_id,
+)
 from pipeline.spark.scoring import score_rows
 from pipeline.tables import TIMESTAMP
 
@@ -143,12 +149,12 @@ def _ours(rows: "DataFrame", pack: Path) -> Callable[[], object]:
     return lambda: _write_nowhere(our_answers(rows, pack))
 
 
-def boosters_of(pack: Path) -> dict[tuple[int, str], tuple[str, float, str]]:
+def boosters_of(pack: Path) -> dict[GroupKey, tuple[str, float, str]]:
     """Every group's booster: its id, its weight and its text."""
     chains = pq.read_table(pack / "chains.parquet").to_pylist()
     stored = dict(zip(*pq.read_table(pack / "boosters.parquet").to_pydict().values(), strict=True))
     return {
-        (row["grain"], row["group_id"]): (
+        GroupKey.of(row): (
             row["booster_id"],
             row["weight"],
             decode_booster({**row, "text": stored[row["booster_id"]]}, str(pack)),
@@ -162,7 +168,8 @@ def log_recipe(case: Case, folder: Path) -> LoggedModels:
     found = boosters_of(case.pack)
     uri = f"sqlite:///{folder}/recipe.db"
     models = (
-        (values, lgb.Booster(model_str=found[2, group_id(values)][2])) for values in case.groups
+        (values, lgb.Booster(model_str=found[GroupKey(2, group_id(values))][2]))
+        for values in case.groups
     )
     started = time.perf_counter()
     logged = LoggedModels(uri, log_group_models(models, tracking_uri=uri))
@@ -276,7 +283,9 @@ def plain_groups(case: Case) -> list[PlainGroup]:
     per_group = case.n_rows // case.n_groups
     groups = []
     for number, values in enumerate(case.groups):
-        chain = [found[grain, group_id(values[:grain])] for grain in range(len(SPEC.grains))]
+        chain = [
+            found[GroupKey(grain, group_id(values[:grain]))] for grain in range(len(SPEC.grains))
+        ]
         rows = matrix[number * per_group : (number + 1) * per_group]
         groups.append(
             PlainGroup(

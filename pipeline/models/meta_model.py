@@ -16,8 +16,11 @@ A pack is a folder:
 - ``boosters.parquet``: one row per booster: booster_id and the text, zstd-compressed, each as one run of bytes that is read alone.
 
 A group is answered by the generation that serves it, with the ancestors, categories and constants
-of that generation. So a version may put together groups of several training runs, and changing one
+of that generation. So a version may combine groups of several training runs, and changing one
 group's generation changes no other group's answers.
+
+The file reads in this order: ids of groups, what a run answers by, design matrix, link, boosters,
+the files of a pack, chains and their blend, the model.
 """
 
 import datetime as dt
@@ -46,7 +49,11 @@ CONSTANT = "constant"
 NOT_FINITE = "none (not finite)"
 INDEPENDENT, CORRECTION = "independent", "correction"
 REGRESSION, MULTICLASS = "regression", "multiclass"
+CACHE_BYTES = 256 << 20
+TOP_FEATURES = 5
 MAX_BOOSTER_BYTES = 1 << 30
+# Characters of a value that a message shows.
+MAX_SHOWN = 60
 CHAINS = pa.schema(
     [
         pa.field("grain", pa.int32(), nullable=False),
@@ -63,23 +70,7 @@ CHAINS = pa.schema(
         pa.field("sha256", pa.string()),
     ]
 )
-CACHE_BYTES = 256 << 20
-TOP_FEATURES = 5
-# Characters of a value that a message shows.
-MAX_SHOWN = 60
-
 Floats = npt.NDArray[np.float64]
-
-
-_ESCAPES = {code: f"\\u{code:04X}" for code in range(32)} | {
-    ord("\b"): "\\b",
-    ord("\f"): "\\f",
-    ord("\n"): "\\n",
-    ord("\r"): "\\r",
-    ord("\t"): "\\t",
-    ord('"'): '\\"',
-    ord("\\"): "\\\\",
-}
 
 
 _AGAIN = "fetch the version again, or materialise meta_model and champion again"
@@ -99,33 +90,28 @@ class InputError(ValueError):
     """
 
 
-def answer_columns(task: str) -> dict[str, str]:
-    """Columns of an answer and their types: double, string, or array<double>."""
-    columns = {
-        "prediction": "string" if task == MULTICLASS else "double",
-        "lower": "double",
-        "upper": "double",
-    }
-    if task != REGRESSION:
-        columns["probabilities"] = "array<double>"
-    return {**columns, "answered_by": "string", "booster_id": "string", "fleet_version": "string"}
+_ESCAPES = {code: f"\\u{code:04X}" for code in range(32)} | {
+    ord("\b"): "\\b",
+    ord("\f"): "\\f",
+    ord("\n"): "\\n",
+    ord("\r"): "\\r",
+    ord("\t"): "\\t",
+    ord('"'): '\\"',
+    ord("\\"): "\\\\",
+}
 
 
-def check_listed_once(
-    columns: Sequence[object], read: Collection[str], where: str = "the batch"
-) -> None:
-    """Refuse a batch in which a column that is read is listed twice: no one can say which of them is meant.
+def group_id(values: Sequence[object]) -> str:
+    """The id of a group: a JSON array of strings or null, no spaces, non-ASCII kept, e.g. ``["EWR","IAH"]``; ``[]`` is the pooled group.
 
-    Raises:
-        InputError: naming the columns.
+    Equal, to the letter, to what Spark's ``to_json(array(...))`` gives for the same keys.
     """
-    counts = Counter(columns)
-    doubled = [name for name, count in counts.items() if count > 1 and name in read]
-    if doubled:
-        names = ", ".join(map(str, doubled))
-        raise InputError(
-            f"{where}: columns listed more than once: {names}; rename or remove all but one of each"
-        )
+    texts = (key_text(value) for value in values)
+    return (
+        "["
+        + ",".join("null" if text is None else f'"{text.translate(_ESCAPES)}"' for text in texts)
+        + "]"
+    )
 
 
 def key_text(value: object) -> str | None:
@@ -169,28 +155,44 @@ def _moment_text(moment: pd.Timestamp) -> str:
     return moment.isoformat(sep=" ", timespec="microseconds").rstrip("0").removesuffix(".")
 
 
-def group_id(values: Sequence[object]) -> str:
-    """The id of a group: a JSON array of strings or null, no spaces, non-ASCII kept, e.g. ``["EWR","IAH"]``; ``[]`` is the pooled group.
-
-    Equal, to the letter, to what Spark's ``to_json(array(...))`` gives for the same keys.
-    """
-    texts = (key_text(value) for value in values)
-    return (
-        "["
-        + ",".join("null" if text is None else f'"{text.translate(_ESCAPES)}"' for text in texts)
-        + "]"
-    )
-
-
 def group_ids(frame: pd.DataFrame, keys: Sequence[str]) -> npt.NDArray[np.object_]:
     """The group id of every row."""
     if not keys:
         return np.full(len(frame), group_id(()), dtype=object)
-    codes, first = _combinations([frame[key] for key in keys])
+    codes, first = _number_combinations([frame[key] for key in keys])
     columns = [frame[key].to_numpy() for key in keys]
     ids = np.array([group_id([column[row] for column in columns]) for row in first], dtype=object)
-    found: npt.NDArray[np.object_] = ids[codes] if len(ids) else np.empty(0, dtype=object)
-    return found
+    of_rows: npt.NDArray[np.object_] = ids[codes] if len(ids) else np.empty(0, dtype=object)
+    return of_rows
+
+
+def _number_combinations(
+    columns: Sequence[pd.Series],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """A number per row for its combination of values, and the first row of each number."""
+    codes = np.zeros(len(columns[0]), dtype=np.int64)
+    for column in columns:
+        values, distinct = _factorize(column)
+        codes, _ = pd.factorize(codes * (len(distinct) + 1) + values + 1)
+    _, first = np.unique(codes, return_index=True)
+    return codes.astype(np.int64), first.astype(np.int64)
+
+
+def _factorize(values: "pd.Series[Any]") -> tuple[npt.NDArray[np.int64], Any]:
+    """Codes and distinct values of a key or category; null has the code -1.
+
+    Raises:
+        InputError: naming the column, if a value is a list or a mapping.
+    """
+    try:
+        codes, distinct = pd.factorize(values, use_na_sentinel=True)
+    except TypeError as error:  # not hashable
+        value = next(value for value in values if isinstance(value, list | dict | set | np.ndarray))
+        raise InputError(
+            f"{values.name}: {_shorten(value)} is not a value of a key or category; expected text, a "
+            "number, or null"
+        ) from error
+    return codes, distinct
 
 
 class GroupKey(NamedTuple):
@@ -222,17 +224,22 @@ class GroupKey(NamedTuple):
             for grain, group in zip(rows["grain"], rows["group_id"], strict=True)
         ]
 
+    def list_ancestry(self, grains: Sequence[Sequence[str]]) -> "list[GroupKey]":
+        """The group and the groups above it, coarsest first.
 
-def _combinations(
-    columns: Sequence[pd.Series],
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """A number per row for its combination of values, and the first row of each number."""
-    codes = np.zeros(len(columns[0]), dtype=np.int64)
-    for column in columns:
-        values, distinct = _factorized(column)
-        codes, _ = pd.factorize(codes * (len(distinct) + 1) + values + 1)
-    _, first = np.unique(codes, return_index=True)
-    return codes.astype(np.int64), first.astype(np.int64)
+        Args:
+            grains: key columns of each grain.
+        """
+        values = json.loads(self.group_id)
+        above = [
+            GroupKey(grain, group_id(values[: len(grains[grain])])) for grain in range(self.grain)
+        ]
+        return [*above, self]
+
+
+def grain_name(keys: Sequence[str]) -> str:
+    """A grain as people write it: ``[origin, dest]``."""
+    return f"[{', '.join(keys)}]"
 
 
 @dataclass(frozen=True)
@@ -473,22 +480,66 @@ def design_matrix(frame: pd.DataFrame, model_spec: ModelSpec) -> npt.NDArray[np.
             matrix[:, position] = np.nan
         elif categories is None:
             with np.errstate(over="ignore"):
-                matrix[:, position] = numbers_in(frame[name])
+                matrix[:, position] = read_numbers(frame[name])
         else:
-            matrix[:, position] = _category_numbers(frame[name], categories)
+            matrix[:, position] = _number_categories(frame[name], categories)
     matrix[~np.isfinite(matrix)] = np.nan
     return matrix
 
 
-def _category_numbers(values: pd.Series, categories: Sequence[str]) -> Floats:
+def _number_categories(values: pd.Series, categories: Sequence[str]) -> Floats:
     numbers = {text: float(number) for number, text in enumerate(categories)}
-    codes, distinct = _factorized(values)
+    codes, distinct = _factorize(values)
     lookup = np.array(
         [numbers.get(key_text(value) or "", np.nan) for value in distinct] + [np.nan],
         dtype=np.float64,
     )
-    found: Floats = lookup[codes]
-    return found
+    of_rows: Floats = lookup[codes]
+    return of_rows
+
+
+def read_numbers(column: "pd.Series[Any]") -> Floats:
+    """A numeric column as a batch brings it: NaN for null.
+
+    Booleans are 0 and 1, and text of a number is that number.
+
+    Raises:
+        InputError: naming the column and its first value that is neither a number nor null.
+    """
+    if column.dtype.kind in "fiub":
+        typed: Floats = column.to_numpy(dtype=np.float64, na_value=np.nan)
+        return typed
+    values = column.to_numpy(dtype=object)
+    numbers: Floats = np.asarray(pd.to_numeric(values, errors="coerce"), dtype=np.float64)
+    missing = np.flatnonzero(np.isnan(numbers))
+    strange = missing[~pd.isna(values[missing])] if len(missing) else missing
+    if len(strange):
+        first = strange[0]
+        fault = f"{column.name}: {_shorten(values[first])} is not a number (row {first + 1} of {len(values)})"
+        raise InputError(f"{fault}; expected a number, text such as '12.5', or null")
+    return numbers
+
+
+def _shorten(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+def check_listed_once(
+    columns: Sequence[object], read: Collection[str], where: str = "the batch"
+) -> None:
+    """Refuse a batch in which a column that is read is listed twice: no one can say which of them is meant.
+
+    Raises:
+        InputError: naming the columns.
+    """
+    counts = Counter(columns)
+    doubled = [name for name, count in counts.items() if count > 1 and name in read]
+    if doubled:
+        names = ", ".join(map(str, doubled))
+        raise InputError(
+            f"{where}: columns listed more than once: {names}; rename or remove all but one of each"
+        )
 
 
 _LINKS: dict[str, tuple[Any, Any]] = {
@@ -518,60 +569,17 @@ def offset_and_scale(frame: pd.DataFrame, target: ModelTarget) -> tuple[Floats, 
     NaN where a declared one is missing, infinite or (scale) not positive.
     """
     n_rows = len(frame)
-    offset = _numbers(frame, target.offset) if target.offset else np.zeros(n_rows)
-    scale = _numbers(frame, target.scale) if target.scale else np.ones(n_rows)
+    offset = _read_numbers_or_nan(frame, target.offset) if target.offset else np.zeros(n_rows)
+    scale = _read_numbers_or_nan(frame, target.scale) if target.scale else np.ones(n_rows)
     offset = np.where(np.isfinite(offset), offset, np.nan)
     scale = np.where(np.isfinite(scale) & (scale > 0), scale, np.nan)
     return offset, scale
 
 
-def _numbers(frame: pd.DataFrame, name: str) -> Floats:
+def _read_numbers_or_nan(frame: pd.DataFrame, name: str) -> Floats:
     if name not in frame.columns:
         return np.full(len(frame), np.nan)
-    return numbers_in(frame[name])
-
-
-def numbers_in(column: "pd.Series[Any]") -> Floats:
-    """A numeric column as a batch brings it: NaN for null.
-
-    Booleans are 0 and 1, and text of a number is that number.
-
-    Raises:
-        InputError: naming the column and its first value that is neither a number nor null.
-    """
-    if column.dtype.kind in "fiub":
-        typed: Floats = column.to_numpy(dtype=np.float64, na_value=np.nan)
-        return typed
-    values = column.to_numpy(dtype=object)
-    numbers: Floats = np.asarray(pd.to_numeric(values, errors="coerce"), dtype=np.float64)
-    missing = np.flatnonzero(np.isnan(numbers))
-    strange = missing[~pd.isna(values[missing])] if len(missing) else missing
-    if len(strange):
-        told = f"{column.name}: {_shown(values[strange[0]])} is not a number (row {strange[0] + 1} of {len(values)})"
-        raise InputError(f"{told}; expected a number, text such as '12.5', or null")
-    return numbers
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
-
-
-def _factorized(values: "pd.Series[Any]") -> tuple[npt.NDArray[np.int64], Any]:
-    """Codes and distinct values of a key or category; null has the code -1.
-
-    Raises:
-        InputError: naming the column, if a value is a list or a mapping.
-    """
-    try:
-        codes, distinct = pd.factorize(values, use_na_sentinel=True)
-    except TypeError as error:  # not hashable
-        value = next(value for value in values if isinstance(value, list | dict | set | np.ndarray))
-        raise InputError(
-            f"{values.name}: {_shown(value)} is not a value of a key or category; expected text, a "
-            "number, or null"
-        ) from error
-    return codes, distinct
+    return read_numbers(frame[name])
 
 
 def load_booster(row: Mapping[str, Any], where: str) -> Any:
@@ -587,7 +595,7 @@ def load_booster(row: Mapping[str, Any], where: str) -> Any:
     import lightgbm
 
     text = decode_booster(row, where)
-    fault = structure_fault(text)
+    fault = find_structure_fault(text)
     if fault is None:
         try:
             return lightgbm.Booster(model_str=text)
@@ -633,6 +641,13 @@ def decode_booster(row: Mapping[str, Any], where: str) -> str:
         raise PackError(f"{where}: booster {name} is no text ({error}); train again") from error
 
 
+def booster_digest(text: str) -> str:
+    """The id of a booster: SHA-256 of its text without the ``parameters:`` section, which holds settings such as the thread count."""
+    return hashlib.sha256(
+        re.sub(r"\nparameters:\n.*?\nend of parameters\n", "\n", text, flags=re.DOTALL).encode()
+    ).hexdigest()
+
+
 _HEADER = re.compile(r"tree\nversion=v4\n(?:\w+(?:=[^\n]*)?\n)+\n", re.ASCII)
 # Lines of a tree with so many numbers as it has leaves, or inner nodes; those of a tree of one leaf
 # may be empty.
@@ -662,7 +677,7 @@ _TAIL = re.compile(
 _MAX_DECISION = 11  # one bit for categories, one for the default side, two for what is missing
 
 
-def structure_fault(text: str) -> str | None:
+def find_structure_fault(text: str) -> str | None:
     """What is wrong with a LightGBM text that could end the process, hang it, or let it read what is not there; None if nothing is.
 
     Every tree has the size that the header says and as many nodes and leaves as it says, splits by
@@ -670,7 +685,7 @@ def structure_fault(text: str) -> str | None:
     which comes before it.
     """
     try:
-        trees, n_features = _trees_of(text)
+        trees, n_features = _parse_trees(text)
         _check_trees(trees, n_features)
     except (
         ValueError,
@@ -682,12 +697,7 @@ def structure_fault(text: str) -> str | None:
     return None
 
 
-def _demand(holds: object, otherwise: str) -> None:
-    if not holds:
-        raise ValueError(otherwise)
-
-
-def _trees_of(text: str) -> tuple[list[re.Match[str]], int]:
+def _parse_trees(text: str) -> tuple[list[re.Match[str]], int]:
     """The trees of a model, and how many features it has."""
     header = _HEADER.match(text)
     if header is None:
@@ -698,9 +708,11 @@ def _trees_of(text: str) -> tuple[list[re.Match[str]], int]:
         int(settings["num_tree_per_iteration"]),
     )
     described = [len(settings[name].split(" ")) for name in ("feature_names", "feature_infos")]
-    _demand(described == [n_features] * 2, f"its header describes other than {n_features} features")
+    _check_condition(
+        described == [n_features] * 2, f"its header describes other than {n_features} features"
+    )
     sizes = [int(size) for size in settings["tree_sizes"].split()]
-    _demand(
+    _check_condition(
         per_iteration > 0 and len(sizes) % per_iteration == 0,
         f"{len(sizes)} trees cannot be {per_iteration} per iteration",
     )
@@ -711,7 +723,7 @@ def _trees_of(text: str) -> tuple[list[re.Match[str]], int]:
             raise ValueError(f"tree {number} is not a tree of the size that the header says")
         trees.append(tree)
         start = tree.end()
-    _demand(
+    _check_condition(
         _TAIL.fullmatch(text, start),
         "what follows its trees is not their end, importances and parameters",
     )
@@ -724,25 +736,33 @@ def _check_trees(trees: Sequence[re.Match[str]], n_features: int) -> None:
         np.array([int(tree[name]) for tree in trees], dtype=np.int64)
         for name in ("n_leaves", "n_cat")
     )
-    _demand((n_leaves >= 1).all(), "a tree has no leaf")
+    _check_condition((n_leaves >= 1).all(), "a tree has no leaf")
     n_nodes = n_leaves - 1
     stumps = n_leaves == 1
     for name, kind in _OF_LEAVES.items():
         empty = stumps & np.array([not tree[name] for tree in trees]) & (name != "leaf_value")
-        _numbers_of(trees, name, np.where(empty, 0, n_leaves), kind)
-    nodes = {name: _numbers_of(trees, name, n_nodes, kind) for name, kind in _OF_NODES.items()}
+        _parse_numbers(trees, name, np.where(empty, 0, n_leaves), kind)
+    nodes = {name: _parse_numbers(trees, name, n_nodes, kind) for name, kind in _OF_NODES.items()}
     feature, decision = nodes["split_feature"], nodes["decision_type"]
-    known = (feature >= 0) & (feature < n_features) & (decision >= 0) & (decision <= _MAX_DECISION)
-    _demand(known.all(), "a node splits by a feature or in a way that there is not")
+    is_known = (
+        (feature >= 0) & (feature < n_features) & (decision >= 0) & (decision <= _MAX_DECISION)
+    )
+    _check_condition(
+        is_known.all(), "a node splits by an unknown feature, or has an unknown decision type"
+    )
     tree = np.repeat(np.arange(len(trees)), n_nodes)
     first_node, first_leaf = np.cumsum(n_nodes) - n_nodes, np.cumsum(n_leaves) - n_leaves
     parent = np.tile(np.arange(len(tree)) - first_node[tree], 2)
     child = np.concatenate([nodes["left_child"], nodes["right_child"]])
     both, is_leaf = np.tile(tree, 2), child < 0
-    there = np.where(is_leaf, ~child < n_leaves[both], (child < n_nodes[both]) & (child > parent))
-    _demand(there.all(), "a node has a child that there is not, or that comes before it")
+    is_child = np.where(
+        is_leaf, ~child < n_leaves[both], (child < n_nodes[both]) & (child > parent)
+    )
+    _check_condition(
+        is_child.all(), "a node has a child that does not exist, or that comes before it"
+    )
     place = np.where(is_leaf, first_leaf[both] + ~child, n_leaves.sum() + first_node[both] + child)
-    _demand(len(np.unique(place)) == len(place), "a node or leaf has two parents")
+    _check_condition(len(np.unique(place)) == len(place), "a node or leaf has two parents")
     chosen = decision % 2 == 1
     _check_categories(trees, n_cat, tree[chosen], nodes["threshold"][chosen])
 
@@ -751,41 +771,170 @@ def _check_categories(
     trees: Sequence[re.Match[str]],
     n_cat: npt.NDArray[np.int64],
     tree: npt.NDArray[np.int64],
-    wanted: Floats,
+    threshold: Floats,
 ) -> None:
     """Each set of categories begins where the one before it ends, and each node that asks for one asks for one of its tree's."""
     has = n_cat > 0
-    boundaries = _numbers_of(trees, "cat_boundaries", np.where(has, n_cat + 1, 0))
+    boundaries = _parse_numbers(trees, "cat_boundaries", np.where(has, n_cat + 1, 0))
     last = np.cumsum((n_cat + 1)[has]) - 1
     grows = np.diff(boundaries) >= 0
     grows[last[:-1]] = True  # from the last of one tree to the first of the next
-    _demand(
+    _check_condition(
         grows.all() and not boundaries[last - n_cat[has]].any(),
         "the categories of a tree are not as many as it says",
     )
     n_words = np.zeros(len(trees), dtype=np.int64)
     n_words[has] = boundaries[last]
-    _numbers_of(trees, "cat_threshold", n_words)
-    _demand(
-        (wanted == np.floor(wanted)).all() and (wanted >= 0).all() and (wanted < n_cat[tree]).all(),
-        "a node decides by categories that there are not",
+    _parse_numbers(trees, "cat_threshold", n_words)
+    _check_condition(
+        (threshold == np.floor(threshold)).all()
+        and (threshold >= 0).all()
+        and (threshold < n_cat[tree]).all(),
+        "a node decides by a set of categories that does not exist",
     )
 
 
-def _numbers_of(
+def _parse_numbers(
     trees: Sequence[re.Match[str]], name: str, counts: npt.NDArray[np.int64], kind: type = np.int64
 ) -> npt.NDArray[Any]:
     """A line of every tree as numbers, which must be so many in each."""
     texts = [tree[name] or "" for tree in trees]
-    _demand(
+    _check_condition(
         [len(text.split(" ")) if text else 0 for text in texts] == counts.tolist(),
         f"{name} of a tree has too few or too many numbers",
     )
     numbers: npt.NDArray[Any] = np.fromstring(
         " ".join(text for text in texts if text), dtype=kind, sep=" "
     )
-    _demand(len(numbers) == counts.sum(), f"{name} of a tree is not made of numbers")
+    _check_condition(len(numbers) == counts.sum(), f"{name} of a tree is not made of numbers")
     return numbers
+
+
+def _check_condition(holds: object, fault: str) -> None:
+    """Raise the fault as a ValueError, which the caller gives a place and a next step."""
+    if not holds:
+        raise ValueError(fault)
+
+
+def read_index(folder: Path, digest: str | None = None) -> dict[str, Any]:
+    """A pack's index, checked against its own digest.
+
+    Args:
+        folder: the pack.
+        digest: that it must have, where that is known.
+
+    Raises:
+        PackError: if it is missing, damaged, of another format, or another pack's.
+    """
+    path = folder / "index.json"
+    try:
+        written = json.loads(path.read_bytes())
+        promised, index = written["sha256"], written["index"]
+        pack_format, computed = index["format"], index_digest(index)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fault = (
+            f"{path}: not the index of a readable pack ({type(error).__name__}: {error}); {_AGAIN}"
+        )
+        raise PackError(fault) from error
+    _check_pack(
+        pack_format == PACK_FORMAT,
+        path,
+        f"format {pack_format!r}, expected {PACK_FORMAT}: of another release of this package; {_AGAIN}",
+    )
+    _check_pack(
+        computed == promised,
+        path,
+        f"damaged: its digest is {computed}, expected {promised}; {_AGAIN}",
+    )
+    other = f"of fleet {index.get('fleet')!r}, version {index.get('fleet_version')!r}, not the pack that was registered"
+    _check_pack(digest in (None, promised), path, f"{other}; {_AGAIN}")
+    return dict(index)
+
+
+def index_digest(index: Mapping[str, Any]) -> str:
+    """SHA-256 of an index, as JSON without spaces, keys sorted."""
+    return hashlib.sha256(
+        json.dumps(index, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    ).hexdigest()
+
+
+def read_footer(path: Path) -> dict[str, Any]:
+    """What identifies a Parquet file whose pages have checksums: n_bytes, its size, and footer_sha256, the digest of its footer.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is not a Parquet file.
+    """
+    with pa.OSFile(str(path)) as file:
+        return _read_open_footer(file, str(path))
+
+
+def _read_open_footer(file: pa.NativeFile, name: str) -> dict[str, Any]:
+    size = file.size()
+    end = file.read_at(8, size - 8) if size >= 12 else b""  # noqa: PLR2004 - two magic words and a length
+    length = int.from_bytes(end[:4], "little")
+    _check_condition(
+        end[4:] == b"PAR1" and 0 < length <= size - 12,
+        f"{name}: {size} bytes that do not end as a Parquet file does",
+    )
+    return {
+        "n_bytes": size,
+        "footer_sha256": hashlib.sha256(file.read_at(length + 8, size - 8 - length)).hexdigest(),
+    }
+
+
+def check_footer(path: Path, expected: Mapping[str, Any]) -> None:
+    """Refuse a file that is not the one that the index names."""
+    _check_same_file(read_footer(path), expected, str(path))
+
+
+def _check_same_file(found: Mapping[str, Any], expected: Mapping[str, Any], name: str) -> None:
+    differs = [
+        f"{what} {found[what]}, expected {expected[what]}"
+        for what in found
+        if found[what] != expected[what]
+    ]
+    _check_pack(not differs, name, f"not the file of this pack ({'; '.join(differs)}); {_AGAIN}")
+
+
+def _check_pack(holds: object, path: Path | str, fault: str) -> None:
+    """Raise the fault of a file of the pack as a PackError."""
+    if not holds:
+        raise PackError(f"{path}: {fault}")
+
+
+def open_boosters(
+    folder: Path, root: str | None, file: Mapping[str, Any], options: Mapping[str, str]
+) -> pa.NativeFile:
+    """A file of boosters, open for reading at any place: one of the pack, or of the store that a shared pack names."""
+    if root is None:
+        return pa.OSFile(str(folder / file["path"]))
+    filesystem, path = filesystem_of(root, options)
+    return filesystem.open_input_file(f"{path}/{file['path']}")
+
+
+def filesystem_of(root: str, options: Mapping[str, str]) -> tuple[pf.FileSystem, str]:
+    """The file system of a root and the root's path in it.
+
+    Args:
+        root: an absolute path, or an object-store URL such as ``s3://bucket/prefix``.
+        options: storage options as deltalake takes them; those of S3 are understood.
+    """
+    if "://" not in root:
+        return pf.LocalFileSystem(), root
+    if root.startswith(("s3://", "s3a://")):
+        endpoint = options.get("AWS_ENDPOINT_URL", "")
+        filesystem = pf.S3FileSystem(
+            access_key=options.get("AWS_ACCESS_KEY_ID"),
+            secret_key=options.get("AWS_SECRET_ACCESS_KEY"),
+            session_token=options.get("AWS_SESSION_TOKEN"),
+            region=options.get("AWS_REGION"),
+            scheme="http" if endpoint.startswith("http://") else "https",
+            endpoint_override=endpoint.split("://", 1)[-1] or None,
+        )
+        return filesystem, root.split("://", 1)[1]
+    filesystem, path = pf.FileSystem.from_uri(root)
+    return filesystem, path
 
 
 @dataclass(frozen=True, slots=True)
@@ -814,6 +963,295 @@ class Chain:
         for level, half in enumerate((self.intervals or ())[: halves.shape[1]]):
             if half is not None:
                 halves[rows, level] = half
+
+
+def answer_by_constant(generation: Generation, n_rows: int) -> Floats:
+    """The constant of every row; for multiclass one probability per class."""
+    if generation.model_spec.is_multiclass:
+        return np.tile(np.asarray(generation.model_spec.prior, dtype=np.float64), (n_rows, 1))
+    return np.full(n_rows, generation.constant, dtype=np.float64)
+
+
+class Contributions:
+    """What each feature adds to blended answers.
+
+    A booster's contributions are SHAP values (Lundberg, Erion and Lee 2018, as LightGBM computes
+    them), which add up to its raw score. Where its output is another function of that score, a
+    probability or a count, they are stretched to add up to the output. Those of a blend are blended
+    as the outputs are.
+
+    Args:
+        generation: that answers.
+        answer: what answers before any model: per row, for multiclass per row and class.
+    """
+
+    def __init__(self, generation: Generation, answer: Floats) -> None:
+        self._generation = generation
+        self._model_spec = generation.model_spec
+        self._n_features = len(self._model_spec.features)
+        # Per row and class: one number per feature, and last what is there without any.
+        self._parts = np.zeros(
+            (len(answer), answer.shape[1] if answer.ndim > 1 else 1, self._n_features + 1)
+        )
+        self._parts[:, :, -1] = answer.reshape(len(answer), -1)
+        self._parent_parts = self._parts.copy()
+        self._start = self._parts.copy()
+
+    def reset_rows(self, rows: npt.NDArray[np.int64]) -> None:
+        """Forget what has been blended in for rows that the constant answers."""
+        self._parts[rows] = self._start[rows]
+
+    def add(
+        self,
+        rows: npt.NDArray[np.int64],
+        shap: Floats,
+        output: Floats,
+        weight: float,
+        *,
+        corrects: bool,
+    ) -> None:
+        """Blend a booster in.
+
+        Args:
+            rows: that it answers.
+            shap: as from `predict(pred_contrib=True)`.
+            output: of the booster alone.
+            weight: of the group.
+            corrects: whether it adds to what its nearest ancestor with a model says.
+        """
+        own = shap.reshape(len(rows), -1, self._n_features + 1).copy()
+        output = output.reshape(len(rows), -1)
+        start = self._output_of(own[:, :, -1])
+        moved = own[:, :, :-1].sum(axis=2)
+        stretch = np.divide(output - start, moved, out=np.ones_like(output), where=moved != 0)
+        own[:, :, :-1] *= stretch[:, :, None]
+        own[:, :, -1] = output - own[:, :, :-1].sum(axis=2)
+        if corrects:
+            own += self._parent_parts[rows]
+        self._parent_parts[rows] = own
+        self._parts[rows] = weight * own + (1.0 - weight) * self._parts[rows]
+
+    def _output_of(self, score: Floats) -> Floats:
+        """What a booster gives for a raw score."""
+        if self._model_spec.is_multiclass:
+            odds = np.exp(score - score.max(axis=1, keepdims=True))
+            return np.asarray(odds / odds.sum(axis=1, keepdims=True))
+        if not self._model_spec.is_regression:
+            return np.asarray(1.0 / (1.0 + np.exp(-score)))
+        return np.exp(score) if self._model_spec.is_count else score
+
+    def describe_rows(
+        self,
+        prediction: "pd.Series[Any]",
+        anchored: npt.NDArray[np.bool_],
+        offset: Floats,
+        scale: Floats,
+    ) -> list[list[dict[str, Any]]]:
+        """The contributions of every row, for people."""
+        model_spec, parts = self._model_spec, self._parts[:, 0, :]
+        offsets = np.zeros(len(parts))
+        if model_spec.is_multiclass:
+            place = {name: number for number, name in enumerate(model_spec.classes)}
+            parts = self._parts[np.arange(len(parts)), [place[name] for name in prediction]]
+        elif model_spec.is_regression:
+            parts = np.where(
+                anchored[:, None], np.where(anchored, scale, 0.0)[:, None] * parts, 0.0
+            )
+            parts[:, -1] = np.where(anchored, parts[:, -1], self._generation.plain_constant)
+            offsets = np.where(anchored, offset, 0.0)
+        return [
+            list_contributions(model_spec, row, float(at))
+            for row, at in zip(parts, offsets, strict=True)
+        ]
+
+
+def list_contributions(model_spec: ModelSpec, parts: Floats, offset: float) -> list[dict[str, Any]]:
+    """The features that contribute most, by size, then `(other features)`, `(offset)` where the target has one, and `(base)`.
+
+    Args:
+        model_spec: of the generation.
+        parts: one number per feature, and last the base.
+        offset: of the row, link space.
+
+    Returns:
+        One {feature, contribution} each; their sum is the sum of what came in.
+    """
+    order = np.argsort(-np.abs(parts[:-1]), kind="stable")
+    listed = [
+        {"feature": model_spec.features[place], "contribution": float(parts[place])}
+        for place in order[:TOP_FEATURES]
+    ]
+    rest = order[TOP_FEATURES:]
+    if len(rest):
+        listed.append({"feature": "(other features)", "contribution": float(parts[rest].sum())})
+    if model_spec.target.offset:
+        listed.append({"feature": "(offset)", "contribution": offset})
+    return [*listed, {"feature": "(base)", "contribution": float(parts[-1])}]
+
+
+class Blend:
+    """The answers to some rows while they are made, from the constant down to the finest grain.
+
+    Args:
+        generation: that answers.
+        n_rows: how many rows.
+        n_levels: how many levels of intervals are needed.
+        explain: whether to keep what each feature adds.
+    """
+
+    def __init__(
+        self, generation: Generation, n_rows: int, *, n_levels: int, explain: bool
+    ) -> None:
+        self._generation = generation
+        self.answer = answer_by_constant(generation, n_rows)
+        # What the nearest ancestor's own model says, to which a correction adds.
+        self._parent_prediction = self.answer.copy()
+        self.half_widths: Floats = np.full((n_rows, n_levels), np.nan)
+        self.answered_by = np.full(n_rows, CONSTANT, dtype=object)
+        self.booster_id = np.full(n_rows, None, dtype=object)
+        self.contributions = Contributions(generation, self.answer) if explain else None
+
+    def reset_rows(self, rows: npt.NDArray[np.int64]) -> None:
+        """Let the constant answer some rows, whatever answered them so far."""
+        self.answer[rows] = answer_by_constant(self._generation, len(rows))
+        self.answered_by[rows] = CONSTANT
+        self.booster_id[rows] = None
+        if self.contributions is not None:
+            self.contributions.reset_rows(rows)
+
+    def needs_booster(self, chain: Chain) -> bool:
+        """Whether the group's own model changes the answers: its own ones, or those of groups that correct it."""
+        return chain.booster_id is not None and (
+            chain.weight != 0.0 or self._generation.model_spec.corrects
+        )
+
+    def add_booster(
+        self,
+        booster: Any,
+        matrix: npt.NDArray[np.float32],
+        rows: npt.NDArray[np.int64],
+        chain: Chain,
+        grain: int,
+    ) -> None:
+        """Blend a group's own model into the answers to its rows.
+
+        Args:
+            booster: of the group.
+            matrix: design matrix of these rows.
+            rows: their places.
+            chain: of the group.
+            grain: of the group.
+        """
+        model_spec = self._generation.model_spec
+        weight = chain.weight
+        own = booster.predict(matrix, num_threads=1)
+        if self.contributions is not None:
+            shap = booster.predict(matrix, pred_contrib=True, num_threads=1)
+            self.contributions.add(
+                rows, shap, own, weight, corrects=model_spec.corrects and grain > 0
+            )
+        if model_spec.corrects:
+            own = own + self._parent_prediction[rows] if grain else own
+            self._parent_prediction[rows] = own
+        self.answer[rows] = weight * own + (1.0 - weight) * self.answer[rows]
+        if weight != 0.0:
+            self.answered_by[rows] = grain_name(model_spec.grains[grain])
+            self.booster_id[rows] = chain.booster_id
+
+
+def finish_answers(
+    generation: Generation,
+    answer: Floats,
+    anchored: npt.NDArray[np.bool_],
+    offset: Floats,
+    scale: Floats,
+    halves: Floats,
+) -> dict[str, Any]:
+    """Blended answers as prediction, lower and upper, and for classes probabilities."""
+    if generation.model_spec.is_regression:
+        return convert_to_target_units(
+            generation, answer, anchored, offset, scale, widen_half_widths(halves)
+        )
+    return choose_classes(generation.model_spec, answer)
+
+
+def convert_to_target_units(
+    generation: Generation,
+    answer: Floats,
+    anchored: npt.NDArray[np.bool_],
+    offset: Floats,
+    scale: Floats,
+    half: Floats,
+) -> dict[str, Any]:
+    """Blended answers in link space as prediction, lower and upper in target units.
+
+    Half widths are in link space over scale.
+
+    What is too large for a number is NaN.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        linked = np.where(anchored, offset + scale * answer, generation.plain_constant)
+        width = np.where(anchored, scale * half, np.nan)
+        bounds = {"prediction": linked, "lower": linked - width, "upper": linked + width}
+    transform = generation.model_spec.target.transform
+    answers = {name: inverse_link(bound, transform) for name, bound in bounds.items()}
+    return {
+        name: np.where(np.isfinite(numbers), numbers, np.nan) for name, numbers in answers.items()
+    }
+
+
+def widen_half_widths(halves: Floats) -> Floats:
+    """Per row its half width at the last of the levels, and at least that at each lower level, which may be of another ancestor.
+
+    Args:
+        halves: one row per row and one column per level, rising; NaN where there is none.
+
+    Returns:
+        NaN where there is none at the last level.
+    """
+    if not halves.shape[1]:
+        return np.full(len(halves), np.nan)
+    return np.where(np.isnan(halves[:, -1]), np.nan, np.fmax.reduce(halves, axis=1))
+
+
+def choose_classes(model_spec: ModelSpec, answer: Floats) -> dict[str, Any]:
+    """Blended probabilities as prediction and probabilities."""
+    is_multiclass = model_spec.is_multiclass
+    probabilities = answer if is_multiclass else np.column_stack([1.0 - answer, answer])
+    likeliest = np.array(model_spec.classes, dtype=object)[probabilities.argmax(axis=1)]
+    return {
+        "prediction": likeliest if is_multiclass else answer,
+        "lower": np.nan,
+        "upper": np.nan,
+        "probabilities": list(probabilities),
+    }
+
+
+def mark_not_finite(
+    predictions: npt.NDArray[Any],
+    answered_by: npt.NDArray[np.object_],
+    booster_id: npt.NDArray[np.object_],
+) -> None:
+    """Say in the rows whose prediction no double holds that nobody answered them.
+
+    Classes always have an answer.
+    """
+    if predictions.dtype.kind == "f":
+        lost = ~np.isfinite(predictions)
+        answered_by[lost] = NOT_FINITE
+        booster_id[lost] = None
+
+
+def answer_columns(task: str) -> dict[str, str]:
+    """Columns of an answer and their types: double, string, or array<double>."""
+    columns = {
+        "prediction": "string" if task == MULTICLASS else "double",
+        "lower": "double",
+        "upper": "double",
+    }
+    if task != REGRESSION:
+        columns["probabilities"] = "array<double>"
+    return {**columns, "answered_by": "string", "booster_id": "string", "fleet_version": "string"}
 
 
 class FleetModel:
@@ -848,11 +1286,11 @@ class FleetModel:
         try:
             content = (self.folder / "spec.json").read_bytes()
             same = hashlib.sha256(content).hexdigest() == index["spec.json"]["sha256"]
-            _require(same, self.folder / "spec.json", f"not the file of this pack; {_AGAIN}")
+            _check_pack(same, self.folder / "spec.json", f"not the file of this pack; {_AGAIN}")
             written = json.loads(content)
             self.generations = [Generation.from_dict(entry) for entry in written["generations"]]
             # Packs of an earlier release have no such groups.
-            self._cut = [
+            self._answered_by_constant = [
                 frozenset(generation.answered_by_constant or ()) for generation in self.generations
             ]
             self._first_keys = [
@@ -863,7 +1301,7 @@ class FleetModel:
             self._chains_file = pq.ParquetFile(
                 self.folder / "chains.parquet", page_checksum_verification=True
             )
-            _require(
+            _check_pack(
                 self._chains_file.schema_arrow.equals(CHAINS),
                 self.folder / "chains.parquet",
                 "not a table of chains",
@@ -950,7 +1388,7 @@ class FleetModel:
             multiclass it is the likeliest class (of equal ones the first). Both have a column more:
             probabilities, a list in the order of the spec's classes; lower and upper are null. With
             `explain` a last column, contributions: a list of {feature, contribution}, as from
-            `told_contributions`, whose sum is the prediction in link space; for classes it is the
+            `list_contributions`, whose sum is the prediction in link space; for classes it is the
             probability of the answer (for binary, of the last class).
 
         Raises:
@@ -959,16 +1397,16 @@ class FleetModel:
             PackError: if a booster that is needed is damaged.
         """
         self._check_columns(frame)
-        level = self._asked_level(interval)
+        level = self._choose_level(interval)
         # Grains are the same in all generations.
         levels = [pd.factorize(group_ids(frame, keys)) for keys in self.model_spec.grains]
-        generation = self._generations_of(levels, len(frame))
+        generation = self._choose_generations(levels, len(frame))
         parts = []
         for number in np.unique(generation):
             rows = np.flatnonzero(generation == number)
             whole = len(rows) == len(frame)
             part, levels_of_part = (
-                (frame, levels) if whole else (frame.iloc[rows], _levels_of(levels, rows))
+                (frame, levels) if whole else (frame.iloc[rows], _select_levels(levels, rows))
             )
             parts.append(
                 self._answer(
@@ -996,23 +1434,23 @@ class FleetModel:
                 f"fleet {self.fleet!r} needs: {', '.join(self.required)}{optional}"
             )
 
-    def _asked_level(self, interval: float | None) -> float | None:
+    def _choose_level(self, interval: float | None) -> float | None:
         """The level that is asked for, or else the spec's."""
         if interval is None:
             return self.interval
         if interval not in self.intervals:
-            there = (
+            available = (
                 f"has intervals of {', '.join(map(repr, self.intervals))}"
                 if self.intervals
                 else "answers with classes, which have no interval"
             )
             raise InputError(
                 f"interval: {interval!r}; version {self.fleet_version!r} of fleet {self.fleet!r} "
-                f"{there}"
+                f"{available}"
             )
         return float(interval)
 
-    def _generations_of(
+    def _choose_generations(
         self, levels: Sequence[tuple[Any, Any]], n_rows: int
     ) -> npt.NDArray[np.int64]:
         """Per row the generation that serves its finest known group."""
@@ -1020,13 +1458,10 @@ class FleetModel:
         if len(self.generations) == 1:
             return generation
         for grain, (codes, ids) in enumerate(levels):
-            serving = np.array(
-                [
-                    -1 if (found := self._serving_of(grain, group)) is None else found
-                    for group in ids
-                ]
-                or [-1]
-            )[codes]
+            numbers = [self._find_serving(grain, group) for group in ids]
+            serving = np.array([-1 if number is None else number for number in numbers] or [-1])[
+                codes
+            ]
             generation = np.where(serving >= 0, serving, generation)
         return generation
 
@@ -1045,72 +1480,40 @@ class FleetModel:
         model_spec = generation.model_spec
         offset, scale = offset_and_scale(frame, model_spec.target)
         anchored = np.isfinite(offset) & np.isfinite(scale)
-        answer = first_answer(generation, len(frame))
-        # What the nearest ancestor's own model says, to which a correction adds.
-        base = answer.copy()
-        corrects = model_spec.corrects
-        # Half widths at the levels up to the one that is asked for; none where this generation does
-        # not have that one.
-        halves = np.full((len(frame), model_spec.count_levels(interval)), np.nan)
-        answered_by = np.full(len(frame), CONSTANT, dtype=object)
-        booster_id = np.full(len(frame), None, dtype=object)
         matrix = design_matrix(frame, model_spec)
-        made_of = Contributions(generation, answer) if explain else None
+        blend = Blend(
+            generation, len(frame), n_levels=model_spec.count_levels(interval), explain=explain
+        )
         for grain, (codes, ids) in enumerate(levels):
-            order = np.argsort(codes, kind="stable")
-            bounds = np.searchsorted(codes[order], np.arange(len(ids) + 1))
-            for place, group in enumerate(ids):
-                chain = self._chain_of(grain, group, number)
+            for group, rows_of_group in _split_by_group(codes, ids):
+                chain = self._find_chain(grain, group, number)
                 if chain is None:
                     continue
-                rows = order[bounds[place] : bounds[place + 1]]
-                chain.put_half_widths(halves, rows)
-                if (grain, group) in self._cut[number]:
+                chain.put_half_widths(blend.half_widths, rows_of_group)
+                if GroupKey(grain, group) in self._answered_by_constant[number]:
                     # Its own answer, and those above it, are worse than the constant.
-                    start_again(
-                        rows,
-                        first_answer(generation, len(rows)),
-                        answer,
-                        answered_by,
-                        booster_id,
-                        made_of,
-                    )
-                rows = rows[anchored[rows]]
-                weight = chain.weight
-                if chain.booster_id is None or not len(rows) or (weight == 0.0 and not corrects):
-                    continue
-                booster = self._booster(chain)
-                own = booster.predict(matrix[rows], num_threads=1)
-                if made_of is not None:
-                    made_of.add(
-                        rows,
-                        booster.predict(matrix[rows], pred_contrib=True, num_threads=1),
-                        own,
-                        weight,
-                        corrects=corrects and grain > 0,
-                    )
-                if corrects:
-                    own = own + base[rows] if grain else own
-                    base[rows] = own
-                answer[rows] = weight * own + (1.0 - weight) * answer[rows]
-                if weight == 0.0:
-                    continue
-                answered_by[rows] = grain_name(model_spec.grains[grain])
-                booster_id[rows] = chain.booster_id
-        values = finish_answers(generation, answer, anchored, offset, scale, halves)
-        mark_not_finite(values["prediction"], answered_by, booster_id)
-        answered = {
+                    blend.reset_rows(rows_of_group)
+                rows = rows_of_group[anchored[rows_of_group]]
+                if len(rows) and blend.needs_booster(chain):
+                    blend.add_booster(self._fetch_booster(chain), matrix[rows], rows, chain, grain)
+        values = finish_answers(
+            generation, blend.answer, anchored, offset, scale, blend.half_widths
+        )
+        mark_not_finite(values["prediction"], blend.answered_by, blend.booster_id)
+        columns = {
             **values,
-            "answered_by": answered_by,
-            "booster_id": booster_id,
+            "answered_by": blend.answered_by,
+            "booster_id": blend.booster_id,
             "fleet_version": generation.fleet_version,
         }
         answers = pd.DataFrame(
-            {name: answered[name] for name in answer_columns(model_spec.task)}, index=rows_of_batch
+            {name: columns[name] for name in answer_columns(model_spec.task)}, index=rows_of_batch
         )
-        if made_of is not None:
-            told = made_of.told(answers["prediction"], anchored, offset, scale)
-            answers["contributions"] = pd.Series(told, index=answers.index, dtype=object)
+        if blend.contributions is not None:
+            described = blend.contributions.describe_rows(
+                answers["prediction"], anchored, offset, scale
+            )
+            answers["contributions"] = pd.Series(described, index=answers.index, dtype=object)
         return answers
 
     def check_files(self) -> None:
@@ -1126,23 +1529,23 @@ class FleetModel:
             name = f"{self.root or self.folder}/{file['path']}"
             try:
                 with open_boosters(self.folder, self.root, file, self._options) as opened:
-                    found = _footer(opened, name)
+                    footer = _read_open_footer(opened, name)
             except (OSError, ValueError) as error:
                 raise PackError(
                     f"{name}: cannot be read ({error}); restore the file, or materialise "
                     "meta_model again"
                 ) from error
-            _compare(found, file, name)
+            _check_same_file(footer, file, name)
 
-    def _serving_of(self, grain: int, group: str) -> int | None:
-        self._read_chains_of(grain, group)
+    def _find_serving(self, grain: int, group: str) -> int | None:
+        self._read_chains_around(grain, group)
         return self._serving.get(GroupKey(grain, group))
 
-    def _chain_of(self, grain: int, group: str, generation: int) -> Chain | None:
-        self._read_chains_of(grain, group)
+    def _find_chain(self, grain: int, group: str, generation: int) -> Chain | None:
+        self._read_chains_around(grain, group)
         return self._chains.get((grain, group, generation))
 
-    def _read_chains_of(self, grain: int, group: str) -> None:
+    def _read_chains_around(self, grain: int, group: str) -> None:
         number = bisect_right(self._first_keys, (grain, group)) - 1
         if number >= 0 and number not in self._read:
             self._read_chains(number)
@@ -1182,13 +1585,13 @@ class FleetModel:
                     self._serving[GroupKey(grain, group)] = generation
             self._read.add(number)
 
-    def _booster(self, chain: Chain) -> Any:
+    def _fetch_booster(self, chain: Chain) -> Any:
         name = str(chain.booster_id)
         with self._lock:
             if name in self._cache:
                 self._cache.move_to_end(name)
                 return self._cache[name][0]
-            booster = self._load(chain)
+            booster = self._load_booster(chain)
             self._cache[name] = booster, chain.n_bytes
             self._cached_bytes += chain.n_bytes
             while self._cached_bytes > self._cache_limit and len(self._cache) > 1:
@@ -1223,18 +1626,18 @@ class FleetModel:
         Raises:
             PackError: if one cannot be read.
         """
-        wanted = set(names)
+        missing = set(names)
         for chain in self.chains():
-            if chain.booster_id in wanted:
-                wanted.discard(chain.booster_id)
-                yield self._stored(chain)
+            if chain.booster_id in missing:
+                missing.discard(chain.booster_id)
+                yield self._read_stored(chain)
 
-    def _load(self, chain: Chain) -> Any:
+    def _load_booster(self, chain: Chain) -> Any:
         return load_booster(
-            self._stored(chain), f"{self.folder}/{self.files[chain.place[0]]['path']}"
+            self._read_stored(chain), f"{self.folder}/{self.files[chain.place[0]]['path']}"
         )
 
-    def _stored(self, chain: Chain) -> dict[str, Any]:
+    def _read_stored(self, chain: Chain) -> dict[str, Any]:
         number, offset, stored = chain.place
         try:
             if number not in self._open_files:
@@ -1242,7 +1645,7 @@ class FleetModel:
                     self.folder, self.root, self.files[number], self._options
                 )
             within = stored > 0 and 0 <= offset <= self.files[number]["n_bytes"] - stored
-            _demand(
+            _check_condition(
                 within, f"{stored} bytes at {offset} are not within {self.files[number]['path']}"
             )
             text = self._open_files[number].read_at(stored, offset)
@@ -1259,378 +1662,28 @@ class FleetModel:
         }
 
 
-class Contributions:
-    """What each feature adds to blended answers.
-
-    A booster's contributions are SHAP values (Lundberg, Erion and Lee 2018, as LightGBM computes
-    them), which add up to its raw score. Where its output is another function of that score, a
-    probability or a count, they are stretched to add up to the output. Those of a blend are blended
-    as the outputs are.
-
-    Args:
-        generation: that answers.
-        answer: what answers before any model: per row, for multiclass per row and class.
-    """
-
-    def __init__(self, generation: Generation, answer: Floats) -> None:
-        self._generation = generation
-        self._model_spec = generation.model_spec
-        self._n_features = len(self._model_spec.features)
-        # Per row and class: one number per feature, and last what is there without any.
-        self._parts = np.zeros(
-            (len(answer), answer.shape[1] if answer.ndim > 1 else 1, self._n_features + 1)
-        )
-        self._parts[:, :, -1] = answer.reshape(len(answer), -1)
-        self._base = self._parts.copy()
-        self._start = self._parts.copy()
-
-    def start_again(self, rows: npt.NDArray[np.int64]) -> None:
-        """Forget what has been blended in for rows that the constant answers."""
-        self._parts[rows] = self._start[rows]
-
-    def add(
-        self,
-        rows: npt.NDArray[np.int64],
-        shap: Floats,
-        output: Floats,
-        weight: float,
-        *,
-        corrects: bool,
-    ) -> None:
-        """Blend a booster in.
-
-        Args:
-            rows: that it answers.
-            shap: as from `predict(pred_contrib=True)`.
-            output: of the booster alone.
-            weight: of the group.
-            corrects: whether it adds to what its nearest ancestor with a model says.
-        """
-        own = shap.reshape(len(rows), -1, self._n_features + 1).copy()
-        output = output.reshape(len(rows), -1)
-        start = self._output_of(own[:, :, -1])
-        moved = own[:, :, :-1].sum(axis=2)
-        stretch = np.divide(output - start, moved, out=np.ones_like(output), where=moved != 0)
-        own[:, :, :-1] *= stretch[:, :, None]
-        own[:, :, -1] = output - own[:, :, :-1].sum(axis=2)
-        if corrects:
-            own += self._base[rows]
-        self._base[rows] = own
-        self._parts[rows] = weight * own + (1.0 - weight) * self._parts[rows]
-
-    def _output_of(self, score: Floats) -> Floats:
-        """What a booster gives for a raw score."""
-        if self._model_spec.is_multiclass:
-            odds = np.exp(score - score.max(axis=1, keepdims=True))
-            return np.asarray(odds / odds.sum(axis=1, keepdims=True))
-        if not self._model_spec.is_regression:
-            return np.asarray(1.0 / (1.0 + np.exp(-score)))
-        return np.exp(score) if self._model_spec.is_count else score
-
-    def told(
-        self,
-        prediction: "pd.Series[Any]",
-        anchored: npt.NDArray[np.bool_],
-        offset: Floats,
-        scale: Floats,
-    ) -> list[list[dict[str, Any]]]:
-        """The contributions of every row, for people."""
-        model_spec, parts = self._model_spec, self._parts[:, 0, :]
-        offsets = np.zeros(len(parts))
-        if model_spec.is_multiclass:
-            place = {name: number for number, name in enumerate(model_spec.classes)}
-            parts = self._parts[np.arange(len(parts)), [place[name] for name in prediction]]
-        elif model_spec.is_regression:
-            parts = np.where(
-                anchored[:, None], np.where(anchored, scale, 0.0)[:, None] * parts, 0.0
-            )
-            parts[:, -1] = np.where(anchored, parts[:, -1], self._generation.plain_constant)
-            offsets = np.where(anchored, offset, 0.0)
-        return [
-            told_contributions(model_spec, row, float(at))
-            for row, at in zip(parts, offsets, strict=True)
-        ]
+def _split_by_group(
+    codes: npt.NDArray[np.int64], ids: Sequence[str]
+) -> Iterator[tuple[str, npt.NDArray[np.int64]]]:
+    """Each group of one grain, and the places of its rows."""
+    order = np.argsort(codes, kind="stable")
+    bounds = np.searchsorted(codes[order], np.arange(len(ids) + 1))
+    for place, group in enumerate(ids):
+        yield group, order[bounds[place] : bounds[place + 1]]
 
 
-def start_again(
-    rows: npt.NDArray[np.int64],
-    constant: Floats,
-    answer: Floats,
-    answered_by: npt.NDArray[np.object_],
-    booster_id: npt.NDArray[np.object_],
-    made_of: Contributions | None,
-) -> None:
-    """Let the constant answer some rows, whatever answered them so far.
-
-    The arrays are changed in place.
-
-    Args:
-        rows: places in the arrays.
-        constant: what answers these rows.
-        answer: per row.
-        answered_by: per row.
-        booster_id: per row.
-        made_of: what the answers are made of, where that is wanted.
-    """
-    answer[rows] = constant
-    answered_by[rows] = CONSTANT
-    booster_id[rows] = None
-    if made_of is not None:
-        made_of.start_again(rows)
-
-
-def told_contributions(model_spec: ModelSpec, parts: Floats, offset: float) -> list[dict[str, Any]]:
-    """The features that contribute most, by size, then `(other features)`, `(offset)` where the target has one, and `(base)`.
-
-    Args:
-        model_spec: of the generation.
-        parts: one number per feature, and last the base.
-        offset: of the row, link space.
-
-    Returns:
-        One {feature, contribution} each; their sum is the sum of what came in.
-    """
-    order = np.argsort(-np.abs(parts[:-1]), kind="stable")
-    told = [
-        {"feature": model_spec.features[place], "contribution": float(parts[place])}
-        for place in order[:TOP_FEATURES]
-    ]
-    rest = order[TOP_FEATURES:]
-    if len(rest):
-        told.append({"feature": "(other features)", "contribution": float(parts[rest].sum())})
-    if model_spec.target.offset:
-        told.append({"feature": "(offset)", "contribution": offset})
-    return [*told, {"feature": "(base)", "contribution": float(parts[-1])}]
-
-
-def _levels_of(
+def _select_levels(
     levels: Sequence[tuple[Any, Any]], rows: npt.NDArray[np.int64]
 ) -> list[tuple[Any, Any]]:
     """The groups of some rows only."""
-    found = []
+    selected = []
     for codes, ids in levels:
-        part, there = pd.factorize(codes[rows])
-        found.append((part, ids[there]))
-    return found
+        codes_of_rows, places = pd.factorize(codes[rows])
+        selected.append((codes_of_rows, ids[places]))
+    return selected
 
 
-def read_index(folder: Path, digest: str | None = None) -> dict[str, Any]:
-    """A pack's index, checked against its own digest.
-
-    Args:
-        folder: the pack.
-        digest: that it must have, where that is known.
-
-    Raises:
-        PackError: if it is missing, damaged, of another format, or another pack's.
-    """
-    path = folder / "index.json"
-    try:
-        written = json.loads(path.read_bytes())
-        said, index = written["sha256"], written["index"]
-        form, found = index["format"], index_digest(index)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        told = (
-            f"{path}: not the index of a readable pack ({type(error).__name__}: {error}); {_AGAIN}"
-        )
-        raise PackError(told) from error
-    _require(
-        form == PACK_FORMAT,
-        path,
-        f"format {form!r}, expected {PACK_FORMAT}: of another release of this package; {_AGAIN}",
-    )
-    _require(found == said, path, f"damaged: its digest is {found}, expected {said}; {_AGAIN}")
-    other = f"of fleet {index.get('fleet')!r}, version {index.get('fleet_version')!r}, not the pack that was registered"
-    _require(digest in (None, said), path, f"{other}; {_AGAIN}")
-    return dict(index)
-
-
-def index_digest(index: Mapping[str, Any]) -> str:
-    """SHA-256 of an index, as JSON without spaces, keys sorted."""
-    return hashlib.sha256(
-        json.dumps(index, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-    ).hexdigest()
-
-
-def footer_of(path: Path) -> dict[str, Any]:
-    """What identifies a Parquet file whose pages have checksums: n_bytes, its size, and footer_sha256, the digest of its footer.
-
-    Raises:
-        OSError: if it cannot be read.
-        ValueError: if it is not a Parquet file.
-    """
-    with pa.OSFile(str(path)) as file:
-        return _footer(file, str(path))
-
-
-def _footer(file: pa.NativeFile, name: str) -> dict[str, Any]:
-    size = file.size()
-    end = file.read_at(8, size - 8) if size >= 12 else b""  # noqa: PLR2004 - two magic words and a length
-    length = int.from_bytes(end[:4], "little")
-    _demand(
-        end[4:] == b"PAR1" and 0 < length <= size - 12,
-        f"{name}: {size} bytes that do not end as a Parquet file does",
-    )
-    return {
-        "n_bytes": size,
-        "footer_sha256": hashlib.sha256(file.read_at(length + 8, size - 8 - length)).hexdigest(),
-    }
-
-
-def check_footer(path: Path, expected: Mapping[str, Any]) -> None:
-    """Refuse a file that is not the one that the index names."""
-    _compare(footer_of(path), expected, str(path))
-
-
-def _compare(found: Mapping[str, Any], expected: Mapping[str, Any], name: str) -> None:
-    differs = [
-        f"{what} {found[what]}, expected {expected[what]}"
-        for what in found
-        if found[what] != expected[what]
-    ]
-    _require(not differs, name, f"not the file of this pack ({'; '.join(differs)}); {_AGAIN}")
-
-
-def open_boosters(
-    folder: Path, root: str | None, file: Mapping[str, Any], options: Mapping[str, str]
-) -> pa.NativeFile:
-    """A file of boosters, open for reading at any place: one of the pack, or of the store that a shared pack names."""
-    if root is None:
-        return pa.OSFile(str(folder / file["path"]))
-    filesystem, path = filesystem_of(root, options)
-    return filesystem.open_input_file(f"{path}/{file['path']}")
-
-
-def filesystem_of(root: str, options: Mapping[str, str]) -> tuple[pf.FileSystem, str]:
-    """The file system of a root and the root's path in it.
-
-    Args:
-        root: an absolute path, or an object-store URL such as ``s3://bucket/prefix``.
-        options: storage options as deltalake takes them; those of S3 are understood.
-    """
-    if "://" not in root:
-        return pf.LocalFileSystem(), root
-    if root.startswith(("s3://", "s3a://")):
-        endpoint = options.get("AWS_ENDPOINT_URL", "")
-        filesystem = pf.S3FileSystem(
-            access_key=options.get("AWS_ACCESS_KEY_ID"),
-            secret_key=options.get("AWS_SECRET_ACCESS_KEY"),
-            session_token=options.get("AWS_SESSION_TOKEN"),
-            region=options.get("AWS_REGION"),
-            scheme="http" if endpoint.startswith("http://") else "https",
-            endpoint_override=endpoint.split("://", 1)[-1] or None,
-        )
-        return filesystem, root.split("://", 1)[1]
-    filesystem, path = pf.FileSystem.from_uri(root)
-    return filesystem, path
-
-
-def _require(holds: object, path: Path | str, otherwise: str) -> None:
-    if not holds:
-        raise PackError(f"{path}: {otherwise}")
-
-
-def first_answer(generation: Generation, n_rows: int) -> Floats:
-    """The constant of every row; for multiclass one probability per class."""
-    if generation.model_spec.is_multiclass:
-        return np.tile(np.asarray(generation.model_spec.prior, dtype=np.float64), (n_rows, 1))
-    return np.full(n_rows, generation.constant, dtype=np.float64)
-
-
-def widest(halves: Floats) -> Floats:
-    """Per row its half width at the last of the levels, and at least that at each lower level, which may be of another ancestor.
-
-    Args:
-        halves: one row per row and one column per level, rising; NaN where there is none.
-
-    Returns:
-        NaN where there is none at the last level.
-    """
-    if not halves.shape[1]:
-        return np.full(len(halves), np.nan)
-    return np.where(np.isnan(halves[:, -1]), np.nan, np.fmax.reduce(halves, axis=1))
-
-
-def finish_answers(
-    generation: Generation,
-    answer: Floats,
-    anchored: npt.NDArray[np.bool_],
-    offset: Floats,
-    scale: Floats,
-    halves: Floats,
-) -> dict[str, Any]:
-    """Blended answers as prediction, lower and upper, and for classes probabilities."""
-    if generation.model_spec.is_regression:
-        return numbers_of(generation, answer, anchored, offset, scale, widest(halves))
-    return classes_of(generation.model_spec, answer)
-
-
-def numbers_of(
-    generation: Generation,
-    answer: Floats,
-    anchored: npt.NDArray[np.bool_],
-    offset: Floats,
-    scale: Floats,
-    half: Floats,
-) -> dict[str, Any]:
-    """Blended answers in link space as prediction, lower and upper in target units.
-
-    Half widths are in link space over scale.
-
-    What is too large for a number is NaN.
-    """
-    with np.errstate(over="ignore", invalid="ignore"):
-        linked = np.where(anchored, offset + scale * answer, generation.plain_constant)
-        width = np.where(anchored, scale * half, np.nan)
-        bounds = {"prediction": linked, "lower": linked - width, "upper": linked + width}
-    transform = generation.model_spec.target.transform
-    found = {name: inverse_link(bound, transform) for name, bound in bounds.items()}
-    return {
-        name: np.where(np.isfinite(numbers), numbers, np.nan) for name, numbers in found.items()
-    }
-
-
-def mark_not_finite(
-    predictions: npt.NDArray[Any],
-    answered_by: npt.NDArray[np.object_],
-    booster_id: npt.NDArray[np.object_],
-) -> None:
-    """Say in the rows whose prediction no double holds that nobody answered them.
-
-    Classes always have an answer.
-    """
-    if predictions.dtype.kind == "f":
-        lost = ~np.isfinite(predictions)
-        answered_by[lost] = NOT_FINITE
-        booster_id[lost] = None
-
-
-def classes_of(model_spec: ModelSpec, answer: Floats) -> dict[str, Any]:
-    """Blended probabilities as prediction and probabilities."""
-    is_multiclass = model_spec.is_multiclass
-    probabilities = answer if is_multiclass else np.column_stack([1.0 - answer, answer])
-    likeliest = np.array(model_spec.classes, dtype=object)[probabilities.argmax(axis=1)]
-    return {
-        "prediction": likeliest if is_multiclass else answer,
-        "lower": np.nan,
-        "upper": np.nan,
-        "probabilities": list(probabilities),
-    }
-
-
-def grain_name(keys: Sequence[str]) -> str:
-    """A grain as people write it: ``[origin, dest]``."""
-    return f"[{', '.join(keys)}]"
-
-
-def booster_digest(text: str) -> str:
-    """The id of a booster: SHA-256 of its text without the ``parameters:`` section, which holds settings such as the thread count."""
-    return hashlib.sha256(
-        re.sub(r"\nparameters:\n.*?\nend of parameters\n", "\n", text, flags=re.DOTALL).encode()
-    ).hexdigest()
-
-
-def as_json_takes_them(answers: pd.DataFrame) -> pd.DataFrame:
+def replace_nan_by_none(answers: pd.DataFrame) -> pd.DataFrame:
     """Answers in which a number that is missing is None, because NaN is not JSON."""
     for name in ("prediction", "lower", "upper"):
         column = answers[name]
@@ -1681,7 +1734,7 @@ def _register() -> None:
             params: dict[str, Any] | None = None,
         ) -> pd.DataFrame:
             try:
-                return as_json_takes_them(self.model.predict(model_input, **(params or {})))
+                return replace_nan_by_none(self.model.predict(model_input, **(params or {})))
             except InputError as error:
                 raise RefusedInput(str(error), error_code=INVALID_PARAMETER_VALUE) from error
 

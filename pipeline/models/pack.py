@@ -23,9 +23,8 @@ from pipeline.models.meta_model import (
     GroupKey,
     ModelSpec,
     ModelTarget,
-    footer_of,
-    group_id,
     index_digest,
+    read_footer,
 )
 from pipeline.spec import COUNTED, FleetSpec
 from pipeline.tables import BY_CONSTANT, records
@@ -141,7 +140,7 @@ class PackStore:
     def add(self, file: Path) -> dict[str, Any]:
         """Keep a local file under a name made from its content; its entry in an index."""
         listed = {
-            **footer_of(file),
+            **read_footer(file),
             "path": f"boosters-{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}.parquet",
         }
         self.filesystem.create_dir(self.path, recursive=True)
@@ -180,56 +179,65 @@ def write_pack(
         StoreError: if a booster that a ledger names is not among them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    chains = _chains_of(runs)
-    wanted = list(dict.fromkeys(chains["booster_id"].dropna()))
-    files, known = _stored(before, store, wanted)
-    new = [name for name in wanted if name not in known]
-    asked = set(new)
-    found = (
-        {row["booster_id"]: row for row in boosters(new) if row["booster_id"] in asked}
-        if new
-        else {}
-    )
-    lacking = [name for name in new if name not in found]
-    if lacking:
-        raise StoreError(
-            f"booster store lacks {len(lacking)} boosters that the ledger names, e.g. "
-            f"{min(lacking)}; train again"
-        )
+    chains = _list_chains(runs)
+    booster_ids = list(dict.fromkeys(chains["booster_id"].dropna()))
+    files, places = _find_stored(before, store, booster_ids)
+    new = [name for name in booster_ids if name not in places]
+    rows = _read_boosters(boosters, new)
     if new or store is None:
         path = folder / "boosters.parquet"
-        places = write_boosters(path, [found[name] for name in new])
-        known |= {
-            name: {
-                **_place(len(files), *places[name]),
-                "n_bytes": found[name]["n_bytes"],
-                "sha256": found[name]["sha256"],
+        offsets = write_boosters(path, [rows[name] for name in new])
+        for name in new:
+            row = rows[name]
+            places[name] = {
+                **_place(len(files), *offsets[name]),
+                "n_bytes": row["n_bytes"],
+                "sha256": row["sha256"],
             }
-            for name in new
-        }
-        files.append({"path": path.name, **footer_of(path)} if store is None else store.add(path))
+        files.append({"path": path.name, **read_footer(path)} if store is None else store.add(path))
         if store is not None:
             path.unlink()
     return _write_tables(
-        folder, runs, chains, known, root=None if store is None else store.root, files=files
+        folder, runs, chains, places, root=None if store is None else store.root, files=files
     )
+
+
+def _read_boosters(
+    boosters: Callable[[Sequence[str]], Iterable[Mapping[str, Any]]], names: Sequence[str]
+) -> dict[str, Mapping[str, Any]]:
+    """The named rows of a booster store, by id; a store is not asked for none.
+
+    Raises:
+        StoreError: if one is missing.
+    """
+    if not names:
+        return {}
+    named = set(names)
+    rows = {row["booster_id"]: row for row in boosters(names) if row["booster_id"] in named}
+    missing = [name for name in names if name not in rows]
+    if missing:
+        raise StoreError(
+            f"booster store lacks {len(missing)} boosters that the ledger names, e.g. {min(missing)}; train again"
+        )
+    return rows
 
 
 def _place(file: int, offset: int, stored_bytes: int) -> dict[str, Any]:
     return {"file": file, "offset": offset, "stored_bytes": stored_bytes}
 
 
-def _stored(
-    before: Sequence[FleetModel], store: PackStore | None, wanted: Sequence[str]
+def _find_stored(
+    before: Sequence[FleetModel], store: PackStore | None, booster_ids: Sequence[str]
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
-    """Files of the store, and where in them earlier versions have boosters that are wanted again."""
-    asked, numbers = set(wanted), dict[str, int]()
+    """Files of the store, and where in them earlier versions have boosters that are needed again."""
+    needed = set(booster_ids)
+    numbers: dict[str, int] = {}
     files: list[dict[str, Any]] = []
     places: dict[str, dict[str, Any]] = {}
     same_store = [model for model in before if store is not None and model.root == store.root]
     for model, chain in ((one, chain) for one in same_store for chain in one.chains()):
         name = chain.booster_id
-        if name is None or name not in asked or name in places:
+        if name is None or name not in needed or name in places:
             continue
         number, offset, stored_bytes = chain.place
         path = model.files[number]["path"]
@@ -285,7 +293,9 @@ def combine_versions(
                 f"no pack has the chain that version {version} has for group {first}; "
                 f"{len(lacking)} groups lack theirs"
             )
-        needed = {above for key in served for above in ancestry(key, generation.model_spec.grains)}
+        needed = {
+            above for key in served for above in key.list_ancestry(generation.model_spec.grains)
+        }
         rows = rows.assign(serves=[key in served for key in keys])
         rows = rows[[key in needed for key in keys]]
         runs.append(PackedRun(generation, rows.drop(columns="generation")))
@@ -294,21 +304,6 @@ def combine_versions(
             f"no pack holds version {min(lacking_versions)}; available: {', '.join(generations)}"
         )
     return runs
-
-
-def ancestry(key: GroupKey, grains: Sequence[Sequence[str]]) -> list[GroupKey]:
-    """A group and the groups above it, coarsest first.
-
-    Args:
-        key: the group.
-        grains: key columns of each grain.
-    """
-    grain, group = key
-    values = json.loads(group)
-    return [
-        *(GroupKey(level, group_id(values[: len(grains[level])])) for level in range(grain)),
-        key,
-    ]
 
 
 def write_boosters(path: Path, boosters: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, int]]:
@@ -334,7 +329,7 @@ def write_boosters(path: Path, boosters: Sequence[Mapping[str, Any]]) -> dict[st
         pa.OSFile(str(path), "wb") as sink,
         pq.ParquetWriter(sink, _BOOSTERS, **settings) as writer,
     ):
-        for part in _row_groups(boosters):
+        for part in _split_row_groups(boosters):
             start = sink.tell()
             writer.write_table(
                 pa.Table.from_pylist(
@@ -354,7 +349,7 @@ def write_boosters(path: Path, boosters: Sequence[Mapping[str, Any]]) -> dict[st
     return places
 
 
-def _row_groups(boosters: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
+def _split_row_groups(boosters: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
     part: list[Mapping[str, Any]] = []
     n_bytes = 0
     for row in boosters:
@@ -367,13 +362,13 @@ def _row_groups(boosters: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[
         yield part
 
 
-def _chains_of(runs: Sequence[PackedRun]) -> pd.DataFrame:
+def _list_chains(runs: Sequence[PackedRun]) -> pd.DataFrame:
     """One row per generation and group, sorted as in the pack, without the places of the boosters."""
     parts = []
     for number, run in enumerate(runs):
         rows = run.ledger[["grain", "group_id", "booster_id", "weight"]].assign(generation=number)
         halves = [
-            _half_widths(written, run.generation.model_spec.intervals)
+            _read_half_widths(written, run.generation.model_spec.intervals)
             for written in run.ledger["intervals"]
         ]
         rows = rows.assign(serves=run.ledger.get("serves", True), weight=rows["weight"].fillna(0.0))
@@ -381,7 +376,7 @@ def _chains_of(runs: Sequence[PackedRun]) -> pd.DataFrame:
     return pd.concat(parts).sort_values(["grain", "group_id", "generation"], ignore_index=True)
 
 
-def _half_widths(written: object, levels: Sequence[float]) -> list[float | None] | None:
+def _read_half_widths(written: object, levels: Sequence[float]) -> list[float | None] | None:
     """One half width per level, from a ledger's JSON, or as a chain has them.
 
     None for a group that has none of its own.
@@ -408,15 +403,19 @@ def _write_tables(
     table = pa.Table.from_pylist(
         [{field.name: row.get(field.name) for field in CHAINS} for row in rows], schema=CHAINS
     )
-    bounds = _bounds([GroupKey.of(row) for row in rows])
+    keys = [GroupKey.of(row) for row in rows]
+    bounds = _find_row_groups(keys)
     with pq.ParquetWriter(
         folder / "chains.parquet", CHAINS, compression="zstd", write_page_checksum=True
     ) as writer:
         for start, end in bounds:
             writer.write_table(table.slice(start, end - start), row_group_size=max(1, end - start))
     own = runs[0].generation
+    first_keys = [list(keys[start]) for start, _ in bounds]
     spec = json.dumps(
-        {"generations": [_entry_of(run).to_dict() for run in runs]}, ensure_ascii=False, indent=1
+        {"generations": [_describe_generation(run).to_dict() for run in runs]},
+        ensure_ascii=False,
+        indent=1,
     ).encode()
     (folder / "spec.json").write_bytes(spec)
     index = {
@@ -427,8 +426,8 @@ def _write_tables(
         "n_boosters": len(places),
         "spec.json": {"n_bytes": len(spec), "sha256": hashlib.sha256(spec).hexdigest()},
         "chains.parquet": {
-            **footer_of(folder / "chains.parquet"),
-            "first": [[rows[start]["grain"], rows[start]["group_id"]] for start, _ in bounds],
+            **read_footer(folder / "chains.parquet"),
+            "first": first_keys,
         },
         "boosters": {"root": root, "files": [dict(file) for file in files]},
     }
@@ -439,7 +438,7 @@ def _write_tables(
     return digest
 
 
-def _entry_of(run: PackedRun) -> Generation:
+def _describe_generation(run: PackedRun) -> Generation:
     """A run's entry in spec.json.
 
     One that comes from a pack says already which groups the constant answers.
@@ -450,7 +449,7 @@ def _entry_of(run: PackedRun) -> Generation:
     return replace(run.generation, answered_by_constant=tuple(GroupKey.of_rows(rows)))
 
 
-def _bounds(keys: Sequence[GroupKey]) -> list[tuple[int, int]]:
+def _find_row_groups(keys: Sequence[GroupKey]) -> list[tuple[int, int]]:
     """Where row groups start and end: about as many rows in each, all rows of a group in one."""
     starts = [0, *range(CHAINS_PER_ROW_GROUP, len(keys), CHAINS_PER_ROW_GROUP)] if keys else []
     for number in range(1, len(starts)):

@@ -16,7 +16,6 @@ import pandas as pd
 
 from pipeline.errors import DataError, StoreError
 from pipeline.models.meta_model import Generation, GroupKey, ModelSpec
-from pipeline.models.pack import ancestry
 from pipeline.models.start import CrossSelection, Start
 from pipeline.tables import BY_CONSTANT, BY_PARENT, records
 
@@ -116,13 +115,15 @@ class Side:
             model_spec.target.to_dict(),
         ]
         if model_spec.corrects:
-            parts += [self.recipe(above) for above in ancestry(key, self.model_spec.grains)[:-1]]
+            parts += [
+                self.recipe(above) for above in key.list_ancestry(self.model_spec.grains)[:-1]
+            ]
         return json.dumps(parts, sort_keys=True)
 
     def chain(self, key: GroupKey) -> list[tuple[GroupKey, float]]:
         """The models that contribute to a group's answers, coarsest first, with their blend weights."""
         found: list[tuple[GroupKey, float]] = []
-        for above in ancestry(key, self.model_spec.grains):
+        for above in key.list_ancestry(self.model_spec.grains):
             row = self.groups.get(above)
             if row is not None and row.get("answered_by") == BY_CONSTANT:
                 found = []
@@ -367,7 +368,7 @@ def earlier_recipes(
         starts = {
             above: _refit_of(side, above)
             for key in groups
-            for above in ancestry(key, side.model_spec.grains)
+            for above in key.list_ancestry(side.model_spec.grains)
         }
         can_be_fitted = all(
             getattr(side.model_spec, name) == getattr(challenger.model_spec, name)

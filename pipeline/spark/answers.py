@@ -65,7 +65,7 @@ def answer_rows(
     def answer(batches: Batches) -> Batches:
         keep_imports()
         opened = opened_pack(fleet, name, stored)
-        for part in gathered(batches):
+        for part in gather_batches(batches):
             yield from _answered(part, opened, staying, answers, interval)
 
     fields = [
@@ -87,7 +87,7 @@ def opened_pack(fleet: str, name: str, options: Mapping[str, str]) -> FleetModel
     return packs_of_worker[fleet][1]
 
 
-def gathered(
+def gather_batches(
     batches: Iterable[pa.RecordBatch], n_rows: int = ROWS_AT_ONCE, n_bytes: int = BYTES_AT_ONCE
 ) -> Iterator[pa.Table]:
     """Batches put together until they have so many rows or bytes.

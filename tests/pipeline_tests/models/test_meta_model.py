@@ -31,19 +31,19 @@ from pipeline.models.meta_model import (
     ModelTarget,
     PackError,
     answer_columns,
-    as_json_takes_them,
     design_matrix,
-    footer_of,
+    find_structure_fault,
     group_id,
     group_ids,
     index_digest,
     inverse_link,
     key_text,
     link,
+    list_contributions,
     load_booster,
     offset_and_scale,
-    structure_fault,
-    told_contributions,
+    read_footer,
+    replace_nan_by_none,
 )
 from pipeline.models.pack import PackedRun, build_model_spec, combine_versions, write_pack
 from pipeline.testing.data import small_spec
@@ -91,6 +91,16 @@ def test_a_group_key_is_the_plain_tuple_of_grain_and_id() -> None:
     )
     assert GroupKey.parent_of(row) == (0, "[]")
     assert GroupKey.of_rows(pd.DataFrame([row, row])) == [key, key]
+
+
+def test_the_ancestry_of_a_group_is_coarsest_first() -> None:
+    grains = [[], ["region"], ["region", "city"]]
+    assert GroupKey(2, '["north",null]').list_ancestry(grains) == [
+        (0, "[]"),
+        (1, '["north"]'),
+        (2, '["north",null]'),
+    ]
+    assert GroupKey(0, "[]").list_ancestry(grains) == [(0, "[]")]
 
 
 @given(
@@ -599,14 +609,14 @@ def test_an_answer_that_no_double_holds_is_missing_and_says_so(
     assert np.isnan(found.loc[1, ["prediction", "lower", "upper"]].astype(float)).all()
     assert found.loc[1, "booster_id"] is None
     assert np.isfinite(found.loc[[0, 2], "prediction"].astype(float)).all()
-    told = as_json_takes_them(found.copy())
+    told = replace_nan_by_none(found.copy())
     json.dumps(told.to_dict(orient="records"), allow_nan=False)
     assert told["prediction"].tolist() == [found["prediction"][0], None, found["prediction"][2]]
 
 
 def test_whole_answers_keep_their_types_for_json(pack: Path) -> None:
     found = FleetModel(pack).predict(batch(("north", "oslo")))
-    pd.testing.assert_frame_equal(as_json_takes_them(found.copy()), found)
+    pd.testing.assert_frame_equal(replace_nan_by_none(found.copy()), found)
 
 
 def test_a_row_without_an_offset_is_answered_by_the_constant(tmp_path: Path) -> None:
@@ -759,9 +769,9 @@ def reseal(
     rows = [change(row) for row in pq.read_table(path).to_pylist()]
     pq.write_table(pa.Table.from_pylist(rows, schema=CHAINS), path, write_page_checksum=True)
     index = json.loads((folder / "index.json").read_text())["index"]
-    index["chains.parquet"] |= footer_of(path)
+    index["chains.parquet"] |= read_footer(path)
     if (folder / "boosters.parquet").exists():
-        index["boosters"]["files"][0] |= footer_of(folder / "boosters.parquet")
+        index["boosters"]["files"][0] |= read_footer(folder / "boosters.parquet")
     index |= index_changes
     (folder / "index.json").write_text(json.dumps({"sha256": index_digest(index), "index": index}))
 
@@ -896,7 +906,7 @@ def test_an_index_that_is_none_is_refused(copied: Path, content: str) -> None:
 def test_a_file_of_other_columns_is_refused(copied: Path) -> None:
     pq.write_table(pa.table({"x": [1]}), copied / "chains.parquet")
     index = json.loads((copied / "index.json").read_text())["index"]
-    index["chains.parquet"] |= footer_of(copied / "chains.parquet")
+    index["chains.parquet"] |= read_footer(copied / "chains.parquet")
     (copied / "index.json").write_text(json.dumps({"sha256": index_digest(index), "index": index}))
     with pytest.raises(PackError, match=r"chains\.parquet: not a table of chains"):
         FleetModel(copied)
@@ -943,7 +953,7 @@ def model_text() -> str:
 
 def test_what_lightgbm_writes_has_a_sound_structure(model_text: str) -> None:
     assert "cat_threshold" in model_text
-    assert structure_fault(model_text) is None
+    assert find_structure_fault(model_text) is None
     missing = np.where(
         np.arange(200) % 2 == 0, np.nan, np.random.default_rng(1).normal(size=200)
     ).reshape(-1, 1)
@@ -953,13 +963,13 @@ def test_what_lightgbm_writes_has_a_sound_structure(model_text: str) -> None:
         num_boost_round=1,
     )
     assert "threshold=inf" in by_what_is_missing.model_to_string()
-    assert structure_fault(by_what_is_missing.model_to_string()) is None
+    assert find_structure_fault(by_what_is_missing.model_to_string()) is None
     constant = lgb.train(
         {"verbosity": -1},
         lgb.Dataset(np.ones((50, 1)), np.ones(50), params={"verbosity": -1}),
         num_boost_round=1,
     )
-    assert structure_fault(constant.model_to_string()) is None
+    assert find_structure_fault(constant.model_to_string()) is None
 
 
 def first_number(text: str, name: str, value: object) -> str:
@@ -1004,7 +1014,7 @@ def first_number(text: str, name: str, value: object) -> str:
 def test_a_tree_that_is_none_is_refused(model_text: str, name: str, value: object) -> None:
     text = first_number(model_text, name, value)
     assert text != model_text
-    assert structure_fault(text) is not None
+    assert find_structure_fault(text) is not None
 
 
 @pytest.mark.parametrize(
@@ -1027,7 +1037,7 @@ def test_a_header_that_does_not_fit_its_trees_is_refused(
     model_text: str, old: str, new: str
 ) -> None:
     assert old in model_text
-    assert structure_fault(model_text.replace(old, new, 1)) is not None
+    assert find_structure_fault(model_text.replace(old, new, 1)) is not None
 
 
 def test_a_booster_of_unsound_structure_never_reaches_lightgbm(
@@ -1312,11 +1322,13 @@ def test_contributions_of_classes_add_up_to_the_probability(tmp_path: Path, task
 def test_contributions_of_an_output_that_is_no_sum_are_stretched(is_count: bool) -> None:
     model_spec = replace(build_model_spec(small_spec(), {}), features=("a", "b"), is_count=is_count)
     generation = Generation(model_spec, "run-1", constant=1.0, constant_without_offset=0.0)
-    made_of = Contributions(generation, np.array([1.0, 1.0]))
+    contributions = Contributions(generation, np.array([1.0, 1.0]))
     shap = np.array([[0.5, -0.2, 0.1], [0.0, 0.0, 0.1]])
     output = np.exp(shap.sum(axis=1)) if is_count else shap.sum(axis=1)
-    made_of.add(np.arange(2), shap, output, 0.5, corrects=False)
-    told = made_of.told(pd.Series([0.0, 0.0]), np.array([True, True]), np.zeros(2), np.ones(2))
+    contributions.add(np.arange(2), shap, output, 0.5, corrects=False)
+    told = contributions.describe_rows(
+        pd.Series([0.0, 0.0]), np.array([True, True]), np.zeros(2), np.ones(2)
+    )
     assert [sum(part["contribution"] for part in parts) for parts in told] == pytest.approx(
         0.5 * output + 0.5
     )
@@ -1327,7 +1339,7 @@ def test_few_features_are_told_and_the_others_summed_up() -> None:
     model_spec = replace(
         build_model_spec(small_spec(target={"offset": "o"}), {}), features=tuple("abcdefg")
     )
-    told = told_contributions(
+    told = list_contributions(
         model_spec, np.array([1.0, -7.0, 3.0, 0.5, 6.0, 5.0, 0.25, 10.0]), 2.0
     )
     assert [part["feature"] for part in told] == [

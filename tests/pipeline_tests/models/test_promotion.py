@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from pipeline.errors import DataError
-from pipeline.models.meta_model import Generation, ModelSpec, ModelTarget
+from pipeline.models.meta_model import Generation, GroupKey, ModelSpec, ModelTarget
 from pipeline.models.promotion import (
     NEW_GROUP,
     NEW_RECIPE,
@@ -87,8 +87,8 @@ MODEL_SPEC = ModelSpec(
 def side(version: str, boosters: Mapping[str, tuple[str, str, float]], **changes: Any) -> Side:
     """A run of two grains: per group id its booster, parameters and weight."""
     spec = replace(MODEL_SPEC, **changes)
-    rows: dict[tuple[int, str], dict[str, Any]] = {
-        (0 if group == "[]" else 1, group): {
+    rows: dict[GroupKey, dict[str, Any]] = {
+        GroupKey(0 if group == "[]" else 1, group): {
             "booster_id": booster,
             "parameters": parameters,
             "weight": weight,
@@ -138,15 +138,21 @@ def test_runs_that_answer_another_question_are_not_compared() -> None:
     boosters = {"[]": ("p1", '{"leaves": 3}', 1.0)}
     assert (
         kind_of_change(
-            (0, "[]"), OLD, side("new", boosters, target=replace(MODEL_SPEC.target, column="z"))
+            GroupKey(0, "[]"),
+            OLD,
+            side("new", boosters, target=replace(MODEL_SPEC.target, column="z")),
         )
         == NOT_COMPARABLE
     )
-    assert kind_of_change((0, "[]"), side("old", {}), side("new", boosters)) == NOT_COMPARABLE
-    assert kind_of_change((0, "[]"), None, side("new", boosters)) == NEW_GROUP
+    assert (
+        kind_of_change(GroupKey(0, "[]"), side("old", {}), side("new", boosters)) == NOT_COMPARABLE
+    )
+    assert kind_of_change(GroupKey(0, "[]"), None, side("new", boosters)) == NEW_GROUP
     assert (
         kind_of_change(
-            (0, "[]"), OLD, side("new", {"[]": ("p2", '{"leaves": 3}', 1.0)}, features=("x", "z"))
+            GroupKey(0, "[]"),
+            OLD,
+            side("new", {"[]": ("p2", '{"leaves": 3}', 1.0)}, features=("x", "z")),
         )
         == NEW_RECIPE
     )
@@ -156,10 +162,10 @@ def test_a_correction_is_of_another_recipe_when_its_parent_is() -> None:
     boosters = {"[]": ("p1", '{"leaves": 3}', 1.0), A: ("a1", '{"leaves": 7}', 1.0)}
     before = side("old", boosters, own="correction")
     after = side("new", {**boosters, "[]": ("p2", '{"leaves": 4}', 1.0)}, own="correction")
-    assert kind_of_change((1, A), before, after) == NEW_RECIPE
+    assert kind_of_change(GroupKey(1, A), before, after) == NEW_RECIPE
     assert (
         kind_of_change(
-            (1, A),
+            GroupKey(1, A),
             side("old", boosters),
             side("new", {**boosters, "[]": ("p2", '{"leaves": 4}', 1.0)}),
         )
@@ -376,12 +382,12 @@ def test_a_group_that_the_constant_answers_leans_on_nobody() -> None:
         "new", {**boosters, "[]": ("p2", '{"leaves": 9}', 1.0), A: ("a2", '{"leaves": 9}', 0.0)}
     )
     new.groups[1, A]["answered_by"] = "constant"
-    assert new.chain((1, A)) == []
+    assert new.chain(GroupKey(1, A)) == []
     before = side("old", boosters)
     before.groups[1, A].update(weight=0.0, answered_by="constant")
     # Its pooled model and its own are others now; neither has a say.
-    assert kind_of_change((1, A), before, new) == UNCHANGED
-    assert kind_of_change((1, A), OLD, new) == NEW_RECIPE
+    assert kind_of_change(GroupKey(1, A), before, new) == UNCHANGED
+    assert kind_of_change(GroupKey(1, A), OLD, new) == NEW_RECIPE
 
 
 # What a person decides

@@ -14,7 +14,7 @@ from pipeline.models.boosters import encode_booster
 from pipeline.models.meta_model import FleetModel, Generation, InputError, group_id
 from pipeline.models.pack import PackedRun, build_model_spec, write_pack
 from pipeline.scoring.row_source import check_columns
-from pipeline.spark.answers import asked_rows, gathered
+from pipeline.spark.answers import asked_rows, gather_batches
 from pipeline.spark.scoring import score_rows
 from pipeline.spec import parse_spec
 
@@ -60,7 +60,7 @@ def batches(*sizes: int) -> list[pa.RecordBatch]:
 def test_batches_are_put_together_in_order_and_none_is_divided(
     sizes: list[int], limits: dict[str, int], expected: list[int]
 ) -> None:
-    found = list(gathered(iter(batches(*sizes)), **limits))
+    found = list(gather_batches(iter(batches(*sizes)), **limits))
     assert [part.num_rows for part in found] == expected
     assert [number for part in found for number in part["n"].to_pylist()] == list(range(sum(sizes)))
 
@@ -73,7 +73,7 @@ def test_batches_are_asked_for_only_as_far_as_they_are_needed() -> None:
             asked.append(number)
             yield batch
 
-    next(gathered(watched(), n_rows=8))
+    next(gather_batches(watched(), n_rows=8))
     assert asked == [0, 1]
 
 

@@ -16,8 +16,12 @@ from pipeline.spec import FleetSpec
 from resources.mlflow_registry import MlflowRegistry, Version, interface
 from resources.spark_session import SparkSessionResource
 
+MAX_DECISIONS_LOGGED = 10_000
+# Of a parameter, as MLflow takes it.
+MAX_CHARACTERS = 500
 
-def register_mosaic(
+
+def register_combined(
     tables: FleetTables,
     registry: MlflowRegistry,
     spark: SparkSessionResource,
@@ -40,40 +44,45 @@ def register_mosaic(
             one.
         decisions: logged with it.
     """
-    options = tables.tables.storage_options
 
-    def boosters(names: Sequence[str]) -> Iterator[Mapping[str, Any]]:
-        found: set[str] = set()
-        for row in chain.from_iterable(model.stored_boosters(names) for model in models):
-            if row["booster_id"] not in found:
-                found.add(row["booster_id"])
-                yield row
+    def read_boosters(names: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+        return _stored_boosters(models, names)
 
     with tempfile.TemporaryDirectory() as folder:
         pack = Path(folder) / "pack"
         runs = combine_versions(serving, models)
-        digest = write_pack(pack, runs, boosters, store=pack_store(tables, spec), before=models)
-        answering = FleetModel(pack, digest=digest, options=options)
+        digest = write_pack(
+            pack, runs, read_boosters, store=pack_store(tables, spec), before=models
+        )
+        answering = FleetModel(pack, digest=digest, options=tables.tables.storage_options)
         features = tables.features(spark.session)
         dtypes = {field.name: field.dataType.simpleString() for field in features.schema}
-        counts = pd.Series(serving).value_counts()
         return registry.register(
             tables.namespace,
             answering.fleet_version,
             pack=pack,
             **interface(answering, dtypes),
-            parameters={
-                "combines": ", ".join(
-                    f"{version} ({count} groups)" for version, count in counts.items()
-                )[:MOST_CHARACTERS]
-            },
+            parameters={"combines": _describe_counts(serving)},
             metrics={"generations": float(len(runs)), "groups": float(len(serving))},
-            tables={"decisions.json": decisions.head(DECISIONS_LOGGED)},
+            tables={"decisions.json": decisions.head(MAX_DECISIONS_LOGGED)},
             plots={},
             alias=None,
         )
 
 
-DECISIONS_LOGGED = 10_000
-# Of a parameter, as MLflow takes it.
-MOST_CHARACTERS = 500
+def _stored_boosters(
+    models: Sequence[FleetModel], names: Sequence[str]
+) -> Iterator[Mapping[str, Any]]:
+    """Each of the named boosters once, from the first pack that has it."""
+    seen: set[str] = set()
+    for row in chain.from_iterable(model.stored_boosters(names) for model in models):
+        if row["booster_id"] not in seen:
+            seen.add(row["booster_id"])
+            yield row
+
+
+def _describe_counts(serving: Mapping[GroupKey, str]) -> str:
+    """How many groups each fleet version answers, cut to what MLflow takes."""
+    counts = pd.Series(list(serving.values()), dtype=object).value_counts()
+    parts = [f"{version} ({count} groups)" for version, count in counts.items()]
+    return ", ".join(parts)[:MAX_CHARACTERS]
