@@ -235,6 +235,4 @@ def check_apart(source: str, target: str) -> None:
         not Path(source).is_file() and written.startswith(f"{source}/")
     )
     if is_row or f"{source}/".startswith(f"{target}/"):
-        raise DataError(
-            f"--to {target} and --from {source} overlap; choose another --to"
-        )
+        raise DataError(f"--to {target} and --from {source} overlap; choose another --to")
