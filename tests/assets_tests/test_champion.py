@@ -321,7 +321,7 @@ def test_a_decision_that_was_killed_is_carried_out_by_the_next_launch(
     served = registry.get("shop", CHAMPION).number
     other = "2" if served == "1" else "1"
     with monkeypatch.context() as patch:
-        patch.setattr("assets.champion.crash_point", die)
+        patch.setattr("assets.deciding.crash_point", die)
         assert not launch(
             deep, decision="rollback", rollback_to=other, why=point, who="ann"
         ).success
