@@ -1,4 +1,6 @@
-"""Everything that decides an answer, in one file that needs only numpy, pandas, pyarrow and lightgbm.
+"""Everything that decides an answer, in one file.
+
+It needs only numpy, pandas, pyarrow and lightgbm.
 
 MLflow registers this file as the model's code ("models from code"), so it imports nothing of this
 repository: wherever the registered version is loaded, this text travels with it. Training and batch
@@ -7,13 +9,15 @@ answer have one implementation.
 
 A pack is a folder:
 
-- ``index.json``: what the others must be, byte for byte or footer for footer, and its own digest; a version is known by that digest;
-- ``spec.json``: one entry per generation, that is per training run whose boosters serve: grains, features, categories, target,
-  task, classes, constants, levels of intervals;
-- ``chains.parquet``: one row per generation and group, sorted by grain, group and generation: weight, half widths of intervals (link
-  units, one per level), and where its booster is: file, offset, stored size, size and SHA-256 of
-  the text;
-- ``boosters.parquet``: one row per booster: booster_id and the text, zstd-compressed, each as one run of bytes that is read alone.
+- ``index.json``: what the others must be, byte for byte or footer for footer, and its own digest;
+  a version is known by that digest;
+- ``spec.json``: one entry per generation, that is per training run whose boosters serve: grains,
+  features, categories, target, task, classes, constants, levels of intervals;
+- ``chains.parquet``: one row per generation and group, sorted by grain, group and generation:
+  weight, half widths of intervals (link units, one per level), and where its booster is: file,
+  offset, stored size, size and SHA-256 of the text;
+- ``boosters.parquet``: one row per booster: booster_id and the text, zstd-compressed, each as one
+  run of bytes that is read alone.
 
 A group is answered by the generation that serves it, with the ancestors, categories and constants
 of that generation. So a version may combine groups of several training runs, and changing one
@@ -84,8 +88,9 @@ class PackError(Exception):
 
 
 class InputError(ValueError):
-    """A batch cannot be answered: a column is missing, listed twice or holds what it cannot, or an unknown level is asked for.
+    """A batch cannot be answered.
 
+    A column is missing, listed twice or holds what it cannot, or an unknown level is asked for.
     The message names what is wrong and what is available.
     """
 
@@ -102,8 +107,9 @@ _ESCAPES = {code: f"\\u{code:04X}" for code in range(32)} | {
 
 
 def group_id(values: Sequence[object]) -> str:
-    """The id of a group: a JSON array of strings or null, no spaces, non-ASCII kept, e.g. ``["EWR","IAH"]``; ``[]`` is the pooled group.
+    """The id of a group: a JSON array of strings or null, e.g. ``["EWR","IAH"]``.
 
+    There are no spaces in it, and non-ASCII characters are kept; ``[]`` is the pooled group.
     Equal, to the letter, to what Spark's ``to_json(array(...))`` gives for the same keys.
     """
     texts = (key_text(value) for value in values)
@@ -115,8 +121,9 @@ def group_id(values: Sequence[object]) -> str:
 
 
 def key_text(value: object) -> str | None:
-    """One key value or category as text: numbers by their value, booleans in lower case, null as None.
+    """One key value or category as text.
 
+    Numbers are written by their value, booleans in lower case; null is None.
     A float or decimal that is a whole number reads as that integer, because pandas and MLflow turn
     nullable integers into floats; a moment at midnight reads as its date, because pandas has no
     dates. Moments with a zone are told in UTC.
@@ -244,7 +251,9 @@ def grain_name(keys: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class ModelTarget:
-    """How answers come from what boosters learn: the inverse of the transform, of offset plus scale times what they learn.
+    """How answers come from what boosters learn.
+
+    An answer is the inverse of the transform, of offset plus scale times what they learn.
 
     Args:
         column: of the target.
@@ -515,7 +524,8 @@ def read_numbers(column: "pd.Series[Any]") -> Floats:
     strange = missing[~pd.isna(values[missing])] if len(missing) else missing
     if len(strange):
         first = strange[0]
-        fault = f"{column.name}: {_shorten(values[first])} is not a number (row {first + 1} of {len(values)})"
+        value = _shorten(values[first])
+        fault = f"{column.name}: {value} is not a number (row {first + 1} of {len(values)})"
         raise InputError(f"{fault}; expected a number, text such as '12.5', or null")
     return numbers
 
@@ -528,7 +538,9 @@ def _shorten(value: object) -> str:
 def check_listed_once(
     columns: Sequence[object], read: Collection[str], where: str = "the batch"
 ) -> None:
-    """Refuse a batch in which a column that is read is listed twice: no one can say which of them is meant.
+    """Refuse a batch in which a column that is read is listed twice.
+
+    No one can say which of them is meant.
 
     Raises:
         InputError: naming the columns.
@@ -583,7 +595,9 @@ def _read_numbers_or_nan(frame: pd.DataFrame, name: str) -> Floats:
 
 
 def load_booster(row: Mapping[str, Any], where: str) -> Any:
-    """A LightGBM booster from its stored row, once size, digest and structure of its text are right: damaged text would end the process.
+    """A LightGBM booster from its stored row, once its text has been checked.
+
+    Size, digest and structure must be right: damaged text would end the process.
 
     Args:
         row: as for `decode_booster`.
@@ -642,7 +656,10 @@ def decode_booster(row: Mapping[str, Any], where: str) -> str:
 
 
 def booster_digest(text: str) -> str:
-    """The id of a booster: SHA-256 of its text without the ``parameters:`` section, which holds settings such as the thread count."""
+    """The id of a booster: SHA-256 of its text without the ``parameters:`` section.
+
+    That section holds settings such as the thread count.
+    """
     return hashlib.sha256(
         re.sub(r"\nparameters:\n.*?\nend of parameters\n", "\n", text, flags=re.DOTALL).encode()
     ).hexdigest()
@@ -678,7 +695,9 @@ _MAX_DECISION = 11  # one bit for categories, one for the default side, two for 
 
 
 def find_structure_fault(text: str) -> str | None:
-    """What is wrong with a LightGBM text that could end the process, hang it, or let it read what is not there; None if nothing is.
+    """What is wrong with a LightGBM text; None if nothing is.
+
+    A text with such a fault could end the process, hang it, or let it read what is not there.
 
     Every tree has the size that the header says and as many nodes and leaves as it says, splits by
     features and categories that there are, and each of its nodes and leaves has exactly one parent,
@@ -773,7 +792,10 @@ def _check_categories(
     tree: npt.NDArray[np.int64],
     threshold: Floats,
 ) -> None:
-    """Each set of categories begins where the one before it ends, and each node that asks for one asks for one of its tree's."""
+    """Check that sets of categories follow each other, and that nodes ask for their own.
+
+    Each set begins where the one before it ends.
+    """
     has = n_cat > 0
     boundaries = _parse_numbers(trees, "cat_boundaries", np.where(has, n_cat + 1, 0))
     last = np.cumsum((n_cat + 1)[has]) - 1
@@ -846,7 +868,8 @@ def read_index(folder: Path, digest: str | None = None) -> dict[str, Any]:
         path,
         f"damaged: its digest is {computed}, expected {promised}; {_AGAIN}",
     )
-    other = f"of fleet {index.get('fleet')!r}, version {index.get('fleet_version')!r}, not the pack that was registered"
+    fleet, version = index.get("fleet"), index.get("fleet_version")
+    other = f"of fleet {fleet!r}, version {version!r}, not the pack that was registered"
     _check_pack(digest in (None, promised), path, f"{other}; {_AGAIN}")
     return dict(index)
 
@@ -859,7 +882,9 @@ def index_digest(index: Mapping[str, Any]) -> str:
 
 
 def read_footer(path: Path) -> dict[str, Any]:
-    """What identifies a Parquet file whose pages have checksums: n_bytes, its size, and footer_sha256, the digest of its footer.
+    """What identifies a Parquet file whose pages have checksums.
+
+    That is n_bytes, its size, and footer_sha256, the digest of its footer.
 
     Raises:
         OSError: if it cannot be read.
@@ -906,7 +931,10 @@ def _check_pack(holds: object, path: Path | str, fault: str) -> None:
 def open_boosters(
     folder: Path, root: str | None, file: Mapping[str, Any], options: Mapping[str, str]
 ) -> pa.NativeFile:
-    """A file of boosters, open for reading at any place: one of the pack, or of the store that a shared pack names."""
+    """A file of boosters, open for reading at any place.
+
+    It is one of the pack, or of the store that a shared pack names.
+    """
     if root is None:
         return pa.OSFile(str(folder / file["path"]))
     filesystem, path = filesystem_of(root, options)
@@ -959,7 +987,7 @@ class Chain:
     sha256: str
 
     def put_half_widths(self, halves: Floats, rows: npt.NDArray[np.int64]) -> None:
-        """Let its half widths replace its ancestors' in some rows of a table with a column per level."""
+        """Replace its ancestors' half widths by its own in some rows; there is a column per level."""
         for level, half in enumerate((self.intervals or ())[: halves.shape[1]]):
             if half is not None:
                 halves[rows, level] = half
@@ -1066,7 +1094,9 @@ class Contributions:
 
 
 def list_contributions(model_spec: ModelSpec, parts: Floats, offset: float) -> list[dict[str, Any]]:
-    """The features that contribute most, by size, then `(other features)`, `(offset)` where the target has one, and `(base)`.
+    """The features that contribute most, by size, and then the rest.
+
+    That is `(other features)`, `(offset)` where the target has one, and `(base)`.
 
     Args:
         model_spec: of the generation.
@@ -1120,7 +1150,7 @@ class Blend:
             self.contributions.reset_rows(rows)
 
     def needs_booster(self, chain: Chain) -> bool:
-        """Whether the group's own model changes the answers: its own ones, or those of groups that correct it."""
+        """Whether the group's own model changes its answers, or those of groups that correct it."""
         return chain.booster_id is not None and (
             chain.weight != 0.0 or self._generation.model_spec.corrects
         )
@@ -1201,7 +1231,9 @@ def convert_to_target_units(
 
 
 def widen_half_widths(halves: Floats) -> Floats:
-    """Per row its half width at the last of the levels, and at least that at each lower level, which may be of another ancestor.
+    """Per row its half width at the last of the levels.
+
+    It is at least that at each lower level, which may be of another ancestor.
 
     Args:
         halves: one row per row and one column per level, rising; NaN where there is none.

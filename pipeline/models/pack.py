@@ -55,7 +55,7 @@ class PackedRun:
 
 
 def answers_alike(one: PackedRun, other: PackedRun) -> bool:
-    """Whether two training runs give every row the same answer, so that one version can stand for both.
+    """Whether two training runs give every row the same answer: one version can stand for both.
 
     Args:
         one: a run.
@@ -217,7 +217,8 @@ def _read_boosters(
     missing = [name for name in names if name not in rows]
     if missing:
         raise StoreError(
-            f"booster store lacks {len(missing)} boosters that the ledger names, e.g. {min(missing)}; train again"
+            f"booster store lacks {len(missing)} boosters that the ledger names, e.g. "
+            f"{min(missing)}; train again"
         )
     return rows
 
@@ -229,7 +230,7 @@ def _place(file: int, offset: int, stored_bytes: int) -> dict[str, Any]:
 def _find_stored(
     before: Sequence[FleetModel], store: PackStore | None, booster_ids: Sequence[str]
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
-    """Files of the store, and where in them earlier versions have boosters that are needed again."""
+    """Files of the store, and where in them earlier versions have boosters needed again."""
     needed = set(booster_ids)
     numbers: dict[str, int] = {}
     files: list[dict[str, Any]] = []
@@ -255,7 +256,7 @@ def _find_stored(
 def combine_versions(
     serving: Mapping[GroupKey, str], models: Sequence[FleetModel]
 ) -> list[PackedRun]:
-    """What a version consists of in which each group is answered by the training run that is named for it.
+    """What a version consists of in which each group is answered by the run that is named for it.
 
     Args:
         serving: fleet version by group.
@@ -363,7 +364,7 @@ def _split_row_groups(boosters: Iterable[Mapping[str, Any]]) -> Iterator[list[Ma
 
 
 def _list_chains(runs: Sequence[PackedRun]) -> pd.DataFrame:
-    """One row per generation and group, sorted as in the pack, without the places of the boosters."""
+    """One row per generation and group, sorted as in the pack, without where the boosters are."""
     parts = []
     for number, run in enumerate(runs):
         rows = run.ledger[["grain", "group_id", "booster_id", "weight"]].assign(generation=number)
