@@ -13,7 +13,6 @@ import pyarrow as pa
 from pyspark import SparkFiles, TaskContext
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as sf
-from pyspark.sql.pandas.types import from_arrow_schema
 
 from pipeline.models.meta_model import GroupKey
 from pipeline.runs.fleet_tables import FleetTables
@@ -42,6 +41,7 @@ from pipeline.training.worker import (
     TrainGroup,
     named_columns,
     not_started,
+    stream_of,
 )
 
 
@@ -196,24 +196,26 @@ def train_wave(
 
     def train_one(rows: pd.DataFrame) -> pd.DataFrame:
         if start_seconds is not None and _is_over(name, start_seconds):
-            return not_started(rows)
+            return _sealed(not_started(rows))
         outcome = _worker_of(name, settings, starts, train, memory_bytes).train(
             restore_moments(rows, moments)
         )
-        ledger = json.loads(outcome["ledger"].iloc[0])
+        ledger = json.loads(outcome["ledger"][0].as_py())
         done.add(1)
         if ledger["status"] in ("failed", "crashed"):
             failed.add(1)
-        worked.add(costs[GroupKey(int(outcome["grain"].iloc[0]), str(outcome["group_id"].iloc[0]))])
+        worked.add(costs[GroupKey(outcome["grain"][0].as_py(), outcome["group_id"][0].as_py())])
         spent.add(float(ledger.get("seconds") or 0.0))
-        return outcome
+        return _sealed(outcome)
 
     def write(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         keep_imports()
         boosters = FileWriter(roots["boosters"], options, BOOSTERS.schema)
         holdout = FileWriter(roots["holdout"], options, HOLDOUT.schema)
         for batch in batches:
-            rows = pa.Table.from_batches([batch])
+            rows = pa.concat_tables(
+                [OUTCOME_SCHEMA.empty_table(), *map(_opened, batch["outcome"].to_pylist())]
+            )
             trained = rows.filter(rows["text"].is_valid())
             boosters.write(
                 _marked(
@@ -228,10 +230,7 @@ def train_wave(
                     run_id,
                 )
             )
-            streams = [
-                pa.ipc.open_stream(part).read_all()
-                for part in rows["holdout"].drop_null().to_pylist()
-            ]
+            streams = [_opened(part) for part in rows["holdout"].drop_null().to_pylist()]
             if streams:
                 holdout.write(_marked(pa.concat_tables(streams), name, run_id))
             lines = [
@@ -247,7 +246,7 @@ def train_wave(
                     {"kind": ["file"], "line": [file_json(table, written)]}
                 )
 
-    trained = group_placed(travelling).applyInPandas(train_one, from_arrow_schema(OUTCOME_SCHEMA))
+    trained = group_placed(travelling).applyInPandas(train_one, "outcome binary")
     rows = trained.mapInArrow(write, "kind string, line string").collect()
     files = [json.loads(row["line"]) for row in rows if row["kind"] == "file"]
     outcomes = [json.loads(row["line"]) for row in rows if row["kind"] == "outcome"]
@@ -300,6 +299,15 @@ def train_aside(
     paths = [file.path for file in files.holdout]
     options = tables.tables.storage_options
     return read_files(context.spark, tables.location(HOLDOUT), paths, HOLDOUT.schema, options)
+
+
+def _sealed(outcome: pa.Table) -> pd.DataFrame:
+    """One row of OUTCOME_SCHEMA in one cell: its eight columns would take Spark a millisecond more to make Arrow of."""
+    return pd.DataFrame({"outcome": [stream_of(outcome)]})
+
+
+def _opened(stream: bytes) -> pa.Table:
+    return pa.ipc.open_stream(stream).read_all()
 
 
 def _marked(rows: pa.Table, wave: str, run_id: str) -> pa.Table:

@@ -71,15 +71,14 @@ class TaskWorker:
             memory_bytes=memory_bytes,
         )
 
-    def train(self, rows: pd.DataFrame) -> pd.DataFrame:
+    def train(self, rows: pd.DataFrame) -> pa.Table:
         """Train one group; never raises for what the group does.
 
         Args:
             rows: the group's rows, with grain, group_id and task beside the features.
 
         Returns:
-            One row with the columns of OUTCOME_SCHEMA; the ledger part as JSON, the holdout part as
-            an Arrow stream.
+            One row of OUTCOME_SCHEMA; the ledger part as JSON, the holdout part as an Arrow stream.
         """
         grain, group = _key_of(rows)
         task = int(rows["task"].iloc[0])
@@ -88,11 +87,10 @@ class TaskWorker:
         if isinstance(answer, Outcome):
             if grain == POOLED:
                 answer = replace(answer, holdout=_judged_anyway(rows, self._settings))
-            outcome = _outcome_row(answer, grain, group)
-        else:
-            outcome = pickle.loads(answer)  # noqa: S301 - from our own child
-        outcome["ledger"] = json.dumps({"task": task, **json.loads(outcome["ledger"])})
-        return _outcome_frame(outcome)
+            answer = stream_of(_outcome_table(answer, grain, group))
+        outcome = pa.ipc.open_stream(answer).read_all()
+        ledger = {"task": task, **json.loads(outcome["ledger"][0].as_py())}
+        return outcome.set_column(2, "ledger", pa.array([json.dumps(ledger)]))
 
     def close(self) -> None:
         """End the child process."""
@@ -103,24 +101,18 @@ class TaskWorker:
         grain, group = _key_of(frame)
         start = Start.from_json(self._starts.get(GroupKey(grain, group), "{}"))
         outcome = train_one(frame, grain, self._settings, start, self._train)
-        return pickle.dumps(_outcome_row(outcome, grain, group), protocol=pickle.HIGHEST_PROTOCOL)
+        return stream_of(_outcome_table(outcome, grain, group))
 
 
-def not_started(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row with the columns of OUTCOME_SCHEMA for a group that is left to a later wave."""
+def not_started(rows: pd.DataFrame) -> pa.Table:
+    """One row of OUTCOME_SCHEMA for a group that is left to a later wave."""
     grain, group = _key_of(rows)
-    return _outcome_frame(
-        {"grain": grain, "group_id": group, "ledger": json.dumps({"status": NOT_STARTED})}
-    )
+    row = {"grain": grain, "group_id": group, "ledger": json.dumps({"status": NOT_STARTED})}
+    return pa.Table.from_pylist([row], schema=OUTCOME_SCHEMA)
 
 
 def _key_of(rows: pd.DataFrame) -> GroupKey:
     return GroupKey(int(rows["grain"].iloc[0]), str(rows["group_id"].iloc[0]))
-
-
-def _outcome_frame(row: Mapping[str, Any]) -> pd.DataFrame:
-    """One row in pandas; as objects, so that a number that is missing turns no other into a float."""
-    return pd.DataFrame({name: [row.get(name)] for name in OUTCOME_SCHEMA.names}, dtype=object)
 
 
 def train_one(
@@ -171,10 +163,9 @@ def rows_in_pandas(table: pa.Table, model_spec: ModelSpec) -> pd.DataFrame:
     return frame
 
 
-def _outcome_row(outcome: Outcome, grain: int, group: str) -> dict[str, Any]:
-    """Values for OUTCOME_SCHEMA."""
+def _outcome_table(outcome: Outcome, grain: int, group: str) -> pa.Table:
     booster = outcome.booster
-    return {
+    row = {
         "grain": grain,
         "group_id": group,
         "ledger": json.dumps(
@@ -186,6 +177,7 @@ def _outcome_row(outcome: Outcome, grain: int, group: str) -> dict[str, Any]:
         "text": booster.text if booster else None,
         "holdout": _holdout_stream(outcome.holdout, grain, group),
     }
+    return pa.Table.from_pylist([row], schema=OUTCOME_SCHEMA)
 
 
 def _text_of(error: Exception) -> str:
@@ -205,14 +197,15 @@ def _judged_anyway(frame: pd.DataFrame, settings: TrainingSettings) -> pd.DataFr
 def _holdout_stream(holdout: pd.DataFrame | None, grain: int, group: str) -> bytes | None:
     if holdout is None or not len(holdout):
         return None
-    return _stream(
+    return stream_of(
         pa.Table.from_pandas(
             holdout.assign(grain=grain, group_id=group), schema=_HOLDOUT, preserve_index=False
         )
     )
 
 
-def _stream(table: pa.Table) -> bytes:
+def stream_of(table: pa.Table) -> bytes:
+    """The table as an Arrow stream."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as stream:
         stream.write_table(table)

@@ -46,14 +46,15 @@ def run_group(
     settings: TrainingSettings,
     train: TrainGroup = train_group,
     starts: Mapping[tuple[int, str], str] | None = None,
-) -> pd.DataFrame:
+) -> pa.Table:
     with closing(TaskWorker(settings, starts or {}, train)) as worker:
         return worker.train(frame)
 
 
-def only_row(found: pd.DataFrame) -> dict[str, Any]:
-    assert list(found.columns) == OUTCOME_SCHEMA.names
-    [row] = pa.Table.from_pandas(found, schema=OUTCOME_SCHEMA, preserve_index=False).to_pylist()
+def only_row(found: pa.Table) -> dict[str, Any]:
+    assert found.schema.names == OUTCOME_SCHEMA.names
+    assert found.schema.types == OUTCOME_SCHEMA.types
+    [row] = found.to_pylist()
     return dict(row)
 
 
