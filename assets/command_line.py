@@ -174,6 +174,18 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="check|run|show|score|stream|clean"
     )
+
+    def add(name: str, words: str, description: str) -> argparse.ArgumentParser:
+        """A command about the tables of a fleet or of its trial."""
+        command = commands.add_parser(
+            name, help=words, description=description, epilog=EXAMPLES, formatter_class=raw
+        )
+        command.add_argument("fleet", metavar="FLEET", help="name of the fleet")
+        command.add_argument(
+            "--trial", action="store_true", help="the tables of the fleet's trial, <fleet>-trial"
+        )
+        return command
+
     check = commands.add_parser(
         "check", help="find mistakes in the descriptions of fleets", description=CHECK
     )
@@ -182,27 +194,15 @@ def _parser() -> argparse.ArgumentParser:
         "run", help="build a fleet, raw tables to predictions", description=RUN
     )
     run.add_argument("fleet", metavar="FLEET", help="name of the fleet, or its folder")
-    show = commands.add_parser(
-        "show",
-        help="print the history of one group",
-        description="Print the history of one group.",
-        epilog=EXAMPLES,
-    )
-    clean_ = commands.add_parser(
-        "clean", help="remove what no kept run needs", description=CLEAN, epilog=EXAMPLES
-    )
-    score = commands.add_parser(
-        "score", help="answer every row of a table or of files", description=SCORE, epilog=EXAMPLES
-    )
-    stream = commands.add_parser(
-        "stream", help="answer rows as they come", description=STREAM, epilog=EXAMPLES
-    )
-    for command in (show, score, stream, clean_):
-        command.formatter_class = raw
-        command.add_argument("fleet", metavar="FLEET", help="name of the fleet")
-        command.add_argument(
-            "--trial", action="store_true", help="the tables of the fleet's trial, <fleet>-trial"
-        )
+    show = "print the history of one group"
+    _add_show_arguments(add("show", show, "Print the history of one group."))
+    _add_clean_arguments(add("clean", "remove what no kept run needs", CLEAN))
+    _add_score_arguments(add("score", "answer every row of a table or of files", SCORE))
+    _add_stream_arguments(add("stream", "answer rows as they come", STREAM))
+    return parser
+
+
+def _add_show_arguments(show: argparse.ArgumentParser) -> None:
     show.add_argument(
         "keys",
         metavar="KEY",
@@ -213,21 +213,27 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument(
         "--group-id", metavar="JSON", help="the group as a JSON array of its keys, instead of KEYs"
     )
-    for command in (score, stream):
-        command.add_argument(
-            "--from",
-            dest="source",
-            required=True,
-            metavar="SOURCE",
-            help="a Delta table, or a folder or glob of Parquet, CSV, TSV or JSON files",
-        )
-        command.add_argument(
-            "--to",
-            dest="target",
-            required=True,
-            metavar="TABLE",
-            help="Delta table of the answers; created if it does not exist",
-        )
+
+
+def _add_source_and_target(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--from",
+        dest="source",
+        required=True,
+        metavar="SOURCE",
+        help="a Delta table, or a folder or glob of Parquet, CSV, TSV or JSON files",
+    )
+    command.add_argument(
+        "--to",
+        dest="target",
+        required=True,
+        metavar="TABLE",
+        help="Delta table of the answers; created if it does not exist",
+    )
+
+
+def _add_score_arguments(score: argparse.ArgumentParser) -> None:
+    _add_source_and_target(score)
     score.add_argument(
         "--period",
         default="all",
@@ -241,6 +247,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="VERSION",
         help=f"{CHAMPION}, {CHALLENGER} or a number (default: {CHAMPION})",
     )
+
+
+def _add_stream_arguments(stream: argparse.ArgumentParser) -> None:
+    _add_source_and_target(stream)
     stream.add_argument(
         "--checkpoint",
         metavar="DIR",
@@ -265,6 +275,9 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="pass over versions of a Delta table that remove or rewrite rows",
     )
+
+
+def _add_clean_arguments(clean_: argparse.ArgumentParser) -> None:
     clean_.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     clean_.add_argument(
         "--keep-hours",
@@ -280,7 +293,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"keep all of the newest N runs (default: {KEPT_RUNS})",
     )
-    return parser
 
 
 def _hours(text: str) -> float:

@@ -876,24 +876,37 @@ class FleetSpec(Part):
         yield from self._task_problems()
         yield from self._own_problems()
         yield from self._monotone_problems()
+        yield from self._source_problems()
+        yield from self._name_problems()
+        yield from self._outcome_problems()
+        if not self.feature_columns:
+            yield (
+                "features: no feature is declared; add columns, lags, rolling, derived, calendar "
+                "or categoricals"
+            )
+        if self.scoring.score == "future":
+            yield from self._future_problems()
+
+    def _source_problems(self) -> Iterator[str]:
         names = [source.name for source in self.sources]
-        yield from (
-            f"sources: {name!r} is listed twice; give each source its own name"
-            for name in _doubled(names)
-        )
-        yield from (
-            f"sources: {name!r} is the name of a link of the asset chain; choose another"
-            for name in names
-            if name in CHAIN
-        )
+        for name in _doubled(names):
+            yield f"sources: {name!r} is listed twice; give each source its own name"
+        for name in names:
+            if name in CHAIN:
+                yield f"sources: {name!r} is the name of a link of the asset chain; choose another"
+
+    def _name_problems(self) -> Iterator[str]:
+        """Names that are reserved, defined twice, or not defined at all."""
         computed = [*self.history_columns, *self.features.derived, *self.features.calendar]
         taken = ({*self.sql_columns} - {self.time, self.known_at}) | {*computed, *self.key_columns}
-        yield from (
-            f"column {name!r} is reserved ({', '.join(RESERVED)}); rename it in features.sql"
-            for name in sorted(taken)
-            if name.lower() in RESERVED
-        )
-        yield from (f"features: {name!r} is defined twice" for name in _doubled(computed))
+        for name in sorted(taken):
+            if name.lower() in RESERVED:
+                yield (
+                    f"column {name!r} is reserved ({', '.join(RESERVED)}); rename it in "
+                    "features.sql"
+                )
+        for name in _doubled(computed):
+            yield f"features: {name!r} is defined twice"
         given = {
             *self.key_columns,
             self.time,
@@ -903,56 +916,57 @@ class FleetSpec(Part):
             *self._summarised,
         }
         lowered = {name.lower() for name in given}  # Spark column names are case-insensitive
-        yield from (
-            f"features: {name!r} is both made and a column of features.sql; rename one"
-            for name in computed
-            if name.lower() in lowered
-        )
-        if not self.feature_columns:
-            yield "features: no feature is declared; add columns, lags, rolling, derived, calendar or categoricals"
+        for name in computed:
+            if name.lower() in lowered:
+                yield f"features: {name!r} is both made and a column of features.sql; rename one"
+        declared = {*computed, *self.features.columns}
+        for name in self.features.exclude:
+            if name not in declared:
+                yield (
+                    f"features.exclude: {name!r} is not a declared feature; "
+                    f"declared: {', '.join(computed)}"
+                )
+
+    def _outcome_problems(self) -> Iterator[str]:
+        """Columns that tell the answer, where nothing may that is known before."""
         outcome = {self.target.column, *([self.known_at] if self.known_at else [])}
+        answer = "the answer itself (target or known_at)"
         for name in (*self.features.columns, *self.features.categoricals):
             if name in outcome:
-                yield f"features: {name!r} is the answer itself (target or known_at) and cannot be a feature"
+                yield f"features: {name!r} is {answer} and cannot be a feature"
         for field in ("offset", "scale"):
-            if getattr(self.target, field) in outcome:
-                yield f"target.{field}: {getattr(self.target, field)!r} is the answer itself (target or known_at); name a column known before"
-        yield from (
-            f"baselines.{title}: {name!r} is the answer itself (target or known_at)"
-            for title, name in self.baselines.items()
-            if name in outcome
-        )
-        yield from (
-            f"baselines: {title!r} is a way to answer that is always reported; choose another name"
-            for title in self.baselines
-            if title in CONTENDERS
-        )
+            column = getattr(self.target, field)
+            if column in outcome:
+                yield f"target.{field}: {column!r} is {answer}; name a column known before"
+        for title, name in self.baselines.items():
+            if name in outcome:
+                yield f"baselines.{title}: {name!r} is {answer}"
+            if title in CONTENDERS:
+                yield (
+                    f"baselines: {title!r} is a way to answer that is always reported; "
+                    "choose another name"
+                )
         if self.target.column in self.key_columns:
-            yield f"target.column: {self.target.column!r} is a key (grains or entity) and cannot be predicted"
-        unknown = [
-            name
-            for name in self.features.exclude
-            if name not in {*computed, *self.features.columns}
-        ]
-        yield from (
-            f"features.exclude: {name!r} is not a declared feature; declared: {', '.join(computed)}"
-            for name in unknown
-        )
-        if self.scoring.score == "future":
-            if self.period is None:
-                yield "period: needed for score: future, e.g. '1 month'"
-            if self.horizon is None:
-                yield "horizon: needed for score: future: how many periods ahead are answered, e.g. '1 month'"
-            loose = [
-                name
-                for name in (*self.features.columns, *self.features.categoricals)
-                if name not in self.key_columns
-            ]
-            yield from (
-                f"features: {name!r} has no value in rows that score: future makes up; use a lag, "
-                "a window or a calendar part"
-                for name in loose
+            yield (
+                f"target.column: {self.target.column!r} is a key (grains or entity) and cannot be "
+                "predicted"
             )
+
+    def _future_problems(self) -> Iterator[str]:
+        """What `score: future` needs, and what rows that it makes up do not have."""
+        if self.period is None:
+            yield "period: needed for score: future, e.g. '1 month'"
+        if self.horizon is None:
+            yield (
+                "horizon: needed for score: future: how many periods ahead are answered, "
+                "e.g. '1 month'"
+            )
+        for name in (*self.features.columns, *self.features.categoricals):
+            if name not in self.key_columns:
+                yield (
+                    f"features: {name!r} has no value in rows that score: future makes up; use a "
+                    "lag, a window or a calendar part"
+                )
 
     def _grain_problems(self) -> Iterator[str]:
         if self.grains[0]:
