@@ -11,9 +11,10 @@ import pandas as pd
 from assets.meta_model import pack_store
 from pipeline.models.meta_model import FleetModel, GroupKey
 from pipeline.models.pack import combine_versions, write_pack
+from pipeline.models.registry import RunRecord
 from pipeline.runs.fleet_tables import FleetTables
 from pipeline.spec import FleetSpec
-from resources.mlflow_registry import MlflowRegistry, Version, interface
+from resources.mlflow_registry import MlflowRegistry, Version, interface_of
 from resources.spark_session import SparkSessionResource
 
 MAX_DECISIONS_LOGGED = 10_000
@@ -61,11 +62,12 @@ def register_combined(
             tables.namespace,
             answering.fleet_version,
             pack=pack,
-            **interface(answering, dtypes),
-            parameters={"combines": _describe_counts(serving)},
-            metrics={"generations": float(len(runs)), "groups": float(len(serving))},
-            tables={"decisions.json": decisions.head(MAX_DECISIONS_LOGGED)},
-            plots={},
+            interface=interface_of(answering, dtypes),
+            record=RunRecord(
+                parameters={"combines": _describe_counts(serving)},
+                metrics={"generations": float(len(runs)), "groups": float(len(serving))},
+                tables={"decisions.json": decisions.head(MAX_DECISIONS_LOGGED)},
+            ),
             alias=None,
         )
 

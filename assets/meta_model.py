@@ -13,6 +13,7 @@ import pandas as pd
 from assets.settings import asset_settings, check_specs, png, prefixed, readable_failures
 from pipeline.models.meta_model import FleetModel, PackError, filesystem_of
 from pipeline.models.pack import PackedRun, PackStore, answers_alike, write_pack
+from pipeline.models.registry import RunRecord
 from pipeline.reporting.plots import training_plot
 from pipeline.reporting.summary import fleet_errors, markdown_table, shown_measures
 from pipeline.runs.fleet_tables import FleetTables
@@ -21,7 +22,7 @@ from pipeline.spec import FleetSpec
 from pipeline.tables import BOOSTERS
 from resources.delta_tables import DeltaTables
 from resources.launch_settings import LaunchSettings
-from resources.mlflow_registry import CHALLENGER, CHAMPION, MlflowRegistry, Version, interface
+from resources.mlflow_registry import CHALLENGER, CHAMPION, MlflowRegistry, Version, interface_of
 from resources.spark_session import SparkSessionResource
 
 if TYPE_CHECKING:
@@ -126,11 +127,13 @@ def _register(
         namespace,
         run.run_id,
         pack=folder,
-        **interface(model, dtypes),
-        parameters=run_parameters(run, spec),
-        metrics=run_metrics(ledger, spec),
-        tables={"ledger.json": ledger.head(LEDGER_ROWS_LOGGED)},
-        plots={"training.png": plot},
+        interface=interface_of(model, dtypes),
+        record=RunRecord(
+            parameters=run_parameters(run, spec),
+            metrics=run_metrics(ledger, spec),
+            tables={"ledger.json": ledger.head(LEDGER_ROWS_LOGGED)},
+            plots={"training.png": plot},
+        ),
     )
     registered = _Registered(version, model)
     size = f"{registered.pack_bytes / 1e6:.1f} MB"

@@ -26,9 +26,10 @@ from benchmarks.runs import PROJECT, NotMeasured, Runs
 from pipeline.models.boosters import encode_booster
 from pipeline.models.meta_model import FleetModel, Generation, filesystem_of, group_id
 from pipeline.models.pack import PackedRun, PackStore, build_model_spec, write_pack
+from pipeline.models.registry import RunRecord
 from pipeline.spec import FleetSpec, parse_spec
 from pipeline.testing.object_store import BUCKET, object_store
-from resources.mlflow_registry import MlflowRegistry, interface
+from resources.mlflow_registry import MlflowRegistry, interface_of
 
 SIZES = (10, 1_000, 10_000)
 REMOTE_SIZE = 1_000
@@ -253,9 +254,12 @@ def registered(pack: Path, scratch: Path) -> tuple[str, str]:
     dtypes = {
         name: "string" if name in model.model_spec.finest else "double" for name in model.required
     }
-    nothing: dict[str, Any] = {"parameters": {}, "metrics": {}, "tables": {}, "plots": {}}
     version = registry.register(
-        model.fleet, model.fleet_version, pack=pack, **interface(model, dtypes), **nothing
+        model.fleet,
+        model.fleet_version,
+        pack=pack,
+        interface=interface_of(model, dtypes),
+        record=RunRecord(),
     )
     return registry.tracking_uri, f"models:/{version.name}/{version.number}"
 

@@ -4,7 +4,7 @@ import datetime as dt
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 import pandas as pd
@@ -21,11 +21,9 @@ from pipeline.errors import StoreError
 from pipeline.models.meta_model import filesystem_of
 from pipeline.reading.delta_log import file_actions, refuse_strange_features, within
 from pipeline.spark.files import FileWriter, read_files, write_files
-from pipeline.storage import Snapshot, WrittenFile
+from pipeline.storage import Mode, Snapshot, Tables, Where, WrittenFile
 from pipeline.tables import TableContract
 
-Mode = Literal["append", "overwrite"]
-Where = Mapping[str, str | Sequence[str]]
 ATTEMPTS = 20
 
 
@@ -475,3 +473,8 @@ def contract_metadata(contract: TableContract, location: str) -> dict[str, Any]:
         "fleet/key": ", ".join(contract.key) or "none",
         "fleet/format": contract.format,
     }
+
+
+if TYPE_CHECKING:
+    # The adapter has what the library asks of tables.
+    _TABLES: Tables = DeltaTables(root="")

@@ -13,15 +13,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
-import pandas as pd
 from pydantic import Field, PrivateAttr
 
 from pipeline.errors import ModelNotFound, StoreError
 from pipeline.models import meta_model
 from pipeline.models.meta_model import FleetModel, PackError
+from pipeline.models.registry import ModelInterface, Registry, RunRecord
 from resources.process_environment import set_for_children
 
 CHAMPION, CHALLENGER = "champion", "challenger"
@@ -109,14 +109,8 @@ class MlflowRegistry(dg.ConfigurableResource):
         fleet_version: str,
         *,
         pack: Path,
-        inputs: Mapping[str, str],
-        optional: Sequence[str],
-        outputs: Mapping[str, str],
-        interval: float | None,
-        parameters: Mapping[str, Any],
-        metrics: Mapping[str, float],
-        tables: Mapping[str, pd.DataFrame],
-        plots: Mapping[str, bytes],
+        interface: ModelInterface,
+        record: RunRecord,
         alias: str | None = CHALLENGER,
     ) -> Version:
         """Log one run and register its model, by default as the challenger.
@@ -125,16 +119,8 @@ class MlflowRegistry(dg.ConfigurableResource):
             name: of the experiment and the registered model.
             fleet_version: the training run.
             pack: folder with the pack.
-            inputs: type (double or string) of each column that the model reads, as from
-                `input_types`.
-            optional: those of them that a batch may lack.
-            outputs: type of each column of its answers (double, string or array<double>), as from
-                `meta_model.answer_columns`.
-            interval: level of its intervals where none is asked for; None for a model without.
-            parameters: the run's.
-            metrics: the run's aggregate metrics.
-            tables: table artifacts by file name (.json).
-            plots: PNG artifacts by file name.
+            interface: what the model is asked with, and answers with.
+            record: what the run shows.
             alias: that the version gets; None for none.
 
         Raises:
@@ -145,69 +131,20 @@ class MlflowRegistry(dg.ConfigurableResource):
         client = self._connected()
         import mlflow
         from mlflow.exceptions import MlflowException
-        from mlflow.models import ModelSignature
-        from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
-        from mlflow.types.schema import AnyType, Array
 
-        asked = [ParamSpec("explain", DataType.boolean, default=False)]
-        signature = ModelSignature(
-            # MLflow refuses a 64-bit integer for a double, null for a long and a number for a
-            # string, and tells of a missing column without those that are there, all before our
-            # code runs: what a column is, and whether it may be missing, stands in the metadata.
-            Schema([ColSpec(AnyType(), column, required=False) for column in inputs]),  # type: ignore[no-untyped-call]
-            Schema(
-                [
-                    ColSpec(
-                        Array(DataType.double) if kind == "array<double>" else kind,
-                        column,
-                        required=False,
-                    )
-                    for column, kind in outputs.items()
-                ]
-            ),
-            ParamSchema(
-                asked
-                if interval is None
-                else [*asked, ParamSpec("interval", DataType.double, default=interval)]
-            ),
-        )
-        required = [column for column in inputs if column not in optional]
-        requirements = [f"{package}=={installed_version(package)}" for package in REQUIREMENTS]
         try:
             with (
                 mlflow.start_run(
                     experiment_id=self._experiment(client, name), run_name=fleet_version
                 ),
-                tempfile.TemporaryDirectory() as folder,
                 warnings.catch_warnings(),
             ):
                 warnings.simplefilter("ignore", UserWarning)
                 mlflow.set_tag(FLEET_VERSION, fleet_version)
-                mlflow.log_params(dict(parameters))
-                mlflow.log_metrics(dict(metrics))
-                for file, table in tables.items():
-                    mlflow.log_table(table, file)
-                for file, png in plots.items():
-                    (Path(folder) / file).write_bytes(png)
-                mlflow.log_artifacts(folder, "plots")
-                logged = mlflow.pyfunc.log_model(
-                    name="model",
-                    python_model=meta_model.__file__,
-                    artifacts={"pack": str(pack)},
-                    # Whoever loads a shared pack from a store of their own gives its options:
-                    # load_model(uri, model_config={"storage_options": ...}).
-                    model_config={"pack_sha256": digest, "storage_options": {}},
-                    metadata={
-                        "inputs": dict(inputs),
-                        "required": required,
-                        "optional": list(optional),
-                    },
-                    signature=signature,
-                    pip_requirements=requirements,
-                )
-            number = self._new_version(
-                client, name, logged, {FLEET_VERSION: fleet_version, PACK_DIGEST: digest}
-            )
+                _log_record(record)
+                logged = _log_model(pack, digest, interface)
+            tags = {FLEET_VERSION: fleet_version, PACK_DIGEST: digest}
+            number = self._new_version(client, name, logged, tags)
             if alias is not None:
                 client.set_registered_model_alias(name, alias, number)
         except (MlflowException, OSError) as error:
@@ -393,19 +330,77 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def interface(model: FleetModel, dtypes: Mapping[str, str]) -> dict[str, Any]:
-    """What `MlflowRegistry.register` tells of a model: inputs, optional, outputs, interval.
+def _log_record(record: RunRecord) -> None:
+    """Log what the open run shows."""
+    import mlflow
+
+    mlflow.log_params(dict(record.parameters))
+    mlflow.log_metrics(dict(record.metrics))
+    for file, table in record.tables.items():
+        mlflow.log_table(table, file)
+    with tempfile.TemporaryDirectory() as folder:
+        for file, png in record.plots.items():
+            (Path(folder) / file).write_bytes(png)
+        mlflow.log_artifacts(folder, "plots")
+
+
+def _log_model(pack: Path, digest: str, interface: ModelInterface) -> Any:
+    """Log the self-contained file with its pack, in the open run."""
+    import mlflow
+
+    required = [column for column in interface.inputs if column not in interface.optional]
+    return mlflow.pyfunc.log_model(
+        name="model",
+        python_model=meta_model.__file__,
+        artifacts={"pack": str(pack)},
+        # Whoever loads a shared pack from a store of their own gives its options:
+        # load_model(uri, model_config={"storage_options": ...}).
+        model_config={"pack_sha256": digest, "storage_options": {}},
+        metadata={
+            "inputs": dict(interface.inputs),
+            "required": required,
+            "optional": list(interface.optional),
+        },
+        signature=_signature(interface),
+        pip_requirements=[f"{package}=={installed_version(package)}" for package in REQUIREMENTS],
+    )
+
+
+def _signature(interface: ModelInterface) -> Any:
+    """The model's signature, which refuses as little as it can.
+
+    MLflow refuses a 64-bit integer for a double, null for a long and a number for a string, and
+    tells of a missing column without those that are there, all before our code runs: what a column
+    is, and whether it may be missing, stands in the metadata.
+    """
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+    from mlflow.types.schema import AnyType, Array
+
+    inputs: list[Any] = [ColSpec(AnyType(), column, required=False) for column in interface.inputs]  # type: ignore[no-untyped-call]
+    outputs: list[Any] = []
+    for column, kind in interface.outputs.items():
+        of_column = Array(DataType.double) if kind == "array<double>" else kind
+        outputs.append(ColSpec(of_column, column, required=False))
+    parameters = [ParamSpec("explain", DataType.boolean, default=False)]
+    if interface.interval is not None:
+        parameters.append(ParamSpec("interval", DataType.double, default=interface.interval))
+    return ModelSignature(Schema(inputs), Schema(outputs), ParamSchema(parameters))
+
+
+def interface_of(model: FleetModel, dtypes: Mapping[str, str]) -> ModelInterface:
+    """What a model is asked with, and answers with.
 
     Args:
         model: as it will be registered.
         dtypes: Spark type of each column of the feature table.
     """
-    return {
-        "inputs": input_types([*model.required, *model.optional], dtypes),
-        "optional": model.optional,
-        "outputs": meta_model.answer_columns(model.task),
-        "interval": model.interval,
-    }
+    return ModelInterface(
+        inputs=input_types([*model.required, *model.optional], dtypes),
+        optional=model.optional,
+        outputs=meta_model.answer_columns(model.task),
+        interval=model.interval,
+    )
 
 
 def input_types(names: Sequence[str], dtypes: Mapping[str, str]) -> dict[str, str]:
@@ -422,3 +417,8 @@ def input_types(names: Sequence[str], dtypes: Mapping[str, str]) -> dict[str, st
         name: "double" if dtypes[name].startswith((*numbers, "decimal")) else "string"
         for name in names
     }
+
+
+if TYPE_CHECKING:
+    # The adapter has what the library asks of a registry.
+    _REGISTRY: Registry[Version] = MlflowRegistry(tracking_uri="", scratch="")

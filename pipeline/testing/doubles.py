@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 
 from pipeline.errors import ModelNotFound, StoreError
 from pipeline.models.meta_model import FleetModel, group_ids
+from pipeline.models.registry import ModelInterface, RunRecord
 from pipeline.models.start import Start
 from pipeline.storage import Snapshot, WrittenFile
 from pipeline.training.outcome import Outcome
@@ -308,14 +309,8 @@ class MemoryRegistry:
         fleet_version: str,
         *,
         pack: Path,
-        inputs: Mapping[str, str],  # noqa: ARG002 - the real registry's signature
-        optional: Sequence[str],  # noqa: ARG002
-        outputs: Mapping[str, str],  # noqa: ARG002
-        interval: float | None,  # noqa: ARG002
-        parameters: Mapping[str, Any],  # noqa: ARG002
-        metrics: Mapping[str, float],  # noqa: ARG002
-        tables: Mapping[str, pd.DataFrame],  # noqa: ARG002
-        plots: Mapping[str, bytes],  # noqa: ARG002
+        interface: ModelInterface,  # noqa: ARG002 - the real registry's signature
+        record: RunRecord,  # noqa: ARG002
         alias: str | None = "challenger",
     ) -> MemoryVersion:
         """Keep the pack, and give the version an alias."""

@@ -10,6 +10,7 @@ import pandas as pd
 from pipeline.models.boosters import encode_booster
 from pipeline.models.meta_model import Generation, answer_columns, group_id
 from pipeline.models.pack import PackedRun, build_model_spec, write_pack
+from pipeline.models.registry import ModelInterface, RunRecord
 from pipeline.spec import FleetSpec, parse_spec
 
 ASKED = "asked"
@@ -122,14 +123,10 @@ def asked_rows(n: int, seed: int = 0, first: int = 0) -> pd.DataFrame:
 
 def register_asked(registry: Any, pack: Path, fleet_version: str, *, champion: bool = True) -> Any:
     """Register a pack as a fleet's is; the version."""
-    nothing: dict[str, Any] = {"parameters": {}, "metrics": {}, "tables": {}, "plots": {}}
-    shape = {
-        "inputs": INPUTS,
-        "optional": [],
-        "outputs": answer_columns("regression"),
-        "interval": 0.8,
-    }
-    version = registry.register(ASKED, fleet_version, pack=pack, **shape, **nothing)
+    interface = ModelInterface(INPUTS, [], answer_columns("regression"), 0.8)
+    version = registry.register(
+        ASKED, fleet_version, pack=pack, interface=interface, record=RunRecord()
+    )
     if champion:
         registry.promote(version)
     return version

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from pipeline.models.meta_model import (
     read_index,
 )
 from pipeline.models.pack import PackedRun, write_pack
+from pipeline.models.registry import ModelInterface, RunRecord
 from pipeline.testing.doubles import MemoryRegistry
 from resources.mlflow_registry import CHALLENGER, CHAMPION, MlflowRegistry, input_types
 
@@ -93,18 +95,22 @@ def registry(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
 
 
 def register(registry: Any, name: str, fleet_version: str, pack: Path, **changes: Any) -> Any:
-    given: dict[str, Any] = {
-        "inputs": {"store": "string", "x": "double"},
-        "optional": [],
-        "outputs": answer_columns("regression"),
-        "interval": 0.8,
-        "parameters": {"pooling": "blend"},
-        "metrics": {"fleet_rmse": 1.5},
-        "tables": {"ledger.json": pd.DataFrame({"group_id": ["[]"]})},
-        "plots": {"training.png": b"\x89PNG"},
-        **changes,
-    }
-    return registry.register(name, fleet_version, pack=pack, **given)
+    interface = ModelInterface(
+        {"store": "string", "x": "double"}, [], answer_columns("regression"), 0.8
+    )
+    record = RunRecord(
+        parameters={"pooling": "blend"},
+        metrics={"fleet_rmse": 1.5},
+        tables={"ledger.json": pd.DataFrame({"group_id": ["[]"]})},
+        plots={"training.png": b"\x89PNG"},
+    )
+    alias = {"alias": changes.pop("alias")} if "alias" in changes else {}
+    of_interface = {field.name for field in fields(interface)}
+    interface = replace(interface, **{n: v for n, v in changes.items() if n in of_interface})
+    record = replace(record, **{n: v for n, v in changes.items() if n not in of_interface})
+    return registry.register(
+        name, fleet_version, pack=pack, interface=interface, record=record, **alias
+    )
 
 
 def test_a_version_goes_from_challenger_to_champion(
