@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from pyspark.sql import Column, DataFrame, SparkSession, Window
+from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as sf
 
 from pipeline.models.meta_model import GroupKey
@@ -182,7 +182,6 @@ def sum_moments(
 
 
 def measure_groups(
-    spark: SparkSession,
     judged: DataFrame,
     spec: FleetSpec,
     skills: Mapping[GroupKey, GroupSkill],
@@ -196,7 +195,6 @@ def measure_groups(
     Of the fleet, the pooled model, the constant and the baselines.
 
     Args:
-        spark: the session.
         judged: as from `judged_rows`.
         spec: the fleet.
         skills: weights by group.
@@ -213,7 +211,7 @@ def measure_groups(
     """
     constant = constant_column(constants, classes)
     report = judged.where("split = 'report'")
-    report, fleet = _with_blended_answer(spark, report, spec, skills, has_model, constant)
+    report, fleet = _with_blended_answer(report, spec, skills, has_model, constant)
     titles = list(spec.all_baselines)
     if titles:
         report = report.join(baseline_answers(rows, spec), "row_key", "left")
@@ -252,7 +250,6 @@ def measure_groups(
 
 
 def _with_blended_answer(
-    spark: SparkSession,
     report: DataFrame,
     spec: FleetSpec,
     skills: Mapping[GroupKey, GroupSkill],
@@ -267,7 +264,7 @@ def _with_blended_answer(
             if level == grain and (group in has_model[grain] or skill.is_cut):
                 weights.append((group, skill.weight, skill.is_cut))
         columns = f"_g{grain} string, _w{grain} double, _cut{grain} boolean"
-        table = sf.broadcast(spark.createDataFrame(weights, columns))
+        table = sf.broadcast(report.sparkSession.createDataFrame(weights, columns))
         report = report.join(table, sf.col("group_ids")[grain] == sf.col(f"_g{grain}"), "left")
         weight, own = sf.coalesce(sf.col(f"_w{grain}"), sf.lit(0.0)), sf.col(f"p{grain}")
         blended = weight * own + (1 - weight) * answer

@@ -1,7 +1,7 @@
 """Feature importance per group, on Spark: boosters and rows meet in the workers."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from pipeline.spark.files import FileWriter, file_json, file_of_json
 from pipeline.spark.keys import finite
 from pipeline.spark.rows import grain_column, has_weight, limited_rows, visible_rows
 from pipeline.spec import FleetSpec
+from pipeline.storage import WrittenFile
 from pipeline.tables import BOOSTERS, IMPORTANCE
 from pipeline.training.worker import rows_in_pandas
 
@@ -67,8 +68,7 @@ def write_importance(
         run: the run manifest.
         ledger: the run's rows.
     """
-    run_id, model_spec, store = run.run_id, run.model_spec, tables.tables
-    location = tables.location(IMPORTANCE)
+    store, location = tables.tables, tables.location(IMPORTANCE)
     having = ledger[ledger["booster_id"].notna()][[*GROUP, "wave", "booster_id"]]
     before, known = _known(tables, location, run)
     # A group's id tells its grain, too.
@@ -76,38 +76,47 @@ def write_importance(
     copied, wanted = having[is_known], having[~is_known]
     parts = []
     if len(copied):
-        named = spark.createDataFrame(
-            copied[["group_id", "booster_id"]], "group_id string, booster_id string"
-        )
         earlier = store.read_spark(spark, location, partitions={"run_id": [before]})
-        same = earlier.join(
-            sf.broadcast(named), ["group_id", "booster_id"], "left_semi"
-        ).withColumn("run_id", sf.lit(run_id))
-        parts.append(same.withColumn("error", sf.lit(None).cast("string")).select(_LOOKED_AT.names))
+        parts.append(_copy(earlier, copied, run.run_id))
     if len(wanted):
         visible = visible_rows(features, run.cutoffs.as_of).where(has_weight(spec))
         rows = limited_rows(visible, spec, run.limit_groups)
-        booster_store = tables.location(BOOSTERS)
-        boosters = store.read_spark(
-            spark, booster_store, partitions={"wave": sorted(set(wanted["wave"]))}
-        )
-        parts.append(
-            explain_groups(
-                rows, boosters, wanted, spec, model_spec, run_id=run_id, where=booster_store
-            )
-        )
-    files, failed = [], {}
-    if parts:
-        frame = parts[0] if len(parts) == 1 else parts[0].unionByName(parts[1])
-        with without_adaptive_execution(spark):
-            lines = frame.mapInArrow(
-                _writer(location, dict(store.storage_options)), "kind string, line string"
-            ).collect()
-        told = [(line["kind"], json.loads(line["line"])) for line in lines]
-        files = [file_of_json(line) for kind, line in told if kind == "file"]
-        failed = {line["group_id"]: line["error"] for kind, line in told if kind == "error"}
-    store.commit(location, files, IMPORTANCE.schema, mode="overwrite", partition={"run_id": run_id})
+        booster_store, waves = tables.location(BOOSTERS), sorted(set(wanted["wave"]))
+        boosters = store.read_spark(spark, booster_store, partitions={"wave": waves})
+        parts.append(explain_groups(rows, boosters, wanted, spec, run, booster_store))
+    files, failed = _write(parts, location, dict(store.storage_options))
+    partition = {"run_id": run.run_id}
+    store.commit(location, files, IMPORTANCE.schema, mode="overwrite", partition=partition)
     return ImportanceResult(len(having), len(copied), failed)
+
+
+def _copy(earlier: DataFrame, copied: pd.DataFrame, run_id: str) -> DataFrame:
+    """The rows of an earlier run for groups whose booster is the same."""
+    named = earlier.sparkSession.createDataFrame(
+        copied[["group_id", "booster_id"]], "group_id string, booster_id string"
+    )
+    same = earlier.join(sf.broadcast(named), ["group_id", "booster_id"], "left_semi")
+    same = same.withColumn("run_id", sf.lit(run_id))
+    return same.withColumn("error", sf.lit(None).cast("string")).select(_LOOKED_AT.names)
+
+
+def _write(
+    parts: Sequence[DataFrame], location: str, options: Mapping[str, str]
+) -> tuple[list[WrittenFile], dict[str, str]]:
+    """Write rows from the tasks; the files, and why groups have none, by their id."""
+    if not parts:
+        return [], {}
+    frame = parts[0] if len(parts) == 1 else parts[0].unionByName(parts[1])
+    with without_adaptive_execution(frame.sparkSession):
+        rows = frame.mapInArrow(_writer(location, options), "kind string, line string").collect()
+    files, failed = [], {}
+    for row in rows:
+        told = json.loads(row["line"])
+        if row["kind"] == "file":
+            files.append(file_of_json(told))
+        else:
+            failed[told["group_id"]] = told["error"]
+    return files, failed
 
 
 def _known(tables: FleetTables, location: str, run: RunManifest) -> tuple[str, pd.MultiIndex]:
@@ -132,9 +141,7 @@ def explain_groups(
     boosters: DataFrame,
     wanted: pd.DataFrame,
     spec: FleetSpec,
-    model_spec: ModelSpec,
-    *,
-    run_id: str,
+    run: RunManifest,
     where: str,
 ) -> DataFrame:
     """Importance of every feature in every wanted group.
@@ -144,50 +151,57 @@ def explain_groups(
         boosters: rows of the booster store.
         wanted: grain, group_id, wave and booster_id.
         spec: the fleet.
-        model_spec: of the run.
-        run_id: of the run.
+        run: that trained them.
         where: the booster store, for messages.
 
     Returns:
         The columns of `tables.IMPORTANCE`, and error: null, or why a group has this one row and no
         other.
     """
-    spark = rows.sparkSession
     schema = "grain int, group_id string, wave string, booster_id string"
-    named = sf.broadcast(spark.createDataFrame(wanted.astype({"grain": "int32"}), schema))
-    asked = newest_rows(rows, wanted, spec).groupBy(*GROUP)
-    stored = (
-        boosters.select("wave", "booster_id", "sha256", "n_bytes", "text")
-        .join(named, ["wave", "booster_id"])
-        .groupBy(*GROUP)
-    )
+    groups = rows.sparkSession.createDataFrame(wanted.astype({"grain": "int32"}), schema)
+    sample = newest_rows(rows, wanted, spec).groupBy(*GROUP)
+    texts = boosters.select("wave", "booster_id", "sha256", "n_bytes", "text")
+    stored = texts.join(sf.broadcast(groups), ["wave", "booster_id"]).groupBy(*GROUP)
+    run_id, model_spec = run.run_id, run.model_spec
 
-    def look(
+    def explain(
         key: tuple[pa.Scalar, ...], rows_of_group: pa.Table, boosters_of_group: pa.Table
     ) -> pa.Table:
         keep_imports()
         grain, group = (value.as_py() for value in key)
-        told: dict[str, Any] = {
+        place: dict[str, Any] = {
             "run_id": run_id,
             "grain": grain,
             "grain_name": grain_name(model_spec.grains[grain]),
             "group_id": group,
         }
         try:
-            if not boosters_of_group.num_rows:
-                raise LookupError(f"{where} lacks the booster that the ledger names; train again")  # noqa: TRY301 - told as any other
-            booster = boosters_of_group.slice(0, 1).to_pylist()[0]
-            sample = rows_in_pandas(rows_of_group.sort_by("_place"), model_spec)
-            found = group_importance(load_booster(booster, where), sample, model_spec).assign(
-                **told, booster_id=booster["booster_id"], error=None
-            )
+            found = _explain_group(rows_of_group, boosters_of_group, model_spec, where)
+            found = found.assign(**place, error=None)
             return pa.Table.from_pandas(found, schema=_LOOKED_AT, preserve_index=False)
         except Exception as error:  # noqa: BLE001 - one group ends nothing but itself
-            return pa.Table.from_pylist(
-                [{**told, "error": f"{type(error).__name__}: {error}"}], schema=_LOOKED_AT
-            )
+            why = f"{type(error).__name__}: {error}"
+            return pa.Table.from_pylist([{**place, "error": why}], schema=_LOOKED_AT)
 
-    return asked.cogroup(stored).applyInArrow(look, from_arrow_schema(_LOOKED_AT))
+    return sample.cogroup(stored).applyInArrow(explain, from_arrow_schema(_LOOKED_AT))
+
+
+def _explain_group(
+    rows: pa.Table, boosters: pa.Table, model_spec: ModelSpec, where: str
+) -> pd.DataFrame:
+    """Importance of every feature in one group's booster.
+
+    Raises:
+        LookupError: if the booster is missing.
+        PackError: if it is damaged.
+    """
+    if not boosters.num_rows:
+        raise LookupError(f"{where} lacks the booster that the ledger names; train again")
+    booster = boosters.slice(0, 1).to_pylist()[0]
+    sample = rows_in_pandas(rows.sort_by("_place"), model_spec)
+    found = group_importance(load_booster(booster, where), sample, model_spec)
+    return found.assign(booster_id=booster["booster_id"])
 
 
 def newest_rows(

@@ -50,7 +50,7 @@ def judge_run(
     if held_out is not None:
         judged = judged_rows(held_out, spec, run.cutoffs, run.constants, has_model).persist()
         try:
-            skills, measures = _judge(spark, judged, run, spec, has_model)
+            skills, measures = _judge(judged, run, spec, has_model)
         finally:
             judged.unpersist()
     known = {GroupKey.of(row) for row in rows}
@@ -60,7 +60,6 @@ def judge_run(
 
 
 def _judge(
-    spark: SparkSession,
     judged: DataFrame,
     run: PlannedRun,
     spec: FleetSpec,
@@ -74,9 +73,7 @@ def _judge(
         judged, spec, skills, has_model, run.constants, classes, run.cutoffs.report_start
     )
     report_rows = run.rows.where(sf.col("time") >= moment_column(run.cutoffs.report_start))
-    measures = measure_groups(
-        spark, judged, spec, skills, run.constants, has_model, classes, report_rows
-    )
+    measures = measure_groups(judged, spec, skills, run.constants, has_model, classes, report_rows)
     return skills, measures
 
 

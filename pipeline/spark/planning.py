@@ -1,5 +1,6 @@
 """Planning a training run: what Spark counts, and the layout that follows from it."""
 
+import pandas as pd
 from pyspark.sql import DataFrame
 
 from pipeline.errors import DataError
@@ -47,14 +48,7 @@ def plan_run(
     rows = limited_rows(visible_rows(features, as_of), spec, request.limit_groups)
     newest = newest_time(rows, spec.target.column)
     if newest is None:
-        known = features.where("NOT is_future").selectExpr(
-            "string(min(known_at))", "string(max(known_at))"
-        )
-        earliest, latest = known.collect()[0]
-        raise DataError(
-            f"as of {as_of} no row is known yet; known_at runs from {earliest} to {latest}: choose "
-            "an as-of within or after it"
-        )
+        raise _nothing_known(features, as_of)
     cutoffs = resolve_cutoffs(spec.splits, as_of, newest, spec.timezone)
     categories = choose_categories(
         count_categories(rows, spec, cutoffs),
@@ -80,4 +74,16 @@ def plan_run(
         slots=context.slots,
         threads=context.threads,
         own=own,
+    )
+
+
+def _nothing_known(features: DataFrame, as_of: pd.Timestamp) -> DataError:
+    """What is said of an as-of before any row was known."""
+    known = features.where("NOT is_future").selectExpr(
+        "string(min(known_at))", "string(max(known_at))"
+    )
+    earliest, latest = known.collect()[0]
+    return DataError(
+        f"as of {as_of} no row is known yet; known_at runs from {earliest} to {latest}: "
+        "choose an as-of within or after it"
     )

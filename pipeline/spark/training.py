@@ -3,9 +3,10 @@
 import json
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -32,6 +33,7 @@ from pipeline.spark.placement import (
 from pipeline.spark.progress import Progress, Report
 from pipeline.spark.rows import grain_column, is_learnt_from
 from pipeline.spec import FleetSpec
+from pipeline.storage import WrittenFile
 from pipeline.tables import BOOSTERS, HOLDOUT
 from pipeline.training.trainer import RATE, TrainingSettings, train_group
 from pipeline.training.worker import (
@@ -43,6 +45,9 @@ from pipeline.training.worker import (
     not_started,
     stream_of,
 )
+
+# Beside each row, where a fleet is sampled: the rows of its finest group.
+_FINEST_ROWS = "_finest_rows"
 
 
 @dataclass(frozen=True)
@@ -88,12 +93,30 @@ def placed_rows(
         The columns that training reads, grain, group_id, task and its salt and, where a group is
         sampled, the row's sampling rate.
     """
-    n_tasks = int(groups["task"].max()) + 1
-    if groups["task"].min() < 0:
+    where, n_tasks = _places(spark, groups)
+    known = rows.where(is_learnt_from(spec))
+    needed = _needed_columns(spec)
+    is_sampled = bool(groups["exponent"].any())
+    if is_sampled:
+        known, needed = _with_rates(known, spec), [*needed, _FINEST_ROWS]
+    columns = [f"`{name}`" for name in needed]
+    level = grain_column(spec, sorted(set(groups["grain"]))).alias("_level")
+    flat = known.select(level, *columns).select("_level.grain", "_level.group_id", *columns)
+    placed = flat.join(sf.broadcast(where), ["grain", "group_id"])
+    if is_sampled:
+        placed = _sample(placed)
+    if bases is not None:
+        placed = placed.join(bases, "row_key", "left")
+    return place_by_salt(placed.drop("exponent"), n_tasks)
+
+
+def _places(spark: SparkSession, groups: pd.DataFrame) -> tuple[DataFrame, int]:
+    """Each group's task, the task's salt and the group's sampling exponent; and the tasks' number."""
+    first, last = groups["task"].min(), groups["task"].max()
+    n_tasks = int(last) + 1
+    if first < 0:
         # A negative id would be given another task's salt, silently.
-        raise AssertionError(
-            f"task ids {groups['task'].min()}..{groups['task'].max()} are not within 0..{n_tasks - 1}"
-        )
+        raise AssertionError(f"task ids {first}..{last} are not within 0..{n_tasks - 1}")
     columns = {
         "grain": "int32",
         "group_id": "str",
@@ -101,49 +124,34 @@ def placed_rows(
         SALT: "int32",
         "exponent": "int32",
     }
+    salts = find_salts(n_tasks)[groups["task"].to_numpy(dtype=np.int64)]
+    salted = groups.assign(**{SALT: salts})[list(columns)].astype(columns)
     schema = f"grain int, group_id string, task int, {SALT} int, exponent int"
-    salted = groups.assign(**{SALT: find_salts(n_tasks)[groups["task"].to_numpy(dtype=np.int64)]})
-    where = spark.createDataFrame(salted[list(columns)].astype(columns), schema)
+    return spark.createDataFrame(salted, schema), n_tasks
+
+
+def _needed_columns(spec: FleetSpec) -> list[str]:
+    """What training reads of a row."""
     target = spec.target
-    learnt = [
-        name
-        for name in (target.column, target.offset, target.scale, target.weight)
-        if name is not None
-    ]
-    needed = list(
-        dict.fromkeys([*spec.finest, *spec.feature_columns, *learnt, "time", "known_at", "row_key"])
-    )
-    known = rows.where(is_learnt_from(spec))
-    extra: list[str] = []
-    if groups["exponent"].any():
-        known, extra = _with_rates(known, spec), ["_finest_rows"]
-    levels = sf.col("_level")
-    exploded = known.select(
-        grain_column(spec, sorted(set(groups["grain"]))).alias("_level"),
-        *(f"`{name}`" for name in [*needed, *extra]),
-    )
-    flat = exploded.select(
-        levels["grain"].alias("grain"),
-        levels["group_id"].alias("group_id"),
-        *(f"`{name}`" for name in [*needed, *extra]),
-    )
-    placed = flat.join(sf.broadcast(where), ["grain", "group_id"])
-    if extra:
-        # The share of its finest group's rows that stays: 1, 1/2, 1/4 ..., but never less than
-        # SAMPLED_WHOLE rows.
-        rate = sf.greatest(
-            sf.pow(sf.lit(0.5), sf.col("exponent")),
-            sf.pow(sf.lit(2.0), sf.ceil(sf.log2(SAMPLED_WHOLE / sf.col("_finest_rows")))),
-        )
-        placed = placed.withColumn(
-            RATE, sf.when(sf.col("exponent") > 0, sf.least(sf.lit(1.0), rate)).otherwise(1.0)
-        )
-        # By the row's own hash, so that a row that is in a sample stays in it from run to run.
-        share = sf.pmod(sf.xxhash64("row_key"), sf.lit(1 << 30)) / float(1 << 30)
-        placed = placed.where(share < sf.col(RATE)).drop("_finest_rows")
-    if bases is not None:
-        placed = placed.join(bases, "row_key", "left")
-    return place_by_salt(placed.drop("exponent"), n_tasks)
+    of_target = (target.column, target.offset, target.scale, target.weight)
+    learnt = [name for name in of_target if name is not None]
+    needed = [*spec.finest, *spec.feature_columns, *learnt, "time", "known_at", "row_key"]
+    return list(dict.fromkeys(needed))
+
+
+def _sample(placed: DataFrame) -> DataFrame:
+    """The rows that stay in their group's sample, with their rate.
+
+    The share of its finest group's rows that stays is 1, 1/2, 1/4 ..., but never less than
+    `SAMPLED_WHOLE` rows.
+    """
+    thinned = sf.pow(sf.lit(0.5), sf.col("exponent"))
+    least = sf.pow(sf.lit(2.0), sf.ceil(sf.log2(SAMPLED_WHOLE / sf.col(_FINEST_ROWS))))
+    rate = sf.least(sf.lit(1.0), sf.greatest(thinned, least))
+    placed = placed.withColumn(RATE, sf.when(sf.col("exponent") > 0, rate).otherwise(1.0))
+    # By the row's own hash, so that a row that is in a sample stays in it from run to run.
+    share = sf.pmod(sf.xxhash64("row_key"), sf.lit(1 << 30)) / float(1 << 30)
+    return placed.where(share < sf.col(RATE)).drop(_FINEST_ROWS)
 
 
 def _with_rates(rows: DataFrame, spec: FleetSpec) -> DataFrame:
@@ -155,7 +163,7 @@ def _with_rates(rows: DataFrame, spec: FleetSpec) -> DataFrame:
     # be told apart.
     keys = {f"_key_{number}": sf.col(f"`{key}`") for number, key in enumerate(spec.finest)}
     counted = rows.groupBy(*(column.alias(name) for name, column in keys.items())).agg(
-        sf.count("*").alias("_finest_rows")
+        sf.count("*").alias(_FINEST_ROWS)
     )
     same = [column.eqNullSafe(sf.col(name)) for name, column in keys.items()]
     joined = rows.join(counted, same, "left") if keys else rows.crossJoin(counted)
@@ -180,26 +188,19 @@ def train_wave(
         settings: the run's.
         progress: counts what is done.
     """
-    roots = {contract.name: tables.location(contract) for contract in (BOOSTERS, HOLDOUT)}
-    options, train, memory_bytes = (
-        dict(tables.tables.storage_options),
-        context.train,
-        context.memory_bytes,
-    )
-    groups = wave.groups
-    keys = GroupKey.of_rows(groups)
-    starts = dict(zip(keys, groups["started_from"], strict=True))
-    costs = dict(zip(keys, groups["cost_seconds"].astype(float), strict=True))
-    name, run_id, start_seconds = wave.name, settings.run_id, wave.start_seconds
+    train, memory_bytes = context.train, context.memory_bytes
+    keys = GroupKey.of_rows(wave.groups)
+    starts = dict(zip(keys, wave.groups["started_from"], strict=True))
+    costs = dict(zip(keys, wave.groups["cost_seconds"].astype(float), strict=True))
+    name, start_seconds = wave.name, wave.start_seconds
     done, failed, worked, spent = progress.done, progress.failed, progress.worked, progress.spent
     travelling, moments = travel_types(placed, named_columns(settings.model_spec))
 
     def train_one(rows: pd.DataFrame) -> pd.DataFrame:
         if start_seconds is not None and _is_over(name, start_seconds):
             return _sealed(not_started(rows))
-        outcome = _worker_of(name, settings, starts, train, memory_bytes).train(
-            restore_moments(rows, moments)
-        )
+        worker = _worker_of(name, settings, starts, train, memory_bytes)
+        outcome = worker.train(restore_moments(rows, moments))
         ledger = json.loads(outcome["ledger"][0].as_py())
         done.add(1)
         if ledger["status"] in ("failed", "crashed"):
@@ -208,56 +209,66 @@ def train_wave(
         spent.add(float(ledger.get("seconds") or 0.0))
         return _sealed(outcome)
 
+    trained = group_placed(travelling).applyInPandas(train_one, "outcome binary")
+    write = _writer(tables, name, settings.run_id)
+    rows = trained.mapInArrow(write, "kind string, line string").collect()
+    return _collect(rows)
+
+
+def _writer(
+    tables: FleetTables, wave: str, run_id: str
+) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    """What a task does with its outcomes: boosters and holdout rows into files.
+
+    It gives the driver a line of JSON per group, and one per file.
+    """
+    boosters_root, holdout_root = tables.location(BOOSTERS), tables.location(HOLDOUT)
+    options = dict(tables.tables.storage_options)
+    of_booster = [name for name in OUTCOME_SCHEMA.names if name in BOOSTERS.schema.names]
+
     def write(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         keep_imports()
-        boosters = FileWriter(roots["boosters"], options, BOOSTERS.schema)
-        holdout = FileWriter(roots["holdout"], options, HOLDOUT.schema)
+        boosters = FileWriter(boosters_root, options, BOOSTERS.schema)
+        holdout = FileWriter(holdout_root, options, HOLDOUT.schema)
         for batch in batches:
-            rows = pa.concat_tables(
-                [OUTCOME_SCHEMA.empty_table(), *map(_opened, batch["outcome"].to_pylist())]
-            )
-            trained = rows.filter(rows["text"].is_valid())
-            boosters.write(
-                _marked(
-                    trained.select(
-                        [
-                            field.name
-                            for field in OUTCOME_SCHEMA
-                            if field.name in BOOSTERS.schema.names
-                        ]
-                    ),
-                    name,
-                    run_id,
-                )
-            )
-            streams = [_opened(part) for part in rows["holdout"].drop_null().to_pylist()]
-            if streams:
-                holdout.write(_marked(pa.concat_tables(streams), name, run_id))
-            lines = [
-                {"grain": row["grain"], "group_id": row["group_id"], **json.loads(row["ledger"])}
-                for row in rows.select(["grain", "group_id", "ledger"]).to_pylist()
-            ]
-            yield pa.RecordBatch.from_pydict(
-                {"kind": ["outcome"] * len(lines), "line": [json.dumps(line) for line in lines]}
-            )
+            outcomes = [_opened(sealed) for sealed in batch["outcome"].to_pylist()]
+            rows = pa.concat_tables([OUTCOME_SCHEMA.empty_table(), *outcomes])
+            has_booster = rows.filter(rows["text"].is_valid())
+            boosters.write(_marked(has_booster.select(of_booster), wave, run_id))
+            held_out = [_opened(part) for part in rows["holdout"].drop_null().to_pylist()]
+            if held_out:
+                holdout.write(_marked(pa.concat_tables(held_out), wave, run_id))
+            lines = []
+            for row in rows.select(["grain", "group_id", "ledger"]).to_pylist():
+                key = {"grain": row["grain"], "group_id": row["group_id"]}
+                lines.append(json.dumps({**key, **json.loads(row["ledger"])}))
+            yield _lines("outcome", lines)
         for table, writer in (("boosters", boosters), ("holdout", holdout)):
-            if (written := writer.close()) is not None:
-                yield pa.RecordBatch.from_pydict(
-                    {"kind": ["file"], "line": [file_json(table, written)]}
-                )
+            written = writer.close()
+            if written is not None:
+                yield _lines("file", [file_json(table, written)])
 
-    trained = group_placed(travelling).applyInPandas(train_one, "outcome binary")
-    rows = trained.mapInArrow(write, "kind string, line string").collect()
-    files = [json.loads(row["line"]) for row in rows if row["kind"] == "file"]
-    outcomes = [json.loads(row["line"]) for row in rows if row["kind"] == "outcome"]
-    return TrainedFiles(
-        outcomes=[outcome for outcome in outcomes if outcome["status"] != NOT_STARTED],
-        not_started=[
-            GroupKey.of(outcome) for outcome in outcomes if outcome["status"] == NOT_STARTED
-        ],
-        boosters=[file_of_json(file) for file in files if file["table"] == "boosters"],
-        holdout=[file_of_json(file) for file in files if file["table"] == "holdout"],
-    )
+    return write
+
+
+def _lines(kind: str, lines: list[str]) -> pa.RecordBatch:
+    return pa.RecordBatch.from_pydict({"kind": [kind] * len(lines), "line": lines})
+
+
+def _collect(rows: Iterable[Any]) -> TrainedFiles:
+    """What the tasks of a wave told the driver."""
+    files: dict[str, list[WrittenFile]] = {"boosters": [], "holdout": []}
+    outcomes: list[dict[str, Any]] = []
+    left: list[GroupKey] = []
+    for row in rows:
+        told = json.loads(row["line"])
+        if row["kind"] == "file":
+            files[told["table"]].append(file_of_json(told))
+        elif told["status"] == NOT_STARTED:
+            left.append(GroupKey.of(told))
+        else:
+            outcomes.append(told)
+    return TrainedFiles(outcomes, files["boosters"], files["holdout"], left)
 
 
 def train_aside(
