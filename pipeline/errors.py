@@ -3,6 +3,7 @@
     FleetError
     ├── SpecError       the author of defs.yaml or features.sql; also a ValueError
     ├── DataError       whoever owns the data
+    │   └── UnreadableFile  the same; a stream sets such a file aside and goes on
     ├── StoreError      whoever owns storage: Delta tables, disks, object stores, the registry
     └── ModelNotFound   whoever asked for a model that is not there; also a KeyError
 
@@ -21,6 +22,10 @@ class SpecError(FleetError, ValueError):
 
 class DataError(FleetError):
     """The data breaks a contract: a column is missing, a key is doubled, a type cannot be read."""
+
+
+class UnreadableFile(DataError):
+    """A file is damaged, incomplete, or not of the format that its name tells."""
 
 
 class StoreError(FleetError):

@@ -17,7 +17,7 @@ import pyarrow.csv as pv
 import pyarrow.fs as pf
 import pyarrow.json as pj
 
-from pipeline.errors import DataError
+from pipeline.errors import UnreadableFile
 
 Kind = Literal["parquet", "csv", "json"]
 Compression = Literal["gzip", "zip"]
@@ -183,7 +183,7 @@ def json_blocks() -> pj.ReadOptions:
 
 def unreadable(
     name: str, kind: Kind, error: Exception, next_step: str = "repair or remove the file"
-) -> DataError:
+) -> UnreadableFile:
     """The error about a file that cannot be read.
 
     Args:
@@ -192,4 +192,4 @@ def unreadable(
         error: of the reader.
         next_step: what to do about it.
     """
-    return DataError(f"{name} cannot be read as {_KIND_NAMES[kind]} ({error}); {next_step}")
+    return UnreadableFile(f"{name} cannot be read as {_KIND_NAMES[kind]} ({error}); {next_step}")

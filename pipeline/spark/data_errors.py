@@ -10,7 +10,7 @@ from pyspark.sql import functions as sf
 from pyspark.sql import types as st
 
 from pipeline import errors
-from pipeline.errors import DataError, FleetError, SpecError, StoreError
+from pipeline.errors import DataError, FleetError, SpecError, StoreError, UnreadableFile
 from pipeline.models.meta_model import InputError, PackError
 
 # Conditions in which a value does not fit the type that the SQL wants it in.
@@ -23,6 +23,7 @@ _QUOTED = re.compile(r"'((?:[^']|'')*)'")
 _OURS: dict[str, type[FleetError]] = {
     "InputError": DataError,
     "PackError": StoreError,
+    "UnreadableFile": UnreadableFile,
     **{
         name: getattr(errors, name)
         for name in ("SpecError", "DataError", "StoreError", "ModelNotFound")

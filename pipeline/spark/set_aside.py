@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.errors import DataError
+from pipeline.errors import UnreadableFile
 from pipeline.reading.files import RowFile
 from pipeline.spark.files import Batches
 
@@ -77,13 +77,14 @@ class SetAside:
         """Whether a file can be read to its end; called by tasks. One that cannot is noted.
 
         Raises:
-            DataError: if it cannot, and the checkpoint is not in reach of this task.
+            UnreadableFile: if it cannot, and the checkpoint is not in reach of this task.
+            DataError: if it lacks columns, which waiting does not mend; this ends the stream.
         """
         found = Path(file.path).stat()
         try:
             for _ in rows(file):
                 pass
-        except DataError as error:
+        except UnreadableFile as error:
             if not self._attempt.is_dir():
                 raise
             entry = FileSetAside(file.path, found.st_size, found.st_mtime_ns, str(error))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.errors import DataError, FleetError, StoreError
+from pipeline.errors import DataError, FleetError, StoreError, UnreadableFile
 from pipeline.models.meta_model import InputError, PackError
 from pipeline.spark.data_errors import in_error_tree, readable_model_errors
 
@@ -25,6 +25,11 @@ from pipeline.spark.data_errors import in_error_tree, readable_model_errors
             RuntimeError("x\npipeline.models.meta_model.PackError: chains.parquet differs\n"),
             StoreError,
             "chains.parquet differs",
+        ),
+        (
+            RuntimeError("x\npipeline.errors.UnreadableFile: a.csv cannot be read as csv\n"),
+            UnreadableFile,
+            "a.csv cannot be read as csv",
         ),
     ],
 )
