@@ -20,17 +20,17 @@ from pipeline.models.promotion import (
     CAN_OPEN,
     GATES,
     NEW_RECIPE,
+    ComparedRun,
     Gate,
     Judgement,
-    Side,
     answers_differ,
     earlier_recipes,
     found_elsewhere,
-    held_back,
+    hold_back,
     judge_challenger,
     may_serve,
     number_before,
-    overridden,
+    override_decisions,
     rolled_back,
     stays,
     with_refits,
@@ -39,7 +39,7 @@ from pipeline.runs.decisions import Decisions
 from pipeline.runs.fleet_tables import FleetTables
 from pipeline.runs.manifest import RunManifest
 from pipeline.runs.plan import refuse_unknown
-from pipeline.spark.comparison import Contest, judge
+from pipeline.spark.comparison import Comparison, judge
 from pipeline.spec import FleetSpec
 from pipeline.tables import DECISIONS
 from resources.launch_settings import LaunchSettings
@@ -152,7 +152,7 @@ class Deciding:
         gates = [*judge_challenger(ledger, model.groups()), *judgement.gates]
         if not may_serve(gates, is_first=serving_model is None, decision=self.launch.decision):
             return Outcome(
-                _decision_columns(held_back(judgement)), gates, before, before, challenger
+                _decision_columns(hold_back(judgement)), gates, before, before, challenger
             )
         after: Version | None = challenger
         if not judgement.is_whole:
@@ -161,20 +161,22 @@ class Deciding:
 
     def _contest(
         self, challenger: Version, ledger: pd.DataFrame, serving_model: FleetModel | None
-    ) -> Contest:
+    ) -> Comparison:
         """The challenger, and who answers now."""
         run = self._run_of(challenger)
         serving: dict[GroupKey, str] = {}
-        champions: dict[str, Side] = {}
+        champions: dict[str, ComparedRun] = {}
         if serving_model is not None:
             serving = serving_model.serving()
             for generation in serving_model.generations:
                 version = generation.fleet_version
                 if version in serving.values():
-                    champions[version] = Side.of_ledger(generation, self.tables.ledger(version))
-        return Contest(
+                    champions[version] = ComparedRun.of_ledger(
+                        generation, self.tables.ledger(version)
+                    )
+        return Comparison(
             run=run,
-            challenger=Side.of_ledger(run.generation, ledger),
+            challenger=ComparedRun.of_ledger(run.generation, ledger),
             champions=champions,
             serving=serving,
             rolled_back=self._decisions.rolled_back_from(challenger.fleet_version),
@@ -198,7 +200,7 @@ class Deciding:
             )
         return run
 
-    def _judgement(self, contest: Contest) -> Judgement:
+    def _judgement(self, contest: Comparison) -> Judgement:
         """What the tests, or a person, say of each group of the challenger."""
         if contest.serving:
             kinds = list(contest.kinds().values())
@@ -210,11 +212,11 @@ class Deciding:
             self.spark.training_context(no_progress), self.tables, features, self.spec, contest
         )
         decision, groups = self.launch.decision, self.launch.decision_groups
-        return overridden(judged, decision, groups, contest.challenger.fleet_version)
+        return override_decisions(judged, decision, groups, contest.challenger.fleet_version)
 
     def _combine(
         self,
-        contest: Contest,
+        contest: Comparison,
         judgement: Judgement,
         challenger: FleetModel,
         serving: FleetModel | None,
@@ -238,7 +240,7 @@ class Deciding:
 
     @contextmanager
     def _refitted_recipes(
-        self, contest: Contest, judgement: Judgement
+        self, contest: Comparison, judgement: Judgement
     ) -> Iterator[tuple[Judgement, list[FleetModel]]]:
         """Fit the recipes that the challenger did not beat on its rows.
 

@@ -6,7 +6,7 @@ from dagster import DagsterLogManager
 
 from pipeline.spark.progress import Done, Report
 
-MOST_LINES = 80
+MAX_LINES = 80
 _MINUTE, _HOUR = 60, 3600
 # From here on a duration is told in the next larger unit.
 _IN_MINUTES, _IN_HOURS = 100, 100 * 60
@@ -23,8 +23,8 @@ def progress_lines(log: DagsterLogManager) -> Report:
 
     def report(done: Done) -> None:
         is_last = done.groups >= done.of
-        step = max(1, done.of // MOST_LINES)
-        is_due = done.groups - last[0] >= step and last[1] < MOST_LINES
+        step = max(1, done.of // MAX_LINES)
+        is_due = done.groups - last[0] >= step and last[1] < MAX_LINES
         if done.groups == last[0] or not (is_due or is_last):
             return
         last[:] = done.groups, last[1] + 1

@@ -52,7 +52,7 @@ PINNED = (
     "tune_start",
 )
 TOLERANCE = 1e-9
-SHOWN = 3
+MAX_SHOWN = 3
 # A group with fewer rows is never sampled.
 SAMPLED_WHOLE = 1000
 _UNREADABLE = (DeltaError, OSError, ValueError, KeyError, pa.ArrowException)
@@ -623,8 +623,8 @@ def _told(what: str, which: Sequence[Any]) -> list[str]:
     """One line that names the first few; none if there are none."""
     if not which:
         return []
-    more = f" and {len(which) - SHOWN} more" if len(which) > SHOWN else ""
-    return [f"{what} {', '.join(str(name) for name in which[:SHOWN])}{more}"]
+    more = f" and {len(which) - MAX_SHOWN} more" if len(which) > MAX_SHOWN else ""
+    return [f"{what} {', '.join(str(name) for name in which[:MAX_SHOWN])}{more}"]
 
 
 def main(arguments: Sequence[str]) -> int:

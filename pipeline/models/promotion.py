@@ -72,7 +72,7 @@ class Gate:
 
 
 @dataclass(frozen=True)
-class Side:
+class ComparedRun:
     """A training run as it is compared.
 
     Args:
@@ -94,7 +94,7 @@ class Side:
         return self.generation.model_spec
 
     @classmethod
-    def of_ledger(cls, generation: Generation, ledger: pd.DataFrame) -> "Side":
+    def of_ledger(cls, generation: Generation, ledger: pd.DataFrame) -> "ComparedRun":
         """From the rows of a run's ledger."""
         return cls(generation, {GroupKey.of(row): row for row in records(ledger)})
 
@@ -157,7 +157,7 @@ def is_comparable(champion: ModelSpec, challenger: ModelSpec) -> bool:
     return questions[0] == questions[1]
 
 
-def kind_of_change(key: GroupKey, champion: Side | None, challenger: Side) -> str:
+def kind_of_change(key: GroupKey, champion: ComparedRun | None, challenger: ComparedRun) -> str:
     """What a group is in the challenger, compared with the run that answers it now.
 
     Args:
@@ -335,7 +335,7 @@ class EarlierRecipes:
 
 
 def earlier_recipes(
-    decisions: pd.DataFrame, champions: Mapping[str, Side], challenger: Side
+    decisions: pd.DataFrame, champions: Mapping[str, ComparedRun], challenger: ComparedRun
 ) -> list[EarlierRecipes]:
     """The recipes that stay, one set per fleet version that has some.
 
@@ -380,7 +380,7 @@ def earlier_recipes(
     return found
 
 
-def _refit_of(side: Side, key: GroupKey) -> Start | None:
+def _refit_of(side: ComparedRun, key: GroupKey) -> Start | None:
     """How the recipe of a group is fitted again; None where its ledger row does not say enough."""
     row = side.groups.get(key)
     if row is None or row["booster_id"] is None:
@@ -410,7 +410,7 @@ def with_refits(judgement: Judgement, refits: Mapping[str, Collection[GroupKey]]
     return replace(judgement, decisions=changed)
 
 
-def overridden(
+def override_decisions(
     judgement: Judgement, decision: str, listed: Collection[str], challenger: str
 ) -> Judgement:
     """The decisions that a person takes instead of the tests.
@@ -451,7 +451,7 @@ def overridden(
     )
 
 
-def held_back(judgement: Judgement) -> pd.DataFrame:
+def hold_back(judgement: Judgement) -> pd.DataFrame:
     """The decisions of a judgement that the gates stopped: every group stays as it is."""
     rows = judgement.decisions
     would_move = rows["from_version"].fillna("") != rows["to_version"]

@@ -120,7 +120,7 @@ class Schedule:
         return START_SHARE * self._checkpoint_seconds
 
     @property
-    def most_waves(self) -> int:
+    def max_waves(self) -> int:
         """Waves that are ever under way together."""
         return WAVES_AT_ONCE + self._slots + 1
 

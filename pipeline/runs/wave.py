@@ -71,7 +71,7 @@ def train_overlapping(
     """
     token = uuid.uuid4().hex[:8]
     numbers = itertools.count()
-    pool = ThreadPoolExecutor(schedule.most_waves, thread_name_prefix="wave")
+    pool = ThreadPoolExecutor(schedule.max_waves, thread_name_prefix="wave")
     running: dict[Future[TrainedFiles | None], Wave] = {}
     try:
         while True:

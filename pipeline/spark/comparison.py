@@ -15,8 +15,8 @@ from pipeline.models.promotion import (
     NEW_GROUP,
     NOT_COMPARABLE,
     UNCHANGED,
+    ComparedRun,
     Judgement,
-    Side,
     decide,
     judge_rivals,
     kind_of_change,
@@ -49,7 +49,7 @@ FIT_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
-class Contest:
+class Comparison:
     """A challenger, and who answers now.
 
     Args:
@@ -61,8 +61,8 @@ class Contest:
     """
 
     run: RunManifest
-    challenger: Side
-    champions: Mapping[str, Side]
+    challenger: ComparedRun
+    champions: Mapping[str, ComparedRun]
     serving: Mapping[GroupKey, str]
     rolled_back: frozenset[GroupKey] = frozenset()
 
@@ -82,7 +82,7 @@ def judge(
     tables: FleetTables,
     features: DataFrame,
     spec: FleetSpec,
-    contest: Contest,
+    contest: Comparison,
 ) -> Judgement:
     """Compare every group of a challenger with what answers it now, and decide.
 
@@ -128,7 +128,7 @@ def judge(
     return Judgement(decided.assign(to_version=to_version), judge_rivals(fleet, rival_titles(spec)))
 
 
-def _is_compared(version: str, kinds: Mapping[GroupKey, str], contest: Contest) -> bool:
+def _is_compared(version: str, kinds: Mapping[GroupKey, str], contest: Comparison) -> bool:
     """Whether some group that the version answers now is compared with the challenger."""
     return any(
         contest.serving.get(key) == version and kind not in (UNCHANGED, NEW_GROUP, NOT_COMPARABLE)
@@ -155,8 +155,8 @@ def fit_twins(
     tables: FleetTables,
     rows: DataFrame,
     spec: FleetSpec,
-    contest: Contest,
-    side: Side,
+    contest: Comparison,
+    side: ComparedRun,
     held_out: DataFrame,
 ) -> Twins:
     """Fit what answers now on the rows that the challenger's own twins were fitted on.
@@ -219,7 +219,9 @@ def _instead(
     return held_out.join(replaced, ["grain", "group_id"], "left_anti").unionByName(twins)
 
 
-def _twin_settings(spec: FleetSpec, contest: Contest, side: Side, threads: int) -> TrainingSettings:
+def _twin_settings(
+    spec: FleetSpec, contest: Comparison, side: ComparedRun, threads: int
+) -> TrainingSettings:
     """What the twins of a run share: its model spec, the challenger's dates."""
     return TrainingSettings(
         run_id=contest.challenger.fleet_version,
@@ -256,7 +258,7 @@ def twin_spec(spec: FleetSpec, model_spec: ModelSpec) -> FleetSpec:
 
 
 def _planned(
-    spec: FleetSpec, challenger: Side, side: Side, keys: Sequence[GroupKey]
+    spec: FleetSpec, challenger: ComparedRun, side: ComparedRun, keys: Sequence[GroupKey]
 ) -> pd.DataFrame:
     """Some twins, as `train_aside` takes them."""
     rows = [challenger.groups[key] for key in keys]
@@ -288,7 +290,7 @@ def compare_runs(
     spark: SparkSession,
     judged: DataFrame,
     spec: FleetSpec,
-    contest: Contest,
+    contest: Comparison,
     twins: Mapping[str, Twins],
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Losses of challenger and champion per group, and of the whole fleet beside its rivals.
@@ -352,7 +354,7 @@ def _of_grains(name: str, n_grains: int) -> list[Column]:
 
 
 def _answers_now(
-    spec: FleetSpec, contest: Contest, versions: Sequence[str], constant: Column
+    spec: FleetSpec, contest: Comparison, versions: Sequence[str], constant: Column
 ) -> list[Column]:
     """Per grain the answer of the version that answers the row's group now, null without one."""
     n_grains = len(spec.grains)
@@ -425,7 +427,7 @@ def _with_twins(
 def _weights_of(
     spark: SparkSession,
     grain: int,
-    contest: Contest,
+    contest: Comparison,
     versions: Sequence[str],
     twins: Mapping[str, Twins],
 ) -> DataFrame:
@@ -464,7 +466,7 @@ def _weights_of(
     return spark.createDataFrame(table, ", ".join(columns))
 
 
-def _weight(side: Side, key: GroupKey) -> tuple[float | None, bool]:
+def _weight(side: ComparedRun, key: GroupKey) -> tuple[float | None, bool]:
     """A group's weight, and whether the constant answers it instead of its parent."""
     row = side.groups.get(key)
     if row is None:
@@ -473,7 +475,7 @@ def _weight(side: Side, key: GroupKey) -> tuple[float | None, bool]:
     return weight, row.get("answered_by") == BY_CONSTANT
 
 
-def _constant_of(side: Side, spec: FleetSpec, challenger: Column) -> Column:
+def _constant_of(side: ComparedRun, spec: FleetSpec, challenger: Column) -> Column:
     """What a run answers without any model; its classes' shares are those of its own rows."""
     if spec.task == MULTICLASS:
         return constant_column(

@@ -14,8 +14,8 @@ from pipeline.models.promotion import (
     NOT_COMPARABLE,
     REFRESH,
     UNCHANGED,
+    ComparedRun,
     Judgement,
-    Side,
     decide,
     earlier_recipes,
     groups_rolled_back,
@@ -24,7 +24,7 @@ from pipeline.models.promotion import (
     judge_rivals,
     kind_of_change,
     losing_groups,
-    overridden,
+    override_decisions,
     rolled_back,
     with_refits,
 )
@@ -84,7 +84,9 @@ MODEL_SPEC = ModelSpec(
 )
 
 
-def side(version: str, boosters: Mapping[str, tuple[str, str, float]], **changes: Any) -> Side:
+def side(
+    version: str, boosters: Mapping[str, tuple[str, str, float]], **changes: Any
+) -> ComparedRun:
     """A run of two grains: per group id its booster, parameters and weight."""
     spec = replace(MODEL_SPEC, **changes)
     rows: dict[GroupKey, dict[str, Any]] = {
@@ -95,7 +97,7 @@ def side(version: str, boosters: Mapping[str, tuple[str, str, float]], **changes
         }
         for group, (booster, parameters, weight) in boosters.items()
     }
-    return Side(Generation(spec, version, constant=0.0, constant_without_offset=0.0), rows)
+    return ComparedRun(Generation(spec, version, constant=0.0, constant_without_offset=0.0), rows)
 
 
 A, B = '["a"]', '["b"]'
@@ -423,7 +425,7 @@ def judgement() -> Judgement:
 def test_a_person_overrides_the_tests(
     decision: str, listed: list[str], expected: list[str]
 ) -> None:
-    found = overridden(judgement(), decision, listed, "new")
+    found = override_decisions(judgement(), decision, listed, "new")
     assert found.decisions["to_version"].tolist() == expected
     assert found.is_whole == (set(expected) == {"new"})
 
@@ -449,12 +451,12 @@ def test_a_rollback_says_from_what_to_what() -> None:
 CROSS = '{"earlier": null, "later": null, "middle": "2024-01-01"}'
 
 
-def refittable(found: Side) -> Side:
+def refittable(found: ComparedRun) -> ComparedRun:
     """The same run, whose ledger says enough for its recipes to be fitted again."""
     rows = {
         key: {**row, "n_rounds": 5, "cross_selection": CROSS} for key, row in found.groups.items()
     }
-    return Side(found.generation, rows)
+    return ComparedRun(found.generation, rows)
 
 
 def decided_of(*rows: tuple[int, str, str, bool, str]) -> pd.DataFrame:
@@ -518,12 +520,12 @@ def test_a_group_without_an_own_recipe_is_left_to_those_above_it() -> None:
     "champion",
     [OLD, refittable(side("old", {"[]": ("p1", '{"leaves": 3}', 1.0)}, features=("x", "z")))],
 )
-def test_a_recipe_that_cannot_be_fitted_any_more_is_left_out(champion: Side) -> None:
+def test_a_recipe_that_cannot_be_fitted_any_more_is_left_out(champion: ComparedRun) -> None:
     """A ledger of an earlier release does not say how to predict tune rows; a column may be described no more."""
     rows = {
         key: {"cross_selection": None, "n_rounds": 5, **row} for key, row in champion.groups.items()
     }
-    assert earlier_recipes(BEATEN, {"old": Side(champion.generation, rows)}, NEW) == []
+    assert earlier_recipes(BEATEN, {"old": ComparedRun(champion.generation, rows)}, NEW) == []
 
 
 def test_what_was_fitted_answers_its_groups() -> None:

@@ -234,7 +234,7 @@ def test_no_more_waves_are_under_way_than_are_said() -> None:
         under_way += 1
     # Long groups first, one more than there are slots; nothing else starts before them.
     assert under_way == 3
-    assert under_way <= schedule.most_waves == 2 + 1 + WAVES_AT_ONCE
+    assert under_way <= schedule.max_waves == 2 + 1 + WAVES_AT_ONCE
 
 
 # What comes back

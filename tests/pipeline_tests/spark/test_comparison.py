@@ -10,10 +10,10 @@ import pyarrow as pa
 import pytest
 from pyspark.sql import DataFrame, SparkSession
 
-from pipeline.models.promotion import NEW_RECIPE, REFRESH, UNCHANGED, Judgement, Side
+from pipeline.models.promotion import NEW_RECIPE, REFRESH, UNCHANGED, ComparedRun, Judgement
 from pipeline.runs.history import History
 from pipeline.runs.request import Request
-from pipeline.spark.comparison import Contest, judge
+from pipeline.spark.comparison import Comparison, judge
 from pipeline.spark.planning import plan_run
 from pipeline.spark.training_run import train_run
 from pipeline.spec import FleetSpec
@@ -70,9 +70,9 @@ def judged(
     for name in ("old", "new"):
         found = own_tables(tables, after.name).run(name)
         assert found is not None
-        sides[name] = Side.of_ledger(found.generation, ledgers[name]), found
+        sides[name] = ComparedRun.of_ledger(found.generation, ledgers[name]), found
     (champion, _), (challenger, run) = sides["old"], sides["new"]
-    contest = Contest(run, challenger, {"old": champion}, dict.fromkeys(champion.groups, "old"))
+    contest = Comparison(run, challenger, {"old": champion}, dict.fromkeys(champion.groups, "old"))
     features = in_spark(spark, rows if later is None else later)
     return judge(context, own_tables(tables, after.name), features, after, contest), ledgers
 
