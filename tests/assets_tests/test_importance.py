@@ -49,11 +49,9 @@ def test_a_group_without_importance_is_a_warning_that_names_it_and_stops_nothing
 
     right = module.write_importance
 
-    def wrong(
-        spark: Any, tables: Any, namespace: str, features: Any, spec: Any, run: Any, ledger: Any
-    ) -> Any:
+    def wrong(spark: Any, tables: Any, features: Any, spec: Any, run: Any, ledger: Any) -> Any:
         absent = ledger["group_id"].isin(['["north"]', '["north","n1"]'])
-        told = right(spark, tables, namespace, features, spec, run, ledger[~absent])
+        told = right(spark, tables, features, spec, run, ledger[~absent])
         return module.ImportanceResult(
             9, 0, {'["north"]': "PackError: damaged"} | dict(told.failed)
         )
