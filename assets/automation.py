@@ -38,9 +38,9 @@ def automation(spec: FleetSpec, files: FleetFiles) -> dg.Definitions:
         spec: the fleet.
         files: it is written in.
     """
-    told = spec.automation
+    automation = spec.automation
     score, retrain = _score_job(spec), _retrain_job(spec)
-    zone = told.timezone or spec.timezone or "UTC"
+    zone = automation.timezone or spec.timezone or "UTC"
     schedules = [
         dg.ScheduleDefinition(
             name=f"{job.name}_schedule",
@@ -49,10 +49,12 @@ def automation(spec: FleetSpec, files: FleetFiles) -> dg.Definitions:
             execution_timezone=zone,
             description=job.description,
         )
-        for job, cron in ((score, told.score), (retrain, told.retrain))
+        for job, cron in ((score, automation.score), (retrain, automation.retrain))
         if cron is not None
     ]
-    sensors = [_new_files_sensor(spec, files), _follow_sensor(spec)] if told.on_new_files else []
+    sensors = (
+        [_new_files_sensor(spec, files), _follow_sensor(spec)] if automation.on_new_files else []
+    )
     return dg.Definitions(jobs=[score, retrain], schedules=schedules, sensors=sensors)
 
 

@@ -70,13 +70,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; the launch's own for `run`; 1 where rows or tables cannot be read or the settings are
         wrong; 2 for an unknown fleet, group or version.
     """
-    told = _parser().parse_args(argv)
+    arguments = _parser().parse_args(argv)
     logs: Path | None = None
     try:
         profile = current_profile(PROJECT)
         logs = Path(profile.data_root) / "logs"
         with readable_model_errors():
-            return _run(profile, told)
+            return _run(profile, arguments)
     except FleetError as error:
         trace = keep_trace(logs, error) if logs and error.__cause__ else ""
         _say_failure(str(error), trace)
@@ -87,40 +87,40 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _run(profile: Profile, told: argparse.Namespace) -> int:
+def _run(profile: Profile, arguments: argparse.Namespace) -> int:
     """One command; its exit status."""
-    if told.command in ("check", "run"):
+    if arguments.command in ("check", "run"):
         # Loading fleets takes a second or two, which the other commands do without.
         from assets.fleet_commands import check_fleets, launch_fleet
 
-        if told.command == "run":
-            return launch_fleet(PROJECT, told.fleet, dry_run=profile.dry_run)
-        _say(check_fleets(PROJECT, told.fleet))
+        if arguments.command == "run":
+            return launch_fleet(PROJECT, arguments.fleet, dry_run=profile.dry_run)
+        _say(check_fleets(PROJECT, arguments.fleet))
         return 0
     built = build_resources(profile)
     tables = built.tables
-    namespace = f"{told.fleet}-trial" if told.trial else str(told.fleet)
-    if told.command == "show":
-        own = FleetTables(tables, namespace, told.fleet)
+    namespace = f"{arguments.fleet}-trial" if arguments.trial else str(arguments.fleet)
+    if arguments.command == "show":
+        own = FleetTables(tables, namespace, arguments.fleet)
         if not tables.exists(own.location(LEDGER)):
             raise ModelNotFound(_unknown_fleet(tables, namespace))
-        _say(describe_history(own, _asked_id(told.keys, told.group_id)))
-    elif told.command == "clean":
+        _say(describe_history(own, _asked_id(arguments.keys, arguments.group_id)))
+    elif arguments.command == "clean":
         if not tables.exists(tables.location(namespace, LEDGER.name)):
             raise ModelNotFound(_unknown_fleet(tables, namespace))
-        keep = timedelta(hours=told.keep_hours)
+        keep = timedelta(hours=arguments.keep_hours)
         _say(
             clean(
                 tables,
                 built.registry,
                 namespace,
                 keep=keep,
-                keep_runs=told.keep_runs,
-                dry_run=told.dry_run,
+                keep_runs=arguments.keep_runs,
+                dry_run=arguments.dry_run,
             ).text
         )
     else:
-        _answer(profile, namespace, told)
+        _answer(profile, namespace, arguments)
     return 0
 
 
@@ -134,7 +134,7 @@ def _say(text: str) -> None:
     sys.stdout.flush()
 
 
-def _answer(profile: Profile, namespace: str, told: argparse.Namespace) -> None:
+def _answer(profile: Profile, namespace: str, arguments: argparse.Namespace) -> None:
     """Score, or stream."""
     # Spark, its Python side and MLflow take a second to import, which the other commands do
     # without.
@@ -142,22 +142,26 @@ def _answer(profile: Profile, namespace: str, told: argparse.Namespace) -> None:
 
     arm(profile.crash_at)
     scorer = Scorer.of(profile)
-    if told.command == "score":
+    if arguments.command == "score":
         _say(
             scorer.score(
-                namespace, told.source, told.target, period=told.period, version=told.version
+                namespace,
+                arguments.source,
+                arguments.target,
+                period=arguments.period,
+                version=arguments.version,
             )
         )
         return
     with stop_signals() as stopping:
         scorer.stream(
             namespace,
-            told.source,
-            told.target,
-            checkpoint=told.checkpoint,
-            every=told.every,
-            max_files=told.max_files,
-            skip_changes=told.skip_changes,
+            arguments.source,
+            arguments.target,
+            checkpoint=arguments.checkpoint,
+            every=arguments.every,
+            max_files=arguments.max_files,
+            skip_changes=arguments.skip_changes,
             stopping=stopping,
             report=lambda line: _say(f"{datetime.now().astimezone():%H:%M:%S} {line}"),
         )

@@ -157,12 +157,12 @@ def _check(results: Mapping[str, Any]) -> list[dg.AssetCheckResult]:
 
 def _warning(check_name: str, found: Mapping[str, str], hint: str) -> dg.AssetCheckResult:
     """A check that fails as a warning if anything was found, and stops nothing."""
-    told = "; ".join(f"{name}: {what}" for name, what in found.items())
+    listed = "; ".join(f"{name}: {what}" for name, what in found.items())
     return dg.AssetCheckResult(
         check_name=check_name,
         passed=not found,
         severity=dg.AssetCheckSeverity.WARN,
-        description=f"{told} ({hint})" if found else None,
+        description=f"{listed} ({hint})" if found else None,
         metadata=dict(found),
     )
 

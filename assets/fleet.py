@@ -186,7 +186,7 @@ def _described(attributes: Any, folder: Path, line_of: LineOf) -> DescribedFleet
     try:
         check_features(spec, sql, file=f"{shown_path(folder)}/{spec.features.sql}")
     except SpecError as error:
-        mistake = Mistake.told(str(error))
+        mistake = Mistake.from_message(str(error))
         if not mistake.path:  # it is about the SQL file, which it names
             raise
         raise SpecError(describe(file, [mistake], line_of)) from None

@@ -102,14 +102,14 @@ class Scorer:
                 self.spark.session, rows_found, model, column_types, period, options
             )
             files, schema = write_files(answers, target, options)
-            told = {"source": str(rows_found), "fleet_version": found.fleet_version}
+            metadata = {"source": str(rows_found), "fleet_version": found.fleet_version}
             committed = self.tables.commit(
                 target,
                 files,
                 schema,
                 mode="overwrite",
                 partition={SCORED_PERIOD: period},
-                metadata=told,
+                metadata=metadata,
             )
         n_rows = sum(file.n_rows for file in files)
         return (

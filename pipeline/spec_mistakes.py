@@ -100,7 +100,7 @@ class Mistake:
     message: str
 
     @classmethod
-    def told(cls, message: str) -> "Mistake":
+    def from_message(cls, message: str) -> "Mistake":
         """Of a message that may begin with the field it is about."""
         field = _FIELD.match(message)
         return cls(tuple(field[1].split(".")) if field else (), message)
@@ -139,7 +139,7 @@ def _explained(problem: Any, model: type[BaseModel]) -> Iterator[Mistake]:
     path: Path = problem["loc"]
     cause = problem.get("ctx", {}).get("error")
     if isinstance(cause, InconsistentSpec):
-        yield from map(Mistake.told, cause.problems)
+        yield from map(Mistake.from_message, cause.problems)
         return
     field = ".".join(str(part) for part in path)
     yield Mistake(

@@ -96,7 +96,7 @@ def wait_for_executors(
     n_wanted = int(conf.get("spark.executor.instances") or 0)
     max_cores = int(conf.get("spark.cores.max") or 0)
     expected = f"{n_wanted} (spark.executor.instances)" if n_wanted else "at least 1"
-    began = changed = told = clock()
+    began = changed = last_line = clock()
     seen = count()
     while True:
         now = clock()
@@ -112,9 +112,9 @@ def wait_for_executors(
                 "this machine (spark.driver.host); "
                 "with dynamic allocation, set spark.dynamicAllocation.minExecutors"
             )
-        if now - told >= SECONDS_BETWEEN_LINES:
+        if now - last_line >= SECONDS_BETWEEN_LINES:
             report(f"waiting for executors of {master}: {seen.n} registered, expected {expected}\n")
-            told = now
+            last_line = now
         pause(POLL_SECONDS)
         found = count()
         if found != seen:

@@ -268,13 +268,15 @@ class MlflowRegistry(dg.ConfigurableResource):
         from mlflow.exceptions import MlflowException
 
         try:
-            told = mlflow.models.get_model_info(f"models:/{version.name}/{version.number}").metadata
+            metadata = mlflow.models.get_model_info(
+                f"models:/{version.name}/{version.number}"
+            ).metadata
         except (MlflowException, OSError) as error:
             raise StoreError(
                 f"{self.tracking_uri}: version {version.number} of {version.name!r} cannot be read "
                 f"({error})"
             ) from error
-        return dict((told or {})["inputs"])
+        return dict((metadata or {})["inputs"])
 
     def promote(self, version: Version) -> None:
         """Let a version serve."""

@@ -106,7 +106,7 @@ def source_state(source: SourceSpec, folder: Path) -> str | None:
             max(max(stat.st_mtime, stat.st_ctime) for stat in stats),
             LOCAL_DOUBT_SECONDS,
         )
-        told = [
+        states = [
             [path, stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
             for path, stat in zip(paths, stats, strict=True)
         ]
@@ -115,8 +115,8 @@ def source_state(source: SourceSpec, folder: Path) -> str | None:
         if any(info.mtime_ns is None for info in infos):
             return None
         newest, window = max(info.mtime_ns for info in infos) / 1e9, REMOTE_DOUBT_SECONDS
-        told = [[info.path, info.size, info.mtime_ns] for info in infos]
-    return None if time.time() - newest < window else json.dumps(told)
+        states = [[info.path, info.size, info.mtime_ns] for info in infos]
+    return None if time.time() - newest < window else json.dumps(states)
 
 
 def _delta_state(source: SourceSpec, folder: Path) -> str | None:

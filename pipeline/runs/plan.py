@@ -174,14 +174,16 @@ class TrainingPlan:
     def describe(self) -> str:
         """The plan in one paragraph for people."""
         counted = self.groups["action"].value_counts()
-        told = {
+        descriptions = {
             TRAIN: "to train",
             REFRESH: "to refit",
             REUSE: "unchanged (reused)",
             KEEP: "done before the interruption",
         }
         parts = [
-            f"{counted[action]:,} {text}" for action, text in told.items() if action in counted
+            f"{counted[action]:,} {text}"
+            for action, text in descriptions.items()
+            if action in counted
         ]
         rest = self.groups.loc[self.groups["action"] == INHERIT, "reason"].value_counts()
         parts += [f"{count:,} {reason}" for reason, count in rest.items()]

@@ -162,8 +162,10 @@ def check_columns(schema: pa.Schema, where: str, model: FleetModel) -> None:
     """As `check_source`, of the columns that a model needs alone."""
     missing = [name for name in model.required if name not in schema.names]
     if missing:
-        told = f"{where}: missing columns: {', '.join(missing)}; it has: {', '.join(schema.names)}"
-        raise InputError(f"{told}; fleet {model.fleet!r} needs: {', '.join(model.required)}")
+        problem = (
+            f"{where}: missing columns: {', '.join(missing)}; it has: {', '.join(schema.names)}"
+        )
+        raise InputError(f"{problem}; fleet {model.fleet!r} needs: {', '.join(model.required)}")
     check_listed_once(schema.names, {*model.required, *model.optional}, where)
     text = text_columns(model)
     strange = [
@@ -172,9 +174,9 @@ def check_columns(schema: pa.Schema, where: str, model: FleetModel) -> None:
         if name not in text and not _is_number(schema.field(name).type)
     ]
     if strange:
-        told = ", ".join(f"{name} ({schema.field(name).type})" for name in strange)
+        listed = ", ".join(f"{name} ({schema.field(name).type})" for name in strange)
         raise DataError(
-            f"{where}: not numbers: {told}; fleet {model.fleet!r} needs numbers there: cast the "
+            f"{where}: not numbers: {listed}; fleet {model.fleet!r} needs numbers there: cast the "
             "columns"
         )
 
@@ -189,37 +191,37 @@ def _is_number(kind: pa.DataType) -> bool:
 
 def check_target(
     target: str,
-    there: tuple[pa.Schema, Sequence[str]],
-    wanted: pa.Schema,
+    present: tuple[pa.Schema, Sequence[str]],
+    expected: pa.Schema,
     partition_by: Sequence[str],
 ) -> None:
     """Refuse a table that holds another kind of answers, before anything is changed there.
 
     Args:
         target: address of the table.
-        there: its columns, and those of them that it is partitioned by.
-        wanted: columns of the answers.
+        present: its columns, and those of them that it is partitioned by.
+        expected: columns of the answers.
         partition_by: how a table of such answers is partitioned.
 
     Raises:
         DataError: naming what differs.
     """
-    schema, partitions = there
+    schema, partitions = present
     if list(partitions) != list(partition_by):
-        told = f"{target} is partitioned by {', '.join(partitions) or 'nothing'}, expected {', '.join(partition_by) or 'nothing'}"
+        difference = f"{target} is partitioned by {', '.join(partitions) or 'nothing'}, expected {', '.join(partition_by) or 'nothing'}"
         raise DataError(
-            f"{told}: `many-models score` and `many-models stream` write to tables of their own; "
+            f"{difference}: `many-models score` and `many-models stream` write to tables of their own; "
             "give another --to"
         )
-    lacking = [name for name in schema.names if name not in wanted.names]
+    lacking = [name for name in schema.names if name not in expected.names]
     if lacking or "answered_by" not in schema.names:
-        told = (
+        difference = (
             f"columns that the new rows lack: {', '.join(lacking)}"
             if lacking
             else "no column answered_by"
         )
         raise DataError(
-            f"{target} is there with {told}: not a table of answers to these rows; give another "
+            f"{target} is there with {difference}: not a table of answers to these rows; give another "
             "--to"
         )
 

@@ -111,11 +111,11 @@ def _write(
         rows = frame.mapInArrow(_writer(location, options), "kind string, line string").collect()
     files, failed = [], {}
     for row in rows:
-        told = json.loads(row["line"])
+        message = json.loads(row["line"])
         if row["kind"] == "file":
-            files.append(file_of_json(told))
+            files.append(file_of_json(message))
         else:
-            failed[told["group_id"]] = told["error"]
+            failed[message["group_id"]] = message["error"]
     return files, failed
 
 

@@ -70,7 +70,7 @@ class Progress:
         return Done(done, int(self.failed.value), self._of, left)
 
     @contextmanager
-    def told(self, every_seconds: float = 2.0) -> Iterator[None]:
+    def reported(self, every_seconds: float = 2.0) -> Iterator[None]:
         """Report now and then, and once at the end."""
         ended = threading.Event()
 

@@ -113,12 +113,14 @@ class Stream:
                 )
             return None
         try:
-            told = json.loads(path.read_text(encoding="utf-8"))
-            column_types = ColumnTypes(frozenset(told["numbers"]), frozenset(told["whole"]))
-            names = {name: str(told[name]) for name in ("id", "fleet", "source", "kind", "target")}
+            pinned = json.loads(path.read_text(encoding="utf-8"))
+            column_types = ColumnTypes(frozenset(pinned["numbers"]), frozenset(pinned["whole"]))
+            names = {
+                name: str(pinned[name]) for name in ("id", "fleet", "source", "kind", "target")
+            }
             return cls(
                 folder,
-                shape=StructType.fromJson(told["columns"]),
+                shape=StructType.fromJson(pinned["columns"]),
                 column_types=column_types,
                 **names,
             )
@@ -143,21 +145,21 @@ class Stream:
             column_types=column_types,
             target=target,
         )
-        told: dict[str, Any] = {
+        pinned: dict[str, Any] = {
             "id": stream.id,
             "fleet": fleet,
             "source": stream.source,
             "kind": stream.kind,
             "target": target,
         }
-        told |= {
+        pinned |= {
             "numbers": sorted(column_types.numeric),
             "whole": sorted(column_types.integer_keys),
         }
         folder.mkdir(parents=True, exist_ok=True)
         written = folder / f"{PINNED}.{os.getpid()}"
         written.write_text(
-            json.dumps({**told, "columns": stream.shape.jsonValue()}, indent=1), encoding="utf-8"
+            json.dumps({**pinned, "columns": stream.shape.jsonValue()}, indent=1), encoding="utf-8"
         )
         written.replace(folder / PINNED)
         return stream

@@ -261,13 +261,13 @@ def _collect(rows: Iterable[Any]) -> TrainedFiles:
     outcomes: list[dict[str, Any]] = []
     left: list[GroupKey] = []
     for row in rows:
-        told = json.loads(row["line"])
+        message = json.loads(row["line"])
         if row["kind"] == "file":
-            files[told["table"]].append(file_of_json(told))
-        elif told["status"] == NOT_STARTED:
-            left.append(GroupKey.of(told))
+            files[message["table"]].append(file_of_json(message))
+        elif message["status"] == NOT_STARTED:
+            left.append(GroupKey.of(message))
         else:
-            outcomes.append(told)
+            outcomes.append(message)
     return TrainedFiles(outcomes, files["boosters"], files["holdout"], left)
 
 

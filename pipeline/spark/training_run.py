@@ -110,7 +110,7 @@ class _FleetTraining:
         progress = Progress(spark, self.context.report, run.plan.slots)
         progress.expect(run.plan.to_train)
         trained: TrainedRows = {}
-        with without_adaptive_execution(spark), progress.told():
+        with without_adaptive_execution(spark), progress.reported():
             for grain, plan in self._stages():
                 bases = self._parent_predictions(trained, grain) if grain else None
                 trained |= self._train_plan(plan, progress, bases)

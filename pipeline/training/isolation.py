@@ -48,11 +48,11 @@ class GroupProcess:
                 pipe.send_bytes(message)
                 if not pipe.poll(self._limit_seconds):
                     self.close()
-                    told = {
+                    error = {
                         "error_class": "TimeoutError",
                         "error_message": f"not finished after {self._limit_seconds:g} s (tuning.kill_after_seconds)",
                     }
-                    return Outcome("failed", TIMEOUT, {**told, "seconds": self._limit_seconds})
+                    return Outcome("failed", TIMEOUT, {**error, "seconds": self._limit_seconds})
                 return pipe.recv_bytes()
             except (EOFError, OSError):
                 ending = self.close()
