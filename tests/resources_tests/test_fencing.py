@@ -14,12 +14,14 @@ from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 
 from pipeline.errors import StoreError
+from pipeline.models.pack import build_model_spec
 from pipeline.runs.commits import Commits
 from pipeline.runs.manifest import RunManifest
 from pipeline.runs.wave import TrainedFiles, Wave
 from pipeline.storage import HeldLease
 from pipeline.tables import BOOSTERS, LEDGER, RUNS
 from pipeline.testing.doubles import FreeLease, MemoryTables
+from pipeline.testing.packs import KINDS, asked_spec
 from pipeline.testing.runs import own_tables
 from pipeline.training.blend import Constants
 from pipeline.training.splits import Cutoffs
@@ -75,7 +77,7 @@ class Writer:
             spec_digest="",
             constants=Constants(0.0, 0.0),
             n_groups=len(GROUPS),
-            model_spec={},
+            model_spec=build_model_spec(asked_spec(), {"kind": KINDS}),
             versions={},
         )
 
