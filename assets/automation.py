@@ -67,7 +67,10 @@ def check_automation(spec: FleetSpec) -> Iterator[Mistake]:
         try:
             dg.ScheduleDefinition(name="checked", job_name="checked", cron_schedule=cron)
         except dg.DagsterInvalidDefinitionError:
-            expected = "expected minute, hour, day, month and day of week, e.g. '0 6 * * *' for 6:00 each day"
+            expected = (
+                "expected minute, hour, day, month and day of week, "
+                "e.g. '0 6 * * *' for 6:00 each day"
+            )
             yield Mistake(
                 ("automation", field),
                 f"automation.{field}: {cron!r} is not a cron text; {expected}",
@@ -226,6 +229,9 @@ def kept_since(tables: DeltaTables, moment: datetime) -> Iterator[str]:
             for run in records(runs[is_open]):
                 n_kept = len(own.ledger(str(run["run_id"])))
                 kept = f"{n_kept:,} of {run['n_groups']:,} groups of {namespace} are kept"
-                yield f"the run's process is gone: {kept}; the next launch of the same resumes training run {run['run_id']}"
+                yield (
+                    f"the run's process is gone: {kept}; the next launch of the same resumes "
+                    f"training run {run['run_id']}"
+                )
         except FleetError:  # another fleet's tables may be of another release
             continue

@@ -141,7 +141,10 @@ def describe_outcome(outcome: Outcome, promote: str) -> str:
     after = version_number(outcome.after)
     if outcome.challenger is None:
         n_moved = int(outcome.moved.sum())
-        return f"rolled back: {n_moved:,} groups; champion is version {after}, before {version_number(outcome.before)}"
+        return (
+            f"rolled back: {n_moved:,} groups; champion is version {after}, "
+            f"before {version_number(outcome.before)}"
+        )
     version = f"version {outcome.challenger.number}"
     failed = "; ".join(
         f"{gate.name} ({gate.found}, expected {gate.expected})" for gate in outcome.failed_gates

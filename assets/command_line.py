@@ -41,8 +41,14 @@ EXAMPLES = """examples:
   many-models clean flights --dry-run                  what no kept run needs, with files and bytes
   many-models clean flights --keep-runs 10             remove it; keep all of the ten newest runs
 """
-CHECK = "Find what can be found without data in defs.yaml and features.sql. Exit status 1 if a fleet is broken."
-RUN = "Check one fleet, then launch its assets with `dg launch`. Launch settings are environment variables, as in `make run`."
+CHECK = (
+    "Find what can be found without data in defs.yaml and features.sql. Exit status 1 if "
+    "a fleet is broken."
+)
+RUN = (
+    "Check one fleet, then launch its assets with `dg launch`. Launch settings are environment "
+    "variables, as in `make run`."
+)
 SCORE = """Answer every row of a Delta table or of files with a registered version, in one commit.
 
 The columns of the source are kept, the answers stand beside them. The rows of a period (--period) are replaced as a whole: the same command
@@ -357,7 +363,8 @@ def _asked_id(keys: Sequence[str], written: str | None) -> str:
         value is None or isinstance(value, str) for value in values
     ):
         raise SpecError(
-            f'--group-id is {written!r}; expected a JSON array of strings or null, such as ["EWR","IAH"]'
+            f"--group-id is {written!r}; expected a JSON array of strings or null, "
+            'such as ["EWR","IAH"]'
         )
     return group_id(values)
 

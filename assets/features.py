@@ -211,7 +211,8 @@ def _build(
     table = tables.tables.snapshot(location)
     if table is None:
         raise StoreError(
-            f"{location} was committed, and its files are not there; check the store, then run again"
+            f"{location} was committed, and its files are not there; "
+            "check the store, then run again"
         )
     return table
 

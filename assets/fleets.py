@@ -75,7 +75,10 @@ def _explained(error: BaseException, folder: Path) -> str:
     if isinstance(cause, yaml.MarkedYAMLError):
         mark = cause.problem_mark
         line = f", line {mark.line + 1}" if mark else ""
-        return f"{file}{line}: not YAML: {cause.problem or cause.context}; check indentation, colons and quotes there"
+        return (
+            f"{file}{line}: not YAML: {cause.problem or cause.context}; check indentation, "
+            "colons and quotes there"
+        )
     if isinstance(cause, ValidationError):
         problem = cause.errors()[0]
         # Dagster adds ` at file:line` to the field.

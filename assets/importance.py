@@ -102,7 +102,10 @@ def _metadata(
 def _explained(own: str, spec: FleetSpec) -> str:
     """What gain and SHAP values are of."""
     if own == CORRECTION and len(spec.grains) > 1:
-        return "what a group's trees add to its parent's prediction; for the pooled group its whole prediction"
+        return (
+            "what a group's trees add to its parent's prediction; "
+            "for the pooled group its whole prediction"
+        )
     return "the group's own model, before it is blended with its parent's"
 
 

@@ -115,7 +115,10 @@ def _register(
     version = _version_of_the_same_answers(tables, registry, spec, run, ledger)
     if version is not None:
         same = _Registered(version, registry.open_pack(version, tables.tables.storage_options))
-        answering = f"{namespace} version {version.number} (run {version.fleet_version}) answers as run {run.run_id} does"
+        answering = (
+            f"{namespace} version {version.number} (run {version.fleet_version}) answers as "
+            f"run {run.run_id} does"
+        )
         log.info(f"nothing changed: {answering}, {same.pack_bytes / 1e6:.1f} MB")
         return same
     log.info(

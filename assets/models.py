@@ -220,10 +220,16 @@ def _metadata(trained: _Trained, spec: FleetSpec, tables: FleetTables) -> dict[s
 
 def _plan_text(run: PlannedRun, spec: FleetSpec) -> str:
     cutoffs, tuning = run.cutoffs, spec.tuning
-    text = f"plan: {run.plan.describe()}; as of {cutoffs.as_of}, tune from {cutoffs.tune_start}, report from {cutoffs.report_start}"
+    text = (
+        f"plan: {run.plan.describe()}; as of {cutoffs.as_of}, tune from {cutoffs.tune_start}, "
+        f"report from {cutoffs.report_start}"
+    )
     if not run.plan.groups["reason"].eq(TOO_FEW_ROWS).any():
         return text
-    return f"{text}; a group is trained from {tuning.fit_rows} fit and {tuning.tune_rows} tune rows (tuning.fit_rows, tuning.tune_rows)"
+    return (
+        f"{text}; a group is trained from {tuning.fit_rows} fit and {tuning.tune_rows} tune rows "
+        "(tuning.fit_rows, tuning.tune_rows)"
+    )
 
 
 @contextmanager
@@ -243,7 +249,10 @@ def _explained_interruption(
 
 def _kept_text(n_kept: int, run: PlannedRun) -> str:
     n_groups = int(run.plan.groups["action"].isin([TRAIN, REFRESH, KEEP]).sum())
-    return f"stopped: {n_kept:,} of {n_groups:,} groups are kept; the next launch of the same resumes run {run.run_id}"
+    return (
+        f"stopped: {n_kept:,} of {n_groups:,} groups are kept; the next launch of the same "
+        f"resumes run {run.run_id}"
+    )
 
 
 def _largest_groups(run: PlannedRun) -> str:
@@ -264,7 +273,10 @@ def _largest_groups(run: PlannedRun) -> str:
 def _count_statuses(ledger: pd.DataFrame) -> str:
     """What became of the groups, in a line."""
     counted = ledger["status"].value_counts()
-    return f"{len(ledger):,} groups: {', '.join(f'{count:,} {status}' for status, count in counted.items())}"
+    return (
+        f"{len(ledger):,} groups: "
+        f"{', '.join(f'{count:,} {status}' for status, count in counted.items())}"
+    )
 
 
 def _every_group_has_an_outcome(n_groups: int, ledger: pd.DataFrame) -> dg.AssetCheckResult:

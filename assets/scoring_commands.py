@@ -228,7 +228,10 @@ def _ending(set_aside: SetAside) -> str:
     files = f"{len(waiting)} file{'' if len(waiting) == 1 else 's'}"
     more = f" and {len(waiting) - MAX_FILES_SHOWN} more" if len(waiting) > MAX_FILES_SHOWN else ""
     shown = ", ".join(waiting[:MAX_FILES_SHOWN])
-    return f"all other rows have been answered; {files} set aside: {shown}{more}; complete or remove what cannot be read, then repeat the command"
+    return (
+        f"all other rows have been answered; {files} set aside: {shown}{more}; "
+        "complete or remove what cannot be read, then repeat the command"
+    )
 
 
 def _digest(*texts: str) -> str:

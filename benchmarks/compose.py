@@ -293,7 +293,10 @@ def _network(folder: Path, hosts: Sequence[str]) -> Iterator[list[str]]:
     The words that run a command in it.
     """
     (folder / "hosts").write_text(f"127.0.0.1 localhost {socket.gethostname()} {' '.join(hosts)}\n")
-    inside = f"ip link set lo up && mount --bind {folder}/hosts /etc/hosts && echo ready && exec sleep infinity"
+    inside = (
+        f"ip link set lo up && mount --bind {folder}/hosts /etc/hosts && echo ready && "
+        "exec sleep infinity"
+    )
     holder = subprocess.Popen(
         ["unshare", "--net", "--mount", "sh", "-c", inside],
         stdout=subprocess.PIPE,

@@ -483,7 +483,10 @@ FIGURES = {
         ),
         Figure(
             "cache-memory",
-            "peak resident memory of a process that has answered for 10,000 groups, cache of 256 MB",
+            (
+                "peak resident memory of a process that has answered for 10,000 "
+                "groups, cache of 256 MB"
+            ),
             6,
             (Value("", "MB", "<=", 700), Value("cached-text", "MB")),
             cache_memory,

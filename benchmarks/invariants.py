@@ -386,7 +386,10 @@ def _boosters(tables: Path, ledger: pd.DataFrame) -> list[str]:
     try:
         for row in _stored(tables):
             place = row["wave"], row["booster_id"]
-            told = f"I2: booster {row['booster_id'][:12]} of wave {row['wave']} ({owner.get(place, 'not in the ledger')})"
+            told = (
+                f"I2: booster {row['booster_id'][:12]} of wave {row['wave']} "
+                f"({owner.get(place, 'not in the ledger')})"
+            )
             if there.setdefault(place, row["sha256"]) != row["sha256"]:
                 found.append(f"{told} is there twice with different texts")
             found += [f"{told} {wrong}" for wrong in _booster_damage(row)]

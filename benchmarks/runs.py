@@ -186,4 +186,7 @@ def describe_machine() -> str:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     system = f"{platform.system()} {platform.machine()}, {cores} cores, {memory:.0f} GiB"
-    return f"{system}; Python {platform.python_version()} at {sys.executable}; {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+    return (
+        f"{system}; Python {platform.python_version()} at {sys.executable}; "
+        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+    )

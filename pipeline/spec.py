@@ -486,8 +486,7 @@ class TuningSpec(Part):
     search: Annotated[Mapping[str, SearchRange], AfterValidator(_checked_search)] = Field(
         default_factory=dict,
         description="Search space where it differs from the default for the group's rows: a number "
-        "fixes a parameter, "
-        "`{low: 0.01, high: 0.3, log: true}` searches it.",
+        "fixes a parameter, `{low: 0.01, high: 0.3, log: true}` searches it.",
     )
     max_rounds: int = Field(default=1000, ge=1, description="Boosting rounds at most.")
     max_rows: int = Field(
@@ -970,10 +969,16 @@ class FleetSpec(Part):
 
     def _grain_problems(self) -> Iterator[str]:
         if self.grains[0]:
-            yield f"grains: the first is {list(self.grains[0])}, expected [] (the pooled model over all rows)"
+            yield (
+                f"grains: the first is {list(self.grains[0])}, expected [] (the pooled "
+                "model over all rows)"
+            )
         for coarse, fine in zip(self.grains, self.grains[1:], strict=False):
             if list(fine[: len(coarse)]) != list(coarse) or len(fine) <= len(coarse):
-                yield f"grains: {list(fine)} does not extend {list(coarse)}; each grain is the one before it plus further keys"
+                yield (
+                    f"grains: {list(fine)} does not extend {list(coarse)}; "
+                    "each grain is the one before it plus further keys"
+                )
         yield from (
             f"grains: key {name!r} is listed twice in {list(self.finest)}"
             for name in _doubled(self.finest)
@@ -983,18 +988,33 @@ class FleetSpec(Part):
         if self.own == "independent":
             return
         if self.is_class_task or self.objective in COUNTED:
-            yield f"own: {self.own!r} does not go with {self.objective}: trees correct a number, on the scale that they learn it; use independent"
+            yield (
+                f"own: {self.own!r} does not go with {self.objective}: trees correct a number, "
+                "on the scale that they learn it; use independent"
+            )
         if self.pooling == "none":
-            yield f"own: {self.own!r} corrects a parent's model, and pooling is none: use pooling: blend, or own: independent"
+            yield (
+                f"own: {self.own!r} corrects a parent's model, and pooling is none: use pooling: "
+                "blend, or own: independent"
+            )
         if self.tuning.budget_seconds is not None:
-            yield f"own: {self.own!r} trains grain by grain, which a budget of seconds cannot cut: leave out tuning.budget_seconds"
+            yield (
+                f"own: {self.own!r} trains grain by grain, which a budget of seconds cannot cut: "
+                "leave out tuning.budget_seconds"
+            )
         if len(self.grains) == 1:
-            yield f"own: {self.own!r} corrects a parent's model, and there is only the grain []; add a grain, or use independent"
+            yield (
+                f"own: {self.own!r} corrects a parent's model, and there is only the grain []; "
+                "add a grain, or use independent"
+            )
 
     def _task_problems(self) -> Iterator[str]:
         target, tuning, objective = self.target, self.tuning, self.objective
         if self.is_class_task and tuning.objective is not None:
-            yield f"tuning.objective: {tuning.objective!r} is for task: regression; task {self.task!r} has an objective of its own: leave it out"
+            yield (
+                f"tuning.objective: {tuning.objective!r} is for task: regression; "
+                f"task {self.task!r} has an objective of its own: leave it out"
+            )
         untransformed = (
             f"task {self.task!r}"
             if self.is_class_task
@@ -1003,17 +1023,32 @@ class FleetSpec(Part):
             else None
         )
         if untransformed and target.transform != "none":
-            yield f"target.transform: {target.transform!r} does not go with {untransformed}, which has a link of its own: leave it out"
+            yield (
+                f"target.transform: {target.transform!r} does not go with {untransformed}, "
+                "which has a link of its own: leave it out"
+            )
         if untransformed and target.offset is not None:
-            yield f"target.offset: {target.offset!r} does not go with {untransformed}, which has a link of its own: leave it out"
+            yield (
+                f"target.offset: {target.offset!r} does not go with {untransformed}, "
+                "which has a link of its own: leave it out"
+            )
         if self.is_class_task and target.scale is not None:
             yield f"target.scale: {target.scale!r} does not go with {untransformed}: leave it out"
         if tuning.alpha is not None and objective not in DEFAULT_ALPHA:
-            yield f"tuning.alpha: {tuning.alpha:g} is for tuning.objective quantile or huber; the objective is {objective!r}: leave it out"
+            yield (
+                f"tuning.alpha: {tuning.alpha:g} is for tuning.objective quantile or huber; "
+                f"the objective is {objective!r}: leave it out"
+            )
         if objective == QUANTILE and (self.alpha or 0) >= 1:
-            yield f"tuning.alpha: {self.alpha:g} is no quantile; expected a number between 0 and 1, e.g. 0.9"
+            yield (
+                f"tuning.alpha: {self.alpha:g} is no quantile; expected a number "
+                "between 0 and 1, e.g. 0.9"
+            )
         if tuning.variance_power is not None and objective != TWEEDIE:
-            yield f"tuning.variance_power: {tuning.variance_power:g} is for tuning.objective tweedie; the objective is {objective!r}: leave it out"
+            yield (
+                f"tuning.variance_power: {tuning.variance_power:g} is for tuning.objective "
+                f"tweedie; the objective is {objective!r}: leave it out"
+            )
         yield from self._class_problems()
 
     def _class_problems(self) -> Iterator[str]:
@@ -1032,25 +1067,43 @@ class FleetSpec(Part):
         if classes is None:
             return
         if not self.is_class_task:
-            yield f"target.classes: {list(classes)} are for task: binary or multiclass; the task is {self.task!r}: leave them out, or set the task"
+            yield (
+                f"target.classes: {list(classes)} are for task: binary or multiclass; "
+                f"the task is {self.task!r}: leave them out, or set the task"
+            )
         yield from (f"target.classes: {name!r} is listed twice" for name in _doubled(classes))
         most = 2 if self.task == BINARY else MAX_CLASSES
         if self.is_class_task and not 2 <= len(classes) <= most:  # noqa: PLR2004
             wanted = "exactly 2" if self.task == BINARY else f"2 to {MAX_CLASSES}"
-            yield f"target.classes: there are {len(classes)}, expected {wanted} for task {self.task!r}"
+            yield (
+                f"target.classes: there are {len(classes)}, expected {wanted} for "
+                f"task {self.task!r}"
+            )
 
     def _monotone_problems(self) -> Iterator[str]:
         monotone = self.features.monotone
         for name in monotone:
             if name in self.features.categoricals:
-                yield f"features.monotone: {name!r} is a categorical, which has no order; take it out of one of them"
+                yield (
+                    f"features.monotone: {name!r} is a categorical, which has no order; "
+                    "take it out of one of them"
+                )
             elif name not in self.feature_columns:
-                yield f"features.monotone: {name!r} is no feature of the models; features: {', '.join(self.feature_columns)}"
+                yield (
+                    f"features.monotone: {name!r} is no feature of the models; features: "
+                    f"{', '.join(self.feature_columns)}"
+                )
         if any(monotone.values()):
             if self.task == MULTICLASS:
-                yield "features.monotone: task 'multiclass' has no one answer to rise or fall; use task binary, or leave it out"
+                yield (
+                    "features.monotone: task 'multiclass' has no one answer to rise or fall; "
+                    "use task binary, or leave it out"
+                )
             if self.objective in NEVER_MONOTONE:
-                yield f"features.monotone: LightGBM cannot keep tuning.objective {self.objective!r} monotone; use l2 or huber, or leave it out"
+                yield (
+                    f"features.monotone: LightGBM cannot keep tuning.objective {self.objective!r} "
+                    "monotone; use l2 or huber, or leave it out"
+                )
 
     def _history_problems(self) -> Iterator[str]:
         if not self.features.lags:

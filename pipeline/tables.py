@@ -304,7 +304,8 @@ LEDGER = TableContract(
         Column(
             "intervals",
             pa.string(),
-            'JSON: half width of the prediction interval per level, e.g. {"0.8": 1.5, "0.95": 2.4}, link space over scale; null leaves a level, or '
+            'JSON: half width of the prediction interval per level, e.g. {"0.8": 1.5, "0.95": '
+            "2.4}, link space over scale; null leaves a level, or "
             "all of them, to the parent; each row alike",
         ),
         Column(

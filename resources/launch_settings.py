@@ -63,7 +63,9 @@ class LaunchSettings(dg.ConfigurableResource):
     )
     groups: list[str] = Field(
         default_factory=list,
-        description='Group ids for `retrain: listed`, e.g. `["EWR","IAH"]`; setting them means `listed`.',
+        description=(
+            'Group ids for `retrain: listed`, e.g. `["EWR","IAH"]`; setting them means `listed`.'
+        ),
     )
     dry_run: bool = Field(default=False, description="Plan, print the plan, and train nothing.")
     decision: Literal["judge", "promote", "keep", "rollback"] = Field(
@@ -149,7 +151,10 @@ class LaunchSettings(dg.ConfigurableResource):
         served = None if champion is None else own.newest_as_of([champion.fleet_version])
         if champion is None or served is None or moment >= served:
             return Scope(own)
-        note = f"backtest as of {moment}: production serves version {champion.number} as of {served}, nothing of it changes"
+        note = (
+            f"backtest as of {moment}: production serves version {champion.number} as of {served}, "
+            "nothing of it changes"
+        )
         # A colon cannot stand in every store's paths.
         stamp = moment.isoformat().removesuffix("T00:00:00").replace(":", "")
         return Scope(replace(own, namespace=f"{own.namespace}-backtest-{stamp}"), note)

@@ -229,7 +229,10 @@ class Lease:
         why = (
             "its row is gone"
             if there is None
-            else f"run {there.run_id} on {there.host}, pid {there.pid}, took it at {_text(there.taken_at)}"
+            else (
+                f"run {there.run_id} on {there.host}, pid {there.pid}, "
+                f"took it at {_text(there.taken_at)}"
+            )
         )
         raise StoreError(
             f"{lost}, last renewed at {_text(self._row.heartbeat_at)}: {why}; nothing more is "
@@ -331,8 +334,7 @@ def _held(namespace: str, there: LeaseRow) -> str:
         f"fleet {namespace!r} is being trained by run {there.run_id} ({who}) since "
         f"{_text(there.taken_at)}; "
         f"its lease expires at {_text(there.expires_at)} unless renewed: wait for that run or "
-        "terminate it; "
-        f"the lease frees itself at most {expiry:g} s after its process dies"
+        f"terminate it; the lease frees itself at most {expiry:g} s after its process dies"
     )
 
 
@@ -474,7 +476,10 @@ def read_boot_id() -> str:
     Containers of one machine share the boot, and those in a host's network its name.
     """
     try:
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text(encoding='ascii').strip()} {Path('/proc/self/ns/pid').readlink()}"
+        return (
+            f"{Path('/proc/sys/kernel/random/boot_id').read_text(encoding='ascii').strip()} "
+            f"{Path('/proc/self/ns/pid').readlink()}"
+        )
     except OSError:
         return ""
 

@@ -200,7 +200,8 @@ def _group_ids(environment: Mapping[str, str], name: str) -> tuple[str, ...]:
             keys, end = None, 0
         if not isinstance(keys, list):
             raise SpecError(
-                f'{name}: {text!r} is not a group; expected JSON arrays of keys, such as ["EWR","IAH"] ["JFK","LAX"]'
+                f"{name}: {text!r} is not a group; expected JSON arrays of keys, "
+                'such as ["EWR","IAH"] ["JFK","LAX"]'
             )
         found.append(group_id(keys))
         text = text[end:].lstrip(" ,\n")

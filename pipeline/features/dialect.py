@@ -95,4 +95,7 @@ class PlainSpark(Spark):
             outer = " OUTER" if expression.args.get("outer") else ""
             table = self.sql(alias, "this")
             columns = self.expressions(alias, key="columns", flat=True)
-            return f" LATERAL VIEW{outer} {self.sql(expression, 'this')} {table}{f' AS {columns}' if columns else ''}"
+            return (
+                f" LATERAL VIEW{outer} {self.sql(expression, 'this')} "
+                f"{table}{f' AS {columns}' if columns else ''}"
+            )

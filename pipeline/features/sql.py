@@ -240,7 +240,10 @@ def _explained(error: Exception) -> str:
         return str(error)
     found = error.errors[0]
     around = " ".join(f"{found['start_context']}{found['highlight']}{found['end_context']}".split())
-    return f"{found['description']} at line {found['line']}, column {found['col']}, at {found['highlight']!r} in: {around}"
+    return (
+        f"{found['description']} at line {found['line']}, column {found['col']}, "
+        f"at {found['highlight']!r} in: {around}"
+    )
 
 
 def _check_query(

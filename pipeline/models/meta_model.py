@@ -196,7 +196,8 @@ def _factorize(values: "pd.Series[Any]") -> tuple[npt.NDArray[np.int64], Any]:
     except TypeError as error:  # not hashable
         value = next(value for value in values if isinstance(value, list | dict | set | np.ndarray))
         raise InputError(
-            f"{values.name}: {_shorten(value)} is not a value of a key or category; expected text, a "
+            f"{values.name}: {_shorten(value)} is not a value of a key or "
+            "category; expected text, a "
             "number, or null"
         ) from error
     return codes, distinct
@@ -861,7 +862,10 @@ def read_index(folder: Path, digest: str | None = None) -> dict[str, Any]:
     _check_pack(
         pack_format == PACK_FORMAT,
         path,
-        f"format {pack_format!r}, expected {PACK_FORMAT}: of another release of this package; {_AGAIN}",
+        (
+            f"format {pack_format!r}, expected {PACK_FORMAT}: of another release of "
+            f"this package; {_AGAIN}"
+        ),
     )
     _check_pack(
         computed == promised,

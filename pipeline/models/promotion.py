@@ -603,7 +603,10 @@ def judge_rivals(fleet: pd.DataFrame, titles: Mapping[str, str]) -> list[Gate]:
         row = fleet.iloc[0] if len(fleet) else {f"n_rows_{rival}": 0, f"n_blocks_{rival}": 0}
         if row[f"n_rows_{rival}"] >= MIN_ROWS and row[f"n_blocks_{rival}"] >= MIN_BLOCKS:
             theirs = row[f"loss_{rival}"]
-            found = f"loss {theirs - row[f'gain_{rival}']:.6g}, {title} {theirs:.6g} on {row[f'n_rows_{rival}']:,.0f} rows"
+            found = (
+                f"loss {theirs - row[f'gain_{rival}']:.6g}, {title} {theirs:.6g} on "
+                f"{row[f'n_rows_{rival}']:,.0f} rows"
+            )
             is_worse = bool(_is_worse(fleet, rival, LEVEL / len(titles)).iloc[0])
         gates.append(
             Gate(

@@ -47,7 +47,10 @@ CRASHED_ALONE: LedgerRow = {
     "status": "crashed",
     "reason": NATIVE_CRASH,
     "error_class": "ExecutorLost",
-    "error_message": "every Spark worker that trained it was lost; see the executors' logs, and give it more memory or fewer rows (tuning.max_rows)",
+    "error_message": (
+        "every Spark worker that trained it was lost; see the executors' logs, "
+        "and give it more memory or fewer rows (tuning.max_rows)"
+    ),
 }
 
 

@@ -195,9 +195,15 @@ class TrainingPlan:
         seconds, earlier = self.predicted_seconds, self.cost_model.learnt_from
         if earlier:
             waves = f"{self.n_waves} wave{'' if self.n_waves == 1 else 's'}"
-            return f"{self.n_tasks:,} tasks in {waves} on {self.slots} slots, about {seconds:.0f} s, estimated from {earlier:,} earlier groups"
+            return (
+                f"{self.n_tasks:,} tasks in {waves} on {self.slots} slots, about {seconds:.0f} s, "
+                f"estimated from {earlier:,} earlier groups"
+            )
         # How many tasks and waves it takes depends on the seconds, which nobody knows yet.
-        return f"{max(1, seconds):.0f} to {max(1, DOUBT * seconds):.0f} s on {self.slots} slots, estimated (no history yet)"
+        return (
+            f"{max(1, seconds):.0f} to {max(1, DOUBT * seconds):.0f} s on {self.slots} slots, "
+            "estimated (no history yet)"
+        )
 
 
 def build_plan(

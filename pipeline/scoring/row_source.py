@@ -208,10 +208,13 @@ def check_target(
     """
     schema, partitions = present
     if list(partitions) != list(partition_by):
-        difference = f"{target} is partitioned by {', '.join(partitions) or 'nothing'}, expected {', '.join(partition_by) or 'nothing'}"
+        difference = (
+            f"{target} is partitioned by {', '.join(partitions) or 'nothing'}, "
+            f"expected {', '.join(partition_by) or 'nothing'}"
+        )
         raise DataError(
-            f"{difference}: `many-models score` and `many-models stream` write to tables of their own; "
-            "give another --to"
+            f"{difference}: `many-models score` and `many-models stream` write to "
+            "tables of their own; give another --to"
         )
     lacking = [name for name in schema.names if name not in expected.names]
     if lacking or "answered_by" not in schema.names:
@@ -221,8 +224,8 @@ def check_target(
             else "no column answered_by"
         )
         raise DataError(
-            f"{target} is there with {difference}: not a table of answers to these rows; give another "
-            "--to"
+            f"{target} is there with {difference}: not a table of answers to these "
+            "rows; give another --to"
         )
 
 

@@ -107,7 +107,10 @@ def _unfit_value(
         source, column, path = found
         where = f"source {source!r}, column {column!r} ({path})"
     if wanted in ("DATE", "TIMESTAMP", "TIMESTAMP_NTZ"):
-        remedy = f"coalesce(try_to_timestamp({column}), try_to_timestamp({column}, 'dd.MM.yyyy')) reads two formats, and gives null for others"
+        remedy = (
+            f"coalesce(try_to_timestamp({column}), try_to_timestamp({column}, "
+            "'dd.MM.yyyy')) reads two formats, and gives null for others"
+        )
     else:
         remedy = f"try_cast({column} AS {wanted}) gives null for such values"
     return (

@@ -140,7 +140,10 @@ def _not_a_number(spec: FleetSpec, rows: DataFrame, kind: str) -> str:
     message = f"target {target!r} is {kind}; expected a number: cast it in {spec.features.sql}, "
     message += "or name in the source's null_values the texts that mean null"
     if len(values) == 2:  # noqa: PLR2004
-        return f"{message}; it has two values, {values[0]!r} and {values[1]!r}: to predict them, set task: binary"
+        return (
+            f"{message}; it has two values, {values[0]!r} and {values[1]!r}: "
+            "to predict them, set task: binary"
+        )
     if 2 < len(values) <= MAX_CLASSES:  # noqa: PLR2004
         shown = ", ".join(repr(value) for value in values[:3])
         return f"{message}; to predict its {len(values)} values ({shown} ...), set task: multiclass"

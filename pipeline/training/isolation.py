@@ -50,7 +50,10 @@ class GroupProcess:
                     self.close()
                     error = {
                         "error_class": "TimeoutError",
-                        "error_message": f"not finished after {self._limit_seconds:g} s (tuning.kill_after_seconds)",
+                        "error_message": (
+                            f"not finished after {self._limit_seconds:g} s "
+                            "(tuning.kill_after_seconds)"
+                        ),
                     }
                     return Outcome("failed", TIMEOUT, {**error, "seconds": self._limit_seconds})
                 return pipe.recv_bytes()

@@ -91,5 +91,8 @@ def test_rows_are_not_answered_by_a_version_that_saw_later_ones(
     earlier = type(fleet)(spec, fleet.files, fleet.resources)
     result = earlier.launch("predictions", launch=LaunchSettings(decision="keep"))
     assert not result.success
-    expected = "version 1 of 'shop' saw rows known until 2023-10-15 00:00:00, and this launch is as of 2023-08-15 00:00:00"
+    expected = (
+        "version 1 of 'shop' saw rows known until 2023-10-15 00:00:00, "
+        "and this launch is as of 2023-08-15 00:00:00"
+    )
     assert failure(result).startswith(expected)

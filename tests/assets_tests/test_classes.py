@@ -37,7 +37,10 @@ def test_a_fleet_of_classes_goes_from_rows_to_answers(
         },
         file="defs.yaml",
     )
-    sql = f"SELECT region, store, CAST(sold_on AS DATE) AS sold_on, size, {LABELS[task]} AS label FROM sales"
+    sql = (
+        "SELECT region, store, CAST(sold_on AS DATE) AS sold_on, size, "
+        f"{LABELS[task]} AS label FROM sales"
+    )
     fleet, result = launched(spec, sql)
     assert result.success
     assert [name for name, found in checks(result).items() if not found.passed] == []

@@ -177,7 +177,10 @@ def test_a_feature_table_that_breaks_its_contract_is_not_committed(
 ) -> None:
     tables = fleet.resources["tables"]
     version = tables.version(tables.location("shop", "features"))
-    doubled = "SELECT 'north' AS region, 'n0' AS store, CAST(sold_on AS DATE) AS sold_on, amount, size FROM sales"
+    doubled = (
+        "SELECT 'north' AS region, 'n0' AS store, CAST(sold_on AS DATE) AS sold_on, "
+        "amount, size FROM sales"
+    )
     result = fleet.launch("features", sql=doubled)
     assert not result.success
     assert re.match(
@@ -203,7 +206,10 @@ def test_a_feature_without_any_value_is_a_warning_and_no_target_an_end(
     location = tables.location("shop", "features")
     before = tables.read_arrow(location)
     try:
-        empty = "SELECT region, store, CAST(sold_on AS DATE) AS sold_on, CAST(NULL AS DOUBLE) AS amount, CAST(NULL AS INT) AS size FROM sales"
+        empty = (
+            "SELECT region, store, CAST(sold_on AS DATE) AS sold_on, "
+            "CAST(NULL AS DOUBLE) AS amount, CAST(NULL AS INT) AS size FROM sales"
+        )
         result = fleet.launch("features", "models", sql=empty)
         found = checks(result)
         assert (
@@ -227,13 +233,17 @@ def test_a_column_that_is_the_target_is_a_warning_that_names_it(fleet: Any, chec
     try:
         result = fleet.launch(
             "features",
-            sql="SELECT region, store, CAST(sold_on AS DATE) AS sold_on, amount, amount AS size FROM sales",
+            sql=(
+                "SELECT region, store, CAST(sold_on AS DATE) AS sold_on, amount, "
+                "amount AS size FROM sales"
+            ),
         )
         found = checks(result)["no_column_looks_like_the_future"]
         assert result.success
         assert (found.passed, found.severity) == (False, dg.AssetCheckSeverity.WARN)
         assert str(found.description).startswith(
-            "size: equal to the target in 100.0% of the rows in which the target changes (a column that"
+            "size: equal to the target in 100.0% of the rows in which the target "
+            "changes (a column that"
         )
         assert checks(result)["lags_find_their_rows"].passed
     finally:
@@ -380,9 +390,9 @@ def test_without_a_champion_predictions_say_what_to_do(fleet: Any, failure: Fail
     fleet.resources["registry"].aliases.clear()
     result = fleet.launch("predictions")
     assert not result.success
-    assert (
-        failure(result)
-        == "registered model 'shop' has no champion; materialise shop/models, meta_model and champion first"
+    assert failure(result) == (
+        "registered model 'shop' has no champion; materialise shop/models, "
+        "meta_model and champion first"
     )
 
 

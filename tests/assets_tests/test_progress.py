@@ -72,7 +72,10 @@ def test_a_dry_run_prints_no_line_that_looks_like_a_fault() -> None:
     skipped = (
         "Skipping step housing__importance due to skipped dependencies: ['housing__models.result']."
     )
-    missing = "Blocking asset check 'housing/models:x' emitted no result in step 'housing__models_checks'; downstream step 'y' will proceed"
+    missing = (
+        "Blocking asset check 'housing/models:x' emitted no result in step "
+        "'housing__models_checks'; downstream step 'y' will proceed"
+    )
     assert not is_for_people(record(skipped))
     assert not is_for_people(record(missing, logging.WARNING))
     assert is_for_people(record("dry run: nothing was trained"))

@@ -146,7 +146,10 @@ def test_a_missing_source_fails_in_its_own_words(
     result = ingest(shop, tmp_path, MemoryTables(), "no such/sales-*.csv")
     assert not result.success
     assert failure(result).splitlines() == [
-        "source 'sales': nothing is at 'no such/sales-*.csv'; expected a file, a folder or a glob that matches something",
+        (
+            "source 'sales': nothing is at 'no such/sales-*.csv'; expected a file, "
+            "a folder or a glob that matches something"
+        ),
         f"  tried: {tmp_path}/no such/sales-*.csv",
     ]
 

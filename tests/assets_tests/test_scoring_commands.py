@@ -174,7 +174,8 @@ def test_a_delta_table_is_answered_with_its_columns_kept(fleet: Fleet) -> None:
     assert kept["note"].tolist() == rows["note"].tolist()
     assert set(found["scored_period"]) == {"all"}
     assert fleet.said[0].startswith(
-        f"3,000 rows of {fleet.folder}/rows (version 1) answered by asked version 1 (champion) (run run-1) in "
+        f"3,000 rows of {fleet.folder}/rows (version 1) answered by asked version 1 "
+        "(champion) (run run-1) in "
     )
 
 
@@ -255,7 +256,10 @@ def test_missing_columns_are_listed_before_spark_starts(idle: Fleet) -> None:
     for way in (idle.score, idle.stream):
         with pytest.raises(
             InputError,
-            match=r"missing columns: price, base; it has: row_id, .*fleet 'asked' needs: region, store, price",
+            match=(
+                r"missing columns: price, base; it has: row_id, .*fleet 'asked' needs: "
+                r"region, store, price"
+            ),
         ):
             way(idle.folder / "in", "out")
     assert not (idle.folder / "out").exists()

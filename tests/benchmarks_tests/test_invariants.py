@@ -37,7 +37,10 @@ STRINGS = (
 
 
 def native(group: str) -> bytes:
-    return f"tree\nof {group}\n\nparameters:\n[num_threads: 2]\n\nend of parameters\n\npandas_categorical:null\n".encode()
+    return (
+        f"tree\nof {group}\n\nparameters:\n[num_threads: 2]\n\nend of "
+        "parameters\n\npandas_categorical:null\n"
+    ).encode()
 
 
 def booster_id(group: str) -> str:
@@ -522,6 +525,12 @@ def test_no_row_is_answered_by_a_run_that_saw_later_rows(tmp_path: Path) -> None
     )
     found = find_hindsight(tmp_path, pd.DataFrame([{"run_id": "run", "as_of": MOMENT}]))
     assert found == [
-        "I10: rows as of 2024-02-29T00:00:00 are answered by run run, which saw rows until 2024-03-01 00:00:00+00:00",
-        "I10: rows as of 2024-03-01T00:00:00 are answered by run lost, which is not in the table of runs",
+        (
+            "I10: rows as of 2024-02-29T00:00:00 are answered by run run, "
+            "which saw rows until 2024-03-01 00:00:00+00:00"
+        ),
+        (
+            "I10: rows as of 2024-03-01T00:00:00 are answered by run lost, "
+            "which is not in the table of runs"
+        ),
     ]

@@ -179,7 +179,10 @@ def test_functions_of_more_than_six_parameters_count(
         ),
         (
             "pipeline/reporting/first.py",
-            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from pipeline.spark.first import act",
+            (
+                "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from "
+                "pipeline.spark.first import act"
+            ),
             1,
         ),
         ("pipeline/spark/first.py", "from pipeline.testing.first import act", 1),

@@ -37,7 +37,10 @@ FLIGHTS = Path("pipeline/defs/flights")
 # Few of the destinations, and all of the months: 14,000 of 336,776 flights.
 DESTINATIONS = ("BNA", "PDX", "SEA")
 EARLY, LATE = "2023-06-15", "2023-10-15"
-SALES_SQL = "SELECT region, store, CAST(sold_on AS DATE) AS sold_on, amount, size, {label} AS label FROM sales"
+SALES_SQL = (
+    "SELECT region, store, CAST(sold_on AS DATE) AS sold_on, amount, size, "
+    "{label} AS label FROM sales"
+)
 SALES: Mapping[str, Any] = {
     "name": "shop",
     "sources": [{"name": "sales", "uri": "sales.csv"}],
@@ -221,7 +224,8 @@ def test_a_fleet_of_the_release_before_is_taken_up(
         written_with[name] != installed_version(name) for name in ("lightgbm", "numpy", "optuna")
     ):
         pytest.skip(
-            "the recorded fleet was trained with other libraries, which trains every group again: record it anew"
+            "the recorded fleet was trained with other libraries, "
+            "which trains every group again: record it anew"
         )
     values = made.launch(LATE)
     statuses = {group: row[0] for group, row in values["groups"].items()}

@@ -92,7 +92,10 @@ def test_poisoned_groups_harm_nobody_but_themselves(tmp_path: Path) -> None:
 
 
 def test_the_checker_imports_nothing_of_the_project() -> None:
-    script = "import sys, benchmarks.invariants; print([name for name in sys.modules if name.split('.')[0] in ('pipeline', 'assets', 'resources')])"
+    script = (
+        "import sys, benchmarks.invariants; print([name for name in sys.modules if "
+        "name.split('.')[0] in ('pipeline', 'assets', 'resources')])"
+    )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )

@@ -266,7 +266,8 @@ def unprivileged(
     )
     if run.returncode == CANNOT:
         pytest.skip(
-            "this process is root and may not give up the right to write everywhere (prctl PR_CAPBSET_DROP)"
+            "this process is root and may not give up the right to write everywhere "
+            "(prctl PR_CAPBSET_DROP)"
         )
     return run
 

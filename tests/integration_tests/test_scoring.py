@@ -31,7 +31,10 @@ pytestmark = [pytest.mark.integration, pytest.mark.spark, pytest.mark.slow]
 
 NUMBERS = ["prediction", "lower", "upper"]
 TEXTS = ["answered_by", "booster_id", "fleet_version"]
-RESULT = "prediction double, lower double, upper double, answered_by string, booster_id string, fleet_version string"
+RESULT = (
+    "prediction double, lower double, upper double, answered_by string, booster_id string, "
+    "fleet_version string"
+)
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,10 @@ def test_every_way_to_ask_gives_the_same_bits(
     assert status == http.HTTPStatus.OK, content
     for (code, told), value in zip(bad, ("'twelve'", "[1.0]"), strict=True):
         assert code == http.HTTPStatus.BAD_REQUEST
-        message = f"price: {value} is not a number (row 1 of 1); expected a number, text such as '12.5', or null"
+        message = (
+            f"price: {value} is not a number (row 1 of 1); expected a number, "
+            "text such as '12.5', or null"
+        )
         # The sentence alone: neither the batch nor a stack trace.
         assert json.loads(told)["message"] == message
         assert b"Traceback" not in told

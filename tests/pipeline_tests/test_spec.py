@@ -406,7 +406,10 @@ def test_the_training_digest_ignores_what_is_said_to_people() -> None:
     [
         (
             {"num_leaf": 3},
-            "'num_leaf' cannot be searched; did you mean 'num_leaves'? Available: bagging_fraction, ",
+            (
+                "'num_leaf' cannot be searched; did you mean 'num_leaves'? Available: "
+                "bagging_fraction, "
+            ),
         ),
         ({"objective": 3}, "'objective' cannot be searched; Available: "),
         (
@@ -546,7 +549,10 @@ def test_a_huber_alpha_is_an_error_and_no_share() -> None:
     [
         (
             {"task": "regression"},
-            "target.classes: ['a', 'b'] are for task: binary or multiclass; the task is 'regression'",
+            (
+                "target.classes: ['a', 'b'] are for task: binary or multiclass; "
+                "the task is 'regression'"
+            ),
         ),
         (
             {"task": "binary", "target": {"classes": ["a", "b", "c"]}},

@@ -55,9 +55,8 @@ def test_the_executors_that_were_asked_for_are_waited_for() -> None:
     found = registrations(1, 60)
     assert found.wait(**{"spark.executor.instances": "2"}) == Executors(2, 4)
     assert found.now == 60
-    assert (
-        found.lines[0]
-        == f"waiting for executors of {MASTER}: 1 registered, expected 2 (spark.executor.instances)\n"
+    assert found.lines[0] == (
+        f"waiting for executors of {MASTER}: 1 registered, expected 2 (spark.executor.instances)\n"
     )
 
 

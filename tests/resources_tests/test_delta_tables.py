@@ -330,7 +330,10 @@ def test_rows_that_could_not_be_read_beside_the_others_are_refused(
     mode, target = ("append", None) if keep == "append" else ("overwrite", {"name": "b"})
     with pytest.raises(
         StoreError,
-        match=r"column 'x' is .*long.* in the table and .*string.* in the new rows; nothing was committed",
+        match=(
+            r"column 'x' is .*long.* in the table and .*string.* in the new rows; "
+            r"nothing was committed"
+        ),
     ):
         local.commit(location, [file], other, mode=mode, partition=target)  # type: ignore[list-item, arg-type]
     assert values(local, location) == [1]

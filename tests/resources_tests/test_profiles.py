@@ -102,7 +102,10 @@ def test_a_cluster_without_a_master_is_refused(
     monkeypatch.setenv(PROFILE, "cluster")
     with pytest.raises(
         SpecError,
-        match=f"{SPARK_MASTER} is not set; expected Spark's master URL, e.g. {SPARK_MASTER}=spark://host:7077",
+        match=(
+            f"{SPARK_MASTER} is not set; expected Spark's master URL, "
+            f"e.g. {SPARK_MASTER}=spark://host:7077"
+        ),
     ):
         current_profile(tmp_path)
 

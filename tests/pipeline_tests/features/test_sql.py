@@ -223,7 +223,10 @@ def test_sql_and_declared_features_fit() -> None:
 def test_a_column_that_the_sql_does_not_give_is_named_with_its_field_and_what_there_is() -> None:
     with pytest.raises(
         SpecError,
-        match=r"features\.columns: features\.sql gives no column 'promotion'; it gives: city, day, kind, price",
+        match=(
+            r"features\.columns: features\.sql gives no column 'promotion'; it gives: "
+            r"city, day, kind, price"
+        ),
     ):
         check_features(small_spec(), SQL.replace("promotion, ", ""), file="features.sql")
 
@@ -263,7 +266,10 @@ def test_a_derived_column_sees_only_what_is_known(text: str) -> None:
     spec = small_spec(features={"derived": {"x": text}})
     with pytest.raises(
         SpecError,
-        match=r"features\.derived\.x: '\w+' is not a feature known when the prediction is made; known: .*price",
+        match=(
+            r"features\.derived\.x: '\w+' is not a feature known when the prediction is "
+            r"made; known: .*price"
+        ),
     ):
         check_features(spec, SQL, file="features.sql")
 
@@ -406,7 +412,10 @@ def test_syntax_that_is_not_allowed_is_refused(text: str) -> None:
 
 def test_a_common_table_expression_is_read_only_where_it_is_visible() -> None:
     parse_select(
-        "WITH a AS (SELECT 1 AS x), b AS (SELECT * FROM a) SELECT * FROM b WHERE x IN (SELECT x FROM a)",
+        (
+            "WITH a AS (SELECT 1 AS x), b AS (SELECT * FROM a) SELECT * FROM b WHERE x "
+            "IN (SELECT x FROM a)"
+        ),
         ["sales"],
         file="features.sql",
     )
@@ -458,7 +467,10 @@ def test_a_lambda_cannot_borrow_the_name_of_a_column_that_is_not_known() -> None
         ),
         ("SELECT x FROM sales LATERAL VIEW explode(array(1)) `t AS y --` AS x", None),
         (
-            "SELECT timestampadd(MINUTE, 1, day), datediff(day, day, day), day << 1, DATE '2024-01-31', 'a' 'b' FROM sales",
+            (
+                "SELECT timestampadd(MINUTE, 1, day), datediff(day, day, day), day << 1, "
+                "DATE '2024-01-31', 'a' 'b' FROM sales"
+            ),
             None,
         ),
         (

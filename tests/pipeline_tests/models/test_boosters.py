@@ -55,7 +55,10 @@ def test_other_trees_have_another_id() -> None:
 
 
 def test_only_the_parameters_are_left_out_of_the_id() -> None:
-    text = "tree\nTree=0\n\nparameters:\n[num_threads: 1]\nend of parameters\n\npandas_categorical:null\n"
+    text = (
+        "tree\nTree=0\n\nparameters:\n[num_threads: 1]\nend of "
+        "parameters\n\npandas_categorical:null\n"
+    )
     assert booster_digest(text) == booster_digest(text.replace("threads: 1", "threads: 8"))
     assert booster_digest(text) != booster_digest(text.replace("Tree=0", "Tree=1"))
     assert booster_digest(text) != booster_digest(text.replace("null", "[]"))
@@ -69,6 +72,9 @@ def test_a_message_says_where_the_damage_is() -> None:
     row = vars(encode_booster("tree")) | {"sha256": "0" * 64}
     with pytest.raises(
         PackError,
-        match=r"^s3://bucket/boosters: booster [0-9a-f]{64} is damaged: its digest is [0-9a-f]{64}, expected 0{64}; restore",
+        match=(
+            r"^s3://bucket/boosters: booster [0-9a-f]{64} is damaged: "
+            r"its digest is [0-9a-f]{64}, expected 0{64}; restore"
+        ),
     ):
         decode_booster(row, "s3://bucket/boosters")

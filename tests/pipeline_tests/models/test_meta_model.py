@@ -411,7 +411,10 @@ def test_a_column_that_is_listed_twice_is_refused_where_it_is_read(pack: Path) -
     model = FleetModel(pack)
     with pytest.raises(
         InputError,
-        match="the batch: columns listed more than once: region, price; rename or remove all but one of each",
+        match=(
+            "the batch: columns listed more than once: region, price; "
+            "rename or remove all but one of each"
+        ),
     ):
         model.predict(pd.concat([rows, rows[["price", "region"]]], axis=1))
     # Columns that nobody reads may be there as often as they like.
@@ -501,7 +504,10 @@ def test_a_level_that_a_version_does_not_have_is_refused_with_those_it_has(
 ) -> None:
     with pytest.raises(
         InputError,
-        match=rf"interval: {level!r}; version 'run-1' of fleet 'small' has intervals of 0\.8, 0\.95",
+        match=(
+            rf"interval: {level!r}; version 'run-1' of fleet 'small' has "
+            r"intervals of 0\.8, 0\.95"
+        ),
     ):
         FleetModel(pack).predict(batch(("north", "oslo")), interval=level)
 
@@ -888,7 +894,10 @@ def test_another_format_is_refused(copied: Path, form: Any) -> None:
     reseal(copied, format=form)
     with pytest.raises(
         PackError,
-        match=rf"index\.json: format {form!r}, expected 3: .* materialise meta_model and champion again",
+        match=(
+            rf"index\.json: format {form!r}, expected 3: .* materialise meta_model "
+            r"and champion again"
+        ),
     ):
         FleetModel(copied)
 
@@ -1046,7 +1055,10 @@ def test_a_booster_of_unsound_structure_never_reaches_lightgbm(
     encoded = encode_booster(first_number(model_text, "left_child", 99))
     with pytest.raises(
         PackError,
-        match=f"here: booster {encoded.booster_id} is not a LightGBM model that can be loaded: a node has a child",
+        match=(
+            f"here: booster {encoded.booster_id} is not a LightGBM model that can be loaded: "
+            "a node has a child"
+        ),
     ):
         load_booster(vars(encoded), "here")
 

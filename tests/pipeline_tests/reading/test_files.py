@@ -87,7 +87,8 @@ def test_a_number_that_is_none_is_an_error_that_names_the_file(tmp_path: Path) -
 def test_json_lines_keep_text_that_looks_like_a_moment(tmp_path: Path) -> None:
     with gzip.open(tmp_path / "a.json.gz", "wt") as file:
         file.write(
-            '{"price": 1, "when": "2024-01-01T00:00:00", "n": 3}\n{"price": null, "other": [1, 2]}\n'
+            '{"price": 1, "when": "2024-01-01T00:00:00", "n": 3}\n{"price": null, '
+            '"other": [1, 2]}\n'
         )
     found = read(tmp_path)
     assert found["when"].tolist() == ["2024-01-01T00:00:00", None]

@@ -127,7 +127,8 @@ def test_the_json_of_a_model_spec_keeps_its_order() -> None:
 def test_the_text_of_a_request_is_sorted_and_leaves_out_the_run_and_its_as_of() -> None:
     request = Request("run-1", CUTOFFS.as_of, 5, "listed", ('["b"]', '["å"]', '["a"]'))
     assert request.text == (
-        '{"limit_groups": 5, "listed": ["[\\"a\\"]", "[\\"b\\"]", "[\\"\\u00e5\\"]"], "retrain": "listed"}'
+        '{"limit_groups": 5, "listed": ["[\\"a\\"]", "[\\"b\\"]", "[\\"\\u00e5\\"]"], '
+        '"retrain": "listed"}'
     )
     assert request.text == replace(request, run_id="run-2", as_of=None).text
     assert request.text == replace(request, listed=('["å"]', '["a"]', '["b"]')).text
@@ -137,7 +138,8 @@ def test_the_text_of_a_refit_has_a_digest_of_its_recipes() -> None:
     recipes = {(2, "[]"): Start(refit={"a": 1}, n_rounds=3), (0, "[]"): Start(judge=True)}
     request = Request("run-1", recipes=recipes)
     assert request.text == (
-        '{"limit_groups": null, "listed": [], "recipes": "18fea058fe21ba9569926fe9c8c81c3c6b9541aa2f573c303039d611abb49fc3", "retrain": "changed"}'
+        '{"limit_groups": null, "listed": [], "recipes": '
+        '"18fea058fe21ba9569926fe9c8c81c3c6b9541aa2f573c303039d611abb49fc3", "retrain": "changed"}'
     )
     turned = dict(reversed(recipes.items()))
     assert replace(request, recipes=turned).text == request.text

@@ -281,9 +281,9 @@ def test_a_plan_speaks_to_people() -> None:
     assert "1 too_few_rows" in text
     assert text.endswith("; 1 to 3 s on 2 slots, estimated (no history yet)")
     learnt = plan_of(counted([(2000, 20, 5)] * 3), cost_model=CostModel(1.0, 1.0, 43)).describe()
-    assert (
-        learnt
-        == "3 groups: 3 to train; 3 tasks in 3 waves on 2 slots, about 382 s, estimated from 43 earlier groups"
+    assert learnt == (
+        "3 groups: 3 to train; 3 tasks in 3 waves on 2 slots, about 382 s, "
+        "estimated from 43 earlier groups"
     )
     assert (
         plan_of(counted([(0, 0, 0)]).assign(grain=1)).describe()

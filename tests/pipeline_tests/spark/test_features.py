@@ -387,7 +387,10 @@ def test_classes_are_text_in_the_feature_table(
     spark: SparkSession, shop_attributes: dict[str, Any], label: str, texts: list[str]
 ) -> None:
     spec = built(shop_attributes, task="binary", target={"column": "label"}, baselines={})
-    sql = f"SELECT 'n' region, s store, date'2020-01-01' sold_on, 1 amount, size, {label} label FROM VALUES ('a', 1), ('b', 2) AS t(s, size)"
+    sql = (
+        "SELECT 'n' region, s store, date'2020-01-01' sold_on, 1 amount, size, "
+        f"{label} label FROM VALUES ('a', 1), ('b', 2) AS t(s, size)"
+    )
     found = build_features(spark, spec, sql, {})
     assert dict(found.dtypes)["label"] == "string"
     assert sorted(row["label"] for row in found.collect()) == texts
@@ -399,7 +402,10 @@ def test_raw_categories_are_those_of_the_feature_table(
     attributes = copy.deepcopy(shop_attributes)
     attributes["features"]["categoricals"] = ["level", "since"]
     spec = built(attributes)
-    raw = "SELECT 'n' region, s store, date'2020-01-01' sold_on, 1 amount, 1 size, level, timestampadd(MINUTE, 90, timestamp'2020-01-01') AS since"
+    raw = (
+        "SELECT 'n' region, s store, date'2020-01-01' sold_on, 1 amount, 1 size, level, "
+        "timestampadd(MINUTE, 90, timestamp'2020-01-01') AS since"
+    )
     sql = f"{raw} FROM VALUES ('a', 1.0D), ('b', 2.5D), ('c', null) AS t(s, level)"
     found = build_features(spark, spec, sql, {}).select("level", "since").toPandas()
     assert sorted(found["level"].dropna()) == ["1", "2.5"]
@@ -412,7 +418,10 @@ def test_raw_categories_are_those_of_the_feature_table(
     assert set(numbers[:, 1]) == {0.0}
     with pytest.raises(
         DataError,
-        match=r"categorical 'level' is array<int>; expected text, a number, .*: cast it in features.sql",
+        match=(
+            r"categorical 'level' is array<int>; expected text, a number, .*: "
+            r"cast it in features.sql"
+        ),
     ):
         build_features(spark, spec, sql.replace("size, level", "size, array(1) AS level"), {})
 
@@ -423,7 +432,10 @@ def test_a_class_that_is_no_class_is_refused(
     spec = built(shop_attributes, task="multiclass", target={"column": "label"}, baselines={})
     with pytest.raises(
         DataError,
-        match=r"target 'label' is double; expected text, a boolean or a whole number for task 'multiclass': cast it",
+        match=(
+            r"target 'label' is double; expected text, a boolean or a whole number for task "
+            r"'multiclass': cast it"
+        ),
     ):
         build_features(spark, spec, ROW + ", 1.5D label", {})
 
@@ -448,7 +460,8 @@ def test_moments_do_not_depend_on_the_zone_of_the_machine(
     attributes["features"] = {"lags": [{"column": "amount", "periods": [1]}]}
     spec = built(attributes)
     raw = spark.sql(
-        "SELECT 'n' region, 'a' store, timestamp'2020-01-01' sold_on, 1 amount UNION ALL SELECT 'n', 'a', timestamp'2020-02-01', 2"
+        "SELECT 'n' region, 'a' store, timestamp'2020-01-01' sold_on, "
+        "1 amount UNION ALL SELECT 'n', 'a', timestamp'2020-02-01', 2"
     )
     found = build_features(spark, spec, "SELECT * FROM sales", {"sales": raw})
     assert newest_known(found, "amount") == pd.Timestamp("2020-02-01")
@@ -522,7 +535,8 @@ def test_counts_of_a_sound_table(spark: SparkSession, shop_attributes: dict[str,
     attributes["features"] = {"lags": [{"column": "amount", "periods": [1]}]}
     spec = built(attributes)
     raw = spark.sql(
-        "SELECT 'n' region, s store, date'2020-01-01' sold_on, a amount FROM VALUES ('a', 1), ('b', null), ('c', 3) AS t(s, a)"
+        "SELECT 'n' region, s store, date'2020-01-01' sold_on, a amount FROM VALUES ('a', 1), "
+        "('b', null), ('c', 3) AS t(s, a)"
     )
     rows = build_features(spark, spec, "SELECT * FROM sales", {"sales": raw})
     assert check_feature_table(rows, spec) == {"n_rows": 6, "n_targets": 2, "n_future": 3}
@@ -703,7 +717,10 @@ def test_dates_of_a_fleet_with_a_time_zone_are_its_local_days(
         "lags": [{"column": "amount", "periods": [1]}],
         "calendar": ["day_of_week", "day"],
     }
-    sql = "SELECT region, store, CAST(sold_on AS DATE) AS sold_on, CAST(known_on AS DATE) AS known_on, amount FROM sales"
+    sql = (
+        "SELECT region, store, CAST(sold_on AS DATE) AS sold_on, "
+        "CAST(known_on AS DATE) AS known_on, amount FROM sales"
+    )
     plain, local = (
         through_spark(spark, built({**attributes, **zone}), rows, sql)
         for zone in ({}, {"timezone": "Europe/Berlin"})

@@ -764,7 +764,10 @@ def test_as_of_hides_what_is_known_later(
     assert run.cutoffs.report_start == expected["time"].max() - pd.Timedelta(days=29)
     with pytest.raises(
         DataError,
-        match=r"as of 2023-12-31 00:00:00 no row is known yet; known_at runs from 2024-01-01 00:00:00 to",
+        match=(
+            r"as of 2023-12-31 00:00:00 no row is known yet; known_at runs from "
+            r"2024-01-01 00:00:00 to"
+        ),
     ):
         planned(features, spec, as_of=pd.Timestamp("2023-12-31"))
 

@@ -11,7 +11,10 @@ from pipeline.testing.data import small_spec
 
 pytestmark = pytest.mark.spark
 
-COLUMNS = "row_key string, class_name string, actual double, group_ids array<string>, miss double, fleet double, b0 double"
+COLUMNS = (
+    "row_key string, class_name string, actual double, group_ids array<string>, miss double, "
+    "fleet double, b0 double"
+)
 CHANGES: dict[str, dict[str, Any]] = {
     "binary": {"task": "binary"},
     "multiclass": {"task": "multiclass"},

@@ -709,7 +709,10 @@ def test_a_ledger_of_an_earlier_format_is_refused_and_nothing_is_added_to_it(
         location,
         mode="overwrite",
     )
-    told = r"ledger was written by an earlier version: it has no column intervals, expected format 3 .*; move it away .*, or use a new data root"
+    told = (
+        r"ledger was written by an earlier version: it has no column intervals, "
+        r"expected format 3 .*; move it away .*, or use a new data root"
+    )
     with pytest.raises(StoreError, match=told):
         fleet.launch(rows, "run-2")
     # Where it is all that is left, too.

@@ -99,7 +99,10 @@ def test_a_function_that_the_tree_calls_but_nobody_allowed_is_found(spark: Spark
     [
         ("SELECT rand() AS x FROM sales", "rand("),
         (
-            "SELECT city FROM sales WHERE price > (SELECT max(price) FROM sales WHERE price > randn())",
+            (
+                "SELECT city FROM sales WHERE price > (SELECT max(price) FROM sales "
+                "WHERE price > randn())"
+            ),
             "scalar-subquery",
         ),
         ("SELECT sum(price) OVER (PARTITION BY uuid()) AS x FROM sales", "uuid("),
@@ -183,7 +186,10 @@ PLAIN = """
 
 def test_what_people_write_every_day_is_read_alike(spark: SparkSession) -> None:
     expressions = [part.strip() for line in PLAIN.strip().splitlines() for part in line.split(";")]
-    text = f"SELECT {', '.join(f'{one} AS x{number}' for number, one in enumerate(expressions))} FROM sales WHERE city IS NOT NULL"
+    text = (
+        f"SELECT {', '.join(f'{one} AS x{number}' for number, one in enumerate(expressions))} FROM "
+        "sales WHERE city IS NOT NULL"
+    )
     check_select(spark, text, ["sales"], file="features.sql")
     check_select(
         spark,

@@ -496,7 +496,10 @@ def test_classes_are_found_in_fit_rows_and_sorted(spark: SparkSession) -> None:
         (
             "binary",
             ("a", "b", "c"),
-            r"'label': the fit rows \(before .*\) hold the classes 'a', 'b', 'c'; task 'binary' needs exactly two",
+            (
+                r"'label': the fit rows \(before .*\) hold the classes 'a', 'b', 'c'; "
+                r"task 'binary' needs exactly two"
+            ),
         ),
         (
             "binary",
