@@ -342,7 +342,7 @@ def _files(text: str) -> int:
 def _version(text: str) -> str:
     if text not in (CHAMPION, CHALLENGER) and not (text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no version; expected {CHAMPION}, {CHALLENGER} or a number"
+            f"{text!r} is not a version; expected {CHAMPION}, {CHALLENGER} or a number"
         )
     return text
 

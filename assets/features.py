@@ -211,8 +211,7 @@ def _build(
     table = tables.tables.snapshot(location)
     if table is None:
         raise StoreError(
-            f"{location} was committed, and its files are not there; "
-            "check the store, then run again"
+            f"{location} was committed, but its files are missing; check the store, then run again"
         )
     return table
 

@@ -214,7 +214,7 @@ class Scorer:
         return stream
 
     def _prepare(self, source: str, target: str, wanted: Any, partition_by: list[str]) -> None:
-        """Look at the target, and make it if it is not there."""
+        """Check the target, and create it where it is missing."""
         check_apart(source, target)
         if self.tables.exists(target):
             check_target(target, self.tables.layout(target), wanted, partition_by)

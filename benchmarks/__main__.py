@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name not in FIGURES and name != ALL:
             near = difflib.get_close_matches(name, [*FIGURES, ALL])
             hint = (
-                f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(FIGURES)}"
+                f"did you mean {' or '.join(near)}?" if near else f"available: {', '.join(FIGURES)}"
             )
             parser.error(f"there is no figure {name!r}; {hint}")
     if not names:

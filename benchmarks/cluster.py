@@ -196,7 +196,7 @@ def run_whole(folder: Path) -> None:
     rows = generated_rows(KIND, SEED, n_waiting=2)
     rows.to_parquet(folder / "rows.parquet", index=False)
     spec = spec_of(KIND, is_future=False)
-    # One session for all: what opens it is no resource of the launch, which would stop it.
+    # One session for all: what opens it is not a resource of the launch, which would stop it.
     session = Scorer.of(current_profile(folder)).spark
     with session.yield_for_execution(None):
         resources = {

@@ -517,7 +517,7 @@ FIGURES = {
         ),
         Figure(
             "false-promotions",
-            "share of 200 groups that are moved to a recipe that differs and is no better, 20 "
+            "share of 200 groups that are moved to a recipe that differs and is not better, 20 "
             "fleets",
             9,
             (

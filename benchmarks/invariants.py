@@ -217,7 +217,7 @@ def _files(tables: Path) -> list[str]:
     """I5 of every table of a fleet."""
     folders = sorted(path.parent for path in tables.glob("*/_delta_log"))
     absent = sorted({"runs", "ledger"} - {folder.name for folder in folders})
-    return [f"I5: {tables / name} is no table" for name in absent] + [
+    return [f"I5: {tables / name} is not a table" for name in absent] + [
         line for folder in folders for line in _files_of(folder)
     ]
 
@@ -245,13 +245,13 @@ def _files_of(table: Path) -> list[str]:
 def _runs(runs: pd.DataFrame, ledger: pd.DataFrame) -> list[str]:
     """What every run says of itself."""
     names = set(runs["run_id"])
-    found = _told("runs: there twice", _doubled(runs["run_id"]))
+    found = _told("runs: listed twice", _doubled(runs["run_id"]))
     found += _told("runs: ledger rows of unknown runs", sorted(set(ledger["run_id"]) - names))
     for run in _records(runs):
         told = f"runs: run {run['run_id']}"
         previous = run["previous_run_id"]
         if previous is not None and (previous not in names or previous == run["run_id"]):
-            found.append(f"{told} builds on run {previous!r}, which is not there")
+            found.append(f"{told} builds on run {previous!r}, which is missing")
         if run["started_at"] is None:
             found.append(f"{told} has no started_at")
         if run["finished_at"] is None:
@@ -391,7 +391,7 @@ def _boosters(tables: Path, ledger: pd.DataFrame) -> list[str]:
                 f"({owner.get(place, 'not in the ledger')})"
             )
             if there.setdefault(place, row["sha256"]) != row["sha256"]:
-                found.append(f"{told} is there twice with different texts")
+                found.append(f"{told} is stored twice with different texts")
             found += [f"{told} {wrong}" for wrong in _booster_damage(row)]
     except _UNREADABLE as error:
         found.append(f"I2: {tables / 'boosters'} cannot be read: {error}")
@@ -451,7 +451,9 @@ def _holdout(tables: Path, ledger: pd.DataFrame) -> list[str]:
     """
     if not (tables / "holdout" / "_delta_log").exists():
         return (
-            [f"I3: {tables / 'holdout'} is no table"] if ledger["booster_id"].notna().any() else []
+            [f"I3: {tables / 'holdout'} is not a table"]
+            if ledger["booster_id"].notna().any()
+            else []
         )
     try:
         rows = DeltaTable(tables / "holdout")

@@ -1,4 +1,4 @@
-"""Promotion: how often a group is moved to a new recipe that is no better, and how often to one that is."""
+"""Promotion: how often a group is moved to a new recipe that is not better, and how often to one that is."""
 
 from collections.abc import Mapping
 
@@ -33,7 +33,7 @@ WORSE, BETTER = (
 def false_promotions(
     runs: Runs, repeats: int = REPEATS, n_groups: int = UNCHANGED_GROUPS
 ) -> Mapping[str, float]:
-    """Share of groups that are moved to a recipe that differs and is no better, over repeats with other data."""
+    """Share of groups that are moved to a recipe that differs and is not better, over repeats with other data."""
     found = []
     with Engine(runs.new_folder()) as engine:
         for repeat in range(repeats):

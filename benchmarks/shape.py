@@ -1,4 +1,4 @@
-"""The shape of the code: how long and how dense it is, and whether an import runs against its layers.
+"""The shape of the code: its length and density, and the imports that run against its layers.
 
 Everything is counted in the syntax tree of each file; nothing of the measured code is imported.
 """

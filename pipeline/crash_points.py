@@ -61,7 +61,7 @@ def arm(text: str) -> None:
     """Choose where this process is to die; an empty text disarms.
 
     Raises:
-        SpecError: if there is no such point or signal.
+        SpecError: if the point or the signal is unknown.
     """
     global _armed  # noqa: PLW0603 - one process has one fate
     if not text:

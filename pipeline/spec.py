@@ -231,7 +231,7 @@ class FeaturesSpec(Part):
     monotone: Mapping[Identifier, Literal[-1, 0, 1]] = Field(
         default_factory=dict,
         description="Features that the answer only rises (1) or only falls (-1) with, e.g. "
-        "`{price: -1}`; 0 is no constraint.",
+        "`{price: -1}`; 0 sets no constraint.",
     )
     max_categories: int = Field(
         default=250,
@@ -1041,7 +1041,7 @@ class FleetSpec(Part):
             )
         if objective == QUANTILE and (self.alpha or 0) >= 1:
             yield (
-                f"tuning.alpha: {self.alpha:g} is no quantile; expected a number "
+                f"tuning.alpha: {self.alpha:g} is not a quantile; expected a number "
                 "between 0 and 1, e.g. 0.9"
             )
         if tuning.variance_power is not None and objective != TWEEDIE:
@@ -1090,7 +1090,7 @@ class FleetSpec(Part):
                 )
             elif name not in self.feature_columns:
                 yield (
-                    f"features.monotone: {name!r} is no feature of the models; features: "
+                    f"features.monotone: {name!r} is not a model feature; features: "
                     f"{', '.join(self.feature_columns)}"
                 )
         if any(monotone.values()):

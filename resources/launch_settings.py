@@ -160,7 +160,7 @@ class LaunchSettings(dg.ConfigurableResource):
         return Scope(replace(own, namespace=f"{own.namespace}-backtest-{stamp}"), note)
 
     def command(self, spec: FleetSpec, **decision: str) -> str:
-        """The command that launches `champion` alone, with another decision, where this launch decides."""
+        """The command that launches `champion` alone, in this launch's scope, with another decision."""
         place = {"as_of": self.as_of, "limit_groups": self.limit_groups}
         config = {**{name: value for name, value in place.items() if value is not None}, **decision}
         written = json.dumps({"resources": {"launch": {"config": config}}})

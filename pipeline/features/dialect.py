@@ -67,7 +67,7 @@ class PlainSpark(Spark):
         }
 
     class Generator(SparkGenerator):
-        """Writes what was read: no functions for operators, casts for literals or subqueries for clauses."""
+        """Writes SQL as it was read: operators, literals and clauses stay what they are."""
 
         TRANSFORMS: ClassVar[dict[Any, Any]] = {
             **{

@@ -653,7 +653,7 @@ def decode_booster(row: Mapping[str, Any], where: str) -> str:
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
-        raise PackError(f"{where}: booster {name} is no text ({error}); train again") from error
+        raise PackError(f"{where}: booster {name} is not text ({error}); train again") from error
 
 
 def booster_digest(text: str) -> str:
@@ -712,7 +712,7 @@ def find_structure_fault(text: str) -> str | None:
         OverflowError,
         KeyError,
         DeprecationWarning,
-    ) as error:  # the last is how numpy says that a text is no number
+    ) as error:  # the last is how numpy says that a text is not a number
         return str(error)
     return None
 
@@ -991,7 +991,7 @@ class Chain:
     sha256: str
 
     def put_half_widths(self, halves: Floats, rows: npt.NDArray[np.int64]) -> None:
-        """Replace its ancestors' half widths by its own in some rows; there is a column per level."""
+        """Replace the half widths of a group's ancestors by its own in some rows, a column per level."""
         for level, half in enumerate((self.intervals or ())[: halves.shape[1]]):
             if half is not None:
                 halves[rows, level] = half

@@ -121,7 +121,7 @@ class ComparedRun:
         return json.dumps(parts, sort_keys=True)
 
     def chain(self, key: GroupKey) -> list[tuple[GroupKey, float]]:
-        """The models that contribute to a group's answers, coarsest first, with their blend weights."""
+        """The models in a group's answers, coarsest first, with their blend weights."""
         found: list[tuple[GroupKey, float]] = []
         for above in key.list_ancestry(self.model_spec.grains):
             row = self.groups.get(above)
@@ -143,7 +143,7 @@ class ComparedRun:
 
 
 def is_comparable(champion: ModelSpec, challenger: ModelSpec) -> bool:
-    """Whether two model specs describe the same question, so that one's recipes can be fitted beside the other's."""
+    """Whether two model specs pose the same question, so that the recipes of both can be compared."""
     questions = [
         (
             model_spec.grains,
@@ -305,7 +305,7 @@ class Judgement:
 
     @property
     def changes_answers(self) -> bool:
-        """Whether a group gets another chain, not just the same one under a newer version's name."""
+        """Whether a group gets another chain, not the same one under a newer version's name."""
         rows = self.decisions
         return bool(
             (rows["promoted"] & (rows["kind"] != UNCHANGED)).any()

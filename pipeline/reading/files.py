@@ -1,4 +1,4 @@
-"""Files with rows to score: which there are, what columns they have, and their rows under one schema, by name.
+"""Files with rows to score: their paths, their columns, and their rows under one schema.
 
 Rows are read by pyarrow wherever they are needed, on the driver or in a task, so that every way to
 score reads a file alike.

@@ -406,7 +406,7 @@ _ENTITIES = {ord(character): f"&#{ord(character)};" for character in "|`[]*~\\"}
     ord("<"): "&lt;",
     ord(">"): "&gt;",
 }
-# Within a word an underscore is no markup, and too_few_rows stays readable.
+# Within a word an underscore is not markup, and too_few_rows stays readable.
 _EMPHASIS = re.compile(r"(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])")
 
 

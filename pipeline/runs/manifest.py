@@ -139,7 +139,7 @@ class RunManifest:
 
     @property
     def is_refit(self) -> bool:
-        """Whether the run only refitted earlier recipes, and so is not the fleet's newest training."""
+        """Whether the run only refitted earlier recipes; the newest training is then another."""
         return RECIPES in json.loads(self.request)
 
     def is_on_other_rows(self, other: "RunManifest | None") -> bool:

@@ -1,4 +1,4 @@
-"""Which groups deserve a longer search, once all have had a short one within a budget of seconds."""
+"""Which groups deserve a longer search after a short one of all, within a budget of seconds."""
 
 import json
 from collections.abc import Iterator, Mapping

@@ -151,7 +151,7 @@ def _not_a_number(spec: FleetSpec, rows: DataFrame, kind: str) -> str:
 
 
 def _text_columns(spec: FleetSpec) -> set[str]:
-    """Columns that the feature table holds as text: categoricals, classes, baselines naming a class."""
+    """Text columns of the feature table: categoricals, classes, baselines that name a class."""
     classes = [spec.target.column] if spec.is_class_task else []
     return {
         *spec.features.categoricals,
@@ -279,7 +279,7 @@ def check_feature_table(rows: DataFrame, spec: FleetSpec) -> dict[str, int]:
         Counts: n_rows, n_targets, n_future.
 
     Raises:
-        DataError: if there are no rows, or a time is null, or the entity key is there twice, with
+        DataError: if there are no rows, a time is null, or an entity key is listed twice, with
             examples.
     """
     target = sf.col(f"`{spec.target.column}`")

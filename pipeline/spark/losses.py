@@ -146,7 +146,7 @@ def compare_answers(
 
 
 def _level_of(contest: Paired, rivals: Sequence[str]) -> Column:
-    """One contest of a row: its grain and group, our loss, and each rival's, null where it has none."""
+    """One comparison of a row: its grain and group, our loss, and each rival's loss or null."""
     nothing = sf.lit(None)
     losses = []
     for name in rivals:
@@ -234,7 +234,7 @@ def answer_losers_otherwise(
     classes: Sequence[str],
     report_start: pd.Timestamp,
 ) -> dict[GroupKey, GroupSkill]:
-    """Leave finest groups to their parent, or the constant, where that answers significantly better.
+    """Leave finest groups to their parent, or the constant, where that is significantly better.
 
     Coarser groups stay as they are: what they do badly over all their rows, some finer group that
     leans on them may need.

@@ -211,7 +211,7 @@ def _check_readings(
 
 
 def check_analyzed(rows: DataFrame, sources: Sequence[str], where: str) -> None:
-    """Check that Spark resolved relations to sources' views, and that expressions are repeatable."""
+    """Check that every relation is a source's view and every expression is repeatable."""
     declared = {name.lower() for name in sources}
     for kind, name in _analyzed_leaves(_queries(rows).analyzed()):
         if kind == "View":

@@ -499,7 +499,5 @@ def readable_failure(error: StreamingQueryException, cause: Exception | None) ->
     ours = in_error_tree(cause) or in_error_tree(error)
     if ours is not None:
         return ours
-    return StoreError(
-        "the stream ended: "
-        f"{next((line for line in str(cause or error).splitlines() if line.strip()), 'no reason was given')}"
-    )
+    lines = (line for line in str(cause or error).splitlines() if line.strip())
+    return StoreError(f"the stream ended: {next(lines, 'no reason was given')}")

@@ -111,7 +111,7 @@ def placed_rows(
 
 
 def _places(spark: SparkSession, groups: pd.DataFrame) -> tuple[DataFrame, int]:
-    """Each group's task, the task's salt and the group's sampling exponent; and the tasks' number."""
+    """Each group's task, that task's salt, the group's sampling exponent; and the number of tasks."""
     first, last = groups["task"].min(), groups["task"].max()
     n_tasks = int(last) + 1
     if first < 0:
@@ -313,7 +313,7 @@ def train_aside(
 
 
 def _sealed(outcome: pa.Table) -> pd.DataFrame:
-    """One row of OUTCOME_SCHEMA in one cell: its eight columns would take Spark a millisecond more to make Arrow of."""
+    """One row of OUTCOME_SCHEMA in one cell: Spark takes a millisecond more to convert its columns."""
     return pd.DataFrame({"outcome": [stream_of(outcome)]})
 
 

@@ -133,7 +133,7 @@ class _FleetTraining:
     def _parent_predictions(
         self, trained: Mapping[GroupKey, dict[str, Any]], grain: int
     ) -> DataFrame:
-        """Per row what the finest coarser model predicts, made without that row: row_key and `_base`."""
+        """What the finest coarser model, fitted without the row, predicts: row_key and `_base`."""
         rows = ledger_rows(self.run, self.spec, trained)
         coarser = [row for row in rows if row["status"] in WITH_BOOSTER and row["grain"] < grain]
         held_out = held_out_rows(self.context.spark, self.tables, coarser)

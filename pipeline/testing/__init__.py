@@ -1,1 +1,1 @@
-"""Small data, and stand-ins for stores, registries and trainers, for the project's and users' tests."""
+"""Small data and stand-ins for stores, registries and trainers, for our tests and users'."""

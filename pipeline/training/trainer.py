@@ -340,7 +340,7 @@ def fit_twin(
 
 
 def judged_without_model(frame: pd.DataFrame, settings: TrainingSettings) -> pd.DataFrame:
-    """Holdout rows of a pooled group without a model, so that the fleet's answers are judged anyway."""
+    """Holdout rows of a pooled group without a model: the fleet's answers are judged anyway."""
     rows = _prepare(frame, settings)
     return _holdout(rows, np.full(len(rows), np.nan), settings)
 
@@ -382,7 +382,7 @@ def _prepare(frame: pd.DataFrame, settings: TrainingSettings) -> pd.DataFrame:
 
 
 def _class_numbers(labels: pd.Series, classes: Sequence[str]) -> Floats:
-    """Each label's place among the classes; NaN for one that is not there."""
+    """Each label's place among the classes; NaN for a label that is not among them."""
     codes, distinct = pd.factorize(labels)
     places = {name: float(number) for number, name in enumerate(classes)}
     numbers: Floats = np.array(

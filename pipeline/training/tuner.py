@@ -292,7 +292,7 @@ class Study:
         return boosting.best_loss
 
     def _is_clear_gain(self, misses: Floats) -> bool:
-        """Whether the losses of a new best trial differ from those of the best before by more than noise."""
+        """Whether a new best trial beats the one before by more than noise."""
         if self._best_misses is None:
             return True
         return is_beyond_noise(self._best_misses - misses, self._tune.weight)
@@ -303,7 +303,7 @@ class Study:
         return row_losses(self._learner.goal, self._tune.target, predictions)
 
     def _cross_select(self, booster: lgb.Booster, parameters: Parameters, losses: Floats) -> None:
-        """Predict each block of tune rows by the (trial, round) that did best on the other block."""
+        """Predict each block of tune rows by the (trial, round) best on the other block."""
         for number in range(len(self._blocks)):
             best_round = int(losses[:, number].argmin())
             if losses[best_round, number] < self._block_best[number]:

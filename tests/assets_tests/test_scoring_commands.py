@@ -661,7 +661,7 @@ def test_the_command_answers_and_says_what_is_wrong(
         ),
         (
             ["score", "f", "--from", "a", "--to", "b", "--version", "best"],
-            "'best' is no version; expected champion, challenger or a number",
+            "'best' is not a version; expected champion, challenger or a number",
         ),
         (["score", "f", "--from", "a"], "--to"),
     ],

@@ -1,4 +1,4 @@
-"""Names that users and tables rely on, compared with a file: whoever renames one changes the file, and a reviewer sees it."""
+"""Names that users and tables rely on, compared with a file, so that a reviewer sees a rename."""
 
 import json
 import os
@@ -19,7 +19,7 @@ EXAMPLES = ("flights", "housing")
 
 @pytest.fixture(scope="module")
 def definitions() -> dg.Definitions:
-    """The code location as Dagster loads it; a mistake in the environment does not change its names."""
+    """The code location as Dagster loads it, whatever mistakes the environment holds."""
     import pipeline.definitions
 
     return pipeline.definitions.defs()
@@ -82,7 +82,7 @@ def describe_fleet(definitions: dg.Definitions, fleet: str, fleets: set[str]) ->
 
 
 def find_fleet(name: str, fleets: set[str]) -> str | None:
-    """The fleet of a job, schedule or sensor, whose name begins with the fleet's; none for what all fleets share."""
+    """The fleet whose name a job, schedule or sensor begins with; none for what all fleets share."""
     matching = [fleet for fleet in fleets if name.startswith(f"{fleet}_")]
     return max(matching, key=len, default=None)
 

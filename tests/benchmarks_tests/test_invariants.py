@@ -321,10 +321,10 @@ DAMAGES: dict[str, tuple[str, Callable[[pd.DataFrame], pd.DataFrame], str]] = {
     "intervals that fall": ("ledger", at("22", A, intervals='{"0.95": 1.0, "0.8": 2.0}'), 'has the intervals {"0.95": 1.0, "0.8": 2.0}, which do not rise'),
     "a negative interval": ("ledger", at("22", A, intervals='{"0.8": -1.0, "0.95": null}'), "which do not rise with their level"),
     "a weight without model": ("ledger", at("22", C, weight=0.5), "is crashed and has the weight 0.5"),
-    "an unknown previous run": ("runs", in_column("previous_run_id", "0", "run_id", "22"), "run 22 builds on run '0', which is not there"),
+    "an unknown previous run": ("runs", in_column("previous_run_id", "0", "run_id", "22"), "run 22 builds on run '0', which is missing"),
     "a previous run that is not finished": ("runs", in_column("finished_at", pd.NaT, "run_id", "1"), "runs: built on, but without finished_at 1"),
     "a run is gone": ("runs", lambda rows: rows[rows["run_id"] != "333"], "runs: ledger rows of unknown runs 333"),
-    "a run is doubled": ("runs", lambda rows: pd.concat([rows, rows.head(1)]), "runs: there twice"),
+    "a run is doubled": ("runs", lambda rows: pd.concat([rows, rows.head(1)]), "runs: listed twice"),
     "a run that ended before its start": ("runs", in_column("finished_at", MOMENT, "run_id", "22"), "run 22 finished before it started"),
     "waves that are not named": ("runs", in_column("waves", "[]", "run_id", "22"), "run 22 names other waves than its ledger rows do"),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The figure `shape` on small made folders: what counts, what does not, and where it sends somebody."""
+"""The figure `shape` on small folders: what counts, what does not, and the places it names."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

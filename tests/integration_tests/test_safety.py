@@ -154,7 +154,7 @@ def bare(
     """Run a script in an interpreter over the installed packages: neither the checkout nor its editable installation is on its path."""
     site_packages = [path for path in sys.path if path.endswith("site-packages")]
     whole = f"import sys; sys.path[:0] = {site_packages!r}\n{script}"
-    # `mlflow.set_registry_uri` exports MLFLOW_REGISTRY_URI: this process's last registry is not its.
+    # `mlflow.set_registry_uri` exports MLFLOW_REGISTRY_URI, which may name another test's registry.
     outer = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
     environment = {**outer, "HOME": str(folder), "MLFLOW_DISABLE_TELEMETRY": "true"}
     command = [sys.executable, *first, "-I", "-S", "-c", whole, *arguments]

@@ -523,7 +523,7 @@ def test_classes_are_not_scaled_and_counts_may_be() -> None:
         ),
         (
             {"objective": "quantile", "alpha": 1.0},
-            "tuning.alpha: 1 is no quantile; expected a number between 0 and 1",
+            "tuning.alpha: 1 is not a quantile; expected a number between 0 and 1",
         ),
         ({"objective": "quantile", "alpha": 0}, "tuning.alpha: expected more than 0, got"),
         (
@@ -595,7 +595,7 @@ def test_a_class_is_no_number_to_look_back_on(features: dict[str, Any]) -> None:
         ),
         (
             {"features": {"monotone": {"cost": 1}}},
-            "features.monotone: 'cost' is no feature of the models; features: price, promotion",
+            "features.monotone: 'cost' is not a model feature; features: price, promotion",
         ),
         (
             {"features": {"monotone": {"price": 2}}},

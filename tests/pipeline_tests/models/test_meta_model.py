@@ -521,7 +521,7 @@ def test_classes_have_no_level(tmp_path: Path, task: str) -> None:
         model.predict(batch(("north", "x")), interval=0.8)
 
 
-def test_a_level_that_a_group_has_too_few_rows_for_is_its_parents_and_never_narrower_than_a_lower_one(
+def test_a_level_with_too_few_rows_is_the_parents_and_never_narrower_than_a_lower_one(
     tmp_path: Path,
 ) -> None:
     chains = [

@@ -1,4 +1,4 @@
-"""The texts that fingerprints, runs and packs hang on, as they were before a model spec became a type."""
+"""The texts of model specs: fingerprints, runs and packs depend on every byte of them."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Whatever a fleet can be trained on can be scored: the source reader and the scoring reader agree."""
+"""Every file that can be trained on can be scored: both readers agree."""
 
 import gzip
 import json

@@ -203,7 +203,7 @@ def test_a_commit_that_fails_within_a_wave_leaves_no_ledger_row_that_names_absen
 def test_a_file_that_is_gone_before_its_commit_leaves_no_ledger_row() -> None:
     tables: Any = MemoryTables()
     elsewhere = write_files(MemoryTables())
-    with pytest.raises(StoreError, match="is not there as written"):
+    with pytest.raises(StoreError, match="is missing or was not written whole"):
         make_commits(tables).wave(WAVE, elsewhere, ROWS)
     assert fleet_of(tables).ledger("run-1").empty
 

@@ -395,9 +395,7 @@ def test_a_group_that_is_tuned_again_begins_with_its_own_then_its_parents_parame
     )
 
 
-def test_a_group_tuned_by_an_earlier_release_is_tuned_again_for_no_winners_of_its_halves_are_known() -> (
-    None
-):
+def test_a_group_tuned_by_an_earlier_release_without_winners_of_halves_is_tuned_again() -> None:
     found = decided(ledger_row("1", OTHER, cross_selection=None))
     assert (found["action"], Start.from_json(found["started_from"]).trials) == (
         "train",

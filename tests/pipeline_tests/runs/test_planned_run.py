@@ -1,4 +1,4 @@
-"""One run laid out by hand: what is resumed, who chooses the form of the models, and what is pinned."""
+"""One run laid out by hand: what is resumed, what is pinned, and who chooses the model form."""
 
 from dataclasses import replace
 from typing import Any
@@ -57,7 +57,7 @@ def by_group_id(run: PlannedRun, column: str) -> dict[str, Any]:
 
 
 def history_after(run: PlannedRun, spec: FleetSpec | None = None, **changes: Any) -> History:
-    """The history of a fleet where only this run was, by default interrupted when every group was trained."""
+    """A fleet's history of this one run, interrupted after the last group unless told otherwise."""
     manifest = pin(run, spec, **changes)
     return make_history([manifest], {run.run_id: ledger_of(run)})
 

@@ -98,7 +98,7 @@ def table_of_all_kinds() -> pa.Table:
             for text in ("2024-03-10 07:00:00.000123", "2024-11-03 05:30:00.5", "1960-02-29")
         ),
     ]
-    # An hour and a few microseconds from row to row; the last days of the second half are tuned and reported on.
+    # Rows are an hour and a few microseconds apart; the last days are tuned and reported on.
     steps = np.arange(N_ROWS // 2) * pd.Timedelta("61min 7us").value // 1000
     micros = np.concatenate(
         [pd.Timestamp(start).as_unit("us").asm8.astype("int64") + steps for start in STARTS]
@@ -311,7 +311,7 @@ def test_trainers_are_given_the_values_that_arrow_holds(
             pd.testing.assert_series_equal(
                 found[name], wanted[name].astype(str) if is_text else wanted[name]
             )
-            # The same nulls, and NaN where it is NaN: of objects the above says no more than that both are missing.
+            # Of objects, the check above says only that both are missing: not whether null or NaN.
             assert is_text or [type(value) for value in found[name]] == [
                 type(value) for value in wanted[name]
             ]
