@@ -7,6 +7,7 @@ import pytest
 from pyspark.sql import SparkSession
 
 from pipeline.spec import FleetSpec, parse_spec
+from pipeline.testing.data import SHOP
 from pipeline.testing.object_store import object_store as served_store
 from resources.spark_session import SparkSessionResource
 
@@ -37,33 +38,10 @@ def object_store() -> Iterator[dict[str, str]]:
         yield options
 
 
-SHOP: dict[str, Any] = {
-    "name": "shop",
-    "sources": [{"name": "sales", "uri": "sales.csv"}],
-    "features": {
-        "columns": ["size"],
-        "lags": [{"column": "amount", "periods": [1, 2]}],
-        "rolling": [{"column": "amount", "window": "3 months", "statistics": ["mean", "max"]}],
-        "calendar": ["month"],
-        "categoricals": ["region"],
-        "derived": {"change": "amount_lag_1 - amount_lag_2"},
-    },
-    "grains": [[], ["region"], ["region", "store"]],
-    "entity": ["region", "store"],
-    "time": "sold_on",
-    "period": "1 month",
-    "horizon": "1 month",
-    "target": {"column": "amount"},
-    "splits": {"report": "6 months", "tune": "6 months"},
-    "tuning": {"max_trials": 2, "patience": 1, "max_rounds": 20, "fit_rows": 20, "tune_rows": 5},
-    "baselines": {"last value": "amount_lag_1"},
-}
-
-
 @pytest.fixture(scope="session")
 def shop_attributes() -> dict[str, Any]:
     """The attributes of a small fleet: shops in two regions, sold by month."""
-    return SHOP
+    return dict(SHOP)
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,28 @@ SMALL_FLEET: Mapping[str, Any] = {
     "baselines": {"usual": "usual_sales"},
 }
 
+SHOP: Mapping[str, Any] = {
+    "name": "shop",
+    "sources": [{"name": "sales", "uri": "sales.csv"}],
+    "features": {
+        "columns": ["size"],
+        "lags": [{"column": "amount", "periods": [1, 2]}],
+        "rolling": [{"column": "amount", "window": "3 months", "statistics": ["mean", "max"]}],
+        "calendar": ["month"],
+        "categoricals": ["region"],
+        "derived": {"change": "amount_lag_1 - amount_lag_2"},
+    },
+    "grains": [[], ["region"], ["region", "store"]],
+    "entity": ["region", "store"],
+    "time": "sold_on",
+    "period": "1 month",
+    "horizon": "1 month",
+    "target": {"column": "amount"},
+    "splits": {"report": "6 months", "tune": "6 months"},
+    "tuning": {"max_trials": 2, "patience": 1, "max_rounds": 20, "fit_rows": 20, "tune_rows": 5},
+    "baselines": {"last value": "amount_lag_1"},
+}
+
 CITIES: Mapping[str, tuple[str, ...]] = {"north": ("oslo", "bergen"), "south": ("roma", "napoli")}
 
 SATURDAY = 5

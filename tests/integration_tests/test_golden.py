@@ -1,6 +1,7 @@
-"""Golden values: what fleets came to in the release before. A commit that changes one lists it, and says why.
+"""Golden values: the results of fleets in the last release. A commit that changes one says why.
 
-`MANY_MODELS_WRITE_GOLDEN=1 make test ARGS=tests/integration_tests/test_golden.py` records them anew.
+Record them anew:
+`MANY_MODELS_WRITE_GOLDEN=1 make test ARGS=tests/integration_tests/test_golden.py`.
 """
 
 import importlib.util
@@ -22,6 +23,7 @@ import yaml
 from dagster.components.core.component_tree import ComponentTree
 
 from assets.fleet import Fleet
+from pipeline.testing.data import SHOP
 from pipeline.testing.doubles import MemoryRegistry
 from pipeline.testing.golden import differences, golden_values, processor
 from resources.delta_tables import DeltaTables
@@ -42,25 +44,9 @@ SALES_SQL = (
     "{label} AS label FROM sales"
 )
 SALES: Mapping[str, Any] = {
-    "name": "shop",
-    "sources": [{"name": "sales", "uri": "sales.csv"}],
-    "features": {
-        "columns": ["size"],
-        "lags": [{"column": "amount", "periods": [1, 2]}],
-        "rolling": [{"column": "amount", "window": "3 months", "statistics": ["mean", "max"]}],
-        "calendar": ["month"],
-        "categoricals": ["region"],
-        "derived": {"change": "amount_lag_1 - amount_lag_2"},
-    },
-    "grains": [[], ["region"], ["region", "store"]],
-    "entity": ["region", "store"],
-    "time": "sold_on",
-    "period": "1 month",
-    "horizon": "1 month",
-    "target": {"column": "amount"},
+    **SHOP,
     "splits": {"report": "12 months", "tune": "24 months"},
-    "tuning": {"max_trials": 2, "patience": 1, "max_rounds": 60, "fit_rows": 20, "tune_rows": 5},
-    "baselines": {"last value": "amount_lag_1"},
+    "tuning": {**SHOP["tuning"], "max_rounds": 60},
 }
 CLASSES = {
     "features": {"columns": ["size"], "calendar": ["month"], "categoricals": ["region"]},

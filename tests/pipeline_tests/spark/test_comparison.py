@@ -15,11 +15,9 @@ from pipeline.runs.history import History
 from pipeline.runs.request import Request
 from pipeline.spark.comparison import Comparison, judge
 from pipeline.spark.planning import plan_run
-from pipeline.spark.training_run import train_run
 from pipeline.spec import FleetSpec
 from pipeline.testing.data import feature_rows, small_spec, with_classes
-from pipeline.testing.doubles import FreeLease
-from pipeline.testing.runs import own_tables, quiet_context
+from pipeline.testing.runs import own_tables, quiet_context, train_quietly
 from resources.delta_tables import DeltaTables
 
 pytestmark = [pytest.mark.spark, pytest.mark.slow]
@@ -64,9 +62,7 @@ def judged(
             Request(name),
             History.read(own_tables(tables, spec.name)),
         )
-        ledgers[name] = train_run(
-            context, own_tables(tables, spec.name), run, spec, features_version=0, lease=FreeLease()
-        )
+        ledgers[name] = train_quietly(spark, own_tables(tables, spec.name), run, spec)
     for name in ("old", "new"):
         found = own_tables(tables, after.name).run(name)
         assert found is not None

@@ -17,11 +17,9 @@ from pipeline.runs.planned_run import PlannedRun
 from pipeline.runs.request import Request
 from pipeline.spark.pilot import choose_own
 from pipeline.spark.planning import plan_run
-from pipeline.spark.training_run import train_run
 from pipeline.spec import FleetSpec
 from pipeline.testing.data import feature_rows, small_spec
-from pipeline.testing.doubles import FreeLease
-from pipeline.testing.runs import own_tables, quiet_context
+from pipeline.testing.runs import own_tables, quiet_context, train_quietly
 from resources.delta_tables import DeltaTables
 
 pytestmark = pytest.mark.spark
@@ -66,14 +64,7 @@ def planned(
 def trained(
     spark: SparkSession, tables: DeltaTables, run: PlannedRun, spec: FleetSpec
 ) -> pd.DataFrame:
-    return train_run(
-        quiet_context(spark),
-        own_tables(tables, spec.name),
-        run,
-        spec,
-        features_version=0,
-        lease=FreeLease(),
-    )
+    return train_quietly(spark, own_tables(tables, spec.name), run, spec)
 
 
 @pytest.fixture(scope="module")

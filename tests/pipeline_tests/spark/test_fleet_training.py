@@ -32,7 +32,7 @@ from pipeline.spark.training_run import train_run
 from pipeline.spec import FleetSpec, parse_spec
 from pipeline.tables import BOOSTERS, HOLDOUT, LEDGER, RUNS
 from pipeline.testing.doubles import FailingTrainer, FreeLease
-from pipeline.testing.runs import own_tables, quiet_context
+from pipeline.testing.runs import own_tables, quiet_context, train_quietly
 from pipeline.training.blend import N_BLOCKS, Moments, learn_blend
 from pipeline.training.outcome import Outcome
 from pipeline.training.splits import REPORT, TUNE
@@ -738,13 +738,8 @@ def test_adaptive_execution_is_off_in_training_and_then_as_before(
     monkeypatch.setattr(module, "train_wave", broken)
     try:
         with pytest.raises(KeyboardInterrupt):
-            train_run(
-                quiet_context(spark),
-                own_tables(finished.tables, "broken"),
-                run,
-                spec,
-                features_version=4,
-                lease=FreeLease(),
+            train_quietly(
+                spark, own_tables(finished.tables, "broken"), run, spec, features_version=4
             )
         assert set(during) == {"false"}
         assert spark.conf.get("spark.sql.adaptive.enabled") == adaptive
@@ -814,13 +809,8 @@ def test_a_fleet_without_any_model_still_judges_its_rows(
     run = planned(features, starved)
     spoilt = run.plan.groups[(run.plan.groups["n_invalid"] > 0) & (run.plan.groups["grain"] == 2)]
     assert set(run.plan.to_train["group_id"]) == {"[]", *spoilt["group_id"]}
-    ledger = train_run(
-        quiet_context(spark),
-        own_tables(finished.tables, "starved"),
-        run,
-        starved,
-        features_version=4,
-        lease=FreeLease(),
+    ledger = train_quietly(
+        spark, own_tables(finished.tables, "starved"), run, starved, features_version=4
     )
     assert set(ledger["status"]) == {"inherited"}
     assert not finished.tables.exists(finished.tables.location("starved", "boosters"))

@@ -15,12 +15,10 @@ from pipeline.runs.manifest import RunManifest
 from pipeline.runs.request import Request
 from pipeline.spark.importance import ImportanceResult, newest_rows, write_importance
 from pipeline.spark.planning import plan_run
-from pipeline.spark.training_run import train_run
 from pipeline.spec import FleetSpec
 from pipeline.tables import BOOSTERS, IMPORTANCE
 from pipeline.testing.data import feature_rows, small_spec, with_classes
-from pipeline.testing.doubles import FreeLease
-from pipeline.testing.runs import own_tables, quiet_context
+from pipeline.testing.runs import own_tables, quiet_context, train_quietly
 from resources.delta_tables import DeltaTables
 
 pytestmark = pytest.mark.spark
@@ -61,14 +59,7 @@ def trained(
         Request(run_id),
         History.read(own_tables(tables, spec.name)),
     )
-    ledger = train_run(
-        quiet_context(spark),
-        own_tables(tables, spec.name),
-        run,
-        spec,
-        features_version=0,
-        lease=FreeLease(),
-    )
+    ledger = train_quietly(spark, own_tables(tables, spec.name), run, spec)
     return manifest(tables, spec, run_id), ledger
 
 

@@ -25,11 +25,10 @@ from pipeline.spark.counting import count_classes
 from pipeline.spark.evaluation import judged_rows
 from pipeline.spark.planning import plan_run
 from pipeline.spark.scoring import count_answers, rows_to_score, score_rows
-from pipeline.spark.training_run import train_run
 from pipeline.spec import FleetSpec
 from pipeline.testing.data import feature_rows, small_spec, with_classes
-from pipeline.testing.doubles import FreeLease, MemoryTables
-from pipeline.testing.runs import own_tables, quiet_context
+from pipeline.testing.doubles import MemoryTables
+from pipeline.testing.runs import own_tables, quiet_context, train_quietly
 from pipeline.training.blend import Moments, learn_blend
 from pipeline.training.splits import REPORT, TUNE
 from resources.delta_tables import DeltaTables
@@ -131,14 +130,7 @@ def trained(
             tables = DeltaTables(root=str(folder))
             features = frame_of(spark, rows_of(task))
             run = planned(features, spec)
-            ledger = train_run(
-                quiet_context(spark),
-                own_tables(tables, spec.name),
-                run,
-                spec,
-                features_version=0,
-                lease=FreeLease(),
-            )
+            ledger = train_quietly(spark, own_tables(tables, spec.name), run, spec)
             at = {
                 name: tables.location(spec.name, name) for name in ("runs", "boosters", "holdout")
             }
