@@ -156,12 +156,8 @@ def changes(
         is_steady = known.get("seen") == state
         if is_steady and known.get("read") != state:
             changed[name] = state
-        read = (
-            {"read": state}
-            if name in changed
-            else {key: known[key] for key in ("read",) if key in known}
-        )
-        after[name] = {"seen": state, **read}
+        read = state if name in changed else known.get("read")
+        after[name] = {"seen": state} if read is None else {"seen": state, "read": read}
     request = dg.RunRequest(
         run_key=_digest(json.dumps(changed, sort_keys=True)),
         asset_selection=[asset_key(spec, name) for name in changed],

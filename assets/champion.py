@@ -9,7 +9,7 @@ import dagster as dg
 import pandas as pd
 
 from assets.deciding import Deciding, Outcome, version_number
-from assets.settings import asset_key, asset_settings, png, prefixed, readable_failures
+from assets.settings import asset_settings, check_specs, png, prefixed, readable_failures
 from pipeline.models.promotion import CAN_ANSWER, CAN_OPEN, REFITTED
 from pipeline.reporting.plots import decision_plot
 from pipeline.reporting.summary import markdown_table
@@ -21,6 +21,7 @@ from resources.mlflow_registry import MlflowRegistry
 from resources.spark_session import SparkSessionResource
 
 MAX_ROWS_SHOWN = 20
+CHECKS = {"challenger_passed_its_gates": "The newest version is fit to serve, group by group."}
 
 
 def champion_asset(spec: FleetSpec) -> dg.AssetsDefinition:
@@ -37,13 +38,7 @@ def champion_asset(spec: FleetSpec) -> dg.AssetsDefinition:
             kinds={"mlflow", "spark"},
             deps=["meta_model"],
         ),
-        check_specs=[
-            dg.AssetCheckSpec(
-                "challenger_passed_its_gates",
-                asset=asset_key(spec, "champion"),
-                description="The newest version is fit to serve, group by group.",
-            )
-        ],
+        check_specs=check_specs(spec, "champion", CHECKS),
     )
     def champion(
         context: dg.AssetExecutionContext,

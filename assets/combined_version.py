@@ -57,7 +57,7 @@ def register_combined(
         )
         answering = FleetModel(pack, digest=digest, options=tables.tables.storage_options)
         features = tables.features(spark.session)
-        dtypes = {field.name: field.dataType.simpleString() for field in features.schema}
+        dtypes = dict(features.dtypes)
         return registry.register(
             tables.namespace,
             answering.fleet_version,

@@ -5,7 +5,7 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -103,17 +103,18 @@ def _run(profile: Profile, arguments: argparse.Namespace) -> int:
             return launch_fleet(PROJECT, arguments.fleet, dry_run=profile.dry_run)
         _say(check_fleets(PROJECT, arguments.fleet))
         return 0
+    namespace = f"{arguments.fleet}-trial" if arguments.trial else str(arguments.fleet)
+    if arguments.command in ("score", "stream"):
+        _answer(profile, namespace, arguments)
+        return 0
     built = build_resources(profile)
     tables = built.tables
-    namespace = f"{arguments.fleet}-trial" if arguments.trial else str(arguments.fleet)
+    own = FleetTables(tables, namespace, arguments.fleet)
+    if not tables.exists(own.location(LEDGER)):
+        raise ModelNotFound(_unknown_fleet(tables, namespace))
     if arguments.command == "show":
-        own = FleetTables(tables, namespace, arguments.fleet)
-        if not tables.exists(own.location(LEDGER)):
-            raise ModelNotFound(_unknown_fleet(tables, namespace))
         _say(describe_history(own, _asked_id(arguments.keys, arguments.group_id)))
-    elif arguments.command == "clean":
-        if not tables.exists(tables.location(namespace, LEDGER.name)):
-            raise ModelNotFound(_unknown_fleet(tables, namespace))
+    else:
         keep = timedelta(hours=arguments.keep_hours)
         _say(
             clean(
@@ -125,8 +126,6 @@ def _run(profile: Profile, arguments: argparse.Namespace) -> int:
                 dry_run=arguments.dry_run,
             ).text
         )
-    else:
-        _answer(profile, namespace, arguments)
     return 0
 
 
@@ -271,11 +270,11 @@ def _add_stream_arguments(stream: argparse.ArgumentParser) -> None:
         "--every",
         type=_seconds,
         metavar="SECONDS",
-        help="go on until interrupted, looking so often (default: answer what is there)",
+        help="keep looking for new rows, this often, until interrupted (default: answer what is there and end)",
     )
     stream.add_argument(
         "--max-files",
-        type=_files,
+        type=_number_of("files"),
         default=1000,
         metavar="N",
         help="files of a micro batch (default: 1000)",
@@ -294,11 +293,11 @@ def _add_clean_arguments(clean_: argparse.ArgumentParser) -> None:
         type=_hours,
         default=24.0,
         metavar="HOURS",
-        help="keep files that were written or needed so lately (default: 24)",
+        help="keep files that were written or needed within the last HOURS hours (default: 24)",
     )
     clean_.add_argument(
         "--keep-runs",
-        type=_runs_kept,
+        type=_number_of("runs"),
         default=KEPT_RUNS,
         metavar="N",
         help=f"keep all of the newest N runs (default: {KEPT_RUNS})",
@@ -315,10 +314,15 @@ def _hours(text: str) -> float:
     return hours
 
 
-def _runs_kept(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of runs; expected 1 or more")
-    return int(text)
+def _number_of(what: str) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < 1:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a number of {what}; expected 1 or more"
+            )
+        return int(text)
+
+    return parse
 
 
 def _seconds(text: str) -> float:
@@ -331,12 +335,6 @@ def _seconds(text: str) -> float:
             f"{text!r} is not a number of seconds; expected more than 0"
         )
     return seconds
-
-
-def _files(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of files; expected 1 or more")
-    return int(text)
 
 
 def _version(text: str) -> str:

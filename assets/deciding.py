@@ -203,7 +203,7 @@ class Deciding:
     def _judgement(self, contest: Comparison) -> Judgement:
         """What the tests, or a person, say of each group of the challenger."""
         if contest.serving:
-            kinds = list(contest.kinds().values())
+            kinds = list(contest.kinds.values())
             n_new = kinds.count(NEW_RECIPE)
             beside = f"; beside {n_new:,} new recipes the earlier ones are fitted" if n_new else ""
             self.log.info(f"comparing {len(kinds):,} groups with what answers them now{beside}")

@@ -195,9 +195,7 @@ def _build(
         source.name: tables.tables.read_spark(spark.session, tables.raw_location(source.name))
         for source in spec.sources
     }
-    schemas = {}
-    for name, frame in raw.items():
-        schemas[name] = {field.name: field.dataType.simpleString() for field in frame.schema}
+    schemas = {name: dict(frame.dtypes) for name, frame in raw.items()}
     check_features(spec, files.sql, file=spec.features.sql, schemas=schemas)
     metadata = {DIGEST: digest} if digest else {}
 

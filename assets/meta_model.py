@@ -112,9 +112,9 @@ def _register(
 ) -> _Registered:
     """Register the run's model as challenger, unless the newest version gives the same answers."""
     namespace = tables.namespace
-    version = _version_of_the_same_answers(tables, registry, spec, run, ledger)
-    if version is not None:
-        same = _Registered(version, registry.open_pack(version, tables.tables.storage_options))
+    same = _version_of_the_same_answers(tables, registry, spec, run, ledger)
+    if same is not None:
+        version = same.version
         answering = (
             f"{namespace} version {version.number} (run {version.fleet_version}) answers as "
             f"run {run.run_id} does"
@@ -125,7 +125,7 @@ def _register(
         f"packing {ledger['booster_id'].nunique():,} models into one version, and registering it"
     )
     model = pack_run(folder, tables, registry, spec, run, ledger)
-    dtypes = {field.name: field.dataType.simpleString() for field in features.schema}
+    dtypes = dict(features.dtypes)
     version = registry.register(
         namespace,
         run.run_id,
@@ -206,7 +206,7 @@ def _version_of_the_same_answers(
     spec: FleetSpec,
     run: RunManifest,
     ledger: pd.DataFrame,
-) -> Version | None:
+) -> _Registered | None:
     """The newest version, if it gives the answers of this run.
 
     None where it does not, or is not whole.
@@ -224,7 +224,7 @@ def _version_of_the_same_answers(
     except PackError:
         return None
     is_shared = model.root is not None
-    return version if is_shared == (spec.pack == SHARED) else None
+    return _Registered(version, model) if is_shared == (spec.pack == SHARED) else None
 
 
 def run_parameters(run: RunManifest, spec: FleetSpec) -> dict[str, Any]:
@@ -274,7 +274,7 @@ def _challenger(
 ) -> list[FleetModel]:
     """The newest version, whose boosters need not be stored again.
 
-    None where there is none that can be opened, as one of an earlier release.
+    Empty where there is none that can be opened, such as one of an earlier release.
     """
     version = registry.find(namespace, CHALLENGER)
     try:

@@ -163,8 +163,14 @@ class Scorer:
         stream = self._stream(folder, model_name, found, model, source, target)
         with self.spark.yield_for_execution(None):
             report(f"{number} answers {source} into {target}; checkpoint {folder}")
-            settings: dict[str, Any] = {"max_files": max_files, "skip_changes": skip_changes}
-            rows = stream_rows(self.spark.session, stream, options, model.required, **settings)
+            rows = stream_rows(
+                self.spark.session,
+                stream,
+                options,
+                model.required,
+                max_files=max_files,
+                skip_changes=skip_changes,
+            )
             sink = AnswerSink(
                 stream, self.tables, Champion(self.registry, model_name, options), report
             )

@@ -16,6 +16,7 @@ from pipeline.errors import StoreError
 from pipeline.models.meta_model import filesystem_of
 from pipeline.reading.delta_log import file_actions, read_actions
 from pipeline.reporting.summary import text_table
+from pipeline.runs.fleet_tables import FleetTables
 from pipeline.storage import COMMITS_PER_LEASE, TRAINING
 from pipeline.tables import (
     BOOSTERS,
@@ -28,7 +29,6 @@ from pipeline.tables import (
     RAW,
     RUNS,
     fleet_runs,
-    in_format,
 )
 from resources.delta_tables import DeltaTables
 from resources.lease import hold_lease
@@ -149,7 +149,7 @@ def clean(
             more is removed then.
     """
     with nullcontext() if dry_run else hold_lease(tables, namespace, "many-models clean") as lease:
-        runs = _runs(tables, namespace)
+        runs = FleetTables(tables, namespace, namespace).runs()
         kept = _kept_runs(runs, keep_runs, registry.challenger_run(namespace))
         answering = {*registry.fleet_versions(namespace), *_ever_served(tables, namespace)}
         going = _partitions_that_go(tables, namespace, runs, kept, answering)
@@ -185,14 +185,6 @@ def _locations(tables: DeltaTables, namespace: str) -> dict[str, str]:
     ]
     found = {name: tables.location(namespace, name) for name in names}
     return {name: location for name, location in found.items() if tables.exists(location)}
-
-
-def _runs(tables: DeltaTables, namespace: str) -> pd.DataFrame:
-    location = tables.location(namespace, RUNS.name)
-    if not tables.exists(location):
-        empty: pd.DataFrame = RUNS.schema.empty_table().to_pandas()
-        return empty
-    return in_format(tables.read_pandas(location), RUNS, location)
 
 
 def _kept_runs(runs: pd.DataFrame, keep_runs: int, challenger: str | None) -> set[str]:
@@ -299,7 +291,7 @@ def _pinned_features(
         if info.base_name == f"{namespace}-trial" or info.base_name.startswith(
             (f"{namespace}-backtest-", f"{namespace}-trial-backtest-")
         ):
-            theirs = _runs(tables, info.base_name)
+            theirs = FleetTables(tables, info.base_name, info.base_name).runs()
             pinned |= set(
                 theirs.loc[
                     theirs["run_id"].isin(list(_kept_runs(theirs, keep_runs, None))),
@@ -351,7 +343,7 @@ def _files_of(table: DeltaTable) -> set[str]:
 def _files_of_version(tables: DeltaTables, location: str, version: int) -> set[str]:
     """The files of an old version.
 
-    None where the log does not reach back to it, as nobody can read it any more.
+    Empty where the log no longer reaches back to it: nobody can read such a version.
     """
     try:
         return _files_of(_opened(tables, location, version))

@@ -45,7 +45,8 @@ class LaunchSettings(dg.ConfigurableResource):
         default=None,
         description="Date or time that the run pretends it is, e.g. 2013-12-24; by default the "
         "fleet's, else the newest row with a target. "
-        "Earlier than the version that serves: a backtest, which keeps its tables and model apart.",
+        "Earlier than that of the version that serves makes the launch a backtest, which keeps its "
+        "tables and model apart.",
     )
     limit_groups: int | None = Field(
         default=None,

@@ -236,7 +236,7 @@ class Lease:
         )
         raise StoreError(
             f"{lost}, last renewed at {_text(self._row.heartbeat_at)}: {why}; nothing more is "
-            "committed: run again once the other ended"
+            "committed: run again once the other has ended"
         )
 
 

@@ -346,8 +346,8 @@ def earlier_recipes(
 
     Args:
         decisions: as from `decide`, with from_version.
-        champions: the sides of the runs that answer now, by fleet version.
-        challenger: the side of the run that is judged.
+        champions: the runs that answer now, by fleet version.
+        challenger: the run that is judged.
     """
     staying: dict[str, set[GroupKey]] = {}
     not_better: set[GroupKey] = set()

@@ -84,16 +84,7 @@ def _draw_statuses(axes: "mpl.axes.Axes", ledger: pd.DataFrame) -> None:
         f"{grain} {status}" + (f" ({reason})" if reason else "")
         for grain, status, reason, _ in counts.to_numpy(dtype=object)
     ]
-    colours = [
-        {
-            "trained": BLUE,
-            "refreshed": BLUE,
-            "reused": LIGHT_BLUE,
-            "failed": ORANGE,
-            "crashed": ORANGE,
-        }.get(status, GREY)
-        for status in counts["status"]
-    ]
+    colours = [_STATUS_COLOURS.get(status, GREY) for status in counts["status"]]
     bars = axes.barh(titles, counts["groups"], color=colours)
     axes.bar_label(bars, padding=3)
     axes.invert_yaxis()
@@ -127,11 +118,10 @@ def _draw_error_by_rows(axes: "mpl.axes.Axes", ledger: pd.DataFrame) -> None:
 
 
 def _draw_rivals(axes: "mpl.axes.Axes", ledger: pd.DataFrame, spec: FleetSpec) -> None:
-    name = next(iter(shown_measures(fleet_errors(ledger, spec)[0])))
+    errors = fleet_errors(ledger, spec)
+    name = next(iter(shown_measures(errors[0])))
     found = {
-        error.name: value
-        for error in fleet_errors(ledger, spec)
-        if (value := shown_measures(error)[name]) is not None
+        error.name: value for error in errors if (value := shown_measures(error)[name]) is not None
     }
     bars = axes.barh(list(found), list(found.values()), color=[BLUE, *[GREY] * (len(found) - 1)])
     axes.bar_label(bars, padding=3, fmt="%.4g")

@@ -213,13 +213,6 @@ class Schedule:
         self._shared.discard(first)
 
 
-def _keys(groups: pd.DataFrame) -> list[GroupKey]:
-    return [
-        GroupKey(int(grain), str(group))
-        for grain, group in zip(groups["grain"], groups["group_id"], strict=True)
-    ]
-
-
 def _longest_first(groups: pd.DataFrame) -> pd.DataFrame:
     by = ["cost_seconds", "grain", "group_id"]
     return groups.sort_values(by, ascending=[False, True, True], ignore_index=True)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -54,8 +55,8 @@ class Comparison:
 
     Args:
         run: the challenger's training run.
-        challenger: its side.
-        champions: the sides of the runs that answer now, by fleet version.
+        challenger: that run, as it is compared.
+        champions: the runs that answer now, by fleet version.
         serving: fleet version by group, as the champion answers now; empty where there is none.
         rolled_back: groups that were taken back from this challenger.
     """
@@ -66,6 +67,7 @@ class Comparison:
     serving: Mapping[GroupKey, str]
     rolled_back: frozenset[GroupKey] = frozenset()
 
+    @cached_property
     def kinds(self) -> dict[GroupKey, str]:
         """What each group of the challenger is, compared with what answers it now."""
         found = {}
@@ -93,7 +95,7 @@ def judge(
         spec: the fleet.
         contest: who is compared.
     """
-    spark, kinds = context.spark, contest.kinds()
+    spark, kinds = context.spark, contest.kinds
     groups = contest.challenger.groups
     frame = pd.DataFrame(
         [(*key, groups[key]["parent_id"], kind) for key, kind in kinds.items()],

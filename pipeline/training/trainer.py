@@ -54,7 +54,7 @@ class TrainingSettings:
 
     Args:
         run_id: the training run, also the fleet version.
-        model: the model spec, as in a pack's spec.json: features, categories, grains, target, task,
+        model_spec: as in a pack's spec.json: features, categories, grains, target, task,
             classes.
         goal: what LightGBM is to learn, as from `objective.learning_goal`.
         target: name of the target column.
@@ -341,8 +341,8 @@ def fit_twin(
 
 def judged_without_model(frame: pd.DataFrame, settings: TrainingSettings) -> pd.DataFrame:
     """Holdout rows of a pooled group without a model: the fleet's answers are judged anyway."""
-    rows = _prepare(frame, settings)
-    return _holdout(rows, np.full(len(rows), np.nan), settings)
+    group = _GroupRows.prepare(frame, POOLED, settings)
+    return group.holdout(group.no_predictions())
 
 
 def _prepare(frame: pd.DataFrame, settings: TrainingSettings) -> pd.DataFrame:
@@ -448,7 +448,7 @@ def _holdout(
         found.assign(
             class_name=name,
             actual=np.where(codes == number, 1.0, 0.0),
-            prediction=predicted[:, number] if predicted.ndim > 1 else np.nan,
+            prediction=predicted[:, number],
         )
         for number, name in enumerate(settings.model_spec.classes)
     ]
