@@ -7,7 +7,7 @@ import pandas as pd
 
 from pipeline.errors import StoreError
 from pipeline.runs.manifest import RunManifest
-from pipeline.storage import Tables
+from pipeline.storage import Tables, Where
 from pipeline.tables import (
     FEATURES,
     LEDGER,
@@ -63,10 +63,7 @@ class FleetTables:
         Raises:
             StoreError: if the table is of another format.
         """
-        location = self.location(RUNS)
-        if not self.tables.exists(location):
-            return no_rows(RUNS)
-        return in_format(self.tables.read_pandas(location), RUNS, location)
+        return self._rows(RUNS)
 
     def run(self, run_id: str) -> RunManifest | None:
         """The manifest of a run; None where the tables do not know it."""
@@ -112,12 +109,14 @@ class FleetTables:
         Raises:
             StoreError: if the table is of another format.
         """
-        location = self.location(LEDGER)
+        return self._rows(LEDGER, {"run_id": run_id})
+
+    def _rows(self, contract: TableContract, where: Where | None = None) -> pd.DataFrame:
+        """Rows of a table in today's format; none where there is no table yet."""
+        location = self.location(contract)
         if not self.tables.exists(location):
-            return no_rows(LEDGER)
-        return in_format(
-            self.tables.read_pandas(location, where={"run_id": run_id}), LEDGER, location
-        )
+            return no_rows(contract)
+        return in_format(self.tables.read_pandas(location, where=where), contract, location)
 
 
 def no_rows(contract: TableContract) -> pd.DataFrame:

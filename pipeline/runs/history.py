@@ -1,6 +1,6 @@
 """What earlier training runs of a fleet left for the next one to build on."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,6 +76,7 @@ class EarlierRuns:
         cls,
         history: History,
         before: RunManifest | None,
+        open_runs: Sequence[RunManifest],
         resumed: RunManifest | None,
         spec: FleetSpec,
     ) -> "EarlierRuns":
@@ -84,11 +85,12 @@ class EarlierRuns:
         Args:
             history: all of them.
             before: the newest finished run.
+            open_runs: those never finished, newer than it, as from `History.unfinished`.
             resumed: the interrupted run that is taken up again.
             spec: the fleet as it is described now.
         """
         unfinished: dict[GroupKey, LedgerRow] = {}
-        for run in history.unfinished(before):
+        for run in open_runs:
             if resumed is None or run.run_id != resumed.run_id:
                 unfinished |= by_group(history.ledger(run.run_id))
         return cls(

@@ -89,7 +89,7 @@ class RunManifest:
         The lists of a run that is not finished are null.
         """
         is_finished = self.finished_at is not None
-        has_constant = not self.constants.prior
+        generation = self.generation
         return {
             "run_id": self.run_id,
             "started_at": self.started_at,
@@ -102,8 +102,8 @@ class RunManifest:
             "report_start": self.cutoffs.report_start,
             "features_version": self.features_version,
             "spec_digest": self.spec_digest,
-            "constant": self.constants.with_offset if has_constant else None,
-            "constant_without_offset": self.constants.without_offset if has_constant else None,
+            "constant": generation.constant,
+            "constant_without_offset": generation.constant_without_offset,
             "n_groups": self.n_groups,
             "model_spec": self.model_spec.to_json(),
             "versions": json.dumps(self.versions),

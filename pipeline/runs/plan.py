@@ -32,7 +32,7 @@ TASK_SECONDS = 3.0
 LAST_SHARES, MIN_TASKS_BEFORE_LAST = [0.5, 0.25, 0.25], 3
 # Fits of a group besides its trials: on fit rows (a refit only, for each half of the tune rows), on
 # fit and tune rows, on all.
-_REFITS, _REFRESH_FITS = 2, 4
+REFITS, _REFRESH_FITS = 2, 4
 # A cost model is learnt from at least so many groups.
 _LEARNT_FROM = 8
 # Without any history, real seconds were up to so many times the planned ones (on five real fleets).
@@ -79,7 +79,7 @@ class CostModel:
         ]
         if len(trained) < _LEARNT_FROM:
             return prior
-        fits = np.where(trained["status"] == "refreshed", _REFRESH_FITS, n_fits + _REFITS)
+        fits = np.where(trained["status"] == "refreshed", _REFRESH_FITS, n_fits + REFITS)
         work = trained["n_target"].to_numpy(dtype=float) / 1000 * n_features * fits
         seconds = trained["seconds"].to_numpy(dtype=float)
         design = np.column_stack([fits, work]) / seconds[:, None]
@@ -240,13 +240,11 @@ def build_plan(
     for name in ("action", "reason", "started_from", "fingerprint"):
         groups[name] = pd.Series([getattr(decision, name) for decision in decisions], dtype=object)
     works = groups["action"].isin([TRAIN, REFRESH])
-    fits = np.where(groups["action"] == REFRESH, _REFRESH_FITS, n_fits + _REFITS)
+    fits = np.where(groups["action"] == REFRESH, _REFRESH_FITS, n_fits + REFITS)
     groups["cost_seconds"] = np.where(
         works, model.predict(groups["n_target"], n_features, fits), 0.0
     )
-    groups = groups.sort_values(
-        ["cost_seconds", "grain", "group_id"], ascending=[False, True, True], ignore_index=True
-    )
+    groups = longest_first(groups)
     groups["wave"], groups["task"] = -1, -1
     trained = groups.index[groups["action"].isin([TRAIN, REFRESH])]
     costs = groups.loc[trained, "cost_seconds"].tolist()
@@ -309,14 +307,14 @@ def _decisions(
     listed: set[GroupKey] = set()
     for place in sorted(range(len(groups)), key=lambda place: groups[place]["grain"]):
         group = dict(groups[place])
-        key, parent = GroupKey.of(group), GroupKey(int(group["grain"]) - 1, str(group["parent_id"]))
+        key, parent = GroupKey.of(group), GroupKey.parent_of(group)
         if (
             policy.corrects
             and group["rows_hash"] != VANISHED
             and (base := bases.get(parent)) is not None
         ):
             group["rows_hash"] = f"{group['rows_hash']}+{base}"
-        if key[1] in policy.listed or (policy.corrects and parent in listed):
+        if key.group_id in policy.listed or (policy.corrects and parent in listed):
             listed.add(key)
         found[place] = _decide(group, policy, earlier, shared, finest, is_listed=key in listed)
         bases[key] = found[place].fingerprint or bases.get(parent)
@@ -445,17 +443,17 @@ def _start(group: Mapping[Any, Any], earlier: EarlierRuns, policy: Policy, *, ju
     """From the group's own last parameters, then its parent's."""
     if judge:
         return Start(judge=True)
-    keys = GroupKey.of(group), GroupKey(int(group["grain"]) - 1, str(group["parent_id"]))
+    keys = GroupKey.of(group), GroupKey.parent_of(group)
     own, parent = (
         row if row is not None and row["status"] in WITH_BOOSTER else None
         for row in map(earlier.before.get, keys)
     )
     # Without the winners of both halves, as in a ledger of an earlier release, tune rows would be
     # predicted by what they chose.
-    is_refittable = own is not None and earlier.same_spec and own.get("cross_selection") is not None
     if (
         own is not None
-        and is_refittable
+        and earlier.same_spec
+        and own.get("cross_selection") is not None
         and policy.retrain in ("changed", "stale")
         and _was_tuned_lately(own, policy)
     ):
@@ -544,6 +542,12 @@ def assign_waves(
     return wave_of_task[chosen].tolist(), (chosen - first[wave_of_task[chosen]]).tolist()
 
 
+def longest_first(groups: pd.DataFrame) -> pd.DataFrame:
+    """The groups by planned seconds, those of equal cost in a fixed order."""
+    by = ["cost_seconds", "grain", "group_id"]
+    return groups.sort_values(by, ascending=[False, True, True], ignore_index=True)
+
+
 def refuse_unknown(listed: Collection[str], known: Sequence[str]) -> None:
     """Check the group ids that a launch names.
 
@@ -560,7 +564,7 @@ def refuse_unknown(listed: Collection[str], known: Sequence[str]) -> None:
         hint = (
             f"did you mean {' or '.join(near)}?"
             if near
-            else f"there are {len(known):,}, e.g. {known[-1]}"
+            else f"there are {len(known):,}, e.g. {known[-1]}."
         )
         raise DataError(
             f"there is no group {unknown[0]!r}; {hint} A group is named by the JSON array of its "

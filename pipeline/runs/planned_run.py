@@ -160,7 +160,7 @@ def lay_out_run(
     data_digest = _data_digest(counted.counts, shared, as_of)
     previous_run_id = None if before is None else before.run_id
     resumed = _interrupted_run(open_runs, request, spec, data_digest, previous_run_id)
-    earlier = EarlierRuns.read(history, before, resumed, spec)
+    earlier = EarlierRuns.read(history, before, open_runs, resumed, spec)
     plan = _plan(
         _with_samples(counted.counts, spec), spec, request, earlier, shared, as_of, chosen, slots
     )

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.models.meta_model import GroupKey
-from pipeline.runs.plan import DOUBT, WAVE_SHARE, pack_tasks
+from pipeline.runs.plan import DOUBT, WAVE_SHARE, longest_first, pack_tasks
 
 # Waves that may be trained and not committed; a killed run loses those.
 WAVES_AT_ONCE = 2
@@ -179,7 +179,7 @@ class Schedule:
         back = set(not_started)
         if back:
             again = groups[[key in back for key in GroupKey.of_rows(groups)]]
-            self._left = _longest_first(pd.concat([self._left, again]))
+            self._left = longest_first(pd.concat([self._left, again]))
 
     def halve(self, groups: pd.DataFrame) -> None:
         """A wave died: its halves are the next two, down to the group that kills it."""
@@ -211,11 +211,6 @@ class Schedule:
         first = GroupKey.of_rows(groups)[0]
         self._alone.discard(first)
         self._shared.discard(first)
-
-
-def _longest_first(groups: pd.DataFrame) -> pd.DataFrame:
-    by = ["cost_seconds", "grain", "group_id"]
-    return groups.sort_values(by, ascending=[False, True, True], ignore_index=True)
 
 
 def seconds_left(

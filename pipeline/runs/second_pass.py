@@ -10,12 +10,9 @@ from pipeline.models.meta_model import GroupKey
 from pipeline.models.start import Start
 from pipeline.runs.fingerprints import fingerprint, shared_digest
 from pipeline.runs.history import by_group
-from pipeline.runs.plan import CostModel, TrainingPlan
+from pipeline.runs.plan import REFITS, CostModel, TrainingPlan
 from pipeline.runs.planned_run import FIRST_PASS_TRIALS, PlannedRun
 from pipeline.spec import FleetSpec
-
-# Fits of a group besides its trials: on fit and tune rows, and on all.
-_REFITS = 2
 
 
 def plan_second_pass(
@@ -23,7 +20,7 @@ def plan_second_pass(
 ) -> Iterator[TrainingPlan]:
     """Plans of about one wave each, largest rows x error first, until the budget is spent.
 
-    None without a budget.
+    Without a budget there are none.
 
     Args:
         run: as planned.
@@ -35,7 +32,7 @@ def plan_second_pass(
     if budget is None:
         return
     longest = min(spec.tuning.max_trials, spec.tuning.patience + 1)
-    longer = (longest + _REFITS) / (FIRST_PASS_TRIALS + _REFITS)
+    longer = (longest + REFITS) / (FIRST_PASS_TRIALS + REFITS)
     planned = by_group(run.plan.to_train)
     left = set()
     if spec.tuning.max_trials > FIRST_PASS_TRIALS:

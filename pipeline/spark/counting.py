@@ -1,7 +1,6 @@
 """What is counted of the visible rows before a run is planned, in a few Spark jobs."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -9,6 +8,7 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as sf
 
 from pipeline.errors import DataError
+from pipeline.runs.planned_run import CountedRows
 from pipeline.spark.keys import finite, group_id_column, link_column
 from pipeline.spark.rows import grain_column, is_learnt_from, split_column
 from pipeline.spec import BINARY, COUNTED, MAX_CLASSES, MULTICLASS, QUANTILE, FleetSpec
@@ -21,23 +21,6 @@ DIGITS = 12
 # Features per whole number that tells which of them are null.
 MASK_BITS = 48
 _NULLS = "_nulls"
-
-
-@dataclass(frozen=True)
-class CountedGroups:
-    """The groups of the visible rows.
-
-    Args:
-        counts: one row per group of every grain, with its counts, its parent, and the hash of its
-            training rows.
-        constants: what answers without a model: mean of the fit rows (their quantile where one is
-            learnt; classes' shares), 0 where there is none.
-        nullable: features in which a row that is learnt from has a null.
-    """
-
-    counts: pd.DataFrame
-    constants: Constants
-    nullable: tuple[str, ...]
 
 
 def count_classes(rows: DataFrame, spec: FleetSpec, cutoffs: Cutoffs) -> dict[str, int]:
@@ -110,7 +93,7 @@ def count_groups(
     cutoffs: Cutoffs,
     categories: Mapping[str, Sequence[str]],
     classes: Mapping[str, int] | None = None,
-) -> CountedGroups:
+) -> CountedRows:
     """Count every group's rows by split, and hash them; one Spark job.
 
     Args:
@@ -130,10 +113,13 @@ def count_groups(
     for place, name in enumerate(spec.feature_columns):
         if int(pooled[masks[place // MASK_BITS]]) >> place % MASK_BITS & 1:
             nullable.append(name)
-    return CountedGroups(
-        counts.drop(columns=["_constant", "_plain_constant", "_low", "_high", *masks]),
-        _constants(pooled, spec, classes or {}),
-        tuple(nullable),
+    return CountedRows(
+        cutoffs=cutoffs,
+        categories=categories,
+        classes=list(classes or {}),
+        counts=counts.drop(columns=["_constant", "_plain_constant", "_low", "_high", *masks]),
+        constants=_constants(pooled, spec, classes or {}),
+        nullable=tuple(nullable),
     )
 
 

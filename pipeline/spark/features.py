@@ -320,7 +320,7 @@ def check_feature_table(rows: DataFrame, spec: FleetSpec) -> dict[str, int]:
             row["row_key"] for row in per_key.where("n > 1").orderBy("row_key").limit(5).collect()
         ]
         raise DataError(
-            f"{counts['n_doubled']} entity keys are there more than once, e.g. "
+            f"{counts['n_doubled']} entity keys occur more than once, e.g. "
             f"{'  '.join(examples)}; "
             f"entity {list(spec.entity)} and {spec.time!r} must identify a row: add a column to "
             f"entity, or deduplicate in {where}"

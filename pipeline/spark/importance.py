@@ -122,7 +122,7 @@ def _write(
 def _known(tables: FleetTables, location: str, run: RunManifest) -> tuple[str, pd.MultiIndex]:
     """The run before, and the groups and boosters that it has rows for.
 
-    None where its features have other names.
+    No groups where its features have other names.
     """
     nothing = pd.MultiIndex.from_arrays([[], []])
     if run.previous_run_id is None or not tables.tables.exists(location):

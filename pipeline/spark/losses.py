@@ -11,7 +11,7 @@ from pipeline.models.meta_model import GroupKey
 from pipeline.models.promotion import losing_groups
 from pipeline.spark.evaluation import constant_column
 from pipeline.spark.keys import inverse_link_column, moment_column, moment_of
-from pipeline.spark.measures import SMALLEST, deviance
+from pipeline.spark.measures import SMALLEST, binary_log_loss, clipped_deviance, pinball_loss
 from pipeline.spec import HUBER, MULTICLASS, QUANTILE, FleetSpec
 from pipeline.tables import BY_CONSTANT, BY_PARENT
 from pipeline.training.blend import Constants, GroupSkill
@@ -80,17 +80,12 @@ def row_loss(spec: FleetSpec, answer: Column) -> Column:
         )
         return sf.when(answer.isNotNull(), of_class)
     if spec.is_class_task:
-        of_actual = sf.when(actual > 0, answer).otherwise(1 - answer)
-        return sf.when(answer.isNotNull(), -sf.log(sf.greatest(of_actual, sf.lit(SMALLEST))))
+        return binary_log_loss(actual, answer)
     error = actual - answer
     if spec.objective == QUANTILE:
-        alpha = spec.alpha or 0.5
-        return sf.when(error > 0, alpha * error).otherwise((alpha - 1) * error)
+        return pinball_loss(error, spec.alpha)
     if spec.variance_power is not None:
-        return sf.when(
-            answer.isNotNull(),
-            deviance(actual, sf.greatest(answer, sf.lit(SMALLEST)), spec.variance_power),
-        )
+        return clipped_deviance(actual, answer, spec.variance_power)
     if spec.objective == HUBER:
         # Trees see the error over the scale.
         bend = (spec.alpha or 1.0) * sf.col("scale")

@@ -82,9 +82,8 @@ def _errors(way: str, spec: FleetSpec) -> dict[str, Column]:
         )
         return {"log_loss": log_loss, "brier": error * error}
     if spec.is_class_task:
-        of_actual = sf.when(actual > 0, answer).otherwise(1 - answer)
         hit = sf.when(answer.isNotNull(), ((answer > 0.5) == (actual > 0)).cast("double"))  # noqa: PLR2004
-        log_loss = sf.when(answer.isNotNull(), -sf.log(sf.greatest(of_actual, sf.lit(SMALLEST))))
+        log_loss = binary_log_loss(actual, answer)
         return {"log_loss": log_loss, "brier": error * error, "accuracy": hit}
     errors = {
         "rmse": error * error,
@@ -92,14 +91,29 @@ def _errors(way: str, spec: FleetSpec) -> dict[str, Column]:
         "mape": sf.when(actual != 0, sf.abs(error / actual) * 100),
     }
     if spec.objective == QUANTILE:
-        alpha = spec.alpha or 0.5
-        errors["pinball"] = sf.when(error > 0, alpha * error).otherwise((alpha - 1) * error)
+        errors["pinball"] = pinball_loss(error, spec.alpha)
     if spec.variance_power is not None:
-        errors["deviance"] = sf.when(
-            answer.isNotNull(),
-            deviance(actual, sf.greatest(answer, sf.lit(SMALLEST)), spec.variance_power),
-        )
+        errors["deviance"] = clipped_deviance(actual, answer, spec.variance_power)
     return errors
+
+
+def binary_log_loss(actual: Column, answer: Column) -> Column:
+    """Log loss of the second class's probability; null where there is no answer."""
+    of_actual = sf.when(actual > 0, answer).otherwise(1 - answer)
+    return sf.when(answer.isNotNull(), -sf.log(sf.greatest(of_actual, sf.lit(SMALLEST))))
+
+
+def pinball_loss(error: Column, alpha: float | None) -> Column:
+    """Pinball loss of actual less answer at quantile `alpha`, by default the median."""
+    quantile = alpha or 0.5
+    return sf.when(error > 0, quantile * error).otherwise((quantile - 1) * error)
+
+
+def clipped_deviance(actual: Column, answer: Column, power: float) -> Column:
+    """Unit deviance of an answer of at least `SMALLEST`; null where there is no answer."""
+    return sf.when(
+        answer.isNotNull(), deviance(actual, sf.greatest(answer, sf.lit(SMALLEST)), power)
+    )
 
 
 def deviance(actual: Column, mean: Column, power: float) -> Column:

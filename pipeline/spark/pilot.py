@@ -12,11 +12,11 @@ from pipeline.models.meta_model import CORRECTION, INDEPENDENT
 from pipeline.models.start import Start
 from pipeline.runs.fleet_tables import FleetTables
 from pipeline.runs.history import History
-from pipeline.runs.planned_run import PlannedRun
+from pipeline.runs.planned_run import PlannedRun, lay_out_run
 from pipeline.runs.request import Request
 from pipeline.spark.evaluation import nearest_predictions
 from pipeline.spark.keys import link_column
-from pipeline.spark.planning import plan_run
+from pipeline.spark.planning import count_rows
 from pipeline.spark.training import TrainingContext, train_aside
 from pipeline.spec import FleetSpec
 from pipeline.training.blend import STANDARD_ERRORS
@@ -50,13 +50,27 @@ def plan_with_pilot(
         DataError: as `plan_run`.
     """
     history = History.read(tables)
-    run = plan_run(context, features, spec, request, history)
+    rows, counted = count_rows(features, spec, request, history)
+
+    def lay_out(own: str | None = None) -> PlannedRun:
+        return lay_out_run(
+            rows,
+            counted,
+            spec,
+            request,
+            history,
+            slots=context.slots,
+            threads=context.threads,
+            own=own,
+        )
+
+    run = lay_out()
     if not run.must_choose:
         return run
     say("own: auto: trying both forms on some groups")
     own, why = choose_own(context, tables, run, spec)
     say(why)
-    return plan_run(context, features, spec, request, history, own=own)
+    return lay_out(own)
 
 
 def choose_own(

@@ -39,8 +39,34 @@ def plan_run(
             default that of the run before.
 
     Raises:
-        DataError: if no row is visible at the as-of, or a listed group does not exist, or the
-            classes are not what the task needs.
+        DataError: as `count_rows`; or if a listed group does not exist.
+    """
+    rows, counted = count_rows(features, spec, request, history)
+    return lay_out_run(
+        rows,
+        counted,
+        spec,
+        request,
+        history,
+        slots=context.slots,
+        threads=context.threads,
+        own=own,
+    )
+
+
+def count_rows(
+    features: DataFrame, spec: FleetSpec, request: Request, history: History
+) -> tuple[DataFrame, CountedRows]:
+    """The visible rows, and what the plan needs to know of them, in a few Spark jobs.
+
+    Args:
+        features: the feature table.
+        spec: the fleet.
+        request: its as-of and limit of groups choose the rows.
+        history: earlier runs, whose categories keep their order.
+
+    Raises:
+        DataError: if no row is visible at the as-of, or the classes are not what the task needs.
     """
     as_of = (
         request.as_of if request.as_of is not None else newest_known(features, spec.target.column)
@@ -56,25 +82,7 @@ def plan_run(
         known_categories(spec, history.newest_finished(as_of)),
     )
     classes = count_classes(rows, spec, cutoffs)
-    groups = count_groups(rows, spec, cutoffs, categories, classes)
-    counted = CountedRows(
-        cutoffs=cutoffs,
-        categories=categories,
-        classes=list(classes),
-        counts=groups.counts,
-        constants=groups.constants,
-        nullable=groups.nullable,
-    )
-    return lay_out_run(
-        rows,
-        counted,
-        spec,
-        request,
-        history,
-        slots=context.slots,
-        threads=context.threads,
-        own=own,
-    )
+    return rows, count_groups(rows, spec, cutoffs, categories, classes)
 
 
 def _nothing_known(features: DataFrame, as_of: pd.Timestamp) -> DataError:

@@ -184,7 +184,7 @@ def test_a_feature_table_that_breaks_its_contract_is_not_committed(
     result = fleet.launch("features", sql=doubled)
     assert not result.success
     assert re.match(
-        r"48 entity keys are there more than once, e\.g\. \[\"north\",\"n0\",\"2020-01-01",
+        r"48 entity keys occur more than once, e\.g\. \[\"north\",\"n0\",\"2020-01-01",
         failure(result),
     )
     assert tables.version(tables.location("shop", "features")) == version

@@ -120,7 +120,8 @@ def read_earlier(
         make_run("b", 2, finished_at=None),
         make_run("c", 3, finished_at=None),
     ]
-    return EarlierRuns.read(make_history(runs, ledgers), before, resumed, small_spec())
+    history = make_history(runs, ledgers)
+    return EarlierRuns.read(history, before, history.unfinished(before), resumed, small_spec())
 
 
 def test_rows_of_the_run_before_the_resumed_run_and_other_interrupted_ones_are_kept_apart() -> None:

@@ -518,7 +518,7 @@ def test_a_doubled_key_is_refused_with_examples(spark: SparkSession, shop: Fleet
     with pytest.raises(DataError) as told:
         check_feature_table(rows, shop)
     message = str(told.value)
-    assert message.startswith("2 entity keys are there more than once")
+    assert message.startswith("2 entity keys occur more than once")
     for part in (
         '["n","a","2020-01-01 00:00:00"]',
         '["n",null,"2020-01-01 00:00:00"]',

@@ -8,7 +8,8 @@ import pyarrow as pa
 import pytest
 from pyspark.sql import DataFrame, SparkSession
 
-from pipeline.spark.counting import MASK_BITS, CountedGroups, count_groups
+from pipeline.runs.planned_run import CountedRows
+from pipeline.spark.counting import MASK_BITS, count_groups
 from pipeline.spec import FleetSpec
 from pipeline.testing.data import feature_rows, small_spec
 from pipeline.training.splits import resolve_cutoffs
@@ -25,7 +26,7 @@ def in_spark(spark: SparkSession, rows: pd.DataFrame) -> DataFrame:
     )
 
 
-def counted(spark: SparkSession, rows: pd.DataFrame, spec: FleetSpec) -> CountedGroups:
+def counted(spark: SparkSession, rows: pd.DataFrame, spec: FleetSpec) -> CountedRows:
     newest = pd.Timestamp(rows["time"].max())
     return count_groups(
         in_spark(spark, rows), spec, resolve_cutoffs(spec.splits, newest, newest), CATEGORIES
