@@ -226,7 +226,8 @@ def kept_since(tables: DeltaTables, moment: datetime) -> Iterator[str]:
                 n_kept = len(own.ledger(str(run["run_id"])))
                 kept = f"{n_kept:,} of {run['n_groups']:,} groups of {namespace} are kept"
                 yield (
-                    f"the run's process is gone: {kept}; the next launch of the same resumes "
+                    f"the run's process is gone: {kept}; the next launch with the "
+                    "same settings resumes "
                     f"training run {run['run_id']}"
                 )
         except FleetError:  # another fleet's tables may be of another release

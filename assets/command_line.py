@@ -270,7 +270,10 @@ def _add_stream_arguments(stream: argparse.ArgumentParser) -> None:
         "--every",
         type=_seconds,
         metavar="SECONDS",
-        help="keep looking for new rows, this often, until interrupted (default: answer what is there and end)",
+        help=(
+            "keep looking for new rows, this often, until interrupted (default: "
+            "answer what is there and end)"
+        ),
     )
     stream.add_argument(
         "--max-files",

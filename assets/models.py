@@ -240,7 +240,8 @@ def _explained_interruption(
 def _kept_text(n_kept: int, run: PlannedRun) -> str:
     n_groups = int(run.plan.groups["action"].isin([TRAIN, REFRESH, KEEP]).sum())
     return (
-        f"stopped: {n_kept:,} of {n_groups:,} groups are kept; the next launch of the same "
+        f"stopped: {n_kept:,} of {n_groups:,} groups are kept; the next launch with "
+        "the same settings "
         f"resumes run {run.run_id}"
     )
 

@@ -75,7 +75,8 @@ class GeneratedFleet:
             or self.skew < 0
         ):
             raise ValueError(
-                f"{self} is not a fleet: expected at least one group, row and feature, and a skew of "
+                f"{self} is not a fleet: expected at least one group, "
+                "row and feature, and a skew of "
                 "0 or more"
             )
         if self.signal not in TUNINGS:

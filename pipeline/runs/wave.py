@@ -59,9 +59,9 @@ def train_overlapping(
 ) -> Generator[tuple[Wave, TrainedFiles], None, None]:
     """Each wave with what it left, as they end; the next one starts while one drains.
 
-    Spark hands free slots to the oldest job. A further wave is laid out only when the caller,
-    having committed one, asks for the next: more would be lost with a killed run, and less would be
-    known of the pace. A wave that dies of a group is trained again in halves.
+    Spark hands free slots to the oldest job. A further wave is laid out only when the caller
+    has committed one and asks for the next: laid out earlier, it would know less of the pace, and
+    a killed run would lose more. A wave that dies of a group is trained again in halves.
 
     Args:
         schedule: hands out the groups.

@@ -190,9 +190,9 @@ def measure_groups(
     classes: Sequence[str],
     rows: DataFrame,
 ) -> pd.DataFrame:
-    """Every group's errors on report rows, in target units; one Spark job.
+    """Errors on every group's report rows, in target units; one Spark job.
 
-    Of the fleet, the pooled model, the constant and the baselines.
+    They are those of the fleet, the pooled model, the constant and the baselines.
 
     Args:
         judged: as from `judged_rows`.

@@ -90,7 +90,8 @@ def _level_of(model: FleetModel, spec: FleetSpec) -> float | None:
         return None
     if spec.scoring.interval not in model.intervals:
         raise SpecError(
-            f"scoring.interval: {spec.scoring.interval!r} is not a level of the version that serves "
+            f"scoring.interval: {spec.scoring.interval!r} is not a level of the "
+            "version that serves "
             f"({model.fleet_version}), which has intervals of "
             f"{', '.join(map(repr, model.intervals))}; choose one of them, or materialise models, "
             "meta_model and champion again"

@@ -104,7 +104,8 @@ class _FleetTraining:
     def train(self) -> TrainedRows:
         """Train the plan's waves, and commit each.
 
-        The ledger row so far of every group that was trained.
+        Returns:
+            The ledger row so far of every group that was trained.
         """
         spark, run = self.context.spark, self.run
         progress = Progress(spark, self.context.report, run.plan.slots)
@@ -148,7 +149,8 @@ class _FleetTraining:
     ) -> TrainedRows:
         """Train a plan's groups wave by wave, and commit each wave as it ends.
 
-        The ledger rows so far.
+        Returns:
+            The ledger row so far of every group that was trained.
         """
         spark, run = self.context.spark, self.run
         schedule = Schedule(
@@ -191,9 +193,11 @@ class _FleetTraining:
     def _train_wave(
         self, wave: Wave, progress: Progress, bases: DataFrame | None
     ) -> TrainedFiles | None:
-        """One Spark job.
+        """Train a wave in one Spark job.
 
-        None if a group of several kills it, and if it was alone, it is `crashed`.
+        Returns:
+            None if the job died and the wave holds several groups; a group that was alone in its
+            wave is `crashed`.
         """
         spark, run = self.context.spark, self.run
         placed = placed_rows(spark, run.rows, self.spec, wave.groups, bases)

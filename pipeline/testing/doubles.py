@@ -119,7 +119,8 @@ class MemoryTables:
             there = self._written.get(f"{location}/{file.path}")
             if there is None or there.nbytes != file.size:
                 raise StoreError(
-                    f"{location}/{file.path} is missing or was not written whole; nothing was committed: run "
+                    f"{location}/{file.path} is missing or was not written whole; "
+                    "nothing was committed: run "
                     "again"
                 )
         versions = self._versions.setdefault(location, [])

@@ -252,6 +252,6 @@ def test_what_a_dead_run_kept_is_told(tmp_path: Path) -> None:
     assert list(kept_since(tables, start.to_pydatetime())) == [
         (
             "the run's process is gone: 3 of 1,043 groups of shop are kept; "
-            "the next launch of the same resumes training run dead"
+            "the next launch with the same settings resumes training run dead"
         )
     ]

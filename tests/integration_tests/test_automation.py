@@ -29,7 +29,9 @@ def test_a_daemon_launches_what_is_due_and_what_died(
         "condition": {"features", "predictions"},
     }
     assert found.was_resumed
-    assert "groups of shop are kept; the next launch of the same resumes training run" in found.told
+    assert (
+        "groups of shop are kept; the next launch with the same settings resumes training run"
+    ) in found.told
 
 
 def test_the_examples_show_theirs() -> None:

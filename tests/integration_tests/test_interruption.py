@@ -65,7 +65,10 @@ def test_a_dry_run_and_a_run_that_is_ended_by_hand_say_what_they_do(tmp_path: Pa
     assert process.returncode != 0
     assert "Traceback" not in told
     (kept, of, run_id), *others = re.findall(
-        r"stopped: (\d+) of (\d+) groups are kept; the next launch of the same resumes run (\S+)",
+        (
+            r"stopped: (\d+) of (\d+) groups are kept; the next launch with the same "
+            r"settings resumes run (\S+)"
+        ),
         told,
     )
     assert not others
