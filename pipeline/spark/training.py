@@ -331,9 +331,9 @@ def _marked(rows: pa.Table, wave: str, run_id: str) -> pa.Table:
 def _is_over(wave: str, start_seconds: float) -> bool:
     """Whether this executor began a wave more than `start_seconds` ago.
 
-    A task that Spark repeats starts all its groups. The wave's tasks run in several processes, which share a file in the executor's own folder, and the
-    machine's clock, which no other machine has to agree with. The first to come writes the file:
-    every wave starts a group at least.
+    A task that Spark repeats starts all its groups. The wave's tasks run in several processes,
+    which share a file in the executor's own folder, and the machine's clock, which no other machine
+    has to agree with. The first to come writes the file: every wave starts a group at least.
     """
     context = TaskContext.get()
     if context is not None and context.attemptNumber() > 0:
