@@ -1,4 +1,7 @@
-"""Challenger against champion on report rows: twins are fitted, and Spark adds up the losses."""
+"""Challenger against champion on report rows: twins are fitted, and Spark adds up the losses.
+
+A twin is a recipe of the champion, fitted on the challenger's rows.
+"""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -27,15 +30,21 @@ from pipeline.runs.fleet_tables import FleetTables
 from pipeline.runs.ledger import groups_with_model
 from pipeline.runs.manifest import RunManifest
 from pipeline.runs.sampling import sampling_exponents
+from pipeline.spark.blending import (
+    constant_column,
+    grain_columns,
+    grain_predictions,
+    level_answers,
+)
 from pipeline.spark.evaluation import (
     baseline_answer,
     baseline_answers,
-    constant_column,
+    baseline_names,
     judged_rows,
     nearest_predictions,
 )
 from pipeline.spark.judging import held_out_rows
-from pipeline.spark.losses import Paired, compare_answers, in_target_units, level_answers, row_loss
+from pipeline.spark.losses import Paired, compare_answers, in_target_units, row_loss
 from pipeline.spark.rows import limited_rows, visible_rows
 from pipeline.spark.training import TrainingContext, train_aside
 from pipeline.spec import MULTICLASS, FleetSpec
@@ -45,8 +54,21 @@ from pipeline.training.objective import learning_goal
 from pipeline.training.splits import REPORT
 from pipeline.training.trainer import TrainingSettings, fit_twin, train_group
 
-# Seconds of one fit where the ledger knows none.
+# Seconds of one fit where the ledger has none.
 FIT_SECONDS = 0.2
+CHAMPION, POOLED, CONSTANT = "champion", "pooled", "constant"
+# Stands where the index of a grain would.
+WHOLE_FLEET = -1
+_MEASURED = (
+    "n_rows",
+    "n_blocks",
+    "loss_sum_champion",
+    "loss_sum_challenger",
+    "loss_champion",
+    "loss_challenger",
+    "gain",
+    "gain_error",
+)
 
 
 @dataclass(frozen=True)
@@ -57,8 +79,8 @@ class Comparison:
         run: the challenger's training run.
         challenger: that run, as it is compared.
         champions: the runs that answer now, by fleet version.
-        serving: fleet version by group, as the champion answers now; empty where there is none.
-        rolled_back: groups that were taken back from this challenger.
+        serving: fleet version that answers each group now; empty where there is no champion.
+        rolled_back: groups that a person took back from this challenger.
     """
 
     run: RunManifest
@@ -70,13 +92,13 @@ class Comparison:
     @cached_property
     def kinds(self) -> dict[GroupKey, str]:
         """What each group of the challenger is, compared with what answers it now."""
-        found = {}
+        kinds = {}
         for key in self.challenger.groups:
-            version = self.serving.get(key)
-            found[key] = kind_of_change(
-                key, None if version is None else self.champions[version], self.challenger
-            )
-        return found
+            champion = None
+            if key in self.serving:
+                champion = self.champions[self.serving[key]]
+            kinds[key] = kind_of_change(key, champion, self.challenger)
+        return kinds
 
 
 def judge(
@@ -95,46 +117,62 @@ def judge(
         spec: the fleet.
         contest: who is compared.
     """
-    spark, kinds = context.spark, contest.kinds
-    groups = contest.challenger.groups
-    frame = pd.DataFrame(
-        [(*key, groups[key]["parent_id"], kind) for key, kind in kinds.items()],
-        columns=["grain", "group_id", "parent_id", "kind"],
-    )
-    frame["from_version"] = [contest.serving.get(key) for key in kinds]
-    held_out = held_out_rows(spark, tables, groups.values())
-    frame["answered_by"] = [groups[key].get("answered_by") for key in kinds]
-    losses, fleet = pd.DataFrame(columns=["grain", "group_id", *_MEASURED]), pd.DataFrame()
+    held_out = held_out_rows(context.spark, tables, contest.challenger.groups.values())
+    losses = pd.DataFrame(columns=["grain", "group_id", *_MEASURED])
+    fleet = pd.DataFrame()
     if held_out is not None:
-        has_model = groups_with_model(groups.values(), len(spec.grains))
-        judged = judged_rows(
-            held_out, spec, contest.run.cutoffs, contest.run.constants, has_model
-        ).where((sf.col("split") == REPORT) & sf.col("residual").isNotNull())
-        rows = limited_rows(
-            visible_rows(features, contest.run.cutoffs.as_of), spec, contest.run.limit_groups
-        )
-        twins = {
-            version: fit_twins(context, tables, rows, spec, contest, side, held_out)
-            for version, side in contest.champions.items()
-            if _is_compared(version, kinds, contest)
-        }
-        judged = judged.join(baseline_answers(rows, spec), "row_key", "left").persist()
-        try:
-            losses, fleet = compare_runs(spark, judged, spec, contest, twins)
-        finally:
-            judged.unpersist()
-    decided = decide(frame.merge(losses, on=["grain", "group_id"], how="left"), contest.rolled_back)
+        losses, fleet = _measure_losses(context, tables, features, spec, contest, held_out)
+    groups = _groups_to_decide(contest).merge(losses, on=["grain", "group_id"], how="left")
+    decided = decide(groups, contest.rolled_back)
     to_version = decided["from_version"].where(
         ~decided["promoted"], contest.challenger.fleet_version
     )
     return Judgement(decided.assign(to_version=to_version), judge_rivals(fleet, rival_titles(spec)))
 
 
-def _is_compared(version: str, kinds: Mapping[GroupKey, str], contest: Comparison) -> bool:
+def _groups_to_decide(contest: Comparison) -> pd.DataFrame:
+    """One row per group of the challenger, still without losses."""
+    columns = ["grain", "group_id", "parent_id", "kind", "from_version", "answered_by"]
+    table = []
+    for key, kind in contest.kinds.items():
+        row = contest.challenger.groups[key]
+        table.append(
+            (*key, row["parent_id"], kind, contest.serving.get(key), row.get("answered_by"))
+        )
+    return pd.DataFrame(table, columns=columns)
+
+
+def _measure_losses(
+    context: TrainingContext,
+    tables: FleetTables,
+    features: DataFrame,
+    spec: FleetSpec,
+    contest: Comparison,
+    held_out: DataFrame,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Losses per group and of the whole fleet, as from `compare_runs`, once twins are fitted."""
+    run = contest.run
+    has_model = groups_with_model(contest.challenger.groups.values(), len(spec.grains))
+    judged = judged_rows(held_out, spec, run.cutoffs, run.constants, has_model)
+    judged = judged.where((sf.col("split") == REPORT) & sf.col("residual").isNotNull())
+    rows = limited_rows(visible_rows(features, run.cutoffs.as_of), spec, run.limit_groups)
+    fitting = _TwinFitting(context, tables, spec, contest, rows, held_out)
+    twins = {}
+    for version, champion in contest.champions.items():
+        if _is_compared(version, contest):
+            twins[version] = fitting.fit(champion)
+    judged = judged.join(baseline_answers(rows, spec), "row_key", "left").persist()
+    try:
+        return compare_runs(context.spark, judged, spec, contest, twins)
+    finally:
+        judged.unpersist()
+
+
+def _is_compared(version: str, contest: Comparison) -> bool:
     """Whether some group that the version answers now is compared with the challenger."""
     return any(
         contest.serving.get(key) == version and kind not in (UNCHANGED, NEW_GROUP, NOT_COMPARABLE)
-        for key, kind in kinds.items()
+        for key, kind in contest.kinds.items()
     )
 
 
@@ -152,83 +190,99 @@ class Twins:
     holdout: DataFrame | None
 
 
-def fit_twins(
-    context: TrainingContext,
-    tables: FleetTables,
-    rows: DataFrame,
-    spec: FleetSpec,
-    contest: Comparison,
-    side: ComparedRun,
-    held_out: DataFrame,
-) -> Twins:
-    """Fit what answers now on the rows that the challenger's own twins were fitted on.
-
-    Where recipes are the same there is nothing to fit.
+@dataclass(frozen=True)
+class _TwinFitting:
+    """Fits what answers now on the rows that the challenger's own twins were fitted on.
 
     Args:
-        context: where they are fitted.
+        context: where twins are fitted.
         tables: of the fleet; nothing is committed to them.
-        rows: the challenger's visible rows.
         spec: the fleet.
         contest: who is compared.
-        side: the run whose recipes are fitted.
+        rows: the challenger's visible rows.
         held_out: the challenger's held-out rows.
     """
-    known = contest.challenger.groups
-    keys = {
-        key
-        for key in side.groups
-        if key in known and side.recipe(key) not in (None, contest.challenger.recipe(key))
-    }
-    lacking = [name for name in side.model_spec.features if name not in rows.columns]
-    if not keys or lacking:
-        return Twins(frozenset(keys), None)
 
-    def fit(chosen: Collection[GroupKey], bases: DataFrame | None = None) -> DataFrame:
-        seen = twin_spec(spec, side.model_spec)
-        settings = _twin_settings(seen, contest, side, context.threads)
-        groups = _planned(seen, contest.challenger, side, sorted(chosen))
-        twin_context = (
-            context if context.train is not train_group else replace(context, train=fit_twin)
-        )
-        return train_aside(
-            twin_context, tables, rows, seen, groups, settings, slots=context.slots, bases=bases
-        )
+    context: TrainingContext
+    tables: FleetTables
+    spec: FleetSpec
+    contest: Comparison
+    rows: DataFrame
+    held_out: DataFrame
 
-    if not side.model_spec.corrects:
-        return Twins(frozenset(keys), fit(keys))
-    found: DataFrame | None = None
-    for grain in range(len(spec.grains)):
-        chosen = {key for key in keys if key[0] == grain}
-        if not chosen:
-            continue
-        bases = None
-        if grain:
-            others = held_out.where(sf.col("grain") < grain)
-            bases = nearest_predictions(
-                others if found is None else _instead(context.spark, others, keys, found)
-            )
-        fitted = fit(chosen, bases)
-        found = fitted if found is None else found.unionByName(fitted)
-    return Twins(frozenset(keys), found)
+    def fit(self, champion: ComparedRun) -> Twins:
+        """Fit a run's recipes where they are not the challenger's.
+
+        There are no twins where the feature table lacks a feature of the run.
+        """
+        keys = self._changed_groups(champion)
+        lacking = set(champion.model_spec.features).difference(self.rows.columns)
+        if not keys or lacking:
+            return Twins(keys, None)
+        if champion.model_spec.corrects:
+            return Twins(keys, self._fit_by_grain(champion, keys))
+        return Twins(keys, self._fit_groups(champion, keys))
+
+    def _changed_groups(self, champion: ComparedRun) -> frozenset[GroupKey]:
+        """The groups of both runs whose recipe in the one is not that in the other."""
+        challenger = self.contest.challenger
+        keys = set()
+        for key in champion.groups.keys() & challenger.groups.keys():
+            recipe = champion.recipe(key)
+            if recipe is not None and recipe != challenger.recipe(key):
+                keys.add(key)
+        return frozenset(keys)
+
+    def _fit_by_grain(self, champion: ComparedRun, keys: Collection[GroupKey]) -> DataFrame | None:
+        """Fit twins from coarse to fine, as each corrects the predictions above it."""
+        fitted: DataFrame | None = None
+        for grain in range(len(self.spec.grains)):
+            of_grain = [key for key in keys if key.grain == grain]
+            if not of_grain:
+                continue
+            bases = None
+            if grain:
+                coarser = self.held_out.where(sf.col("grain") < grain)
+                if fitted is not None:
+                    coarser = _instead(self.context.spark, coarser, keys, fitted)
+                bases = nearest_predictions(coarser)
+            twins = self._fit_groups(champion, of_grain, bases)
+            if fitted is None:
+                fitted = twins
+            else:
+                fitted = fitted.unionByName(twins)
+        return fitted
+
+    def _fit_groups(
+        self, champion: ComparedRun, keys: Collection[GroupKey], bases: DataFrame | None = None
+    ) -> DataFrame:
+        """What the twins of some groups predict of their held-out rows."""
+        context = self.context
+        if context.train is train_group:
+            context = replace(context, train=fit_twin)
+        spec = twin_spec(self.spec, champion.model_spec)
+        settings = _twin_settings(spec, self.contest, champion, context.threads)
+        groups = _planned(spec, self.contest.challenger, champion, sorted(keys))
+        return train_aside(context, self.tables, self.rows, spec, groups, settings, bases)
 
 
 def _instead(
     spark: SparkSession, held_out: DataFrame, keys: Collection[GroupKey], twins: DataFrame
 ) -> DataFrame:
-    """Held-out rows in which twins have taken the place of their groups."""
+    """Held-out rows, for groups that have a twin those of the twin."""
     replaced = sf.broadcast(spark.createDataFrame(sorted(keys), "grain int, group_id string"))
     return held_out.join(replaced, ["grain", "group_id"], "left_anti").unionByName(twins)
 
 
 def _twin_settings(
-    spec: FleetSpec, contest: Comparison, side: ComparedRun, threads: int
+    spec: FleetSpec, contest: Comparison, champion: ComparedRun, threads: int
 ) -> TrainingSettings:
-    """What the twins of a run share: its model spec, the challenger's dates."""
+    """What the twins of a run share: its own model spec, and the challenger's dates."""
+    model_spec = champion.model_spec
     return TrainingSettings(
         run_id=contest.challenger.fleet_version,
-        model_spec=side.model_spec,
-        goal=learning_goal(spec, len(side.model_spec.classes)),
+        model_spec=model_spec,
+        goal=learning_goal(spec, len(model_spec.classes)),
         target=spec.target.column,
         weight=spec.target.weight,
         tuning=spec.tuning,
@@ -240,14 +294,15 @@ def _twin_settings(
 def twin_spec(spec: FleetSpec, model_spec: ModelSpec) -> FleetSpec:
     """The fleet as a run with that model spec saw it.
 
-    Its features are all columns of the feature table by now.
+    All its features are columns of the feature table, so that none is left to be computed.
     """
-    names, categories = model_spec.features, tuple(model_spec.categories)
+    names = model_spec.features
+    numeric = tuple(name for name in names if name not in model_spec.categories)
     monotone = {name: sign for name, sign in spec.features.monotone.items() if name in names}
     features = spec.features.model_copy(
         update={
-            "columns": tuple(name for name in names if name not in categories),
-            "categoricals": categories,
+            "columns": numeric,
+            "categoricals": tuple(model_spec.categories),
             "lags": (),
             "rolling": (),
             "derived": {},
@@ -260,16 +315,18 @@ def twin_spec(spec: FleetSpec, model_spec: ModelSpec) -> FleetSpec:
 
 
 def _planned(
-    spec: FleetSpec, challenger: ComparedRun, side: ComparedRun, keys: Sequence[GroupKey]
+    spec: FleetSpec, challenger: ComparedRun, champion: ComparedRun, keys: Sequence[GroupKey]
 ) -> pd.DataFrame:
     """Some twins, as `train_aside` takes them."""
-    rows = [challenger.groups[key] for key in keys]
-    groups = pd.DataFrame(keys, columns=["grain", "group_id"])
-    groups["started_from"] = [_refit(side.groups[key]) for key in keys]
-    groups["cost_seconds"] = [_fit_seconds(row) for row in rows]
-    n_target = np.array([int(row["n_target"] or 0) for row in rows], dtype=np.int64)
+    table = []
+    for key in keys:
+        row = challenger.groups[key]
+        start = _refit(champion.groups[key])
+        table.append((*key, start, _fit_seconds(row), int(row["n_target"] or 0)))
+    columns = ["grain", "group_id", "started_from", "cost_seconds", "n_target"]
+    groups = pd.DataFrame(table, columns=columns)
     groups["exponent"] = sampling_exponents(
-        n_target,
+        groups.pop("n_target").to_numpy(dtype=np.int64),
         is_coarse=(groups["grain"] < len(spec.grains) - 1).to_numpy(),
         max_rows=spec.tuning.max_rows,
     )
@@ -277,7 +334,7 @@ def _planned(
 
 
 def _refit(row: Mapping[str, Any]) -> str:
-    """How the recipe of a ledger row is fitted, as in a plan."""
+    """The start that fits the recipe of a ledger row once more, as a plan has it."""
     parameters = json.loads(row["parameters"])
     return Start(refit=parameters, n_rounds=int(row["n_rounds"])).to_json()
 
@@ -312,47 +369,58 @@ def compare_runs(
         null where nothing answers now. And one row, as from `losses.compare_answers`, of the
         challenger beside `rival_titles`.
     """
-    versions, n_grains = list(twins), len(spec.grains)
+    n_grains = len(spec.grains)
     rows = judged
-    for number, version in enumerate(versions):
-        rows = _with_twins(rows, twins[version].holdout, number, n_grains)
+    for number, fitted in enumerate(twins.values()):
+        rows = _with_twins(rows, fitted.holdout, number, n_grains)
     for grain in range(n_grains):
-        weights = sf.broadcast(_weights_of(spark, grain, contest, versions, twins))
+        weights = sf.broadcast(_weights_of(spark, grain, contest, twins))
         rows = rows.join(weights, sf.col("group_ids")[grain] == sf.col(f"_g{grain}"), "left")
     constant = constant_column(contest.run.constants, contest.challenger.model_spec.classes)
     ours = level_answers(
-        _of_grains("p", n_grains), _of_grains("_c", n_grains), _of_grains("_k", n_grains), constant
+        grain_columns("p", n_grains),
+        grain_columns("_c", n_grains),
+        grain_columns("_k", n_grains),
+        constant,
     )
-    theirs = _answers_now(spec, contest, versions, constant)
-
-    def loss(answer: Column) -> Column:
-        return row_loss(spec, in_target_units(spec, answer))
-
-    contests = [
-        Paired(
-            grain, sf.col("group_ids")[grain], loss(ours[grain]), {CHAMPION: loss(theirs[grain])}
-        )
-        for grain in range(n_grains)
-    ]
-    rivals = {POOLED: loss(sf.coalesce(sf.col("p0"), constant)), CONSTANT: loss(constant)}
-    for number in range(len(spec.all_baselines)):
-        rivals[f"b{number}"] = row_loss(spec, baseline_answer(spec, number))
-    whole = Paired(WHOLE_FLEET, sf.lit("[]"), loss(ours[-1]), rivals)
-    found = compare_answers(rows, spec, [*contests, whole], contest.run.cutoffs.report_start)
-    is_whole = found["grain"] == WHOLE_FLEET
+    theirs = _answers_now(spec, contest, list(twins), constant)
+    contests = _contests(spec, ours, theirs, constant)
+    measured = compare_answers(rows, spec, contests, contest.run.cutoffs.report_start)
+    is_whole = measured["grain"] == WHOLE_FLEET
     titles = {
         "loss": "loss_challenger",
         "loss_sum": "loss_sum_challenger",
         f"gain_{CHAMPION}": "gain",
         f"gain_error_{CHAMPION}": "gain_error",
     }
-    groups = found[~is_whole].rename(columns=titles)
-    return groups.reindex(columns=["grain", "group_id", *_MEASURED]), found[is_whole]
+    groups = measured[~is_whole].rename(columns=titles)
+    return groups.reindex(columns=["grain", "group_id", *_MEASURED]), measured[is_whole]
 
 
-def _of_grains(name: str, n_grains: int) -> list[Column]:
-    """One column per grain, from coarse to fine."""
-    return [sf.col(f"{name}{grain}") for grain in range(n_grains)]
+def _contests(
+    spec: FleetSpec, ours: Sequence[Column], theirs: Sequence[Column], constant: Column
+) -> list[Paired]:
+    """The challenger's answer to a row, in each grain beside the champion's, and beside rivals.
+
+    Args:
+        spec: the fleet.
+        ours: the challenger's answer of each grain.
+        theirs: what answers there now.
+        constant: the challenger's constant.
+    """
+
+    def loss(answer: Column) -> Column:
+        return row_loss(spec, in_target_units(spec, answer))
+
+    contests = []
+    for grain, (our, their) in enumerate(zip(ours, theirs, strict=True)):
+        group = sf.col("group_ids")[grain]
+        contests.append(Paired(grain, group, loss(our), {CHAMPION: loss(their)}))
+    rivals = {POOLED: loss(sf.coalesce(sf.col("p0"), constant)), CONSTANT: loss(constant)}
+    for number, name in enumerate(baseline_names(spec).values()):
+        rivals[name] = row_loss(spec, baseline_answer(spec, number))
+    contests.append(Paired(WHOLE_FLEET, sf.lit("[]"), loss(ours[-1]), rivals))
+    return contests
 
 
 def _answers_now(
@@ -365,12 +433,13 @@ def _answers_now(
         twin = []
         for grain in range(n_grains):
             has_twin = sf.col(f"_t{number}_{grain}")
-            fitted, same = sf.col(f"q{number}_{grain}"), sf.col(f"p{grain}")
+            fitted = sf.col(f"q{number}_{grain}")
+            same = sf.col(f"p{grain}")
             twin.append(sf.when(has_twin, fitted).otherwise(same))
         answers = level_answers(
             twin,
-            _of_grains(f"_w{number}_", n_grains),
-            _of_grains(f"_k{number}_", n_grains),
+            grain_columns(f"_w{number}_", n_grains),
+            grain_columns(f"_k{number}_", n_grains),
             _constant_of(contest.champions[version], spec, constant),
         )
         for grain, answer in enumerate(answers):
@@ -382,44 +451,27 @@ def _answers_now(
 def rival_titles(spec: FleetSpec) -> dict[str, str]:
     """What people call each of the fleet's rivals, by its name in `compare_runs`.
 
-    Where all is pooled there is no pooled model beside it.
+    A fleet that is pooled as a whole has no pooled model beside its own.
     """
-    titles = {POOLED: "its pooled model"} if len(spec.grains) > 1 and spec.pooling != "none" else {}
-    baselines = {f"b{number}": title for number, title in enumerate(spec.all_baselines)}
-    return {**titles, CONSTANT: "its constant", **baselines}
-
-
-CHAMPION, POOLED, CONSTANT = "champion", "pooled", "constant"
-# Stands where the index of a grain would.
-WHOLE_FLEET = -1
-_MEASURED = (
-    "n_rows",
-    "n_blocks",
-    "loss_sum_champion",
-    "loss_sum_challenger",
-    "loss_champion",
-    "loss_challenger",
-    "gain",
-    "gain_error",
-)
+    titles = {}
+    if len(spec.grains) > 1 and spec.pooling != "none":
+        titles[POOLED] = "its pooled model"
+    titles[CONSTANT] = "its constant"
+    baselines = {name: title for title, name in baseline_names(spec).items()}
+    return {**titles, **baselines}
 
 
 def _with_twins(
     rows: DataFrame, holdout: DataFrame | None, number: int, n_grains: int
 ) -> DataFrame:
-    """What twins of each grain predict, beside every judged row, as q<number>_<grain>."""
-    names = [f"q{number}_{grain}" for grain in range(n_grains)]
+    """Every judged row with the predictions of each grain's twins, as q<number>_<grain>."""
     if holdout is None:
-        return rows.withColumns({name: sf.lit(None).cast("double") for name in names})
-    wide = holdout.where(sf.col("split") == REPORT).groupBy(
+        names = [f"q{number}_{grain}" for grain in range(n_grains)]
+        return rows.withColumns(dict.fromkeys(names, sf.lit(None).cast("double")))
+    of_rows = holdout.where(sf.col("split") == REPORT).groupBy(
         "row_key", sf.col("class_name").alias("_class")
     )
-    predicted = wide.agg(
-        *(
-            sf.max(sf.when(sf.col("grain") == grain, sf.col("prediction"))).alias(name)
-            for grain, name in enumerate(names)
-        )
-    )
+    predicted = of_rows.agg(*grain_predictions(f"q{number}_", n_grains))
     same = (rows["row_key"] == predicted["row_key"]) & rows["class_name"].eqNullSafe(
         predicted["_class"]
     )
@@ -427,39 +479,27 @@ def _with_twins(
 
 
 def _weights_of(
-    spark: SparkSession,
-    grain: int,
-    contest: Comparison,
-    versions: Sequence[str],
-    twins: Mapping[str, Twins],
+    spark: SparkSession, grain: int, contest: Comparison, twins: Mapping[str, Twins]
 ) -> DataFrame:
-    """What is known of each group of a grain.
+    """What the runs say of each group of a grain.
 
     Its weight in the challenger (_c) and in each version (_w), null without a model; whether the
     constant answers it there (_k); whether its recipe there is another (_t); and the number of the
     version that answers it now (_v).
     """
-    keys = sorted(
-        {
-            key
-            for side in (contest.challenger, *contest.champions.values())
-            for key in side.groups
-            if key[0] == grain
-        }
-    )
-    numbers = {version: number for number, version in enumerate(versions)}
+    keys: set[GroupKey] = set()
+    for run in (contest.challenger, *contest.champions.values()):
+        keys.update(key for key in run.groups if key.grain == grain)
+    numbers = {version: number for number, version in enumerate(twins)}
     table = []
-    for key in keys:
-        row: list[Any] = [
-            key[1],
-            *_weight(contest.challenger, key),
-            numbers.get(contest.serving.get(key, "")),
-        ]
-        for version in versions:
-            row += [*_weight(contest.champions[version], key), key in twins[version].keys]
+    for key in sorted(keys):
+        serving = numbers.get(contest.serving.get(key, ""))
+        row: list[Any] = [key.group_id, *_weight(contest.challenger, key), serving]
+        for version, fitted in twins.items():
+            row += [*_weight(contest.champions[version], key), key in fitted.keys]
         table.append(row)
     columns = [f"_g{grain} string", f"_c{grain} double", f"_k{grain} boolean", f"_v{grain} int"]
-    for number in range(len(versions)):
+    for number in range(len(twins)):
         columns += [
             f"_w{number}_{grain} double",
             f"_k{number}_{grain} boolean",
@@ -468,20 +508,27 @@ def _weights_of(
     return spark.createDataFrame(table, ", ".join(columns))
 
 
-def _weight(side: ComparedRun, key: GroupKey) -> tuple[float | None, bool]:
-    """A group's weight, and whether the constant answers it instead of its parent."""
-    row = side.groups.get(key)
+def _weight(run: ComparedRun, key: GroupKey) -> tuple[float | None, bool]:
+    """A group's weight in a run, and whether the constant answers it instead of its parent."""
+    row = run.groups.get(key)
     if row is None:
         return None, False
-    weight = None if row["booster_id"] is None else float(row["weight"] or 0.0)
+    weight = None
+    if row["booster_id"] is not None:
+        weight = float(row["weight"] or 0.0)
     return weight, row.get("answered_by") == BY_CONSTANT
 
 
-def _constant_of(side: ComparedRun, spec: FleetSpec, challenger: Column) -> Column:
-    """What a run answers without any model; its classes' shares are those of its own rows."""
+def _constant_of(champion: ComparedRun, spec: FleetSpec, challenger: Column) -> Column:
+    """What a run answers without any model; its classes' shares are those of its own rows.
+
+    Where the run does not say, as the challenger does.
+    """
+    model_spec = champion.model_spec
     if spec.task == MULTICLASS:
-        return constant_column(
-            Constants(0.0, 0.0, tuple(side.model_spec.prior)), side.model_spec.classes
-        )
-    constant = side.generation.constant
-    return challenger if constant is None else sf.lit(float(constant))
+        constants = Constants(0.0, 0.0, tuple(model_spec.prior))
+        return constant_column(constants, model_spec.classes)
+    constant = champion.generation.constant
+    if constant is None:
+        return challenger
+    return sf.lit(float(constant))

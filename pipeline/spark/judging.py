@@ -11,15 +11,14 @@ from pipeline.runs.fleet_tables import FleetTables
 from pipeline.runs.history import LedgerRow, by_group
 from pipeline.runs.ledger import complete_ledger, groups_with_model
 from pipeline.runs.planned_run import PlannedRun
+from pipeline.spark.blending import constant_column
 from pipeline.spark.evaluation import judged_rows, measure_groups, sum_moments
-from pipeline.spark.keys import moment_column
 from pipeline.spark.losses import answer_losers_otherwise
 from pipeline.spec import FleetSpec
 from pipeline.tables import HOLDOUT
 from pipeline.training.blend import GroupSkill, learn_blend
 
-# Group ids that a run's row names where held-out rows belong to groups that the ledger does not
-# know.
+# A run's row names at most so many groups of held-out rows that its ledger lacks.
 MAX_UNKNOWN_GROUPS = 20
 
 
@@ -40,8 +39,8 @@ def judge_run(
         rows: of the ledger, one per group, weights and errors still missing.
 
     Returns:
-        The complete ledger, and groups of held-out rows that it does not know: keys that were read
-        in two ways, whose rows would count for nobody.
+        The complete ledger, and the ids of groups that have held-out rows and no ledger row: their
+        keys were read in two ways, and the rows would count for nobody.
     """
     has_model = groups_with_model(rows, len(spec.grains))
     skills: Mapping[GroupKey, GroupSkill] = {}
@@ -53,10 +52,10 @@ def judge_run(
             skills, measures = _judge(judged, run, spec, has_model)
         finally:
             judged.unpersist()
-    known = {GroupKey.of(row) for row in rows}
-    unknown = {group for _, group in {*skills, *by_group(measures)} - known}
+    unknown = {*skills, *by_group(measures)}.difference(map(GroupKey.of, rows))
+    unknown_ids = sorted({key.group_id for key in unknown})
     ledger = complete_ledger(rows, spec, skills, measures)
-    return ledger, tuple(sorted(unknown)[:MAX_UNKNOWN_GROUPS])
+    return ledger, tuple(unknown_ids[:MAX_UNKNOWN_GROUPS])
 
 
 def _judge(
@@ -69,20 +68,19 @@ def _judge(
     classes = run.settings.model_spec.classes
     moments = sum_moments(judged, len(spec.grains), run.constants, classes)
     skills = learn_blend(moments, has_model, run.constants[0], spec.pooling)
+    constant = constant_column(run.constants, classes)
     skills = answer_losers_otherwise(
-        judged, spec, skills, has_model, run.constants, classes, run.cutoffs.report_start
+        judged, spec, skills, has_model, constant, run.cutoffs.report_start
     )
-    report_rows = run.rows.where(sf.col("time") >= moment_column(run.cutoffs.report_start))
-    measures = measure_groups(judged, spec, skills, run.constants, has_model, classes, report_rows)
-    return skills, measures
+    return skills, measure_groups(judged, run, spec, skills, has_model)
 
 
 def held_out_rows(
     spark: SparkSession, tables: FleetTables, rows: Iterable[LedgerRow]
 ) -> DataFrame | None:
-    """The held-out rows of groups whose ledger row names their wave.
+    """The held-out rows of groups, from the wave that their ledger row names.
 
-    What an interrupted wave left is not among them.
+    Rows that an interrupted wave left are passed over.
 
     Args:
         spark: the session.
@@ -99,5 +97,7 @@ def held_out_rows(
     waves = sorted({wave for wave, _, _ in named})
     holdout = tables.tables.read_spark(spark, location, partitions={"wave": waves})
     keys = spark.createDataFrame(pd.DataFrame(named), "wave string, grain int, group_id string")
-    found: DataFrame = holdout.join(sf.broadcast(keys), ["wave", "grain", "group_id"], "left_semi")
-    return found
+    held_out: DataFrame = holdout.join(
+        sf.broadcast(keys), ["wave", "grain", "group_id"], "left_semi"
+    )
+    return held_out

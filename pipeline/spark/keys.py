@@ -1,6 +1,6 @@
 """Spark expressions that give exactly what their twins in `pipeline.models.meta_model` give."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import pandas as pd
 from pyspark.sql import Column
@@ -9,6 +9,11 @@ from pyspark.sql.pandas.functions import pandas_udf
 from pyspark.sql.types import DataType, FractionalType, TimestampNTZType, TimestampType
 
 from pipeline.models.meta_model import key_text
+
+
+def quoted(names: Iterable[str]) -> list[str]:
+    """Names of columns as Spark parses them, so that dots and spaces mean themselves."""
+    return [f"`{name}`" for name in names]
 
 
 def group_id_column(keys: Sequence[str]) -> Column:
@@ -33,13 +38,13 @@ def text_column(column: Column, kind: DataType) -> Column:
 
 
 def _texts_of_numbers(values: pd.Series) -> pd.Series:
-    return pd.Series([key_text(value) for value in values], dtype=object)
+    return pd.Series(list(map(key_text, values)), dtype=object)
 
 
 def moment_column(moment: pd.Timestamp) -> Column:
     """A moment (UTC, without a zone) as Spark's timestamp.
 
-    A plain literal would be read in the zone of this machine.
+    Spark would read a plain literal in the zone of this machine.
     """
     return sf.timestamp_micros(sf.lit(int(moment.as_unit("us").asm8.astype("int64"))))
 
@@ -47,7 +52,7 @@ def moment_column(moment: pd.Timestamp) -> Column:
 def latest_moment(column: Column) -> Column:
     """The latest moment as `moment_of` takes it.
 
-    A collected timestamp would be told in the zone of this machine.
+    A timestamp would be collected in the zone of this machine.
     """
     return sf.unix_micros(sf.max(column))
 

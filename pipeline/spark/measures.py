@@ -1,11 +1,11 @@
 """Error measures of answers against the actual target, per task, as Spark expressions.
 
-A way is one way to answer: the fleet, the pooled model, the constant, a baseline. Its error on a
-row is a column, its measure over a group's rows the mean of that column (for RMSE its root); rows
-that a way does not answer do not count for it.
+A contender is whoever answers: the fleet, the pooled model, the constant, a baseline. Its error on a
+row is a column, and its measure over a group's rows the mean of that column (for RMSE its root).
+Rows that a contender does not answer do not count for it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as sf
@@ -24,56 +24,75 @@ def row_measures(spec: FleetSpec) -> tuple[str, ...]:
     return ("rmse", "mae", "mape", *special.get(spec.objective, ()))
 
 
-def shown_measures(spec: FleetSpec) -> tuple[str, str]:
+def compared_measures(spec: FleetSpec) -> tuple[str, str]:
     """The two measures that people compare contenders by; smaller is better for the first."""
-    return ("log_loss", "accuracy") if spec.is_class_task else ("rmse", "mape")
+    if spec.is_class_task:
+        return ("log_loss", "accuracy")
+    return ("rmse", "mape")
 
 
 def row_errors(
-    answered: DataFrame, spec: FleetSpec, ways: Sequence[str], classes: Sequence[str]
+    answered: DataFrame, spec: FleetSpec, contenders: Sequence[str], classes: Sequence[str]
 ) -> DataFrame:
-    """One row per judged row, with each way's error in each measure.
+    """One row per judged row, with each contender's error in each measure.
 
     Args:
         answered: one row per judged row (for multiclass per row and class): row_key, class_name,
-            actual, group_ids, miss, and per way its answer, null where it has none.
+            actual, group_ids, miss, and per contender its answer, null where it has none.
         spec: the fleet.
-        ways: columns with answers.
+        contenders: columns with answers.
         classes: of the target, in order.
 
     Returns:
-        Columns group_ids, miss, and `<way>_<measure>` for every way and measure; rmse holds the
-        squared error.
+        Columns group_ids, miss, and `<contender>_<measure>` for every contender and measure; rmse
+        holds the squared error.
     """
-    errors = {f"{way}_{name}": error for way in ways for name, error in _errors(way, spec).items()}
-    if spec.task != MULTICLASS:
-        return answered.select(
-            "group_ids", "miss", *(error.alias(name) for name, error in errors.items())
-        )
-    place = sf.array_position(sf.array(*(sf.lit(name) for name in classes)), sf.col("class_name"))
-    # Of equal probabilities the first class is the answer.
-    likeliest = [
-        sf.max(
-            sf.when(sf.col(way).isNotNull(), sf.struct(sf.col(way), -place, sf.col("actual")))
-        ).alias(f"{way}_first")
-        for way in ways
-    ]
-    of_classes = answered.groupBy("row_key").agg(
+    errors: dict[str, Column] = {}
+    for contender in contenders:
+        for name, error in _errors(contender, spec).items():
+            errors[f"{contender}_{name}"] = error
+    if spec.task == MULTICLASS:
+        return _errors_over_classes(answered, errors, contenders, classes)
+    columns = [error.alias(name) for name, error in errors.items()]
+    return answered.select("group_ids", "miss", *columns)
+
+
+def _errors_over_classes(
+    answered: DataFrame,
+    errors: Mapping[str, Column],
+    contenders: Sequence[str],
+    classes: Sequence[str],
+) -> DataFrame:
+    """Errors of rows from those of a row's classes, with each contender's accuracy.
+
+    Of equal probabilities the first class is the answer.
+    """
+    place = sf.array_position(sf.array(*map(sf.lit, classes)), sf.col("class_name"))
+    sums = [sf.sum(error).alias(name) for name, error in errors.items()]
+    likeliest = []
+    hits = []
+    for contender in contenders:
+        answer = sf.struct(sf.col(contender), -place, sf.col("actual"))
+        is_answered = sf.col(contender).isNotNull()
+        likeliest.append(sf.max(sf.when(is_answered, answer)).alias(f"{contender}_first"))
+        hit = sf.col(f"{contender}_first")["actual"]
+        hits.append(hit.alias(f"{contender}_accuracy"))
+    of_rows = answered.groupBy("row_key").agg(
         sf.first("group_ids").alias("group_ids"),
         sf.first("miss").alias("miss"),
-        *(sf.sum(error).alias(name) for name, error in errors.items()),
+        *sums,
         *likeliest,
     )
-    hits = [sf.col(f"{way}_first")["actual"].alias(f"{way}_accuracy") for way in ways]
-    return of_classes.select("group_ids", "miss", *errors, *hits)
+    return of_rows.select("group_ids", "miss", *errors, *hits)
 
 
-def _errors(way: str, spec: FleetSpec) -> dict[str, Column]:
+def _errors(contender: str, spec: FleetSpec) -> dict[str, Column]:
     """A contender's error on a row, null where it gave no answer.
 
     For multiclass on a class of a row, to be added up.
     """
-    actual, answer = sf.col("actual"), sf.col(way)
+    actual = sf.col("actual")
+    answer = sf.col(contender)
     error = actual - answer
     # Clipped only where there is an answer: greatest() would take the bound for a null.
     if spec.task == MULTICLASS:
@@ -132,25 +151,38 @@ def deviance(actual: Column, mean: Column, power: float) -> Column:
     )
 
 
-def row_means(spec: FleetSpec, ways: Sequence[str]) -> list[Column]:
-    """Every way's measures over a group's rows, as `<way>_<measure>`."""
-    return [_mean(way, name).alias(f"{way}_{name}") for way in ways for name in row_measures(spec)]
+def row_means(spec: FleetSpec, contenders: Sequence[str]) -> list[Column]:
+    """Every contender's measures over a group's rows, as `<contender>_<measure>`."""
+    means = []
+    for contender in contenders:
+        for name in row_measures(spec):
+            error = sf.col(f"{contender}_{name}")
+            means.append(_mean(error, name).alias(f"{contender}_{name}"))
+    return means
 
 
-def baseline_measures(spec: FleetSpec, n_baselines: int) -> list[Column]:
-    """Per baseline its rows (`b0_n`) and the fleet's measures on them (`b0_fleet_<measure>`)."""
-    found = []
-    for way in (f"b{number}" for number in range(n_baselines)):
-        there = sf.col(f"{way}_{'brier' if spec.is_class_task else 'rmse'}").isNotNull()
-        found.append(sf.count_if(there).alias(f"{way}_n"))
-        found += [
-            _mean("fleet", name, there).alias(f"{way}_fleet_{name}")
-            for name in shown_measures(spec)
-        ]
-    return found
+def baseline_measures(spec: FleetSpec, baselines: Sequence[str]) -> list[Column]:
+    """Per baseline its rows (`b0_n`) and the fleet's measures on them (`b0_fleet_<measure>`).
+
+    Args:
+        spec: the fleet.
+        baselines: names of their columns.
+    """
+    measure = "rmse"
+    if spec.is_class_task:
+        measure = "brier"
+    measures = []
+    for baseline in baselines:
+        is_answered = sf.col(f"{baseline}_{measure}").isNotNull()
+        measures.append(sf.count_if(is_answered).alias(f"{baseline}_n"))
+        for name in compared_measures(spec):
+            error = sf.when(is_answered, sf.col(f"fleet_{name}"))
+            measures.append(_mean(error, name).alias(f"{baseline}_fleet_{name}"))
+    return measures
 
 
-def _mean(way: str, name: str, only: Column | None = None) -> Column:
-    error = sf.col(f"{way}_{name}")
-    mean = sf.avg(error if only is None else sf.when(only, error))
-    return sf.sqrt(mean) if name == "rmse" else mean
+def _mean(error: Column, measure: str) -> Column:
+    mean = sf.avg(error)
+    if measure == "rmse":
+        return sf.sqrt(mean)
+    return mean

@@ -34,9 +34,9 @@ def plan_with_pilot(
     request: Request,
     say: Callable[[str], None],
 ) -> PlannedRun:
-    """Plan a run, in the form of the groups' own models that a pilot shows to be better.
+    """Plan a run, in the form of the groups' own models that a pilot finds to be better.
 
-    There is no pilot where the spec, or an earlier run, has chosen.
+    There is no pilot where the spec, or an earlier run, has chosen the form.
 
     Args:
         context: where the pilot trains.
@@ -44,7 +44,7 @@ def plan_with_pilot(
         features: the feature table.
         spec: the fleet.
         request: what the launch asks for.
-        say: takes a line for people.
+        say: called with lines for people.
 
     Raises:
         DataError: as `plan_run`.
@@ -76,7 +76,7 @@ def plan_with_pilot(
 def choose_own(
     context: TrainingContext, tables: FleetTables, run: PlannedRun, spec: FleetSpec
 ) -> tuple[str, str]:
-    """Try both forms of `own` on some groups: the better one, and what was found, for people.
+    """Try both forms of `own` on some groups.
 
     Trains the pooled group once, and up to `PILOT_GROUPS` of the finest grain, small and large, in
     both forms. Nothing is committed.
@@ -86,6 +86,9 @@ def choose_own(
         tables: where files are written.
         run: as planned, with independent models.
         spec: the fleet.
+
+    Returns:
+        The better form, and a line for people that says why.
     """
     plan = run.plan.to_train
     finest = plan[plan["grain"] == len(spec.grains) - 1].sort_values(["n_target", "group_id"])
@@ -93,13 +96,11 @@ def choose_own(
     if finest.empty or pooled.empty:
         return INDEPENDENT, "no group to try both forms on"
     places = np.linspace(0, len(finest) - 1, PILOT_GROUPS)
-    chosen = finest.iloc[sorted({round(place) for place in places})]
+    chosen = finest.iloc[sorted(set(map(round, places)))]
 
     def try_form(groups: pd.DataFrame, own: str, bases: DataFrame | None = None) -> DataFrame:
         settings = replace(run.settings, model_spec=replace(run.settings.model_spec, own=own))
-        return train_aside(
-            context, tables, run.rows, spec, groups, settings, slots=run.plan.slots, bases=bases
-        )
+        return train_aside(context, tables, run.rows, spec, groups, settings, bases)
 
     one_trial = Start(max_trials=1).to_json()
     bases = nearest_predictions(try_form(pooled.assign(started_from=one_trial), CORRECTION))
@@ -110,9 +111,11 @@ def choose_own(
         }
     ).dropna()
     gain = misses[INDEPENDENT] - misses[CORRECTION]
-    # Only what is clearly better is worth its fits and its barrier between grains.
-    is_better = gain.sum() > STANDARD_ERRORS * np.sqrt(len(gain) * gain.var())
-    best = CORRECTION if is_better else INDEPENDENT
+    # A correction needs more fits, and each grain waits for the one above: worth it only where it
+    # is clearly better.
+    best = INDEPENDENT
+    if gain.sum() > STANDARD_ERRORS * np.sqrt(len(gain) * gain.var()):
+        best = CORRECTION
     errors = ", ".join(f"{own} {misses[own].mean():.5g}" for own in misses)
     where = f"the tune rows of {len(misses)} groups"
     return best, f"own: auto is {best}: mean squared error on {where}: {errors}"
@@ -121,11 +124,10 @@ def choose_own(
 def _tune_misses(holdout: DataFrame, spec: FleetSpec) -> "pd.Series[float]":
     """Each group's weighted mean squared error on tune rows, cross-selected, link space."""
     rows = holdout.where((sf.col("split") == TUNE) & sf.col("prediction").isNotNull())
-    target = (link_column(sf.col("actual"), spec.target.transform) - sf.col("offset")) / sf.col(
-        "scale"
-    )
+    linked = link_column(sf.col("actual"), spec.target.transform)
+    target = (linked - sf.col("offset")) / sf.col("scale")
     miss = sf.col("weight") * (target - sf.col("prediction")) ** 2
     mean = sf.sum(miss) / sf.nullif(sf.sum("weight"), sf.lit(0.0))
-    found = rows.groupBy("group_id").agg(mean.alias("miss")).toPandas()
-    misses: pd.Series[float] = found.set_index("group_id")["miss"].sort_index()
+    groups = rows.groupBy("group_id").agg(mean.alias("miss")).toPandas()
+    misses: pd.Series[float] = groups.set_index("group_id")["miss"].sort_index()
     return misses

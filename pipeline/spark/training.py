@@ -22,6 +22,7 @@ from pipeline.runs.sampling import SAMPLED_WHOLE
 from pipeline.runs.wave import TrainedFiles, Wave
 from pipeline.spark.execution import keep_imports, without_adaptive_execution
 from pipeline.spark.files import FileWriter, file_json, file_of_json, read_files
+from pipeline.spark.keys import quoted
 from pipeline.spark.placement import (
     SALT,
     find_salts,
@@ -56,7 +57,7 @@ class TrainingContext:
 
     Args:
         spark: the session.
-        report: called now and then with what is done.
+        report: called now and then with how far the run is.
         memory_bytes: memory one group may take; None is unlimited.
         train: what trains a group; another function only for twins, and in tests.
         slots: tasks that run at once.
@@ -93,16 +94,17 @@ def placed_rows(
         The columns that training reads, grain, group_id, task and its salt and, where a group is
         sampled, the row's sampling rate.
     """
-    where, n_tasks = _places(spark, groups)
-    known = rows.where(is_learnt_from(spec))
+    places, n_tasks = _places(spark, groups)
+    rows = rows.where(is_learnt_from(spec))
     needed = _needed_columns(spec)
     is_sampled = bool(groups["exponent"].any())
     if is_sampled:
-        known, needed = _with_rates(known, spec), [*needed, _FINEST_ROWS]
-    columns = [f"`{name}`" for name in needed]
+        rows = _with_group_sizes(rows, spec)
+        needed.append(_FINEST_ROWS)
+    columns = quoted(needed)
     level = grain_column(spec, sorted(set(groups["grain"]))).alias("_level")
-    flat = known.select(level, *columns).select("_level.grain", "_level.group_id", *columns)
-    placed = flat.join(sf.broadcast(where), ["grain", "group_id"])
+    flat = rows.select(level, *columns).select("_level.grain", "_level.group_id", *columns)
+    placed = flat.join(sf.broadcast(places), ["grain", "group_id"])
     if is_sampled:
         placed = _sample(placed)
     if bases is not None:
@@ -131,12 +133,11 @@ def _places(spark: SparkSession, groups: pd.DataFrame) -> tuple[DataFrame, int]:
 
 
 def _needed_columns(spec: FleetSpec) -> list[str]:
-    """What training reads of a row."""
+    """The columns that training reads, each once."""
     target = spec.target
     of_target = (target.column, target.offset, target.scale, target.weight)
-    learnt = [name for name in of_target if name is not None]
-    needed = [*spec.finest, *spec.feature_columns, *learnt, "time", "known_at", "row_key"]
-    return list(dict.fromkeys(needed))
+    needed = [*spec.finest, *spec.feature_columns, *of_target, "time", "known_at", "row_key"]
+    return [name for name in dict.fromkeys(needed) if name is not None]
 
 
 def _sample(placed: DataFrame) -> DataFrame:
@@ -154,20 +155,24 @@ def _sample(placed: DataFrame) -> DataFrame:
     return placed.where(share < sf.col(RATE)).drop(_FINEST_ROWS)
 
 
-def _with_rates(rows: DataFrame, spec: FleetSpec) -> DataFrame:
-    """The number of rows of its finest group beside each row.
+def _with_group_sizes(rows: DataFrame, spec: FleetSpec) -> DataFrame:
+    """Each row with the number of rows of its finest group.
 
     Another exchange, only for fleets that are sampled.
     """
+    size = sf.count("*").alias(_FINEST_ROWS)
+    if not spec.finest:
+        return rows.crossJoin(rows.groupBy().agg(size))
     # Other names for the keys: joined with what comes of them, columns of the same names could not
     # be told apart.
-    keys = {f"_key_{number}": sf.col(f"`{key}`") for number, key in enumerate(spec.finest)}
-    counted = rows.groupBy(*(column.alias(name) for name, column in keys.items())).agg(
-        sf.count("*").alias(_FINEST_ROWS)
-    )
-    same = [column.eqNullSafe(sf.col(name)) for name, column in keys.items()]
-    joined = rows.join(counted, same, "left") if keys else rows.crossJoin(counted)
-    return joined.drop(*keys)
+    names = [f"_key_{number}" for number in range(len(spec.finest))]
+    keys = []
+    same = []
+    for name, key in zip(names, spec.finest, strict=True):
+        column = sf.col(f"`{key}`")
+        keys.append(column.alias(name))
+        same.append(column.eqNullSafe(sf.col(name)))
+    return rows.join(rows.groupBy(*keys).agg(size), same, "left").drop(*names)
 
 
 def train_wave(
@@ -184,16 +189,20 @@ def train_wave(
         context: where it trains, and what trains a group.
         tables: of the fleet; nothing is committed to them.
         placed: as from `placed_rows`.
-        wave: what is placed.
+        wave: the groups that are placed.
         settings: the run's.
         progress: counts what is done.
     """
-    train, memory_bytes = context.train, context.memory_bytes
+    # All that `train_one` names travels to the tasks: no more than it needs.
+    train = context.train
+    memory_bytes = context.memory_bytes
     keys = GroupKey.of_rows(wave.groups)
     starts = dict(zip(keys, wave.groups["started_from"], strict=True))
     costs = dict(zip(keys, wave.groups["cost_seconds"].astype(float), strict=True))
-    name, start_seconds = wave.name, wave.start_seconds
-    done, failed, worked, spent = progress.done, progress.failed, progress.worked, progress.spent
+    name = wave.name
+    start_seconds = wave.start_seconds
+    done, failed = progress.done, progress.failed
+    worked, spent = progress.worked, progress.spent
     travelling, moments = travel_types(placed, named_columns(settings.model_spec))
 
     def train_one(rows: pd.DataFrame) -> pd.DataFrame:
@@ -218,11 +227,12 @@ def train_wave(
 def _writer(
     tables: FleetTables, wave: str, run_id: str
 ) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
-    """What a task does with its outcomes: boosters and holdout rows into files.
+    """What a task does with its outcomes: it writes boosters and held-out rows into files.
 
-    It gives the driver a line of JSON per group, and one per file.
+    The driver gets a line of JSON per group, and one per file.
     """
-    boosters_root, holdout_root = tables.location(BOOSTERS), tables.location(HOLDOUT)
+    boosters_root = tables.location(BOOSTERS)
+    holdout_root = tables.location(HOLDOUT)
     options = dict(tables.tables.storage_options)
     of_booster = [name for name in OUTCOME_SCHEMA.names if name in BOOSTERS.schema.names]
 
@@ -231,11 +241,11 @@ def _writer(
         boosters = FileWriter(boosters_root, options, BOOSTERS.schema)
         holdout = FileWriter(holdout_root, options, HOLDOUT.schema)
         for batch in batches:
-            outcomes = [_opened(sealed) for sealed in batch["outcome"].to_pylist()]
+            outcomes = map(_opened, batch["outcome"].to_pylist())
             rows = pa.concat_tables([OUTCOME_SCHEMA.empty_table(), *outcomes])
             has_booster = rows.filter(rows["text"].is_valid())
             boosters.write(_marked(has_booster.select(of_booster), wave, run_id))
-            held_out = [_opened(part) for part in rows["holdout"].drop_null().to_pylist()]
+            held_out = list(map(_opened, rows["holdout"].drop_null().to_pylist()))
             if held_out:
                 holdout.write(_marked(pa.concat_tables(held_out), wave, run_id))
             lines = []
@@ -256,19 +266,19 @@ def _lines(kind: str, lines: list[str]) -> pa.RecordBatch:
 
 
 def _collect(rows: Iterable[Any]) -> TrainedFiles:
-    """What the tasks of a wave told the driver."""
+    """The outcomes and files of a wave, from the lines that its tasks gave the driver."""
     files: dict[str, list[WrittenFile]] = {"boosters": [], "holdout": []}
     outcomes: list[dict[str, Any]] = []
-    left: list[GroupKey] = []
+    unstarted: list[GroupKey] = []
     for row in rows:
         message = json.loads(row["line"])
         if row["kind"] == "file":
             files[message["table"]].append(file_of_json(message))
         elif message["status"] == NOT_STARTED:
-            left.append(GroupKey.of(message))
+            unstarted.append(GroupKey.of(message))
         else:
             outcomes.append(message)
-    return TrainedFiles(outcomes, files["boosters"], files["holdout"], left)
+    return TrainedFiles(outcomes, files["boosters"], files["holdout"], unstarted)
 
 
 def train_aside(
@@ -278,20 +288,17 @@ def train_aside(
     spec: FleetSpec,
     groups: pd.DataFrame,
     settings: TrainingSettings,
-    *,
-    slots: int,
     bases: DataFrame | None = None,
 ) -> DataFrame:
-    """Train groups to look at what they predict, and commit nothing; one Spark job.
+    """Train groups for their predictions alone, and commit nothing; one Spark job.
 
     Args:
         context: where it trains, and what trains a group.
-        tables: where files are written; they go as others do that no commit names.
+        tables: where files are written. No commit names them, so that cleaning removes them.
         rows: the visible rows.
         spec: the fleet.
         groups: grain, group_id, started_from, cost_seconds, exponent.
         settings: what they share.
-        slots: tasks that run at once.
         bases: what their trees correct, as for `placed_rows`.
 
     Returns:
@@ -300,9 +307,9 @@ def train_aside(
     packed = groups.sort_values(
         ["cost_seconds", "group_id"], ascending=[False, True], ignore_index=True
     )
-    packed = packed.assign(task=pack_tasks(packed["cost_seconds"].tolist(), slots=slots))
+    packed = packed.assign(task=pack_tasks(packed["cost_seconds"].tolist(), slots=context.slots))
     placed = placed_rows(context.spark, rows, spec, packed, bases)
-    # A worker knows a wave's settings by its name, which is therefore never given twice.
+    # A worker finds a wave's settings by its name, which is therefore never given twice.
     wave = Wave(f"aside-{uuid.uuid4().hex[:8]}", packed)
     with without_adaptive_execution(context.spark):
         progress = Progress(context.spark, lambda _: None)
@@ -313,7 +320,7 @@ def train_aside(
 
 
 def _sealed(outcome: pa.Table) -> pd.DataFrame:
-    """One row of OUTCOME_SCHEMA in one cell: Spark takes a millisecond more to convert its columns."""
+    """One row of OUTCOME_SCHEMA in one cell; as columns, it would take Spark a millisecond more."""
     return pd.DataFrame({"outcome": [stream_of(outcome)]})
 
 
@@ -331,9 +338,10 @@ def _marked(rows: pa.Table, wave: str, run_id: str) -> pa.Table:
 def _is_over(wave: str, start_seconds: float) -> bool:
     """Whether this executor began a wave more than `start_seconds` ago.
 
-    A task that Spark repeats starts all its groups. The wave's tasks run in several processes,
-    which share a file in the executor's own folder, and the machine's clock, which no other machine
-    has to agree with. The first to come writes the file: every wave starts a group at least.
+    A wave's tasks run in several processes. They agree on its beginning by a file in the executor's
+    own folder, and by the clock of their machine, which need not agree with any other. Whoever
+    comes first writes the file, so that every wave starts at least one group. A task that Spark
+    repeats starts all its groups.
     """
     context = TaskContext.get()
     if context is not None and context.attemptNumber() > 0:

@@ -8,6 +8,7 @@ import pytest
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as sf
 
+from pipeline.spark.blending import constant_column
 from pipeline.spark.losses import (
     Paired,
     answer_losers_otherwise,
@@ -70,9 +71,9 @@ def test_groups_that_lose_are_answered_by_their_parent_or_by_the_constant(
     groups = [f'["{city}"]' for city in ("sound", "lost", "hopeless", "even", "thin")]
     skills = {(1, group): GroupSkill(1.0, 1.0, 1.0, 1.0, 0.8, 0.9, 0.7) for group in groups}
     skills[0, "[]"] = skills[1, groups[0]]
-    constants = Constants(0.6, 0.6)
+    constant = constant_column(Constants(0.6, 0.6), [])
     found = answer_losers_otherwise(
-        in_spark(spark, rows), spec_of(), skills, [{"[]"}, set(groups)], constants, [], START
+        in_spark(spark, rows), spec_of(), skills, [{"[]"}, set(groups)], constant, START
     )
     told = {group: (skill.weight, skill.answered_by) for (_, group), skill in found.items()}
     assert told == {
