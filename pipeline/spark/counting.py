@@ -1,5 +1,6 @@
 """What is counted of the visible rows before a run is planned, in a few Spark jobs."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,10 +16,9 @@ from pipeline.spec import BINARY, COUNTED, MAX_CLASSES, MULTICLASS, QUANTILE, Fl
 from pipeline.training.blend import Constants
 from pipeline.training.splits import FIT, REPORT, TUNE, Cutoffs
 
-# Constants and weights keep so many significant digits: sums over files in another order differ in
-# the last ones.
+# Significant digits that a constant keeps: sums over files in another order differ in the last ones.
 DIGITS = 12
-# Features per whole number that tells which of them are null.
+# Which features of a row are null is told by bits of whole numbers, so many each.
 MASK_BITS = 48
 _NULLS = "_nulls"
 
@@ -29,8 +29,8 @@ def count_classes(rows: DataFrame, spec: FleetSpec, cutoffs: Cutoffs) -> dict[st
     One Spark job, none for regression.
 
     Raises:
-        DataError: if the classes are found in the data, and they are more than 100, fewer than two,
-            or for binary not two.
+        DataError: if the spec lists no classes, and the data has more than `MAX_CLASSES`, fewer than
+            two, or for binary not two.
     """
     if not spec.is_class_task:
         return {}
@@ -43,10 +43,10 @@ def count_classes(rows: DataFrame, spec: FleetSpec, cutoffs: Cutoffs) -> dict[st
     declared = spec.target.classes
     if declared is not None:
         rows_of = _rows_by_class(counted.where(sf.col("class_name").isin(list(declared))))
-        return {name: rows_of.get(name, 0) for name in declared}
-    found = _rows_by_class(counted.orderBy("class_name").limit(MAX_CLASSES + 1))
-    _check_classes(list(found), spec, cutoffs)
-    return found
+        return dict.fromkeys(declared, 0) | rows_of
+    rows_of = _rows_by_class(counted.orderBy("class_name").limit(MAX_CLASSES + 1))
+    _check_classes(list(rows_of), spec, cutoffs)
+    return rows_of
 
 
 def _rows_by_class(counted: DataFrame) -> dict[str, int]:
@@ -56,16 +56,19 @@ def _rows_by_class(counted: DataFrame) -> dict[str, int]:
 def _check_classes(classes: Sequence[str], spec: FleetSpec, cutoffs: Cutoffs) -> None:
     """Refuse classes found in the data that the task cannot take."""
     n_binary = 2
-    examples = ", ".join(repr(name) for name in classes[:10]) or "none"
+    examples = ", ".join(map(repr, classes[:10])) or "none"
     rows = f"target {spec.target.column!r}: the fit rows (before {cutoffs.tune_start})"
     if len(classes) > MAX_CLASSES:
         raise DataError(
             f"{rows} hold more than {MAX_CLASSES} classes, e.g. {examples}; merge rare ones in "
             f"{spec.features.sql}, or use task: regression"
         )
-    is_binary = spec.task == BINARY
-    if len(classes) < n_binary or (is_binary and len(classes) > n_binary):
-        needed = "exactly two" if is_binary else "two or more"
+    needed = "two or more"
+    is_wrong = len(classes) < n_binary
+    if spec.task == BINARY:
+        needed = "exactly two"
+        is_wrong = len(classes) != n_binary
+    if is_wrong:
         raise DataError(
             f"{rows} hold the classes {examples}; task {spec.task!r} needs {needed}: set "
             f"target.classes, or correct {spec.features.sql}"
@@ -73,18 +76,18 @@ def _check_classes(classes: Sequence[str], spec: FleetSpec, cutoffs: Cutoffs) ->
 
 
 def _linked_target(spec: FleetSpec, classes: Sequence[str]) -> Column:
-    """What the trainer learns from, as it computes it: link space, for classes their number.
+    """The target as the trainer computes it: in link space, for classes their number.
 
-    Null where invalid.
+    Null where it is invalid.
     """
     target = sf.col(f"`{spec.target.column}`")
     if classes:
-        place = sf.array_position(
-            sf.array(*(sf.lit(name) for name in classes)), target.cast("string")
-        )
+        place = sf.array_position(sf.array(*map(sf.lit, classes)), target.cast("string"))
         return sf.when(place > 0, (place - 1).cast("double"))
     linked = link_column(target, spec.target.transform)
-    return sf.when(target >= 0, linked) if spec.objective in COUNTED else linked
+    if spec.objective in COUNTED:
+        return sf.when(target >= 0, linked)
+    return linked
 
 
 def count_groups(
@@ -103,22 +106,23 @@ def count_groups(
         categories: values per categorical feature, in order.
         classes: fit rows by class, as from `count_classes`.
     """
-    counts = _aggregate(
-        _narrow_rows(rows, spec, cutoffs, categories, classes or {}), spec
-    ).toPandas()
+    classes = classes or {}
+    narrow = _narrow_rows(rows, spec, cutoffs, categories, list(classes))
+    counts = _aggregate(narrow, spec).toPandas()
     counts["rows_hash"] = _hash_texts(counts)
     pooled = counts[counts["grain"] == 0].iloc[0]
-    masks = [name for name in counts.columns if name.startswith(_NULLS)]
     nullable = []
     for place, name in enumerate(spec.feature_columns):
-        if int(pooled[masks[place // MASK_BITS]]) >> place % MASK_BITS & 1:
+        mask, bit = divmod(place, MASK_BITS)
+        if int(pooled[f"{_NULLS}{mask}"]) >> bit & 1:
             nullable.append(name)
+    private = [name for name in counts.columns if name.startswith("_")]
     return CountedRows(
         cutoffs=cutoffs,
         categories=categories,
-        classes=list(classes or {}),
-        counts=counts.drop(columns=["_constant", "_plain_constant", "_low", "_high", *masks]),
-        constants=_constants(pooled, spec, classes or {}),
+        classes=list(classes),
+        counts=counts.drop(columns=private),
+        constants=_constants(pooled, spec, classes),
         nullable=tuple(nullable),
     )
 
@@ -128,17 +132,15 @@ def _narrow_rows(
     spec: FleetSpec,
     cutoffs: Cutoffs,
     categories: Mapping[str, Sequence[str]],
-    classes: Mapping[str, int],
+    classes: Sequence[str],
 ) -> DataFrame:
     """Every row once per grain, with no more than what is counted."""
-    target = spec.target
-    linked = _linked_target(spec, list(classes))
-    offset = finite(sf.col(f"`{target.offset}`")) if target.offset else sf.lit(0.0)
-    scale = finite(sf.col(f"`{target.scale}`")) if target.scale else sf.lit(1.0)
-    weight = finite(sf.col(f"`{target.weight}`")) if target.weight else sf.lit(1.0)
+    linked = _linked_target(spec, classes)
+    offset = _number_or(spec.target.offset, 0.0)
+    scale = _number_or(spec.target.scale, 1.0)
+    weight = _number_or(spec.target.weight, 1.0)
     residual = finite((linked - offset) / sf.when(scale > 0, scale))
     known = is_learnt_from(spec)
-    masks = [mask.alias(f"{_NULLS}{number}") for number, mask in enumerate(_null_masks(spec))]
     return _with_category_numbers(rows, categories).select(
         grain_column(spec).alias("_level"),
         sf.when(known, weight).alias("_weight"),
@@ -148,14 +150,23 @@ def _narrow_rows(
         sf.when(known, residual).alias("_residual"),
         sf.when(known, _row_hash(spec)).alias("_row_hash"),
         group_id_column(spec.finest).alias("_finest"),
-        *masks,
+        *_null_masks(spec),
     )
+
+
+def _number_or(name: str | None, default: float) -> Column:
+    """A column, null where it is not finite; the default in every row where none is named."""
+    if not name:
+        return sf.lit(default)
+    return finite(sf.col(f"`{name}`"))
 
 
 def _aggregate(narrow: DataFrame, spec: FleetSpec) -> DataFrame:
     """One row per group: counts, the two halves of its hash, its constants, its null features."""
-    known, usable = sf.col("_known"), sf.col("_residual").isNotNull()
-    split, is_pooled = sf.col("_split"), sf.col("_level.grain") == 0
+    known = sf.col("_known")
+    usable = sf.col("_residual").isNotNull()
+    split = sf.col("_split")
+    is_pooled = sf.col("_level.grain") == 0
     is_pooled_fit = (split == FIT) & is_pooled
     # Which finer groups a row is judged in is part of what a coarse group holds out.
     is_finest = sf.col("_level.grain") == len(spec.grains) - 1
@@ -165,6 +176,7 @@ def _aggregate(narrow: DataFrame, spec: FleetSpec) -> DataFrame:
     def count_where(condition: Column, name: str) -> Column:
         return sf.sum(condition.cast("long")).alias(name)
 
+    of_splits = [count_where(usable & (split == name), f"n_{name}") for name in (FIT, TUNE, REPORT)]
     masks = []
     for name in narrow.columns:
         if name.startswith(_NULLS):
@@ -175,7 +187,7 @@ def _aggregate(narrow: DataFrame, spec: FleetSpec) -> DataFrame:
         sf.count("*").alias("n_rows"),
         count_where(known, "n_target"),
         count_where(known & sf.col("_linked").isNull(), "n_invalid"),
-        *(count_where(usable & (split == name), f"n_{name}") for name in (FIT, TUNE, REPORT)),
+        *of_splits,
         # A sum of 64-bit hashes, whatever the order of the rows, in two halves that cannot
         # overflow.
         sf.sum(hashed.bitwiseAND(0xFFFFFFFF)).alias("_low"),
@@ -187,7 +199,7 @@ def _aggregate(narrow: DataFrame, spec: FleetSpec) -> DataFrame:
 
 
 def _constant_of(values: Column, spec: FleetSpec) -> Column:
-    """What answers best without any model: the weighted mean, or the quantile that is learnt."""
+    """The best answer without any model: the weighted mean, or the quantile that is learnt."""
     if spec.objective == QUANTILE:
         return sf.percentile_approx(values, spec.alpha or 0.5, 10_000)
     if not spec.target.weight:
@@ -198,8 +210,17 @@ def _constant_of(values: Column, spec: FleetSpec) -> Column:
 
 def _hash_texts(counts: pd.DataFrame) -> list[str]:
     """Each group's hash as text: its rows, and both halves of the sum."""
-    halves = zip(counts["n_target"], _whole(counts["_low"]), _whole(counts["_high"]), strict=True)
-    return [f"{n}-{low:x}-{high:x}" for n, low, high in halves]
+    texts = []
+    for n, low, high in zip(counts["n_target"], counts["_low"], counts["_high"], strict=True):
+        texts.append(f"{n}-{_whole(low):x}-{_whole(high):x}")
+    return texts
+
+
+def _whole(total: Any) -> int:
+    """A sum as a whole number; 0 for a group without rows to add up."""
+    if pd.isna(total):
+        return 0
+    return int(total)
 
 
 def _constants(pooled: "pd.Series[Any]", spec: FleetSpec, classes: Mapping[str, int]) -> Constants:
@@ -208,46 +229,44 @@ def _constants(pooled: "pd.Series[Any]", spec: FleetSpec, classes: Mapping[str, 
         prior = _prior(classes)
         if prior:
             return Constants(0.0, 0.0, prior)
-    values = (pooled["_constant"], pooled["_plain_constant"])
-    with_offset, without_offset = (0.0 if pd.isna(value) else _rounded(value) for value in values)
-    return Constants(with_offset, without_offset)
+    return Constants(_rounded(pooled["_constant"]), _rounded(pooled["_plain_constant"]))
 
 
-def _null_masks(spec: FleetSpec) -> list[Column]:
-    """Which features of a row are null or NaN, one bit each.
-
-    A few whole numbers travel more cheaply than a column each.
-    """
-    masks = [sf.lit(0).cast("long") for _ in range(0, len(spec.feature_columns), MASK_BITS)]
-    for place, name in enumerate(spec.feature_columns):
-        value = sf.col(f"`{name}`")
-        is_null = (
-            value.isNull()
-            if name in spec.features.categoricals
-            else value.isNull() | sf.isnan(value.try_cast("double"))
-        )
-        bit = sf.when(is_null, sf.lit(1 << place % MASK_BITS)).otherwise(sf.lit(0)).cast("long")
-        masks[place // MASK_BITS] = masks[place // MASK_BITS].bitwiseOR(bit)
-    return masks
-
-
-def _rounded(value: float) -> float:
+def _rounded(value: Any) -> float:
+    """A constant to `DIGITS` significant digits; 0 where no row gives one."""
+    if pd.isna(value):
+        return 0.0
     return float(f"{value:.{DIGITS}g}")
 
 
 def _prior(classes: Mapping[str, int]) -> tuple[float, ...]:
     """Each class's share of the fit rows; equal shares where there is no row."""
     total = sum(classes.values())
-    return tuple(count / total if total else 1 / len(classes) for count in classes.values())
+    if total:
+        return tuple(count / total for count in classes.values())
+    return tuple(1 / len(classes) for _ in classes)
 
 
-def _whole(sums: "pd.Series[Any]") -> list[int]:
-    """Sums as whole numbers; 0 for a group without rows to add up."""
-    return [0 if pd.isna(value) else int(value) for value in sums.astype(object)]
+def _null_masks(spec: FleetSpec) -> list[Column]:
+    """Which features of a row are null or NaN, one bit each, in columns _nulls0, _nulls1, ...
+
+    A few whole numbers travel more cheaply than a column each.
+    """
+    n_masks = math.ceil(len(spec.feature_columns) / MASK_BITS)
+    masks = [sf.lit(0).cast("long")] * n_masks
+    for place, name in enumerate(spec.feature_columns):
+        mask, bit = divmod(place, MASK_BITS)
+        value = sf.col(f"`{name}`")
+        is_null = value.isNull()
+        if name not in spec.features.categoricals:
+            is_null = is_null | sf.isnan(value.try_cast("double"))
+        flag = sf.when(is_null, sf.lit(1 << bit)).otherwise(sf.lit(0)).cast("long")
+        masks[mask] = masks[mask].bitwiseOR(flag)
+    return [mask.alias(f"{_NULLS}{number}") for number, mask in enumerate(masks)]
 
 
 def _with_category_numbers(rows: DataFrame, categories: Mapping[str, Sequence[str]]) -> DataFrame:
-    """Each categorical's number beside it, as training sees it.
+    """The rows with each categorical's number, as training sees it, beside it.
 
     Null for a value that is not in the fleet's list.
     """
@@ -255,8 +274,8 @@ def _with_category_numbers(rows: DataFrame, categories: Mapping[str, Sequence[st
         numbered = rows.sparkSession.createDataFrame(
             list(enumerate(values)), f"`_number_{name}` int, `_value_{name}` string"
         )
-        found = sf.col(f"`{name}`").cast("string") == sf.col(f"`_value_{name}`")
-        rows = rows.join(sf.broadcast(numbered), found, "left").drop(f"_value_{name}")
+        is_same = sf.col(f"`{name}`").cast("string") == sf.col(f"`_value_{name}`")
+        rows = rows.join(sf.broadcast(numbered), is_same, "left").drop(f"_value_{name}")
     return rows
 
 
@@ -273,16 +292,18 @@ def _row_hash(spec: FleetSpec) -> Column:
             sf.lit(float("nan")).cast(kind),
         )
 
-    features = [
-        sf.coalesce(sf.col(f"`_number_{name}`"), sf.lit(-1))
-        if name in spec.features.categoricals
-        else number(name, "float")
-        for name in spec.feature_columns
-    ]
+    features = []
+    for name in spec.feature_columns:
+        if name in spec.features.categoricals:
+            features.append(sf.coalesce(sf.col(f"`_number_{name}`"), sf.lit(-1)))
+        else:
+            features.append(number(name, "float"))
     # In double precision even where they are features, too. Baselines are not learnt from, and read
     # when the run is judged.
-    used = (spec.target.offset, spec.target.scale, spec.target.weight)
-    exact = [number(name, "double") for name in dict.fromkeys(used) if name is not None]
+    exact = []
+    for name in dict.fromkeys((spec.target.offset, spec.target.scale, spec.target.weight)):
+        if name is not None:
+            exact.append(number(name, "double"))
     # An infinite target counts as such: it is not null.
     target = sf.col(f"`{spec.target.column}`")
     return sf.xxhash64(
@@ -300,30 +321,20 @@ def count_categories(
     names = spec.features.categoricals
     if not names:
         return {}
-    pairs = sf.explode(
-        sf.array(
-            *(
-                sf.struct(
-                    sf.lit(name).alias("name"), sf.col(f"`{name}`").cast("string").alias("value")
-                )
-                for name in names
-            )
-        )
-    )
+    pairs = []
+    for name in names:
+        value = sf.col(f"`{name}`").cast("string")
+        pairs.append(sf.struct(sf.lit(name).alias("name"), value.alias("value")))
     fit = rows.where((split_column(cutoffs) == FIT) & is_learnt_from(spec))
     counted = (
-        fit.select(pairs.alias("_pair"))
+        fit.select(sf.explode(sf.array(*pairs)).alias("_pair"))
         .where("_pair.value IS NOT NULL")
         .groupBy("_pair.name", "_pair.value")
         .count()
     )
     rank = sf.expr("row_number() OVER (PARTITION BY name ORDER BY count DESC, value)")
-    kept = (
-        counted.withColumn("_rank", rank)
-        .where(sf.col("_rank") <= spec.features.max_categories)
-        .collect()
-    )
-    found: dict[str, dict[str, int]] = {name: {} for name in names}
-    for row in kept:
-        found[row["name"]][row["value"]] = row["count"]
-    return found
+    is_kept = sf.col("_rank") <= spec.features.max_categories
+    categories: dict[str, dict[str, int]] = {name: {} for name in names}
+    for row in counted.withColumn("_rank", rank).where(is_kept).collect():
+        categories[row["name"]][row["value"]] = row["count"]
+    return categories

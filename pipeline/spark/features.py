@@ -1,6 +1,7 @@
 """Building a feature table on Spark: SQL, future rows, features of the past, derived columns."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -21,7 +22,7 @@ from pipeline.features.history import (
     times_of,
 )
 from pipeline.features.sql import parse_derived
-from pipeline.spark.keys import group_id_column, latest_moment, moment_of, text_column
+from pipeline.spark.keys import group_id_column, latest_moment, moment_of, quoted, text_column
 from pipeline.spark.sql_plans import derived_column, select_rows
 from pipeline.spec import MAX_CLASSES, MULTICLASS, FleetSpec
 
@@ -60,7 +61,7 @@ def build_features(
         SpecError: if Spark cannot make sense of the SQL or a derived column.
         DataError: if a key, the time or the target has a type that cannot serve.
     """
-    rows = _selected(spark, spec, sql, raw)
+    rows = _select_columns(spark, spec, sql, raw)
     _check_types(spec, rows)
     rows = _with_last_days(spec, _canonical(spec, rows))
     if spec.scoring.score == "future":
@@ -68,68 +69,70 @@ def build_features(
     for features in plan_passes(spec):
         rows = _with_history(rows, spec, features)
     rows = _with_derived(spark, rows.drop(ON_LAST_DAYS), spec)
-    keys = [f"`{key}`" for key in spec.finest]
-    return (rows.repartition(*keys) if keys else rows).sortWithinPartitions(*keys, "time")
+    keys = quoted(spec.finest)
+    if keys:
+        rows = rows.repartition(*keys)
+    return rows.sortWithinPartitions(*keys, "time")
 
 
-def _selected(
+def _select_columns(
     spark: SparkSession, spec: FleetSpec, sql: str, raw: Mapping[str, DataFrame]
 ) -> DataFrame:
+    """The rows of the fleet's SQL, with the columns that the spec names."""
     rows = select_rows(spark, sql, raw, file=spec.features.sql, functions=spec.sql.functions)
-    there = {name.lower() for name in rows.columns}
+    available = set(map(str.lower, rows.columns))
+    columns = []
     for name, field in spec.sql_columns.items():
-        if name.lower() not in there:
+        if name.lower() not in available:
             raise SpecError(
                 f"{field}: {spec.features.sql} gives no column {name!r}; it gives: "
                 f"{', '.join(rows.columns)}"
             )
-    return rows.select(*(sf.col(f"`{name}`").alias(name) for name in spec.sql_columns))
+        columns.append(sf.col(f"`{name}`").alias(name))
+    return rows.select(*columns)
+
+
+def _types_of(rows: DataFrame) -> dict[str, st.DataType]:
+    return {field.name: field.dataType for field in rows.schema}
 
 
 def _check_types(spec: FleetSpec, rows: DataFrame) -> None:
-    types = {field.name: field.dataType for field in rows.schema}
+    """Refuse columns of a type that cannot serve."""
+    types = _types_of(rows)
+    remedy = f"cast it in {spec.features.sql}"
     for key in spec.key_columns:
         if not isinstance(types[key], _KEY_TYPES):
-            raise DataError(
-                f"key {key!r} is {types[key].simpleString()}; expected text, a whole number, a "
-                f"boolean or a date: cast it in {spec.features.sql}"
-            )
+            expected = "text, a whole number, a boolean or a date"
+            raise _wrong_type(f"key {key!r}", types[key], expected, remedy)
     for name in filter(None, (spec.time, spec.known_at)):
         if not isinstance(types[name], st.DateType | st.TimestampType | st.TimestampNTZType):
-            raise DataError(
-                f"{name!r} is {types[name].simpleString()}; expected a date or timestamp: cast it "
-                f"in {spec.features.sql}"
-            )
+            raise _wrong_type(repr(name), types[name], "a date or timestamp", remedy)
+    target = spec.target.column
     if spec.is_class_task:
-        if not isinstance(
-            types[spec.target.column], st.StringType | st.IntegralType | st.BooleanType
-        ):
-            raise DataError(
-                f"target {spec.target.column!r} is {types[spec.target.column].simpleString()}; "
-                "expected text, a boolean or a whole number "
-                f"for task {spec.task!r}: cast it in {spec.features.sql}"
-            )
-    elif not isinstance(types[spec.target.column], st.NumericType):
-        raise DataError(_not_a_number(spec, rows, types[spec.target.column].simpleString()))
+        if not isinstance(types[target], st.StringType | st.IntegralType | st.BooleanType):
+            expected = f"text, a boolean or a whole number for task {spec.task!r}"
+            raise _wrong_type(f"target {target!r}", types[target], expected, remedy)
+    elif not isinstance(types[target], st.NumericType):
+        raise DataError(_not_a_number(spec, rows, types[target].simpleString()))
     _check_feature_types(spec, types)
 
 
 def _check_feature_types(spec: FleetSpec, types: Mapping[str, st.DataType]) -> None:
     for name in spec.features.categoricals:
         if not isinstance(types[name], _CATEGORY_TYPES):
-            raise DataError(
-                f"categorical {name!r} is {types[name].simpleString()}; expected text, a number, a "
-                "boolean, a date or a timestamp: "
-                f"cast it in {spec.features.sql}"
-            )
-    no_numbers = {*spec.key_columns, spec.time, spec.known_at, *_text_columns(spec)}
-    numeric = [name for name in spec.sql_columns if name not in no_numbers]
-    for name in numeric:
-        if not isinstance(types[name], st.NumericType | st.BooleanType):
-            raise DataError(
-                f"feature {name!r} is {types[name].simpleString()}; expected a number: cast it, or "
-                "list it under features.categoricals"
-            )
+            expected = "text, a number, a boolean, a date or a timestamp"
+            remedy = f"cast it in {spec.features.sql}"
+            raise _wrong_type(f"categorical {name!r}", types[name], expected, remedy)
+    not_numeric = {*spec.key_columns, spec.time, spec.known_at, *_text_columns(spec)}
+    for name in spec.sql_columns:
+        is_number = isinstance(types[name], st.NumericType | st.BooleanType)
+        if name not in not_numeric and not is_number:
+            remedy = "cast it, or list it under features.categoricals"
+            raise _wrong_type(f"feature {name!r}", types[name], "a number", remedy)
+
+
+def _wrong_type(column: str, kind: st.DataType, expected: str, remedy: str) -> DataError:
+    return DataError(f"{column} is {kind.simpleString()}; expected {expected}: {remedy}")
 
 
 def _not_a_number(spec: FleetSpec, rows: DataFrame, kind: str) -> str:
@@ -145,40 +148,41 @@ def _not_a_number(spec: FleetSpec, rows: DataFrame, kind: str) -> str:
             "to predict them, set task: binary"
         )
     if 2 < len(values) <= MAX_CLASSES:  # noqa: PLR2004
-        shown = ", ".join(repr(value) for value in values[:3])
-        return f"{message}; to predict its {len(values)} values ({shown} ...), set task: multiclass"
+        first = ", ".join(map(repr, values[:3]))
+        return f"{message}; to predict its {len(values)} values ({first} ...), set task: multiclass"
     return message
 
 
 def _text_columns(spec: FleetSpec) -> set[str]:
     """Text columns of the feature table: categoricals, classes, baselines that name a class."""
-    classes = [spec.target.column] if spec.is_class_task else []
-    return {
-        *spec.features.categoricals,
-        *classes,
-        *(spec.baselines.values() if spec.task == MULTICLASS else []),
-    }
+    columns = set(spec.features.categoricals)
+    if spec.is_class_task:
+        columns.add(spec.target.column)
+    if spec.task == MULTICLASS:
+        columns.update(spec.baselines.values())
+    return columns
 
 
 def _canonical(spec: FleetSpec, rows: DataFrame) -> DataFrame:
     """Time columns under their canonical names, numbers as double, and the row key."""
+    types = _types_of(rows)
     # Milliseconds are the resolution of time, so that every window has an exact start.
-    types = {field.name: field.dataType for field in rows.schema}
     time = sf.date_trunc("millisecond", _moment(spec, spec.time, types))
-    known_at = (
-        sf.date_trunc("millisecond", _moment(spec, spec.known_at, types)) if spec.known_at else time
-    )
+    known_at = time
+    if spec.known_at:
+        known_at = sf.date_trunc("millisecond", _moment(spec, spec.known_at, types))
+    renamed = {spec.time, spec.known_at}.difference(spec.key_columns)
+    text_columns = _text_columns(spec)
     kept = []
     for name in spec.sql_columns:
-        column = sf.col(f"`{name}`")
-        if name in (spec.time, spec.known_at) and name not in spec.key_columns:
+        if name in renamed:
             continue
-        if name in spec.key_columns:
-            kept.append(column.alias(name))
-        elif name in _text_columns(spec):
-            kept.append(text_column(column, types[name]).alias(name))
-        else:
-            kept.append(column.cast("double").alias(name))
+        column = sf.col(f"`{name}`")
+        if name in text_columns and name not in spec.key_columns:
+            column = text_column(column, types[name])
+        elif name not in spec.key_columns:
+            column = column.cast("double")
+        kept.append(column.alias(name))
     rows = rows.select(
         *kept,
         time.alias("time"),
@@ -199,23 +203,24 @@ def _moment(spec: FleetSpec, name: str, types: Mapping[str, st.DataType]) -> Col
     return sf.to_utc_timestamp(moment, spec.timezone)
 
 
-def _shown(spec: FleetSpec, time: str = "time") -> Column:
-    """What the clocks of the fleet's time zone show."""
-    return sf.col(time) if spec.timezone is None else sf.from_utc_timestamp(time, spec.timezone)
+def _local_time(spec: FleetSpec) -> Column:
+    """A row's time as clocks in the fleet's time zone show it."""
+    if spec.timezone is None:
+        return sf.col("time")
+    return sf.from_utc_timestamp("time", spec.timezone)
 
 
 def _with_last_days(spec: FleetSpec, rows: DataFrame) -> DataFrame:
-    """Mark the rows of series that always lie on last days of months.
-
-    Only where the period is a calendar one.
+    """Mark the rows of series that have all their rows on last days of months.
 
     Such a series goes from 28 February to 31 March. Taken as the 28th of each month, its last row
-    would not be known a month before its next.
+    would not be known a month before its next. Only calendar periods need the mark.
     """
     if not spec.has_calendar_period:
         return rows
-    is_last = sf.coalesce(sf.last_day(_shown(spec)) == sf.to_date(_shown(spec)), sf.lit(False))
-    series = Window.partitionBy(*(f"`{key}`" for key in spec.entity))
+    time = _local_time(spec)
+    is_last = sf.coalesce(sf.last_day(time) == sf.to_date(time), sf.lit(False))
+    series = Window.partitionBy(*quoted(spec.entity))
     return rows.withColumn(ON_LAST_DAYS, sf.min(is_last).over(series))
 
 
@@ -226,44 +231,45 @@ def _future_rows(spec: FleetSpec, rows: DataFrame) -> DataFrame:
         return rows.limit(0)
     period = spec.step
     end = spec.horizon_end(newest)
-    marks = [ON_LAST_DAYS] if ON_LAST_DAYS in rows.columns else []
-    others = [*(key for key in spec.key_columns if key not in spec.entity), *marks]
-    entities = rows.groupBy(*(f"`{key}`" for key in spec.entity)).agg(
-        *(sf.max_by(f"`{name}`", "time").alias(name) for name in others),
-        sf.max("time").alias("time"),
-    )
+    carried = [key for key in spec.key_columns if key not in spec.entity]
+    if ON_LAST_DAYS in rows.columns:
+        carried.append(ON_LAST_DAYS)
+    newest_values = [sf.max_by(f"`{name}`", "time").alias(name) for name in carried]
+    entities = rows.groupBy(*quoted(spec.entity)).agg(*newest_values, sf.max("time").alias("time"))
 
     def in_the_horizon(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in batches:
             newest_of_entity = times_of(batch.column("time"))
             places, times = future_times(period, newest, end, newest_of_entity, flags_of(batch))
-            made_up = batch.take(pa.array(places))
             at = batch.schema.get_field_index("time")
-            yield made_up.set_column(
-                at, batch.schema.field(at), pa.array(times).cast(batch.schema.field(at).type)
-            )
+            field = batch.schema.field(at)
+            entity_rows = batch.take(pa.array(places))
+            yield entity_rows.set_column(at, field, pa.array(times).cast(field.type))
 
-    made_up = entities.mapInArrow(in_the_horizon, entities.schema)
-    made_up = made_up.withColumn("known_at", sf.col("time")).withColumn("is_future", sf.lit(True))
-    return made_up.withColumn("row_key", group_id_column([*spec.entity, "time"]))
+    future = entities.mapInArrow(in_the_horizon, entities.schema)
+    future = future.withColumn("known_at", sf.col("time")).withColumn("is_future", sf.lit(True))
+    return future.withColumn("row_key", group_id_column([*spec.entity, "time"]))
 
 
 def _with_history(rows: DataFrame, spec: FleetSpec, features: HistoryPass) -> DataFrame:
+    """The rows with lags and windows of one pass, computed series by series."""
     before = to_arrow_schema(rows.schema, timezone="UTC")
+    # What it adds to no rows tells the columns.
     empty = add_history(before.empty_table(), spec, features)
     after = from_arrow_schema(empty.schema)
 
     def compute(table: pa.Table) -> pa.Table:
         return add_history(table, spec, features)
 
-    return rows.groupBy(*(f"`{key}`" for key in features.keys)).applyInArrow(compute, after)
+    return rows.groupBy(*quoted(features.keys)).applyInArrow(compute, after)
 
 
 def _with_derived(spark: SparkSession, rows: DataFrame, spec: FleetSpec) -> DataFrame:
     for part in spec.features.calendar:
-        rows = rows.withColumn(part, _CALENDAR[part](_shown(spec)).cast("double"))
+        rows = rows.withColumn(part, _CALENDAR[part](_local_time(spec)).cast("double"))
     for name, tree in parse_derived(spec).items():
-        where, text = f"features.derived.{name}", spec.features.derived[name]
+        where = f"features.derived.{name}"
+        text = spec.features.derived[name]
         column = derived_column(spark, text, tree, where=where, functions=spec.sql.functions)
         try:
             rows = rows.withColumn(name, column.cast("double"))
@@ -273,30 +279,22 @@ def _with_derived(spark: SparkSession, rows: DataFrame, spec: FleetSpec) -> Data
 
 
 def check_feature_table(rows: DataFrame, spec: FleetSpec) -> dict[str, int]:
-    """Enforce the contract on files that are written but not committed; runs one Spark job.
+    """Enforce the contract on files that are written but not committed; one Spark job.
 
     Returns:
         Counts: n_rows, n_targets, n_future.
 
     Raises:
-        DataError: if there are no rows, a time is null, or an entity key is listed twice, with
-            examples.
+        DataError: if there are no rows, a time is null, a known_at lies before its time, or an
+            entity key occurs more than once.
     """
-    target = sf.col(f"`{spec.target.column}`")
-    per_key = rows.groupBy("row_key").agg(
-        sf.count("*").alias("n"),
-        sf.sum(sf.col("time").isNull().cast("long")).alias("n_timeless"),
-        sf.sum((sf.col("known_at") < sf.col("time")).cast("long")).alias("n_early"),
-        sf.sum(target.isNotNull().cast("long")).alias("n_targets"),
-        sf.sum(sf.col("is_future").cast("long")).alias("n_future"),
-    )
-    counts = per_key.agg(
-        *(
-            sf.coalesce(sf.sum(name), sf.lit(0)).alias(name)
-            for name in ("n", "n_timeless", "n_early", "n_targets", "n_future")
-        ),
-        sf.coalesce(sf.sum((sf.col("n") > 1).cast("long")), sf.lit(0)).alias("n_doubled"),
-    ).collect()[0]
+    per_key = _count_per_key(rows, spec)
+    counted = {name: sf.col(name) for name in per_key.columns if name != "row_key"}
+    counted["n_doubled"] = (sf.col("n") > 1).cast("long")
+    totals = []
+    for name, count in counted.items():
+        totals.append(sf.coalesce(sf.sum(count), sf.lit(0)).alias(name))
+    counts = per_key.agg(*totals).collect()[0]
     where = spec.features.sql
     if counts["n"] - counts["n_future"] == 0:
         raise DataError(
@@ -316,12 +314,10 @@ def check_feature_table(rows: DataFrame, spec: FleetSpec) -> dict[str, int]:
             f"one of them in {where}"
         )
     if counts["n_doubled"]:
-        examples = [
-            row["row_key"] for row in per_key.where("n > 1").orderBy("row_key").limit(5).collect()
-        ]
+        doubled = per_key.where("n > 1").orderBy("row_key").limit(5).collect()
+        examples = "  ".join(row["row_key"] for row in doubled)
         raise DataError(
-            f"{counts['n_doubled']} entity keys occur more than once, e.g. "
-            f"{'  '.join(examples)}; "
+            f"{counts['n_doubled']} entity keys occur more than once, e.g. {examples}; "
             f"entity {list(spec.entity)} and {spec.time!r} must identify a row: add a column to "
             f"entity, or deduplicate in {where}"
         )
@@ -332,22 +328,29 @@ def check_feature_table(rows: DataFrame, spec: FleetSpec) -> dict[str, int]:
     }
 
 
+def _count_per_key(rows: DataFrame, spec: FleetSpec) -> DataFrame:
+    """One row per row key with counts of its rows: all (n), and those of each kind."""
+    kinds = {
+        "n_timeless": sf.col("time").isNull(),
+        "n_early": sf.col("known_at") < sf.col("time"),
+        "n_targets": sf.col(f"`{spec.target.column}`").isNotNull(),
+        "n_future": sf.col("is_future"),
+    }
+    counts = [sf.sum(is_kind.cast("long")).alias(name) for name, is_kind in kinds.items()]
+    return rows.groupBy("row_key").agg(sf.count("*").alias("n"), *counts)
+
+
 def newest_known(features: DataFrame, target: str) -> pd.Timestamp:
     """Latest known_at of a row that has a target: the as-of of a launch that names none.
 
-    Rows that wait for their answer may be known long after the last outcome, and must not move it.
-    Where no row has a target, every row counts but the made-up ones, of which there is always
-    another.
+    Rows that wait for their outcome may be known long after the last outcome, and must not move it.
+    Where no row has a target, all rows count but those of the horizon, which always lie later.
 
     Args:
         features: the feature table.
         target: its target column.
     """
-    known_at = sf.col("known_at")
-    has_target = sf.col(f"`{target}`").isNotNull()
-    learnable = latest_moment(sf.when(has_target, known_at))
-    row = features.where("NOT is_future").agg(learnable, latest_moment(known_at)).collect()[0]
-    return moment_of(row[1] if row[0] is None else row[0])
+    return moment_of(_newest_micros(features.where("NOT is_future"), "known_at", target))
 
 
 def newest_time(rows: DataFrame, target: str | None = None) -> pd.Timestamp | None:
@@ -355,17 +358,24 @@ def newest_time(rows: DataFrame, target: str | None = None) -> pd.Timestamp | No
 
     Args:
         rows: the visible rows.
-        target: where given, rows that have one decide, unless none has.
+        target: where given, only rows that have it count, unless none has.
     """
-    latest = latest_moment(sf.col("time"))
-    learnable = (
-        latest
-        if target is None
-        else latest_moment(sf.when(sf.col(f"`{target}`").isNotNull(), sf.col("time")))
-    )
-    row = rows.agg(learnable, latest).collect()[0]
-    newest = row[1] if row[0] is None else row[0]
-    return None if newest is None else moment_of(newest)
+    newest = _newest_micros(rows, "time", target)
+    if newest is None:
+        return None
+    return moment_of(newest)
+
+
+def _newest_micros(rows: DataFrame, time: str, target: str | None) -> Any:
+    """The latest moment of the rows with a target, or else of all, in microseconds; one Spark job.
+
+    None where there is no moment.
+    """
+    newest = latest_moment(sf.col(time))
+    if target is not None:
+        has_target = sf.col(f"`{target}`").isNotNull()
+        newest = sf.coalesce(latest_moment(sf.when(has_target, sf.col(time))), newest)
+    return rows.agg(newest).collect()[0][0]
 
 
 def all_null_columns(rows: DataFrame, columns: Sequence[str]) -> list[str]:
@@ -377,18 +387,18 @@ def all_null_columns(rows: DataFrame, columns: Sequence[str]) -> list[str]:
 def rows_of_some_entities(
     rows: DataFrame, spec: FleetSpec, columns: Sequence[str], n_rows: int, n_wanted: int = 50_000
 ) -> pa.Table:
-    """All rows of some entities, chosen by hash: about so many rows, at least one entity's.
+    """All rows of some entities, chosen by hash; at least one entity's.
 
     Args:
         rows: a feature table.
         spec: the fleet.
-        columns: that are wanted.
+        columns: to read.
         n_rows: of the table.
-        n_wanted: rows; fewer are all taken.
+        n_wanted: rows to read, about; a smaller table is read as a whole.
     """
     n_shares = -(-n_rows // n_wanted)
     if n_shares > 1:
-        share = sf.pmod(sf.xxhash64(*(f"`{key}`" for key in spec.entity)), sf.lit(n_shares))
+        share = sf.pmod(sf.xxhash64(*quoted(spec.entity)), sf.lit(n_shares))
         rows = rows.where(share == rows.select(share).limit(1).collect()[0][0])
-    table: pa.Table = rows.select(*(f"`{name}`" for name in columns)).toArrow()
+    table: pa.Table = rows.select(*quoted(columns)).toArrow()
     return table
