@@ -11,7 +11,7 @@ from pyspark import SparkFiles
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as sf
 from pyspark.sql.pandas.types import from_arrow_schema
-from pyspark.sql.types import StructField, StructType
+from pyspark.sql.types import StructType
 
 from pipeline.models.meta_model import FleetModel
 from pipeline.reading.files import ColumnTypes
@@ -24,12 +24,13 @@ from pipeline.scoring.row_source import (
 )
 from pipeline.spark.archives import share_pack
 from pipeline.spark.execution import keep_imports
-from pipeline.spark.files import Batches, rows_reader
+from pipeline.spark.files import Batches, nullable, rows_reader
+from pipeline.spark.keys import quoted
 
-# Rows are answered so many at once, or those of so many bytes: a group's models are asked once for
-# all of its rows among them.
+# Rows are answered so many at once, or those of so many bytes: each group's models are asked once
+# for all of its rows among them.
 ROWS_AT_ONCE, BYTES_AT_ONCE = 50_000, 64 << 20
-# More tasks than that cost more than they share out.
+# With more tasks, starting them costs more than sharing out the work saves.
 MAX_TASKS = 1_000
 # Of this Python worker: per fleet the name of the pack that it answers from, and its model.
 packs_of_worker: dict[str, tuple[str, FleetModel]] = {}
@@ -58,28 +59,28 @@ def answer_rows(
         One row per row: the columns kept, then those of `meta_model.answer_columns`.
     """
     name = share_pack(spark.sparkContext, model.folder)
-    fleet, stored = model.fleet, dict(options)
+    fleet = model.fleet
+    storage_options = dict(options)
     answers = answer_schema(model.task)
-    staying = list(rows.columns if kept is None else kept)
+    if kept is None:
+        kept = rows.columns
+    staying = list(kept)
 
     def answer(batches: Batches) -> Batches:
         keep_imports()
-        opened = opened_pack(fleet, name, stored)
+        opened = opened_pack(fleet, name, storage_options)
         for part in gather_batches(batches):
-            yield from _answered(part, opened, staying, answers, interval)
+            yield from _answer_part(part, opened, staying, answers, interval)
 
-    fields = [
-        StructField(field.name, field.dataType)
-        for field in rows.select(*(f"`{column}`" for column in staying)).schema
-    ]
-    return rows.mapInArrow(answer, StructType([*fields, *from_arrow_schema(answers).fields]))
+    columns = nullable(rows.select(*quoted(staying)).schema)
+    return rows.mapInArrow(answer, StructType([*columns, *from_arrow_schema(answers)]))
 
 
 def opened_pack(fleet: str, name: str, options: Mapping[str, str]) -> FleetModel:
-    """The pack of that name in this worker, opened once in place of the fleet's earlier one.
+    """The pack of that name in this worker, opened once; the fleet's earlier one is closed.
 
-    Tasks must call it as a function of this module: what a task's own function refers to, Spark
-    copies for each task.
+    Tasks must call it as a function of this module: Spark copies for each task whatever a task's
+    own function refers to.
     """
     if fleet not in packs_of_worker or packs_of_worker[fleet][0] != name:
         packs_of_worker.pop(fleet, None)
@@ -90,36 +91,36 @@ def opened_pack(fleet: str, name: str, options: Mapping[str, str]) -> FleetModel
 def gather_batches(
     batches: Iterable[pa.RecordBatch], n_rows: int = ROWS_AT_ONCE, n_bytes: int = BYTES_AT_ONCE
 ) -> Iterator[pa.Table]:
-    """Batches put together until they have so many rows or bytes.
+    """Combine batches, in their order, until there are so many rows or bytes.
 
-    None is divided, and their order stays.
+    No batch is divided.
     """
     waiting: list[pa.RecordBatch] = []
     rows_waiting = bytes_waiting = 0
     for batch in batches:
         waiting.append(batch)
-        rows_waiting, bytes_waiting = rows_waiting + batch.num_rows, bytes_waiting + batch.nbytes
+        rows_waiting += batch.num_rows
+        bytes_waiting += batch.nbytes
         if rows_waiting >= n_rows or bytes_waiting >= n_bytes:
             yield pa.Table.from_batches(waiting)
-            waiting, rows_waiting, bytes_waiting = [], 0, 0
+            waiting = []
+            rows_waiting = bytes_waiting = 0
     if waiting:
         yield pa.Table.from_batches(waiting)
 
 
-def _answered(
+def _answer_part(
     rows: pa.Table,
     model: FleetModel,
     kept: Sequence[str],
     answers: pa.Schema,
     interval: float | None,
 ) -> list[pa.RecordBatch]:
-    found = pa.Table.from_pandas(
-        model.predict(asked_rows(rows, model), interval=interval),
-        schema=answers,
-        preserve_index=False,
-    )
+    """The rows' columns kept, and beside them the answers."""
+    predicted = model.predict(asked_rows(rows, model), interval=interval)
+    answered = pa.Table.from_pandas(predicted, schema=answers, preserve_index=False)
     both = pa.Table.from_arrays(
-        [*rows.select(kept).columns, *found.columns], names=[*kept, *answers.names]
+        [*rows.select(kept).columns, *answered.columns], names=[*kept, *answers.names]
     )
     batches: list[pa.RecordBatch] = both.combine_chunks().to_batches()
     return batches
@@ -128,22 +129,20 @@ def _answered(
 def asked_rows(rows: pa.Table, model: FleetModel) -> pd.DataFrame:
     """Rows as the model takes them: integer keys as text, and decimals as floats.
 
-    In pandas integers beside nulls would be rounded.
+    In pandas, integers beside nulls would be rounded.
     """
     text = text_columns(model)
+    optional = [name for name in model.optional if name in rows.column_names]
     columns = {}
-    for name in (
-        *model.required,
-        *(column for column in model.optional if column in rows.column_names),
-    ):
+    for name in (*model.required, *optional):
         column = rows.column(name)
         if name in text and pa.types.is_integer(column.type):
             column = column.cast(pa.string())
         elif name not in text and pa.types.is_decimal(column.type):
             column = column.cast(pa.float64())
         columns[name] = column
-    asked: pd.DataFrame = pa.Table.from_pydict(columns).to_pandas()
-    return asked
+    frame: pd.DataFrame = pa.Table.from_pydict(columns).to_pandas()
+    return frame
 
 
 def score_source(
@@ -158,19 +157,17 @@ def score_source(
 
     Args:
         spark: the session.
-        source: as it was found.
+        source: as from `row_source.find_source`.
         model: that answers.
         column_types: as the source was found with.
-        period: what the rows are called.
+        period: name of the rows, for the column `SCORED_PERIOD`.
         options: of the object store.
 
     Returns:
-        One row per row: the source's columns, the answers, when, and the period.
+        One row per row: the source's columns, the answers, when it was answered, and the period.
     """
-    shape = from_arrow_schema(source.schema)
-    answers = answer_rows(
-        spark, _rows_of(spark, source, shape, column_types, options), model, options
-    )
+    rows = _rows_of(spark, source, column_types, options)
+    answers = answer_rows(spark, rows, model, options)
     return answers.withColumn(SCORED_AT, sf.current_timestamp()).withColumn(
         SCORED_PERIOD, sf.lit(period)
     )
@@ -179,17 +176,19 @@ def score_source(
 def _rows_of(
     spark: SparkSession,
     source: RowSource,
-    shape: StructType,
     column_types: ColumnTypes,
     options: Mapping[str, str],
 ) -> DataFrame:
+    """The rows of a source's files."""
+    shape = from_arrow_schema(source.schema)
     if not source.files:
         return spark.createDataFrame([], shape)
-    files, rows = list(source.files), rows_reader(shape, source.address, options, column_types)
+    files = list(source.files)
+    read_file = rows_reader(shape, source.address, options, column_types)
 
     def read(batches: Batches) -> Batches:
         for batch in batches:
             for number in batch.column(0).to_pylist():
-                yield from rows(files[number])
+                yield from read_file(files[number])
 
     return spark.range(0, len(files), 1, min(len(files), MAX_TASKS)).mapInArrow(read, shape)

@@ -1,6 +1,6 @@
 """Folders of the driver that tasks read.
 
-In place where Spark is local; on a cluster as an archive that every executor unpacks once.
+Where Spark is local, tasks read them in place; on a cluster, every executor unpacks an archive once.
 """
 
 import zipfile
@@ -10,7 +10,7 @@ from pyspark import SparkContext, SparkFiles
 
 from pipeline.models.meta_model import index_digest, read_index
 
-# Of every file in an archive: equal content gives equal bytes.
+# The time of every file in an archive, so that equal content gives equal bytes.
 FIXED_TIME = (1980, 1, 1, 0, 0, 0)
 
 
@@ -22,8 +22,8 @@ def is_local(master: str) -> bool:
 def share_pack(context: SparkContext, folder: Path) -> str:
     """Let tasks read a pack; the name that `SparkFiles.get` finds its folder by.
 
-    On a cluster the name is made of the pack's digest, so that several versions in one session stay
-    apart, and what has been shared is not packed again.
+    On a cluster the name holds the pack's digest, so that several versions in one session stay
+    apart, and a pack that has been shared is not packed again.
 
     Args:
         context: of the session.
@@ -36,17 +36,17 @@ def share_pack(context: SparkContext, folder: Path) -> str:
         context.addFile(str(folder), recursive=True)
         return folder.name
     name = f"pack-{index_digest(read_index(folder))}.zip"
-    # Executors that register later fetch it, too: it is kept as long as the session, beside what
-    # Spark unpacks of it here.
+    # Kept as long as the session: executors that register later fetch it, too.
     archive = Path(SparkFiles.getRootDirectory()) / "archives" / name
     if not archive.exists():
-        write_archive(archive, folder, sorted(path for path in folder.rglob("*") if path.is_file()))
+        files = sorted(filter(Path.is_file, folder.rglob("*")))
+        write_archive(archive, folder, files)
         context.addArchive(str(archive))
     return name
 
 
 def write_archive(archive: Path, root: Path, files: list[Path]) -> None:
-    """Write files into a zip archive, uncompressed and without their times; it appears as a whole.
+    """Write files into a zip archive, uncompressed and without their times, in one step.
 
     Args:
         archive: to write.

@@ -3,14 +3,22 @@
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import reduce
+from operator import or_
 
 from pyspark.errors import AnalysisException, PySparkException
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as sf
 from pyspark.sql import types as st
 
-from pipeline import errors
-from pipeline.errors import DataError, FleetError, SpecError, StoreError, UnreadableFile
+from pipeline.errors import (
+    DataError,
+    FleetError,
+    ModelNotFound,
+    SpecError,
+    StoreError,
+    UnreadableFile,
+)
 from pipeline.models.meta_model import InputError, PackError
 
 # Conditions in which a value does not fit the type that the SQL wants it in.
@@ -18,37 +26,38 @@ UNFIT = ("CAST_INVALID_INPUT", "CANNOT_PARSE_TIMESTAMP", "CANNOT_PARSE_TIME", "C
 _QUOTED = re.compile(r"'((?:[^']|'')*)'")
 
 
-# The self-contained file of the registered model has errors of its own; this is where they belong
-# in our tree.
+# Errors by name, as the text of one tells it. The self-contained file of the registered model has two
+# of its own, which stand where they belong in our tree.
 _OURS: dict[str, type[FleetError]] = {
     "InputError": DataError,
     "PackError": StoreError,
     "UnreadableFile": UnreadableFile,
-    **{
-        name: getattr(errors, name)
-        for name in ("SpecError", "DataError", "StoreError", "ModelNotFound")
-    },
+    "SpecError": SpecError,
+    "DataError": DataError,
+    "StoreError": StoreError,
+    "ModelNotFound": ModelNotFound,
 }
 
 
 def in_error_tree(error: Exception | None) -> FleetError | None:
-    """An error in our tree, whoever raised it.
-
-    It may come from here, from the registered model, or from a Python process of Spark that leaves
-    only its text.
+    """An error as one of our tree, whoever raised it.
 
     Args:
-        error: what was raised.
+        error: raised by us, by the registered model, or by a Python process of Spark, which hands
+            on its text only.
 
     Returns:
-        The same in our tree; None if it is none of ours.
+        The error of our tree; None if it is none of ours.
     """
     if error is None or isinstance(error, FleetError):
         return error
     if isinstance(error, InputError | PackError):
         return _OURS[type(error).__name__](str(error))
-    found = re.search(rf"^(?:[\w.]+\.)?({'|'.join(_OURS)}): (.+)$", str(error), re.MULTILINE)
-    return _OURS[found[1]](found[2]) if found else None
+    raised = re.search(rf"^(?:[\w.]+\.)?({'|'.join(_OURS)}): (.+)$", str(error), re.MULTILINE)
+    if raised is None:
+        return None
+    name, message = raised.groups()
+    return _OURS[name](message)
 
 
 @contextmanager
@@ -95,33 +104,34 @@ def readable_spark_errors(file: str, raw: Mapping[str, DataFrame]) -> Iterator[N
 def _unfit_value(
     file: str, raw: Mapping[str, DataFrame], parameters: Mapping[str, str], message: str
 ) -> str:
-    wanted = parameters.get("targetType", "").strip('"') or "TIMESTAMP"
+    """A message about a value that does not fit the type that the SQL casts it to."""
+    target = parameters.get("targetType", "").strip('"') or "TIMESTAMP"
     quoted = _QUOTED.search(parameters.get("expression", "") or message)
     if quoted is None:
         return f"{file}: {message.splitlines()[0]}"
     value = quoted[1]
-    found = _find_value(raw, value)
-    if found is None:
-        where, column = f"{file}: a computed value", "column"
-    else:
-        source, column, path = found
+    column = "column"
+    where = f"{file}: a computed value"
+    place = _find_value(raw, value)
+    if place is not None:
+        source, column, path = place
         where = f"source {source!r}, column {column!r} ({path})"
-    if wanted in ("DATE", "TIMESTAMP", "TIMESTAMP_NTZ"):
+    if target in ("DATE", "TIMESTAMP", "TIMESTAMP_NTZ"):
         remedy = (
             f"coalesce(try_to_timestamp({column}), try_to_timestamp({column}, "
             "'dd.MM.yyyy')) reads two formats, and gives null for others"
         )
     else:
-        remedy = f"try_cast({column} AS {wanted}) gives null for such values"
+        remedy = f"try_cast({column} AS {target}) gives null for such values"
     return (
-        f"{where}: {value!r} is not a {wanted}, which {file} makes of it\n"
+        f"{where}: {value!r} is not a {target}, which {file} makes of it\n"
         f"Correct the file; or, in {file}: {remedy};\n"
         f"or, where a wrong type was guessed, set it under types: of the source"
     )
 
 
 def _find_value(raw: Mapping[str, DataFrame], value: str) -> tuple[str, str, str] | None:
-    """Source, column and file of the first row with a text; runs one Spark job per source."""
+    """Source, column and file of the first row with a text; one Spark job per source."""
     for source, frame in raw.items():
         columns = [
             field.name
@@ -130,20 +140,17 @@ def _find_value(raw: Mapping[str, DataFrame], value: str) -> tuple[str, str, str
         ]
         if not columns:
             continue
-        matches = [sf.col(f"`{name}`") == value for name in columns]
-        anywhere = matches[0]
-        for match in matches[1:]:
-            anywhere = anywhere | match
+        anywhere = reduce(or_, (sf.col(f"`{name}`") == value for name in columns))
         for row in frame.where(anywhere).limit(1).collect():
-            column = next(name for name in columns if row[name] == value)
-            path = row["_source"] if "_source" in frame.columns else source
-            return source, column, path
+            values = row.asDict()
+            column = next(name for name in columns if values[name] == value)
+            return source, column, values.get("_source", source)
     return None
 
 
 def _plain(error: PySparkException) -> str:
     """Spark's message without its class of error, statement and trace."""
     lines = str(error.getMessage() or error).splitlines()
-    first = next((line for line in lines if line.strip()), "no reason was given")
+    first = next(filter(str.strip, lines), "no reason was given")
     without_class = re.sub(r"^\[[A-Z_.0-9]+\]\s*", "", first)
     return re.sub(r"\.?\s*(SQLSTATE: \w+)?;?\s*$", "", without_class)

@@ -1,7 +1,7 @@
 """A Delta table as a stream of the rows that its versions add.
 
-Spark starts Python processes of its own that import this module and little else: those that plan
-micro batches, and those that read files.
+Spark plans micro batches and reads files in Python processes of its own, which import this module
+and little else.
 """
 
 import json
@@ -24,24 +24,25 @@ from pipeline.reading.delta_log import Commit, live_files, open_delta, read_comm
 from pipeline.reading.files import ColumnTypes, RowFile
 from pipeline.spark.files import rows_reader
 
+# Versions without rows that a stream waits through before it makes an empty micro batch of them.
 PASSED_OVER = 100
 
 
 class DeltaVersions(DataSource):
     """A Delta table as a stream of the rows that its versions add; an offset is a version.
 
-    The first micro batch is the table as it is then. A version that removes or rewrites rows ends
-    the stream, or is passed over as a whole with `skip_changes`; one that only puts files together
-    otherwise adds nothing.
+    The first micro batch is the whole table. A version that removes or rewrites rows ends the
+    stream, or is passed over as a whole with `skip_changes`; one that only rearranges rows in files
+    adds nothing.
     """
 
     @classmethod
     def name(cls) -> str:
-        """As in `spark.readStream.format(...)`."""
+        """The name for `spark.readStream.format(...)`."""
         return "delta_versions"
 
     def streamReader(self, schema: StructType) -> "DeltaVersionsReader":  # noqa: N802 - Spark's name
-        """What reads it."""
+        """The reader that the options describe."""
         options = self.options
         return DeltaVersionsReader(
             location=options["path"],
@@ -96,57 +97,55 @@ class DeltaVersionsReader(DataSourceStreamReader, SupportsTriggerAvailableNow):
         return ReadMaxFiles(self._max_files)
 
     def prepareForTriggerAvailableNow(self) -> None:  # noqa: N802 - Spark's name
-        """The newest version is the last."""
+        """Stop at the version that is the newest now."""
         self._last = self._newest()
 
     def latestOffset(self, start: dict[str, int], limit: ReadLimit) -> dict[str, int]:  # noqa: N802 - Spark's name
-        """Up to where the next micro batch goes.
+        """The last version of the next micro batch.
 
         Raises:
             DataError: if a version on the way removes or rewrites rows.
         """
-        newest = self._newest() if self._last is None else self._last
-        if start["version"] < 0:
+        newest = self._last
+        if newest is None:
+            newest = self._newest()
+        begin = start["version"]
+        if begin < 0:
             return {"version": newest}
-        end, n_files = start["version"], 0
-        for version in range(start["version"] + 1, newest + 1):
+        end = begin
+        n_files = 0
+        for version in range(begin + 1, newest + 1):
             added = len(self._added(version))
-            if (
-                added
-                and n_files
-                and n_files + added > self._max_files
-                and not isinstance(limit, ReadAllAvailable)
-            ):
+            is_too_many = n_files + added > self._max_files
+            if added and n_files and is_too_many and not isinstance(limit, ReadAllAvailable):
                 break
-            end, n_files = version, n_files + added
+            end = version
+            n_files += added
         # Versions without rows make no micro batch of their own, unless there are so many that the
         # log might lose them.
-        return {
-            "version": end if n_files or end - start["version"] > PASSED_OVER else start["version"]
-        }
+        if not n_files and end - begin <= PASSED_OVER:
+            return {"version": begin}
+        return {"version": end}
 
     def partitions(self, start: dict[str, int], end: dict[str, int]) -> Sequence[InputPartition]:
-        """The files between two versions; from the beginning, those of the version."""
+        """The files added between two versions; from the beginning, all files of the last."""
         if start["version"] < 0:
             table = open_delta(self._location, self._storage, end["version"])
             _, root = filesystem_of(self._location, self._storage)
             return [FilePartition(file) for file in live_files(table, self._location, root)]
-        files = [
-            FilePartition(file)
-            for version in range(start["version"] + 1, end["version"] + 1)
-            for file in self._added(version)
-        ]
-        self._commits = {
-            version: commit for version, commit in self._commits.items() if version > end["version"]
-        }
-        return files
+        added: list[RowFile] = []
+        for version in range(start["version"] + 1, end["version"] + 1):
+            added += self._added(version)
+        for version in list(self._commits):
+            if version <= end["version"]:
+                del self._commits[version]
+        return [FilePartition(file) for file in added]
 
     def read(self, partition: InputPartition) -> Iterator[pa.RecordBatch]:
         """The rows of one file, in a task."""
         assert isinstance(partition, FilePartition)  # noqa: S101 - as from `partitions`
-        return rows_reader(self._shape, self._location, self._storage, ColumnTypes())(
-            partition.file
-        )
+        read_file = rows_reader(self._shape, self._location, self._storage, ColumnTypes())
+        return read_file(partition.file)
 
     def _newest(self) -> int:
         return int(open_delta(self._location, self._storage).version())

@@ -1,4 +1,4 @@
-"""How Spark's jobs run here: tasks as planned, in Python workers that keep their imports."""
+"""How our Spark jobs run: tasks as planned, in Python workers that keep their imports."""
 
 import gc
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from pyspark.sql import SparkSession
 
 @contextmanager
 def without_adaptive_execution(spark: SparkSession) -> Iterator[None]:
-    """Adaptive execution would merge the tasks that the plan has laid out."""
+    """Switch adaptive execution off, which would merge the tasks that the plan has laid out."""
     before = spark.conf.get("spark.sql.adaptive.enabled")
     spark.conf.set("spark.sql.adaptive.enabled", "false")
     try:
@@ -19,10 +19,10 @@ def without_adaptive_execution(spark: SparkSession) -> Iterator[None]:
 
 
 def keep_imports() -> None:
-    """Let Python's collector pass over what a worker holds by now, that is, its imports.
+    """Let Python's garbage collector pass over all that a worker holds by now: its imports.
 
-    Spark collects garbage after every task, which takes a worker a tenth of a second with all that
-    training imports.
+    Spark collects garbage after every task, which takes a tenth of a second with what training
+    imports.
     """
     if not gc.get_freeze_count():
         gc.freeze()

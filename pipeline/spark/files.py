@@ -1,6 +1,7 @@
 """Parquet files between Spark and Delta: written by tasks, committed by the driver."""
 
 import json
+import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.pandas.types import from_arrow_schema, to_arrow_schema
-from pyspark.sql.types import StructType
+from pyspark.sql.types import StructField, StructType
 
 from pipeline.models.meta_model import filesystem_of
 from pipeline.reading.files import ColumnTypes, RowFile, read_rows
@@ -17,14 +18,12 @@ from pipeline.storage import WrittenFile
 
 Batches = Iterator[pa.RecordBatch]
 FILE_COLUMNS = "path string, size long, n_rows long"
-
-
 # Rows are gathered into row groups of about so many bytes: many small ones cost more than the rows.
 ROW_GROUP_BYTES = 16 << 20
 
 
 class FileWriter:
-    """Writes record batches to one new Parquet file below a root; no rows, no file."""
+    """Writes record batches to one new Parquet file below a root; without rows there is no file."""
 
     def __init__(self, root: str, options: Mapping[str, str], schema: pa.Schema) -> None:
         self._filesystem, self._root = filesystem_of(root, options)
@@ -39,9 +38,10 @@ class FileWriter:
         """Append rows; their columns are brought into the schema's order and types."""
         if rows.num_rows == 0:
             return
-        table = pa.Table.from_batches([rows]) if isinstance(rows, pa.RecordBatch) else rows
-        self._waiting.append(table.select(self._schema.names).cast(self._schema))
-        self._waiting_bytes += table.nbytes
+        if isinstance(rows, pa.RecordBatch):
+            rows = pa.Table.from_batches([rows])
+        self._waiting.append(rows.select(self._schema.names).cast(self._schema))
+        self._waiting_bytes += rows.nbytes
         self._n_rows += rows.num_rows
         if self._waiting_bytes >= ROW_GROUP_BYTES:
             self._flush()
@@ -56,10 +56,11 @@ class FileWriter:
                 compression="zstd",
             )
         self._writer.write_table(pa.concat_tables(self._waiting))
-        self._waiting, self._waiting_bytes = [], 0
+        self._waiting = []
+        self._waiting_bytes = 0
 
     def close(self) -> WrittenFile | None:
-        """Finish the file."""
+        """Finish the file, which can then be committed; None if no rows were written."""
         if self._waiting:
             self._flush()
         if self._writer is None:
@@ -90,7 +91,7 @@ def write_files(
             yield pa.RecordBatch.from_pylist([vars(written)])
 
     rows = frame.mapInArrow(write, FILE_COLUMNS).collect()
-    return [WrittenFile(row["path"], row["size"], row["n_rows"]) for row in rows], schema
+    return [WrittenFile(**row.asDict()) for row in rows], schema
 
 
 def read_files(
@@ -113,10 +114,8 @@ def read_files(
     if not paths:
         return spark.createDataFrame([], spark_schema)
     if "://" not in root:
-        return spark.read.schema(spark_schema).parquet(
-            *(escaped(f"{root}/{path}") for path in paths)
-        )
-    names = schema.names
+        addresses = [escaped(f"{root}/{path}") for path in paths]
+        return spark.read.schema(spark_schema).parquet(*addresses)
 
     def read(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         filesystem, base = filesystem_of(root, options)
@@ -125,24 +124,23 @@ def read_files(
                 # Stock Spark has no connector for object stores; Arrow has.
                 with pq.ParquetFile(f"{base}/{path}", filesystem=filesystem) as file:
                     for rows in file.iter_batches():
-                        yield _completed(pa.Table.from_batches([rows]), schema, names)
+                        yield _completed(pa.Table.from_batches([rows]), schema)
 
-    listed = spark.createDataFrame([(path,) for path in paths], "path string").repartition(
-        len(paths)
-    )
-    return listed.mapInArrow(read, spark_schema)
+    listed = spark.createDataFrame([(path,) for path in paths], "path string")
+    return listed.repartition(len(paths)).mapInArrow(read, spark_schema)
 
 
-def _completed(rows: pa.Table, schema: pa.Schema, names: Sequence[str]) -> pa.RecordBatch:
+def _completed(rows: pa.Table, schema: pa.Schema) -> pa.RecordBatch:
+    """The rows under a schema; a column that they lack is null."""
     for field in schema:
         if field.name not in rows.column_names:
             rows = rows.append_column(field, pa.nulls(rows.num_rows, field.type))
-    return rows.select(names).cast(schema).combine_chunks().to_batches()[0]
+    return rows.select(schema.names).cast(schema).combine_chunks().to_batches()[0]
 
 
 def escaped(path: str) -> str:
     """A local path whose glob characters mean themselves."""
-    return "".join(f"\\{character}" if character in "*?[]{}\\" else character for character in path)
+    return re.sub(r"([*?\[\]{}\\])", r"\\\1", path)
 
 
 def file_json(table: str, file: WrittenFile) -> str:
@@ -155,6 +153,11 @@ def file_of_json(line: Mapping[str, Any]) -> WrittenFile:
     return WrittenFile(line["path"], line["size"], line["n_rows"])
 
 
+def nullable(shape: StructType) -> StructType:
+    """Columns of the same names and types, any of which may be null."""
+    return StructType([StructField(field.name, field.dataType) for field in shape])
+
+
 def rows_reader(
     shape: StructType,
     location: str,
@@ -162,7 +165,7 @@ def rows_reader(
     column_types: ColumnTypes,
     required: Sequence[str] = (),
 ) -> Callable[[RowFile], Batches]:
-    """What reads a file's rows in a task, in the types that Spark wants.
+    """A function that reads a file's rows in a task, in the types that Spark wants.
 
     Args:
         shape: of the rows.

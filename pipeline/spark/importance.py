@@ -17,7 +17,7 @@ from pipeline.runs.fleet_tables import FleetTables
 from pipeline.runs.manifest import RunManifest
 from pipeline.spark.execution import keep_imports, without_adaptive_execution
 from pipeline.spark.files import FileWriter, file_json, file_of_json
-from pipeline.spark.keys import finite
+from pipeline.spark.keys import finite, quoted
 from pipeline.spark.rows import grain_column, has_weight, limited_rows, visible_rows
 from pipeline.spec import FleetSpec
 from pipeline.storage import WrittenFile
@@ -25,13 +25,13 @@ from pipeline.tables import BOOSTERS, IMPORTANCE
 from pipeline.training.worker import rows_in_pandas
 
 GROUP = ["grain", "group_id"]
-# Rows of the table or, where a group could not be looked at, why.
-_LOOKED_AT: Any = pa.schema([*IMPORTANCE.schema, pa.field("error", pa.string())])
+# Rows of the table or, for a group that could not be explained, one row with the reason.
+_EXPLAINED: Any = pa.schema([*IMPORTANCE.schema, pa.field("error", pa.string())])
 
 
 @dataclass(frozen=True)
 class ImportanceResult:
-    """What became of a run's boosters.
+    """Counts of a run's boosters, and what failed.
 
     Args:
         n_boosters: groups that have one.
@@ -53,12 +53,11 @@ def write_importance(
     run: RunManifest,
     ledger: pd.DataFrame,
 ) -> ImportanceResult:
-    """Look at every booster of a finished run, and commit `tables.IMPORTANCE` for it.
+    """Explain every booster of a finished run, and commit `tables.IMPORTANCE` for it.
 
-    What the table had for the run is replaced.
-
-    A group whose booster is that of the run before has that run's rows. One that cannot be looked
-    at has none, and the others are not lost to it.
+    What the table had for the run is replaced. A group whose booster is that of the run before gets
+    that run's rows. A group that cannot be explained gets none, and does not keep the others from
+    theirs.
 
     Args:
         spark: the session.
@@ -69,25 +68,27 @@ def write_importance(
         ledger: the run's rows.
     """
     store, location = tables.tables, tables.location(IMPORTANCE)
-    having = ledger[ledger["booster_id"].notna()][[*GROUP, "wave", "booster_id"]]
-    before, known = _known(tables, location, run)
+    boosters = ledger[ledger["booster_id"].notna()][[*GROUP, "wave", "booster_id"]]
+    before, explained = _explained_before(tables, location, run)
     # A group's id tells its grain, too.
-    is_known = pd.MultiIndex.from_frame(having[["group_id", "booster_id"]]).isin(known)
-    copied, wanted = having[is_known], having[~is_known]
+    is_explained = pd.MultiIndex.from_frame(boosters[["group_id", "booster_id"]]).isin(explained)
+    copied = boosters[is_explained]
+    new = boosters[~is_explained]
     parts = []
     if len(copied):
         earlier = store.read_spark(spark, location, partitions={"run_id": [before]})
         parts.append(_copy(earlier, copied, run.run_id))
-    if len(wanted):
+    if len(new):
         visible = visible_rows(features, run.cutoffs.as_of).where(has_weight(spec))
         rows = limited_rows(visible, spec, run.limit_groups)
-        booster_store, waves = tables.location(BOOSTERS), sorted(set(wanted["wave"]))
-        boosters = store.read_spark(spark, booster_store, partitions={"wave": waves})
-        parts.append(explain_groups(rows, boosters, wanted, spec, run, booster_store))
+        booster_store = tables.location(BOOSTERS)
+        waves = sorted(set(new["wave"]))
+        stored = store.read_spark(spark, booster_store, partitions={"wave": waves})
+        parts.append(explain_groups(rows, stored, new, spec, run, booster_store))
     files, failed = _write(parts, location, dict(store.storage_options))
     partition = {"run_id": run.run_id}
     store.commit(location, files, IMPORTANCE.schema, mode="overwrite", partition=partition)
-    return ImportanceResult(len(having), len(copied), failed)
+    return ImportanceResult(len(boosters), len(copied), failed)
 
 
 def _copy(earlier: DataFrame, copied: pd.DataFrame, run_id: str) -> DataFrame:
@@ -97,16 +98,22 @@ def _copy(earlier: DataFrame, copied: pd.DataFrame, run_id: str) -> DataFrame:
     )
     same = earlier.join(sf.broadcast(named), ["group_id", "booster_id"], "left_semi")
     same = same.withColumn("run_id", sf.lit(run_id))
-    return same.withColumn("error", sf.lit(None).cast("string")).select(_LOOKED_AT.names)
+    return same.withColumn("error", sf.lit(None).cast("string")).select(_EXPLAINED.names)
 
 
 def _write(
     parts: Sequence[DataFrame], location: str, options: Mapping[str, str]
 ) -> tuple[list[WrittenFile], dict[str, str]]:
-    """Write rows from the tasks; the files, and why groups have none, by their id."""
+    """Let tasks write the rows.
+
+    Returns:
+        The files, and why a group has no rows, by its id.
+    """
     if not parts:
         return [], {}
-    frame = parts[0] if len(parts) == 1 else parts[0].unionByName(parts[1])
+    frame, *others = parts
+    for other in others:
+        frame = frame.unionByName(other)
     with without_adaptive_execution(frame.sparkSession):
         rows = frame.mapInArrow(_writer(location, options), "kind string, line string").collect()
     files, failed = [], {}
@@ -119,10 +126,12 @@ def _write(
     return files, failed
 
 
-def _known(tables: FleetTables, location: str, run: RunManifest) -> tuple[str, pd.MultiIndex]:
+def _explained_before(
+    tables: FleetTables, location: str, run: RunManifest
+) -> tuple[str, pd.MultiIndex]:
     """The run before, and the groups and boosters that it has rows for.
 
-    No groups where its features have other names.
+    There are none where its features are not those of this run.
     """
     nothing = pd.MultiIndex.from_arrays([[], []])
     if run.previous_run_id is None or not tables.tables.exists(location):
@@ -132,24 +141,25 @@ def _known(tables: FleetTables, location: str, run: RunManifest) -> tuple[str, p
         return "", nothing
     first = str(run.model_spec.features[0])
     is_first = {"run_id": before.run_id, "feature": first}
-    found = tables.tables.read_pandas(location, where=is_first, columns=["group_id", "booster_id"])
-    return before.run_id, pd.MultiIndex.from_frame(found)
+    columns = ["group_id", "booster_id"]
+    explained = tables.tables.read_pandas(location, where=is_first, columns=columns)
+    return before.run_id, pd.MultiIndex.from_frame(explained)
 
 
 def explain_groups(
     rows: DataFrame,
     boosters: DataFrame,
-    wanted: pd.DataFrame,
+    groups: pd.DataFrame,
     spec: FleetSpec,
     run: RunManifest,
     where: str,
 ) -> DataFrame:
-    """Importance of every feature in every wanted group.
+    """Importance of every feature in some groups.
 
     Args:
         rows: the visible rows.
         boosters: rows of the booster store.
-        wanted: grain, group_id, wave and booster_id.
+        groups: grain, group_id, wave and booster_id.
         spec: the fleet.
         run: that trained them.
         where: the booster store, for messages.
@@ -159,17 +169,19 @@ def explain_groups(
         other.
     """
     schema = "grain int, group_id string, wave string, booster_id string"
-    groups = rows.sparkSession.createDataFrame(wanted.astype({"grain": "int32"}), schema)
-    sample = newest_rows(rows, wanted, spec).groupBy(*GROUP)
+    named = rows.sparkSession.createDataFrame(groups.astype({"grain": "int32"}), schema)
+    sample = newest_rows(rows, groups, spec).groupBy(*GROUP)
     texts = boosters.select("wave", "booster_id", "sha256", "n_bytes", "text")
-    stored = texts.join(sf.broadcast(groups), ["wave", "booster_id"]).groupBy(*GROUP)
-    run_id, model_spec = run.run_id, run.model_spec
+    stored = texts.join(sf.broadcast(named), ["wave", "booster_id"]).groupBy(*GROUP)
+    run_id = run.run_id
+    model_spec = run.model_spec
 
     def explain(
         key: tuple[pa.Scalar, ...], rows_of_group: pa.Table, boosters_of_group: pa.Table
     ) -> pa.Table:
         keep_imports()
-        grain, group = (value.as_py() for value in key)
+        grain = key[0].as_py()
+        group = key[1].as_py()
         place: dict[str, Any] = {
             "run_id": run_id,
             "grain": grain,
@@ -177,14 +189,14 @@ def explain_groups(
             "group_id": group,
         }
         try:
-            found = _explain_group(rows_of_group, boosters_of_group, model_spec, where)
-            found = found.assign(**place, error=None)
-            return pa.Table.from_pandas(found, schema=_LOOKED_AT, preserve_index=False)
+            importance = _explain_group(rows_of_group, boosters_of_group, model_spec, where)
+            importance = importance.assign(**place, error=None)
+            return pa.Table.from_pandas(importance, schema=_EXPLAINED, preserve_index=False)
         except Exception as error:  # noqa: BLE001 - one group ends nothing but itself
             why = f"{type(error).__name__}: {error}"
-            return pa.Table.from_pylist([{**place, "error": why}], schema=_LOOKED_AT)
+            return pa.Table.from_pylist([{**place, "error": why}], schema=_EXPLAINED)
 
-    return sample.cogroup(stored).applyInArrow(explain, from_arrow_schema(_LOOKED_AT))
+    return sample.cogroup(stored).applyInArrow(explain, from_arrow_schema(_EXPLAINED))
 
 
 def _explain_group(
@@ -200,31 +212,32 @@ def _explain_group(
         raise LookupError(f"{where} lacks the booster that the ledger names; train again")
     booster = boosters.slice(0, 1).to_pylist()[0]
     sample = rows_in_pandas(rows.sort_by("_place"), model_spec)
-    found = group_importance(load_booster(booster, where), sample, model_spec)
-    return found.assign(booster_id=booster["booster_id"])
+    importance = group_importance(load_booster(booster, where), sample, model_spec)
+    return importance.assign(booster_id=booster["booster_id"])
 
 
 def newest_rows(
     rows: DataFrame, groups: pd.DataFrame, spec: FleetSpec, n_rows: int = SAMPLED_ROWS
 ) -> DataFrame:
-    """The newest rows of each named group that its model could be asked about.
+    """The newest rows of some groups that the group's model can answer.
 
-    Features, group and `_place`, from 1.
-
-    Rows go to their groups once, and of each group no task sends more than are wanted.
+    Rows travel to their groups once, and no task sends more than `n_rows` of a group.
 
     Args:
         rows: the visible rows.
         groups: grain and group_id.
         spec: the fleet.
         n_rows: of a group, at most.
+
+    Returns:
+        The features, the group, and the row's place in it, `_place`: 1 is the newest.
     """
     named = sf.broadcast(
         rows.sparkSession.createDataFrame(
             groups[GROUP].astype({"grain": "int32"}), "grain int, group_id string"
         )
     )
-    columns = [f"`{name}`" for name in dict.fromkeys([*spec.feature_columns, "time", "row_key"])]
+    columns = quoted(dict.fromkeys([*spec.feature_columns, "time", "row_key"]))
     level = grain_column(spec, sorted(set(groups["grain"]))).alias("_level")
     exploded = (
         rows.where(_is_anchored(spec))
@@ -239,27 +252,30 @@ def newest_rows(
         .withColumn("_place", place)
         .where(sf.col("_place") <= n_rows)
     )
-    return placed.select(*GROUP, "_place", *(f"`{name}`" for name in spec.feature_columns))
+    return placed.select(*GROUP, "_place", *quoted(spec.feature_columns))
 
 
 def _is_anchored(spec: FleetSpec) -> Column:
     """Whether a row has the offset and the scale without which no model answers it."""
     target = spec.target
-    offset = finite(sf.col(f"`{target.offset}`")).isNotNull() if target.offset else sf.lit(True)
-    return offset & (finite(sf.col(f"`{target.scale}`")) > 0) if target.scale else offset
+    is_anchored = sf.lit(True)
+    if target.offset:
+        is_anchored = finite(sf.col(f"`{target.offset}`")).isNotNull()
+    if target.scale:
+        is_anchored = is_anchored & (finite(sf.col(f"`{target.scale}`")) > 0)
+    return is_anchored
 
 
 def _writer(root: str, options: Mapping[str, str]) -> Any:
-    """What a task does with its groups: rows into a file, errors to the driver."""
+    """What a task does with its groups: it writes rows into a file, and errors for the driver."""
 
     def write(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         file = FileWriter(root, options, IMPORTANCE.schema)
         for batch in batches:
             rows = pa.Table.from_batches([batch])
             file.write(rows.filter(rows["error"].is_null()))
-            for line in (
-                rows.filter(rows["error"].is_valid()).select(["group_id", "error"]).to_pylist()
-            ):
+            failed = rows.filter(rows["error"].is_valid()).select(["group_id", "error"])
+            for line in failed.to_pylist():
                 yield pa.RecordBatch.from_pydict({"kind": ["error"], "line": [json.dumps(line)]})
         written = file.close()
         if written is not None:

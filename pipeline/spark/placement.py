@@ -1,4 +1,4 @@
-"""Puts every group's rows into the task that the plan chose, and takes them unharmed into pandas.
+"""Puts every group's rows into the task that the plan chose, and brings them into pandas unchanged.
 
 Spark puts a row into partition `pmod(hash(column), n)` of the column that it repartitions by. The
 plan says which task a group belongs to, so that column holds an integer whose hash leads to the
@@ -77,7 +77,7 @@ def place_by_salt(rows: DataFrame, n_tasks: int) -> DataFrame:
 def group_placed(placed: DataFrame) -> GroupedData:
     """The placed rows by group, for `applyInPandas`.
 
-    The salt is among the keys, which tells Spark that groups are together already: no row moves.
+    As the salt is among the keys, Spark knows that groups are together already: no row moves.
     """
     return placed.groupBy(SALT, "grain", "group_id")
 
@@ -85,8 +85,8 @@ def group_placed(placed: DataFrame) -> GroupedData:
 def travel_types(rows: DataFrame, named: Collection[str]) -> tuple[DataFrame, list[str]]:
     """The rows in types that Spark hands to pandas as they are.
 
-    In pandas an integer beside nulls becomes a float, which above 2^53 is another integer. Moments
-    Spark converts to nanoseconds, which end in 2262, on the clocks of the session's zone.
+    In pandas, an integer beside nulls becomes a float, which above 2^53 is another integer. Spark
+    would convert moments to nanoseconds, which end in 2262, on the clocks of the session's zone.
 
     Args:
         rows: the placed rows.

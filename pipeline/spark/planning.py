@@ -1,4 +1,4 @@
-"""Planning a training run: what Spark counts, and the layout that follows from it."""
+"""Planning a training run: Spark counts the rows, and the layout follows from the counts."""
 
 import pandas as pd
 from pyspark.sql import DataFrame
@@ -68,9 +68,9 @@ def count_rows(
     Raises:
         DataError: if no row is visible at the as-of, or the classes are not what the task needs.
     """
-    as_of = (
-        request.as_of if request.as_of is not None else newest_known(features, spec.target.column)
-    )
+    as_of = request.as_of
+    if as_of is None:
+        as_of = newest_known(features, spec.target.column)
     rows = limited_rows(visible_rows(features, as_of), spec, request.limit_groups)
     newest = newest_time(rows, spec.target.column)
     if newest is None:
@@ -86,11 +86,11 @@ def count_rows(
 
 
 def _nothing_known(features: DataFrame, as_of: pd.Timestamp) -> DataError:
-    """What is said of an as-of before any row was known."""
-    known = features.where("NOT is_future").selectExpr(
+    """The error of an as-of at which no row was known yet."""
+    span = features.where("NOT is_future").selectExpr(
         "string(min(known_at))", "string(max(known_at))"
     )
-    earliest, latest = known.collect()[0]
+    earliest, latest = span.collect()[0]
     return DataError(
         f"as of {as_of} no row is known yet; known_at runs from {earliest} to {latest}: "
         "choose an as-of within or after it"

@@ -36,7 +36,7 @@ class Progress:
 
     Args:
         spark: the session.
-        report: called now and then.
+        report: called now and then with how far the run is.
         slots: tasks that run at once.
     """
 
@@ -48,16 +48,17 @@ class Progress:
         self.pace = Pace()
         self._report = report
         self._slots = slots
-        self._of, self._planned = 0, 0.0
+        self._of = 0
+        self._planned = 0.0
         self._began = time.monotonic()
 
     def expect(self, groups: pd.DataFrame) -> None:
-        """These groups are to be trained, too: rows of a plan."""
+        """Count groups among those to train; rows of a plan."""
         self._of += len(groups)
         self._planned += float(groups["cost_seconds"].sum())
 
     def so_far(self) -> Done:
-        """What is done by now."""
+        """How far the run is now."""
         done = int(self.done.value)
         left = seconds_left(
             self.pace,

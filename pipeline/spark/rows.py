@@ -1,4 +1,4 @@
-"""Which rows of the feature table a run sees, learns from and judges, as Spark columns."""
+"""Which rows of the feature table a run sees, learns from and is judged on, as Spark columns."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from pipeline.training.splits import FIT, GAP, REPORT, TUNE, Cutoffs
 
 
 def visible_rows(features: DataFrame, as_of: pd.Timestamp) -> DataFrame:
-    """The rows that a run may see: known by the as-of, not made up."""
+    """The rows that a run may see: known by the as-of, and not of the horizon."""
     return features.where((sf.col("known_at") <= moment_column(as_of)) & ~sf.col("is_future"))
 
 
@@ -35,9 +35,8 @@ def limited_rows(rows: DataFrame, spec: FleetSpec, limit_groups: int | None) -> 
 
 def split_column(cutoffs: Cutoffs) -> Column:
     """The twin of `Cutoffs.assign`."""
-    tune_start, report_start = (
-        moment_column(moment) for moment in (cutoffs.tune_start, cutoffs.report_start)
-    )
+    tune_start = moment_column(cutoffs.tune_start)
+    report_start = moment_column(cutoffs.report_start)
     return (
         sf.when((sf.col("time") < tune_start) & (sf.col("known_at") < tune_start), FIT)
         .when(
@@ -52,14 +51,20 @@ def split_column(cutoffs: Cutoffs) -> Column:
 
 
 def grain_column(spec: FleetSpec, grains: Sequence[int] | None = None) -> Column:
-    """Each row once per grain (of the named ones): its index, group and parent."""
-    ids = [group_id_column(grain) for grain in spec.grains]
-    parents = [sf.lit(None).cast("string"), *ids[:-1]]
-    levels = [
-        sf.struct(sf.lit(level).alias("grain"), own.alias("group_id"), parent.alias("parent_id"))
-        for level, (own, parent) in enumerate(zip(ids, parents, strict=True))
-        if grains is None or level in grains
-    ]
+    """Repeats each row once per grain, with the index of the grain, the row's group and its parent.
+
+    Args:
+        spec: the fleet.
+        grains: indices of those that count; by default all.
+    """
+    levels = []
+    parent = sf.lit(None).cast("string")
+    for level, keys in enumerate(spec.grains):
+        group = group_id_column(keys)
+        if grains is None or level in grains:
+            index = sf.lit(level).alias("grain")
+            levels.append(sf.struct(index, group.alias("group_id"), parent.alias("parent_id")))
+        parent = group
     return sf.explode(sf.array(*levels))
 
 

@@ -1,4 +1,4 @@
-"""The rows that a launch answers, and what became of them."""
+"""The rows that a launch answers, and counts of the answers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from pipeline.errors import SpecError
 from pipeline.models.meta_model import FleetModel, check_listed_once
 from pipeline.spark.answers import answer_rows
 from pipeline.spark.features import newest_time
-from pipeline.spark.keys import finite, moment_column
+from pipeline.spark.keys import finite, moment_column, quoted
 from pipeline.spark.rows import visible_rows
 from pipeline.spec import FleetSpec
 
@@ -21,8 +21,8 @@ PLOTTED_ROWS = 20_000
 def rows_to_score(features: DataFrame, spec: FleetSpec, as_of: pd.Timestamp) -> DataFrame:
     """The rows a launch answers.
 
-    `new`: rows of the data with a time after the as-of; `future`: those of the horizon after the
-    newest visible time.
+    For `new`, the data's rows with a time after the as-of; for `future`, the rows of the horizon
+    after the newest visible time.
     """
     if spec.scoring.score == "new":
         return features.where((sf.col("time") > moment_column(as_of)) & ~sf.col("is_future"))
@@ -61,20 +61,19 @@ def score_rows(
         SpecError: if the version has no intervals of that level.
         InputError: if a column that is read is listed twice.
     """
-    check_listed_once(
-        rows.columns, {"row_key", "time", *spec.key_columns, *model.required, *model.optional}
-    )
     kept = list(dict.fromkeys(["row_key", "time", *spec.key_columns]))
-    # What the version reads, which may have been trained when the fleet was described otherwise.
-    needed = dict.fromkeys(
-        [
-            *kept,
-            *(column for column in (*model.required, *model.optional) if column in rows.columns),
-        ]
-    )
-    narrow = rows.select(*(f"`{column}`" for column in needed))
+    needed = [*kept, *model.required, *model.optional]
+    check_listed_once(rows.columns, set(needed))
+    # The version may have been trained when the spec listed other columns.
+    available = {*kept, *rows.columns}
+    read = [column for column in dict.fromkeys(needed) if column in available]
     answered = answer_rows(
-        spark, narrow, model, options, kept=kept, interval=_level_of(model, spec)
+        spark,
+        rows.select(*quoted(read)),
+        model,
+        options,
+        kept=kept,
+        interval=_level_of(model, spec),
     )
     return answered.withColumn("as_of", sf.lit(as_of.isoformat())).withColumn(
         "scored_at", sf.current_timestamp()
@@ -82,17 +81,16 @@ def score_rows(
 
 
 def _level_of(model: FleetModel, spec: FleetSpec) -> float | None:
-    """The level that the spec asks for now.
+    """The level that the spec asks for now; None for a version without intervals.
 
-    The version may have been trained when it asked for another.
+    The version may have been trained when the spec asked for other levels.
     """
     if not model.intervals:
         return None
     if spec.scoring.interval not in model.intervals:
         raise SpecError(
-            f"scoring.interval: {spec.scoring.interval!r} is not a level of the "
-            "version that serves "
-            f"({model.fleet_version}), which has intervals of "
+            f"scoring.interval: {spec.scoring.interval!r} is not a level of the version that "
+            f"serves ({model.fleet_version}), which has intervals of "
             f"{', '.join(map(repr, model.intervals))}; choose one of them, or materialise models, "
             "meta_model and champion again"
         )
@@ -118,28 +116,24 @@ class AnswerCounts:
     sample: list[float] | list[str]
 
 
-def count_answers(predictions: DataFrame, as_of: pd.Timestamp) -> AnswerCounts:
+def count_answers(written: DataFrame, as_of: pd.Timestamp) -> AnswerCounts:
     """Count the answers of one as-of, as they stand in the table."""
-    answers = predictions.where(sf.col("as_of") == as_of.isoformat())
-    is_text = dict(answers.dtypes)["prediction"] == "string"
-    answer = sf.col("prediction") if is_text else finite(sf.col("prediction"))
+    answers = written.where(sf.col("as_of") == as_of.isoformat())
+    answer = sf.col("prediction")
+    if dict(answers.dtypes)["prediction"] != "string":
+        answer = finite(answer)
     per_grain = answers.groupBy("answered_by").agg(
         sf.count("*").alias("n"), sf.sum(answer.isNull().cast("long")).alias("n_missing")
     )
-    found = sorted(per_grain.collect(), key=lambda row: (-row["n"], row["answered_by"]))
+    counts = sorted(per_grain.collect(), key=lambda row: (-row["n"], row["answered_by"]))
+    answered_by = {row["answered_by"]: int(row["n"]) for row in counts}
     # By key alone: a row may have been answered twice by different grains.
     n_doubled = answers.groupBy("row_key").count().where("count > 1").count()
-    sample = [
-        row[0]
-        for row in answers.select("prediction")
-        .where("prediction IS NOT NULL")
-        .limit(PLOTTED_ROWS)
-        .collect()
-    ]
+    predictions = answers.select("prediction").where("prediction IS NOT NULL").limit(PLOTTED_ROWS)
     return AnswerCounts(
-        n_rows=sum(row["n"] for row in found),
-        n_missing=sum(row["n_missing"] for row in found),
+        n_rows=sum(answered_by.values()),
+        n_missing=sum(row["n_missing"] for row in counts),
         n_doubled=n_doubled,
-        answered_by={row["answered_by"]: int(row["n"]) for row in found},
-        sample=sample,
+        answered_by=answered_by,
+        sample=[row["prediction"] for row in predictions.collect()],
     )

@@ -1,8 +1,7 @@
 """Unreadable files of a stream: set aside, and tried again when they change.
 
-Spark never lists a file twice. What is set aside is therefore remembered here, in the checkpoint:
-by the task that could not read it, below `attempt/` while its micro batch is not committed, and for
-good once it is.
+Spark never lists a file twice. A file that a task cannot read is therefore noted in the checkpoint:
+below `attempt/` until its micro batch is committed, and then beside it for good.
 """
 
 import hashlib
@@ -37,17 +36,17 @@ class FileSetAside:
 
     @property
     def digest(self) -> str:
-        """Of the path; names its entry, and the transaction that answers it later."""
+        """A hash of the path, for the name of its entry and of the transaction that answers it."""
         return hashlib.sha256(self.path.encode()).hexdigest()[:16]
 
     @property
     def has_changed(self) -> bool:
-        """Whether the file is another one than the one that was tried."""
+        """Whether the file has changed since it was tried; one that is gone has not."""
         try:
-            found = Path(self.path).stat()
-        except OSError:  # gone: there is nothing to try
+            stat = Path(self.path).stat()
+        except OSError:
             return False
-        return (found.st_size, found.st_mtime_ns) != (self.size, self.modified_ns)
+        return (stat.st_size, stat.st_mtime_ns) != (self.size, self.modified_ns)
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class SetAside:
         return self._entries / "attempt"
 
     def begin(self) -> None:
-        """Forget what an attempt at a micro batch noted that was not committed."""
+        """Forget what an earlier attempt at a micro batch noted, as it was not committed."""
         shutil.rmtree(self._attempt, ignore_errors=True)
         self._attempt.mkdir(parents=True, exist_ok=True)
 
@@ -77,17 +76,17 @@ class SetAside:
         """Whether a file can be read to its end; called by tasks. One that cannot is noted.
 
         Raises:
-            UnreadableFile: if it cannot, and the checkpoint is not in reach of this task.
+            UnreadableFile: if it cannot, and this task cannot reach the checkpoint.
             DataError: if it lacks columns, which waiting does not mend; this ends the stream.
         """
-        found = Path(file.path).stat()
+        stat = Path(file.path).stat()
         try:
             for _ in rows(file):
                 pass
         except UnreadableFile as error:
             if not self._attempt.is_dir():
                 raise
-            entry = FileSetAside(file.path, found.st_size, found.st_mtime_ns, str(error))
+            entry = FileSetAside(file.path, stat.st_size, stat.st_mtime_ns, str(error))
             self._write(self._attempt, entry)
             return False
         # An earlier try of this task may have found it incomplete.
@@ -95,7 +94,7 @@ class SetAside:
         return True
 
     def keep(self) -> list[FileSetAside]:
-        """Keep what the attempt noted, now that its micro batch is committed.
+        """Keep what the attempt noted, once its micro batch is committed.
 
         Returns:
             The files that it set aside.
@@ -111,7 +110,7 @@ class SetAside:
         return sorted(self._read(self._entries), key=lambda entry: entry.path)
 
     def update(self, entry: FileSetAside) -> None:
-        """Remember a file, or what was found at another try."""
+        """Remember a file, or the outcome of another try."""
         self._write(self._entries, entry)
 
     def remove(self, entry: FileSetAside) -> None:
@@ -126,5 +125,7 @@ class SetAside:
 
     @staticmethod
     def _read(folder: Path) -> list[FileSetAside]:
-        texts = (path.read_text(encoding="utf-8") for path in folder.glob("*.json"))
-        return [FileSetAside(**json.loads(text)) for text in texts]
+        entries = []
+        for path in folder.glob("*.json"):
+            entries.append(FileSetAside(**json.loads(path.read_text(encoding="utf-8"))))
+        return entries

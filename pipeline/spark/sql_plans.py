@@ -1,8 +1,8 @@
 """The second check of a fleet's SQL: what Spark's own parser and analyzer make of it.
 
-Only text that was rendered from a checked tree runs. Before it does, Spark parses it, and the plan
-may hold nothing beyond the tree. The author's text is parsed as well, and never run: if Spark reads
-it otherwise than the rendered one, the check has looked at another statement than its author wrote.
+Only text that was rendered from a checked tree runs. Spark parses it first, and the plan may hold
+nothing beyond the tree. Spark also parses the author's text, which never runs: if its plan differs
+from that of the rendered text, the check has read another statement than its author wrote.
 """
 
 import json
@@ -172,10 +172,12 @@ def derived_column(
 
 
 def excess(reading: SparkReading, tree: exp.Expr, functions: Sequence[str] = ()) -> Iterator[str]:
-    """What Spark reads in a text and the checked tree does not hold, in words."""
+    """What Spark reads in a text beyond the checked tree, in words."""
     contents = contents_of(tree)
-    is_expression = not isinstance(tree, exp.Query)
-    for node in sorted(reading.nodes - _EXPRESSIONS - (frozenset() if is_expression else _PLANS)):
+    allowed = _EXPRESSIONS
+    if isinstance(tree, exp.Query):
+        allowed = allowed | _PLANS
+    for node in sorted(reading.nodes - allowed):
         yield f"a node {node}"
     for name in sorted(reading.relations - contents.relations):
         yield f"the relation {name}"
@@ -197,16 +199,16 @@ def _check_readings(
 ) -> None:
     rendered = render(tree)
     reading = read(rendered)
-    for found in excess(reading, tree, functions):
+    for surplus in excess(reading, tree, functions):
         raise SpecError(
-            f"{where}: Spark reads {found} in it, which the check did not; it was checked as: "
+            f"{where}: Spark reads {surplus} in it, which the check did not; it was checked as: "
             f"{rendered[:400]}"
         )
     if read(text).shape != reading.shape:
         raise SpecError(
             f"{where}: Spark reads it differently from the check, so it is not run; write it more "
-            "plainly "
-            f"(comments, quotes and backslashes first). It was checked as: {rendered[:400]}"
+            "plainly (comments, quotes and backslashes first). It was checked as: "
+            f"{rendered[:400]}"
         )
 
 
@@ -242,24 +244,23 @@ def _queries(rows: DataFrame) -> Any:
 
 def _read(plan: Any) -> SparkReading:
     document = json.loads(plan.toJSON())
-    found = list(_nodes(document))
+    nodes = set()
+    relations = set()
+    functions = set()
+    columns = set()
+    for name, node in _nodes(document):
+        nodes.add(name)
+        if name == "UnresolvedRelation" or "TableValuedFunction" in name:
+            relations.add(".".join(_names(node)))
+        elif name in ("UnresolvedFunction", "UnresolvedGenerator"):
+            functions.add(".".join(_names(node)))
+        elif name in ("UnresolvedAttribute", "UnresolvedNamedLambdaVariable"):
+            columns.add(_names(node))
     return SparkReading(
-        nodes=frozenset(name for name, _ in found),
-        relations=frozenset(
-            ".".join(_names(node))
-            for name, node in found
-            if name == "UnresolvedRelation" or "TableValuedFunction" in name
-        ),
-        functions=frozenset(
-            ".".join(_names(node))
-            for name, node in found
-            if name in ("UnresolvedFunction", "UnresolvedGenerator")
-        ),
-        columns=frozenset(
-            _names(node)
-            for name, node in found
-            if name in ("UnresolvedAttribute", "UnresolvedNamedLambdaVariable")
-        ),
+        nodes=frozenset(nodes),
+        relations=frozenset(relations),
+        functions=frozenset(functions),
+        columns=frozenset(columns),
         shape=_shape(document),
     )
 
@@ -284,12 +285,10 @@ def _names(node: Mapping[str, Any]) -> tuple[str, ...]:
     """Parts of a node's name, lower case; Spark writes most of them as `[a, b]`."""
     name = node.get("nameParts") or node.get("multipartIdentifier") or node.get("name") or ""
     if isinstance(name, Mapping):  # a generator's
-        return tuple(
-            str(name[part]).lower()
-            for part in ("catalog", "database", "funcName")
-            if name.get(part)
-        )
-    return tuple(part.lower() for part in str(name).removeprefix("[").removesuffix("]").split(", "))
+        parts = filter(None, map(name.get, ("catalog", "database", "funcName")))
+        return tuple(str(part).lower() for part in parts)
+    text = str(name).removeprefix("[").removesuffix("]")
+    return tuple(text.lower().split(", "))
 
 
 def _shape(document: Any) -> Any:
@@ -297,10 +296,14 @@ def _shape(document: Any) -> Any:
     if isinstance(document, dict):
         return {key: _shape(value) for key, value in document.items() if key not in _IDENTITIES}
     if isinstance(document, list):
-        if document and all(isinstance(part, dict) and "num-children" in part for part in document):
+        if document and all(map(_is_node, document)):
             return _tree_shape(iter(document))
-        return [_shape(part) for part in document]
+        return list(map(_shape, document))
     return document
+
+
+def _is_node(part: Any) -> bool:
+    return isinstance(part, dict) and "num-children" in part
 
 
 def _tree_shape(nodes: Iterator[dict[str, Any]]) -> Any:
@@ -314,7 +317,9 @@ def _same_form(
     name: str, fields: dict[str, Any], children: list[Any]
 ) -> tuple[str, dict[str, Any], list[Any]]:
     """A node in one of the forms in which its text can be written."""
-    first: tuple[str, dict[str, Any], list[Any]] = children[0] if children else ("", {}, [])
+    first: tuple[str, dict[str, Any], list[Any]] = ("", {}, [])
+    if children:
+        first = children[0]
     first_name, first_fields, grandchildren = first
     if name == "UnresolvedFunction":
         fields["nameParts"] = str(fields["nameParts"]).lower()
@@ -370,6 +375,7 @@ def _random_expressions(plan: Any) -> Iterator[str]:
 
 
 def _random_parts(expression: Any) -> Iterator[str]:
+    """The innermost parts of an expression that make its answer change."""
     random = [child for child in _listed(expression.children()) if not child.deterministic()]
     if not random and expression.getClass().getSimpleName() not in _ORDER_DEPENDENT:
         yield expression.toString()

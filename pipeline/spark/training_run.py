@@ -46,8 +46,8 @@ def train_run(
     """Train every planned group, learn the blend, and commit one ledger row per group.
 
     Waves are committed as they end: boosters, then held-out predictions, then ledger rows. At the
-    end the run's ledger rows are replaced, in one commit, by complete ones. A run that is killed at
-    any moment is finished by the next one that asks for the same of the same data.
+    end one commit replaces the run's ledger rows by complete ones. A run that is killed at any
+    moment is finished by the next one with the same request and data.
 
     Args:
         context: where it trains.
@@ -55,8 +55,8 @@ def train_run(
         run: as planned.
         spec: the fleet.
         features_version: version of the feature table that was planned on.
-        lease: the right to train the fleet. It is asked before each commit, and each commit carries
-            its fence.
+        lease: the right to train the fleet. It is checked before each commit, and each commit
+            carries its fence.
 
     Returns:
         The ledger.
@@ -113,7 +113,9 @@ class _FleetTraining:
         trained: TrainedRows = {}
         with without_adaptive_execution(spark), progress.reported():
             for grain, plan in self._stages():
-                bases = self._parent_predictions(trained, grain) if grain else None
+                bases = None
+                if grain:
+                    bases = self._parent_predictions(trained, grain)
                 trained |= self._train_plan(plan, progress, bases)
             for plan in plan_second_pass(run, self.spec, trained):
                 progress.expect(plan.to_train)
@@ -122,7 +124,7 @@ class _FleetTraining:
         return trained
 
     def _stages(self) -> Iterator[tuple[int, TrainingPlan]]:
-        """The whole plan at once (as grain 0), or by grain where each corrects the one before."""
+        """The whole plan at once (as grain 0), or grain by grain where each corrects the last."""
         if not self.run.settings.model_spec.corrects:
             yield 0, self.run.plan
             return
@@ -134,7 +136,10 @@ class _FleetTraining:
     def _parent_predictions(
         self, trained: Mapping[GroupKey, dict[str, Any]], grain: int
     ) -> DataFrame:
-        """What the finest coarser model, fitted without the row, predicts: row_key and `_base`."""
+        """Each row's prediction by the finest model above the grain: row_key and `_base`.
+
+        The model was fitted without the row.
+        """
         rows = ledger_rows(self.run, self.spec, trained)
         coarser = [row for row in rows if row["status"] in WITH_BOOSTER and row["grain"] < grain]
         held_out = held_out_rows(self.context.spark, self.tables, coarser)
