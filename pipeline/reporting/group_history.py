@@ -3,7 +3,7 @@
 import difflib
 import json
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pandas as pd
@@ -30,86 +30,96 @@ def describe_history(tables: FleetTables, group_id: str) -> str:
     Raises:
         ModelNotFound: if the group is unknown; it names near ones.
     """
-    location, read_pandas = tables.location(LEDGER), tables.tables.read_pandas
-    rows = read_pandas(location, where={"group_id": group_id})
+    location = tables.location(LEDGER)
+    rows = tables.tables.read_pandas(location, where={"group_id": group_id})
     if rows.empty:
-        known = read_pandas(location, columns=["run_id", "grain", "grain_name", "group_id"])
-        raise ModelNotFound(_unknown_group(known, tables.namespace, group_id))
-    runs = _read_runs(tables)
-    # A run that only refitted earlier recipes says nothing of the other groups.
-    if "request" in runs:
-        is_refit = rows["run_id"].isin(set(runs["run_id"]) - set(fleet_runs(runs)["run_id"]))
-        rows = rows[~(is_refit & rows["reason"].eq(NOT_LISTED))]
-    rows = rows.merge(
-        runs.drop_duplicates("run_id", keep="last"), on="run_id", how="left"
-    ).sort_values("started_at", kind="stable")
+        columns = ["run_id", "grain", "grain_name", "group_id"]
+        ledger = tables.tables.read_pandas(location, columns=columns)
+        raise ModelNotFound(_unknown_group(ledger, tables.namespace, group_id))
+    rows = _with_runs(rows, _read_runs(tables))
     past = records(rows)
-    history, newest = [_history_line(row) for row in past], past[-1]
-    run = read_pandas(location, where={"run_id": newest["run_id"]})
-    unfinished = [
-        str(row["run_id"])[:SHOWN_ID]
-        for row in past
-        if "finished_at" in row and row["finished_at"] is None
-    ]
+    newest = past[-1]
+    run = tables.tables.read_pandas(location, where={"run_id": newest["run_id"]})
     parts = [
-        f"fleet {tables.namespace}, group {group_id}, grain {_text(newest, 'grain_name')}",
-        text_table(list(_COLUMNS), history),
-        f"not finished: {', '.join(unfinished)}" if unfinished else "",
+        f"fleet {tables.namespace}, group {group_id}, grain {_field(newest, 'grain_name')}",
+        text_table(list(_COLUMNS), list(map(_history_line, past))),
+        _unfinished_text(rows),
         _newest_text(newest),
         _importance_text(tables, newest),
-        _ancestors_text(newest, records(run)),
+        _ancestors_text(newest, run),
     ]
-    return "\n\n".join(part for part in parts if part)
+    return "\n\n".join(filter(None, parts))
 
 
 def _read_runs(tables: FleetTables) -> pd.DataFrame:
-    """Run, as-of, start and, where the table has it, end.
+    """Run, as-of, start and, where the table has them, end and request.
 
     Tables of earlier releases are read as they are.
     """
     location = tables.location(RUNS)
-    found = tables.tables.read_pandas(location) if tables.tables.exists(location) else no_rows(RUNS)
-    return found[
-        [
-            name
-            for name in ("run_id", "as_of", "started_at", "finished_at", "request")
-            if name in found.columns
-        ]
-    ]
+    runs = no_rows(RUNS)
+    if tables.tables.exists(location):
+        runs = tables.tables.read_pandas(location)
+    return runs.filter(items=["run_id", "as_of", "started_at", "finished_at", "request"])
+
+
+def _with_runs(rows: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+    """One group's ledger rows beside their runs, newest last.
+
+    A run that only refitted earlier recipes says nothing of the other groups: those rows are left
+    out.
+    """
+    if "request" in runs:
+        refits = set(runs["run_id"]) - set(fleet_runs(runs)["run_id"])
+        rows = rows[~(rows["run_id"].isin(refits) & rows["reason"].eq(NOT_LISTED))]
+    latest = runs.drop_duplicates("run_id", keep="last")
+    merged = rows.merge(latest, on="run_id", how="left")
+    return merged.sort_values("started_at", kind="stable")
+
+
+def _unfinished_text(rows: pd.DataFrame) -> str:
+    if "finished_at" not in rows:
+        return ""
+    unfinished = rows.loc[rows["finished_at"].isna(), "run_id"].map(_short)
+    if unfinished.empty:
+        return ""
+    return f"not finished: {', '.join(unfinished)}"
 
 
 Record = Mapping[str, Any]
 
 
-def _text(row: Record, name: str) -> str:
+def _field(row: Record, name: str, form: Callable[[Any], str] = str) -> str:
+    """One value of a row in a form; a dash where it is missing."""
     value = row.get(name)
-    return NONE if value is None else str(value)
+    if value is None:
+        return NONE
+    return form(value)
 
 
-def _short(row: Record, name: str) -> str:
-    return _text(row, name)[:SHOWN_ID]
+def _short(value: object) -> str:
+    return str(value)[:SHOWN_ID]
 
 
-def _count(row: Record, name: str) -> str:
-    value = row.get(name)
-    return NONE if value is None else f"{value:,.0f}"
+def _count(value: float) -> str:
+    return f"{value:,.0f}"
 
 
-def _number(row: Record, name: str) -> str:
-    value = row.get(name)
-    return NONE if value is None else f"{value:.4g}" if abs(value) < 1 else f"{value:,.2f}"
+def _number(value: float) -> str:
+    if abs(value) < 1:
+        return f"{value:.4g}"
+    return f"{value:,.2f}"
 
 
-def _moment(row: Record, name: str) -> str:
-    value = row.get(name)
-    return NONE if value is None else f"{value:%Y-%m-%d %H:%M}".removesuffix(" 00:00")
+def _moment(value: pd.Timestamp) -> str:
+    return f"{value:%Y-%m-%d %H:%M}".removesuffix(" 00:00")
 
 
-_COLUMNS: dict[str, tuple[str, Callable[[Record, str], str]]] = {
+_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "as of": ("as_of", _moment),
     "run": ("run_id", _short),
-    "status": ("status", _text),
-    "reason": ("reason", _text),
+    "status": ("status", str),
+    "reason": ("reason", str),
     "rows": ("n_rows", _count),
     "trials": ("n_trials", _count),
     "weight": ("weight", _number),
@@ -121,19 +131,19 @@ _COLUMNS: dict[str, tuple[str, Callable[[Record, str], str]]] = {
 
 
 def _history_line(row: Record) -> list[str]:
-    return [form(row, name) for name, form in _COLUMNS.values()]
+    return [_field(row, name, form) for name, form in _COLUMNS.values()]
 
 
 def _newest_text(row: Record) -> str:
     """What the newest row says beyond its line."""
-    lines = [f"newest run    {_text(row, 'run_id')}"]
+    lines = [f"newest run    {_field(row, 'run_id')}"]
     if row.get("error_class") is not None or row.get("error_message") is not None:
-        lines.append(f"error         {_text(row, 'error_class')}: {_text(row, 'error_message')}")
+        lines.append(f"error         {_field(row, 'error_class')}: {_field(row, 'error_message')}")
     lines += [
-        f"stopped by    {_text(row, 'stopped_by')}",
-        f"tuned as of   {_moment(row, 'tuned_as_of')}",
-        f"trained by    {_text(row, 'source_run_id')}",
-        f"fingerprint   {_text(row, 'fingerprint')}",
+        f"stopped by    {_field(row, 'stopped_by')}",
+        f"tuned as of   {_field(row, 'tuned_as_of', _moment)}",
+        f"trained by    {_field(row, 'source_run_id')}",
+        f"fingerprint   {_field(row, 'fingerprint')}",
         _json_lines("parameters", row.get("parameters")),
         _json_lines("started from", row.get("started_from")),
         _json_lines("metrics", row.get("metrics")),
@@ -142,101 +152,106 @@ def _newest_text(row: Record) -> str:
 
 
 def _json_lines(title: str, written: object) -> str:
-    """A JSON object as one line per entry; what is none, as it is."""
+    """A JSON object as one line per entry; anything else on the title's line."""
+    entries = _parse(written)
+    if isinstance(entries, dict) and entries:
+        width = max(map(len, entries))
+        lines = [f"  {name:<{width}}  {_entry(value)}" for name, value in entries.items()]
+        return "\n".join([title, *lines])
+    if entries is None:
+        entries = NONE
+    return f"{title:<13} {entries}"
+
+
+def _parse(written: object) -> Any:
+    """What a JSON text says; the text itself if it is not JSON, and None if it is not a text."""
+    if not isinstance(written, str):
+        return None
     try:
-        found = json.loads(written) if isinstance(written, str) else None
+        return json.loads(written)
     except ValueError:
-        found = written
-    if not isinstance(found, dict) or not found:
-        return f"{title:<13} {NONE if found is None else found}"
-    width = max(len(name) for name in found)
-    return "\n".join(
-        [title, *(f"  {name:<{width}}  {_entry(value)}" for name, value in found.items())]
-    )
+        return written
 
 
 def _entry(value: object) -> str:
     """One value; the measures of one way to answer side by side."""
     if not isinstance(value, dict):
         return str(value)
-    return ", ".join(
-        f"{name} {NONE if number is None else format(number, '.6g')}"
-        for name, number in value.items()
-    )
+    measures = [f"{name} {_field(value, name, '{:.6g}'.format)}" for name in value]
+    return ", ".join(measures)
 
 
 def _importance_text(tables: FleetTables, row: Record) -> str:
-    """The features that the newest row's model gains most by; nothing where nobody looked."""
+    """The features that the newest row's model gains most by; empty if nothing was computed."""
     location = tables.location(IMPORTANCE)
     if not tables.tables.exists(location):
         return ""
-    found = tables.tables.read_pandas(
+    importance = tables.tables.read_pandas(
         location, where={"run_id": str(row["run_id"]), "group_id": str(row["group_id"])}
     )
-    top = records(found[found["rank"] <= SHOWN_FEATURES].sort_values("rank"))
+    top = importance[importance["rank"] <= SHOWN_FEATURES].sort_values("rank")
     return text_table(
-        ["top features", "gain %", "splits", "shap"], [_importance_line(one) for one in top]
+        ["top features", "gain %", "splits", "shap"], list(map(_importance_line, records(top)))
     )
 
 
 def _importance_line(row: Record) -> list[str]:
     return [
-        _text(row, "feature"),
+        _field(row, "feature"),
         f"{100 * row['gain_share']:.1f}",
-        _count(row, "n_splits"),
-        _number(row, "shap"),
+        _field(row, "n_splits", _count),
+        _field(row, "shap", _number),
     ]
 
 
-def _ancestors_text(row: Record, run: Sequence[Record]) -> str:
+def _ancestors_text(row: Record, run: pd.DataFrame) -> str:
     """The groups that answer beside the newest row's, finest first."""
-    by_group = {(other["grain"], other["group_id"]): other for other in run}
-    lines, grain, parent = [], row.get("grain"), row.get("parent_id")
+    lines = []
+    grain = row.get("grain")
+    parent = row.get("parent_id")
     while parent is not None and grain is not None and grain > 0:
         grain -= 1
-        found = by_group.get((grain, parent), {})
-        lines.append(
-            [
-                str(parent),
-                *(
-                    _text(found, "status"),
-                    _number(found, "weight"),
-                    _number(found, "rmse"),
-                    _short(found, "booster_id"),
-                ),
-            ]
-        )
-        parent = found.get("parent_id")
+        ancestor = _ledger_row(run, grain, parent)
+        line = [
+            str(parent),
+            _field(ancestor, "status"),
+            _field(ancestor, "weight", _number),
+            _field(ancestor, "rmse", _number),
+            _field(ancestor, "booster_id", _short),
+        ]
+        lines.append(line)
+        parent = ancestor.get("parent_id")
     return text_table(["ancestors", "status", "weight", "rmse", "booster"], lines)
 
 
-def _unknown_group(ledger: pd.DataFrame, namespace: str, wanted: str) -> str:
-    ids = sorted(ledger["group_id"].dropna().unique())
-    grains = []
+def _ledger_row(run: pd.DataFrame, grain: int, group_id: str) -> Record:
+    """One group's row of a run; empty if the run has none."""
+    rows = run[(run["grain"] == grain) & (run["group_id"] == group_id)]
+    return next(iter(records(rows)), {})
+
+
+def _unknown_group(ledger: pd.DataFrame, namespace: str, group_id: str) -> str:
+    by_grain = []
     for (_, name), rows in ledger.groupby(["grain", "grain_name"]):
         groups = sorted(rows["group_id"].unique())
+        plural = "s" * (len(groups) > 1)
         examples = "; ".join(_keys_as_words(group) or "(no key)" for group in groups[:3])
-        grains.append(
-            f"  {name}: {len(groups):,} group{'s' * (len(groups) > 1)}, such as {examples}"
-        )
-    near = close_matches(_keys_as_words(wanted), {_keys_as_words(found): found for found in ids})
-    return f"fleet {namespace!r} has no group {wanted}; {near}there is, by grain:\n" + "\n".join(
-        grains
-    )
+        by_grain.append(f"  {name}: {len(groups):,} group{plural}, such as {examples}")
+    ids = sorted(ledger["group_id"].dropna().unique())
+    suggestion = close_matches(_keys_as_words(group_id), map(_keys_as_words, ids))
+    lines = [f"fleet {namespace!r} has no group {group_id}; {suggestion}available, by grain:"]
+    return "\n".join([*lines, *by_grain])
 
 
 def _keys_as_words(written: str) -> str:
-    """The words that ask for a group."""
+    """A group's keys as they are given on the command line."""
     return shlex.join("null" if key is None else key for key in json.loads(written))
 
 
-def close_matches(word: str, known: Mapping[str, str]) -> str:
-    """A question that names what was meant, for a message; empty where nothing is close.
-
-    Args:
-        word: as it was given.
-        known: what it may have been, by how it is written.
-    """
-    folded = {name.casefold(): name for name in known}
-    found = difflib.get_close_matches(word.casefold(), folded, n=MAX_SUGGESTIONS, cutoff=0.5)
-    return f"did you mean: {'; '.join(folded[name] for name in found)}? " if found else ""
+def close_matches(word: str, names: Iterable[str]) -> str:
+    """A question that suggests names close to a word, for a message; empty if there are none."""
+    by_folded = {name.casefold(): name for name in names}
+    matches = difflib.get_close_matches(word.casefold(), by_folded, n=MAX_SUGGESTIONS, cutoff=0.5)
+    if not matches:
+        return ""
+    return f"did you mean: {'; '.join(map(by_folded.__getitem__, matches))}? "

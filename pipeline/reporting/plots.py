@@ -26,6 +26,8 @@ _STATUS_COLOURS = {
     "failed": ORANGE,
     "crashed": ORANGE,
 }
+_MOVES = {False: "stays", True: "moved"}
+_MOVE_COLOURS = {False: GREY, True: BLUE}
 
 
 def training_plot(ledger: pd.DataFrame, spec: FleetSpec) -> bytes:
@@ -42,50 +44,51 @@ def training_plot(ledger: pd.DataFrame, spec: FleetSpec) -> bytes:
 def decision_plot(decisions: pd.DataFrame, spec: FleetSpec) -> bytes:
     """Two panels: groups by reason, and the tested groups' losses under champion and challenger.
 
-    Args:
-        decisions: rows of `tables.DECISIONS`; those of a rollback have no losses.
-        spec: the fleet.
+    The rows of `tables.DECISIONS` that a rollback writes have no losses.
     """
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     by_reason, losses = figure.subplots(1, 2)
-    counts = decisions.groupby(["moved", "reason"]).size().sort_values()
-    bars = by_reason.barh(
-        [f"{'moved' if moved else 'stays'}: {reason}" for moved, reason in counts.index],
-        counts.to_numpy(),
-        color=[BLUE if moved else GREY for moved, _ in counts.index],
-    )
-    by_reason.bar_label(bars, padding=3)
-    by_reason.margins(x=0.15)
-    by_reason.set_xlabel("groups")
+    _draw_reasons(by_reason, decisions)
     if "p_value" in decisions:
-        tested = decisions[decisions["p_value"].notna()]
-        for moved, colour, title in ((False, GREY, "stays"), (True, BLUE, "moved")):
-            part = tested[tested["moved"] == moved]
-            losses.scatter(
-                part["loss_champion"].to_numpy(dtype=float),
-                part["loss_challenger"].to_numpy(dtype=float),
-                s=14,
-                color=colour,
-                label=title,
-            )
-        if len(tested):
-            both = tested[["loss_champion", "loss_challenger"]].to_numpy(dtype=float)
-            losses.axline((both.min(), both.min()), slope=1, color=ORANGE, linewidth=1)
-            losses.legend()
+        _draw_losses(losses, decisions[decisions["p_value"].notna()])
     losses.set_xlabel("loss of the champion's twin on report rows")
     losses.set_ylabel("loss of the challenger's")
     figure.suptitle(f"{spec.name}: {len(decisions):,} decisions")
     return _png(figure)
 
 
+def _draw_reasons(axes: "mpl.axes.Axes", decisions: pd.DataFrame) -> None:
+    counts = decisions.groupby(["moved", "reason"]).size().sort_values()
+    titles = [f"{_MOVES[moved]}: {reason}" for moved, reason in counts.index]
+    colours = counts.index.get_level_values("moved").map(_MOVE_COLOURS)
+    bars = axes.barh(titles, counts.to_numpy(), color=list(colours))
+    axes.bar_label(bars, padding=3)
+    axes.margins(x=0.15)
+    axes.set_xlabel("groups")
+
+
+def _draw_losses(axes: "mpl.axes.Axes", tested: pd.DataFrame) -> None:
+    for moved, title in _MOVES.items():
+        part = tested[tested["moved"] == moved]
+        axes.scatter(
+            part["loss_champion"].to_numpy(dtype=float),
+            part["loss_challenger"].to_numpy(dtype=float),
+            s=14,
+            color=_MOVE_COLOURS[moved],
+            label=title,
+        )
+    if len(tested):
+        lowest = tested[["loss_champion", "loss_challenger"]].to_numpy(dtype=float).min()
+        axes.axline((lowest, lowest), slope=1, color=ORANGE, linewidth=1)
+        axes.legend()
+
+
 def _draw_statuses(axes: "mpl.axes.Axes", ledger: pd.DataFrame) -> None:
     counts = status_counts(ledger)
-    titles = [
-        f"{grain} {status}" + (f" ({reason})" if reason else "")
-        for grain, status, reason, _ in counts.to_numpy(dtype=object)
-    ]
-    colours = [_STATUS_COLOURS.get(status, GREY) for status in counts["status"]]
-    bars = axes.barh(titles, counts["groups"], color=colours)
+    reasons = " (" + counts["reason"] + ")"
+    titles = counts["grain"] + " " + counts["status"] + reasons.where(counts["reason"] != "", "")
+    colours = counts["status"].map(_STATUS_COLOURS).fillna(GREY)
+    bars = axes.barh(list(titles), counts["groups"], color=list(colours))
     axes.bar_label(bars, padding=3)
     axes.invert_yaxis()
     axes.margins(x=0.15)
@@ -120,16 +123,20 @@ def _draw_error_by_rows(axes: "mpl.axes.Axes", ledger: pd.DataFrame) -> None:
 def _draw_rivals(axes: "mpl.axes.Axes", ledger: pd.DataFrame, spec: FleetSpec) -> None:
     errors = fleet_errors(ledger, spec)
     name = next(iter(shown_measures(errors[0])))
-    found = {
-        error.name: value for error in errors if (value := shown_measures(error)[name]) is not None
-    }
-    bars = axes.barh(list(found), list(found.values()), color=[BLUE, *[GREY] * (len(found) - 1)])
+    values = {}
+    for error in errors:
+        value = shown_measures(error)[name]
+        if value is not None:
+            values[error.name] = value
+    colours = [BLUE] + [GREY] * (len(values) - 1)
+    bars = axes.barh(list(values), list(values.values()), color=colours)
     axes.bar_label(bars, padding=3, fmt="%.4g")
     axes.invert_yaxis()
     axes.margins(x=0.2)
-    axes.set_xlabel(
-        f"{TITLES[name]} on report rows" + ("" if spec.is_class_task else ", target units")
-    )
+    label = f"{TITLES[name]} on report rows"
+    if not spec.is_class_task:
+        label += ", target units"
+    axes.set_xlabel(label)
 
 
 def plan_plot(ledger: pd.DataFrame) -> bytes:
@@ -160,22 +167,21 @@ def prediction_plot(
         predictions: answers, or a sample of them: in the target's units, probabilities of the
             positive class, or classes.
         answered_by: rows per grain that answered.
-        spec: the fleet.
+        spec: the fleet, whose task decides how the answers are drawn.
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
     values, who = figure.subplots(1, 2)
     if spec.task == MULTICLASS:
         counts = pd.Series(list(predictions), dtype=object).value_counts().head(MOST_CLASSES)
-        values.bar([str(name) for name in counts.index], counts.to_numpy(), color=BLUE)
+        values.bar(list(map(str, counts.index)), counts.to_numpy(), color=BLUE)
         values.tick_params(axis="x", rotation=45)
     else:
-        values.hist(
-            [float(value) for value in predictions if np.isfinite(float(value))],
-            bins=40,
-            color=BLUE,
-        )
-    what = f"probability of {spec.target.column}" if spec.task == BINARY else spec.target.column
-    values.set_xlabel(f"predicted {what}")
+        numbers = np.array(predictions, dtype=float)
+        values.hist(numbers[np.isfinite(numbers)], bins=40, color=BLUE)
+    answer = spec.target.column
+    if spec.task == BINARY:
+        answer = f"probability of {answer}"
+    values.set_xlabel(f"predicted {answer}")
     values.set_ylabel("rows")
     who.bar_label(who.barh(list(answered_by), list(answered_by.values()), color=BLUE), padding=3)
     who.margins(x=0.15)
@@ -186,9 +192,7 @@ def prediction_plot(
 def importance_plot(top: pd.DataFrame, spec: FleetSpec) -> bytes:
     """Features by their mean share of the gain, and by the number of groups they lead.
 
-    Args:
-        top: as from `summary.top_features`.
-        spec: the fleet.
+    Their rows are those of `summary.top_features`.
     """
     figure = Figure(figsize=(10, 1.4 + 0.28 * len(top)), layout="constrained")
     shares, firsts = figure.subplots(1, 2, sharey=True)

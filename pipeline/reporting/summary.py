@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,8 @@ class ClassError:
     n_groups: int
 
 
+NUMBER_MEASURES = ("rmse", "mape")
+CLASS_MEASURES = ("log_loss", "accuracy")
 TITLES = {"rmse": "RMSE", "mape": "MAPE %", "log_loss": "log loss", "accuracy": "accuracy"}
 
 
@@ -74,123 +76,154 @@ def shown_measures(error: Error | ClassError) -> dict[str, float | None]:
 
 def with_measures(ledger: pd.DataFrame) -> tuple[pd.DataFrame, tuple[str, str]]:
     """The ledger with the fleet's two measures as columns, and their names."""
-    fleet = (
-        [_json(text).get("fleet", {}) for text in ledger["metrics"]] if "metrics" in ledger else []
-    )
-    if not any("log_loss" in found for found in fleet):
-        return ledger, ("rmse", "mape")
-    columns = {
-        name: pd.array([found.get(name) for found in fleet], dtype="Float64").to_numpy(
-            float, na_value=np.nan
-        )
-        for name in ("log_loss", "accuracy")
-    }
-    return ledger.assign(**columns), ("log_loss", "accuracy")
+    if "metrics" not in ledger:
+        return ledger, NUMBER_MEASURES
+    measures = pd.DataFrame([_json(text).get("fleet", {}) for text in ledger["metrics"]])
+    if "log_loss" not in measures:
+        return ledger, NUMBER_MEASURES
+    names = list(CLASS_MEASURES)
+    measured = ledger.copy()
+    measured[names] = measures.reindex(columns=names).astype(float).to_numpy()
+    return measured, CLASS_MEASURES
 
 
 def fleet_errors(ledger: pd.DataFrame, spec: FleetSpec) -> Sequence[Error | ClassError]:
-    """The fleet beside the pooled model and every baseline.
-
-    Args:
-        ledger: one run's rows.
-        spec: the fleet.
-    """
+    """The fleet beside the pooled model and every baseline, from one run's ledger rows."""
     pooled = ledger[ledger["grain"] == 0].iloc[0]
-    finest = ledger[
-        (ledger["grain"] == len(spec.grains) - 1) & (ledger["report_rows"].fillna(0) > 0)
-    ]
-    n_rows = 0 if pd.isna(pooled["report_rows"]) else int(pooled["report_rows"])
-    return (
-        _class_errors(pooled, finest, n_rows, spec)
-        if spec.is_class_task
-        else _number_errors(pooled, finest, n_rows, spec)
-    )
+    is_finest = ledger["grain"] == len(spec.grains) - 1
+    finest = ledger[is_finest & (ledger["report_rows"].fillna(0) > 0)]
+    n_rows = 0
+    if pd.notna(pooled["report_rows"]):
+        n_rows = int(pooled["report_rows"])
+    if spec.is_class_task:
+        return _class_errors(pooled, finest, n_rows, spec)
+    return _number_errors(pooled, finest, n_rows, spec)
 
 
 def _number_errors(
     pooled: "pd.Series[Any]", finest: pd.DataFrame, n_rows: int, spec: FleetSpec
 ) -> list[Error]:
-    won = int((finest["mape"] < finest["pooled_mape"]).sum())
-    errors = [
-        Error("fleet", _value(pooled["rmse"]), _mean(finest["mape"]), n_rows, None, len(finest)),
-        Error(
-            "pooled model",
-            _value(pooled["pooled_rmse"]),
-            _mean(finest["pooled_mape"]),
-            n_rows,
-            won,
-            len(finest),
-        ),
-    ]
+    n_groups = len(finest)
+    fleet = Error(
+        name="fleet",
+        rmse=_value(pooled["rmse"]),
+        mape=_mean(finest["mape"]),
+        n_rows=n_rows,
+        groups_won=None,
+        n_groups=n_groups,
+    )
+    pooled_model = Error(
+        name="pooled model",
+        rmse=_value(pooled["pooled_rmse"]),
+        mape=_mean(finest["pooled_mape"]),
+        n_rows=n_rows,
+        groups_won=int((finest["mape"] < finest["pooled_mape"]).sum()),
+        n_groups=n_groups,
+    )
+    errors = [fleet, pooled_model]
     overall = _json(pooled["baselines"])
-    per_group = [_json(text) for text in finest["baselines"]]
+    by_group = list(map(_json, finest["baselines"]))
     for name in spec.all_baselines:
-        pairs = [
-            (group[name]["fleet_mape"], group[name]["mape"])
-            for group in per_group
-            if name in group and group[name]["mape"] is not None
-        ]
-        errors.append(
-            Error(
-                name,
-                overall.get(name, {}).get("rmse"),
-                _mean(pd.Series([theirs for _, theirs in pairs], dtype=float)),
-                overall.get(name, {}).get("n") or 0,
-                sum(ours < theirs for ours, theirs in pairs),
-                len(pairs),
-            )
-        )
+        errors.append(_baseline_error(name, overall.get(name, {}), by_group))
     return errors
+
+
+def _baseline_error(
+    name: str, overall: Mapping[str, Any], by_group: Sequence[Mapping[str, Any]]
+) -> Error:
+    """A baseline's errors, beside the fleet's in the groups where the baseline has a MAPE.
+
+    Args:
+        name: of the baseline.
+        overall: its measures over all groups.
+        by_group: measures by baseline, one mapping per finest group.
+    """
+    pairs = []
+    for baselines in by_group:
+        measures = baselines.get(name, {})
+        if measures.get("mape") is not None:
+            pairs.append((measures["fleet_mape"], measures["mape"]))
+    compared = pd.DataFrame(pairs, columns=["fleet", "baseline"], dtype=float)
+    return Error(
+        name=name,
+        rmse=overall.get("rmse"),
+        mape=_mean(compared["baseline"]),
+        n_rows=overall.get("n") or 0,
+        groups_won=int((compared["fleet"] < compared["baseline"]).sum()),
+        n_groups=len(compared),
+    )
 
 
 def _class_errors(
     pooled: "pd.Series[Any]", finest: pd.DataFrame, n_rows: int, spec: FleetSpec
 ) -> list[ClassError]:
-    metrics, baselines = _json(pooled["metrics"]), _json(pooled["baselines"])
-    groups = [
-        (_json(of_ways), _json(of_baselines))
-        for of_ways, of_baselines in zip(finest["metrics"], finest["baselines"], strict=True)
-    ]
+    overall = _json(pooled["metrics"])
+    baselines = _json(pooled["baselines"])
+    metrics_by_group = list(map(_json, finest["metrics"]))
+    baselines_by_group = list(map(_json, finest["baselines"]))
+    ways = {"fleet": "fleet", "pooled model": "pooled", "constant": "constant"}
+    ways |= dict(zip(spec.baselines, spec.baselines, strict=True))
     errors = []
-    for name, way in {
-        "fleet": "fleet",
-        "pooled model": "pooled",
-        "constant": "constant",
-        **{title: title for title in spec.baselines},
-    }.items():
-        found = metrics.get(way, {})
-        # A baseline may answer fewer rows: the fleet is then judged on those.
-        pairs = [
-            (
-                of_baselines[way]["fleet_log_loss"]
-                if way in of_baselines
-                else of_ways["fleet"]["log_loss"],
-                of_ways[way]["log_loss"],
-            )
-            for of_ways, of_baselines in groups
-            if of_ways.get(way, {}).get("log_loss") is not None
-        ]
-        answered = (baselines.get(way, {}).get("n") or 0) if way in spec.baselines else n_rows
-        won = None if way == "fleet" else sum(ours < theirs for ours, theirs in pairs)
-        errors.append(
-            ClassError(
-                name, found.get("log_loss"), found.get("accuracy"), answered, won, len(pairs)
-            )
+    for name, way in ways.items():
+        losses = _class_losses(way, metrics_by_group, baselines_by_group)
+        groups_won = None
+        if way != "fleet":
+            groups_won = int((losses["fleet"] < losses["way"]).sum())
+        n_answered = n_rows
+        if way in spec.baselines:
+            n_answered = baselines.get(way, {}).get("n") or 0
+        measures = overall.get(way, {})
+        error = ClassError(
+            name=name,
+            log_loss=measures.get("log_loss"),
+            accuracy=measures.get("accuracy"),
+            n_rows=n_answered,
+            groups_won=groups_won,
+            n_groups=len(losses),
         )
+        errors.append(error)
     return errors
 
 
+def _class_losses(
+    way: str,
+    metrics_by_group: Sequence[Mapping[str, Any]],
+    baselines_by_group: Sequence[Mapping[str, Any]],
+) -> pd.DataFrame:
+    """Log losses of the fleet and of another way to answer, for each group that has both.
+
+    A baseline may answer fewer rows: the fleet is then judged on those.
+    """
+    pairs = []
+    for metrics, baselines in zip(metrics_by_group, baselines_by_group, strict=True):
+        loss = metrics.get(way, {}).get("log_loss")
+        if loss is None:
+            continue
+        if way in baselines:
+            fleet_loss = baselines[way]["fleet_log_loss"]
+        else:
+            fleet_loss = metrics["fleet"]["log_loss"]
+        pairs.append((fleet_loss, loss))
+    return pd.DataFrame(pairs, columns=["fleet", "way"], dtype=float)
+
+
 def _json(text: object) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(text) if isinstance(text, str) else {}
-    return found
+    if not isinstance(text, str):
+        return {}
+    parsed: dict[str, Any] = json.loads(text)
+    return parsed
 
 
 def _mean(values: "pd.Series[Any]") -> float | None:
-    return _value(values.mean()) if len(values) else None
+    if values.empty:
+        return None
+    return _value(values.mean())
 
 
 def _value(value: Any) -> float | None:
-    return None if value is None or not np.isfinite(value) else float(value)
+    if value is None or not np.isfinite(value):
+        return None
+    return float(value)
 
 
 def status_counts(ledger: pd.DataFrame) -> pd.DataFrame:
@@ -233,10 +266,10 @@ def worthwhile_groups(ledger: pd.DataFrame, n: int = WORST) -> pd.DataFrame:
     ordered = below.assign(error_saved_percent=gain, _saved=saved).sort_values(
         ["_saved", "group_id"], ascending=[False, True]
     )
-    found: pd.DataFrame = ordered.head(n)[
+    worthwhile: pd.DataFrame = ordered.head(n)[
         ["grain_name", "group_id", "weight", "error_saved_percent", "n_rows", "seconds"]
     ]
-    return found
+    return worthwhile
 
 
 def slowest_groups(ledger: pd.DataFrame, n: int = WORST) -> pd.DataFrame:
@@ -254,7 +287,7 @@ def top_features(importance: pd.DataFrame, n: int = 20) -> pd.DataFrame:
 
     Args:
         importance: one run's rows of `tables.IMPORTANCE`: grain, feature, gain_share, rank.
-        n: features wanted.
+        n: features returned at most.
 
     Returns:
         Columns feature, mean_share_percent, first_in (groups in which no feature gains more),
@@ -263,26 +296,22 @@ def top_features(importance: pd.DataFrame, n: int = 20) -> pd.DataFrame:
     """
     finest = importance[importance["grain"] == importance["grain"].max()]
     by_feature = finest.groupby("feature", observed=True)
-    pooled = (
-        importance[importance["grain"] == 0]
-        .astype({"feature": object})
-        .set_index("feature")["gain_share"]
-    )
-    found = pd.DataFrame(
+    is_first = finest["rank"] == 1
+    pooled = importance[importance["grain"] == 0].astype({"feature": object})
+    features = pd.DataFrame(
         {
             "mean_share_percent": 100 * by_feature["gain_share"].mean(),
-            "first_in": (finest["rank"] == 1)
-            .groupby(finest["feature"], observed=True)
-            .sum()
-            .astype("int64"),
+            "first_in": is_first.groupby(finest["feature"], observed=True).sum().astype("int64"),
             "groups": by_feature.size(),
         }
     )
-    found = found.rename_axis("feature").reset_index().astype({"feature": object})
-    found["pooled_share_percent"] = 100 * found["feature"].map(pooled)
-    shares = ["mean_share_percent", "pooled_share_percent"]
-    top: pd.DataFrame = found.sort_values(
-        [*shares, "feature"], ascending=[False, False, True], ignore_index=True
+    features = features.rename_axis("feature").reset_index().astype({"feature": object})
+    pooled_shares = pooled.set_index("feature")["gain_share"]
+    features["pooled_share_percent"] = 100 * features["feature"].map(pooled_shares)
+    top: pd.DataFrame = features.sort_values(
+        ["mean_share_percent", "pooled_share_percent", "feature"],
+        ascending=[False, False, True],
+        ignore_index=True,
     ).head(n)
     return top
 
@@ -297,108 +326,112 @@ def summarise(
 
     Args:
         ledger: one run's rows.
-        spec: the fleet.
-        facts: further lines: title and text.
-        beside: ledgers of other runs whose errors stand beside, by title.
+        spec: the fleet, whose task decides which measures are listed.
+        facts: further lines, text by title.
+        beside: ledgers of other runs by title; their errors follow those of this run.
     """
-    names = list(shown_measures(fleet_errors(ledger, spec)[0]))
-    titles = [TITLES[name] for name in names]
-    others = [errors_table(rows, spec, title) for title, rows in (beside or {}).items()]
+    counts = status_counts(ledger).astype(str).to_numpy().tolist()
     parts = [
         f"fleet {spec.name}: {len(ledger):,} groups",
-        text_table(
-            ["grain", "status", "reason", "groups"],
-            status_counts(ledger).astype(str).to_numpy().tolist(),
-        ),
+        text_table(["grain", "status", "reason", "groups"], counts),
         errors_table(ledger, spec, "on report rows"),
-        *others,
-        text_table(
-            ["worst groups", "status", "rows", "weight", *titles],
-            _rows(worst_groups(ledger), ["group_id", "status", "n_rows", "weight", *names]),
-        ),
-        text_table(
-            ["slowest groups", "rows", "trials", "rounds", "seconds"],
-            _rows(
-                slowest_groups(ledger), ["group_id", "n_rows", "n_trials", "n_rounds", "seconds"]
-            ),
-        ),
+    ]
+    for title, rows in (beside or {}).items():
+        parts.append(errors_table(rows, spec, title))
+    worst = _rows(
+        worst_groups(ledger), ["group_id", "status", "n_rows", "weight", *_measures(spec)]
+    )
+    slowest = _rows(
+        slowest_groups(ledger), ["group_id", "n_rows", "n_trials", "n_rounds", "seconds"]
+    )
+    parts += [
+        text_table(["worst groups", "status", "rows", "weight", *_measure_titles(spec)], worst),
+        text_table(["slowest groups", "rows", "trials", "rounds", "seconds"], slowest),
         "\n".join(f"{title:<12} {text}" for title, text in facts.items()),
     ]
-    return "\n\n".join(part for part in parts if part)
+    return "\n\n".join(filter(None, parts))
 
 
 def errors_table(ledger: pd.DataFrame, spec: FleetSpec, title: str) -> str:
     """The errors of a run and its rivals on report rows, as text.
 
-    Args:
-        ledger: the run's rows.
-        spec: the fleet.
-        title: heads the first column.
+    The title heads the first column.
     """
-    errors = fleet_errors(ledger, spec)
-    measures = [TITLES[name] for name in shown_measures(errors[0])]
     lines = []
-    for error in errors:
-        won = "" if error.groups_won is None else f"{error.groups_won} of {error.n_groups} groups"
-        shown = [_measure(value, spec) for value in shown_measures(error).values()]
-        lines.append([error.name, *shown, f"{error.n_rows:,}", won])
-    return text_table([title, *measures, "rows", "fleet better in"], lines)
+    for error in fleet_errors(ledger, spec):
+        won = ""
+        if error.groups_won is not None:
+            won = f"{error.groups_won} of {error.n_groups} groups"
+        measures = [_measure(value, spec) for value in shown_measures(error).values()]
+        lines.append([error.name, *measures, f"{error.n_rows:,}", won])
+    return text_table([title, *_measure_titles(spec), "rows", "fleet better in"], lines)
+
+
+def _measures(spec: FleetSpec) -> tuple[str, str]:
+    """Names of the two measures, as in `shown_measures`."""
+    if spec.is_class_task:
+        return CLASS_MEASURES
+    return NUMBER_MEASURES
+
+
+def _measure_titles(spec: FleetSpec) -> list[str]:
+    return [TITLES[name] for name in _measures(spec)]
 
 
 def _rows(frame: pd.DataFrame, columns: Sequence[str]) -> list[list[str]]:
-    return [
-        [_number(value) if isinstance(value, float) else str(value) for value in row]
-        for row in frame.reindex(columns=list(columns)).to_numpy(dtype=object)
-    ]
+    rows = frame.reindex(columns=list(columns)).to_numpy(dtype=object)
+    return [list(map(_text, row)) for row in rows]
+
+
+def _text(value: object) -> str:
+    if isinstance(value, float):
+        return _number(value)
+    return str(value)
 
 
 def _measure(value: float | None, spec: FleetSpec) -> str:
     """Log losses and accuracies differ in the third digit."""
-    return (
-        f"{value:.4f}"
-        if spec.is_class_task and value is not None and np.isfinite(value)
-        else _number(value)
-    )
+    if spec.is_class_task and value is not None and np.isfinite(value):
+        return f"{value:.4f}"
+    return _number(value)
 
 
 def _number(value: float | None) -> str:
     if value is None or not np.isfinite(value):
         return "-"
-    if float(value).is_integer() and abs(value) >= 1:
+    is_whole = float(value).is_integer() and abs(value) >= 1
+    if is_whole or abs(value) >= WITHOUT_DECIMALS:
         return f"{value:,.0f}"
-    return f"{value:,.0f}" if abs(value) >= WITHOUT_DECIMALS else f"{value:.2f}"
+    return f"{value:.2f}"
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned with spaces: the first to the left, numbers to the right."""
+    """Columns aligned with spaces: text to the left, numbers to the right."""
     if not rows:
         return ""
-    widths = [
-        max(len(str(line[column])) for line in [header, *rows]) for column in range(len(header))
-    ]
-    right = [all(_is_number(str(row[column])) for row in rows) for column in range(len(header))]
-    return "\n".join(
-        "  ".join(
-            str(cell).rjust(width) if to_right else str(cell).ljust(width)
-            for cell, width, to_right in zip(line, widths, right, strict=True)
-        ).rstrip()
-        for line in [header, *rows]
-    )
+    columns = map(_aligned, zip(header, *rows, strict=True))
+    lines = map("  ".join, zip(*columns, strict=True))
+    return "\n".join(map(str.rstrip, lines))
+
+
+def _aligned(column: Sequence[str]) -> list[str]:
+    """A title and the cells below it, all of one width."""
+    texts = list(map(str, column))
+    width = max(map(len, texts))
+    if all(map(_is_number, texts[1:])):
+        return [text.rjust(width) for text in texts]
+    return [text.ljust(width) for text in texts]
 
 
 def markdown_table(frame: pd.DataFrame) -> str:
     """A data frame as Markdown; cells cannot break out of the table or become markup."""
-    head = (
-        "| "
-        + " | ".join(_cell(name) for name in frame.columns)
-        + " |\n|"
-        + " --- |" * len(frame.columns)
-    )
-    body = (
-        "| " + " | ".join(_cell(value) for value in row) + " |"
-        for row in frame.to_numpy(dtype=object)
-    )
-    return "\n".join([head, *body])
+    rule = "|" + " --- |" * len(frame.columns)
+    rows = map(_markdown_row, frame.to_numpy(dtype=object))
+    return "\n".join([_markdown_row(frame.columns), rule, *rows])
+
+
+def _markdown_row(values: Iterable[object]) -> str:
+    return f"| {' | '.join(map(_cell, values))} |"
 
 
 _ENTITIES = {ord(character): f"&#{ord(character)};" for character in "|`[]*~\\"} | {
@@ -413,8 +446,8 @@ _EMPHASIS = re.compile(r"(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])")
 def _cell(value: object) -> str:
     if value is None or (isinstance(value, float) and np.isnan(value)):
         return ""
-    text = _number(value) if isinstance(value, float) else str(value)
-    return _EMPHASIS.sub("&#95;", " ".join(text.splitlines()).translate(_ENTITIES))
+    text = " ".join(_text(value).splitlines())
+    return _EMPHASIS.sub("&#95;", text.translate(_ENTITIES))
 
 
 def _is_number(text: str) -> bool:
