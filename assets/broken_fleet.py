@@ -42,25 +42,22 @@ class BrokenFleet:
 
 def broken_fleets(definitions: dg.Definitions) -> dict[str, str]:
     """What is wrong with each broken fleet of a code location, by name."""
-    specs = (
-        spec
-        for asset in definitions.assets or ()
-        if isinstance(asset, dg.AssetsDefinition)
-        for spec in asset.specs
-    )
-    return {
-        str(spec.group_name): str(spec.metadata[MISTAKE])
-        for spec in specs
-        if MISTAKE in spec.metadata
-    }
+    messages = {}
+    for asset in definitions.assets or ():
+        if not isinstance(asset, dg.AssetsDefinition):
+            continue
+        for spec in asset.specs:
+            if MISTAKE in spec.metadata:
+                messages[str(spec.group_name)] = str(spec.metadata[MISTAKE])
+    return messages
 
 
 def fleet_name(folder: Path, attributes: Any) -> str:
-    """The name of a fleet: its own where that can serve and is not taken, else the folder's."""
-    name = attributes.get("name") if isinstance(attributes, dict) else None
-    text = name if isinstance(name, str) else ""
-    if re.fullmatch(r"[A-Za-z]\w*", text, re.ASCII) and name_taken_by(folder, text) is None:
-        return text
+    """The name of a fleet: its own if that is valid and not taken, else the folder's."""
+    match attributes:
+        case {"name": str(name)} if re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII):
+            if name_taken_by(folder, name) is None:
+                return name
     return re.sub(r"\W", "_", folder.name, flags=re.ASCII)
 
 
@@ -69,13 +66,18 @@ def name_taken_by(folder: Path, name: str) -> str | None:
 
     Of several fleets with one name, the folder of that name has it, else the first.
     """
-    holders = [
-        path.parent.name
-        for path in sorted(folder.parent.glob("*/defs.yaml"))
-        if declared_name(path) == name
-    ]
-    owner = name if name in holders else holders[0] if holders else folder.name
-    return None if owner == folder.name else owner
+    holders = []
+    for path in sorted(folder.parent.glob("*/defs.yaml")):
+        if declared_name(path) == name:
+            holders.append(path.parent.name)
+    if not holders:
+        return None
+    owner = holders[0]
+    if name in holders:
+        owner = name
+    if owner == folder.name:
+        return None
+    return owner
 
 
 def declared_name(file: Path) -> str | None:
@@ -88,6 +90,8 @@ def declared_name(file: Path) -> str | None:
 
 
 def shown_path(folder: Path) -> str:
-    """A folder as a person finds it: from the working directory where it is below that."""
+    """A folder's path for people: relative to the working directory if it is below that."""
     here = Path.cwd()
-    return str(folder.relative_to(here)) if folder.is_relative_to(here) else str(folder)
+    if folder.is_relative_to(here):
+        folder = folder.relative_to(here)
+    return str(folder)

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,11 @@ class _Message(logging.Formatter):
         self._logs = logs
 
     def format(self, record: logging.LogRecord) -> str:
-        meta = getattr(record, "dagster_meta", None) or {}
-        text = meta.get("orig_message") or record.getMessage()
-        step = (meta.get("step_key") or "").rsplit("__", 1)[-1]
-        lead = f"{self.formatTime(record, '%H:%M:%S')} {step:<12} "
-        level = "" if record.levelno < logging.WARNING else f"{record.levelname}: "
-        return lead + level + str(text) + _cause(_event(record), self._logs)
+        step = (_dagster_meta(record).get("step_key") or "").rsplit("__", 1)[-1]
+        line = f"{self.formatTime(record, '%H:%M:%S')} {step:<12} "
+        if record.levelno >= logging.WARNING:
+            line += f"{record.levelname}: "
+        return line + _message(record) + _cause(_event(record), self._logs)
 
 
 def console_logger(logs: Path) -> dg.LoggerDefinition:
@@ -49,9 +49,16 @@ def console_logger(logs: Path) -> dg.LoggerDefinition:
     return console
 
 
+def _dagster_meta(record: logging.LogRecord) -> Mapping[str, Any]:
+    return getattr(record, "dagster_meta", None) or {}
+
+
+def _message(record: logging.LogRecord) -> str:
+    return str(_dagster_meta(record).get("orig_message") or record.getMessage())
+
+
 def _event(record: logging.LogRecord) -> dg.DagsterEvent | None:
-    meta = getattr(record, "dagster_meta", None) or {}
-    event: dg.DagsterEvent | None = meta.get("dagster_event")
+    event: dg.DagsterEvent | None = _dagster_meta(record).get("dagster_event")
     return event
 
 
@@ -65,14 +72,13 @@ _OF_LATER_STEPS = (
 
 
 def is_for_people(record: logging.LogRecord) -> bool:
-    """Whether a person wants to see it: what we say, and where something went wrong."""
+    """Whether a person wants to see it: our own messages, and where something went wrong."""
     event = _event(record)
-    meta = getattr(record, "dagster_meta", None) or {}
-    text = str(meta.get("orig_message") or record.getMessage())
     if event is None:
-        return not any(part in text for part in _OF_LATER_STEPS)
+        message = _message(record)
+        return not any(part in message for part in _OF_LATER_STEPS)
     if event.is_step_failure:
-        # Who ended it knows; the step says itself what is kept.
+        # Whoever interrupted a step knows; the step itself says what is kept.
         return event.step_failure_data.error_source != ErrorSource.INTERRUPT
     if event.event_type == dg.DagsterEventType.RUN_FAILURE:
         # A step that failed has said why; a run may also fail before its first step.
@@ -85,21 +91,29 @@ def is_for_people(record: logging.LogRecord) -> bool:
 
 
 def _cause(event: dg.DagsterEvent | None, logs: Path) -> str:
-    """What a failed step, or a run that failed before its steps, says of itself."""
+    """Why a step failed, or a run before its first step, and where the trace is."""
     if event is None:
         return ""
+    message = None
     if event.is_step_failure:
-        failure = event.step_failure_data
-        message = failure.user_failure_data.description if failure.user_failure_data else None
-        error = failure.error
+        error = event.step_failure_data.error
+        user_failure = event.step_failure_data.user_failure_data
+        if user_failure is not None:
+            message = user_failure.description
     elif event.event_type == dg.DagsterEventType.RUN_FAILURE:
-        message, error = None, event.job_failure_data.error
+        error = event.job_failure_data.error
     else:
         return ""
+    if error is None:
+        return _lines_below(message or "no reason was given")
     if message is None:
-        message = _root_message(error) if error else "no reason was given"
-    trace = keep_trace(logs, error.to_string()) if error else ""
-    return "\n".join(["", message, *([trace] if trace else [])])
+        message = _root_message(error)
+    return _lines_below(message, keep_trace(logs, error.to_string()))
+
+
+def _lines_below(*lines: str) -> str:
+    """Lines to follow a line; empty ones are left out."""
+    return "".join(f"\n{line}" for line in lines if line)
 
 
 def _root_message(error: Any) -> str:

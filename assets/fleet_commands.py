@@ -19,26 +19,28 @@ NEXT_STEP = "Correct the file, then: many-models check"
 
 
 def check_fleets(project: Path, fleet: str | None) -> str:
-    """Look at what can be found without data.
+    """Check what can be checked without data.
 
     Args:
         project: folder of the project.
-        fleet: name or folder of one fleet; None looks at all.
+        fleet: name or folder of one fleet; None checks all.
 
     Returns:
-        What was looked at, for people.
+        Which fleets were checked, for people.
 
     Raises:
         SpecError: naming each broken fleet and its mistakes.
         ModelNotFound: if the fleet is unknown.
     """
     names = fleet_names(project)
-    chosen = [known_fleet(names, fleet)] if fleet else [*names.values()]
+    checked = list(names.values())
+    if fleet:
+        checked = [known_fleet(names, fleet)]
     broken = broken_fleets(load_fleets(project))
-    messages = [broken[name] for name in (chosen if fleet else broken) if name in broken]
+    messages = [message for name, message in broken.items() if not fleet or name in checked]
     if messages:
         raise SpecError("\n".join([*messages, NEXT_STEP]))
-    return f"well described: {', '.join(chosen)}"
+    return f"well described: {', '.join(checked)}"
 
 
 def launch_fleet(project: Path, fleet: str, *, dry_run: bool = False) -> int:
@@ -47,7 +49,7 @@ def launch_fleet(project: Path, fleet: str, *, dry_run: bool = False) -> int:
     Args:
         project: folder of the project.
         fleet: its name or folder.
-        dry_run: whether only the plan is wanted, for which no asset after `models` is needed.
+        dry_run: launch no asset after `models`, which then only prints its plan.
 
     Returns:
         The launch's exit status.
@@ -59,14 +61,16 @@ def launch_fleet(project: Path, fleet: str, *, dry_run: bool = False) -> int:
     name = known_fleet(fleet_names(project), fleet)
     check_fleets(project, name)
     launcher = str(Path(sys.executable).with_name("dg"))
-    selection = f'+key:"{name}/models"' if dry_run else f'group:"{name}"'
+    selection = f'group:"{name}"'
+    if dry_run:
+        selection = f'+key:"{name}/models"'
     return run_apart(
         [launcher, "launch", "--assets", selection, "--config-json", json.dumps(CONSOLE)]
     )
 
 
 def run_apart(command: Sequence[str]) -> int:
-    """Run a command that alone hears of Ctrl-C, not every process that it starts.
+    """Run a command so that Ctrl-C reaches it alone, and not every process that it starts.
 
     A terminal sends Ctrl-C to all of them: Spark's JVM and the processes that bring a step's lines
     to the terminal would be gone before the launch can say what is kept.
@@ -79,7 +83,9 @@ def run_apart(command: Sequence[str]) -> int:
     for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ending, pass_on)
     status = child.wait()
-    return status if status >= 0 else 128 - status
+    if status < 0:  # ended by a signal; as a shell reports it
+        return 128 - status
+    return status
 
 
 def fleet_names(project: Path) -> Mapping[str, str]:
@@ -100,10 +106,9 @@ def known_fleet(names: Mapping[str, str], fleet: str) -> str:
         return fleet
     if fleet in names:
         return names[fleet]
-    known = sorted(names.values())
-    near = difflib.get_close_matches(fleet, known, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ModelNotFound(
-        f"unknown fleet {fleet!r}: pipeline/defs/{fleet}/defs.yaml does not exist; "
-        f"{hint}Available: {', '.join(known) or 'none'}"
-    )
+    available = sorted(names.values())
+    message = f"unknown fleet {fleet!r}: pipeline/defs/{fleet}/defs.yaml does not exist; "
+    nearest = difflib.get_close_matches(fleet, available, n=1)
+    if nearest:
+        message += f"did you mean {nearest[0]!r}? "
+    raise ModelNotFound(f"{message}Available: {', '.join(available) or 'none'}")

@@ -36,9 +36,13 @@ def load_fleets(project: Path) -> dg.Definitions:
         parts = list(_load_one_by_one(project))
         if not any(isinstance(part, BrokenFleet) for part in parts):
             raise
-    return dg.Definitions.merge(
-        *(part.build_defs() if isinstance(part, BrokenFleet) else part for part in parts)
-    )
+    return dg.Definitions.merge(*map(_definitions_of, parts))
+
+
+def _definitions_of(part: dg.Definitions | BrokenFleet) -> dg.Definitions:
+    if isinstance(part, BrokenFleet):
+        return part.build_defs()
+    return part
 
 
 def _load_one_by_one(project: Path) -> Iterator[dg.Definitions | BrokenFleet]:
@@ -51,41 +55,43 @@ def _load_one_by_one(project: Path) -> Iterator[dg.Definitions | BrokenFleet]:
             # As dg.load_from_defs_folder does: they are about Dagster's own code.
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                found = tree.build_defs()
+                definitions = tree.build_defs()
         except Exception as error:  # noqa: BLE001 - shown in the fleet's place
             name = fleet_name(folder, {"name": declared_name(folder / "defs.yaml")})
             yield BrokenFleet(name, _explained(error, folder))
         else:
             # Definitions with a component tree of their own cannot be merged.
             yield dg.Definitions(
-                assets=found.assets,
-                asset_checks=found.asset_checks,
-                jobs=found.jobs,
-                schedules=found.schedules,
-                sensors=found.sensors,
+                assets=definitions.assets,
+                asset_checks=definitions.asset_checks,
+                jobs=definitions.jobs,
+                schedules=definitions.schedules,
+                sensors=definitions.sensors,
             )
 
 
 def _explained(error: BaseException, folder: Path) -> str:
     """What is wrong with a file that Dagster could not read."""
-    file = f"{shown_path(folder)}/defs.yaml"
+    place = f"{shown_path(folder)}/defs.yaml"
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
     if isinstance(cause, yaml.MarkedYAMLError):
-        mark = cause.problem_mark
-        line = f", line {mark.line + 1}" if mark else ""
+        if cause.problem_mark:
+            place += f", line {cause.problem_mark.line + 1}"
         return (
-            f"{file}{line}: not YAML: {cause.problem or cause.context}; check indentation, "
+            f"{place}: not YAML: {cause.problem or cause.context}; check indentation, "
             "colons and quotes there"
         )
     if isinstance(cause, ValidationError):
         problem = cause.errors()[0]
         # Dagster adds ` at file:line` to the field.
         field, _, position = str(problem["loc"][0]).partition(" at ")
-        line = f", line {position.rpartition(':')[2]}" if position else ""
-        is_unknown = problem["type"] == "extra_forbidden"
-        wrong = "unknown field" if is_unknown else problem["msg"]
-        return f"{file}{line}: {field}: {wrong}; {EXPECTED}"
+        if position:
+            place += f", line {position.rpartition(':')[2]}"
+        message = problem["msg"]
+        if problem["type"] == "extra_forbidden":
+            message = "unknown field"
+        return f"{place}: {field}: {message}; {EXPECTED}"
     first_line = next(iter(str(cause).splitlines()), "")
-    return f"{file}: {type(cause).__name__}: {first_line} ({EXPECTED})"
+    return f"{place}: {type(cause).__name__}: {first_line} ({EXPECTED})"

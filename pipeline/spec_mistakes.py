@@ -58,15 +58,19 @@ EXAMPLES: Mapping[str, str] = {
     "as_of": "2013-12-24",
 }
 
-_KINDS = {
-    "text": ("string_type", "string_sub_type", "string_unicode"),
-    "a whole number": ("int_type", "int_parsing", "int_from_float", "int_parsing_size"),
-    "a number": ("float_type", "float_parsing", "finite_number"),
-    "true or false": ("bool_type", "bool_parsing"),
-    "a list": ("is_instance_of", "list_type", "sequence_str", "tuple_type"),
-    "a mapping": ("dict_type", "mapping_type", "model_type", "model_attributes_type"),
+# What pydantic expected, by the type of its error.
+_EXPECTED = {
+    **dict.fromkeys(("string_type", "string_sub_type", "string_unicode"), "text"),
+    **dict.fromkeys(
+        ("int_type", "int_parsing", "int_from_float", "int_parsing_size"), "a whole number"
+    ),
+    **dict.fromkeys(("float_type", "float_parsing", "finite_number"), "a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    **dict.fromkeys(("is_instance_of", "list_type", "sequence_str", "tuple_type"), "a list"),
+    **dict.fromkeys(
+        ("dict_type", "mapping_type", "model_type", "model_attributes_type"), "a mapping"
+    ),
 }
-_KIND_OF = {kind: words for words, kinds in _KINDS.items() for kind in kinds}
 _BOUNDS = {
     "greater_than": "more than {gt:g}",
     "greater_than_equal": "{ge:g} or more",
@@ -101,9 +105,11 @@ class Mistake:
 
     @classmethod
     def from_message(cls, message: str) -> "Mistake":
-        """Of a message that may begin with the field it is about."""
+        """The mistake of a message that may begin with the field it is about."""
         field = _FIELD.match(message)
-        return cls(tuple(field[1].split(".")) if field else (), message)
+        if field is None:
+            return cls((), message)
+        return cls(tuple(field[1].split(".")), message)
 
 
 def describe(file: str, mistakes: Sequence[Mistake], line_of: LineOf | None = None) -> str:
@@ -114,25 +120,32 @@ def describe(file: str, mistakes: Sequence[Mistake], line_of: LineOf | None = No
         mistakes: at least one.
         line_of: gives a field's line; without it messages have none.
     """
-    lines = []
-    for mistake in mistakes[:MAX_SHOWN]:
-        line = line_of(mistake.path) if line_of else None
-        lines.append(f"line {line}: {mistake.message}" if line else mistake.message)
+    lines = [_with_line(mistake, line_of) for mistake in mistakes[:MAX_SHOWN]]
     if len(mistakes) == 1:
-        return f"{file}, {lines[0]}" if lines[0].startswith("line ") else f"{file}: {lines[0]}"
+        separator = ": "
+        if lines[0].startswith("line "):
+            separator = ", "
+        return f"{file}{separator}{lines[0]}"
     if len(mistakes) > MAX_SHOWN:
         lines.append(f"... and {len(mistakes) - MAX_SHOWN} more")
     return "\n  ".join([f"{file} has {len(mistakes)} mistakes:", *lines])
 
 
-def explain(error: ValidationError, model: type[BaseModel]) -> list[Mistake]:
-    """What pydantic found, in plain words.
+def _with_line(mistake: Mistake, line_of: LineOf | None) -> str:
+    if line_of is None:
+        return mistake.message
+    line = line_of(mistake.path)
+    if not line:
+        return mistake.message
+    return f"line {line}: {mistake.message}"
 
-    Args:
-        error: of a validation of the model.
-        model: whose fields are named where one is unknown.
-    """
-    return [mistake for problem in error.errors() for mistake in _explained(problem, model)]
+
+def explain(error: ValidationError, model: type[BaseModel]) -> list[Mistake]:
+    """What pydantic found when it validated the model, in plain words."""
+    mistakes: list[Mistake] = []
+    for problem in error.errors():
+        mistakes += _explained(problem, model)
+    return mistakes
 
 
 def _explained(problem: Any, model: type[BaseModel]) -> Iterator[Mistake]:
@@ -141,49 +154,79 @@ def _explained(problem: Any, model: type[BaseModel]) -> Iterator[Mistake]:
     if isinstance(cause, InconsistentSpec):
         yield from map(Mistake.from_message, cause.problems)
         return
-    field = ".".join(str(part) for part in path)
-    yield Mistake(
-        path, f"{field}: {_said(problem, path, model)}" if field else _said(problem, path, model)
-    )
+    field = ".".join(map(str, path))
+    message = _message(problem, path, model)
+    if field:
+        message = f"{field}: {message}"
+    yield Mistake(path, message)
 
 
-def _said(problem: Any, path: Path, model: type[BaseModel]) -> str:
-    kind, value = problem["type"], problem["input"]
-    example = EXAMPLES.get(_pattern(path, model))
+def _message(problem: Any, path: Path, model: type[BaseModel]) -> str:
+    kind = problem["type"]
+    pattern = _pattern(path, model)
     if kind == "extra_forbidden":
         fields = _fields_at(path[:-1], model)
-        return f"unknown field{_near(str(path[-1]), fields)} Available: {', '.join(fields)}"
+        return f"unknown field{_suggestion(str(path[-1]), fields)} Available: {', '.join(fields)}"
     if kind == "missing":
-        return f"missing required field{f', e.g. {example}' if example else ''}"
+        message = "missing required field"
+        if pattern in EXAMPLES:
+            message += f", e.g. {EXAMPLES[pattern]}"
+        return message
     if kind == "literal_error":
-        allowed = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
-        expected = f"one of {', '.join(allowed)}" if allowed else problem["ctx"]["expected"]
-        return f"expected {expected}, got {_shown(value)}{_near(str(value), allowed).rstrip('.')}"
+        return _choice_message(problem["ctx"]["expected"], problem["input"])
     if kind in _BOUNDS:
-        return f"expected {_BOUNDS[kind].format(**problem['ctx'])}, got {_shown(value)}"
-    if kind in _KIND_OF:
-        example = _adapted(_pattern(path, model), value, example)
-        such_as = f" such as {example}" if example else ""
-        return f"expected {_KIND_OF[kind]}{such_as}, got {_shown(value)}"
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    is_shown = isinstance(value, Mapping | BaseModel) or repr(value) in message
-    return message if is_shown else f"{message}, got {_shown(value)}"
+        expected = _BOUNDS[kind].format(**problem["ctx"])
+        return f"expected {expected}, got {_abbreviated(problem['input'])}"
+    if kind in _EXPECTED:
+        return _kind_message(_EXPECTED[kind], pattern, problem["input"])
+    return _validator_message(problem["msg"], problem["input"])
 
 
-def _shown(value: Any) -> str:
+def _kind_message(expected: str, pattern: str, value: Any) -> str:
+    """What to say of a value of the wrong kind."""
+    example = _adapted_example(pattern, value)
+    if example is not None:
+        expected += f" such as {example}"
+    return f"expected {expected}, got {_abbreviated(value)}"
+
+
+def _validator_message(message: str, value: Any) -> str:
+    """A validator's own message, with the value unless the message already has it."""
+    message = message.removeprefix("Value error, ")
+    if isinstance(value, Mapping | BaseModel) or repr(value) in message:
+        return message
+    return f"{message}, got {_abbreviated(value)}"
+
+
+def _choice_message(expected: str, value: Any) -> str:
+    """What to say of a value that is not one of the choices in pydantic's words."""
+    choices = re.findall(r"'([^']*)'", expected)
+    if choices:
+        expected = f"one of {', '.join(choices)}"
+    suggestion = _suggestion(str(value), choices).rstrip(".")
+    return f"expected {expected}, got {_abbreviated(value)}{suggestion}"
+
+
+def _abbreviated(value: Any) -> str:
     if value is None:
         return "nothing"
     text = repr(value)
-    return text if len(text) <= MAX_VALUE_CHARACTERS else f"{text[:MAX_VALUE_CHARACTERS]}..."
+    if len(text) > MAX_VALUE_CHARACTERS:
+        return f"{text[:MAX_VALUE_CHARACTERS]}..."
+    return text
 
 
-def _near(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else "."
+def _suggestion(name: str, names: Sequence[str]) -> str:
+    """The end of a sentence: a question with the nearest name, or a full stop."""
+    nearest = difflib.get_close_matches(name, names, n=1)
+    if not nearest:
+        return "."
+    return f"; did you mean {nearest[0]!r}?"
 
 
-def _adapted(pattern: str, value: Any, example: str | None) -> str | None:
-    """The example with the user's own text in it, where that is what was meant."""
+def _adapted_example(pattern: str, value: Any) -> str | None:
+    """A field's example, with the user's own text in it where that is what was meant."""
+    example = EXAMPLES.get(pattern)
     if not isinstance(value, str) or not re.fullmatch(r"[\w./*-]+", value):
         return example
     if pattern == "target":
@@ -193,8 +236,9 @@ def _adapted(pattern: str, value: Any, example: str | None) -> str | None:
         return f"{{name: {name}, uri: {value}}}"
     if pattern == "grains.*":
         return f"[{value}], as in grains: [[], [{value}]]"
-    is_list_of_names = example is not None and re.fullmatch(r"\[[\w, ]+\]", example)
-    return f"[{value}]" if is_list_of_names else example
+    if example is not None and re.fullmatch(r"\[[\w, ]+\]", example):  # a list of names
+        return f"[{value}]"
+    return example
 
 
 def _pattern(path: Path, model: type[BaseModel]) -> str:
@@ -222,5 +266,8 @@ def _part_model(annotation: Any) -> Any:
     """The model inside an annotation such as ``Sequence[LagSpec]``; None where there is none."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    inner = (_part_model(argument) for argument in getattr(annotation, "__args__", ()))
-    return next((found for found in inner if found is not None), None)
+    for argument in getattr(annotation, "__args__", ()):
+        model = _part_model(argument)
+        if model is not None:
+            return model
+    return None
