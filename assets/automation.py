@@ -32,34 +32,31 @@ LOOK_SECONDS = 30
 
 
 def automation(spec: FleetSpec, files: FleetFiles) -> dg.Definitions:
-    """The jobs, schedules and sensors of a fleet.
-
-    Args:
-        spec: the fleet.
-        files: it is written in.
-    """
-    automation = spec.automation
-    score, retrain = _score_job(spec), _retrain_job(spec)
-    zone = automation.timezone or spec.timezone or "UTC"
-    schedules = [
-        dg.ScheduleDefinition(
+    """The jobs, schedules and sensors of a fleet."""
+    settings = spec.automation
+    zone = settings.timezone or spec.timezone or "UTC"
+    score = _score_job(spec)
+    retrain = _retrain_job(spec)
+    schedules = []
+    for job, cron in ((score, settings.score), (retrain, settings.retrain)):
+        if cron is None:
+            continue
+        schedule = dg.ScheduleDefinition(
             name=f"{job.name}_schedule",
             job=job,
             cron_schedule=cron,
             execution_timezone=zone,
             description=job.description,
         )
-        for job, cron in ((score, automation.score), (retrain, automation.retrain))
-        if cron is not None
-    ]
-    sensors = (
-        [_new_files_sensor(spec, files), _follow_sensor(spec)] if automation.on_new_files else []
-    )
+        schedules.append(schedule)
+    sensors: list[dg.SensorDefinition] = []
+    if settings.on_new_files:
+        sensors = [_new_files_sensor(spec, files), _follow_sensor(spec)]
     return dg.Definitions(jobs=[score, retrain], schedules=schedules, sensors=sensors)
 
 
 def check_automation(spec: FleetSpec) -> Iterator[Mistake]:
-    """The cron texts that Dagster does not take."""
+    """The cron texts that Dagster refuses."""
     for field in ("score", "retrain"):
         cron = getattr(spec.automation, field)
         if cron is None:
@@ -82,18 +79,27 @@ def follows_its_inputs(spec: FleetSpec) -> dg.AutomationCondition[Any] | None:
 
     None where a fleet does not look for new files.
     """
-    return dg.AutomationCondition.eager() if spec.automation.on_new_files else None
+    if not spec.automation.on_new_files:
+        return None
+    return dg.AutomationCondition.eager()
 
 
 def _tags(spec: FleetSpec) -> dict[str, str]:
-    return {FLEET_TAG: spec.name, **(RESUMED if spec.automation.resume else {})}
+    tags = {FLEET_TAG: spec.name}
+    if spec.automation.resume:
+        tags |= RESUMED
+    return tags
+
+
+def _source_keys(spec: FleetSpec) -> list[dg.AssetKey]:
+    return [asset_key(spec, source.name) for source in spec.sources]
 
 
 def _score_job(spec: FleetSpec) -> Any:
-    links = [*(source.name for source in spec.sources), "features", "predictions"]
+    keys = [*_source_keys(spec), asset_key(spec, "features"), asset_key(spec, "predictions")]
     return dg.define_asset_job(
         f"{spec.name}_score",
-        selection=dg.AssetSelection.assets(*(asset_key(spec, name) for name in links)),
+        selection=dg.AssetSelection.assets(*keys),
         description="Raw tables, features and predictions, answered by the champion that serves; "
         "nothing is trained.",
         tags=_tags(spec),
@@ -115,7 +121,7 @@ def _new_files_sensor(spec: FleetSpec, files: FleetFiles) -> dg.SensorDefinition
 
     @dg.sensor(
         name=f"{spec.name}_new_files",
-        target=[asset_key(spec, source.name) for source in spec.sources],
+        target=_source_keys(spec),
         minimum_interval_seconds=LOOK_SECONDS,
         description="New or changed files of a source: its raw table is read again. "
         f"{spec.name}_follow then makes features and predictions.",
@@ -131,39 +137,42 @@ def _new_files_sensor(spec: FleetSpec, files: FleetFiles) -> dg.SensorDefinition
 def changes(
     spec: FleetSpec, seen: Mapping[str, str | None], cursor: str | None
 ) -> tuple[list[dg.RunRequest], str]:
-    """What is to be read again after a look at the sources.
+    """Which sources to read again after a look at their files.
 
-    A source is read once it looked the same twice, and other than when it was last read: files that
-    are still being written are left for the next look.
+    A source is read when two looks in a row find the same files, and these are not the ones that
+    were last read: files that are still being written are left for the next look.
 
     Args:
         spec: the fleet.
         seen: digest of each source's files; None where they cannot be told yet.
-        cursor: as from the look before; None for the first.
+        cursor: from the look before; None for the first.
 
     Returns:
         One request for all raw tables that are to be read, or none; and the new cursor, a JSON
         object of each source's digest as it was `seen` last, and as it was when it was last `read`.
     """
-    before: dict[str, dict[str, str]] = json.loads(cursor) if cursor else {}
+    before: dict[str, dict[str, str]] = json.loads(cursor or "{}")
     after: dict[str, dict[str, str]] = {}
     changed: dict[str, str] = {}
     for name, state in seen.items():
-        known = before.get(name, {})
+        earlier = before.get(name, {})
         if state is None:
-            after[name] = known
+            after[name] = earlier
             continue
-        is_steady = known.get("seen") == state
-        if is_steady and known.get("read") != state:
+        after[name] = {**earlier, "seen": state}
+        is_steady = earlier.get("seen") == state
+        if is_steady and earlier.get("read") != state:
             changed[name] = state
-        read = state if name in changed else known.get("read")
-        after[name] = {"seen": state} if read is None else {"seen": state, "read": read}
+            after[name]["read"] = state
+    new_cursor = json.dumps(after, sort_keys=True)
+    if not changed:
+        return [], new_cursor
     request = dg.RunRequest(
         run_key=_digest(json.dumps(changed, sort_keys=True)),
         asset_selection=[asset_key(spec, name) for name in changed],
         tags=_tags(spec),
     )
-    return [request] if changed else [], json.dumps(after, sort_keys=True)
+    return [request], new_cursor
 
 
 def _state(source: SourceSpec, files: FleetFiles, log: Any) -> str | None:
@@ -173,7 +182,9 @@ def _state(source: SourceSpec, files: FleetFiles, log: Any) -> str | None:
     except (SpecError, DataError) as error:
         log.info(f"source {source.name!r} cannot be looked at: {error}")
         return None
-    return None if state is None else _digest(state)
+    if state is None:
+        return None
+    return _digest(state)
 
 
 def _digest(text: str) -> str:
@@ -201,7 +212,7 @@ def _follow_sensor(spec: FleetSpec) -> dg.AutomationConditionSensorDefinition:
 def what_dead_runs_kept(
     context: dg.RunFailureSensorContext, tables: dg.ResourceParam[DeltaTables]
 ) -> None:
-    """Tell in the log of a run that died what of its training is kept, and how to go on."""
+    """Say in the log of a run that died what of its training is kept, and how to go on."""
     run = context.dagster_run
     record = context.instance.get_run_record_by_id(run.run_id)
     if context.get_step_failure_events() or record is None or record.start_time is None:
@@ -213,9 +224,7 @@ def what_dead_runs_kept(
 def kept_since(tables: DeltaTables, moment: datetime) -> Iterator[str]:
     """What is kept of each unfinished training that was begun, or resumed, since a moment.
 
-    Args:
-        tables: of all fleets.
-        moment: with a zone.
+    The moment has a zone; the tables are those of all fleets.
     """
     for namespace in tables.namespaces():
         own = FleetTables(tables, namespace, namespace)
@@ -226,9 +235,8 @@ def kept_since(tables: DeltaTables, moment: datetime) -> Iterator[str]:
                 n_kept = len(own.ledger(str(run["run_id"])))
                 kept = f"{n_kept:,} of {run['n_groups']:,} groups of {namespace} are kept"
                 yield (
-                    f"the run's process is gone: {kept}; the next launch with the "
-                    "same settings resumes "
-                    f"training run {run['run_id']}"
+                    f"the run's process is gone: {kept}; the next launch with the same settings "
+                    f"resumes training run {run['run_id']}"
                 )
         except FleetError:  # another fleet's tables may be of another release
             continue

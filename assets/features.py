@@ -12,6 +12,8 @@ from assets.settings import (
     FleetFiles,
     asset_settings,
     check_specs,
+    column_schema,
+    commit_metadata,
     prefixed,
     readable_failures,
     since,
@@ -20,7 +22,7 @@ from assets.settings import (
 from pipeline.errors import StoreError
 from pipeline.features.sql import check_features
 from pipeline.features.suspicions import columns_looked_at, find_suspicions
-from pipeline.recognition import DIGEST, RESULTS, features_digest
+from pipeline.recognition import RESULTS, features_digest
 from pipeline.runs.fleet_tables import FleetTables
 from pipeline.spark.data_errors import readable_spark_errors
 from pipeline.spark.features import (
@@ -87,8 +89,7 @@ def features_asset(spec: FleetSpec, files: FleetFiles) -> dg.AssetsDefinition:
         own = FleetTables(tables, spec.name, spec.name)
         with readable_failures():
             digest = _digest(spec, files, own, spark)
-            is_asked_for = launch.retrain == "all"
-            table = None if is_asked_for else unchanged(tables, own.location(FEATURES), digest)
+            table = unchanged(launch, tables, own.location(FEATURES), digest)
             is_unchanged = table is not None
             if table is None:
                 context.log.info("building the feature table on Spark")
@@ -110,9 +111,10 @@ def _describe_rows(
     counts: Mapping[str, int], spec: FleetSpec, table: Snapshot, *, is_unchanged: bool
 ) -> str:
     """The table in a line."""
-    since_then = f"unchanged since {since(table)}, " if is_unchanged else ""
     rows = f"{counts['n_rows']:,} rows, {counts['n_targets']:,} with a target"
-    return f"features: {since_then}{rows}, {len(spec.feature_columns)} features"
+    if is_unchanged:
+        rows = f"unchanged since {since(table)}, {rows}"
+    return f"features: {rows}, {len(spec.feature_columns)} features"
 
 
 def _metadata(
@@ -125,17 +127,17 @@ def _metadata(
         **counts,
         "features": len(spec.feature_columns),
     }
-    columns = [dg.TableColumn(field.name, str(field.type)) for field in table.schema]
     return {
         "dagster/row_count": counts["n_rows"],
-        "dagster/column_schema": dg.TableSchema(columns=columns),
+        "dagster/column_schema": column_schema(table.schema),
         **prefixed(facts),
     }
 
 
 def _check(results: Mapping[str, Any]) -> list[dg.AssetCheckResult]:
-    """What was found of the table, when it was built."""
-    n_targets, empty = results["counts"]["n_targets"], results["all_null"]
+    """What the checks found when the table was built."""
+    n_targets = results["counts"]["n_targets"]
+    empty = results["all_null"]
     suspicions = results["suspicions"]
     return [
         dg.AssetCheckResult(
@@ -155,22 +157,25 @@ def _check(results: Mapping[str, Any]) -> list[dg.AssetCheckResult]:
     ]
 
 
-def _warning(check_name: str, found: Mapping[str, str], hint: str) -> dg.AssetCheckResult:
-    """A check that fails as a warning if anything was found, and stops nothing."""
-    listed = "; ".join(f"{name}: {what}" for name, what in found.items())
+def _warning(check_name: str, suspicions: Mapping[str, str], hint: str) -> dg.AssetCheckResult:
+    """A check that fails as a warning if anything is suspicious, and stops nothing."""
+    description = None
+    if suspicions:
+        listed = "; ".join(f"{name}: {suspicion}" for name, suspicion in suspicions.items())
+        description = f"{listed} ({hint})"
     return dg.AssetCheckResult(
         check_name=check_name,
-        passed=not found,
+        passed=not suspicions,
         severity=dg.AssetCheckSeverity.WARN,
-        description=f"{listed} ({hint})" if found else None,
-        metadata=dict(found),
+        description=description,
+        metadata=dict(suspicions),
     )
 
 
 def _digest(
     spec: FleetSpec, files: FleetFiles, tables: FleetTables, spark: SparkSessionResource
 ) -> str | None:
-    """Of all that the table is made of; None where a raw table cannot be told from another."""
+    """Digest of all that the table is made of; None unless every raw table is whole."""
     identities = {}
     for source in spec.sources:
         raw = tables.tables.snapshot(tables.raw_location(source.name))
@@ -189,7 +194,7 @@ def _build(
 ) -> Snapshot:
     """Build, check and commit the table.
 
-    What the checks found is kept in its commit, for launches that find it unchanged.
+    The commit keeps what the checks found, for launches that find the table unchanged.
     """
     raw = {
         source.name: tables.tables.read_spark(spark.session, tables.raw_location(source.name))
@@ -197,7 +202,7 @@ def _build(
     }
     schemas = {name: dict(frame.dtypes) for name, frame in raw.items()}
     check_features(spec, files.sql, file=spec.features.sql, schemas=schemas)
-    metadata = {DIGEST: digest} if digest else {}
+    metadata = commit_metadata(digest)
 
     def look(written: "DataFrame") -> None:
         metadata[RESULTS] = json.dumps(_examine(written, spec))
@@ -215,7 +220,7 @@ def _build(
 
 
 def _examine(written: "DataFrame", spec: FleetSpec) -> dict[str, Any]:
-    """What is found of a table that is not committed yet.
+    """Check a table that is not committed yet.
 
     Raises:
         DataError: if it breaks its contract.

@@ -10,6 +10,8 @@ from assets.settings import (
     FleetFiles,
     asset_settings,
     check_specs,
+    column_schema,
+    commit_metadata,
     prefixed,
     readable_failures,
     since,
@@ -17,7 +19,7 @@ from assets.settings import (
 )
 from pipeline.errors import DataError
 from pipeline.reading.sources import read_source, source_state
-from pipeline.recognition import DIGEST, raw_digest
+from pipeline.recognition import raw_digest
 from pipeline.runs.fleet_tables import FleetTables
 from pipeline.spec import FleetSpec, SourceSpec
 from pipeline.storage import WrittenFile
@@ -45,10 +47,9 @@ def raw_asset(spec: FleetSpec, source: SourceSpec, files: FleetFiles) -> dg.Asse
     ) -> dg.MaterializeResult:
         location = FleetTables(tables, spec.name, spec.name).raw_location(source.name)
         with readable_failures():
-            # Before the files are read: one that changes meanwhile is another one the next time.
+            # Before the files are read: one that changes meanwhile is read again the next time.
             digest = raw_digest(source, source_state(source, files.folder))
-            is_asked_for = launch.retrain == "all"
-            before = None if is_asked_for else unchanged(tables, location, digest)
+            before = unchanged(launch, tables, location, digest)
             if before is None:
                 table = _write(source, files, tables, location, digest)
                 context.log.info(f"{source.name}: {table.n_rows:,} rows from {source.uri}")
@@ -78,7 +79,7 @@ def _write(
 ) -> _RawTable:
     """Read the source, and let its table hold what it has now."""
     written, schema = ingest(source, files, tables, location)
-    metadata = {DIGEST: digest} if digest else None
+    metadata = commit_metadata(digest)
     version = tables.commit(location, written, schema, mode="overwrite", metadata=metadata)
     n_rows = sum(file.n_rows for file in written)
     return _RawTable(version, schema, len(written), n_rows)
@@ -88,7 +89,6 @@ def _metadata(
     source: SourceSpec, location: str, table: _RawTable, *, is_unchanged: bool
 ) -> dict[str, Any]:
     """What the Dagster UI shows of the table."""
-    columns = [dg.TableColumn(field.name, str(field.type)) for field in table.schema]
     facts = {
         "version": table.version,
         "source": source.uri,
@@ -98,7 +98,7 @@ def _metadata(
     return {
         "dagster/row_count": table.n_rows,
         "dagster/uri": location,
-        "dagster/column_schema": dg.TableSchema(columns=columns),
+        "dagster/column_schema": column_schema(table.schema),
         **prefixed(facts),
     }
 
@@ -117,52 +117,61 @@ def ingest(
 ) -> tuple[list[WrittenFile], pa.Schema]:
     """Write a source's files below a table's root, one by one.
 
-    Where their types differ, as the type that holds both.
+    Where their types differ, all are written again with the types that hold every file's values.
     """
     now = dt.datetime.now(dt.UTC)
-    contents: list[tuple[str, pa.Schema, WrittenFile | None]] = []
+    schemas: list[pa.Schema] = []
+    written: list[WrittenFile | None] = []
     for address, table in read_source(source, files.folder):
         stamped = _stamped(table, address, now)
-        contents.append(
-            (address, stamped.schema, tables.write_file(stamped, stamped.schema, location))
-        )
+        schemas.append(stamped.schema)
+        written.append(tables.write_file(stamped, stamped.schema, location))
+    schema = _common_schema(source, schemas)
+    if not all(one == schema for one in schemas):
+        written = []
+        for address, table in read_source(source, files.folder):
+            rows = _as(_stamped(table, address, now), schema)
+            written.append(tables.write_file(rows, schema, location))
+    return [file for file in written if file is not None], schema
+
+
+def _common_schema(source: SourceSpec, schemas: list[pa.Schema]) -> pa.Schema:
+    """For each column the type that holds every file's values.
+
+    Raises:
+        DataError: if there is none.
+    """
     try:
-        schema = pa.unify_schemas([found for _, found, _ in contents], promote_options="permissive")
+        schema = pa.unify_schemas(schemas, promote_options="permissive")
     except pa.ArrowException as error:
         raise DataError(
             f"source {source.name!r}: its files do not fit together ({error}); set the column's "
             "type under types"
         ) from error
-    schema = pa.schema(
-        [
-            pa.field(field.name, pa.string()) if pa.types.is_null(field.type) else field
-            for field in schema
-        ]
-    )
-    if all(found == schema for _, found, _ in contents):
-        return [file for _, _, file in contents if file is not None], schema
-    rewritten = (
-        tables.write_file(_as(_stamped(table, address, now), schema), schema, location)
-        for address, table in read_source(source, files.folder)
-    )
-    return [file for file in rewritten if file is not None], schema
+    return pa.schema(list(map(_with_a_type, schema)))
+
+
+def _with_a_type(field: pa.Field) -> pa.Field:
+    """The column; one in which no file has a value holds text."""
+    if pa.types.is_null(field.type):
+        return pa.field(field.name, pa.string())
+    return field
 
 
 def _stamped(table: pa.Table, address: str, now: dt.datetime) -> pa.Table:
     """The rows with their origin and reading time, and times in microseconds as Delta has them."""
-    table = table.cast(
-        pa.schema([field.with_type(_in_microseconds(field.type)) for field in table.schema])
-    )
-    source, ingested_at = (column.type for column in RAW.columns)
-    return table.append_column(
-        "_source", pa.repeat(pa.scalar(address, source), len(table))
-    ).append_column("_ingested_at", pa.repeat(pa.scalar(now, ingested_at), len(table)))
+    stamped = table.cast(pa.schema(list(map(_in_microseconds, table.schema))))
+    for column, value in zip(RAW.columns, (address, now), strict=True):
+        values = pa.repeat(pa.scalar(value, column.type), len(table))
+        stamped = stamped.append_column(column.name, values)
+    return stamped
 
 
-def _in_microseconds(kind: pa.DataType) -> pa.DataType:
-    return (
-        pa.timestamp("us", tz="UTC" if kind.tz else None) if pa.types.is_timestamp(kind) else kind
-    )
+def _in_microseconds(field: pa.Field) -> pa.Field:
+    if not pa.types.is_timestamp(field.type):
+        return field
+    zone = "UTC" if field.type.tz else None
+    return field.with_type(pa.timestamp("us", tz=zone))
 
 
 def _as(table: pa.Table, schema: pa.Schema) -> pa.Table:

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import pyarrow as pa
 
 from pipeline.errors import FleetError
 from pipeline.recognition import DIGEST
 from pipeline.spark.data_errors import readable_model_errors
 from pipeline.spec import FleetSpec
 from pipeline.storage import Snapshot, Tables
+from resources.launch_settings import LaunchSettings
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def check_specs(
     """The checks of one asset of the fleet.
 
     Args:
-        spec: the fleet.
+        spec: of the fleet.
         name: of the asset.
         descriptions: what must hold, by name of the check.
         blocking: names of the checks that end the run where they fail.
@@ -87,22 +89,46 @@ def readable_failures() -> Iterator[None]:
         ) from error
 
 
-def unchanged(tables: Tables, location: str, digest: str | None) -> Snapshot | None:
+def unchanged(
+    launch: LaunchSettings, tables: Tables, location: str, digest: str | None
+) -> Snapshot | None:
     """A table whose newest commit was made of just what it would be made of now.
 
-    None where it is to be made again.
+    None where it is to be made again, also because the launch makes everything again.
+
+    Args:
+        launch: makes everything again with `retrain: all`.
+        tables: where the table is.
+        location: root of the table.
+        digest: of what it would be made of; None where that cannot be told.
     """
-    if digest is None:
+    if digest is None or launch.retrain == "all":
         return None
-    found = tables.snapshot(location)
-    return found if found is not None and found.metadata.get(DIGEST) == digest else None
+    table = tables.snapshot(location)
+    if table is None or table.metadata.get(DIGEST) != digest:
+        return None
+    return table
 
 
-def since(found: Snapshot) -> str:
+def commit_metadata(digest: str | None) -> dict[str, str]:
+    """What a table's commit keeps, so that a later launch finds it `unchanged`."""
+    if digest is None:
+        return {}
+    return {DIGEST: digest}
+
+
+def since(table: Snapshot) -> str:
     """When a version was committed, in local time, with the date where that is not today's."""
-    committed = found.committed_at.astimezone()
-    is_today = committed.date() == dt.datetime.now().astimezone().date()
-    return committed.strftime("%H:%M" if is_today else "%Y-%m-%d %H:%M")
+    committed = table.committed_at.astimezone()
+    if committed.date() == dt.datetime.now().astimezone().date():
+        return committed.strftime("%H:%M")
+    return committed.strftime("%Y-%m-%d %H:%M")
+
+
+def column_schema(schema: pa.Schema) -> dg.TableSchema:
+    """The columns of a table as the Dagster UI shows them."""
+    columns = [dg.TableColumn(field.name, str(field.type)) for field in schema]
+    return dg.TableSchema(columns=columns)
 
 
 def png(picture: bytes) -> dg.MarkdownMetadataValue:
