@@ -2,19 +2,18 @@
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from assets.meta_model import pack_store
+from assets.meta_model import pack_store, register_model
 from pipeline.models.meta_model import FleetModel, GroupKey
 from pipeline.models.pack import combine_versions, write_pack
 from pipeline.models.registry import RunRecord
 from pipeline.runs.fleet_tables import FleetTables
 from pipeline.spec import FleetSpec
-from resources.mlflow_registry import MlflowRegistry, Version, interface_of
+from resources.mlflow_registry import MlflowRegistry, Version
 from resources.spark_session import SparkSessionResource
 
 MAX_DECISIONS_LOGGED = 10_000
@@ -36,10 +35,10 @@ def register_combined(
     It gets no alias.
 
     Args:
-        tables: of the fleet.
+        tables: of the fleet; the feature table gives the types of the columns that it reads.
         registry: where it is registered.
-        spark: for the types of the columns that it needs.
-        spec: the fleet.
+        spark: reads the feature table.
+        spec: says where packs keep their boosters.
         serving: fleet version by group.
         models: packs that together hold these chains; the first one's own version names the new
             one.
@@ -55,21 +54,14 @@ def register_combined(
         digest = write_pack(
             pack, runs, read_boosters, store=pack_store(tables, spec), before=models
         )
-        answering = FleetModel(pack, digest=digest, options=tables.tables.storage_options)
+        model = FleetModel(pack, digest=digest, options=tables.tables.storage_options)
         features = tables.features(spark.session)
-        dtypes = dict(features.dtypes)
-        return registry.register(
-            tables.namespace,
-            answering.fleet_version,
-            pack=pack,
-            interface=interface_of(answering, dtypes),
-            record=RunRecord(
-                parameters={"combines": _describe_counts(serving)},
-                metrics={"generations": float(len(runs)), "groups": float(len(serving))},
-                tables={"decisions.json": decisions.head(MAX_DECISIONS_LOGGED)},
-            ),
-            alias=None,
+        record = RunRecord(
+            parameters={"combines": _describe_counts(serving)},
+            metrics={"generations": float(len(runs)), "groups": float(len(serving))},
+            tables={"decisions.json": decisions.head(MAX_DECISIONS_LOGGED)},
         )
+        return register_model(registry, tables.namespace, model, features, record, alias=None)
 
 
 def _stored_boosters(
@@ -77,10 +69,11 @@ def _stored_boosters(
 ) -> Iterator[Mapping[str, Any]]:
     """Each of the named boosters once, from the first pack that has it."""
     seen: set[str] = set()
-    for row in chain.from_iterable(model.stored_boosters(names) for model in models):
-        if row["booster_id"] not in seen:
-            seen.add(row["booster_id"])
-            yield row
+    for model in models:
+        for row in model.stored_boosters(names):
+            if row["booster_id"] not in seen:
+                seen.add(row["booster_id"])
+                yield row
 
 
 def _describe_counts(serving: Mapping[GroupKey, str]) -> str:

@@ -1,7 +1,7 @@
 """What a launch of `champion` does with the registry: judge a challenger, or roll back."""
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +88,20 @@ class Outcome:
 
 def version_number(version: Version | None) -> str:
     """A version as people and metadata name it."""
-    return version.number if version else "none"
+    return _number(version) or "none"
+
+
+def _number(version: Version | None) -> str | None:
+    if version is None:
+        return None
+    return version.number
+
+
+def _serving(model: FleetModel | None) -> dict[GroupKey, str]:
+    """The fleet version that answers each group in a model; without a model, none does."""
+    if model is None:
+        return {}
+    return model.serving()
 
 
 @dataclass(frozen=True)
@@ -100,7 +113,7 @@ class Deciding:
         tables: of the fleet.
         registry: where its versions and aliases are.
         spark: where twins and refits are fitted.
-        launch: what is asked for.
+        launch: settings of the launch.
         launch_id: the Dagster run.
         log: for people.
     """
@@ -116,7 +129,10 @@ class Deciding:
     def run(self) -> Outcome:
         """Decide, record the decision, and move the alias."""
         self._finish_killed_launch()
-        outcome = self._roll_back() if self.launch.decision == "rollback" else self._judge()
+        if self.launch.decision == "rollback":
+            outcome = self._roll_back()
+        else:
+            outcome = self._judge()
         self._carry_out(outcome)
         return outcome
 
@@ -143,37 +159,35 @@ class Deciding:
             gate = Gate(
                 CAN_OPEN, passed=False, found=str(error), expected="a pack that can be opened"
             )
-            serving = {} if serving_model is None else serving_model.serving()
-            return Outcome(stays(serving), [gate], before, before, challenger)
+            decisions = stays(_serving(serving_model))
+            return Outcome(decisions, [gate], before, before, challenger)
         ledger = self.tables.ledger(challenger.fleet_version)
         refuse_unknown(self.launch.decision_groups, ledger["group_id"].tolist())
-        contest = self._contest(challenger, ledger, serving_model)
-        judgement = self._judgement(contest)
+        comparison = self._comparison(challenger, ledger, serving_model)
+        judgement = self._judgement(comparison)
         gates = [*judge_challenger(ledger, model.groups()), *judgement.gates]
         if not may_serve(gates, is_first=serving_model is None, decision=self.launch.decision):
-            return Outcome(
-                _decision_columns(hold_back(judgement)), gates, before, before, challenger
-            )
+            decisions = _decision_columns(hold_back(judgement))
+            return Outcome(decisions, gates, before, before, challenger)
         after: Version | None = challenger
         if not judgement.is_whole:
-            judgement, after = self._combine(contest, judgement, model, serving_model, before)
+            judgement, after = self._combine(comparison, judgement, model, serving_model, before)
         return Outcome(_decision_columns(judgement.decisions), gates, before, after, challenger)
 
-    def _contest(
+    def _comparison(
         self, challenger: Version, ledger: pd.DataFrame, serving_model: FleetModel | None
     ) -> Comparison:
         """The challenger, and who answers now."""
         run = self._run_of(challenger)
-        serving: dict[GroupKey, str] = {}
         champions: dict[str, ComparedRun] = {}
+        serving = _serving(serving_model)
         if serving_model is not None:
-            serving = serving_model.serving()
+            serving_versions = set(serving.values())
             for generation in serving_model.generations:
                 version = generation.fleet_version
-                if version in serving.values():
-                    champions[version] = ComparedRun.of_ledger(
-                        generation, self.tables.ledger(version)
-                    )
+                if version in serving_versions:
+                    ledger_rows = self.tables.ledger(version)
+                    champions[version] = ComparedRun.of_ledger(generation, ledger_rows)
         return Comparison(
             run=run,
             challenger=ComparedRun.of_ledger(run.generation, ledger),
@@ -188,35 +202,39 @@ class Deciding:
             location = self.tables.tables.location(self._namespace)
             raise StoreError(
                 f"the tables at {location} do not know run {challenger.fleet_version} of version "
-                f"{challenger.number}: "
-                "registry and data root do not belong together; materialise models again"
+                f"{challenger.number}: registry and data root do not belong together; "
+                "materialise models again"
             )
         if run.spec_digest != self.spec.training_digest:
             raise SpecError(
                 f"fleet {self.spec.name!r} is described otherwise than when version "
-                f"{challenger.number} "
-                f"(run {challenger.fleet_version}) was trained; materialise models and meta_model "
-                "first, or roll back"
+                f"{challenger.number} (run {challenger.fleet_version}) was trained; materialise "
+                "models and meta_model first, or roll back"
             )
         return run
 
-    def _judgement(self, contest: Comparison) -> Judgement:
+    def _judgement(self, comparison: Comparison) -> Judgement:
         """What the tests, or a person, say of each group of the challenger."""
-        if contest.serving:
-            kinds = list(contest.kinds.values())
+        if comparison.serving:
+            kinds = list(comparison.kinds.values())
+            message = f"comparing {len(kinds):,} groups with what answers them now"
             n_new = kinds.count(NEW_RECIPE)
-            beside = f"; beside {n_new:,} new recipes the earlier ones are fitted" if n_new else ""
-            self.log.info(f"comparing {len(kinds):,} groups with what answers them now{beside}")
-        features = self.tables.features(self.spark.session, contest.run.features_version)
-        judged = judge(
-            self.spark.training_context(no_progress), self.tables, features, self.spec, contest
+            if n_new:
+                message += f"; beside {n_new:,} new recipes the earlier ones are fitted"
+            self.log.info(message)
+        features = self.tables.features(self.spark.session, comparison.run.features_version)
+        context = self.spark.training_context(no_progress)
+        judged = judge(context, self.tables, features, self.spec, comparison)
+        return override_decisions(
+            judged,
+            self.launch.decision,
+            self.launch.decision_groups,
+            comparison.challenger.fleet_version,
         )
-        decision, groups = self.launch.decision, self.launch.decision_groups
-        return override_decisions(judged, decision, groups, contest.challenger.fleet_version)
 
     def _combine(
         self,
-        contest: Comparison,
+        comparison: Comparison,
         judgement: Judgement,
         challenger: FleetModel,
         serving: FleetModel | None,
@@ -228,9 +246,11 @@ class Deciding:
         serves.
         """
         after = before
-        with self._refitted_recipes(contest, judgement) as (decided, refitted):
+        with self._refitted_recipes(comparison, judgement) as (decided, refitted):
             if decided.changes_answers:
-                models = [challenger, *refitted, *([] if serving is None else [serving])]
+                models = [challenger, *refitted]
+                if serving is not None:
+                    models.append(serving)
                 n_runs = len(set(decided.serving.values()))
                 self.log.info(f"registering a version that combines {n_runs:,} training runs")
                 after = self._register(
@@ -240,18 +260,18 @@ class Deciding:
 
     @contextmanager
     def _refitted_recipes(
-        self, contest: Comparison, judgement: Judgement
+        self, comparison: Comparison, judgement: Judgement
     ) -> Iterator[tuple[Judgement, list[FleetModel]]]:
         """Fit the recipes that the challenger did not beat on its rows.
 
-        The decisions then, and the models while they are needed.
+        Yields the decisions that follow, and the models, whose packs last as long as the block.
         """
         models: list[FleetModel] = []
         refits = {}
-        staying = earlier_recipes(judgement.decisions, contest.champions, contest.challenger)
+        staying = earlier_recipes(judgement.decisions, comparison.champions, comparison.challenger)
         with tempfile.TemporaryDirectory() as folder:
             for number, recipes in enumerate(staying):
-                if not contest.run.is_on_other_rows(self.tables.run(recipes.fleet_version)):
+                if not comparison.run.is_on_other_rows(self.tables.run(recipes.fleet_version)):
                     continue
                 self.log.info(
                     f"fitting {len(recipes.starts):,} earlier recipes on newer rows: what is new "
@@ -263,15 +283,15 @@ class Deciding:
                         self.registry,
                         self.spark,
                         self.spec,
-                        contest.run,
+                        comparison.run,
                         recipes,
                         run_id=f"{self.launch_id}-{number}",
                         report=progress_lines(self.log),
                         folder=Path(folder) / str(number),
                     )
                 except StoreError as error:
-                    # Another training of the fleet, for one: the next launch decides the same, and
-                    # fits them.
+                    # For example, another training of the fleet runs: the next launch decides the
+                    # same, and fits them.
                     self.log.warning(f"these groups keep their models on older rows: {error}")
                     continue
                 models.append(model)
@@ -284,21 +304,20 @@ class Deciding:
         Nothing is trained.
         """
         before = self.registry.get(self._namespace, CHAMPION)
-        target = self.registry.get(
-            self._namespace, self.launch.rollback_to or self._number_before(before)
-        )
-        current, earlier = self._open(before), self._open(target)
+        number = self.launch.rollback_to or self._number_before(before)
+        target = self.registry.get(self._namespace, number)
+        current = self._open(before)
+        earlier = self._open(target)
         listed = self.launch.decision_groups
-        refuse_unknown(
-            listed, sorted({group for _, group in [*current.groups(), *earlier.groups()]})
-        )
+        groups = {key.group_id for key in [*current.groups(), *earlier.groups()]}
+        refuse_unknown(listed, sorted(groups))
         decisions = rolled_back(current.serving(), earlier.serving(), listed)
         after = target
         if listed:
-            moved = {
-                GroupKey.of(row): str(row["to_version"]) for row in decisions.to_dict("records")
-            }
-            after = self._register({**current.serving(), **moved}, [current, earlier], decisions)
+            serving = current.serving()
+            versions = map(str, decisions["to_version"])
+            serving |= dict(zip(GroupKey.of_rows(decisions), versions, strict=True))
+            after = self._register(serving, [current, earlier], decisions)
         return Outcome(decisions, [], before, after, None)
 
     def _number_before(self, champion: Version) -> str:
@@ -319,34 +338,38 @@ class Deciding:
         hand, or by a launch of an earlier release that was killed: it gets rows that say so.
         """
         current = self.registry.find(self._namespace, CHAMPION)
-        serves = current.number if current else None
-        moves = self._decisions.alias_moves()
-        last = (
-            moves.iloc[-1]
-            if len(moves)
-            else pd.Series({"champion_before": None, "champion_after": None, "moved": True})
-        )
+        number = _number(current)
+        last = self._last_alias_move()
         recorded = None
         if not pd.isna(last["champion_after"]):
             recorded = self.registry.find(self._namespace, str(last["champion_after"]))
-        was_killed = recorded is not None and pd.isna(last["moved"])
-        if (
-            recorded is not None
-            and was_killed
-            and serves in (last["champion_before"], last["champion_after"])
-        ):
+        was_killed = pd.isna(last["moved"])
+        is_as_recorded = number in (last["champion_before"], last["champion_after"])
+        if recorded is not None and was_killed and is_as_recorded:
             self.registry.promote(recorded)
             rows = self._decisions.rows_of(str(last["decision_id"]))
             self._decisions.write(rows.assign(moved=answers_differ(rows)))
-        elif current is not None and serves != last["champion_after"]:
-            before, after = (self._serving(version) for version in (recorded, current))
-            rows = found_elsewhere(before, after).assign(
-                decision_id=f"{self.launch_id}-found",
-                decided_at=pd.Timestamp.now(tz="UTC"),
-                champion_before=recorded.number if recorded else None,
-                champion_after=current.number,
-            )
-            self._decisions.write(rows)
+        elif current is not None and number != last["champion_after"]:
+            self._record_found(recorded, current)
+
+    def _last_alias_move(self) -> "pd.Series[Any]":
+        """The last launch that decided; one that moved nothing if there was none."""
+        moves = self._decisions.alias_moves()
+        if moves.empty:
+            return pd.Series({"champion_before": None, "champion_after": None, "moved": True})
+        return moves.iloc[-1]
+
+    def _record_found(self, recorded: Version | None, current: Version) -> None:
+        """Record that another version serves than the table of decisions says."""
+        before = _serving(self._serving_model(recorded))
+        after = _serving(self._serving_model(current))
+        rows = found_elsewhere(before, after).assign(
+            decision_id=f"{self.launch_id}-found",
+            decided_at=pd.Timestamp.now(tz="UTC"),
+            champion_before=_number(recorded),
+            champion_after=current.number,
+        )
+        self._decisions.write(rows)
 
     def _carry_out(self, outcome: Outcome) -> None:
         """Record the decision, move the alias, and mark the decision as carried out.
@@ -360,9 +383,9 @@ class Deciding:
             decided_by=self.launch.decided_by,
             decision=self.launch.decision,
             why=self.launch.why,
-            champion_before=outcome.before.number if outcome.before else None,
-            champion_after=outcome.after.number if outcome.after else None,
-            challenger=outcome.challenger.number if outcome.challenger else None,
+            champion_before=_number(outcome.before),
+            champion_after=_number(outcome.after),
+            challenger=_number(outcome.challenger),
         )
         if outcome.after is not None and outcome.moves_alias:
             self._decisions.write(rows.assign(moved=None))
@@ -388,16 +411,11 @@ class Deciding:
             self.log.warning(f"version {champion.number} serves, and cannot be opened: {error}")
             return None
 
-    def _serving(self, version: Version | None) -> dict[GroupKey, str]:
-        """The fleet version that answers each group in a version.
-
-        A version that cannot be opened answers nobody.
-        """
-        model = self._serving_model(version)
-        return {} if model is None else dict(model.serving())
-
     def _register(
-        self, serving: Any, models: Sequence[FleetModel], decisions: pd.DataFrame
+        self,
+        serving: Mapping[GroupKey, str],
+        models: Sequence[FleetModel],
+        decisions: pd.DataFrame,
     ) -> Version:
         return register_combined(
             self.tables, self.registry, self.spark, self.spec, serving, models, decisions
@@ -406,4 +424,4 @@ class Deciding:
 
 def _decision_columns(decisions: pd.DataFrame) -> pd.DataFrame:
     """What the table of decisions keeps of them."""
-    return decisions.reindex(columns=[name for name in DECISIONS.schema.names if name in decisions])
+    return decisions.filter(items=DECISIONS.schema.names)

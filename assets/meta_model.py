@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pyspark.sql import DataFrame
 
 LEDGER_ROWS_LOGGED = 10_000
-# Rows that the registered version is asked about.
+# Rows that the check `registered_model_answers` scores.
 SAMPLED_ROWS = 50
 SHARED = "shared"
 
@@ -68,9 +68,20 @@ def meta_model_asset(spec: FleetSpec) -> dg.AssetsDefinition:
             ledger = own.ledger(run.run_id)
             features = own.features(spark.session, run.features_version)
             plot = training_plot(ledger, spec)
-            registered = _register(
-                context.log, Path(folder) / "pack", own, registry, spec, run, ledger, features, plot
-            )
+            registered = _version_of_the_same_answers(own, registry, spec, run, ledger)
+            if registered is None:
+                n_models = ledger["booster_id"].nunique()
+                context.log.info(
+                    f"packing {n_models:,} models into one version, and registering it"
+                )
+                model = pack_run(Path(folder) / "pack", own, registry, spec, run, ledger)
+                record = _run_record(run, ledger, spec, plot)
+                version = register_model(registry, own.namespace, model, features, record)
+                registered = _Registered(version, model)
+                context.log.info(f"registered {registered.title} as challenger, {registered.size}")
+            else:
+                same = f"{registered.title} answers as run {run.run_id} does"
+                context.log.info(f"nothing changed: {same}, {registered.size}")
             checks = [
                 _registered_model_answers(registered, registry, features, tables.storage_options),
                 _registered_versions_are_whole(registry, own.namespace, tables.storage_options),
@@ -87,7 +98,7 @@ class _Registered:
 
     Args:
         version: as it is registered.
-        model: from the pack that was written, or from the registry where nothing had to be.
+        model: from the pack that was just written, or from the registry if none had to be written.
     """
 
     version: Version
@@ -98,52 +109,45 @@ class _Registered:
         """Size of the pack."""
         return sum(path.stat().st_size for path in self.model.folder.iterdir())
 
+    @property
+    def size(self) -> str:
+        """Size of the pack, for people."""
+        return f"{self.pack_bytes / 1e6:.1f} MB"
 
-def _register(
-    log: dg.DagsterLogManager,
-    folder: Path,
-    tables: FleetTables,
+    @property
+    def title(self) -> str:
+        """The version, for people."""
+        version = self.version
+        return f"{version.name} version {version.number} (run {version.fleet_version})"
+
+
+def register_model(
     registry: MlflowRegistry,
-    spec: FleetSpec,
-    run: RunManifest,
-    ledger: pd.DataFrame,
+    namespace: str,
+    model: FleetModel,
     features: "DataFrame",
-    plot: bytes,
-) -> _Registered:
-    """Register the run's model as challenger, unless the newest version gives the same answers."""
-    namespace = tables.namespace
-    same = _version_of_the_same_answers(tables, registry, spec, run, ledger)
-    if same is not None:
-        version = same.version
-        answering = (
-            f"{namespace} version {version.number} (run {version.fleet_version}) answers as "
-            f"run {run.run_id} does"
-        )
-        log.info(f"nothing changed: {answering}, {same.pack_bytes / 1e6:.1f} MB")
-        return same
-    log.info(
-        f"packing {ledger['booster_id'].nunique():,} models into one version, and registering it"
-    )
-    model = pack_run(folder, tables, registry, spec, run, ledger)
-    dtypes = dict(features.dtypes)
-    version = registry.register(
+    record: RunRecord,
+    *,
+    alias: str | None = CHALLENGER,
+) -> Version:
+    """Register a model from its pack.
+
+    Args:
+        registry: where it is registered.
+        namespace: name of the registered model.
+        model: opened from the pack.
+        features: gives the types of the columns that the model reads.
+        record: what the MLflow run shows.
+        alias: that the version gets; None for none.
+    """
+    return registry.register(
         namespace,
-        run.run_id,
-        pack=folder,
-        interface=interface_of(model, dtypes),
-        record=RunRecord(
-            parameters=run_parameters(run, spec),
-            metrics=run_metrics(ledger, spec),
-            tables={"ledger.json": ledger.head(LEDGER_ROWS_LOGGED)},
-            plots={"training.png": plot},
-        ),
+        model.fleet_version,
+        pack=model.folder,
+        interface=interface_of(model, dict(features.dtypes)),
+        record=record,
+        alias=alias,
     )
-    registered = _Registered(version, model)
-    size = f"{registered.pack_bytes / 1e6:.1f} MB"
-    log.info(
-        f"registered {namespace} version {version.number} (run {run.run_id}) as challenger, {size}"
-    )
-    return registered
 
 
 def _metadata(
@@ -151,7 +155,7 @@ def _metadata(
 ) -> dict[str, Any]:
     """What the Dagster UI shows of the newest version."""
     version = registered.version
-    errors = pd.DataFrame([vars(error) for error in fleet_errors(ledger, spec)])
+    errors = pd.DataFrame(list(map(vars, fleet_errors(ledger, spec))))
     facts = {
         "registered_model": version.name,
         "version": version.number,
@@ -174,15 +178,9 @@ def pack_run(
     run: RunManifest,
     ledger: pd.DataFrame,
 ) -> FleetModel:
-    """The model of a run, from a pack that is written into a folder.
+    """The model of a run, from a pack that is written into an empty or absent folder.
 
-    Args:
-        folder: empty or absent.
-        tables: of the fleet.
-        registry: where earlier versions are, whose boosters a shared pack need not store again.
-        spec: the fleet.
-        run: that trained.
-        ledger: its rows.
+    A shared pack does not store again the boosters of the newest registered version.
     """
     options = tables.tables.storage_options
 
@@ -190,12 +188,15 @@ def pack_run(
         where = {"wave": list(run.waves), "booster_id": list(names)}
         yield from tables.tables.read_arrow(tables.location(BOOSTERS), where=where).to_pylist()
 
+    before: list[FleetModel] = []
+    if spec.pack == SHARED:
+        before = _challenger(registry, tables.namespace, options)
     digest = write_pack(
         folder,
         [PackedRun(run.generation, ledger)],
         read_boosters,
         store=pack_store(tables, spec),
-        before=_challenger(registry, tables.namespace, options) if spec.pack == SHARED else [],
+        before=before,
     )
     return FleetModel(folder, digest=digest, options=options)
 
@@ -212,8 +213,10 @@ def _version_of_the_same_answers(
     None where it does not, or is not whole.
     """
     version = registry.find(tables.namespace, CHALLENGER)
-    before = None if version is None else tables.run(version.fleet_version)
-    if version is None or before is None or before.spec_digest != run.spec_digest:
+    if version is None:
+        return None
+    before = tables.run(version.fleet_version)
+    if before is None or before.spec_digest != run.spec_digest:
         return None
     earlier = PackedRun(before.generation, tables.ledger(before.run_id))
     if not answers_alike(earlier, PackedRun(run.generation, ledger)):
@@ -224,45 +227,55 @@ def _version_of_the_same_answers(
     except PackError:
         return None
     is_shared = model.root is not None
-    return _Registered(version, model) if is_shared == (spec.pack == SHARED) else None
+    if is_shared != (spec.pack == SHARED):
+        return None
+    return _Registered(version, model)
+
+
+def _run_record(run: RunManifest, ledger: pd.DataFrame, spec: FleetSpec, plot: bytes) -> RunRecord:
+    return RunRecord(
+        parameters=run_parameters(run, spec),
+        metrics=run_metrics(ledger, spec),
+        tables={"ledger.json": ledger.head(LEDGER_ROWS_LOGGED)},
+        plots={"training.png": plot},
+    )
 
 
 def run_parameters(run: RunManifest, spec: FleetSpec) -> dict[str, Any]:
     """What the MLflow run shows as parameters."""
     row = run.to_row()
-    moments = {
-        name: str(row[name].tz_localize("UTC")) for name in ("as_of", "tune_start", "report_start")
-    }
-    numbers = {name: str(row[name]) for name in ("features_version", "n_groups", "spec_digest")}
-    pinned = {**moments, **numbers}
-    return {
-        **pinned,
+    parameters: dict[str, Any] = {}
+    for name in ("as_of", "tune_start", "report_start"):
+        parameters[name] = str(row[name].tz_localize("UTC"))
+    for name in ("features_version", "n_groups", "spec_digest"):
+        parameters[name] = str(row[name])
+    parameters |= {
         "task": spec.task,
         "objective": spec.objective,
         "pooling": spec.pooling,
-        "grains": str([list(grain) for grain in spec.grains]),
-        **{f"tuning.{k}": v for k, v in spec.tuning.model_dump().items() if v is not None},
+        "grains": str(list(map(list, spec.grains))),
     }
+    for name, value in spec.tuning.model_dump().items():
+        if value is not None:
+            parameters[f"tuning.{name}"] = value
+    return parameters
 
 
 def run_metrics(ledger: pd.DataFrame, spec: FleetSpec) -> dict[str, float]:
     """Aggregate metrics of a run; what was not measured is absent."""
-    metrics = {
-        f"groups_{status}": float(count)
-        for status, count in ledger["status"].value_counts().items()
-    }
+    metrics = {}
+    for status, count in ledger["status"].value_counts().items():
+        metrics[f"groups_{status}"] = float(count)
     for error in fleet_errors(ledger, spec):
         name = error.name.replace(" ", "_")
-        metrics |= {
-            f"{name}_{unit}": value
-            for unit, value in shown_measures(error).items()
-            if value is not None
-        }
+        for measure, value in shown_measures(error).items():
+            if value is not None:
+                metrics[f"{name}_{measure}"] = value
     return metrics
 
 
 def pack_store(tables: FleetTables, spec: FleetSpec) -> PackStore | None:
-    """Where the fleet's packs keep their boosters; None for in themselves."""
+    """Where the fleet's packs keep their boosters; None if each pack keeps its own."""
     if spec.pack != SHARED:
         return None
     root = tables.tables.location(tables.namespace, "packs")
@@ -277,8 +290,10 @@ def _challenger(
     Empty where there is none that can be opened, such as one of an earlier release.
     """
     version = registry.find(namespace, CHALLENGER)
+    if version is None:
+        return []
     try:
-        return [] if version is None else [registry.open_pack(version, options)]
+        return [registry.open_pack(version, options)]
     except PackError:
         return []
 
@@ -286,21 +301,23 @@ def _challenger(
 def _registered_versions_are_whole(
     registry: MlflowRegistry, namespace: str, options: Mapping[str, str]
 ) -> dg.AssetCheckResult:
-    found, is_whole = {}, True
+    states = {}
+    is_whole = True
     for alias in (CHAMPION, CHALLENGER):
         version = registry.find(namespace, alias)
         if version is None:
             continue
         try:
             registry.open_pack(version, options).check_files()
-            found[alias] = f"version {version.number} is whole"
+            states[alias] = f"version {version.number} is whole"
         except PackError as error:
-            found[alias], is_whole = str(error), False
+            states[alias] = str(error)
+            is_whole = False
     return dg.AssetCheckResult(
         check_name="registered_versions_are_whole",
         passed=is_whole,
-        metadata=found,
-        description="; ".join(f"{a}: {told}" for a, told in found.items()),
+        metadata=states,
+        description="; ".join(f"{alias}: {state}" for alias, state in states.items()),
     )
 
 
@@ -312,20 +329,19 @@ def _registered_model_answers(
 ) -> dg.AssetCheckResult:
     sample = features.limit(SAMPLED_ROWS).toPandas()
     loaded = registry.open_pack(registered.version, options)
-    expected, found = (_numbers_of(model, sample) for model in (registered.model, loaded))
-    same = bool(np.array_equal(expected, found, equal_nan=True))
+    expected = _numbers_of(registered.model, sample)
+    answers = _numbers_of(loaded, sample)
+    is_equal = bool(np.array_equal(expected, answers, equal_nan=True))
     return dg.AssetCheckResult(
         check_name="registered_model_answers",
-        passed=same and bool(np.isfinite(found).all()),
-        metadata={"rows": len(sample), "equal": same},
+        passed=is_equal and bool(np.isfinite(answers).all()),
+        metadata={"rows": len(sample), "equal": is_equal},
     )
 
 
 def _numbers_of(model: FleetModel, sample: pd.DataFrame) -> "np.ndarray[Any, Any]":
     """A model's answers: predictions, or for classes their probabilities."""
     answers = model.predict(sample)
-    return (
-        np.stack(answers["probabilities"].to_list())
-        if "probabilities" in answers
-        else answers["prediction"].to_numpy()
-    )
+    if "probabilities" in answers:
+        return np.stack(answers["probabilities"].to_list())
+    return answers["prediction"].to_numpy()

@@ -1,8 +1,7 @@
 """`<fleet>/predictions`: every row to score, answered by the champion."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 import pandas as pd
@@ -22,6 +21,9 @@ from resources.delta_tables import DeltaTables, contract_metadata
 from resources.launch_settings import LaunchSettings, Scope
 from resources.mlflow_registry import CHALLENGER, CHAMPION, MlflowRegistry, Version
 from resources.spark_session import SparkSessionResource
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
 
 CHECKS = {"every_row_is_answered": "As many finite answers as rows to score, each row once."}
 
@@ -52,7 +54,16 @@ def predictions_asset(spec: FleetSpec) -> dg.AssetsDefinition:
             scope = launch.scope(spec, tables, registry)
             champion = registry.get(scope.namespace, CHAMPION)
             model = registry.open_pack(champion, tables.storage_options)
-            scored = _score(context.log, spec, scope.tables, spark, launch, champion, model)
+            features = scope.tables.features(spark.session)
+            as_of = launch.moment(spec) or newest_known(features, spec.target.column)
+            _refuse_hindsight(champion, model, scope.tables, as_of)
+            context.log.info(
+                f"answering the rows to score (score: {spec.scoring.score}) with version "
+                f"{champion.number}, as of {as_of}"
+            )
+            scored = _score(spec, scope.tables, features, model, as_of)
+            if scored.n_rows == 0:
+                context.log.warning(_no_rows_to_score(spec, as_of))
             challenger = registry.find(scope.namespace, CHALLENGER)
             report = _report(spec, scope, launch, champion, challenger, scored)
         context.log.info("\n" + report)
@@ -72,9 +83,9 @@ class _Scored:
     """The rows that were answered.
 
     Args:
-        as_of: what the launch pretends.
+        as_of: the time that the launch pretends it is.
         n_rows: rows to score.
-        written: what the table has of them.
+        written: what the table holds for that as-of.
         delta_version: of the table.
     """
 
@@ -85,37 +96,28 @@ class _Scored:
 
 
 def _score(
-    log: dg.DagsterLogManager,
     spec: FleetSpec,
     tables: FleetTables,
-    spark: SparkSessionResource,
-    launch: LaunchSettings,
-    champion: Version,
+    features: "DataFrame",
     model: FleetModel,
+    as_of: pd.Timestamp,
 ) -> _Scored:
-    """Answer the rows to score, and replace those of the same as-of.
-
-    Raises:
-        DataError: if the champion saw later rows.
-    """
-    features = tables.features(spark.session)
-    as_of = launch.moment(spec) or newest_known(features, spec.target.column)
-    answering_runs = [generation.fleet_version for generation in model.generations]
-    _refuse_hindsight(champion, tables.newest_as_of(answering_runs), as_of)
-    which = f"the rows to score (score: {spec.scoring.score})"
-    log.info(f"answering {which} with version {champion.number}, as of {as_of}")
+    """Answer the rows to score, and replace those of the same as-of."""
+    session = features.sparkSession
+    store = tables.tables
+    location = tables.location(PREDICTIONS)
     rows = rows_to_score(features, spec, as_of)
-    store, location = tables.tables, tables.location(PREDICTIONS)
-    answers = score_rows(spark.session, rows, spec, model, as_of, store.storage_options)
+    answers = score_rows(session, rows, spec, model, as_of, store.storage_options)
     version = store.write_spark(answers, location, partition={"as_of": as_of.isoformat()})
-    written = count_answers(store.read_spark(spark.session, location), as_of)
-    n_rows = rows.count()
-    if n_rows == 0:
-        log.warning(
-            f"no row to score after {as_of} (score: {spec.scoring.score}); launch with an earlier "
-            "as_of, or bring newer rows"
-        )
-    return _Scored(as_of, n_rows, written, version)
+    written = count_answers(store.read_spark(session, location), as_of)
+    return _Scored(as_of, rows.count(), written, version)
+
+
+def _no_rows_to_score(spec: FleetSpec, as_of: pd.Timestamp) -> str:
+    return (
+        f"no row to score after {as_of} (score: {spec.scoring.score}); launch with an earlier "
+        "as_of, or bring newer rows"
+    )
 
 
 def _report(
@@ -128,24 +130,27 @@ def _report(
 ) -> str:
     """What a launch ends with, for people.
 
-    It is about the run that was just paid for; where another serves, its errors on the report rows
-    of its own run stand beside.
+    It is about the newest training run; if another run's version serves, that run's errors, on its
+    own report rows, stand beside.
     """
     tables = scope.tables
-    answered = f"{scored.written.n_rows:,} of {scored.n_rows:,} rows answered"
-    serving = f"{scope.namespace} version {champion.number} (champion)"
-    facts = {
-        **({"backtest": scope.note.removeprefix("backtest ")} if scope.note else {}),
-        "model": f"{serving}, run {champion.fleet_version}",
-        **_waiting(challenger, champion, launch, spec),
-        "predictions": f"{answered}, as of {scored.as_of}",
-        "tables": tables.tables.location(scope.namespace),
-        "look next": f"make ui, then Assets > {spec.name} > models: "
-        "every group's state, worst groups, plots",
-    }
+    facts = {}
     beside = {}
+    if scope.note:
+        facts["backtest"] = scope.note.removeprefix("backtest ")
+    serving = f"{scope.namespace} version {champion.number} (champion)"
+    facts["model"] = f"{serving}, run {champion.fleet_version}"
     if challenger is not None and challenger.fleet_version != champion.fleet_version:
+        waiting = f"version {challenger.number}, run {challenger.fleet_version}"
+        command = launch.command(spec, decision="promote", why="...")
+        facts["challenger"] = f"{waiting}, does not serve; to serve it: {command}"
         beside[f"version {champion.number}, which serves"] = tables.ledger(champion.fleet_version)
+    answered = f"{scored.written.n_rows:,} of {scored.n_rows:,} rows answered"
+    facts["predictions"] = f"{answered}, as of {scored.as_of}"
+    facts["tables"] = tables.tables.location(scope.namespace)
+    facts["look next"] = (
+        f"make ui, then Assets > {spec.name} > models: every group's state, worst groups, plots"
+    )
     return summarise(tables.ledger(tables.newest_run().run_id), spec, facts, beside)
 
 
@@ -167,29 +172,21 @@ def _metadata(scored: _Scored, champion: Version, spec: FleetSpec) -> dict[str, 
     }
 
 
-def _waiting(
-    challenger: Version | None, champion: Version, launch: LaunchSettings, spec: FleetSpec
-) -> Mapping[str, str]:
-    """The line about a newer version that does not serve, if there is one."""
-    if challenger is None or challenger.fleet_version == champion.fleet_version:
-        return {}
-    command = launch.command(spec, decision="promote", why="...")
-    version = f"version {challenger.number}, run {challenger.fleet_version}"
-    return {"challenger": f"{version}, does not serve; to serve it: {command}"}
-
-
-def _refuse_hindsight(version: Version, seen: pd.Timestamp | None, as_of: pd.Timestamp) -> None:
-    """No row is answered by a version that saw rows known later than the launch's as-of.
+def _refuse_hindsight(
+    version: Version, model: FleetModel, tables: FleetTables, as_of: pd.Timestamp
+) -> None:
+    """Refuse a version that saw rows known later than the launch's as-of.
 
     Raises:
         DataError: if the version did.
     """
+    answering_runs = [generation.fleet_version for generation in model.generations]
+    seen = tables.newest_as_of(answering_runs)
     if seen is not None and seen > as_of:
         raise DataError(
             f"version {version.number} of {version.name!r} saw rows known until {seen}, and this "
-            f"launch is as of {as_of}: "
-            f"its answers would know the future; launch with as_of {seen} or later, "
-            f"or train as of {as_of} and serve that version (decision: promote)"
+            f"launch is as of {as_of}: its answers would know the future; launch with as_of {seen} "
+            f"or later, or train as of {as_of} and serve that version (decision: promote)"
         )
 
 

@@ -39,13 +39,13 @@ def refit(
 
     Args:
         tables: of the fleet.
-        registry: where its versions are.
+        registry: where earlier versions are, whose boosters a shared pack need not store again.
         spark: trains.
-        spec: the fleet.
-        challenger: its training run.
+        spec: of the fleet.
+        challenger: the challenger's training run, whose rows and cutoffs are used.
         recipes: what is fitted.
         run_id: of the training run, unless it resumes another.
-        report: called now and then with what is done.
+        report: called now and then with the progress.
         folder: empty or absent; gets the pack.
 
     Returns:

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+
+import pyarrow as pa
 
 from pipeline.errors import DataError
 from pipeline.models.meta_model import FleetModel
@@ -31,7 +32,7 @@ from pipeline.spark.set_aside import SetAside
 from pipeline.spark.streaming import AnswerSink, Champion, Stream, run_stream, stream_rows
 from resources.build import build_resources
 from resources.delta_tables import DeltaTables
-from resources.mlflow_registry import CHAMPION, MlflowRegistry
+from resources.mlflow_registry import CHAMPION, MlflowRegistry, Version
 from resources.profiles import Profile
 from resources.spark_session import SparkSessionResource
 
@@ -41,11 +42,26 @@ MAX_FILES_SHOWN = 5
 
 
 @dataclass(frozen=True)
+class _AnsweringVersion:
+    """The version that answers.
+
+    Args:
+        version: as it is registered.
+        model: opened from its pack.
+        title: for people.
+    """
+
+    version: Version
+    model: FleetModel
+    title: str
+
+
+@dataclass(frozen=True)
 class Scorer:
     """What scoring needs.
 
     Args:
-        tables: where tables are kept; only how they are reached is asked of it.
+        tables: reads and commits the tables, which may lie outside its root.
         registry: of the models.
         spark: not started yet.
         streams: folder of checkpoints.
@@ -58,7 +74,7 @@ class Scorer:
 
     @classmethod
     def of(cls, profile: Profile) -> "Scorer":
-        """As the profile in force has it."""
+        """A scorer with the resources of a profile."""
         built = build_resources(profile)
         return cls(built.tables, built.registry, built.spark, Path(profile.data_root) / "streams")
 
@@ -87,33 +103,33 @@ class Scorer:
             FleetError: if there is no such version, source or target.
             InputError: if the source lacks columns; then Spark has not been started.
         """
-        started, options = time.monotonic(), self.tables.storage_options
+        started = time.monotonic()
+        options = self.tables.storage_options
         source, target = absolute(source), absolute(target)
-        found, model, number = self._model(model_name, version)
-        column_types = choose_column_types(model, self.registry.inputs(found))
-        rows_found = find_source(source, column_types, options)
+        answering = self._open(model_name, version)
+        model = answering.model
+        fleet_version = answering.version.fleet_version
+        column_types = choose_column_types(model, self.registry.inputs(answering.version))
+        rows = find_source(source, column_types, options)
         added = (SCORED_AT, SCORED_PERIOD)
-        check_source(rows_found, model, added)
+        check_source(rows, model, added)
         self._prepare(
-            source, target, target_schema(rows_found.schema, model.task, added), [SCORED_PERIOD]
+            source, target, target_schema(rows.schema, model.task, added), [SCORED_PERIOD]
         )
         with self.spark.yield_for_execution(None):
-            answers = score_source(
-                self.spark.session, rows_found, model, column_types, period, options
-            )
+            answers = score_source(self.spark.session, rows, model, column_types, period, options)
             files, schema = write_files(answers, target, options)
-            metadata = {"source": str(rows_found), "fleet_version": found.fleet_version}
             committed = self.tables.commit(
                 target,
                 files,
                 schema,
                 mode="overwrite",
                 partition={SCORED_PERIOD: period},
-                metadata=metadata,
+                metadata={"source": str(rows), "fleet_version": fleet_version},
             )
         n_rows = sum(file.n_rows for file in files)
         return (
-            f"{n_rows:,} rows of {rows_found} answered by {number} (run {found.fleet_version}) in "
+            f"{n_rows:,} rows of {rows} answered by {answering.title} (run {fleet_version}) in "
             f"{time.monotonic() - started:.1f} s\n"
             f"period {period!r} of {target} is replaced as a whole: version {committed} of the "
             "table"
@@ -153,21 +169,21 @@ class Scorer:
             InputError: if rows lack columns.
         """
         source, target = absolute(source), absolute(target)
-        folder = (
-            Path(absolute(checkpoint))
-            if checkpoint
-            else self.streams / f"{model_name}-{_digest(source, target)}"
-        )
+        folder = self.streams / f"{model_name}-{_digest(source, target)}"
+        if checkpoint:
+            folder = Path(absolute(checkpoint))
         options = self.tables.storage_options
-        found, model, number = self._model(model_name, CHAMPION)
-        stream = self._stream(folder, model_name, found, model, source, target)
+        answering = self._open(model_name, CHAMPION)
+        stream = self._resume(folder, answering, source, target)
+        if stream is None:
+            stream = self._begin(folder, answering, source, target)
         with self.spark.yield_for_execution(None):
-            report(f"{number} answers {source} into {target}; checkpoint {folder}")
+            report(f"{answering.title} answers {source} into {target}; checkpoint {folder}")
             rows = stream_rows(
                 self.spark.session,
                 stream,
                 options,
-                model.required,
+                answering.model.required,
                 max_files=max_files,
                 skip_changes=skip_changes,
             )
@@ -175,67 +191,70 @@ class Scorer:
                 stream, self.tables, Champion(self.registry, model_name, options), report
             )
             run_stream(rows, sink, folder, every=every, stopping=stopping)
-        report(
-            "stopped; the same command goes on" if stopping.is_set() else _ending(sink.set_aside)
-        )
-
-    def _model(self, name: str, version: str) -> tuple[Any, FleetModel, str]:
-        """A version, its model, and what people call it."""
-        found = self.registry.get(name, version)
-        alias = "" if version.isdecimal() else f" ({version})"
-        return (
-            found,
-            self.registry.open_pack(found, self.tables.storage_options),
-            f"{name} version {found.number}{alias}",
-        )
-
-    def _stream(
-        self,
-        folder: Path,
-        model_name: str,
-        version: Any,
-        model: FleetModel,
-        source: str,
-        target: str,
-    ) -> Stream:
-        """The stream of a checkpoint, begun if there is none."""
-        stream = Stream.begun(folder)
-        if stream is not None:
-            stream.check_same(model_name, source, target)
-            check_columns(stream.schema, source, model)
-            stream.check_source()
-            stream.check_target(self.tables)
-            self.tables.create(target, target_schema(stream.schema, model.task, [SCORED_AT]))
+        if stopping.is_set():
+            report("stopped; the same command goes on")
         else:
-            column_types = choose_column_types(model, self.registry.inputs(version))
-            found = find_source(source, column_types, self.tables.storage_options, leave_out=True)
-            if Path(source).is_file():
-                raise DataError(
-                    f"{source} is one file, which `many-models score` answers; a stream takes a "
-                    "folder, a glob or a Delta table"
-                )
-            check_source(found, model, [SCORED_AT])
-            self._prepare(source, target, target_schema(found.schema, model.task, [SCORED_AT]), [])
-            stream = Stream.begin(folder, model_name, found, column_types, target)
+            report(_ending(sink.set_aside))
+
+    def _open(self, name: str, version: str) -> _AnsweringVersion:
+        registered = self.registry.get(name, version)
+        model = self.registry.open_pack(registered, self.tables.storage_options)
+        title = f"{name} version {registered.number}"
+        if not version.isdecimal():
+            title += f" ({version})"
+        return _AnsweringVersion(registered, model, title)
+
+    def _resume(
+        self, folder: Path, answering: _AnsweringVersion, source: str, target: str
+    ) -> Stream | None:
+        """The stream of a checkpoint, checked against the command; None if there is none."""
+        stream = Stream.begun(folder)
+        if stream is None:
+            return None
+        model = answering.model
+        stream.check_same(answering.version.name, source, target)
+        check_columns(stream.schema, source, model)
+        stream.check_source()
+        stream.check_target(self.tables)
+        self.tables.create(target, target_schema(stream.schema, model.task, [SCORED_AT]))
         return stream
 
-    def _prepare(self, source: str, target: str, wanted: Any, partition_by: list[str]) -> None:
-        """Check the target, and create it where it is missing."""
+    def _begin(
+        self, folder: Path, answering: _AnsweringVersion, source: str, target: str
+    ) -> Stream:
+        """A new stream, whose checkpoint is written."""
+        model = answering.model
+        column_types = choose_column_types(model, self.registry.inputs(answering.version))
+        rows = find_source(source, column_types, self.tables.storage_options, leave_out=True)
+        if Path(source).is_file():
+            raise DataError(
+                f"{source} is one file, which `many-models score` answers; a stream takes a "
+                "folder, a glob or a Delta table"
+            )
+        check_source(rows, model, [SCORED_AT])
+        self._prepare(source, target, target_schema(rows.schema, model.task, [SCORED_AT]), [])
+        return Stream.begin(folder, answering.version.name, rows, column_types, target)
+
+    def _prepare(
+        self, source: str, target: str, schema: pa.Schema, partition_by: list[str]
+    ) -> None:
+        """Check the target, and create it if it is missing."""
         check_apart(source, target)
         if self.tables.exists(target):
-            check_target(target, self.tables.layout(target), wanted, partition_by)
-        self.tables.create(target, wanted, partition_by=partition_by)
+            check_target(target, self.tables.layout(target), schema, partition_by)
+        self.tables.create(target, schema, partition_by=partition_by)
 
 
 def _ending(set_aside: SetAside) -> str:
     waiting = [entry.path for entry in set_aside.files()]
     if not waiting:
         return "all available rows have been answered"
-    files = f"{len(waiting)} file{'' if len(waiting) == 1 else 's'}"
-    more = f" and {len(waiting) - MAX_FILES_SHOWN} more" if len(waiting) > MAX_FILES_SHOWN else ""
-    shown = ", ".join(waiting[:MAX_FILES_SHOWN])
+    plural = "s" * (len(waiting) > 1)
+    paths = ", ".join(waiting[:MAX_FILES_SHOWN])
+    if len(waiting) > MAX_FILES_SHOWN:
+        paths += f" and {len(waiting) - MAX_FILES_SHOWN} more"
     return (
-        f"all other rows have been answered; {files} set aside: {shown}{more}; "
+        f"all other rows have been answered; {len(waiting)} file{plural} set aside: {paths}; "
         "complete or remove what cannot be read, then repeat the command"
     )
 
