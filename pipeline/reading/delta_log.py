@@ -1,4 +1,4 @@
-"""A Delta table's log: the files of a version, and what single versions added or took away."""
+"""A Delta table's log: the files of a version, and what single versions added or removed."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -34,9 +34,8 @@ def refuse_strange_features(table: DeltaTable, location: str) -> None:
         StoreError: naming them.
     """
     strange = set(table.protocol().reader_features or ()) - READABLE_FEATURES
-    if (
-        table.metadata().configuration.get("delta.columnMapping.mode", "none") != "none"
-    ):  # older tables name no features
+    # Older tables name no features.
+    if table.metadata().configuration.get("delta.columnMapping.mode", "none") != "none":
         strange.add("columnMapping")
     if strange:
         raise StoreError(
@@ -46,7 +45,7 @@ def refuse_strange_features(table: DeltaTable, location: str) -> None:
 
 
 def is_delta(location: str, options: Mapping[str, str]) -> bool:
-    """Whether a Delta table is there."""
+    """Whether there is a Delta table at a location."""
     try:
         return bool(DeltaTable.is_deltatable(location, dict(options) or None))
     except (DeltaError, OSError, ValueError):
@@ -71,16 +70,12 @@ def open_delta(location: str, options: Mapping[str, str], version: int | None = 
 
 def schema_of_table(table: DeltaTable) -> pa.Schema:
     """A table's columns, in types that Spark has."""
-    return pa.schema(
-        [
-            pa.field(column.name, plain_type(column.type))
-            for column in pa.schema(table.schema().to_arrow())
-        ]
-    )
+    columns = pa.schema(table.schema().to_arrow())
+    return pa.schema([pa.field(column.name, plain_type(column.type)) for column in columns])
 
 
 def file_actions(table: DeltaTable) -> pa.Table:
-    """The files of a table's version as its log has them.
+    """The files of a table's version, as its log lists them.
 
     Returns:
         One row per file: `path` (relative to the table, special characters escaped), `size_bytes`,
@@ -99,18 +94,16 @@ def live_files(table: DeltaTable, location: str, root: str) -> list[RowFile]:
     """
     names = table.metadata().partition_columns
     actions = file_actions(table).to_pylist()
-    return [
-        RowFile(
-            f"{root}/{within(unquote(action['path']), location)}",
-            "parquet",
-            {name: action[f"partition.{name}"] for name in names},
-        )
-        for action in sorted(actions, key=lambda action: str(action["path"]))
-    ]
+    files = []
+    for action in sorted(actions, key=lambda action: str(action["path"])):
+        path = within(unquote(action["path"]), location)
+        values = {name: action[f"partition.{name}"] for name in names}
+        files.append(RowFile(f"{root}/{path}", "parquet", values))
+    return files
 
 
 def within(path: str, location: str) -> str:
-    """A path as a log names it.
+    """The path that a log names, which must be within the table.
 
     Raises:
         StoreError: if it leads out of the table.
@@ -129,7 +122,7 @@ class Commit:
 
     Args:
         version: of the table.
-        operation: as its writer calls it; empty where it does not say.
+        operation: what its writer calls it; empty if it does not say.
         added: files with new rows.
         takes_away: whether rows of earlier versions were removed or rewritten.
     """
@@ -154,7 +147,8 @@ def read_commit(filesystem: pf.FileSystem, root: str, location: str, version: in
         StoreError: if the log cannot be read.
     """
     added: list[RowFile] = []
-    takes_away, operation = False, ""
+    takes_away = False
+    operation = ""
     for action in _actions(filesystem, root, version, location):
         if "commitInfo" in action:
             operation = str(action["commitInfo"].get("operation", ""))
@@ -165,9 +159,8 @@ def read_commit(filesystem: pf.FileSystem, root: str, location: str, version: in
                     "here; rewrite the table without them"
                 )
             path = within(unquote(add["path"]), location)
-            added.append(
-                RowFile(f"{root}/{path}", "parquet", dict(add.get("partitionValues") or {}))
-            )
+            values = dict(add.get("partitionValues") or {})
+            added.append(RowFile(f"{root}/{path}", "parquet", values))
         elif (remove := action.get("remove")) is not None and remove.get("dataChange", True):
             takes_away = True
     return Commit(version, operation, tuple(added), takes_away)
@@ -186,7 +179,7 @@ def read_actions(filesystem: pf.FileSystem, path: str) -> list[dict[str, Any]]:
     """
     with filesystem.open_input_stream(path) as stream:
         lines = stream.read().decode().splitlines()
-    return [json.loads(line) for line in lines if line.strip()]
+    return list(map(json.loads, filter(str.strip, lines)))
 
 
 def _actions(
@@ -197,10 +190,9 @@ def _actions(
         yield from read_actions(filesystem, path)
     except FileNotFoundError as error:
         raise DataError(
-            f"{location}: version {version} is no longer in the table's log, so what it added "
-            "cannot be told; "
-            "start again with a new checkpoint and a new target, which answers the table as it is "
-            "now"
+            f"{location}: version {version} is no longer in the table's log, so the rows that it "
+            "added are unknown; start again with a new checkpoint and a new target, which answers "
+            "the table as it is now"
         ) from error
     except (OSError, ValueError) as error:
         raise StoreError(

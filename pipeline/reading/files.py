@@ -1,7 +1,7 @@
 """Files with rows to score: their paths, their columns, and their rows under one schema.
 
-Rows are read by pyarrow wherever they are needed, on the driver or in a task, so that every way to
-score reads a file alike.
+Rows are read by pyarrow wherever they are needed, on the driver or in a task, so that a file is read
+alike however it is scored.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -27,6 +27,7 @@ from pipeline.reading.formats import (
     csv_parsing,
     format_as,
     format_of,
+    is_glob,
     json_blocks,
     list_local,
     open_file,
@@ -55,8 +56,8 @@ class RowFile:
     Args:
         path: on its file system.
         kind: parquet, csv or json; the path tells the delimiter and the compression.
-        partition_values: of columns that its folders (`day=2024-01-01`) or its table's log give;
-            text, or as the log has them.
+        partition_values: values of columns that its folders (`day=2024-01-01`) or its table's log
+            give; text, or as the log has them.
     """
 
     path: str
@@ -74,8 +75,8 @@ class ColumnTypes:
     """How columns without a type of their own, those of CSV and JSON, are to be read.
 
     Args:
-        numeric: columns that are numbers.
-        integer_keys: columns of text that training knew as numbers: `7.0`, as pandas writes an
+        numeric: columns of numbers.
+        integer_keys: columns of text that were numbers in training: `7.0`, as pandas writes an
             integer beside nulls, is read as `7`.
     """
 
@@ -94,38 +95,41 @@ def local_files(address: str) -> list[RowFile]:
     """
     root = root_of(address)
     paths = list_local(Path(), address)
-    files = [row_file(path, root) for path in paths if suffix_of(path)]
+    files = [row_file(path, root) for path in filter(suffix_of, paths)]
+    if not files:
+        message = (
+            f"no rows are at {address}; expected a Delta table, or a file, folder or glob of "
+            f"{KNOWN_ENDINGS}"
+        )
+        if paths:
+            message += f"; found: {', '.join(paths[:MAX_PATHS_SHOWN])}"
+        raise DataError(message)
     if len({file.kind for file in files}) > 1:
         endings = sorted({suffix_of(file.path) for file in files})
         raise DataError(
             f"{address} has files of several formats ({', '.join(endings)}); "
             f"expected one: name them by a glob such as {address}/*{endings[0]}"
         )
-    if not files:
-        shown = ", ".join(paths[:MAX_PATHS_SHOWN])
-        raise DataError(
-            f"no rows are at {address}; expected a Delta table, or a file, folder or glob of "
-            f"{KNOWN_ENDINGS}" + (f"; found: {shown}" if shown else "")
-        )
     return files
 
 
 def root_of(address: str) -> str:
-    """The folder of an address, below which the names of folders may give columns."""
+    """The folder of an address, below which the names of folders may give columns.
+
+    Of a glob, it is the last folder above the first glob character.
+    """
     if Path(address).is_dir():
         return address
     if Path(address).is_file():
         return str(Path(address).parent)
-    parts = PurePosixPath(address).parts
-    fixed = next(
-        (
-            number
-            for number, part in enumerate(parts)
-            if any(character in part for character in "*?[")
-        ),
-        len(parts) - 1,
-    )
-    return str(PurePosixPath(*parts[:fixed])) if fixed else ""
+    fixed = []
+    for part in PurePosixPath(address).parent.parts:
+        if is_glob(part):
+            break
+        fixed.append(part)
+    if not fixed:
+        return ""
+    return str(PurePosixPath(*fixed))
 
 
 def row_file(path: str, root: str) -> RowFile:
@@ -137,14 +141,21 @@ def row_file(path: str, root: str) -> RowFile:
     file_format = format_of(path)
     if file_format is None:
         raise ValueError(f"{path} has none of the known endings: {KNOWN_ENDINGS}")
-    is_below = bool(root) and path.startswith(f"{root.rstrip('/')}/")
-    folders = PurePosixPath(path).relative_to(root).parts[:-1] if is_below else ()
+    folders: tuple[str, ...] = ()
+    if root and path.startswith(f"{root.rstrip('/')}/"):
+        folders = PurePosixPath(path).relative_to(root).parts[:-1]
     values: dict[str, str | None] = {}
     for folder in folders:
-        name, is_pair, value = folder.partition("=")
-        if is_pair:
-            values[unquote(name)] = None if value == _NO_PARTITION else unquote(value)
+        name, separator, value = folder.partition("=")
+        if separator:
+            values[unquote(name)] = _partition_value(value)
     return RowFile(path, file_format.kind, values)
+
+
+def _partition_value(text: str) -> str | None:
+    if text == _NO_PARTITION:
+        return None
+    return unquote(text)
 
 
 def schema_of(
@@ -156,19 +167,20 @@ def schema_of(
 ) -> pa.Schema:
     """The columns that any of the files has.
 
-    Columns of CSV are text unless they are to be read as numbers; JSON tells numbers and text, but
-    no moments.
+    Columns of CSV are text unless they are to be read as numbers. JSON has numbers and text, but no
+    moments.
 
     Args:
         files: at least one.
         column_types: how columns without types are read.
         filesystem: that holds the files.
-        leave_out: passes over files that cannot be read, as long as one can.
+        leave_out: passes over files that cannot be read, if at least one can.
 
     Raises:
         DataError: naming a file that cannot be read, or a column whose types do not go together.
     """
-    schemas, failures = [], []
+    schemas = []
+    failures = []
     for file in files:
         try:
             schemas.append(_schema_of_file(file, column_types, filesystem))
@@ -200,8 +212,10 @@ def _schema_of_file(
     ]
     for name in file.partition_values:
         if name not in own_schema.names:
-            is_number = name in column_types.numeric
-            fields.append(pa.field(name, pa.float64() if is_number else pa.string()))
+            kind = pa.string()
+            if name in column_types.numeric:
+                kind = pa.float64()
+            fields.append(pa.field(name, kind))
     return pa.schema(fields)
 
 
@@ -225,11 +239,13 @@ def _type_to_read(column: pa.Field, kind: Kind, column_types: ColumnTypes) -> pa
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:
-    """The type that Spark and Delta have for it: wider where there is none of its own."""
+    """The type that Spark and Delta have for it, or else the next wider one."""
     if pa.types.is_dictionary(kind):
         return plain_type(kind.value_type)
+    if pa.types.is_timestamp(kind) and kind.tz:
+        return pa.timestamp("us", tz="UTC")
     if pa.types.is_timestamp(kind):
-        return pa.timestamp("us", tz="UTC" if kind.tz else None)
+        return pa.timestamp("us")
     if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         return pa.string()
     if (
@@ -252,8 +268,9 @@ def read_rows(
     """The rows of a file under a schema: columns by name in whatever order the file has them.
 
     Args:
-        file: to be read.
-        schema: of the rows given; a column that the file lacks is null, a further one is left out.
+        file: to read.
+        schema: of the rows yielded; a column that the file lacks is null, and further columns of
+            the file are left out.
         filesystem: that holds it.
         required: columns that it must have.
         column_types: as its schema was made with.
@@ -262,14 +279,14 @@ def read_rows(
         DataError: if a required column is missing, the file cannot be read, or a value is not of
             its column's type.
     """
-    integer_keys = column_types.integer_keys if column_types is not None else frozenset()
+    integer_keys = (column_types or ColumnTypes()).integer_keys
     try:
         for batch in _batches(file, schema, filesystem):
             _check_columns(required, batch, file)
-            arrays = [
-                _column(batch, column, file, is_integer_key=column.name in integer_keys)
-                for column in schema
-            ]
+            arrays = []
+            for column in schema:
+                is_integer_key = column.name in integer_keys
+                arrays.append(_column(batch, column, file, is_integer_key=is_integer_key))
             yield pa.RecordBatch.from_arrays(arrays, schema=schema)
     except DataError:
         raise
@@ -306,6 +323,7 @@ def _batches(
 def _text_batches(
     stream: pa.NativeFile, file_format: Format, schema: pa.Schema
 ) -> Iterator[pa.RecordBatch]:
+    """The rows of a file of text, its columns in the types of a schema."""
     if file_format.kind == "csv":
         # Processes that only read Parquet, as a stream over a Delta table has, need no spec.
         from pipeline.spec import NULL_TEXTS
@@ -323,12 +341,14 @@ def _text_batches(
 def _column(
     batch: pa.RecordBatch, field_to_fill: pa.Field, file: RowFile, *, is_integer_key: bool
 ) -> pa.Array:
-    name, kind = field_to_fill.name, field_to_fill.type
+    """A column of a schema: from the file, from its partition values, or null."""
+    name = field_to_fill.name
+    kind = field_to_fill.type
     if name in batch.schema.names:
         column = batch.column(name)
         if pa.types.is_dictionary(column.type):
             column = column.dictionary_decode()
-        # Finer than a microsecond neither Spark nor Delta can keep.
+        # Spark and Delta keep nothing finer than a microsecond.
         column = column.cast(kind, safe=not pa.types.is_timestamp(kind))
     elif file.partition_values.get(name) is not None:
         column = pa.repeat(constant_of(file.partition_values[name], kind), batch.num_rows)
@@ -340,7 +360,7 @@ def _column(
 
 
 def constant_of(value: Any, kind: pa.DataType) -> pa.Scalar:
-    """A value that a folder or a log gives, in a column's type; a moment without a zone is UTC."""
+    """A partition value in a column's type; a moment without a zone is UTC."""
     scalar = pa.scalar(value)
     if pa.types.is_string(scalar.type) and pa.types.is_timestamp(kind):
         try:

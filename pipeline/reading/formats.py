@@ -84,8 +84,7 @@ _KIND_NAMES: Mapping[Kind, str] = {
 def suffix_of(path: str) -> str:
     """The known ending of a file's name, `.csv.gz` as a whole; empty if the name has none."""
     name = PurePosixPath(path).name.lower()
-    endings = [ending for ending in FORMATS if name.endswith(ending)]
-    return max(endings, key=len, default="")
+    return max(filter(name.endswith, FORMATS), key=len, default="")
 
 
 def format_of(path: str) -> Format | None:
@@ -109,6 +108,11 @@ def format_as(path: str, kind: Kind) -> Format:
     return Format(kind, compression=_COMPRESSIONS.get(ending))
 
 
+def is_glob(address: str) -> bool:
+    """Whether an address holds glob characters."""
+    return not set(address).isdisjoint("*?[")
+
+
 def is_hidden(path: str) -> bool:
     """Whether a file, or a folder around it, belongs to another program (`.part`, `_temporary`)."""
     return any(part.startswith((".", "_")) for part in PurePosixPath(path).parts)
@@ -123,8 +127,11 @@ def list_local(folder: Path, name: str) -> list[str]:
     """
     address = folder / name
     if address.is_dir():
-        files = [path for path in address.rglob("*") if path.is_file()]
-        return sorted(str(path) for path in files if not is_hidden(str(path.relative_to(address))))
+        paths = []
+        for path in address.rglob("*"):
+            if path.is_file() and not is_hidden(str(path.relative_to(address))):
+                paths.append(str(path))
+        return sorted(paths)
     # A file whose own name holds glob characters is meant literally.
     if address.is_file():
         return [str(address)]
@@ -151,12 +158,17 @@ def open_file(path: str, file_format: Format, filesystem: pf.FileSystem) -> pa.N
 def _only_member(opened: pa.NativeFile) -> bytes:
     """The content of the one file in an archive, beside what operating systems leave there."""
     with zipfile.ZipFile(opened) as archive:
-        names = [name for name in archive.namelist() if not name.endswith("/")]
-        visible = [name for name in names if not is_hidden(name)]
-        if len(visible) != 1:
-            listed = f": {', '.join(visible)}" if visible else ""
-            raise ValueError(f"the archive holds {len(visible)} files, expected one{listed}")
-        return archive.read(visible[0])
+        names = []
+        for name in archive.namelist():
+            if not name.endswith("/") and not is_hidden(name):
+                names.append(name)
+        if len(names) > 1:
+            raise ValueError(
+                f"the archive holds {len(names)} files, expected one: {', '.join(names)}"
+            )
+        if not names:
+            raise ValueError("the archive holds 0 files, expected one")
+        return archive.read(names[0])
 
 
 def csv_parsing(file_format: Format) -> pv.ParseOptions:

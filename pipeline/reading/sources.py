@@ -1,4 +1,7 @@
-"""Raw data as its owner left it: read from a path, a glob, an object store or an installed package, as Arrow tables."""
+"""Raw data as its owner left it, read as Arrow tables.
+
+It may be at a path, a glob, in an object store or in an installed package.
+"""
 
 import importlib.util
 import json
@@ -6,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.csv as pv
@@ -32,8 +35,8 @@ from pipeline.reading.formats import (
 from pipeline.spec import SourceSpec
 
 PACKAGE = "package://"
-# A file changed within so many seconds may change again without a new time; stores count in
-# seconds, by a clock of their own.
+# A file changed less than so many seconds ago may change again and keep its time. Object stores
+# count in seconds, by a clock of their own.
 LOCAL_DOUBT_SECONDS, REMOTE_DOUBT_SECONDS = 2.0, 60.0
 _TYPES = {
     "string": pa.string(),
@@ -53,8 +56,8 @@ def read_source(source: SourceSpec, folder: Path) -> Iterator[tuple[str, pa.Tabl
         folder: of the defs.yaml; a relative path counts from there, or from the repository's root.
 
     Yields:
-        The file's address and its rows; all tables of one source share a schema only as far as the
-        files do.
+        The file's address and its rows; the tables of one source may have different schemas, if its
+        files have.
 
     Raises:
         SpecError: if the uri names no package, or the format cannot be told.
@@ -80,19 +83,19 @@ def read_source(source: SourceSpec, folder: Path) -> Iterator[tuple[str, pa.Tabl
 
 
 def source_state(source: SourceSpec, folder: Path) -> str | None:
-    """What tells that a source's files are those of another time, without reading them.
+    """The state of a source's files, to tell whether they have changed without reading them.
 
     Of a file on this machine: path, size, inode, and when its content and its entry were changed;
     in an object store: path, size and time; of a Delta table: its id and version.
 
     Args:
-        source: what is to be read.
-        folder: folder of the defs.yaml, from which a relative path counts.
+        source: what to look at.
+        folder: of the defs.yaml; a relative path counts from there, or from the repository's root.
 
     Returns:
-        Text that differs wherever a file does. None where that is doubtful: a store that keeps no
-        times, or a file changed so lately that it could be changed once more within the resolution
-        of its time.
+        Text that differs if any file does. None where that is doubtful: a store keeps no times, or
+        a file was changed so recently that it could change again within the resolution of its
+        time.
 
     Raises:
         SpecError, DataError: as `read_source`.
@@ -100,23 +103,24 @@ def source_state(source: SourceSpec, folder: Path) -> str | None:
     if _kind_of(source) == "delta":
         return _delta_state(source, folder)
     filesystem, paths = _locate(source, folder)
+    newest = 0.0
+    states: list[list[Any]] = []
     if isinstance(filesystem, pf.LocalFileSystem):
-        stats = [Path(path).stat() for path in paths]
-        newest, window = (
-            max(max(stat.st_mtime, stat.st_ctime) for stat in stats),
-            LOCAL_DOUBT_SECONDS,
-        )
-        states = [
-            [path, stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
-            for path, stat in zip(paths, stats, strict=True)
-        ]
+        window = LOCAL_DOUBT_SECONDS
+        for path in paths:
+            stat = Path(path).stat()
+            newest = max(newest, stat.st_mtime, stat.st_ctime)
+            states.append([path, stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns])
     else:
-        infos = filesystem.get_file_info(paths)
-        if any(info.mtime_ns is None for info in infos):
-            return None
-        newest, window = max(info.mtime_ns for info in infos) / 1e9, REMOTE_DOUBT_SECONDS
-        states = [[info.path, info.size, info.mtime_ns] for info in infos]
-    return None if time.time() - newest < window else json.dumps(states)
+        window = REMOTE_DOUBT_SECONDS
+        for info in filesystem.get_file_info(paths):
+            if info.mtime_ns is None:
+                return None
+            newest = max(newest, info.mtime_ns / 1e9)
+            states.append([info.path, info.size, info.mtime_ns])
+    if time.time() - newest < window:
+        return None
+    return json.dumps(states)
 
 
 def _delta_state(source: SourceSpec, folder: Path) -> str | None:
@@ -127,14 +131,16 @@ def _delta_state(source: SourceSpec, folder: Path) -> str | None:
         table = DeltaTable(_first_table(_delta_uris(source, folder)))
         return json.dumps([table.metadata().id, table.version()])
     except (DeltaError, OSError):
-        # Reading it says what is wrong.
+        # Reading the table says what is wrong.
         return None
 
 
 def _kind_of(source: SourceSpec) -> Kind | Literal["delta"]:
-    """What a source's files are: as it says, or else as the ending of its uri tells."""
+    """The kind of a source's files: as its format says, or else the ending of its uri."""
+    if source.format == "jsonl":
+        return "json"
     if source.format is not None:
-        return "json" if source.format == "jsonl" else source.format
+        return source.format
     file_format = format_of(source.uri)
     if file_format is None:
         raise SpecError(
@@ -148,33 +154,54 @@ def _format_of_file(source: SourceSpec, path: str, kind: Kind) -> Format:
     """How one of a source's files is to be read."""
     file_format = format_as(path, kind)
     # Spark writes sales.tsv as a folder of files whose own names do not tell the delimiter.
-    return replace(file_format, delimiter="\t") if ".tsv" in source.uri else file_format
+    if ".tsv" in source.uri:
+        return replace(file_format, delimiter="\t")
+    return file_format
 
 
 def _locate(source: SourceSpec, folder: Path) -> tuple[pf.FileSystem, list[str]]:
-    """The file system and the sorted files of a uri."""
-    uri = source.uri
-    if "://" in uri and not uri.startswith((PACKAGE, "file://")):
-        filesystem, path = pf.FileSystem.from_uri(uri)
-        info = filesystem.get_file_info(path)
-        if info.type == pf.FileType.Directory:
-            found = filesystem.get_file_info(pf.FileSelector(path, recursive=True))
-            return filesystem, _found(
-                source,
-                sorted(
-                    entry.path
-                    for entry in found
-                    if entry.is_file and not is_hidden(entry.path.removeprefix(path))
-                ),
-            )
-        return filesystem, _found(source, [path] if info.type == pf.FileType.File else [])
+    """The file system and the sorted files of a uri.
+
+    Raises:
+        DataError: if there are none.
+    """
+    if _is_remote(source):
+        return _locate_remote(source)
     tried = []
     for root, name in _places(source, folder):
         paths = list_local(root, name)
         if paths:
             return pf.LocalFileSystem(), paths
-        tried.append(str(root / name))
-    return pf.LocalFileSystem(), _found(source, [], tried)
+        tried.append(root / name)
+    raise _nothing_found(source, tried)
+
+
+def _locate_remote(source: SourceSpec) -> tuple[pf.FileSystem, list[str]]:
+    filesystem, path = pf.FileSystem.from_uri(source.uri)
+    paths = []
+    info = filesystem.get_file_info(path)
+    if info.type == pf.FileType.File:
+        paths.append(path)
+    elif info.type == pf.FileType.Directory:
+        for entry in filesystem.get_file_info(pf.FileSelector(path, recursive=True)):
+            if entry.is_file and not is_hidden(entry.path.removeprefix(path)):
+                paths.append(entry.path)
+    if not paths:
+        raise _nothing_found(source)
+    return filesystem, sorted(paths)
+
+
+def _nothing_found(source: SourceSpec, tried: Sequence[Path] = ()) -> DataError:
+    places = "".join(f"\n  tried: {place}" for place in tried)
+    return DataError(
+        f"source {source.name!r}: nothing is at {source.uri!r}; expected a file, a folder or a "
+        f"glob that matches something{places}"
+    )
+
+
+def _is_remote(source: SourceSpec) -> bool:
+    """Whether a uri is an address of an object store."""
+    return "://" in source.uri and not source.uri.startswith((PACKAGE, "file://"))
 
 
 def _places(source: SourceSpec, folder: Path) -> list[tuple[Path, str]]:
@@ -182,30 +209,23 @@ def _places(source: SourceSpec, folder: Path) -> list[tuple[Path, str]]:
     if source.uri.startswith(PACKAGE):
         return [(_package_folder(source), _package_parts(source)[1])]
     name = source.uri.removeprefix("file://")
-    root = _repository(folder)
-    is_relative = not Path(name).is_absolute()
-    return [(folder, name), *([(root, name)] if is_relative and root else [])]
+    places = [(folder, name)]
+    repository = _repository(folder)
+    if repository is not None and not Path(name).is_absolute():
+        places.append((repository, name))
+    return places
 
 
 def _repository(folder: Path) -> Path | None:
     """The nearest folder around a fleet's that has a pyproject.toml."""
-    around = (
-        parent for parent in folder.absolute().parents if (parent / "pyproject.toml").is_file()
-    )
-    return next(around, None)
-
-
-def _found(source: SourceSpec, paths: list[str], tried: Sequence[str] = ()) -> list[str]:
-    if not paths:
-        places = "".join(f"\n  tried: {place}" for place in tried)
-        raise DataError(
-            f"source {source.name!r}: nothing is at {source.uri!r}; expected a file, a folder or a "
-            f"glob that matches something{places}"
-        )
-    return paths
+    for parent in folder.absolute().parents:
+        if (parent / "pyproject.toml").is_file():
+            return parent
+    return None
 
 
 def _package_parts(source: SourceSpec) -> tuple[str, str]:
+    """The package of a uri, and the path within it."""
     package, _, file = source.uri.removeprefix(PACKAGE).partition("/")
     return package, file
 
@@ -214,15 +234,15 @@ def _package_folder(source: SourceSpec) -> Path:
     """The folder of an installed package, which is not imported."""
     package, _ = _package_parts(source)
     try:
-        found = importlib.util.find_spec(package)
+        module = importlib.util.find_spec(package)
     except (ImportError, ValueError):
-        found = None
-    if found is None or not found.submodule_search_locations:
+        module = None
+    if module is None or not module.submodule_search_locations:
         raise SpecError(
             f"source {source.name!r}: package {package!r} of {source.uri!r} is not installed; add "
             "it to the project's dependencies"
         )
-    return Path(next(iter(found.submodule_search_locations)))
+    return Path(next(iter(module.submodule_search_locations)))
 
 
 def _read_file(stream: pa.NativeFile, file_format: Format, source: SourceSpec) -> pa.Table:
@@ -237,8 +257,10 @@ def _read_file(stream: pa.NativeFile, file_format: Format, source: SourceSpec) -
 def _read_csv(stream: pa.NativeFile, file_format: Format, source: SourceSpec) -> pa.Table:
     types = {}
     for name, kind in source.types.items():
-        # Timestamps are read as text first: with a zone or without one.
-        types[name] = pa.string() if kind == "timestamp" else _TYPES[kind]
+        types[name] = _TYPES[kind]
+        if kind == "timestamp":
+            # As text first, as it may have a zone or none.
+            types[name] = pa.string()
     table = pv.read_csv(
         stream,
         convert_options=csv_conversion(types, source.null_values),
@@ -266,16 +288,21 @@ def _read_delta(source: SourceSpec, folder: Path) -> pa.Table:
 
 def _delta_uris(source: SourceSpec, folder: Path) -> list[str]:
     """Where the table may be: a relative path counts from several folders."""
-    if "://" in source.uri and not source.uri.startswith((PACKAGE, "file://")):
+    if _is_remote(source):
         return [source.uri]
     return [str(root / name) for root, name in _places(source, folder)]
 
 
 def _first_table(uris: Sequence[str]) -> str:
-    return next((uri for uri in uris if Path(uri, "_delta_log").is_dir()), uris[0])
+    """The first address that has a table; the first of all if none has."""
+    for uri in uris:
+        if Path(uri, "_delta_log").is_dir():
+            return uri
+    return uris[0]
 
 
 def _typed(table: pa.Table, source: SourceSpec) -> pa.Table:
+    """The table with columns in the types that the source declares."""
     for name, kind in source.types.items():
         if name in table.column_names:
             try:

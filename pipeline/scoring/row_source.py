@@ -1,6 +1,6 @@
 """Where rows to score come from: a Delta table, or local files.
 
-Looked at before any work is spent on them.
+All of it is checked before any work is spent on the rows.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -36,13 +36,13 @@ _OF_SCORING = {SCORED_AT: pa.timestamp("us", tz="UTC"), SCORED_PERIOD: pa.string
 
 @dataclass(frozen=True)
 class RowSource:
-    """A source as it was found.
+    """A source of rows, as it was when it was looked at.
 
     Args:
         address: absolute path or URL.
         kind: its format.
         schema: its columns.
-        files: of it, at that moment.
+        files: its files.
         version: of a Delta table; None for files.
     """
 
@@ -53,15 +53,13 @@ class RowSource:
     version: int | None
 
     def __str__(self) -> str:
-        return (
-            f"{self.address} (version {self.version})"
-            if self.version is not None
-            else f"{self.address} ({len(self.files):,} files)"
-        )
+        if self.version is not None:
+            return f"{self.address} (version {self.version})"
+        return f"{self.address} ({len(self.files):,} files)"
 
 
 def absolute(address: str) -> str:
-    """A path that no longer depends on the folder one is in; URLs stay."""
+    """A path as an absolute one; URLs stay as they are."""
     if "://" in address and not address.startswith("file://"):
         return address.rstrip("/")
     return str(Path.cwd() / address.removeprefix("file://")).rstrip("/")
@@ -76,22 +74,17 @@ def find_source(
         address: absolute, as from `absolute`.
         column_types: how columns without types are read.
         options: of the object store.
-        leave_out: passes over files that cannot be read, as long as one can.
+        leave_out: passes over files that cannot be read, if at least one can.
 
     Raises:
-        DataError: if there are no rows to be read.
+        DataError: if there are no rows to read.
         StoreError: if a table cannot be read.
     """
     if is_delta(address, options):
         table = open_delta(address, options)
         _, root = filesystem_of(address, options)
-        return RowSource(
-            address,
-            "delta",
-            schema_of_table(table),
-            live_files(table, address, root),
-            table.version(),
-        )
+        files = live_files(table, address, root)
+        return RowSource(address, "delta", schema_of_table(table), files, table.version())
     if "://" in address:
         raise DataError(
             f"no Delta table is at {address}; files are read from local or mounted folders only: "
@@ -103,14 +96,15 @@ def find_source(
 
 
 def text_columns(model: FleetModel) -> frozenset[str]:
-    """Keys and categories: what a model takes as text, whatever the type."""
-    return frozenset().union(
-        *(generation.model_spec.text_columns for generation in model.generations)
-    )
+    """Keys and categories: the columns that a model takes as text, whatever their type."""
+    columns: set[str] = set()
+    for generation in model.generations:
+        columns.update(generation.model_spec.text_columns)
+    return frozenset(columns)
 
 
 def choose_column_types(model: FleetModel, inputs: Mapping[str, str]) -> ColumnTypes:
-    """How a model's columns are read from files without types.
+    """How to read a model's columns from files without types.
 
     Args:
         model: that will answer.
@@ -123,20 +117,18 @@ def choose_column_types(model: FleetModel, inputs: Mapping[str, str]) -> ColumnT
 
 def answer_schema(task: str) -> pa.Schema:
     """The columns of an answer in Arrow's types."""
-    return pa.schema(
-        [pa.field(name, _ANSWER_TYPES[kind]) for name, kind in answer_columns(task).items()]
-    )
+    columns = answer_columns(task)
+    return pa.schema([pa.field(name, _ANSWER_TYPES[kind]) for name, kind in columns.items()])
 
 
 def target_schema(source: pa.Schema, task: str, added: Collection[str]) -> pa.Schema:
     """The columns of a table of answers: the source's, the answers', and scoring's own."""
-    return pa.schema(
-        [*source, *answer_schema(task), *(pa.field(name, _OF_SCORING[name]) for name in added)]
-    )
+    of_scoring = [pa.field(name, _OF_SCORING[name]) for name in added]
+    return pa.schema([*source, *answer_schema(task), *of_scoring])
 
 
 def check_source(source: RowSource, model: FleetModel, added: Collection[str]) -> None:
-    """Refuse rows that a model cannot answer, or whose columns would be hidden by the answers.
+    """Refuse rows that a model cannot answer, or that have columns named like the answers'.
 
     Args:
         source: the rows.
@@ -144,11 +136,11 @@ def check_source(source: RowSource, model: FleetModel, added: Collection[str]) -
         added: columns of scoring beside the answers.
 
     Raises:
-        InputError: listing the columns that are missing, and those that are there.
+        InputError: if a column is missing.
         DataError: if a number is text, or a name is taken.
     """
     check_columns(source.schema, source.address, model)
-    taken = {name.casefold() for name in (*answer_columns(model.task), *added)}
+    taken = set(map(str.casefold, (*answer_columns(model.task), *added)))
     clash = [name for name in source.schema.names if name.casefold() in taken]
     if clash:
         raise DataError(
@@ -159,7 +151,7 @@ def check_source(source: RowSource, model: FleetModel, added: Collection[str]) -
 
 
 def check_columns(schema: pa.Schema, where: str, model: FleetModel) -> None:
-    """As `check_source`, of the columns that a model needs alone."""
+    """As `check_source`, but only for the columns that a model needs."""
     missing = [name for name in model.required if name not in schema.names]
     if missing:
         problem = (
@@ -168,24 +160,25 @@ def check_columns(schema: pa.Schema, where: str, model: FleetModel) -> None:
         raise InputError(f"{problem}; fleet {model.fleet!r} needs: {', '.join(model.required)}")
     check_listed_once(schema.names, {*model.required, *model.optional}, where)
     text = text_columns(model)
-    strange = [
-        name
-        for name in model.required
-        if name not in text and not _is_number(schema.field(name).type)
-    ]
-    if strange:
-        listed = ", ".join(f"{name} ({schema.field(name).type})" for name in strange)
+    not_numbers = []
+    for name in model.required:
+        kind = schema.field(name).type
+        if name not in text and not _is_number(kind):
+            not_numbers.append(f"{name} ({kind})")
+    if not_numbers:
         raise DataError(
-            f"{where}: not numbers: {listed}; fleet {model.fleet!r} needs numbers there: cast the "
-            "columns"
+            f"{where}: not numbers: {', '.join(not_numbers)}; fleet {model.fleet!r} needs numbers "
+            "there: cast the columns"
         )
 
 
 def _is_number(kind: pa.DataType) -> bool:
     types = pa.types
-    return any(
-        check(kind)
-        for check in (types.is_integer, types.is_floating, types.is_decimal, types.is_boolean)
+    return bool(
+        types.is_integer(kind)
+        or types.is_floating(kind)
+        or types.is_decimal(kind)
+        or types.is_boolean(kind)
     )
 
 
@@ -195,11 +188,11 @@ def check_target(
     expected: pa.Schema,
     partition_by: Sequence[str],
 ) -> None:
-    """Refuse a table that holds another kind of answers, before anything is changed there.
+    """Refuse a table that holds another kind of answers, before anything is written to it.
 
     Args:
         target: address of the table.
-        present: its columns, and those of them that it is partitioned by.
+        present: its columns, and those that it is partitioned by.
         expected: columns of the answers.
         partition_by: how a table of such answers is partitioned.
 
@@ -208,24 +201,21 @@ def check_target(
     """
     schema, partitions = present
     if list(partitions) != list(partition_by):
-        difference = (
-            f"{target} is partitioned by {', '.join(partitions) or 'nothing'}, "
-            f"expected {', '.join(partition_by) or 'nothing'}"
-        )
         raise DataError(
-            f"{difference}: `many-models score` and `many-models stream` write to "
-            "tables of their own; give another --to"
+            f"{target} is partitioned by {', '.join(partitions) or 'nothing'}, expected "
+            f"{', '.join(partition_by) or 'nothing'}: `many-models score` and `many-models stream` "
+            "write to tables of their own; give another --to"
         )
+    difference = ""
+    if "answered_by" not in schema.names:
+        difference = "no column answered_by"
     lacking = [name for name in schema.names if name not in expected.names]
-    if lacking or "answered_by" not in schema.names:
-        difference = (
-            f"columns that the new rows lack: {', '.join(lacking)}"
-            if lacking
-            else "no column answered_by"
-        )
+    if lacking:
+        difference = f"columns that the new rows lack: {', '.join(lacking)}"
+    if difference:
         raise DataError(
-            f"{target} is there with {difference}: not a table of answers to these "
-            "rows; give another --to"
+            f"{target} has {difference}: it is not a table of answers to these rows; give another "
+            "--to"
         )
 
 
