@@ -1,7 +1,7 @@
 """Files with rows to score: their paths, their columns, and their rows under one schema.
 
-Rows are read by pyarrow wherever they are needed, on the driver or in a task, so that a file is read
-alike however it is scored.
+Rows are read by pyarrow wherever they are needed, on the driver or in a task, so that every way of
+scoring reads a file alike.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence

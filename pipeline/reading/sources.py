@@ -35,8 +35,8 @@ from pipeline.reading.formats import (
 from pipeline.spec import SourceSpec
 
 PACKAGE = "package://"
-# A file changed less than so many seconds ago may change again and keep its time. Object stores
-# count in seconds, by a clock of their own.
+# Seconds after a change in which a file may change again and keep its time. Object stores count in
+# seconds, by a clock of their own.
 LOCAL_DOUBT_SECONDS, REMOTE_DOUBT_SECONDS = 2.0, 60.0
 _TYPES = {
     "string": pa.string(),

@@ -27,8 +27,8 @@ from pipeline.spark.execution import keep_imports
 from pipeline.spark.files import Batches, nullable, rows_reader
 from pipeline.spark.keys import quoted
 
-# Rows are answered so many at once, or those of so many bytes: each group's models are asked once
-# for all of its rows among them.
+# Limits of the rows that are answered at once: each group's models are asked once for all of its
+# rows among them.
 ROWS_AT_ONCE, BYTES_AT_ONCE = 50_000, 64 << 20
 # With more tasks, starting them costs more than sharing out the work saves.
 MAX_TASKS = 1_000
@@ -91,7 +91,7 @@ def opened_pack(fleet: str, name: str, options: Mapping[str, str]) -> FleetModel
 def gather_batches(
     batches: Iterable[pa.RecordBatch], n_rows: int = ROWS_AT_ONCE, n_bytes: int = BYTES_AT_ONCE
 ) -> Iterator[pa.Table]:
-    """Combine batches, in their order, until there are so many rows or bytes.
+    """Combine batches, in their order, until they reach a number of rows or of bytes.
 
     No batch is divided.
     """

@@ -1,6 +1,6 @@
 """Folders of the driver that tasks read.
 
-Where Spark is local, tasks read them in place; on a cluster, every executor unpacks an archive once.
+Where Spark is local, tasks read them in place; on a cluster, each executor unpacks an archive once.
 """
 
 import zipfile

@@ -1,4 +1,4 @@
-"""The blend on Spark: each grain's prediction and weight beside a row, and what follows from them."""
+"""The blend on Spark: each grain's prediction and weight beside a row, and the answers they give."""
 
 from collections.abc import Collection, Mapping, Sequence
 

@@ -18,7 +18,7 @@ from pipeline.storage import WrittenFile
 
 Batches = Iterator[pa.RecordBatch]
 FILE_COLUMNS = "path string, size long, n_rows long"
-# Rows are gathered into row groups of about so many bytes: many small ones cost more than the rows.
+# About the size of a row group; many small ones cost more than the rows.
 ROW_GROUP_BYTES = 16 << 20
 
 

@@ -18,7 +18,7 @@ from pipeline.spec import FleetSpec
 from pipeline.tables import HOLDOUT
 from pipeline.training.blend import GroupSkill, learn_blend
 
-# A run's row names at most so many groups of held-out rows that its ledger lacks.
+# The most groups of held-out rows without a ledger row that a run's row names.
 MAX_UNKNOWN_GROUPS = 20
 
 

@@ -1,7 +1,7 @@
 """Error measures of answers against the actual target, per task, as Spark expressions.
 
-A contender is whoever answers: the fleet, the pooled model, the constant, a baseline. Its error on a
-row is a column, and its measure over a group's rows the mean of that column (for RMSE its root).
+A contender is whoever answers: the fleet, the pooled model, the constant, a baseline. Its error on
+a row is a column, and its measure over a group's rows the mean of that column (for RMSE its root).
 Rows that a contender does not answer do not count for it.
 """
 

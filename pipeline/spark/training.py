@@ -113,7 +113,7 @@ def placed_rows(
 
 
 def _places(spark: SparkSession, groups: pd.DataFrame) -> tuple[DataFrame, int]:
-    """Each group's task, that task's salt, the group's sampling exponent; and the number of tasks."""
+    """Each group's task with its salt, the group's sampling exponent; and the number of tasks."""
     first, last = groups["task"].min(), groups["task"].max()
     n_tasks = int(last) + 1
     if first < 0:
