@@ -1,4 +1,4 @@
-"""The blend on Spark: each grain's prediction and weight beside a row, and the answers they give."""
+"""The blend on Spark: each grain's prediction and weight beside a row, and its answers."""
 
 from collections.abc import Collection, Mapping, Sequence
 

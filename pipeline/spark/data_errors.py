@@ -26,8 +26,8 @@ UNFIT = ("CAST_INVALID_INPUT", "CANNOT_PARSE_TIMESTAMP", "CANNOT_PARSE_TIME", "C
 _QUOTED = re.compile(r"'((?:[^']|'')*)'")
 
 
-# Errors by the name that their text begins with. The self-contained file of the registered model has
-# two of its own, which stand for those of our tree.
+# Errors by the name that their text begins with. The self-contained file of the registered model
+# has two of its own, which stand for those of our tree.
 _OURS: dict[str, type[FleetError]] = {
     "InputError": DataError,
     "PackError": StoreError,
