@@ -1,12 +1,12 @@
-"""What the library asks of tables, of the model registry and of the lease.
+"""What the library asks of tables and of the lease that protects them.
 
-The adapters and the doubles have it.
+The adapters in `resources/` and the doubles in `pipeline/testing/` fulfil these protocols.
 """
 
 import datetime as dt
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, Self
 
 import pandas as pd
 import pyarrow as pa
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
 Mode = Literal["append", "overwrite"]
-# By column: the value that rows have there, or the values that it is among.
+# By column: the value that rows have there, or the values that are allowed.
 Where = Mapping[str, str | Sequence[str]]
-# The application whose transactions fence the commits of training runs, and how many numbers each
-# holder of the lease has.
+# The application whose transactions fence the commits of training runs, and how many commits each
+# holder of the lease can number.
 TRAINING = "training"
 COMMITS_PER_LEASE = 1_000_000_000
 
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """A file that was written below a table's root and that nobody has committed yet.
+    """A file below a table's root that no commit names yet.
 
     Args:
         path: relative to the root.
@@ -38,23 +38,53 @@ class WrittenFile:
     n_rows: int
 
 
+class AppTransaction(NamedTuple):
+    """An application's number for a commit, by which a table recognises the commit.
+
+    Args:
+        app_id: the application.
+        number: of the commit. A commit whose number the table has seen, or a later one, is not made
+            again.
+        is_fenced: whether the table refuses the commit, with an error, where it has seen a later
+            number.
+    """
+
+    app_id: str
+    number: int
+    is_fenced: bool = False
+
+    @classmethod
+    def of_training(cls, fence: int, n: int) -> Self:
+        """The transaction of the nth commit by the holder of a lease; fenced.
+
+        Args:
+            fence: of the lease; the numbers of a later holder are above all of an earlier one's.
+            n: counts the holder's commits, from 1.
+        """
+        return cls(TRAINING, fence * COMMITS_PER_LEASE + n, is_fenced=True)
+
+
 class HeldLease(Protocol):
     """The right to train a fleet."""
 
     @property
     def fence(self) -> int:
-        """Grows each time that the lease is taken."""
+        """A number that grows each time the lease is taken."""
 
     def check(self) -> None:
-        """Make sure that the lease is still held."""
+        """Make sure that the lease is still held.
+
+        Raises:
+            StoreError: if it is not.
+        """
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The newest version of a table, as its log tells it.
+    """The newest version of a table, according to its log.
 
     Args:
-        identity: differs between any two versions, also of tables that were removed and made again.
+        identity: differs between any two versions, even of a table that was removed and made again.
         version: its number.
         committed_at: when it was committed, UTC.
         metadata: strings kept in its commit.
@@ -101,7 +131,7 @@ class Tables(Protocol):
         before_commit: Callable[["DataFrame"], object] | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> int:
-        """Write a data frame from Spark's tasks and make one commit; the version.
+        """Write a data frame from Spark's tasks and make one commit; returns the version.
 
         `before_commit` is called with the written rows; if it raises, nothing is committed.
         """
@@ -115,13 +145,11 @@ class Tables(Protocol):
         mode: Mode,
         partition: Mapping[str, str] | None = None,
         metadata: Mapping[str, str] | None = None,
-        app: tuple[str, int] | None = None,
-        fenced: bool = False,
+        app: AppTransaction | None = None,
     ) -> int:
-        """Make one commit of written files; overwriting with a partition replaces only it.
+        """Make one commit of written files; overwriting with a partition replaces only that one.
 
-        A commit whose application transaction the table has seen is not made again. A fenced one is
-        refused where the table has seen a later transaction.
+        A commit with an application transaction lands at most once.
         """
 
     def create(self, location: str, schema: pa.Schema, *, partition_by: Sequence[str] = ()) -> None:
@@ -131,23 +159,23 @@ class Tables(Protocol):
         """The last number that an application committed; None for none."""
 
     def snapshot(self, location: str) -> Snapshot | None:
-        """The newest version, if all its files are there as they were written.
+        """The newest version, if all its files are present with the size they were written with.
 
         None otherwise, or where there is no table.
         """
 
     def layout(self, location: str) -> tuple[pa.Schema, list[str]]:
-        """A table's columns, and those of them that it is partitioned by."""
+        """A table's columns, and the names of those that it is partitioned by."""
 
     def read_arrow(
         self, location: str, *, where: Where | None = None, columns: Sequence[str] | None = None
     ) -> pa.Table:
-        """Rows whose columns equal, or are among, the values of `where`."""
+        """Rows that have the values of `where`, as Arrow."""
 
     def read_pandas(
         self, location: str, *, where: Where | None = None, columns: Sequence[str] | None = None
     ) -> pd.DataFrame:
-        """Rows whose columns equal, or are among, the values of `where`."""
+        """Rows that have the values of `where`, as pandas."""
 
     def read_spark(
         self,
@@ -157,4 +185,7 @@ class Tables(Protocol):
         *,
         partitions: Mapping[str, Sequence[str]] | None = None,
     ) -> "DataFrame":
-        """The rows of a version, of the named partitions, as a Spark data frame."""
+        """The rows of a version, by default the newest, as a Spark data frame.
+
+        Only the named partitions, where given.
+        """

@@ -1,7 +1,7 @@
 """Reclaiming what no kept run needs: rows of old runs, old table versions, leftovers."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from urllib.parse import unquote
@@ -17,7 +17,7 @@ from pipeline.models.meta_model import filesystem_of
 from pipeline.reading.delta_log import file_actions, read_actions
 from pipeline.reporting.summary import text_table
 from pipeline.runs.fleet_tables import FleetTables
-from pipeline.storage import COMMITS_PER_LEASE, TRAINING
+from pipeline.storage import AppTransaction
 from pipeline.tables import (
     BOOSTERS,
     DECISIONS,
@@ -31,7 +31,7 @@ from pipeline.tables import (
     fleet_runs,
 )
 from resources.delta_tables import DeltaTables
-from resources.lease import hold_lease
+from resources.lease import Lease, hold_lease
 from resources.mlflow_registry import MlflowRegistry
 
 # Runs whose models, held-out rows and feature tables are kept.
@@ -40,19 +40,19 @@ KEPT_RUNS = 5
 # so that a clean that was killed is finished by the next one.
 OF_RUNS = (IMPORTANCE, HOLDOUT, BOOSTERS, LEDGER, RUNS)
 OTHERS = (FEATURES, PREDICTIONS, DECISIONS)
-# Whoever writes one of the other tables does so without the lease: its newest files may have no
-# commit yet, and stay so long in any case.
+# The other tables are written without the lease: their newest files may still wait for their commit
+# and are kept for this long in any case.
 UNDER_THE_LEASE = {contract.name for contract in (HOLDOUT, BOOSTERS, LEDGER, RUNS)}
 WRITING = timedelta(hours=24)
 
 
 @dataclass(frozen=True)
 class Reclaimed:
-    """What of one table goes.
+    """What is removed from one table.
 
     Args:
-        partitions: whose rows go: runs, of boosters and held-out rows waves.
-        files: address and size in bytes of each.
+        partitions: whose rows go: runs, or waves of boosters and held-out rows.
+        files: path and size in bytes of each.
         younger: files that are not needed and too young to go.
     """
 
@@ -60,18 +60,25 @@ class Reclaimed:
     files: Sequence[tuple[str, int]]
     younger: int
 
+    @property
+    def n_bytes(self) -> int:
+        """Size of all files."""
+        return sum(size for _, size in self.files)
+
 
 @dataclass(frozen=True)
 class _Unneeded:
     """A file that no kept version has.
 
     Args:
-        info: its path and size.
-        since: when it was written, or, if later, taken away from its table.
-        was_committed: whether a version in the log took it away.
+        path: on the file system of its table.
+        size: bytes.
+        since: when it was written, or, if later, removed from its table.
+        was_committed: whether a version in the log removed it.
     """
 
-    info: pf.FileInfo
+    path: str
+    size: int
     since: datetime
     was_committed: bool
 
@@ -81,9 +88,9 @@ class Cleaned:
     """What `clean` removed, or would remove.
 
     Args:
-        tables: what of each table, by its name.
+        tables: what is removed from each table, by its name.
         dry_run: whether nothing was removed.
-        kept_runs: runs that everything is kept of.
+        kept_runs: runs of which everything is kept.
     """
 
     tables: Mapping[str, Reclaimed]
@@ -92,29 +99,27 @@ class Cleaned:
 
     @property
     def text(self) -> str:
-        """For people."""
-        found = self.tables
-        rows = [
-            [
-                name,
-                f"{len(one.partitions):,}",
-                f"{len(one.files):,}",
-                f"{sum(size for _, size in one.files):,}",
-            ]
-            for name, one in found.items()
-        ]
-        table = text_table(["table", "runs or waves", "files", "bytes"], rows)
-        did = "would be removed (dry run: nothing was)" if self.dry_run else "removed"
-        sizes = [size for one in found.values() for _, size in one.files]
-        younger = sum(one.younger for one in found.values())
-        waiting = f"; {younger:,} more are too young (--keep-hours)" if younger else ""
-        listed = (
-            [address for one in found.values() for address, _ in one.files] if self.dry_run else []
-        )
-        kept = f"{self.kept_runs:,} runs are kept whole (--keep-runs)"
-        return "\n".join(
-            [*listed, table, f"{len(sizes):,} files, {sum(sizes):,} bytes {did}{waiting}; {kept}"]
-        )
+        """For people: a line per table, and the sums; a dry run lists every file first."""
+        lines: list[str] = []
+        rows = []
+        n_files = n_bytes = n_younger = 0
+        for name, reclaimed in self.tables.items():
+            counts = (len(reclaimed.partitions), len(reclaimed.files), reclaimed.n_bytes)
+            rows.append([name, *map("{:,}".format, counts)])
+            n_files += len(reclaimed.files)
+            n_bytes += reclaimed.n_bytes
+            n_younger += reclaimed.younger
+            if self.dry_run:
+                lines += [path for path, _ in reclaimed.files]
+        lines.append(text_table(["table", "runs or waves", "files", "bytes"], rows))
+        done = "removed"
+        if self.dry_run:
+            done = "would be removed (dry run: nothing was)"
+        summary = f"{n_files:,} files, {n_bytes:,} bytes {done}"
+        if n_younger:
+            summary += f"; {n_younger:,} more are too young (--keep-hours)"
+        lines.append(f"{summary}; {self.kept_runs:,} runs are kept whole (--keep-runs)")
+        return "\n".join(lines)
 
 
 def clean(
@@ -128,19 +133,19 @@ def clean(
 ) -> Cleaned:
     """Remove what no kept run of a fleet needs.
 
-    Everything stays of the newest finished runs, of what was started since the oldest of them, and
-    of the challenger's run. Of other runs that a registered version answers with, or that ever
-    served, the rows of ledger and manifest stay, so that any version can be rolled back to and
+    Everything is kept of the newest finished runs, of runs started since the oldest of them, and of
+    the challenger's run. Of other runs that a registered version answers with, or that ever served,
+    the rows of ledger and manifest are kept, so that any version can be rolled back to and
     compared. A file goes once it has been unneeded for a while: one that no commit names counts
     from when it was written, one of an old version from when that was replaced. The fleet's lease
-    is held meanwhile: what a running training wrote is not committed yet. A folder without a table
-    is left alone, so that a lost log does not take its files with it.
+    is held meanwhile, because the files of a running training are not committed yet. A folder
+    without a table is left alone, so that a lost log does not take its files with it.
 
     Args:
         tables: where the fleet's tables are.
         registry: where its versions are.
         namespace: the fleet, its trial, or a backtest.
-        keep: how long an unneeded file stays; whoever reads an old version has as long.
+        keep: how long an unneeded file is kept; whoever reads an old version has this long.
         keep_runs: finished runs of which everything is kept, at least 1.
         dry_run: only look; takes no lease.
 
@@ -148,58 +153,63 @@ def clean(
         StoreError: if a training of the fleet runs, or the store or the registry refuses; nothing
             more is removed then.
     """
-    with nullcontext() if dry_run else hold_lease(tables, namespace, "many-models clean") as lease:
+    guard: AbstractContextManager[Lease | None] = nullcontext()
+    if not dry_run:
+        guard = hold_lease(tables, namespace, "many-models clean")
+    with guard as lease:
         runs = FleetTables(tables, namespace, namespace).runs()
         kept = _kept_runs(runs, keep_runs, registry.challenger_run(namespace))
-        answering = {*registry.fleet_versions(namespace), *_ever_served(tables, namespace)}
+        answering = registry.fleet_versions(namespace) | _ever_served(tables, namespace)
         going = _partitions_that_go(tables, namespace, runs, kept, answering)
-        if not dry_run and lease is not None:
+        if lease is not None:
             _let_go(tables, namespace, going, lease.fence)
         pinned = {FEATURES.name: _pinned_features(tables, namespace, runs, kept, keep_runs)}
         now = datetime.now(UTC)
-        found: dict[str, Reclaimed] = {}
+        reclaimed: dict[str, Reclaimed] = {}
         for name, location in _locations(tables, namespace).items():
-            files = _unneeded_files(tables, location, pinned.get(name, ()))
-            uncommitted = keep if name in UNDER_THE_LEASE else max(keep, WRITING)
-            old = [
-                one.info
-                for one in files
-                if one.since <= now - (keep if one.was_committed else uncommitted)
-            ]
+            unneeded = _unneeded_files(tables, location, pinned.get(name, ()))
+            old = _old_enough(unneeded, name, keep, now)
             if not dry_run:
-                _remove(tables, [info.path for info in old])
-            found[name] = Reclaimed(
-                going.get(name, ()), [(info.path, info.size) for info in old], len(files) - len(old)
+                _remove(tables, [file.path for file in old])
+            reclaimed[name] = Reclaimed(
+                partitions=going.get(name, ()),
+                files=[(file.path, file.size) for file in old],
+                younger=len(unneeded) - len(old),
             )
-    return Cleaned(found, dry_run, len(kept))
+    return Cleaned(reclaimed, dry_run, len(kept))
 
 
 def _locations(tables: DeltaTables, namespace: str) -> dict[str, str]:
-    """The tables that there are, by name."""
-    filesystem, root = filesystem_of(tables.location(namespace, RAW.name), tables.storage_options)
-    folders = filesystem.get_file_info(pf.FileSelector(root, allow_not_found=True))
-    sources = sorted(info.base_name for info in folders if info.type == pf.FileType.Directory)
-    names = [
-        *(f"{RAW.name}/{source}" for source in sources),
-        *(contract.name for contract in (*OTHERS, *OF_RUNS)),
-    ]
-    found = {name: tables.location(namespace, name) for name in names}
-    return {name: location for name, location in found.items() if tables.exists(location)}
+    """Where the fleet's existing tables are, by name."""
+    sources = tables.folders_below(tables.location(namespace, RAW.name))
+    names = [f"{RAW.name}/{source}" for source in sources]
+    names += [contract.name for contract in (*OTHERS, *OF_RUNS)]
+    locations = {}
+    for name in names:
+        location = tables.location(namespace, name)
+        if tables.exists(location):
+            locations[name] = location
+    return locations
 
 
 def _kept_runs(runs: pd.DataFrame, keep_runs: int, challenger: str | None) -> set[str]:
-    """Runs that everything is kept of."""
-    finished = (
-        fleet_runs(runs[runs["finished_at"].notna()]).sort_values("finished_at").tail(keep_runs)
-    )
-    since = finished["started_at"].min()
-    newer = runs if finished.empty else runs[runs["started_at"] >= since]
-    there = set(runs["run_id"])
-    return {*newer["run_id"], *finished["run_id"], *({challenger} & there if challenger else ())}
+    """Runs of which everything is kept."""
+    finished = fleet_runs(runs[runs["finished_at"].notna()])
+    newest = finished.sort_values("finished_at").tail(keep_runs)
+    since_then = runs
+    if not newest.empty:
+        since_then = runs[runs["started_at"] >= newest["started_at"].min()]
+    kept = {*newest["run_id"], *since_then["run_id"]}
+    if challenger is not None and challenger in set(runs["run_id"]):
+        kept.add(challenger)
+    return kept
 
 
 def _ever_served(tables: DeltaTables, namespace: str) -> set[str]:
-    """Runs that a group was moved to, or from: versions that combine runs are not read for it."""
+    """Runs that a group was moved to or from.
+
+    A version may combine runs; the decisions name them without reading its pack.
+    """
     location = tables.location(namespace, DECISIONS.name)
     if not tables.exists(location):
         return set()
@@ -214,30 +224,26 @@ def _partitions_that_go(
     kept: Collection[str],
     answering: Collection[str],
 ) -> dict[str, list[str]]:
-    """Per table the partitions that nobody needs."""
-    there = {
-        contract.name: _partitions(tables, tables.location(namespace, contract.name))
-        for contract in OF_RUNS
-    }
+    """Per table the partitions that nobody needs; none where no table says which runs are old."""
     if runs.empty:
         return {}
-    known = {*kept, *answering}
-    location = tables.location(namespace, LEDGER.name)
+    partitions: dict[str, set[str]] = {}
+    for contract in OF_RUNS:
+        location = tables.location(namespace, contract.name)
+        partitions[contract.name] = _partitions(tables, location)
     waves: set[str] = set()
-    if there[LEDGER.name]:
-        waves = set(
-            tables.read_pandas(location, where={"run_id": sorted(kept)}, columns=["wave"])[
-                "wave"
-            ].dropna()
-        )
+    if partitions[LEDGER.name]:
+        location = tables.location(namespace, LEDGER.name)
+        rows = tables.read_pandas(location, where={"run_id": sorted(kept)}, columns=["wave"])
+        waves = set(rows["wave"].dropna())
     needed = {
-        RUNS.name: known,
-        LEDGER.name: known,
+        RUNS.name: {*kept, *answering},
+        LEDGER.name: {*kept, *answering},
         IMPORTANCE.name: set(kept),
         BOOSTERS.name: waves,
         HOLDOUT.name: waves,
     }
-    return {name: sorted(set(values) - needed[name]) for name, values in there.items()}
+    return {name: sorted(values - needed[name]) for name, values in partitions.items()}
 
 
 def _partitions(tables: DeltaTables, location: str) -> set[str]:
@@ -248,34 +254,38 @@ def _partitions(tables: DeltaTables, location: str) -> set[str]:
     columns = table.metadata().partition_columns
     if len(columns) != 1:  # as an earlier release made it
         return set()
-    found = file_actions(table)[f"partition.{columns[0]}"].to_pylist()
-    return {str(value) for value in found if value is not None}
+    values = set(file_actions(table)[f"partition.{columns[0]}"].to_pylist())
+    return set(map(str, values - {None}))
 
 
 def _let_go(
     tables: DeltaTables, namespace: str, going: Mapping[str, Sequence[str]], fence: int
 ) -> None:
-    """Commit that rows of old runs are gone; their files stay for those who still read them."""
+    """Delete the rows of old runs; their files stay for whoever still reads them."""
     for number, contract in enumerate(OF_RUNS, start=1):
         values = going.get(contract.name, ())
         if not values:
             continue
         location = tables.location(namespace, contract.name)
         (column,) = contract.partition_by
-        listed = ", ".join("'{}'".format(value.replace("'", "''")) for value in values)
-        properties = CommitProperties(
-            app_transactions=[Transaction(TRAINING, fence * COMMITS_PER_LEASE + number)]
-        )
+        literals = ", ".join(map(_sql_literal, values))
+        app = AppTransaction.of_training(fence, number)
+        properties = CommitProperties(app_transactions=[Transaction(app.app_id, app.number)])
         try:
             _opened(tables, location).delete(
-                f"{column} IN ({listed})", commit_properties=properties
+                f"{column} IN ({literals})", commit_properties=properties
             )
         except DeltaError as error:
             raise StoreError(
                 f"{location}: {error}; check that the store can be reached, then run again: it "
-                "goes on"
+                "continues where it stopped"
             ) from error
         crash_point("rows_let_go")
+
+
+def _sql_literal(text: str) -> str:
+    doubled = text.replace("'", "''")
+    return f"'{doubled}'"
 
 
 def _pinned_features(
@@ -283,30 +293,28 @@ def _pinned_features(
 ) -> list[int]:
     """Versions of the feature table that kept runs were planned on.
 
-    Those of the fleet's trials and backtests, too.
+    Those of the fleet's trials and backtests, too, which read the same feature table.
     """
-    pinned = set(runs.loc[runs["run_id"].isin(list(kept)), "features_version"])
-    filesystem, root = filesystem_of(tables.root, tables.storage_options)
-    for info in filesystem.get_file_info(pf.FileSelector(root)):
-        if info.base_name == f"{namespace}-trial" or info.base_name.startswith(
-            (f"{namespace}-backtest-", f"{namespace}-trial-backtest-")
-        ):
-            theirs = FleetTables(tables, info.base_name, info.base_name).runs()
-            pinned |= set(
-                theirs.loc[
-                    theirs["run_id"].isin(list(_kept_runs(theirs, keep_runs, None))),
-                    "features_version",
-                ]
-            )
-    return sorted(int(version) for version in pinned if not pd.isna(version))
+    pinned = _features_versions(runs, kept)
+    backtests = (f"{namespace}-backtest-", f"{namespace}-trial-backtest-")
+    for name in tables.namespaces():
+        if name == f"{namespace}-trial" or name.startswith(backtests):
+            its_runs = FleetTables(tables, name, name).runs()
+            pinned |= _features_versions(its_runs, _kept_runs(its_runs, keep_runs, None))
+    return sorted(pinned)
+
+
+def _features_versions(runs: pd.DataFrame, run_ids: Collection[str]) -> set[int]:
+    versions = runs.loc[runs["run_id"].isin(list(run_ids)), "features_version"]
+    return set(versions.dropna().astype(int).tolist())
 
 
 def _unneeded_files(tables: DeltaTables, location: str, pinned: Iterable[int]) -> list[_Unneeded]:
     """Parquet files below a table that neither its newest nor a pinned version has, by path."""
     filesystem, root = filesystem_of(location, tables.storage_options)
     try:
-        # Files first, then the commits: one that is committed in between is named.
-        files = filesystem.get_file_info(pf.FileSelector(root, recursive=True))
+        # List the files before the commits, so that the commits name all that were committed.
+        infos = filesystem.get_file_info(pf.FileSelector(root, recursive=True))
         removed = _removed(filesystem, root)
         needed = _files_of(_opened(tables, location))
         for version in pinned:
@@ -316,20 +324,30 @@ def _unneeded_files(tables: DeltaTables, location: str, pinned: Iterable[int]) -
             f"{location}: {error}; nothing of it was removed: check that the store can be reached, "
             "then run again"
         ) from error
-    found = []
-    for info in files:
+    unneeded = []
+    for info in infos:
         path = info.path.removeprefix(f"{root}/")
-        hidden = any(part.startswith("_") for part in path.split("/"))
-        if (
-            info.type == pf.FileType.File
-            and path.endswith(".parquet")
-            and not hidden
-            and path not in needed
-        ):
-            found.append(
-                _Unneeded(info, max(info.mtime, removed.get(path, info.mtime)), path in removed)
-            )
-    return sorted(found, key=lambda one: one.info.path)
+        is_hidden = "/_" in f"/{path}"
+        is_data = info.type == pf.FileType.File and path.endswith(".parquet") and not is_hidden
+        if is_data and path not in needed:
+            since = max(info.mtime, removed.get(path, info.mtime))
+            unneeded.append(_Unneeded(info.path, info.size, since, was_committed=path in removed))
+    return sorted(unneeded, key=lambda file: file.path)
+
+
+def _old_enough(
+    unneeded: Iterable[_Unneeded], table: str, keep: timedelta, now: datetime
+) -> list[_Unneeded]:
+    """The files that have been unneeded for long enough to be removed."""
+    keep_uncommitted = keep
+    if table not in UNDER_THE_LEASE:
+        keep_uncommitted = max(keep, WRITING)
+    old = []
+    for file in unneeded:
+        age = now - file.since
+        if age >= keep_uncommitted or (file.was_committed and age >= keep):
+            old.append(file)
+    return old
 
 
 def _opened(tables: DeltaTables, location: str, version: int | None = None) -> DeltaTable:
@@ -337,7 +355,7 @@ def _opened(tables: DeltaTables, location: str, version: int | None = None) -> D
 
 
 def _files_of(table: DeltaTable) -> set[str]:
-    return {unquote(path) for path in file_actions(table)["path"].to_pylist()}
+    return set(map(unquote, file_actions(table)["path"].to_pylist()))
 
 
 def _files_of_version(tables: DeltaTables, location: str, version: int) -> set[str]:
@@ -352,22 +370,20 @@ def _files_of_version(tables: DeltaTables, location: str, version: int) -> set[s
 
 
 def _removed(filesystem: pf.FileSystem, root: str) -> dict[str, datetime]:
-    """When each file that the log takes away was taken away."""
-    found: dict[str, datetime] = {}
+    """When each file that the log removes was removed."""
+    removed: dict[str, datetime] = {}
     for info in filesystem.get_file_info(pf.FileSelector(f"{root}/_delta_log")):
         if info.extension != "json":
             continue
         for action in read_actions(filesystem, info.path):
-            if "remove" in action:
-                gone = action["remove"]
-                milliseconds = gone.get("deletionTimestamp")
-                moment = (
-                    info.mtime
-                    if milliseconds is None
-                    else datetime.fromtimestamp(milliseconds / 1000, UTC)
-                )
-                found[unquote(gone["path"])] = moment
-    return found
+            if "remove" not in action:
+                continue
+            moment = info.mtime
+            milliseconds = action["remove"].get("deletionTimestamp")
+            if milliseconds is not None:
+                moment = datetime.fromtimestamp(milliseconds / 1000, UTC)
+            removed[unquote(action["remove"]["path"])] = moment
+    return removed
 
 
 def _remove(tables: DeltaTables, paths: Sequence[str]) -> None:

@@ -3,8 +3,8 @@
 import datetime as dt
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import dagster as dg
 import pandas as pd
@@ -21,7 +21,7 @@ from pipeline.errors import StoreError
 from pipeline.models.meta_model import filesystem_of
 from pipeline.reading.delta_log import file_actions, refuse_strange_features, within
 from pipeline.spark.files import FileWriter, read_files, write_files
-from pipeline.storage import Mode, Snapshot, Tables, Where, WrittenFile
+from pipeline.storage import AppTransaction, Mode, Snapshot, Tables, Where, WrittenFile
 from pipeline.tables import TableContract
 
 ATTEMPTS = 20
@@ -45,10 +45,14 @@ class DeltaTables(dg.ConfigurableResource):
 
     def namespaces(self) -> list[str]:
         """Fleets, trials and backtests that have tables."""
-        with _store_errors(self.root):
-            filesystem, root = filesystem_of(self.root, self.storage_options)
-            found = filesystem.get_file_info(pf.FileSelector(root, allow_not_found=True))
-        return sorted(info.base_name for info in found if info.type == pf.FileType.Directory)
+        return self.folders_below(self.root)
+
+    def folders_below(self, location: str) -> list[str]:
+        """Names of the folders directly below a location, sorted; none where it does not exist."""
+        with _store_errors(location):
+            filesystem, root = filesystem_of(location, self.storage_options)
+            entries = filesystem.get_file_info(pf.FileSelector(root, allow_not_found=True))
+        return sorted(info.base_name for info in entries if info.type == pf.FileType.Directory)
 
     def write_spark(
         self,
@@ -78,15 +82,9 @@ class DeltaTables(dg.ConfigurableResource):
         with _store_errors(location):
             files, schema = write_files(frame, location, self.storage_options)
         if before_commit is not None:
-            before_commit(
-                read_files(
-                    frame.sparkSession,
-                    location,
-                    [file.path for file in files],
-                    schema,
-                    self.storage_options,
-                )
-            )
+            paths = [file.path for file in files]
+            written = read_files(frame.sparkSession, location, paths, schema, self.storage_options)
+            before_commit(written)
         return self.commit(
             location, files, schema, mode=mode, partition=partition, metadata=metadata
         )
@@ -104,10 +102,12 @@ class DeltaTables(dg.ConfigurableResource):
 
         Returns the version.
         """
-        files = [self.write_file(table, schema, location) for table in tables]
-        return self.commit(
-            location, [file for file in files if file], schema, mode=mode, metadata=metadata
-        )
+        files = []
+        for table in tables:
+            file = self.write_file(table, schema, location)
+            if file is not None:
+                files.append(file)
+        return self.commit(location, files, schema, mode=mode, metadata=metadata)
 
     def write_file(self, table: pa.Table, schema: pa.Schema, location: str) -> WrittenFile | None:
         """Write one file below a table's root without committing it; None for no rows."""
@@ -125,13 +125,9 @@ class DeltaTables(dg.ConfigurableResource):
         mode: Mode,
         partition: Mapping[str, str] | None = None,
         metadata: Mapping[str, str] | None = None,
-        app: tuple[str, int] | None = None,
-        fenced: bool = False,
+        app: AppTransaction | None = None,
     ) -> int:
         """Make one commit of written files.
-
-        With an application transaction it lands once, whatever the store answers: after an error
-        the table itself says whether the commit is in it.
 
         Args:
             location: root of the table.
@@ -140,32 +136,30 @@ class DeltaTables(dg.ConfigurableResource):
             mode: append or overwrite.
             partition: as for `write_spark`.
             metadata: strings kept in the commit.
-            app: id and number of an application transaction; one that the table has already seen is
-                not committed again.
-            fenced: whether to refuse the commit where the table has seen a later transaction of the
-                application. This holds at the very moment of the commit, however long the process
-                slept before it.
+            app: with it the commit lands once, whatever the store answers: after an error the table
+                itself says whether the commit is in it. A fenced one is checked at the very moment
+                of the commit, however long the process slept before it.
 
         Raises:
             StoreError: if a file is missing or of another size, a later transaction fences the
                 commit off, or the store refuses.
         """
         self._check_files(location, files)
-        attempt = partial(
-            self._commit,
-            location,
-            files,
-            Schema.from_arrow(schema),
-            mode,
-            partition or {},
-            metadata or {},
+        change = _Change(
+            location=location,
+            files=files,
+            schema=Schema.from_arrow(schema),
+            mode=mode,
+            partition=partition or {},
+            metadata=metadata or {},
+            app=app,
         )
         with _store_errors(location):
             attempts_left = ATTEMPTS
             while True:
                 attempts_left -= 1
                 try:
-                    return attempt(app, fenced=fenced)
+                    return self._commit(change)
                 except (DeltaError, OSError) as error:
                     if app is None or not attempts_left:
                         raise
@@ -173,100 +167,63 @@ class DeltaTables(dg.ConfigurableResource):
                     # answer was lost: look again.
                     if (
                         not isinstance(error, CommitFailedError)
-                        and self.transaction(location, app[0]) != app[1]
+                        and self.transaction(location, app.app_id) != app.number
                     ):
                         raise
 
-    def _commit(
-        self,
-        location: str,
-        files: Sequence[WrittenFile],
-        schema: Schema,
-        mode: Mode,
-        partition: Mapping[str, str],
-        metadata: Mapping[str, str],
-        app: tuple[str, int] | None = None,
-        *,
-        fenced: bool = False,
-    ) -> int:
-        """One attempt.
+    def _commit(self, change: "_Change") -> int:
+        """Make one attempt.
 
-        With an application transaction only onto the version that was looked at, for the format
+        With an application transaction only onto the version that was looked at, because the format
         would let both of two land.
         """
-        actions: list[Any] = [_add_action(file, partition) for file in files]
-        properties = CommitProperties(
-            custom_metadata=dict(metadata) or None,
-            app_transactions=[Transaction(app[0], app[1])] if app else None,
-            max_commit_retries=0 if app else None,
-        )
-        partition_by, options = list(partition), self.storage_options or None
-        if not DeltaTable.is_deltatable(location, self.storage_options):
-            try:
-                create_table_with_add_actions(
-                    location,
-                    schema,
-                    actions,
-                    mode="error" if app else "overwrite",
-                    partition_by=partition_by,
-                    commit_properties=properties,
-                    storage_options=options,
-                )
-            except DeltaError as error:
-                if app is not None and self.exists(location):
-                    raise CommitFailedError(f"{location} was created meanwhile") from error
-                raise
-            return int(DeltaTable(location, storage_options=self.storage_options).version())
-        table = DeltaTable(location, storage_options=self.storage_options)
-        if (
-            app is not None
-            and (seen := table.transaction_version(app[0])) is not None
-            and seen >= app[1]
-        ):
-            if fenced and seen > app[1]:
-                raise StoreError(
-                    f"{location}: another run has taken the fleet over and committed since "
-                    f"(transaction {seen}, this one is {app[1]}); "
-                    "nothing more of this run is committed: run again once the other has ended"
-                )
+        if not self.exists(change.location):
+            self._create_with(change)
+            return self._newest_version(change.location)
+        table = DeltaTable(change.location, storage_options=self.storage_options)
+        if change.app is not None and _has_seen(table, change.app, change.location):
             return int(table.version())
-        if mode == "append" or partition:
-            _refuse_other_types(table, schema, location)
-            if _add_missing_columns(table, schema):
-                # That was a commit of its own, and another's may lie before it: look at the table
-                # anew.
-                return self._commit(
-                    location, files, schema, mode, partition, metadata, app, fenced=fenced
-                )
-            if list(table.metadata().partition_columns) != partition_by:
-                raise StoreError(
-                    f"{location} is partitioned by {table.metadata().partition_columns}, the new "
-                    f"rows by {partition_by}; nothing was committed"
-                )
-        if mode == "overwrite" and not partition:
+        if change.replaces_table:
             # A new shape of the table comes in with the rows that have it.
-            create_table_with_add_actions(
-                location,
-                schema,
-                actions,
-                mode="overwrite",
-                commit_properties=properties,
-                storage_options=options,
-            )
-        else:
-            filters = (
-                [(name, "=", value) for name, value in partition.items()]
-                if mode == "overwrite"
-                else None
-            )
-            table.create_write_transaction(
-                actions,
-                mode,
-                schema,
-                partition_by=partition_by,
-                partition_filters=filters,
-                commit_properties=properties,
-            )
+            self._put(change, "overwrite")
+            return self._newest_version(change.location)
+        _refuse_other_types(table, change.schema, change.location)
+        if _add_missing_columns(table, change.schema):
+            # That was a commit of its own, and another's may lie before it: look at the table anew.
+            return self._commit(change)
+        _refuse_other_partitions(table, change)
+        table.create_write_transaction(
+            change.actions,
+            change.mode,
+            change.schema,
+            partition_by=list(change.partition),
+            partition_filters=change.partition_filters,
+            commit_properties=change.properties,
+        )
+        return self._newest_version(change.location)
+
+    def _create_with(self, change: "_Change") -> None:
+        """Make the table with the rows of its first commit."""
+        try:
+            self._put(change, "error" if change.app else "overwrite")
+        except DeltaError as error:
+            if change.app is not None and self.exists(change.location):
+                raise CommitFailedError(f"{change.location} was created meanwhile") from error
+            raise
+
+    def _put(self, change: "_Change", mode: Literal["error", "overwrite"]) -> None:
+        """Let the rows of a commit be the whole table."""
+        create_table_with_add_actions(
+            change.location,
+            change.schema,
+            change.actions,
+            mode=mode,
+            partition_by=list(change.partition),
+            commit_properties=change.properties,
+            storage_options=self.storage_options or None,
+        )
+
+    def _newest_version(self, location: str) -> int:
         return int(DeltaTable(location, storage_options=self.storage_options).version())
 
     def create(self, location: str, schema: pa.Schema, *, partition_by: Sequence[str] = ()) -> None:
@@ -288,13 +245,11 @@ class DeltaTables(dg.ConfigurableResource):
         with _store_errors(location):
             if not self.exists(location):
                 return None
-            seen = DeltaTable(location, storage_options=self.storage_options).transaction_version(
-                app_id
-            )
-        return None if seen is None else int(seen)
+            table = DeltaTable(location, storage_options=self.storage_options)
+            return table.transaction_version(app_id)
 
     def snapshot(self, location: str) -> Snapshot | None:
-        """The newest version, if all its files are there as they were written.
+        """The newest version, if all its files are present with the size they were written with.
 
         None otherwise, or where there is no table.
         """
@@ -302,40 +257,43 @@ class DeltaTables(dg.ConfigurableResource):
             if not self.exists(location):
                 return None
             table = self._open(location, None)
-            actions = file_actions(table).to_pydict()
-            filesystem, root = filesystem_of(location, self.storage_options)
-            infos = filesystem.get_file_info([f"{root}/{path}" for path in actions["path"]])
-            if [info.size for info in infos] != actions["size_bytes"] or None in actions[
-                "num_records"
-            ]:
+            actions = file_actions(table)
+            n_records = actions["num_records"].to_pylist()
+            sizes = self._file_sizes(location, actions["path"].to_pylist())
+            if sizes != actions["size_bytes"].to_pylist() or None in n_records:
                 return None
             commit = table.history(1)[0]
+        metadata = {name: value for name, value in commit.items() if isinstance(value, str)}
         return Snapshot(
             identity=f"{table.metadata().id}/{table.version()}",
             version=int(table.version()),
             committed_at=dt.datetime.fromtimestamp(commit["timestamp"] / 1000, dt.UTC),
-            metadata={name: value for name, value in commit.items() if isinstance(value, str)},
+            metadata=metadata,
             schema=_arrow_schema(table),
-            n_files=len(infos),
-            n_rows=sum(actions["num_records"]),
+            n_files=len(sizes),
+            n_rows=sum(n_records),
         )
 
     def layout(self, location: str) -> tuple[pa.Schema, list[str]]:
-        """A table's columns, and those of them that it is partitioned by."""
+        """A table's columns, and the names of those that it is partitioned by."""
         table = self._open(location, None)
         return _arrow_schema(table), list(table.metadata().partition_columns)
 
     def _check_files(self, location: str, files: Sequence[WrittenFile]) -> None:
-        """A commit that names a missing file would be accepted by the format; not by us."""
-        filesystem, root = filesystem_of(location, self.storage_options)
-        for file, info in zip(
-            files, filesystem.get_file_info([f"{root}/{file.path}" for file in files]), strict=True
-        ):
-            if info.size != file.size:
+        """Refuse files that are missing or incomplete, which the format itself would accept."""
+        sizes = self._file_sizes(location, [file.path for file in files])
+        for file, size in zip(files, sizes, strict=True):
+            if size != file.size:
                 raise StoreError(
-                    f"{location}/{file.path} has {info.size} bytes, expected {file.size} as "
+                    f"{location}/{file.path} has {size} bytes, expected {file.size} as "
                     "written; nothing was committed: run again"
                 )
+
+    def _file_sizes(self, location: str, paths: Sequence[str]) -> list[int | None]:
+        """The size of each file below a table's root; None for one that is missing."""
+        filesystem, root = filesystem_of(location, self.storage_options)
+        infos = filesystem.get_file_info([f"{root}/{path}" for path in paths])
+        return [info.size for info in infos]
 
     def exists(self, location: str) -> bool:
         """Whether there is a table."""
@@ -377,13 +335,15 @@ class DeltaTables(dg.ConfigurableResource):
         self, location: str, *, where: Where | None = None, columns: Sequence[str] | None = None
     ) -> pa.Table:
         """The rows of a table that have the values of `where`, as Arrow."""
-        filters = [
-            (name, "=", value) if isinstance(value, str) else (name, "in", list(value))
-            for name, value in (where or {}).items()
-        ] or None
+        filters: list[Any] = []
+        for name, value in (where or {}).items():
+            if isinstance(value, str):
+                filters.append((name, "=", value))
+            else:
+                filters.append((name, "in", list(value)))
         with _store_errors(location):
             return self._open(location, None).to_pyarrow_table(
-                filters=filters, columns=list(columns) if columns else None
+                filters=filters or None, columns=list(columns or ()) or None
             )
 
     def _open(self, location: str, version: int | None) -> DeltaTable:
@@ -398,40 +358,107 @@ class DeltaTables(dg.ConfigurableResource):
         return table
 
 
-def _refuse_other_types(table: DeltaTable, schema: Schema, location: str) -> None:
-    """Files that stay must be readable beside the new ones.
+@dataclass(frozen=True, kw_only=True)
+class _Change:
+    """What one commit does to a table; see `DeltaTables.commit`."""
 
-    The format itself would accept the commit.
+    location: str
+    files: Sequence[WrittenFile]
+    schema: Schema
+    mode: Mode
+    partition: Mapping[str, str]
+    metadata: Mapping[str, str]
+    app: AppTransaction | None
+
+    @property
+    def replaces_table(self) -> bool:
+        """Whether no row of the table stays."""
+        return self.mode == "overwrite" and not self.partition
+
+    @property
+    def actions(self) -> list[Any]:
+        """One action per file."""
+        return [add_action(file, self.partition) for file in self.files]
+
+    @property
+    def partition_filters(self) -> list[tuple[str, str, Any]] | None:
+        """Which rows are replaced; None where none are."""
+        if self.mode == "append":
+            return None
+        return [(name, "=", value) for name, value in self.partition.items()]
+
+    @property
+    def properties(self) -> CommitProperties:
+        """What the commit carries besides its files."""
+        metadata = dict(self.metadata) or None
+        if self.app is None:
+            return CommitProperties(custom_metadata=metadata)
+        return CommitProperties(
+            custom_metadata=metadata,
+            app_transactions=[Transaction(self.app.app_id, self.app.number)],
+            max_commit_retries=0,
+        )
+
+
+def _has_seen(table: DeltaTable, app: AppTransaction, location: str) -> bool:
+    """Whether the table holds a commit of that number, or a later one, already.
+
+    Raises:
+        StoreError: if it holds a later one, and the transaction is fenced.
     """
-    before = {field.name: field.type for field in table.schema().fields}
+    seen = table.transaction_version(app.app_id)
+    if seen is None or seen < app.number:
+        return False
+    if app.is_fenced and seen > app.number:
+        raise StoreError(
+            f"{location}: another run has taken the fleet over and committed since "
+            f"(transaction {seen}, this one is {app.number}); "
+            "nothing more of this run is committed: run again once the other has ended"
+        )
+    return True
+
+
+def _refuse_other_types(table: DeltaTable, schema: Schema, location: str) -> None:
+    """Refuse rows that could not be read beside those that stay; the format would accept them."""
+    types = {field.name: field.type for field in table.schema().fields}
     for field in schema.fields:
-        there = before.get(field.name)
-        if there is not None and there != field.type:
+        type_before = types.get(field.name)
+        if type_before is not None and type_before != field.type:
             raise StoreError(
-                f"{location}: column {field.name!r} is {there.to_json()} in the table and "
+                f"{location}: column {field.name!r} is {type_before.to_json()} in the table and "
                 f"{field.type.to_json()} in the new rows; "
                 "nothing was committed: move the table away to start a new one, or cast the column"
             )
 
 
-def _add_missing_columns(table: DeltaTable, schema: Schema) -> bool:
-    """Give a table the columns of the new rows that it lacks, as one of an earlier release may.
+def _refuse_other_partitions(table: DeltaTable, change: _Change) -> None:
+    columns = list(table.metadata().partition_columns)
+    if columns != list(change.partition):
+        raise StoreError(
+            f"{change.location} is partitioned by {columns}, the new rows by "
+            f"{list(change.partition)}; nothing was committed"
+        )
 
-    Whether it lacked any.
+
+def _add_missing_columns(table: DeltaTable, schema: Schema) -> bool:
+    """Give a table of an earlier release the columns of the new rows that it lacks.
+
+    Returns:
+        Whether it lacked any.
     """
-    known = {field.name for field in table.schema().fields}
-    missing = [field for field in schema.fields if field.name not in known]
+    present = {field.name for field in table.schema().fields}
+    missing = [field for field in schema.fields if field.name not in present]
     if missing:
         table.alter.add_columns(missing)
     return bool(missing)
 
 
 def _paths(table: DeltaTable, location: str, partitions: Mapping[str, Sequence[str]]) -> list[str]:
+    """Paths of the files of some partitions, relative to the root; of all where none is named."""
     actions = file_actions(table)
     for name, values in partitions.items():
-        actions = actions.filter(
-            pc.is_in(actions[f"partition.{name}"], value_set=pa.array(list(values), pa.string()))
-        )
+        value_set = pa.array(list(values), pa.string())
+        actions = actions.filter(pc.is_in(actions[f"partition.{name}"], value_set=value_set))
     return sorted(within(path, location) for path in actions["path"].to_pylist())
 
 
@@ -439,12 +466,18 @@ def _arrow_schema(table: DeltaTable) -> pa.Schema:
     return pa.schema(table.schema().to_arrow())
 
 
-def _add_action(file: WrittenFile, partition: Mapping[str, str]) -> AddAction:
+def add_action(file: WrittenFile, partition: Mapping[str, str]) -> AddAction:
+    """The entry of a file in the log.
+
+    Args:
+        file: below the table's root.
+        partition: the values that its rows have in the partition columns.
+    """
     return AddAction(
         file.path,
         file.size,
         dict(partition),
-        0,
+        0,  # no time of modification
         data_change=True,
         stats=f'{{"numRecords": {file.n_rows}}}',
     )
@@ -476,5 +509,5 @@ def contract_metadata(contract: TableContract, location: str) -> dict[str, Any]:
 
 
 if TYPE_CHECKING:
-    # The adapter has what the library asks of tables.
+    # The adapter fulfils the protocol.
     _TABLES: Tables = DeltaTables(root="")

@@ -1,17 +1,17 @@
 """One training of a fleet at a time: a row in Delta that says who may train it now.
 
 A taker reads the row at a version of the table and replaces it by the very next version, without
-deltalake's retries: the log has one file per version, so of two takers who read the same version
-one lands. Clocks are only compared with `expires_at`, and those of two machines may differ by less
+deltalake's retries. The log has one file per version, so of two takers who read the same version
+one succeeds. Clocks are only compared with `expires_at`; those of two machines may differ by less
 than the expiry.
 
 Each taker gets a fence, one above the last. A training run's commits carry it as an application
-transaction, so that a holder who slept through its expiry is refused by the tables themselves,
-whatever its clock says.
+transaction, so that the tables themselves refuse a holder who slept through its expiry, whatever
+its clock says.
 
 What grows: a renewal is one commit and one file of about 3 kB, four a minute at the usual expiry.
-Log entries older than an hour go with every 50th commit, data files older than an hour when the
-lease is next taken.
+Every 50th commit removes log entries older than an hour; the next taker of the lease removes data
+files older than an hour.
 """
 
 import contextlib
@@ -29,11 +29,12 @@ from typing import Any
 import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, Schema
 from deltalake.exceptions import CommitFailedError, DeltaError
-from deltalake.transaction import AddAction, create_table_with_add_actions
+from deltalake.transaction import create_table_with_add_actions
 
 from pipeline.errors import StoreError
 from pipeline.storage import COMMITS_PER_LEASE, TRAINING, Tables
 from pipeline.tables import BOOSTERS, HOLDOUT, LEASES, LEDGER, RUNS
+from resources.delta_tables import add_action
 
 ATTEMPTS = 5
 RENEWALS = 4  # within one expiry
@@ -54,7 +55,7 @@ def _utc_now() -> datetime:
 def _moment(now: Callable[[], datetime]) -> datetime:
     """The clock's time in whole microseconds, as the table keeps it.
 
-    A pandas timestamp has nanoseconds.
+    The clock may be a pandas timestamp, which has nanoseconds.
     """
     return datetime.fromtimestamp(now().timestamp(), UTC)
 
@@ -96,16 +97,15 @@ class LeaseRow:
     def owner_is_gone(self) -> bool:
         """Whether the process is known to be gone.
 
-        It ran on this machine, in this boot, and has ended or its pid belongs to another.
-
-        Where the boot is unknown (not Linux) nobody is known to be gone.
+        That is known of processes of this machine, in this boot, that have ended or whose pid
+        belongs to another. Where the boot is unknown (not Linux), nobody is known to be gone.
         """
         if not self.boot_id or (self.host, self.boot_id) != (socket.gethostname(), read_boot_id()):
             return False
         return not _is_running(self.pid, self.process_started)
 
     def same_holder(self, other: "LeaseRow | None") -> bool:
-        """Whether the other row is held, by the same process since the same moment."""
+        """Whether the other row is held too, by the same process since the same moment."""
         return (
             other is not None
             and not other.released
@@ -130,21 +130,21 @@ class Lease:
 
     @property
     def run_id(self) -> str:
-        """The run that holds it."""
+        """The run that holds the lease."""
         return self._row.run_id
 
     @property
     def fence(self) -> int:
-        """Grows each time that the lease is taken."""
+        """A number that grows each time the lease is taken."""
         return self._row.fence
 
     def check(self) -> None:
         """Make sure that the lease is still held; to be called before each commit.
 
         Reads the table. A lease that ran out while this process slept, and that nobody took, is
-        renewed. While the store cannot be reached the lease counts until it expires, since nobody
-        may take it before. A process that is frozen between this call and its commit for longer
-        than the expiry is stopped by the commit itself, which carries the lease's fence.
+        renewed. While the store cannot be reached, the lease counts as held until it expires,
+        because nobody may take it before. If the process is frozen between this call and its commit
+        for longer than the expiry, the commit itself is refused: it carries the lease's fence.
 
         Raises:
             StoreError: if another run took the lease, or it ran out and cannot be renewed.
@@ -155,9 +155,9 @@ class Lease:
                 "take it anew to go on"
             )
         try:
-            there = self._table.read()[1]
-            self._refuse_others(there)
-            if there is not None and there.expires_at <= _moment(self._now):
+            _, current = self._table.read()
+            self._refuse_others(current)
+            if current is not None and current.expires_at <= _moment(self._now):
                 self._renew()
         except _Unreachable as error:
             if _moment(self._now) >= self._row.expires_at:
@@ -169,20 +169,20 @@ class Lease:
                 ) from error
 
     def start(self) -> None:
-        """Begin to renew."""
+        """Begin to renew the lease in the background."""
         self._thread.start()
 
     def release(self) -> None:
-        """Stop renewing and give the lease back, as well as that works: it runs out by itself."""
+        """Stop renewing and give the lease back; if that fails, it expires by itself."""
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join(timeout=self._expiry.total_seconds() / RENEWALS)
         try:
             for _ in range(ATTEMPTS):
-                handle, there = self._table.read()
-                if not self._row.same_holder(there) or self._table.swap(
-                    handle, replace(self._row, released=True)
-                ):
+                handle, current = self._table.read()
+                if not self._row.same_holder(current):
+                    return
+                if self._table.swap(handle, replace(self._row, released=True)):
                     return
         except StoreError as error:
             _log.warning(
@@ -213,8 +213,8 @@ class Lease:
 
     def _renew(self) -> None:
         for _ in range(ATTEMPTS):
-            handle, there = self._table.read()
-            self._refuse_others(there)
+            handle, current = self._table.read()
+            self._refuse_others(current)
             moment = _moment(self._now)
             row = replace(self._row, heartbeat_at=moment, expires_at=moment + self._expiry)
             if self._table.swap(handle, row):
@@ -222,21 +222,20 @@ class Lease:
                 return
         raise _Unreachable(f"{self._table.location}: the store refused {ATTEMPTS} commits in a row")
 
-    def _refuse_others(self, there: LeaseRow | None) -> None:
-        if self._row.same_holder(there):
+    def _refuse_others(self, current: LeaseRow | None) -> None:
+        """Raise if the table's row is not this holder's."""
+        if self._row.same_holder(current):
             return
-        lost = f"run {self.run_id} lost its lease of fleet {self._table.namespace!r}"
-        why = (
-            "its row is gone"
-            if there is None
-            else (
-                f"run {there.run_id} on {there.host}, pid {there.pid}, "
-                f"took it at {_text(there.taken_at)}"
+        why = "its row is gone"
+        if current is not None:
+            why = (
+                f"run {current.run_id} on {current.host}, pid {current.pid}, "
+                f"took it at {_text(current.taken_at)}"
             )
-        )
         raise StoreError(
-            f"{lost}, last renewed at {_text(self._row.heartbeat_at)}: {why}; nothing more is "
-            "committed: run again once the other has ended"
+            f"run {self.run_id} lost its lease of fleet {self._table.namespace!r}, last renewed at "
+            f"{_text(self._row.heartbeat_at)}: {why}; nothing more is committed: run again once "
+            "the other has ended"
         )
 
 
@@ -249,10 +248,10 @@ def hold_lease(
     expiry_seconds: float = 60.0,
     now: Callable[[], datetime] = _utc_now,
 ) -> Iterator[Lease]:
-    """Hold the right to train a fleet, however the block is left.
+    """Hold the right to train a fleet while the block runs, and give it back however it ends.
 
     A lease is free where there is no row, it was released, it expired, or its owner was a process
-    of this machine that is no more: a run that was killed can be resumed at once.
+    of this machine that is gone: a run that was killed can be resumed at once.
 
     Args:
         tables: where the fleet's tables are.
@@ -266,7 +265,7 @@ def hold_lease(
         The lease; call its `check` before each commit.
 
     Raises:
-        StoreError: if another run, or this very process, holds it, or the store refuses.
+        StoreError: if another run holds it, even in this very process, or the store refuses.
     """
     table = LeaseTable(tables, namespace)
     expiry = timedelta(seconds=expiry_seconds)
@@ -280,9 +279,9 @@ def hold_lease(
 
 
 def current_lease(tables: Tables, namespace: str) -> LeaseRow | None:
-    """Who may train the fleet, also where the lease ran out or was given back.
+    """The row of the lease, even if the lease expired or was given back.
 
-    None if nobody ever could.
+    None if nobody ever took it.
 
     Raises:
         StoreError: if the table cannot be read.
@@ -295,13 +294,16 @@ def _take(
 ) -> LeaseRow:
     host, pid = socket.gethostname(), os.getpid()
     for _ in range(ATTEMPTS):
-        handle, there = table.read()
+        handle, current = table.read()
         moment = _moment(now)
-        if there is not None and not there.is_free(moment):
-            raise StoreError(_held(table.namespace, there))
-        # Where the lease does not tell (it was removed, or an earlier release wrote it), the tables
-        # do.
-        fence = (there.fence if there is not None else 0) or table.newest_fence()
+        fence = 0
+        if current is not None:
+            if not current.is_free(moment):
+                raise StoreError(_held(table.namespace, current))
+            fence = current.fence
+        if not fence:
+            # The lease was removed, or an earlier release wrote it: the tables know the last fence.
+            fence = table.newest_fence()
         row = LeaseRow(
             run_id=run_id,
             owner=f"{host}:{pid}",
@@ -323,23 +325,22 @@ def _take(
     )
 
 
-def _held(namespace: str, there: LeaseRow) -> str:
-    expiry = (there.expires_at - there.heartbeat_at).total_seconds()
-    who = (
-        "this very process"
-        if there.pid == os.getpid() and there.boot_id == read_boot_id()
-        else f"host {there.host}, pid {there.pid}"
-    )
+def _held(namespace: str, holder: LeaseRow) -> str:
+    """The message for a taker who comes while the lease is held."""
+    expiry = (holder.expires_at - holder.heartbeat_at).total_seconds()
+    process = f"host {holder.host}, pid {holder.pid}"
+    if holder.pid == os.getpid() and holder.boot_id == read_boot_id():
+        process = "this very process"
     return (
-        f"fleet {namespace!r} is being trained by run {there.run_id} ({who}) since "
-        f"{_text(there.taken_at)}; "
-        f"its lease expires at {_text(there.expires_at)} unless renewed: wait for that run or "
-        f"terminate it; the lease frees itself at most {expiry:g} s after its process dies"
+        f"fleet {namespace!r} is being trained by run {holder.run_id} ({process}) since "
+        f"{_text(holder.taken_at)}; "
+        f"its lease expires at {_text(holder.expires_at)} unless renewed: wait for that run or "
+        f"terminate it; the lease becomes free at most {expiry:g} s after its process dies"
     )
 
 
 class _Unreachable(StoreError):
-    """The store did not answer, or not with a lease; trying again may help."""
+    """The store did not answer, or its answer is not a lease; trying again may help."""
 
 
 class LeaseTable:
@@ -352,7 +353,7 @@ class LeaseTable:
         self._options = dict(tables.storage_options) or None
 
     def read(self) -> tuple[DeltaTable | None, LeaseRow | None]:
-        """The newest version and its row."""
+        """The newest version of the table, and its row."""
         with self._readable():
             if not DeltaTable.is_deltatable(self.location, self._options):
                 return None, None
@@ -365,63 +366,52 @@ class LeaseTable:
 
     def newest_fence(self) -> int:
         """The highest fence that a commit to the fleet's tables carried; 0 for none."""
-        locations = [
-            self._tables.location(self.namespace, contract.name)
-            for contract in (RUNS, LEDGER, BOOSTERS, HOLDOUT)
-        ]
-        return (
-            max((self._tables.transaction(location, TRAINING) or 0) for location in locations)
-            // COMMITS_PER_LEASE
-        )
+        highest = 0
+        for contract in (RUNS, LEDGER, BOOSTERS, HOLDOUT):
+            location = self._tables.location(self.namespace, contract.name)
+            highest = max(highest, self._tables.transaction(location, TRAINING) or 0)
+        return highest // COMMITS_PER_LEASE
 
     @staticmethod
     def _known_columns(table: DeltaTable) -> list[str]:
         """Columns of the contract that the table has; one of an earlier release may lack some."""
-        found = {field.name for field in table.schema().fields}
-        return [name for name in LEASES.schema.names if name in found]
+        present = {field.name for field in table.schema().fields}
+        return [name for name in LEASES.schema.names if name in present]
 
     def swap(self, handle: DeltaTable | None, row: LeaseRow) -> bool:
-        """Make the row the version after the handle's; whether it is the newest one now.
+        """Write the row as the version after the handle's; returns whether it is the newest now.
 
-        What the store says of a refused commit is not trusted: a put that was repeated after a lost
-        answer fails on itself, so the newest version tells. False is worth another try, from
-        reading on.
+        The store's own answer is not trusted: a put that was repeated after a lost answer is
+        refused because of itself. So the newest version decides. After False, read again and retry.
         """
-        version = -1 if handle is None else handle.version()
+        version = -1
+        if handle is not None:
+            version = handle.version()
         refused: Exception | None = None
         try:
             self.commit(handle, row)
         except (DeltaError, OSError) as error:
             refused = error
-        newest, there = self.read()
+        newest, current = self.read()
         beaten = isinstance(refused, CommitFailedError) or (
             newest is not None and newest.version() != version
         )
-        if refused is not None and there != row and not beaten:
+        if refused is not None and current != row and not beaten:
             raise _Unreachable(
                 f"{self.location}: {refused}; check that the store can be reached and written to, "
                 "then run again"
             ) from refused
-        return there == row
+        return current == row
 
     def commit(self, handle: DeltaTable | None, row: LeaseRow) -> None:
-        """Write the row as the version after the handle's, without a look at what became of it."""
+        """Write the row as the version after the handle's, without checking the result."""
         # Not write_deltalake: it panics where the root holds brackets.
         file = self._tables.write_file(
             pa.Table.from_pylist([asdict(row)], schema=LEASES.schema), LEASES.schema, self.location
         )
         if file is None:
             raise StoreError(f"{self.location}: the lease's file was not written; run again")
-        actions: list[Any] = [
-            AddAction(
-                file.path,
-                file.size,
-                {},
-                0,
-                data_change=True,
-                stats=f'{{"numRecords": {file.n_rows}}}',
-            )
-        ]
+        actions: list[Any] = [add_action(file, {})]
         schema = Schema.from_arrow(LEASES.schema)
         if handle is None:
             create_table_with_add_actions(
@@ -434,20 +424,18 @@ class LeaseTable:
                 commit_properties=_ONCE,
             )
             return
-        missing = [
-            field for field in schema.fields if field.name not in self._known_columns(handle)
-        ]
+        columns = self._known_columns(handle)
+        missing = [field for field in schema.fields if field.name not in columns]
         if missing:
-            # A version of its own, onto which the row follows unless somebody else comes between.
+            # This makes a version of its own; the row follows unless somebody else comes between.
             handle.alter.add_columns(missing, commit_properties=_ONCE)
         handle.create_write_transaction(actions, "overwrite", schema, commit_properties=_ONCE)
 
     def forget(self) -> None:
-        """Remove data files older than an hour that the table does not name.
+        """Delete data files older than an hour that the table no longer names.
 
-        Anything that cannot be removed is left for the next run.
-
-        In full: a checkpoint forgets what an hour ago was removed from the table.
+        Anything that cannot be deleted is left for the next run. The whole folder is listed,
+        because checkpoints forget files that were removed from the table more than an hour ago.
         """
         with contextlib.suppress(DeltaError, OSError):
             DeltaTable(self.location, storage_options=self._options).vacuum(
@@ -471,15 +459,14 @@ def _text(moment: datetime) -> str:
 
 
 def read_boot_id() -> str:
-    """The machine's boot, and the namespace that process ids count in.
+    """The machine's boot and the namespace of process ids; empty where /proc does not tell.
 
-    Containers of one machine share the boot, and those in a host's network its name.
+    The boot alone would not do: containers of one machine share it, and those in the host's network
+    share the host's name.
     """
     try:
-        return (
-            f"{Path('/proc/sys/kernel/random/boot_id').read_text(encoding='ascii').strip()} "
-            f"{Path('/proc/self/ns/pid').readlink()}"
-        )
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
     except OSError:
         return ""
 
@@ -505,16 +492,12 @@ def read_process_start(pid: int) -> int:
 def read_process_state(pid: int) -> tuple[str, int]:
     """State letter and start in clock ticks since boot; empty and 0 where /proc does not tell.
 
-    Source: proc_pid_stat(5), fields 3 and 22; the name before them is in parentheses and may hold
-    some itself.
+    Source: proc_pid_stat(5), fields 3 and 22; the name before them is in parentheses and may
+    contain some itself.
     """
     try:
-        fields = (
-            Path(f"/proc/{pid}/stat")
-            .read_text(encoding="utf-8", errors="replace")
-            .rpartition(")")[2]
-            .split()
-        )
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return "", 0
+    fields = text.rpartition(")")[2].split()
     return fields[0], int(fields[19])

@@ -9,16 +9,16 @@ from pipeline.crash_points import crash_point
 from pipeline.runs.fleet_tables import FleetTables
 from pipeline.runs.manifest import RunManifest
 from pipeline.runs.wave import TrainedFiles, Wave
-from pipeline.storage import COMMITS_PER_LEASE, TRAINING, HeldLease, Mode, WrittenFile
+from pipeline.storage import AppTransaction, HeldLease, Mode, WrittenFile
 from pipeline.tables import BOOSTERS, HOLDOUT, LEDGER, RUNS, TableContract
 
 
 class Commits:
     """Commits what a run leaves.
 
-    The lease is asked before a commit, but a process may sleep for hours between the answer and the
-    commit. So each commit carries a number that grows with the lease: a table that holds a later
-    holder's commit refuses it.
+    The lease is checked before a commit, but a process may sleep for hours between the check and
+    the commit. So each commit carries a number that grows with the lease: a table that holds a
+    later holder's commit refuses it.
 
     Args:
         tables: of the fleet.
@@ -33,11 +33,11 @@ class Commits:
         self._n_commits = 0
 
     def manifest(self, manifest: RunManifest) -> None:
-        """Let the run's manifest be this one."""
+        """Write the run's manifest, in place of an earlier one."""
         self._replace_run(RUNS, pa.Table.from_pylist([manifest.to_row()], schema=RUNS.schema))
 
     def ledger(self, rows: pd.DataFrame) -> None:
-        """Let the run's ledger be these rows, instead of those that its waves left."""
+        """Write the run's complete ledger, in place of the rows that its waves left."""
         self._replace_run(LEDGER, _ledger_table(rows))
 
     def wave(self, wave: Wave, trained: TrainedFiles, rows: pd.DataFrame) -> None:
@@ -46,7 +46,7 @@ class Commits:
         Args:
             wave: that was trained.
             trained: its files.
-            rows: its groups' rows of the ledger, weights and errors still missing.
+            rows: ledger rows of its groups, weights and errors still missing.
         """
         crash_point("wave_trained")
         self._lease.check()
@@ -54,21 +54,15 @@ class Commits:
             if files:
                 self._commit(contract, files, mode="append", partition={"wave": wave.name})
             crash_point(f"{contract.name}_committed")
-        file = self._write(LEDGER, _ledger_table(rows))
+        files = self._tables.write(LEDGER, _ledger_table(rows))
         self._lease.check()
-        self._commit(LEDGER, file, mode="append", partition={"run_id": self._run_id})
+        self._commit(LEDGER, files, mode="append", partition={"run_id": self._run_id})
         crash_point("wave_committed")
 
     def _replace_run(self, contract: TableContract, rows: pa.Table) -> None:
         self._lease.check()
-        files = self._write(contract, rows)
+        files = self._tables.write(contract, rows)
         self._commit(contract, files, mode="overwrite", partition={"run_id": self._run_id})
-
-    def _write(self, contract: TableContract, rows: pa.Table) -> list[WrittenFile]:
-        file = self._tables.tables.write_file(
-            rows, contract.schema, self._tables.location(contract)
-        )
-        return [] if file is None else [file]
 
     def _commit(
         self,
@@ -79,10 +73,13 @@ class Commits:
         partition: Mapping[str, str],
     ) -> None:
         self._n_commits += 1
-        app = (TRAINING, self._lease.fence * COMMITS_PER_LEASE + self._n_commits)
-        location = self._tables.location(contract)
         self._tables.tables.commit(
-            location, files, contract.schema, mode=mode, partition=partition, app=app, fenced=True
+            self._tables.location(contract),
+            files,
+            contract.schema,
+            mode=mode,
+            partition=partition,
+            app=AppTransaction.of_training(self._lease.fence, self._n_commits),
         )
 
 

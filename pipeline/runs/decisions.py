@@ -1,6 +1,7 @@
-"""The table of decisions: which version serves since when, and why each group moved or stayed."""
+"""The table of decisions: which version served from when on, and why each group moved or stayed."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -16,7 +17,7 @@ _NUMBERS = ("loss_champion", "loss_challenger", "p_value")
 
 @dataclass(frozen=True)
 class Decisions:
-    """The rows of `tables.DECISIONS`, one launch of `champion` after the other.
+    """The rows of `tables.DECISIONS`, which launches of `champion` left.
 
     Args:
         tables: of the fleet.
@@ -58,10 +59,10 @@ class Decisions:
 
     def write(self, rows: pd.DataFrame) -> None:
         """Replace the rows of one decision, in one commit."""
-        file = self.tables.tables.write_file(_decision_table(rows), DECISIONS.schema, self.location)
+        files = self.tables.write(DECISIONS, _decision_table(rows))
         self.tables.tables.commit(
             self.location,
-            [] if file is None else [file],
+            files,
             DECISIONS.schema,
             mode="overwrite",
             partition={"decision_id": str(rows["decision_id"].iloc[0])},
@@ -77,6 +78,12 @@ def _decision_table(rows: pd.DataFrame) -> pa.Table:
         whole[name] = pd.to_numeric(whole[name]).astype(float)
     for field in DECISIONS.schema:
         if pa.types.is_string(field.type):
-            texts = [None if pd.isna(value) else str(value) for value in whole[field.name]]
+            texts = list(map(_as_text, whole[field.name]))
             whole[field.name] = pd.Series(texts, index=whole.index, dtype=object)
     return pa.Table.from_pandas(whole, schema=DECISIONS.schema, preserve_index=False)
+
+
+def _as_text(value: Any) -> str | None:
+    if pd.isna(value):
+        return None
+    return str(value)

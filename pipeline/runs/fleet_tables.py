@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pandas as pd
+import pyarrow as pa
 
 from pipeline.errors import StoreError
 from pipeline.runs.manifest import RunManifest
-from pipeline.storage import Tables, Where
+from pipeline.storage import Tables, Where, WrittenFile
 from pipeline.tables import (
     FEATURES,
     LEDGER,
@@ -42,8 +43,9 @@ class FleetTables:
 
     def location(self, contract: TableContract) -> str:
         """The root of a table; raw tables have one each, see `raw_location`."""
-        namespace = self.fleet if contract in (RAW, FEATURES) else self.namespace
-        return self.tables.location(namespace, contract.name)
+        if contract in (RAW, FEATURES):
+            return self.tables.location(self.fleet, contract.name)
+        return self.tables.location(self.namespace, contract.name)
 
     def raw_location(self, source: str) -> str:
         """The root of a source's raw table."""
@@ -69,7 +71,9 @@ class FleetTables:
         """The manifest of a run; None where the tables do not know it."""
         runs = self.runs()
         rows = records(runs[runs["run_id"] == run_id])
-        return RunManifest.from_row(rows[-1]) if rows else None
+        if not rows:
+            return None
+        return RunManifest.from_row(rows[-1])
 
     def newest_run(self) -> RunManifest:
         """The newest finished run that trained the whole fleet.
@@ -101,7 +105,9 @@ class FleetTables:
         """
         runs = self.runs()
         as_of = runs.loc[runs["run_id"].isin(run_ids), "as_of"].max()
-        return None if pd.isna(as_of) else pd.Timestamp(as_of).tz_convert(None)
+        if pd.isna(as_of):
+            return None
+        return pd.Timestamp(as_of).tz_convert(None)
 
     def ledger(self, run_id: str) -> pd.DataFrame:
         """The ledger rows of one run; none where there is no table yet.
@@ -110,6 +116,13 @@ class FleetTables:
             StoreError: if the table is of another format.
         """
         return self._rows(LEDGER, {"run_id": run_id})
+
+    def write(self, contract: TableContract, rows: pa.Table) -> list[WrittenFile]:
+        """Write rows below a table's root without committing them; no file for no rows."""
+        file = self.tables.write_file(rows, contract.schema, self.location(contract))
+        if file is None:
+            return []
+        return [file]
 
     def _rows(self, contract: TableContract, where: Where | None = None) -> pd.DataFrame:
         """Rows of a table in today's format; none where there is no table yet."""

@@ -38,7 +38,7 @@ from pipeline.spark.data_errors import in_error_tree
 from pipeline.spark.delta_stream import DeltaVersions
 from pipeline.spark.files import Batches, escaped, rows_reader, write_files
 from pipeline.spark.set_aside import FileSetAside, SetAside
-from pipeline.storage import Tables
+from pipeline.storage import AppTransaction, Tables
 
 POLL_SECONDS = 0.2
 PINNED = "stream.json"
@@ -402,7 +402,7 @@ class AnswerSink:
             self._report(f"batch {batch}: was committed before the restart, passed over")
         else:
             self.set_aside.begin()
-            self._commit(rows, f"batch {batch}", (stream.app, batch))
+            self._commit(rows, f"batch {batch}", AppTransaction(stream.app, batch))
         for entry in self.set_aside.keep():
             self._report(f"set aside, and answered once it is complete: {entry.reason}")
 
@@ -425,10 +425,10 @@ class AnswerSink:
                 return
             listed = spark.createDataFrame([(entry.path,)], "path string")
             complete = _read_listed(listed, stream, options, required, None)
-            self._commit(complete, f"{entry.path}, set aside before", (app, 0))
+            self._commit(complete, f"{entry.path}, set aside before", AppTransaction(app, 0))
         self.set_aside.remove(entry)
 
-    def _commit(self, rows: DataFrame, name: str, app: tuple[str, int]) -> None:
+    def _commit(self, rows: DataFrame, name: str, app: AppTransaction) -> None:
         started = time.monotonic()
         stream, options = self._stream, self._tables.storage_options
         version, model = self._champion()

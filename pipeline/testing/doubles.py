@@ -1,6 +1,6 @@
 """Stand-ins with the methods of the real adapters: in memory, failing on demand, or counting.
 
-They know neither Dagster nor Spark; an asset takes them wherever it asks for `tables` or
+They import neither Dagster nor Spark; an asset takes them wherever it asks for `tables` or
 `registry`.
 """
 
@@ -24,7 +24,7 @@ from pipeline.errors import ModelNotFound, StoreError
 from pipeline.models.meta_model import FleetModel, group_ids
 from pipeline.models.registry import ModelInterface, RunRecord
 from pipeline.models.start import Start
-from pipeline.storage import Snapshot, WrittenFile
+from pipeline.storage import AppTransaction, Snapshot, WrittenFile
 from pipeline.training.outcome import Outcome
 from pipeline.training.trainer import NO_START, TrainingSettings, train_group
 
@@ -68,10 +68,12 @@ class MemoryTables:
         metadata: Mapping[str, str] | None = None,
     ) -> int:
         """Write rows and make one commit; returns the version."""
-        files = [self.write_file(table, schema, location) for table in tables]
-        return self.commit(
-            location, [file for file in files if file], schema, mode=mode, metadata=metadata
-        )
+        files = []
+        for table in tables:
+            file = self.write_file(table, schema, location)
+            if file is not None:
+                files.append(file)
+        return self.commit(location, files, schema, mode=mode, metadata=metadata)
 
     def write_spark(
         self,
@@ -87,14 +89,12 @@ class MemoryTables:
         table = frame.toArrow()
         if before_commit is not None:
             before_commit(frame)
+        files = []
         file = self.write_file(table, table.schema, location)
+        if file is not None:
+            files.append(file)
         return self.commit(
-            location,
-            [file] if file else [],
-            table.schema,
-            mode=mode,
-            partition=partition,
-            metadata=metadata,
+            location, files, table.schema, mode=mode, partition=partition, metadata=metadata
         )
 
     def commit(
@@ -106,8 +106,7 @@ class MemoryTables:
         mode: str,
         partition: Mapping[str, str] | None = None,
         metadata: Mapping[str, str] | None = None,
-        app: tuple[str, int] | None = None,
-        fenced: bool = False,
+        app: AppTransaction | None = None,
     ) -> int:
         """Make one commit of written files; returns the version.
 
@@ -116,33 +115,41 @@ class MemoryTables:
                 fences the commit off.
         """
         for file in files:
-            there = self._written.get(f"{location}/{file.path}")
-            if there is None or there.nbytes != file.size:
+            written = self._written.get(f"{location}/{file.path}")
+            if written is None or written.nbytes != file.size:
                 raise StoreError(
                     f"{location}/{file.path} is missing or was not written whole; "
-                    "nothing was committed: run "
-                    "again"
+                    "nothing was committed: run again"
                 )
         versions = self._versions.setdefault(location, [])
-        seen = None if app is None else self.transaction(location, app[0])
-        if app is not None and seen is not None and seen >= app[1]:
-            if fenced and seen > app[1]:
-                raise StoreError(
-                    f"{location}: another run has taken the fleet over and committed since"
-                )
+        if app is not None and self._has_seen(app, location):
             return len(versions) - 1
+        committed: dict[str, str] = {}
+        if versions:
+            committed |= versions[-1][1]
         value = "/".join(f"{name}={text}" for name, text in (partition or {}).items())
-        before = dict(versions[-1][1]) if versions else {}
-        kept = (
-            before
-            if mode == "append"
-            else {path: of for path, of in before.items() if value and of != value}
-        )
-        versions.append((schema, {**kept, **{file.path: value for file in files}}))
+        if mode == "overwrite":
+            for path, value_before in list(committed.items()):
+                if not value or value_before == value:
+                    del committed[path]
+        for file in files:
+            committed[file.path] = value
+        versions.append((schema, committed))
         self._commits[location] = (dt.datetime.now(dt.UTC), dict(metadata or {}))
         if app is not None:
-            self._transactions.add((location, *app))
+            self._transactions.add((location, app.app_id, app.number))
         return len(versions) - 1
+
+    def _has_seen(self, app: AppTransaction, location: str) -> bool:
+        """Whether a table holds a commit of that number, or a later one, already."""
+        seen = self.transaction(location, app.app_id)
+        if seen is None or seen < app.number:
+            return False
+        if app.is_fenced and seen > app.number:
+            raise StoreError(
+                f"{location}: another run has taken the fleet over and committed since"
+            )
+        return True
 
     def create(self, location: str, schema: pa.Schema, *, partition_by: Sequence[str] = ()) -> None:  # noqa: ARG002 - the real store's signature
         """Make a table without rows, unless there is one."""
@@ -150,9 +157,11 @@ class MemoryTables:
 
     def transaction(self, location: str, app_id: str) -> int | None:
         """The last number that an application committed; None for none."""
-        return max(
-            (seen[2] for seen in self._transactions if seen[:2] == (location, app_id)), default=None
-        )
+        numbers = []
+        for of_location, of_application, number in self._transactions:
+            if (of_location, of_application) == (location, app_id):
+                numbers.append(number)
+        return max(numbers, default=None)
 
     def snapshot(self, location: str) -> Snapshot | None:
         """The newest version; None where there is no table, or it has no commit yet."""
@@ -160,12 +169,15 @@ class MemoryTables:
             return None
         schema, files = self._files(location, None)
         committed_at, metadata = self._commits[location]
-        version, n_rows = (
-            self.version(location),
-            sum(self._written[f"{location}/{path}"].num_rows for path in files),
-        )
+        version = self.version(location)
         return Snapshot(
-            f"{location}/{version}", version, committed_at, metadata, schema, len(files), n_rows
+            identity=f"{location}/{version}",
+            version=version,
+            committed_at=committed_at,
+            metadata=metadata,
+            schema=schema,
+            n_files=len(files),
+            n_rows=sum(self._written[f"{location}/{path}"].num_rows for path in files),
         )
 
     def layout(self, location: str) -> tuple[pa.Schema, list[str]]:
@@ -188,12 +200,14 @@ class MemoryTables:
         where: Mapping[str, Any] | None = None,
         columns: Sequence[str] | None = None,
     ) -> pa.Table:
-        """A table, or its rows that equal `where`, as Arrow."""
+        """The rows of a table that have the values of `where`, as Arrow."""
         table = self._read(location, None)
         for name, value in (where or {}).items():
-            values = pa.array([value] if isinstance(value, str) else list(value), pa.string())
-            table = table.filter(pc.is_in(table[name], value_set=values))
-        return table.select(list(columns)) if columns else table
+            if isinstance(value, str):
+                table = _with_values(table, name, [value])
+            else:
+                table = _with_values(table, name, value)
+        return table.select(list(columns or table.column_names))
 
     def read_pandas(
         self,
@@ -202,9 +216,9 @@ class MemoryTables:
         where: Mapping[str, Any] | None = None,
         columns: Sequence[str] | None = None,
     ) -> pd.DataFrame:
-        """A table, or its rows that equal (or are among) `where`, as pandas."""
-        found: pd.DataFrame = self.read_arrow(location, where=where, columns=columns).to_pandas()
-        return found
+        """The rows of a table that have the values of `where`, as pandas."""
+        rows: pd.DataFrame = self.read_arrow(location, where=where, columns=columns).to_pandas()
+        return rows
 
     def read_spark(
         self,
@@ -217,9 +231,7 @@ class MemoryTables:
         """A table, or its named partitions, as a Spark data frame."""
         table = self._read(location, version)
         for name, values in (partitions or {}).items():
-            table = table.filter(
-                pc.is_in(table[name], value_set=pa.array(list(values), pa.string()))
-            )
+            table = _with_values(table, name, values)
         return spark.createDataFrame(table)
 
     def _read(self, location: str, version: int | None) -> pa.Table:
@@ -232,10 +244,19 @@ class MemoryTables:
             raise StoreError(
                 f"there is no Delta table at {location}; materialise the asset that writes it first"
             )
-        return self._versions[location][-1 if version is None else version]
+        versions = self._versions[location]
+        if version is None:
+            return versions[-1]
+        return versions[version]
+
+
+def _with_values(table: pa.Table, name: str, values: Iterable[str]) -> pa.Table:
+    """The rows whose column has one of these values."""
+    return table.filter(pc.is_in(table[name], value_set=pa.array(list(values), pa.string())))
 
 
 def _completed(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The rows with the columns of a schema; those that they lack are null."""
     for column in schema:
         if column.name not in table.column_names:
             table = table.append_column(column, pa.nulls(table.num_rows, column.type))
@@ -244,7 +265,7 @@ def _completed(table: pa.Table, schema: pa.Schema) -> pa.Table:
 
 @dataclass
 class FreeLease:
-    """A lease that nobody else wants; its fence grows with each.
+    """A lease that nobody else wants; each one made has a higher fence.
 
     Args:
         refuse: called before each commit; raises where the lease is to be lost.
@@ -254,7 +275,7 @@ class FreeLease:
     fence: int = field(default_factory=itertools.count(1).__next__)
 
     def check(self) -> None:
-        """Whatever the test wants of it."""
+        """Do what the test asked for."""
         self.refuse()
 
 
@@ -269,9 +290,9 @@ class FailingTables(MemoryTables):
     broken: frozenset[str] = frozenset({"commit"})
 
     def __getattribute__(self, name: str) -> Any:
-        found = object.__getattribute__(self, name)
-        if name.startswith("_") or not callable(found) or name not in self.broken:
-            return found
+        attribute = object.__getattribute__(self, name)
+        if name.startswith("_") or not callable(attribute) or name not in self.broken:
+            return attribute
 
         def fail(*_: Any, **__: Any) -> None:
             raise StoreError(
@@ -315,20 +336,23 @@ class MemoryRegistry:
         alias: str | None = "challenger",
     ) -> MemoryVersion:
         """Keep the pack, and give the version an alias."""
-        known = self.versions.setdefault(name, [])
-        version = MemoryVersion(name, str(len(known) + 1), fleet_version)
+        versions = self.versions.setdefault(name, [])
+        version = MemoryVersion(name, str(len(versions) + 1), fleet_version)
         shutil.copytree(pack, self._pack(version), dirs_exist_ok=True)
-        known.append(version)
+        versions.append(version)
         if alias is not None:
             self.aliases[name, alias] = version.number
         return version
 
     def find(self, name: str, alias: str) -> MemoryVersion | None:
         """The version under an alias, or of that number; None if there is none."""
-        number = alias if alias.isdecimal() else self.aliases.get((name, alias))
-        return next(
-            (version for version in self.versions.get(name, []) if version.number == number), None
-        )
+        number = self.aliases.get((name, alias))
+        if alias.isdecimal():
+            number = alias
+        for version in self.versions.get(name, []):
+            if version.number == number:
+                return version
+        return None
 
     def get(self, name: str, alias: str) -> MemoryVersion:
         """The version under an alias, or of that number.
@@ -336,14 +360,16 @@ class MemoryRegistry:
         Raises:
             ModelNotFound: if there is none.
         """
-        found = self.find(name, alias)
-        if found is None:
-            wanted = f"version {alias}" if alias.isdecimal() else alias
-            raise ModelNotFound(
-                f"registered model {name!r} has no {wanted}; materialise {name}/models, meta_model "
-                "and champion first"
-            )
-        return found
+        version = self.find(name, alias)
+        if version is not None:
+            return version
+        name_of_version = alias
+        if alias.isdecimal():
+            name_of_version = f"version {alias}"
+        raise ModelNotFound(
+            f"registered model {name!r} has no {name_of_version}; materialise {name}/models, "
+            "meta_model and champion first"
+        )
 
     def promote(self, version: MemoryVersion) -> None:
         """Let a version serve."""

@@ -16,7 +16,7 @@ from deltalake import DeltaTable, write_deltalake
 from pyspark.sql import DataFrame, SparkSession
 
 from pipeline.errors import StoreError
-from pipeline.storage import WrittenFile
+from pipeline.storage import AppTransaction, WrittenFile
 from pipeline.tables import ALL, Column, TableContract, in_format
 from pipeline.testing.doubles import FailingTables, MemoryTables
 from resources.delta_tables import DeltaTables, contract_metadata
@@ -117,10 +117,14 @@ def test_a_commit_of_one_transaction_happens_once(any_tables: Any) -> None:
         (2, [0, 1, 2]),
     ]:
         file = any_tables.write_file(rows(number), SCHEMA, location)
-        any_tables.commit(location, [file], SCHEMA, mode="append", app=("run-1/ledger", number))
+        any_tables.commit(
+            location, [file], SCHEMA, mode="append", app=AppTransaction("run-1/ledger", number)
+        )
         assert values(any_tables, location) == expected
     file = any_tables.write_file(rows(9), SCHEMA, location)
-    any_tables.commit(location, [file], SCHEMA, mode="append", app=("run-2/ledger", 0))
+    any_tables.commit(
+        location, [file], SCHEMA, mode="append", app=AppTransaction("run-2/ledger", 0)
+    )
     assert values(any_tables, location) == [0, 1, 2, 9]
 
 
@@ -141,7 +145,7 @@ def test_what_an_application_committed_last_is_known(any_tables: Any) -> None:
             [any_tables.write_file(rows(number), SCHEMA, location)],
             SCHEMA,
             mode="append",
-            app=("stream", number),
+            app=AppTransaction("stream", number),
         )
         assert any_tables.transaction(location, "stream") == number
     any_tables.create(location, SCHEMA)
@@ -158,7 +162,8 @@ def test_of_two_commits_of_one_transaction_that_race_one_lands(local: DeltaTable
 
         def commit(file: Any, number: int = number, start: threading.Barrier = start) -> int:
             start.wait()
-            return local.commit(location, [file], SCHEMA, mode="append", app=("stream", number))
+            app = AppTransaction("stream", number)
+            return local.commit(location, [file], SCHEMA, mode="append", app=app)
 
         with ThreadPoolExecutor(3) as pool:
             assert len(list(pool.map(commit, files))) == 3
@@ -176,7 +181,7 @@ def test_transactions_of_two_applications_that_race_both_land(local: DeltaTables
                 [local.write_file(rows(number), SCHEMA, location)],
                 SCHEMA,
                 mode="append",
-                app=(name, number),
+                app=AppTransaction(name, number),
             )
 
     with ThreadPoolExecutor(3) as pool:

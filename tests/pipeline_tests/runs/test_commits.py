@@ -32,8 +32,8 @@ class RecordingTables(MemoryTables):
         if len(self.committed) == self.refused:
             raise StoreError("no space left on device")
         version = super().commit(location, *arguments, **settings)
-        application, number = settings["app"]
-        assert (application, settings["fenced"]) == (TRAINING, True)
+        application, number, is_fenced = settings["app"]
+        assert (application, is_fenced) == (TRAINING, True)
         self.numbers.append(number)
         self.committed.append(
             (location.rpartition("/")[2], settings["mode"], settings["partition"])
