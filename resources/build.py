@@ -1,4 +1,4 @@
-"""The resources of a profile, built in one place for Dagster and for the commands."""
+"""Builds the resources of a profile, in one place for Dagster and for the commands."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from resources.spark_session import SparkSessionResource
 
 @dataclass(frozen=True)
 class Resources:
-    """What every asset and command may use.
+    """What assets and commands use.
 
     Args:
         spark: the session, not started yet.
@@ -30,16 +30,14 @@ def build_resources(profile: Profile, *, by_variable: bool = False) -> Resources
 
     Args:
         profile: checked already, so that no variable named here is missing.
-        by_variable: whether Dagster is to read what the environment gives as it is (`dg.EnvVar`),
-            when a run starts. Its pages then show the variable's name, not a server's address with
-            the password that may be in it.
+        by_variable: whether settings that the environment gives are passed as `dg.EnvVar`, which
+            Dagster reads when a run starts. Its pages then show the variable's name, not a server's
+            address with the password that may be in it.
     """
     scratch = f"{profile.data_root}/scratch"
-    master, worker_python, tracking_uri = (
-        profile.spark_master,
-        profile.worker_python,
-        profile.mlflow_uri,
-    )
+    master = profile.spark_master
+    worker_python = profile.worker_python
+    tracking_uri = profile.mlflow_uri
     if by_variable and profile.is_cluster:
         master = dg.EnvVar(SPARK_MASTER)
     if by_variable and worker_python is not None:

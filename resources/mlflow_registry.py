@@ -63,7 +63,7 @@ class MlflowRegistry(dg.ConfigurableResource):
 
     @contextmanager
     def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator["MlflowRegistry"]:  # noqa: ARG002
-        """Open MLflow's store beside the run's first steps: a new one takes seconds.
+        """Open MLflow's store while the run's first steps work: a new one takes seconds.
 
         Imports happen here and not in the thread: a half-imported sqlalchemy.orm makes Dagster's
         own queries fail.
@@ -84,7 +84,7 @@ class MlflowRegistry(dg.ConfigurableResource):
             logging.getLogger(__name__).debug("MLflow did not answer at start", exc_info=True)
 
     def make_client(self) -> Any:
-        """An MLflow client of this registry, whose logs say no more than they must."""
+        """An MLflow client of this registry, which logs warnings only."""
         set_for_children(MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR="false")
         import mlflow
 
@@ -155,82 +155,78 @@ class MlflowRegistry(dg.ConfigurableResource):
         return Version(name, number, fleet_version, digest)
 
     def _new_version(self, client: Any, name: str, logged: Any, tags: Mapping[str, str]) -> str:
-        """Register a logged model; the registry's number."""
+        """Register a logged model; returns the version's number."""
         if not client.search_registered_models(filter_string=f"name = '{name}'", max_results=1):
             client.create_registered_model(name)
-        found = client.create_model_version(
+        version = client.create_model_version(
             name, logged.model_uri, logged.run_id, tags=dict(tags), model_id=logged.model_id
         )
-        return str(found.version)
+        return str(version.version)
 
     def _experiment(self, client: Any, name: str) -> str:
         experiment = client.get_experiment_by_name(name)
         if experiment is not None:
             return str(experiment.experiment_id)
-        location = (
-            None if self.artifact_root is None else f"{self.artifact_root.rstrip('/')}/{name}"
-        )
+        location = None
+        if self.artifact_root is not None:
+            location = f"{self.artifact_root.rstrip('/')}/{name}"
         return str(client.create_experiment(name, artifact_location=location))
 
     def find(self, name: str, alias: str) -> Version | None:
-        """The version under an alias, or of that number.
+        """The version with an alias, or with that number.
 
         None if there is no such model, alias or version.
         """
         client = self._connected()
         from mlflow.exceptions import MlflowException
 
+        get_version = client.get_model_version_by_alias
+        if alias.isdecimal():
+            get_version = client.get_model_version
         try:
-            found = (
-                client.get_model_version(name, alias)
-                if alias.isdecimal()
-                else client.get_model_version_by_alias(name, alias)
-            )
+            version = get_version(name, alias)
         except MlflowException as error:
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 return None
             raise StoreError(f"{self.tracking_uri}: {error}") from error
         return Version(
             name,
-            str(found.version),
-            str(found.tags.get(FLEET_VERSION, "")),
-            str(found.tags.get(PACK_DIGEST, "")),
+            str(version.version),
+            str(version.tags.get(FLEET_VERSION, "")),
+            str(version.tags.get(PACK_DIGEST, "")),
         )
 
     def get(self, name: str, alias: str) -> Version:
-        """The version under an alias, or of that number.
+        """The version with an alias, or with that number.
 
         Raises:
             ModelNotFound: if there is none.
         """
-        found = self.find(name, alias)
-        if found is None:
-            if alias.isdecimal():
-                known = sorted(
-                    (
-                        str(one.version)
-                        for one in self._connected().search_model_versions(f"name = '{name}'")
-                    ),
-                    key=int,
-                )
-                raise ModelNotFound(
-                    f"registered model {name!r} has no version {alias} at {self.tracking_uri}; "
-                    f"available: {', '.join(known) or 'none'}"
-                )
+        version = self.find(name, alias)
+        if version is not None:
+            return version
+        if alias.isdecimal():
+            versions = self._connected().search_model_versions(f"name = '{name}'")
+            numbers = sorted(int(version.version) for version in versions)
             raise ModelNotFound(
-                f"registered model {name!r} has no {alias} at {self.tracking_uri}; materialise "
-                f"{name}/models, meta_model and champion first"
+                f"registered model {name!r} has no version {alias} at {self.tracking_uri}; "
+                f"available: {', '.join(map(str, numbers)) or 'none'}"
             )
-        return found
+        raise ModelNotFound(
+            f"registered model {name!r} has no {alias} at {self.tracking_uri}; materialise "
+            f"{name}/models, meta_model and champion first"
+        )
 
     def challenger_run(self, name: str) -> str | None:
-        """The training run of the newest version; None where there is none.
+        """The training run of the challenger; None where there is none.
 
         Raises:
             StoreError: if the registry refuses.
         """
-        found = self.find(name, CHALLENGER)
-        return None if found is None else found.fleet_version
+        challenger = self.find(name, CHALLENGER)
+        if challenger is None:
+            return None
+        return challenger.fleet_version
 
     def fleet_versions(self, name: str) -> set[str]:
         """The training runs that registered versions come from.
@@ -241,19 +237,17 @@ class MlflowRegistry(dg.ConfigurableResource):
         client = self._connected()
         from mlflow.exceptions import MlflowException
 
-        found: set[str] = set()
+        runs: set[str] = set()
         token: str | None = None
         try:
             while True:
                 page = client.search_model_versions(f"name = '{name}'", page_token=token)
-                found |= {
-                    str(version.tags[FLEET_VERSION])
-                    for version in page
-                    if FLEET_VERSION in version.tags
-                }
+                for version in page:
+                    if FLEET_VERSION in version.tags:
+                        runs.add(str(version.tags[FLEET_VERSION]))
                 token = page.token or None
                 if token is None:
-                    return found
+                    return runs
         except MlflowException as error:
             raise StoreError(f"{self.tracking_uri}: {error}") from error
 
@@ -283,7 +277,7 @@ class MlflowRegistry(dg.ConfigurableResource):
         self._connected().set_registered_model_alias(version.name, CHAMPION, version.number)
 
     def open_pack(self, version: Version, options: Mapping[str, str] | None = None) -> FleetModel:
-        """A version's model, opened from a local copy of its pack that is under a name of its own.
+        """A version's model, opened from a local copy of its pack, which is made once.
 
         Args:
             version: as found.
@@ -297,8 +291,8 @@ class MlflowRegistry(dg.ConfigurableResource):
         target = packs / f"{version.name}-{version.number}-{version.fleet_version}"
         with contextlib.suppress(PackError):
             return FleetModel(target, digest=version.pack_digest or None, options=options)
-        # Several processes may find at once that there is no whole copy: the first fetches it, the
-        # others wait and use it.
+        # Several processes may find at once that there is no complete copy: the first fetches it,
+        # the others wait and use it.
         with _locked(packs.with_suffix(".lock")):
             try:
                 return FleetModel(target, digest=version.pack_digest or None, options=options)
@@ -308,25 +302,21 @@ class MlflowRegistry(dg.ConfigurableResource):
         return FleetModel(target, digest=version.pack_digest or None, options=options)
 
     def _fetch_pack(self, version: Version, target: Path) -> None:
-        """Copy a version's pack to a local folder that is not there yet; it appears as a whole."""
+        """Copy a version's pack to a new local folder, which appears only when it is complete."""
         self._connected()
         import mlflow
 
-        # The pack alone, as MLflow writes into the folder of a whole model, even where that is the
-        # store itself.
+        # Only the pack: with a whole model, MLflow would write into the model's own folder, which
+        # may be the store itself.
         uri = f"models:/{version.name}/{version.number}/artifacts/pack"
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder)).replace(
-                target
-            )
+            copied = mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder)
+            Path(copied).replace(target)
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Let one process, and one thread of it, work at a time.
-
-    A process that dies gives the lock back.
-    """
+    """Let one thread of one process work at a time; a process that dies releases the lock."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -355,7 +345,7 @@ def _log_model(pack: Path, digest: str, interface: ModelInterface) -> Any:
         name="model",
         python_model=meta_model.__file__,
         artifacts={"pack": str(pack)},
-        # Whoever loads a shared pack from a store of their own gives its options:
+        # Whoever loads a shared pack from an object store passes its options:
         # load_model(uri, model_config={"storage_options": ...}).
         model_config={"pack_sha256": digest, "storage_options": {}},
         metadata={
@@ -369,11 +359,11 @@ def _log_model(pack: Path, digest: str, interface: ModelInterface) -> Any:
 
 
 def _signature(interface: ModelInterface) -> Any:
-    """The model's signature, which refuses as little as it can.
+    """The model's signature, which refuses as little as possible.
 
-    MLflow refuses a 64-bit integer for a double, null for a long and a number for a string, and
-    tells of a missing column without those that are there, all before our code runs: what a column
-    is, and whether it may be missing, stands in the metadata.
+    MLflow enforces signatures before our code runs: it refuses a 64-bit integer for a double, null
+    for a long and a number for a string, and its message about a missing column does not list those
+    that are present. So the types of columns, and whether they may be missing, are in the metadata.
     """
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
@@ -382,8 +372,10 @@ def _signature(interface: ModelInterface) -> Any:
     inputs: list[Any] = [ColSpec(AnyType(), column, required=False) for column in interface.inputs]  # type: ignore[no-untyped-call]
     outputs: list[Any] = []
     for column, kind in interface.outputs.items():
-        of_column = Array(DataType.double) if kind == "array<double>" else kind
-        outputs.append(ColSpec(of_column, column, required=False))
+        column_type: Any = kind
+        if kind == "array<double>":
+            column_type = Array(DataType.double)
+        outputs.append(ColSpec(column_type, column, required=False))
     parameters = [ParamSpec("explain", DataType.boolean, default=False)]
     if interface.interval is not None:
         parameters.append(ParamSpec("interval", DataType.double, default=interface.interval))
@@ -414,13 +406,15 @@ def input_types(names: Sequence[str], dtypes: Mapping[str, str]) -> dict[str, st
         names: of the columns.
         dtypes: Spark type of each, e.g. `bigint`.
     """
-    numbers = ("double", "float", "tinyint", "smallint", "int", "bigint")
-    return {
-        name: "double" if dtypes[name].startswith((*numbers, "decimal")) else "string"
-        for name in names
-    }
+    numbers = ("double", "float", "tinyint", "smallint", "int", "bigint", "decimal")
+    types = {}
+    for name in names:
+        types[name] = "string"
+        if dtypes[name].startswith(numbers):
+            types[name] = "double"
+    return types
 
 
 if TYPE_CHECKING:
-    # The adapter has what the library asks of a registry.
+    # The adapter fulfils the protocol.
     _REGISTRY: Registry[Version] = MlflowRegistry(tracking_uri="", scratch="")

@@ -1,7 +1,4 @@
-"""Settings that child processes can only be given through the environment.
-
-The JVM, and Spark's Python workers.
-"""
+"""Settings that child processes (the JVM, Spark's Python workers) only take from the environment."""
 
 import os
 

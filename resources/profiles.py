@@ -1,4 +1,4 @@
-"""The only reader of the environment: which profile is in force, and its settings."""
+"""The only reader of the environment: which profile applies, and its settings."""
 
 import json
 import os
@@ -26,6 +26,7 @@ LOCAL, CLUSTER = "local", "cluster"
 PROFILES = (LOCAL, CLUSTER)
 SPARK_MASTER = "MANY_MODELS_SPARK_MASTER"
 WORKER_PYTHON = "PYSPARK_PYTHON"
+_DATA_FOLDER = ".data"
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,12 @@ def current_profile(project: Path) -> Profile:
 def fallback_profile(project: Path) -> Profile:
     """A profile for a code location whose environment has a mistake.
 
-    Its places where they can be used, and no launch setting.
+    Folders and addresses are the environment's where they are usable; launch settings are ignored.
     """
-    places = {
-        name: os.environ[name]
-        for name in (PROFILE, DATA, SPARK_MASTER, TRACKING_URI)
-        if name in os.environ
-    }
+    places = {}
+    for name in (PROFILE, DATA, SPARK_MASTER, TRACKING_URI):
+        if name in os.environ:
+            places[name] = os.environ[name]
     try:
         return _profile(project, places)
     except SpecError:
@@ -106,17 +106,20 @@ def _profile(project: Path, environment: Mapping[str, str]) -> Profile:
     if name not in PROFILES:
         raise SpecError(f"{PROFILE} is {name!r}; expected one of: {', '.join(PROFILES)}")
     is_cluster = name == CLUSTER
-    data = environment.get(DATA, ".data")
-    # Only tables can be in an object store.
-    is_url = is_cluster and "://" in data
-    data_root = (project / (".data" if is_url else data)).resolve()
-    _check_data_root(str(data_root))
+    data = environment.get(DATA, _DATA_FOLDER)
+    data_root, tables_root = _roots(project, data, is_cluster=is_cluster)
+    if is_cluster:
+        spark_master = _cluster_master(environment)
+        worker_python = environment.get(WORKER_PYTHON) or None
+    else:
+        spark_master = _local_master()
+        worker_python = None
     return Profile(
         is_cluster=is_cluster,
-        data_root=str(data_root),
-        tables_root=f"{data.rstrip('/') if is_url else data_root}/tables",
-        spark_master=_cluster_master(environment) if is_cluster else _local_master(),
-        worker_python=(environment.get(WORKER_PYTHON) or None) if is_cluster else None,
+        data_root=data_root,
+        tables_root=tables_root,
+        spark_master=spark_master,
+        worker_python=worker_python,
         tracking_uri=environment.get(TRACKING_URI) or None,
         as_of=_moment(environment, AS_OF),
         limit_groups=_whole_number(environment, LIMIT_GROUPS),
@@ -127,10 +130,22 @@ def _profile(project: Path, environment: Mapping[str, str]) -> Profile:
     )
 
 
+def _roots(project: Path, data: str, *, is_cluster: bool) -> tuple[str, str]:
+    """The data root, and the root of the tables, which alone may be in an object store."""
+    if is_cluster and "://" in data:
+        data_root = str((project / _DATA_FOLDER).resolve())
+        tables_root = f"{data.rstrip('/')}/tables"
+    else:
+        data_root = str((project / data).resolve())
+        tables_root = f"{data_root}/tables"
+    _check_data_root(data_root)
+    return data_root, tables_root
+
+
 def _local_master() -> str:
-    n_cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    n_cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        n_cores = len(os.sched_getaffinity(0))
     return f"local[{n_cores},4]"
 
 
@@ -145,16 +160,16 @@ def _cluster_master(environment: Mapping[str, str]) -> str:
 
 
 def _check_data_root(folder: str) -> None:
-    """Refuse a folder that some library would misread, writing beside it or losing what it wrote.
+    """Refuse a folder whose path some library would misread, writing or reading elsewhere.
 
     SQLite addresses of Dagster and MLflow end at a question mark; deltalake decodes %41 as an A and
     takes a backslash for a slash.
     """
-    found = re.search(r"\?|\\|%[0-9A-Fa-f]{2}", folder)
-    if found:
+    misread = re.search(r"\?|\\|%[0-9A-Fa-f]{2}", folder)
+    if misread:
         raise SpecError(
-            f"{DATA}: the data root {folder!r} has {found[0]!r} in its path, which SQLite or Delta "
-            "addresses cannot hold; "
+            f"{DATA}: the data root {folder!r} has {misread[0]!r} in its path, which SQLite or "
+            "Delta addresses cannot hold; "
             "nothing was written: choose a folder without ?, backslashes and escapes such as %20"
         )
 
@@ -165,12 +180,13 @@ def java_home() -> str | None:
 
 
 def _moment(environment: Mapping[str, str], name: str) -> str | None:
-    text = environment.get(name) or None
-    if text is not None:
-        try:
-            parse_moment(text)
-        except SpecError:
-            raise SpecError(f"{name} is {text!r}; expected {MOMENT_EXAMPLES}") from None
+    text = environment.get(name, "")
+    if not text:
+        return None
+    try:
+        parse_moment(text)
+    except SpecError:
+        raise SpecError(f"{name} is {text!r}; expected {MOMENT_EXAMPLES}") from None
     return text
 
 
@@ -192,7 +208,9 @@ def _choice(environment: Mapping[str, str], name: str, allowed: tuple[str, ...])
 
 def _group_ids(environment: Mapping[str, str], name: str) -> tuple[str, ...]:
     """Group ids, each a JSON array of its keys, separated by spaces or line breaks."""
-    found, text, decoder = [], environment.get(name, "").strip(), json.JSONDecoder()
+    ids = []
+    text = environment.get(name, "").strip()
+    decoder = json.JSONDecoder()
     while text:
         try:
             keys, end = decoder.raw_decode(text)
@@ -203,9 +221,9 @@ def _group_ids(environment: Mapping[str, str], name: str) -> tuple[str, ...]:
                 f"{name}: {text!r} is not a group; expected JSON arrays of keys, "
                 'such as ["EWR","IAH"] ["JFK","LAX"]'
             )
-        found.append(group_id(keys))
+        ids.append(group_id(keys))
         text = text[end:].lstrip(" ,\n")
-    return tuple(found)
+    return tuple(ids)
 
 
 def _switch(environment: Mapping[str, str], name: str) -> bool:

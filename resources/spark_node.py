@@ -1,6 +1,6 @@
 """`python -m resources.spark_node master|worker ...`: Spark's standalone master or worker.
 
-With the Java that a session would take.
+It runs on the same Java as a session would.
 """
 
 import os
@@ -25,14 +25,14 @@ def command(role: str, options: list[str]) -> list[str]:
 
     Args:
         role: master or worker.
-        options: as Spark's class takes them.
+        options: command-line options of Spark's class.
     """
     launcher = Path(pyspark.__file__).parent / "bin" / "spark-class"
     return [str(launcher), CLASSES[role], *options]
 
 
 def main(arguments: list[str]) -> NoReturn:
-    """Become the node, so that signals reach it; exit status 2 for a role that there is not."""
+    """Replace this process by the node, so that signals reach it; exit status 2 for bad usage."""
     if not arguments or arguments[0] not in CLASSES:
         sys.stderr.write(
             f"usage: python -m resources.spark_node {'|'.join(CLASSES)} [OPTIONS as of Spark's "

@@ -1,4 +1,4 @@
-"""Spark: one session per run, with the cluster's and the tasks' CPU settings in one place."""
+"""The Spark session: one per run, with its settings in one place."""
 
 import locale
 import logging
@@ -33,8 +33,8 @@ _STARTING = threading.Lock()
 class SparkSessionResource(dg.ConfigurableResource):
     """The Spark session of a run, started in the background and stopped with the run.
 
-    A session that the process has open already is used as it is, and left open: whoever opened it
-    closes it. Built on `dagster_pyspark.LazyPySparkResource`, which makes the session from its
+    A session that is already open in the process is used as it is and left open, for whoever opened
+    it to close. Built on `dagster_pyspark.LazyPySparkResource`, which makes the session from its
     configuration but never stops it.
     """
 
@@ -78,9 +78,9 @@ class SparkSessionResource(dg.ConfigurableResource):
         self,
         context: dg.InitResourceContext | None,  # noqa: ARG002
     ) -> Iterator["SparkSessionResource"]:
-        """Start the session beside the run's first steps.
+        """Start the session while the run's first steps work; stop it however the run ends.
 
-        Stop it whatever ends the run. Outside of Dagster there is no context.
+        Outside of Dagster there is no context.
         """
         self._starter = threading.Thread(target=self._start, name="spark-start", daemon=True)
         self._starter.start()
@@ -95,7 +95,7 @@ class SparkSessionResource(dg.ConfigurableResource):
 
     @property
     def session(self) -> SparkSession:
-        """The session, as soon as it has started."""
+        """The session; waits until it has started."""
         if self._starter is not None:
             self._starter.join()
         if self._session is None and self._failure is None:
@@ -109,18 +109,17 @@ class SparkSessionResource(dg.ConfigurableResource):
     def slots(self) -> int:
         """Tasks that run at once."""
         context = self.session.sparkContext
-        n_cores = (
-            context.defaultParallelism
-            if is_local(str(context.master))
-            else registered_executors(context).n_cores
-        )
+        if is_local(str(context.master)):
+            n_cores = context.defaultParallelism
+        else:
+            n_cores = registered_executors(context).n_cores
         return max(1, n_cores // self.task_cpus)
 
     def training_context(self, report: Report) -> TrainingContext:
         """Where a run trains: this session, with the settings of its tasks.
 
         Args:
-            report: called now and then with what is done.
+            report: called now and then with the progress made.
         """
         return TrainingContext(
             spark=self.session,
@@ -139,12 +138,12 @@ class SparkSessionResource(dg.ConfigurableResource):
         """
         if self.group_memory is None:
             return None
-        found = re.fullmatch(r"(\d+)\s*([kmgt]?)b?", self.group_memory.strip().lower())
-        if found is None:
+        size = re.fullmatch(r"(\d+)\s*([kmgt]?)b?", self.group_memory.strip().lower())
+        if size is None:
             raise SpecError(
                 f"group_memory is {self.group_memory!r}; expected a size such as 512m or 8g"
             )
-        return int(found[1]) * 1024 ** " kmgt".index(found[2] or " ")
+        return int(size[1]) * 1024 ** " kmgt".index(size[2] or " ")
 
     def _start(self) -> None:
         try:
@@ -184,7 +183,7 @@ class SparkSessionResource(dg.ConfigurableResource):
             self._failure = error
 
     def find_worker_python(self) -> str:
-        """Python of the workers: on one machine always the driver's."""
+        """The workers' Python: on one machine always the driver's."""
         if is_local(self.master):
             return sys.executable
         return self.conf.get("spark.pyspark.python") or self.worker_python or sys.executable
@@ -201,7 +200,7 @@ class SparkSessionResource(dg.ConfigurableResource):
             f'-Dmany-models.logs="{self.scratch}/logs" -Dmany-models.pid={os.getpid()}'
         )
         java_options = f"{logging_options} -XX:+IgnoreUnrecognizedVMOptions{collector}"
-        return {
+        settings = {
             "spark.master": self.master,
             "spark.app.name": "many-models",
             "spark.task.cpus": str(self.task_cpus),
@@ -218,9 +217,10 @@ class SparkSessionResource(dg.ConfigurableResource):
             "spark.python.worker.reuse": "true",
             "spark.ui.enabled": "false",
             "spark.ui.showConsoleProgress": "false",
-            **({} if is_local(self.master) else self._cluster_settings()),
-            **self.conf,
         }
+        if not is_local(self.master):
+            settings |= self._cluster_settings()
+        return settings | self.conf
 
     def _cluster_settings(self) -> dict[str, str]:
         # As for local workers, which inherit them.
