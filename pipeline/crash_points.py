@@ -1,10 +1,10 @@
 """Named crash points: places where a run can be told to die, to test recovery repeatably.
 
-``FLEET_CRASH_AT=<point>:<signal>`` ends the process with that signal when it comes to the point,
-e.g. ``boosters_committed:KILL``; ``<point>#3:TERM`` the third time. `POINTS` lists those of a
-training run in their order, `STREAM_POINTS` those of a stream that scores, `DECISION_POINTS` those
-of a launch of `champion`, `CLEAN_POINTS` those of `many-models clean`. Nothing is armed unless the
-variable is set.
+``FLEET_CRASH_AT=<point>:<signal>`` ends the process with that signal when it reaches the point,
+e.g. ``boosters_committed:KILL``; ``<point>#3:TERM`` ends it the third time. `POINTS` lists those of
+a training run in their order, `STREAM_POINTS` those of a stream that scores, `DECISION_POINTS`
+those of a launch of `champion`, `CLEAN_POINTS` those of `many-models clean`. Nothing is armed
+unless the variable is set.
 """
 
 import os
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from pipeline.errors import SpecError
 
-# Those that come once per wave say so with a star.
+# A star marks those that are reached once per wave.
 POINTS = {
     "lease_taken": "this run alone may train the fleet",
     "run_planned": "groups are counted, nothing is written",
@@ -28,7 +28,7 @@ POINTS = {
     "ledger_committed": "the ledger has one complete row per group",
     "run_committed": "the run is marked as finished",
 }
-# All of them come once per micro batch.
+# All of them are reached once per micro batch.
 STREAM_POINTS = {
     "stream_batch_begun": "* the rows of a micro batch are known",
     "stream_files_written": "* its answers are written, and not committed",
@@ -42,7 +42,7 @@ CLEAN_POINTS = {
     "rows_let_go": "* rows of old runs are gone from one table",
 }
 VARIABLE = "FLEET_CRASH_AT"
-_KNOWN = (*POINTS, *STREAM_POINTS, *DECISION_POINTS, *CLEAN_POINTS)
+_ALL_POINTS = (*POINTS, *STREAM_POINTS, *DECISION_POINTS, *CLEAN_POINTS)
 _WRITTEN = re.compile(r"(?P<point>\w+)(#(?P<turn>[1-9]\d*))?:(?P<signal>[A-Z0-9]+)")
 
 
@@ -58,7 +58,7 @@ _armed = _Armed()
 
 
 def arm(text: str) -> None:
-    """Choose where this process is to die; an empty text disarms.
+    """Choose where this process will die; an empty text disarms.
 
     Raises:
         SpecError: if the point or the signal is unknown.
@@ -67,19 +67,20 @@ def arm(text: str) -> None:
     if not text:
         _armed = _Armed()
         return
-    found = _WRITTEN.fullmatch(text)
-    number = getattr(signal, f"SIG{found['signal'].removeprefix('SIG')}", None) if found else None
-    if found is None or number is None or found["point"] not in _KNOWN:
-        known = ", ".join(_KNOWN)
-        raise SpecError(
-            f"{VARIABLE} is {text!r}; expected <point>:<signal> such as boosters_committed:KILL; "
-            f"points: {known}"
-        )
-    _armed = _Armed(found["point"], int(found["turn"] or 1), int(number))
+    written = _WRITTEN.fullmatch(text)
+    if written is not None and written["point"] in _ALL_POINTS:
+        number = getattr(signal, f"SIG{written['signal'].removeprefix('SIG')}", None)
+        if number is not None:
+            _armed = _Armed(written["point"], int(written["turn"] or 1), int(number))
+            return
+    raise SpecError(
+        f"{VARIABLE} is {text!r}; expected <point>:<signal> such as boosters_committed:KILL; "
+        f"points: {', '.join(_ALL_POINTS)}"
+    )
 
 
 def crash_point(name: str) -> None:
-    """Die here if so armed."""
+    """Die here if the point is armed and this is the turn."""
     if name != _armed.point:
         return
     _armed.seen += 1

@@ -1,6 +1,6 @@
 """The code location: every fleet under defs/, with the resources of the active profile.
 
-Imported by nobody.
+No other module imports it.
 """
 
 import sys
@@ -26,8 +26,10 @@ PROJECT = Path(__file__).parent.parent
 @cache
 def _report_broken(fleet: str, message: str) -> None:
     first, *others = message.splitlines()
-    more = " many-models check lists them." if others else ""
-    sys.stderr.write(f"fleet {fleet} is broken and left out: {first}{more}\n")
+    line = f"fleet {fleet} is broken and left out: {first}"
+    if others:
+        line += " many-models check lists them."
+    sys.stderr.write(f"{line}\n")
 
 
 @cache
@@ -36,9 +38,9 @@ def _report_refused(message: str) -> None:
 
 
 def _settings() -> tuple[Profile, LaunchSettings]:
-    """The profile in force and the settings of a launch.
+    """The active profile and the settings of a launch.
 
-    Where the environment has a mistake, settings that refuse every launch.
+    Where the environment has a mistake, the settings refuse every launch.
     """
     try:
         profile = current_profile(PROJECT)

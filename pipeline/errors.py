@@ -3,12 +3,12 @@
     FleetError
     ├── SpecError       the author of defs.yaml or features.sql; also a ValueError
     ├── DataError       whoever owns the data
-    │   └── UnreadableFile  the same; a stream sets such a file aside and goes on
+    │   └── UnreadableFile  the same; a stream sets such a file aside and continues
     ├── StoreError      whoever owns storage: Delta tables, disks, object stores, the registry
-    └── ModelNotFound   whoever asked for a model that is not there; also a KeyError
+    └── ModelNotFound   whoever asked for a model that does not exist; also a KeyError
 
 A message says what is wrong, the offending value, what was expected or is available, and the next
-step. What is wrong with one group is never an exception of a run: it is that group's ledger row.
+step. A mistake in one group never ends a run: it becomes that group's ledger row.
 """
 
 
@@ -25,7 +25,7 @@ class DataError(FleetError):
 
 
 class UnreadableFile(DataError):
-    """A file is damaged, incomplete, or not of the format that its name tells."""
+    """A file is damaged, incomplete, or not of the format that its name promises."""
 
 
 class StoreError(FleetError):
@@ -33,8 +33,8 @@ class StoreError(FleetError):
 
 
 class ModelNotFound(FleetError, KeyError):
-    """A registered version, booster or alias was asked for that does not exist."""
+    """A registered version, booster or alias that was asked for does not exist."""
 
     def __str__(self) -> str:
         # KeyError prints the repr of its argument, which hides line breaks and adds quotes.
-        return str(self.args[0]) if self.args else ""
+        return Exception.__str__(self)

@@ -14,9 +14,9 @@ MOMENT_EXAMPLES = "one such as 2013-12-24 or 2013-12-24T18:00"
 MONTHS = {"month": 1, "quarter": 3, "year": 12}
 UNITS = (*SECONDS, *MONTHS)
 # Keeps moments within what 64 bits of microseconds hold.
-MOST_YEARS = 1000
+MAX_YEARS = 1000
 SECONDS_PER_MONTH = 2_629_746
-# As long in every zone.
+# Units that are as long in every zone.
 _ELAPSED = ("minute", "hour")
 _WRITTEN = re.compile(r"^\s*(\d+)\s+([a-z]+?)s?\s*$")
 
@@ -52,22 +52,22 @@ class Period:
             SpecError: if the text is not a whole number and a known unit, or is longer than 1,000
                 years.
         """
-        found = _WRITTEN.match(text.lower())
-        if found is None or found.group(2) not in UNITS:
+        written = _WRITTEN.match(text.lower())
+        if written is None or written.group(2) not in UNITS:
             raise SpecError(
                 f"{text!r} is not a length of time: expected a whole number and a unit, such as "
                 f"'12 months'; units: {', '.join(UNITS)}"
             )
-        count, unit = int(found.group(1)), found.group(2)
-        if (
-            count * SECONDS.get(unit, MONTHS.get(unit, 0) * SECONDS_PER_MONTH)
-            > MOST_YEARS * 12 * SECONDS_PER_MONTH
-        ):
-            raise SpecError(f"{text!r} is too long: expected at most {MOST_YEARS} years")
+        count, unit = int(written.group(1)), written.group(2)
+        unit_seconds = SECONDS.get(unit, MONTHS.get(unit, 0) * SECONDS_PER_MONTH)
+        if count * unit_seconds > MAX_YEARS * 12 * SECONDS_PER_MONTH:
+            raise SpecError(f"{text!r} is too long: expected at most {MAX_YEARS} years")
         return cls(count, unit, zone)
 
     def __str__(self) -> str:
-        return f"{self.count} {self.unit}{'' if self.count == 1 else 's'}"
+        if self.count == 1:
+            return f"1 {self.unit}"
+        return f"{self.count} {self.unit}s"
 
     @property
     def name(self) -> str:
@@ -99,12 +99,11 @@ class Period:
             factor: one for all of them, or one for each.
             last_days: moments that go from the last day of a month to the last day of another, as
                 30 April to 31 May. Otherwise the day of the month stays, and a day that a month
-                lacks becomes that month's last day. Fixed lengths pay no attention to it.
+                lacks becomes that month's last day. Fixed lengths ignore it.
         """
         times = times.astype("datetime64[us]")
-        if (
-            self.count == 0
-        ):  # not by way of clocks, which cannot tell apart the hours that they show twice
+        if self.count == 0:
+            # By way of clocks, one of two hours that they show twice would become the other.
             return times
         times = self.wall_clock(times)
         if self.is_calendar:
@@ -115,19 +114,16 @@ class Period:
         return self._moments(moved)
 
     def wall_clock(self, moments: Times) -> Times:
-        """What the zone's clocks show, where its days matter; else UTC."""
-        return (
-            moments
-            if self.zone is None or self.unit in _ELAPSED
-            else to_wall_clock(moments, self.zone)
-        )
+        """What the zone's clocks show, for units of days and longer; else UTC."""
+        if self.zone is None or self.unit in _ELAPSED:
+            return moments
+        return to_wall_clock(moments, self.zone)
 
     def _moments(self, wall_clock: Times) -> Times:
-        return (
-            wall_clock
-            if self.zone is None or self.unit in _ELAPSED
-            else from_wall_clock(wall_clock, self.zone)
-        )
+        """The inverse of `wall_clock`."""
+        if self.zone is None or self.unit in _ELAPSED:
+            return wall_clock
+        return from_wall_clock(wall_clock, self.zone)
 
     def unit_numbers(self, times: Times) -> Counts:
         """Which month, quarter or year holds each moment, counted from 1970.
@@ -140,10 +136,10 @@ class Period:
 
     def floor(self, moment: pd.Timestamp) -> pd.Timestamp:
         """The start of the unit that holds the moment; weeks start on Monday."""
-        start = self._floor(
-            pd.Timestamp(self.wall_clock(np.array([moment.to_datetime64()], "datetime64[us]"))[0])
-        )
-        return pd.Timestamp(self._moments(np.array([start.to_datetime64()], "datetime64[us]"))[0])
+        moments = np.array([moment.to_datetime64()], "datetime64[us]")
+        start = self._floor(pd.Timestamp(self.wall_clock(moments)[0]))
+        starts = np.array([start.to_datetime64()], "datetime64[us]")
+        return pd.Timestamp(self._moments(starts)[0])
 
     def _floor(self, wall_clock: pd.Timestamp) -> pd.Timestamp:
         if self.unit == "week":
@@ -167,13 +163,11 @@ class Period:
 def to_wall_clock(moments: Times, zone: str) -> Times:
     """What the clocks of a zone show at moments of UTC.
 
-    Midnight where a day begins, also where they skip it.
-
-    In Chile or Egypt a day in spring begins at one o'clock. Taken as such, it would not be a day
-    after the midnight before.
+    The beginning of a day is midnight, even where clocks skip it: in Chile or Egypt one day in
+    spring begins at one o'clock, which would not be a whole day after the midnight before.
     """
-    shown = pd.DatetimeIndex(moments).tz_localize("UTC").tz_convert(zone).tz_localize(None)
-    clock: Times = shown.to_numpy().astype("datetime64[us]")
+    local = pd.DatetimeIndex(moments).tz_localize("UTC").tz_convert(zone).tz_localize(None)
+    clock: Times = local.to_numpy().astype("datetime64[us]")
     midnight = clock.astype("datetime64[D]").astype("datetime64[us]")
     first_hour = np.flatnonzero((clock > midnight) & (clock - midnight <= np.timedelta64(1, "h")))
     begins = from_wall_clock(midnight[first_hour], zone) == moments[first_hour]
@@ -181,14 +175,14 @@ def to_wall_clock(moments: Times, zone: str) -> Times:
     return clock
 
 
-def from_wall_clock(shown: Times, zone: str) -> Times:
+def from_wall_clock(clock: Times, zone: str) -> Times:
     """The moments of UTC at which the clocks of a zone show these times.
 
-    What they show twice is the first of both; what they skip, in spring, is the end of what they
-    skip.
+    A time that they show twice, in autumn, means the first; one that they skip, in spring, means
+    the end of the gap.
     """
-    is_first = np.ones(len(shown), dtype=bool)
-    local = pd.DatetimeIndex(shown).tz_localize(
+    is_first = np.ones(len(clock), dtype=bool)
+    local = pd.DatetimeIndex(clock).tz_localize(
         zone, ambiguous=is_first, nonexistent="shift_forward"
     )
     moments: Times = local.tz_convert("UTC").tz_localize(None).to_numpy().astype("datetime64[us]")
@@ -198,18 +192,18 @@ def from_wall_clock(shown: Times, zone: str) -> Times:
 def on_last_day(times: Times) -> Flags:
     """Whether each moment lies on the last day of its month.
 
-    That of a quarter or a year is one, too.
+    The last day of a quarter or a year is one, too.
     """
     next_day = times.astype("datetime64[D]") + np.timedelta64(1, "D")
-    found: Flags = next_day.astype("datetime64[M]") != times.astype("datetime64[M]")
-    return found
+    is_last: Flags = next_day.astype("datetime64[M]") != times.astype("datetime64[M]")
+    return is_last
 
 
 def _add_months(times: Times, months: int | Counts, last_days: Flags | None) -> Times:
     start = times.astype("datetime64[M]")
     rest = times - start.astype("datetime64[us]")
     moved = start + np.asarray(months).astype("timedelta64[M]")
-    with np.errstate(invalid="ignore"):  # no time stays no time
+    with np.errstate(invalid="ignore"):  # NaT stays NaT
         day = rest // np.timedelta64(1, "D")
     days_of_month = (moved + np.timedelta64(1, "M")).astype("datetime64[D]") - moved.astype(
         "datetime64[D]"
@@ -237,10 +231,12 @@ def parse_moment(text: str, zone: str | None = None) -> pd.Timestamp:
     Raises:
         SpecError: if it is not a date or time.
     """
-    # Coercing, because a timestamp of its own pandas would also read from the text NaT.
+    # Coercing makes NaT of what is not a time, and of the text NaT, which pandas reads as a time.
     moment = pd.to_datetime(text, errors="coerce")
     if pd.isna(moment):
         raise SpecError(f"{text!r} is not a date or time; expected {MOMENT_EXAMPLES}")
     if moment.tzinfo is None and zone is not None:
         moment = moment.tz_localize(zone)
-    return moment.tz_convert("UTC").tz_localize(None) if moment.tzinfo else moment
+    if moment.tzinfo is None:
+        return moment
+    return moment.tz_convert("UTC").tz_localize(None)

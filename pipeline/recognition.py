@@ -1,7 +1,8 @@
 """Recognising what has not changed: digests of the inputs of raw and feature tables.
 
-A digest is kept in the commit that it describes. Where the newest commit has the digest that a new
-one would have, the table is left as it is. Anything doubtful has no digest, and is made again.
+A digest is kept in the commit that it describes. If the newest commit has the digest that a new one
+would have, the table is left as it is. Where inputs are in doubt there is no digest, and the table
+is made again.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from pipeline.spec import FleetSpec, SourceSpec
 # Keys of a commit's metadata.
 DIGEST, RESULTS = "many_models.digest", "many_models.results"
 _LIBRARIES = ("pyspark", "pyarrow", "pandas", "numpy", "sqlglot", "deltalake")
-# What changes no row of a feature table; all else may.
+# Fields of a spec that change no row of a feature table; all others may.
 _NOT_IN_FEATURES = {
     "automation",
     "sources",
@@ -33,9 +34,9 @@ _NOT_IN_FEATURES = {
 
 @cache
 def code_digest() -> str:
-    """Hash of this library's code and of the libraries that compute rows.
+    """Hash of this library's code and of the versions of the libraries that compute rows.
 
-    Another release may read or compute otherwise.
+    Another release may read or compute differently.
     """
     root = Path(__file__).parent
     digest = hashlib.sha256()
@@ -47,13 +48,15 @@ def code_digest() -> str:
 
 
 def raw_digest(source: SourceSpec, state: str | None) -> str | None:
-    """Digest of a source's raw table; None where the state of its files is doubtful.
+    """Digest of a source's raw table; None where the state of its files is in doubt.
 
     Args:
         source: what was read.
         state: of its files, as from `pipeline.reading.sources.source_state`.
     """
-    return None if state is None else _digest(source.model_dump(mode="json"), state, code_digest())
+    if state is None:
+        return None
+    return _digest(source.model_dump(mode="json"), state, code_digest())
 
 
 def features_digest(
@@ -61,7 +64,7 @@ def features_digest(
 ) -> str:
     """Digest of the inputs of a fleet's feature table.
 
-    The same inputs give the same rows, as SQL may not call anything that changes by itself.
+    The same inputs give the same rows, because SQL may not call anything that changes by itself.
 
     Args:
         spec: the fleet.

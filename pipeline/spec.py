@@ -1,7 +1,7 @@
 """FleetSpec: everything a user says about a fleet, validated when built.
 
-The descriptions below are what the component's documentation shows; keep them true, with a unit and
-an example.
+Dagster's documentation of the component shows the descriptions below: keep them true, with a unit
+and an example.
 """
 
 import datetime as dt
@@ -10,7 +10,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, Self
 from zoneinfo import available_timezones
 
@@ -79,12 +80,10 @@ def _checked_length(text: str) -> str:
 def _checked_zone(name: str) -> str:
     names = available_timezones()
     if name not in names:
+        hint = "expected a name such as Europe/Berlin"
         near = difflib.get_close_matches(name, sorted(names), n=3)
-        hint = (
-            f"did you mean {' or '.join(near)}?"
-            if near
-            else "expected a name such as Europe/Berlin"
-        )
+        if near:
+            hint = f"did you mean {' or '.join(near)}?"
         raise ValueError(f"{name!r} is not a time zone; {hint}")
     return name
 
@@ -95,8 +94,10 @@ def _checked_moment(text: str) -> str:
 
 
 def _written_date(value: Any) -> Any:
-    """YAML makes a date of 2013-12-24 without quotes."""
-    return value.isoformat() if isinstance(value, dt.date) else value
+    """The text of a date, which YAML makes of 2013-12-24 without quotes."""
+    if isinstance(value, dt.date):
+        return value.isoformat()
+    return value
 
 
 Identifier = Annotated[str, AfterValidator(_checked_identifier)]
@@ -108,7 +109,7 @@ Level = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Part(BaseModel):
-    """A frozen part of a spec; a field it does not know is refused."""
+    """A frozen part of a spec; unknown fields are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -127,13 +128,13 @@ class SourceSpec(Part):
         min_length=1,
         description="A path, a glob, an object-store URL, or a file of an installed package: "
         "`data/sales-*.csv`, `s3://bucket/sales/`, `package://plotnine/data/txhousing.csv`. Its "
-        "ending tells the format: .csv, .tsv, .json, .jsonl or .ndjson (each also as .gz or .zip), "
+        "ending gives the format: .csv, .tsv, .json, .jsonl or .ndjson (each also as .gz or .zip), "
         ".parquet or .pq.",
     )
     format: Literal["csv", "parquet", "delta", "jsonl"] | None = Field(
         default=None,
         description="csv, parquet, delta or jsonl (one JSON object per line); needed where the "
-        "ending of `uri` does not tell it. Files whose names end in .gz or .zip are decompressed.",
+        "ending of `uri` does not give it. Files whose names end in .gz or .zip are decompressed.",
     )
     types: Mapping[str, ColumnType] = Field(
         default_factory=dict,
@@ -146,7 +147,7 @@ class LagSpec(Part):
     """A column's value whole periods ago, for the same entity."""
 
     column: Identifier = Field(
-        description="Column of features.sql whose past value is wanted, e.g. `median`."
+        description="Column of features.sql whose past value is a feature, e.g. `median`."
     )
     periods: Sequence[Annotated[int, Field(ge=1)]] = Field(
         min_length=1,
@@ -160,9 +161,9 @@ class LagSpec(Part):
 
 
 class RollingSpec(Part):
-    """Statistics of a column over a trailing window of what was known at the row's time.
+    """Statistics of a column over a trailing window of what was known when the row is predicted.
 
-    Known means by the row's time less the horizon.
+    That is by the row's time less the horizon.
     """
 
     column: Identifier = Field(description="Column of features.sql to summarise, e.g. `arr_delay`.")
@@ -188,8 +189,10 @@ class RollingSpec(Part):
 
     def name(self, statistic: str) -> str:
         """The feature's column name."""
-        suffix = "" if self.over is None else "_by_" + ("_".join(self.over) or "all")
-        return f"{self.column}_{statistic}_{self.period.name}{suffix}"
+        name = f"{self.column}_{statistic}_{self.period.name}"
+        if self.over is None:
+            return name
+        return f"{name}_by_{'_'.join(self.over) or 'all'}"
 
 
 class FeaturesSpec(Part):
@@ -350,11 +353,9 @@ class SearchRange(Part):
     @classmethod
     def _of_number(cls, value: Any) -> Any:
         """A number alone fixes the parameter."""
-        return (
-            {"low": value, "high": value}
-            if isinstance(value, int | float) and not isinstance(value, bool)
-            else value
-        )
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return {"low": value, "high": value}
+        return value
 
     @model_validator(mode="after")
     def _is_a_range(self) -> Self:
@@ -374,7 +375,7 @@ class Bounds(NamedTuple):
     is_open: bool = False
 
     def check(self, name: str, searched: SearchRange) -> None:
-        """Refuse a range that reaches outside.
+        """Refuse a range that exceeds the bounds.
 
         Raises:
             ValueError: naming the parameter, the end that is outside, and what is allowed.
@@ -384,8 +385,12 @@ class Bounds(NamedTuple):
                 raise ValueError(f"{name} cannot be {end:g}; expected {self}")
 
     def __str__(self) -> str:
-        low = f"more than {self.low:g}" if self.is_open else f"{self.low:g} or more"
-        return low if math.isinf(self.high) else f"{low}, and at most {self.high:g}"
+        text = f"{self.low:g} or more"
+        if self.is_open:
+            text = f"more than {self.low:g}"
+        if not math.isinf(self.high):
+            text += f", and at most {self.high:g}"
+        return text
 
 
 # Source: LightGBM 4.7, Parameters. A parameter that is not listed takes any value.
@@ -410,17 +415,20 @@ _SEARCH_BOUNDS: Mapping[str, Bounds] = {
 
 
 def _checked_search(search: Mapping[str, SearchRange]) -> Mapping[str, SearchRange]:
-    for name, wanted in search.items():
+    for name, searched in search.items():
         if name not in SEARCHABLE:
+            hint = ""
             near = difflib.get_close_matches(name, SEARCHABLE, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            if near:
+                hint = f"did you mean {near[0]!r}? "
             raise ValueError(
                 f"{name!r} cannot be searched; {hint}Available: {', '.join(SEARCHABLE)}"
             )
-        _SEARCH_BOUNDS.get(name, Bounds()).check(name, wanted)
-        if name in WHOLE_PARAMETERS and (wanted.low % 1 or wanted.high % 1):
+        _SEARCH_BOUNDS.get(name, Bounds()).check(name, searched)
+        if name in WHOLE_PARAMETERS and (searched.low % 1 or searched.high % 1):
             raise ValueError(
-                f"{name} is searched from {wanted.low:g} to {wanted.high:g}; expected whole numbers"
+                f"{name} is searched from {searched.low:g} to {searched.high:g}; expected whole "
+                "numbers"
             )
     return search
 
@@ -507,6 +515,11 @@ class TuningSpec(Part):
     )
     seed: int = Field(default=1, ge=0, description="Seed of studies and boosters.")
 
+    @property
+    def expected_trials(self) -> int:
+        """Trials per group that costs are estimated with."""
+        return min(self.max_trials, self.patience + 1)
+
 
 class ScoringSpec(Part):
     """Which rows are answered."""
@@ -521,8 +534,8 @@ class ScoringSpec(Part):
     )
     intervals: Sequence[Level] = Field(
         default=(0.8, 0.95),
-        description="Shares that a registered version keeps intervals for, beside `interval`; "
-        "whoever asks it names one.",
+        description="Shares that a registered version keeps intervals for, beside `interval`; a "
+        "request names one of them.",
     )
 
     @property
@@ -682,21 +695,25 @@ class FleetSpec(Part):
     def horizon_end(self, newest: pd.Timestamp) -> pd.Timestamp:
         """The last moment that is answered from the newest row.
 
-        From the end of a month, where months count, the end of another.
+        Where months count, the last day of a month leads to the last day of another.
         """
-        moments = np.array([newest.to_datetime64()])
-        shown = moments if self.timezone is None else to_wall_clock(moments, self.timezone)
-        stays = self.has_calendar_period and bool(on_last_day(shown)[0])
-        return self.horizon_period.add(newest, last_day=stays)
+        local = np.array([newest.to_datetime64()])
+        if self.timezone is not None:
+            local = to_wall_clock(local, self.timezone)
+        is_last_day = self.has_calendar_period and bool(on_last_day(local)[0])
+        return self.horizon_period.add(newest, last_day=is_last_day)
 
     @property
     def over(self) -> dict[str, tuple[str, ...]]:
         """Per rolling feature the columns whose value the summarised rows share."""
-        return {
-            window.name(statistic): tuple(self.finest if window.over is None else window.over)
-            for window in self.features.rolling
-            for statistic in window.statistics
-        }
+        columns: dict[str, tuple[str, ...]] = {}
+        for window in self.features.rolling:
+            shared = self.finest
+            if window.over is not None:
+                shared = tuple(window.over)
+            for statistic in window.statistics:
+                columns[window.name(statistic)] = shared
+        return columns
 
     @property
     def is_class_task(self) -> bool:
@@ -706,69 +723,75 @@ class FleetSpec(Part):
     @property
     def objective(self) -> str:
         """LightGBM's objective."""
-        return self.task if self.is_class_task else self.tuning.objective or "l2"
+        if self.is_class_task:
+            return self.task
+        return self.tuning.objective or "l2"
 
     @property
     def alpha(self) -> float | None:
         """The objective's alpha; None where it has none."""
-        default = DEFAULT_ALPHA.get(self.objective)
-        return None if default is None else self.tuning.alpha or default
+        if self.objective not in DEFAULT_ALPHA:
+            return None
+        return self.tuning.alpha or DEFAULT_ALPHA[self.objective]
 
     @property
     def variance_power(self) -> float | None:
         """Power of tweedie's variance, 1 for poisson; None where the objective has none."""
-        return {TWEEDIE: self.tuning.variance_power or 1.5, POISSON: 1.0}.get(self.objective)
+        powers = {TWEEDIE: self.tuning.variance_power or 1.5, POISSON: 1.0}
+        return powers.get(self.objective)
 
     @property
     def seasonal_lag(self) -> int | None:
-        """Periods back of the baseline `seasonal naive` that a series has by itself.
-
-        None where there is none.
+        """Periods back of the automatic baseline `seasonal naive`; None where there is none.
 
         It is the season of the period's unit (12 months, 4 quarters, 52 weeks, 7 days, 24 hours),
         or its smallest multiple that is known at the horizon.
         """
         if self.period is None or self.is_class_task or SEASONAL_NAIVE in self.baselines:
             return None
-        period, start = Period.parse(self.period), np.array([_ANCHOR])
+        period = Period.parse(self.period)
         season, rest = divmod(_SEASONS.get(period.unit, 0), period.count)
         if rest or season <= 1:
             return None
-        deadline, lag = Period.parse(self.horizon or "0 days").before(start)[0], season
+        start = np.array([_ANCHOR])
+        deadline = Period.parse(self.horizon or "0 days").before(start)[0]
+        lag = season
         while period.times(lag).before(start)[0] > deadline:
             lag += season
-        name = f"{self.target.column}_lag_{lag}"
-        return None if name in {*self.sql_columns, *self.features.derived} else lag
+        if self._target_lag(lag) in {*self.sql_columns, *self.features.derived}:
+            return None
+        return lag
+
+    def _target_lag(self, periods: int) -> str:
+        """The column of the target so many periods ago."""
+        return LagSpec(column=self.target.column, periods=(periods,)).name(periods)
 
     @property
     def all_lags(self) -> tuple[LagSpec, ...]:
         """The declared lags, and the one that only the baseline `seasonal naive` needs."""
         lag = self.seasonal_lag
-        if lag is None or f"{self.target.column}_lag_{lag}" in self.history_columns:
+        if lag is None or self._target_lag(lag) in self.history_columns:
             return tuple(self.features.lags)
         return (*self.features.lags, LagSpec(column=self.target.column, periods=(lag,)))
 
     @property
     def all_baselines(self) -> dict[str, str]:
         """Column by name of the declared baselines and of `seasonal naive`."""
+        baselines = dict(self.baselines)
         lag = self.seasonal_lag
-        return {
-            **self.baselines,
-            **({} if lag is None else {SEASONAL_NAIVE: f"{self.target.column}_lag_{lag}"}),
-        }
+        if lag is not None:
+            baselines[SEASONAL_NAIVE] = self._target_lag(lag)
+        return baselines
 
     @property
     def history_columns(self) -> tuple[str, ...]:
         """Names of the declared lags and rolling features."""
-        lags = (lag.name(periods) for lag in self.features.lags for periods in lag.periods)
-        return (
-            *lags,
-            *(
-                window.name(statistic)
-                for window in self.features.rolling
-                for statistic in window.statistics
-            ),
-        )
+        names: list[str] = []
+        for lag in self.features.lags:
+            names.extend(map(lag.name, lag.periods))
+        for window in self.features.rolling:
+            names.extend(map(window.name, window.statistics))
+        return tuple(names)
 
     @property
     def feature_columns(self) -> tuple[str, ...]:
@@ -784,16 +807,6 @@ class FleetSpec(Part):
         return tuple(name for name in dict.fromkeys(named) if name not in features.exclude)
 
     @property
-    def carried_columns(self) -> tuple[str, ...]:
-        """Columns that are needed to train, blend or report, and are neither keys nor features."""
-        target = self.target
-        wanted = [target.offset, target.scale, target.weight, *self.all_baselines.values()]
-        known = {*self.feature_columns, *self.key_columns, target.column}
-        return tuple(
-            dict.fromkeys(name for name in wanted if name is not None and name not in known)
-        )
-
-    @property
     def key_columns(self) -> tuple[str, ...]:
         """Columns of grains and entity, each once."""
         return tuple(dict.fromkeys([*self.finest, *self.entity]))
@@ -801,63 +814,49 @@ class FleetSpec(Part):
     @property
     def sql_columns(self) -> dict[str, str]:
         """Columns that features.sql must give, each with the field that asks for it."""
-        wanted: dict[str, str] = {}
+        features, target = self.features, self.target
         computed = {*self.history_columns, *self.features.derived, *self.features.calendar}
-        asked = [
-            *((name, "grains") for name in self.finest),
-            *((name, "entity") for name in self.entity),
-            (self.time, "time"),
-            *([(self.known_at, "known_at")] if self.known_at else []),
-            (self.target.column, "target.column"),
-            *((name, "features.columns") for name in self.features.columns),
-            *((lag.column, "features.lags") for lag in self.features.lags),
-            *((window.column, "features.rolling") for window in self.features.rolling),
-            *(
-                (name, "features.rolling.over")
-                for window in self.features.rolling
-                for name in window.over or ()
-            ),
-            *((name, "features.categoricals") for name in self.features.categoricals),
-            *(
-                (name, f"target.{field}")
-                for field in ("offset", "scale", "weight")
-                if (name := getattr(self.target, field))
-            ),
-            *((name, f"baselines.{title}") for title, name in self.baselines.items()),
+        names_of_field: list[tuple[str, Iterable[str | None]]] = [
+            ("grains", self.finest),
+            ("entity", self.entity),
+            ("time", [self.time]),
+            ("known_at", [self.known_at]),
+            ("target.column", [target.column]),
+            ("features.columns", features.columns),
+            ("features.lags", [lag.column for lag in features.lags]),
+            ("features.rolling", [window.column for window in features.rolling]),
         ]
-        for name, field in asked:
-            if name not in computed:
-                wanted.setdefault(name, field)
-        return wanted
+        for window in features.rolling:
+            names_of_field.append(("features.rolling.over", window.over or ()))
+        names_of_field += [
+            ("features.categoricals", features.categoricals),
+            ("target.offset", [target.offset]),
+            ("target.scale", [target.scale]),
+            ("target.weight", [target.weight]),
+        ]
+        for title, column in self.baselines.items():
+            names_of_field.append((f"baselines.{title}", [column]))
+        columns: dict[str, str] = {}
+        for field, names in names_of_field:
+            for name in names:
+                if name is not None and name not in computed:
+                    columns.setdefault(name, field)
+        return columns
 
     @property
     def _summarised(self) -> set[str]:
         """Columns of features.sql that lags and windows look back on, or share."""
-        windows = self.features.rolling
-        return {lag.column for lag in self.features.lags} | {
-            name for window in windows for name in (window.column, *(window.over or ()))
-        }
+        columns = {lag.column for lag in self.features.lags}
+        for window in self.features.rolling:
+            columns |= {window.column, *(window.over or ())}
+        return columns
 
     @property
     def training_digest(self) -> str:
-        """Hash of all that changes what training gives.
-
-        Names and descriptions for people are left out.
-        """
-        left_out: Any = dict.fromkeys(
-            (
-                "automation",
-                "baselines",
-                "description",
-                "owners",
-                "pack",
-                "scoring",
-                "sources",
-                "sql",
-            ),
-            True,
-        )
-        parts = self.model_dump(mode="json", exclude={**left_out, "tuning": set(BUDGETS)})
+        """Hash of everything that changes the result of training."""
+        left_out: dict[str, Any] = dict.fromkeys(_NOT_TRAINED_ON, True)
+        left_out["tuning"] = set(BUDGETS)
+        parts = self.model_dump(mode="json", exclude=left_out)
         if self.timezone is None:  # as before there were any
             del parts["timezone"]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -897,8 +896,9 @@ class FleetSpec(Part):
     def _name_problems(self) -> Iterator[str]:
         """Names that are reserved, defined twice, or not defined at all."""
         computed = [*self.history_columns, *self.features.derived, *self.features.calendar]
-        taken = ({*self.sql_columns} - {self.time, self.known_at}) | {*computed, *self.key_columns}
-        for name in sorted(taken):
+        renamed = {self.time, self.known_at}
+        names = {*self.sql_columns} - renamed | {*computed, *self.key_columns}
+        for name in sorted(names):
             if name.lower() in RESERVED:
                 yield (
                     f"column {name!r} is reserved ({', '.join(RESERVED)}); rename it in "
@@ -927,8 +927,8 @@ class FleetSpec(Part):
                 )
 
     def _outcome_problems(self) -> Iterator[str]:
-        """Columns that tell the answer, where nothing may that is known before."""
-        outcome = {self.target.column, *([self.known_at] if self.known_at else [])}
+        """Columns that reveal the answer, in fields whose columns are known before it."""
+        outcome = {self.target.column, self.known_at} - {None}
         answer = "the answer itself (target or known_at)"
         for name in (*self.features.columns, *self.features.categoricals):
             if name in outcome:
@@ -952,7 +952,7 @@ class FleetSpec(Part):
             )
 
     def _future_problems(self) -> Iterator[str]:
-        """What `score: future` needs, and what rows that it makes up do not have."""
+        """What `score: future` needs, and features that its made-up rows do not have."""
         if self.period is None:
             yield "period: needed for score: future, e.g. '1 month'"
         if self.horizon is None:
@@ -979,10 +979,8 @@ class FleetSpec(Part):
                     f"grains: {list(fine)} does not extend {list(coarse)}; "
                     "each grain is the one before it plus further keys"
                 )
-        yield from (
-            f"grains: key {name!r} is listed twice in {list(self.finest)}"
-            for name in _doubled(self.finest)
-        )
+        for name in _doubled(self.finest):
+            yield f"grains: key {name!r} is listed twice in {list(self.finest)}"
 
     def _own_problems(self) -> Iterator[str]:
         if self.own == "independent":
@@ -1015,25 +1013,23 @@ class FleetSpec(Part):
                 f"tuning.objective: {tuning.objective!r} is for task: regression; "
                 f"task {self.task!r} has an objective of its own: leave it out"
             )
-        untransformed = (
-            f"task {self.task!r}"
-            if self.is_class_task
-            else f"tuning.objective {objective!r}"
-            if objective in COUNTED
-            else None
-        )
-        if untransformed and target.transform != "none":
+        has_own_link = None
+        if self.is_class_task:
+            has_own_link = f"task {self.task!r}"
+        elif objective in COUNTED:
+            has_own_link = f"tuning.objective {objective!r}"
+        if has_own_link and target.transform != "none":
             yield (
-                f"target.transform: {target.transform!r} does not go with {untransformed}, "
+                f"target.transform: {target.transform!r} does not go with {has_own_link}, "
                 "which has a link of its own: leave it out"
             )
-        if untransformed and target.offset is not None:
+        if has_own_link and target.offset is not None:
             yield (
-                f"target.offset: {target.offset!r} does not go with {untransformed}, "
+                f"target.offset: {target.offset!r} does not go with {has_own_link}, "
                 "which has a link of its own: leave it out"
             )
         if self.is_class_task and target.scale is not None:
-            yield f"target.scale: {target.scale!r} does not go with {untransformed}: leave it out"
+            yield f"target.scale: {target.scale!r} does not go with {has_own_link}: leave it out"
         if tuning.alpha is not None and objective not in DEFAULT_ALPHA:
             yield (
                 f"tuning.alpha: {tuning.alpha:g} is for tuning.objective quantile or huber; "
@@ -1054,13 +1050,11 @@ class FleetSpec(Part):
     def _class_problems(self) -> Iterator[str]:
         classes = self.target.classes
         if self.is_class_task:
-            for field, columns in (
-                ("lags", self.features.lags),
-                ("rolling", self.features.rolling),
-            ):
-                if any(part.column == self.target.column for part in columns):
+            for field in ("lags", "rolling"):
+                parts = getattr(self.features, field)
+                if self.target.column in [part.column for part in parts]:
                     yield (
-                        f"features.{field}: {self.target.column!r} is a class and no number; "
+                        f"features.{field}: {self.target.column!r} is a class and not a number; "
                         "make a number of it under another name in features.sql, e.g. `CAST(late = "
                         "'yes' AS int) AS was_late`"
                     )
@@ -1071,12 +1065,14 @@ class FleetSpec(Part):
                 f"target.classes: {list(classes)} are for task: binary or multiclass; "
                 f"the task is {self.task!r}: leave them out, or set the task"
             )
-        yield from (f"target.classes: {name!r} is listed twice" for name in _doubled(classes))
-        most = 2 if self.task == BINARY else MAX_CLASSES
+        for name in _doubled(classes):
+            yield f"target.classes: {name!r} is listed twice"
+        most, expected = MAX_CLASSES, f"2 to {MAX_CLASSES}"
+        if self.task == BINARY:
+            most, expected = 2, "exactly 2"
         if self.is_class_task and not 2 <= len(classes) <= most:  # noqa: PLR2004
-            wanted = "exactly 2" if self.task == BINARY else f"2 to {MAX_CLASSES}"
             yield (
-                f"target.classes: there are {len(classes)}, expected {wanted} for "
+                f"target.classes: there are {len(classes)}, expected {expected} for "
                 f"task {self.task!r}"
             )
 
@@ -1126,6 +1122,17 @@ class FleetSpec(Part):
 
 # Units of a period that make a season.
 _SEASONS = {"month": 12, "quarter": 4, "week": 52, "day": 7, "hour": 24}
+# Fields of a spec that change nothing that training gives.
+_NOT_TRAINED_ON = (
+    "automation",
+    "baselines",
+    "description",
+    "owners",
+    "pack",
+    "scoring",
+    "sources",
+    "sql",
+)
 # Any first of a month: the moment from which a lag and the horizon are compared.
 _ANCHOR = np.datetime64("2001-03-01", "us")
 CHAIN = (
@@ -1142,7 +1149,7 @@ CHAIN = (
 
 
 def _doubled(names: Sequence[str]) -> list[str]:
-    return sorted({name for name in names if list(names).count(name) > 1})
+    return sorted(name for name, n in Counter(names).items() if n > 1)
 
 
 def parse_spec(attributes: Any, *, file: str, line_of: LineOf | None = None) -> FleetSpec:

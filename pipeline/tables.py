@@ -1,23 +1,21 @@
 """The contract of every Delta table: what one row is, its columns with types and units, its key.
 
 The `format` of a table goes up when its columns change meaning. Columns of raw tables and features
-of feature tables belong to the fleet; the columns listed here are there in every fleet.
+of feature tables belong to the fleet; the columns listed here are those of every fleet.
 """
 
 import json
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 
 from pipeline.errors import StoreError
 
 TIMESTAMP = pa.timestamp("us", tz="UTC")
-# Who answers a group whose own answer is significantly worse than theirs (the ledger's
-# answered_by).
+# Values of the ledger's answered_by: what answers a group whose own answer is significantly worse.
 BY_PARENT, BY_CONSTANT = "parent", "constant"
 
 
@@ -29,8 +27,8 @@ class Column:
         name: of the column.
         type: in Arrow.
         description: what it holds.
-        is_late: whether tables of an earlier release lack it. It reads as null there, and joins
-            such a table with the first commit that has it.
+        is_late: whether tables of an earlier release lack it. It reads as null there; the first
+            commit that has it adds it to such a table.
     """
 
     name: str
@@ -61,7 +59,7 @@ class TableContract:
 
     @property
     def schema(self) -> pa.Schema:
-        """The Arrow schema; every column may be null unless it is part of the key."""
+        """The Arrow schema."""
         return pa.schema([pa.field(column.name, column.type) for column in self.columns])
 
 
@@ -161,11 +159,13 @@ def fleet_runs(runs: pd.DataFrame) -> pd.DataFrame:
     Args:
         runs: rows of `RUNS`, with their request.
     """
-    is_whole = [
-        not isinstance(request, str) or RECIPES not in json.loads(request)
-        for request in runs["request"]
-    ]
-    return runs[np.array(is_whole, dtype=bool)]
+    is_refit = runs["request"].map(_asks_for_refit).astype(bool)
+    return runs[~is_refit]
+
+
+def _asks_for_refit(request: Any) -> bool:
+    """Whether a run's request, null in tables of an earlier release, names recipes to refit."""
+    return isinstance(request, str) and RECIPES in json.loads(request)
 
 
 LEDGER = TableContract(
@@ -570,9 +570,7 @@ ALL = (RAW, FEATURES, LEASES, RUNS, LEDGER, BOOSTERS, HOLDOUT, IMPORTANCE, DECIS
 
 
 def in_format(rows: pd.DataFrame, contract: TableContract, location: str) -> pd.DataFrame:
-    """Rows of a table with all columns of its contract.
-
-    Those that came with a later release are null.
+    """Rows of a table with all columns of its contract; late columns that it lacks are null.
 
     Args:
         rows: as read from the table.
@@ -586,8 +584,7 @@ def in_format(rows: pd.DataFrame, contract: TableContract, location: str) -> pd.
     required = sorted(column.name for column in missing if not column.is_late)
     if required:
         raise StoreError(
-            f"{location} was written by an earlier version: it has no column "
-            f"{', '.join(required)}, "
+            f"{location} was written by an earlier version: it has no column {', '.join(required)}, "
             f"expected format {contract.format} of the table {contract.name!r}; "
             "move it away (every group is then trained again), or use a new data root"
         )
@@ -596,12 +593,10 @@ def in_format(rows: pd.DataFrame, contract: TableContract, location: str) -> pd.
 
 def records(rows: pd.DataFrame) -> list[dict[str, Any]]:
     """Rows of a table as dicts by column name; what is missing is None."""
-    return [
-        {
-            str(name): None
-            if value is pd.NaT or value is pd.NA or (isinstance(value, float) and math.isnan(value))
-            else value
-            for name, value in row.items()
-        }
-        for row in rows.to_dict("records")
-    ]
+    dicts = cast("list[dict[str, Any]]", rows.to_dict("records"))
+    for row in dicts:
+        for name, value in row.items():
+            is_nan = isinstance(value, float) and math.isnan(value)
+            if is_nan or value is pd.NaT or value is pd.NA:
+                row[name] = None
+    return dicts

@@ -581,7 +581,7 @@ def test_declared_classes_fit_the_task(changes: dict[str, Any], message: str) ->
 )
 def test_a_class_is_no_number_to_look_back_on(features: dict[str, Any]) -> None:
     assert (
-        "'label' is a class and no number; make a number of it under another name in features.sql"
+        "'label' is a class and not a number; make a number of it under another name in features.sql"
         in refusal(**CLASSES, features=features)
     )
 
@@ -658,10 +658,9 @@ def test_a_series_is_compared_with_its_last_season_that_was_known(
     }
 
 
-def test_the_last_season_is_carried_and_not_shown_to_the_models() -> None:
+def test_the_last_season_is_computed_and_not_shown_to_the_models() -> None:
     spec = small_spec()
     assert [(lag.column, tuple(lag.periods)) for lag in spec.all_lags] == [("sales", (7,))]
-    assert "sales_lag_7" in spec.carried_columns
     assert "sales_lag_7" not in spec.feature_columns
     assert "sales_lag_7" not in spec.sql_columns
 
