@@ -439,17 +439,6 @@ class Generation:
         return np.nan if self.constant_without_offset is None else self.constant_without_offset
 
     @classmethod
-    def of_run(cls, run: "Mapping[Any, Any] | pd.Series[Any]") -> Self:
-        """From a run's row in the runs table."""
-        constant, without_offset = run["constant"], run["constant_without_offset"]
-        return cls(
-            model_spec=ModelSpec.from_json(str(run["model_spec"])),
-            fleet_version=str(run["run_id"]),
-            constant=None if pd.isna(constant) else float(constant),
-            constant_without_offset=None if pd.isna(without_offset) else float(without_offset),
-        )
-
-    @classmethod
     def from_dict(cls, written: Mapping[str, Any]) -> Self:
         """From its JSON, in which answered_by_constant may be absent."""
         listed = written.get("answered_by_constant")

@@ -1,7 +1,9 @@
 """What earlier training runs of a fleet left for the next one to build on."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 import pandas as pd
@@ -34,7 +36,7 @@ class History:
         Raises:
             StoreError: if they are of another format.
         """
-        # A table of another format is not added to, even where no run asks for its rows.
+        # Reads no rows: a ledger of another format is refused even if no earlier run is read.
         tables.ledger("")
         runs = tables.runs().sort_values("started_at", ignore_index=True)
         return cls(runs, tables.ledger)
@@ -42,12 +44,14 @@ class History:
     def newest_finished(self, as_of: pd.Timestamp) -> RunManifest | None:
         """The newest finished run that saw nothing that a run of this as-of must not see."""
         runs = fleet_runs(self.runs)
-        is_known = runs["finished_at"].notna() & (runs["as_of"].dt.tz_convert(None) <= as_of)
-        found = records(runs[is_known])
-        return RunManifest.from_row(found[-1]) if found else None
+        is_visible = runs["finished_at"].notna() & (runs["as_of"].dt.tz_convert(None) <= as_of)
+        newest = records(runs[is_visible].tail(1))
+        if not newest:
+            return None
+        return RunManifest.from_row(newest[0])
 
     def unfinished(self, since: RunManifest | None) -> list[RunManifest]:
-        """Runs that did not come to their end, newest last, started after a given one."""
+        """Runs that were not finished, newest last; only those started after a given one."""
         runs = self.runs[self.runs["finished_at"].isna()]
         if since is not None:
             runs = runs[runs["started_at"] > since.started_at]
@@ -59,9 +63,9 @@ class EarlierRuns:
     """The ledger rows that a run may build on, by group.
 
     Args:
-        kept: of the very run that is resumed.
+        kept: of the run that is resumed.
         before: of the newest finished run.
-        unfinished: of runs that were never finished, newer than `before`.
+        unfinished: of other runs that were never finished, newer than `before`.
         same_spec: whether `before` was trained under the same spec, so that its parameters may be
             refitted without trials.
     """
@@ -86,16 +90,22 @@ class EarlierRuns:
             history: all of them.
             before: the newest finished run.
             open_runs: those never finished, newer than it, as from `History.unfinished`.
-            resumed: the interrupted run that is taken up again.
+            resumed: the interrupted run that is resumed.
             spec: the fleet as it is described now.
         """
+
+        def rows_of(run: RunManifest | None) -> Mapping[GroupKey, LedgerRow]:
+            if run is None:
+                return {}
+            return by_group(history.ledger(run.run_id))
+
         unfinished: dict[GroupKey, LedgerRow] = {}
         for run in open_runs:
             if resumed is None or run.run_id != resumed.run_id:
-                unfinished |= by_group(history.ledger(run.run_id))
+                unfinished |= rows_of(run)
         return cls(
-            kept={} if resumed is None else by_group(history.ledger(resumed.run_id)),
-            before={} if before is None else by_group(history.ledger(before.run_id)),
+            kept=rows_of(resumed),
+            before=rows_of(before),
             unfinished=unfinished,
             same_spec=before is not None and before.spec_digest == spec.training_digest,
         )
@@ -114,11 +124,10 @@ class EarlierRuns:
         Those of the run before, and those that the resumed run trained before it was interrupted.
         """
         columns = ["status", "seconds", "n_target"]
-        rows = [row for row in (*self.before.values(), *self.kept.values()) if row["seconds"]]
-        found = pd.DataFrame(
-            [{name: row[name] for name in columns} for row in rows], columns=columns
-        )
-        return found.astype({"seconds": float, "n_target": float})
+        rows = itertools.chain(self.before.values(), self.kept.values())
+        groups = pd.DataFrame(map(itemgetter(*columns), rows), columns=columns)
+        groups = groups.astype({"seconds": float, "n_target": float})
+        return groups[groups["seconds"] > 0]
 
 
 def by_group(ledger: pd.DataFrame) -> dict[GroupKey, LedgerRow]:

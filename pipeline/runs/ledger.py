@@ -14,9 +14,9 @@ from pipeline.tables import LEDGER, records
 from pipeline.training.blend import GroupSkill
 from pipeline.training.outcome import ERROR, NATIVE_CRASH, WITH_BOOSTER
 
-# What the plan knows of a group and the ledger does not keep, or keeps otherwise.
+# Columns of the plan that the ledger does not have, or fills differently.
 _PLAN_ONLY = ("action", "rows_hash", "exponent", "wave")
-# What a row of an earlier run's ledger gives to a group that is reused.
+# Columns that a reused group takes from its row in an earlier run's ledger.
 _TAKEN_OVER = (
     "booster_id",
     "n_fit",
@@ -65,14 +65,14 @@ def trained_row(
 
     Args:
         planned: its row of the plan.
-        outcome: what the worker said of it; None makes it `failed`, as nothing came back.
+        outcome: as the worker reported it; None, where nothing came back, makes it `failed`.
         wave: that it was in.
         run: as planned.
         spec: the fleet.
     """
-    came_back = LOST if outcome is None else outcome
+    outcome = outcome or LOST
     tuned_as_of = run.cutoffs.as_of
-    if came_back["status"] == "refreshed":
+    if outcome["status"] == "refreshed":
         chosen_by = run.earlier.before[GroupKey.of(planned)]
         tuned_as_of = pd.Timestamp(chosen_by["tuned_as_of"]).tz_localize(None)
     return {
@@ -80,15 +80,15 @@ def trained_row(
         "source_run_id": run.run_id,
         "wave": wave,
         "tuned_as_of": tuned_as_of.tz_localize("UTC"),
-        **came_back,
-        "reason": planned["reason"] or came_back["reason"],
+        **outcome,
+        "reason": planned["reason"] or outcome["reason"],
     }
 
 
 def ledger_rows(
     run: PlannedRun, spec: FleetSpec, trained: Mapping[GroupKey, LedgerRow]
 ) -> list[dict[str, Any]]:
-    """One row per group that is trained by now or need not be, weights and errors still missing.
+    """One row per group that is done or needs no training, weights and errors still missing.
 
     Args:
         run: as planned.
@@ -127,7 +127,7 @@ def _planned_row(planned: Mapping[str, Any], run: PlannedRun, spec: FleetSpec) -
 
 
 def _reused(source: LedgerRow) -> dict[str, Any]:
-    """What a reused group takes over; a group that was not trained keeps why."""
+    """What a reused group takes over; one without a model keeps its status and reason."""
     row = {name: source[name] for name in _TAKEN_OVER}
     if source["status"] in WITH_BOOSTER:
         return {**row, "status": "reused"}
@@ -152,13 +152,17 @@ def complete_ledger(
     complete = []
     for row in rows:
         key = GroupKey.of(row)
-        skill = vars(skills[key]) if key in skills else {}
-        full = {**row, **skill, **measured.get(key, {})}
+        full = dict(row)
+        if key in skills:
+            full |= vars(skills[key])
+        full |= measured.get(key, {})
         if row["status"] not in WITH_BOOSTER:
             full["weight"] = 0.0
+        elif key not in skills and spec.pooling == "none":
+            full["weight"] = 1.0
         elif key not in skills:
-            # No row judges it: a group that is not in the data any more keeps its weight.
-            full["weight"] = 1.0 if spec.pooling == "none" else float(row["weight"] or 0.0)
+            # No row judges it: a group that is no longer in the data keeps its weight.
+            full["weight"] = float(row["weight"] or 0.0)
         complete.append(full)
     ledger = pd.DataFrame(complete).reindex(columns=LEDGER.schema.names)
     return ledger.sort_values(["grain", "group_id"], ignore_index=True)

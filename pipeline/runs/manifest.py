@@ -1,4 +1,4 @@
-"""The run manifest: what one training run pinned at its start, and whether it came to its end."""
+"""The run manifest: what one training run pinned at its start, and whether it finished."""
 
 import json
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ class RunManifest:
         n_groups: groups of all grains.
         model_spec: what training, packing and scoring share, as from `pack.build_model_spec`.
         versions: of Python and of libraries, by name.
-        waves: whose boosters and held-out rows its ledger refers to; none until it is finished.
+        waves: whose boosters and held-out rows its ledger refers to; empty until it is finished.
         unknown_groups: groups of held-out rows that the ledger does not know.
     """
 
@@ -55,14 +55,12 @@ class RunManifest:
     def from_row(cls, row: Mapping[Any, Any]) -> Self:
         """The inverse of `to_row`; what is null in the table may be None, NaN or NaT."""
         model_spec = ModelSpec.from_json(row["model_spec"])
-        finished_at = row["finished_at"]
-        previous = row["previous_run_id"]
         return cls(
             run_id=str(row["run_id"]),
             started_at=pd.Timestamp(row["started_at"]),
-            finished_at=None if pd.isna(finished_at) else pd.Timestamp(finished_at),
-            previous_run_id=previous if isinstance(previous, str) else None,
-            request=row["request"] if isinstance(row["request"], str) else "{}",
+            finished_at=_moment(row["finished_at"]),
+            previous_run_id=_text(row["previous_run_id"]),
+            request=_text(row["request"]) or "{}",
             data_digest=str(row["data_digest"]),
             cutoffs=Cutoffs(
                 as_of=_naive(row["as_of"]),
@@ -88,9 +86,8 @@ class RunManifest:
 
         The lists of a run that is not finished are null.
         """
-        is_finished = self.finished_at is not None
         generation = self.generation
-        return {
+        row: dict[str, Any] = {
             "run_id": self.run_id,
             "started_at": self.started_at,
             "finished_at": self.finished_at,
@@ -107,16 +104,18 @@ class RunManifest:
             "n_groups": self.n_groups,
             "model_spec": self.model_spec.to_json(),
             "versions": json.dumps(self.versions),
-            "waves": json.dumps(self.waves) if is_finished else None,
-            "unknown_groups": json.dumps(self.unknown_groups, ensure_ascii=False)
-            if is_finished
-            else None,
+            "waves": None,
+            "unknown_groups": None,
         }
+        if self.finished_at is not None:
+            row["waves"] = json.dumps(self.waves)
+            row["unknown_groups"] = json.dumps(self.unknown_groups, ensure_ascii=False)
+        return row
 
     def finished(
         self, *, n_groups: int, waves: tuple[str, ...], unknown_groups: tuple[str, ...]
     ) -> Self:
-        """The same run, come to its end now.
+        """The same run, finished now.
 
         Args:
             n_groups: rows of its ledger.
@@ -143,7 +142,7 @@ class RunManifest:
         return RECIPES in json.loads(self.request)
 
     def is_on_other_rows(self, other: "RunManifest | None") -> bool:
-        """Whether another run was fitted on other rows; also where nobody knows it any more."""
+        """Whether another run was fitted on other rows, or is no longer known."""
         if other is None:
             return True
         return (self.cutoffs.as_of, self.features_version) != (
@@ -154,24 +153,41 @@ class RunManifest:
     @property
     def generation(self) -> Generation:
         """What the spec.json of the run's pack says of it."""
-        has_constant = not self.constants.prior
+        constants = self.constants
+        if constants.prior:
+            return Generation(self.model_spec, self.run_id, None, None)
         return Generation(
-            self.model_spec,
-            self.run_id,
-            self.constants.with_offset if has_constant else None,
-            self.constants.without_offset if has_constant else None,
+            self.model_spec, self.run_id, constants.with_offset, constants.without_offset
         )
 
 
 def _naive(moment: Any) -> pd.Timestamp:
-    """A moment in UTC without a zone, as training counts in."""
-    found = pd.Timestamp(moment)
-    return found if found.tzinfo is None else found.tz_convert("UTC").tz_localize(None)
+    """A moment in UTC without a zone, as training uses it."""
+    timestamp = pd.Timestamp(moment)
+    if timestamp.tzinfo is None:
+        return timestamp
+    return timestamp.tz_convert("UTC").tz_localize(None)
+
+
+def _moment(value: Any) -> pd.Timestamp | None:
+    if pd.isna(value):
+        return None
+    return pd.Timestamp(value)
+
+
+def _text(value: Any) -> str | None:
+    if isinstance(value, str):
+        return value
+    return None
 
 
 def _number(value: Any) -> float:
-    return 0.0 if value is None or pd.isna(value) else float(value)
+    if pd.isna(value):
+        return 0.0
+    return float(value)
 
 
-def _parsed(text: Any, otherwise: Any) -> Any:
-    return json.loads(text) if isinstance(text, str) else otherwise
+def _parsed(text: Any, default: Any) -> Any:
+    if isinstance(text, str):
+        return json.loads(text)
+    return default

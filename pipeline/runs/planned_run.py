@@ -23,7 +23,6 @@ from pipeline.runs.request import Request
 from pipeline.runs.sampling import sampling_exponents
 from pipeline.spec import FleetSpec
 from pipeline.training.blend import Constants
-from pipeline.training.objective import learning_goal
 from pipeline.training.splits import Cutoffs
 from pipeline.training.trainer import TrainingSettings
 
@@ -37,9 +36,10 @@ PACKAGES = ("many-models", "pyspark", "lightgbm", "optuna", "pandas", "pyarrow",
 
 @dataclass(frozen=True, kw_only=True)
 class CountedRows:
-    """What the plan needs to know of the visible rows.
+    """The visible rows, and what the plan needs to know of them.
 
     Args:
+        rows: the rows themselves, for whoever trains.
         cutoffs: the run's dates.
         categories: values per categorical feature, in order.
         classes: of the target, in order; empty for regression.
@@ -50,6 +50,7 @@ class CountedRows:
         nullable: features in which a row that is learnt from has a null.
     """
 
+    rows: "DataFrame"
     cutoffs: Cutoffs
     categories: Mapping[str, Sequence[str]]
     classes: Sequence[str]
@@ -60,27 +61,23 @@ class CountedRows:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedRun:
-    """All that a run pins before it trains.
+    """Everything that a run fixes before it trains.
 
     Args:
-        run_id: of the run; that of the interrupted run where one is resumed.
         rows: the visible rows.
-        cutoffs: its dates.
         plan: which group trains where.
-        settings: what every group shares.
+        settings: what every group shares; where an interrupted run is resumed, with its run id.
         constants: what answers without a model.
         request: what was asked for.
         earlier: what earlier runs left.
         previous_run_id: the newest run finished before it.
         data_digest: hash of the rows.
-        is_resumed: whether an interrupted run is taken up again.
+        is_resumed: whether this resumes an interrupted run.
         must_choose: whether `own` is auto and nobody has chosen yet: the plan is that of
             independent models.
     """
 
-    run_id: str
     rows: "DataFrame"
-    cutoffs: Cutoffs
     plan: TrainingPlan
     settings: TrainingSettings
     constants: Constants
@@ -91,16 +88,29 @@ class PlannedRun:
     is_resumed: bool = False
     must_choose: bool = False
 
+    @property
+    def run_id(self) -> str:
+        """The run, also the fleet version."""
+        return self.settings.run_id
+
+    @property
+    def cutoffs(self) -> Cutoffs:
+        """The run's dates."""
+        return self.settings.cutoffs
+
     def manifest(
         self, spec: FleetSpec, *, started_at: pd.Timestamp, features_version: int
     ) -> RunManifest:
-        """What the run pins, for its row of `tables.RUNS`; not finished.
+        """The manifest of the run at its start, not finished.
 
         Args:
             spec: the fleet.
             started_at: UTC.
             features_version: version of the feature table that was planned on.
         """
+        versions = {"python": platform.python_version()}
+        for package in PACKAGES:
+            versions[package] = installed_version(package)
         return RunManifest(
             run_id=self.run_id,
             started_at=started_at,
@@ -114,15 +124,11 @@ class PlannedRun:
             constants=self.constants,
             n_groups=len(self.plan.groups),
             model_spec=self.settings.model_spec,
-            versions={
-                "python": platform.python_version(),
-                **{package: installed_version(package) for package in PACKAGES},
-            },
+            versions=versions,
         )
 
 
 def lay_out_run(
-    rows: "DataFrame",
     counted: CountedRows,
     spec: FleetSpec,
     request: Request,
@@ -135,13 +141,12 @@ def lay_out_run(
     """Find what earlier runs left, and lay out the work.
 
     Args:
-        rows: the visible rows, for whoever trains.
-        counted: what is known of them.
+        counted: the visible rows, and what is known of them.
         spec: the fleet.
         request: what the launch asks for.
         history: earlier runs.
         slots: tasks that run at once.
-        threads: LightGBM's, per task.
+        threads: LightGBM's threads per task.
         own: `independent` or `correction`, where the spec leaves it open; by default that of the
             run before.
 
@@ -149,28 +154,32 @@ def lay_out_run(
         DataError: if a listed group does not exist.
     """
     refuse_unknown(request.listed, counted.counts["group_id"].tolist())
-    as_of = counted.cutoffs.as_of
-    before = history.newest_finished(as_of)
+    before = history.newest_finished(counted.cutoffs.as_of)
     open_runs = history.unfinished(before)
     chosen = _chosen_own(spec, before, open_runs, own)
     settings = _settings(counted, spec, request.run_id, chosen or INDEPENDENT, threads)
-    shared = shared_digest(
-        settings.model_spec, settings.goal, spec.tuning, counted.cutoffs, spec.target.weight
-    )
-    data_digest = _data_digest(counted.counts, shared, as_of)
-    previous_run_id = None if before is None else before.run_id
+    shared = shared_digest(settings)
+    data_digest = _data_digest(counted, shared)
+    previous_run_id = None
+    if before is not None:
+        previous_run_id = before.run_id
     resumed = _interrupted_run(open_runs, request, spec, data_digest, previous_run_id)
+    if resumed is not None:
+        settings = replace(settings, run_id=resumed.run_id)
     earlier = EarlierRuns.read(history, before, open_runs, resumed, spec)
-    plan = _plan(
-        _with_samples(counted.counts, spec), spec, request, earlier, shared, as_of, chosen, slots
+    policy = _policy(spec, request, counted.cutoffs.as_of, shared, settings.model_spec.own)
+    plan = build_plan(
+        _with_samples(counted.counts, spec),
+        policy,
+        earlier,
+        _cost_model(spec).learnt(earlier.timed),
+        slots=slots,
+        checkpoint_seconds=spec.tuning.checkpoint_seconds,
     )
-    run_id = request.run_id if resumed is None else resumed.run_id
     return PlannedRun(
-        run_id=run_id,
-        rows=rows,
-        cutoffs=counted.cutoffs,
+        rows=counted.rows,
         plan=plan,
-        settings=replace(settings, run_id=run_id),
+        settings=settings,
         constants=counted.constants,
         request=request,
         earlier=earlier,
@@ -199,12 +208,11 @@ def _chosen_own(
         return spec.own
     if own is not None:
         return own
-    known = [
-        run
-        for run in (before, *open_runs)
-        if run is not None and run.spec_digest == spec.training_digest
-    ]
-    return str(known[-1].model_spec.own) if known else None
+    chosen = None
+    for run in (before, *open_runs):
+        if run is not None and run.spec_digest == spec.training_digest:
+            chosen = run.model_spec.own
+    return chosen
 
 
 def _settings(
@@ -218,20 +226,14 @@ def _settings(
         own,
         counted.nullable,
     )
-    return TrainingSettings(
-        run_id=run_id,
-        model_spec=model_spec,
-        goal=learning_goal(spec, len(counted.classes)),
-        target=spec.target.column,
-        weight=spec.target.weight,
-        tuning=spec.tuning,
-        cutoffs=counted.cutoffs,
-        threads=threads,
+    return TrainingSettings.of_fleet(
+        spec, model_spec, run_id=run_id, cutoffs=counted.cutoffs, threads=threads
     )
 
 
-def _data_digest(counts: pd.DataFrame, shared: str, as_of: pd.Timestamp) -> str:
+def _data_digest(counted: CountedRows, shared: str) -> str:
     """Hash of all rows that are learnt from, and of what all groups share."""
+    counts, as_of = counted.counts, counted.cutoffs.as_of
     pooled_hash = str(counts.loc[counts["grain"] == 0, "rows_hash"].iloc[0])
     return hashlib.sha256(f"{pooled_hash}\n{shared}\n{as_of}".encode()).hexdigest()
 
@@ -243,10 +245,10 @@ def _interrupted_run(
     data_digest: str,
     previous_run_id: str | None,
 ) -> RunManifest | None:
-    """The newest unfinished run that is the one this launch would make."""
-    wanted = (request.text, spec.training_digest, data_digest, previous_run_id)
+    """The newest unfinished run that pinned the same as this launch would."""
+    pinned = (request.text, spec.training_digest, data_digest, previous_run_id)
     for run in reversed(open_runs):
-        if (run.request, run.spec_digest, run.data_digest, run.previous_run_id) == wanted:
+        if (run.request, run.spec_digest, run.data_digest, run.previous_run_id) == pinned:
             return run
     return None
 
@@ -262,39 +264,34 @@ def _with_samples(counts: pd.DataFrame, spec: FleetSpec) -> pd.DataFrame:
     return groups
 
 
-def _plan(
-    groups: pd.DataFrame,
-    spec: FleetSpec,
-    request: Request,
-    earlier: EarlierRuns,
-    shared: str,
-    as_of: pd.Timestamp,
-    own: str | None,
-    slots: int,
-) -> TrainingPlan:
-    tuning, n_features = spec.tuning, len(spec.feature_columns)
-    first_pass = FIRST_PASS_TRIALS if tuning.budget_seconds else None
-    n_fits = first_pass or min(tuning.max_trials, tuning.patience + 1)
-    policy = Policy(
+def _policy(
+    spec: FleetSpec, request: Request, as_of: pd.Timestamp, shared: str, own: str
+) -> Policy:
+    """Which groups the run trains again."""
+    tuning = spec.tuning
+    return Policy(
         retrain=request.retrain,
         listed=frozenset(request.listed),
         retune_after=Period.parse(tuning.retune_after),
         as_of=as_of,
+        shared=shared,
         fit_rows=tuning.fit_rows,
         tune_rows=tuning.tune_rows,
         finest_only=spec.pooling == "none",
         corrects=own == CORRECTION,
-        max_trials=first_pass,
+        max_trials=_first_pass_trials(spec),
         recipes=request.recipes,
     )
-    return build_plan(
-        groups,
-        policy,
-        earlier,
-        shared=shared,
-        n_features=n_features,
-        n_fits=n_fits,
-        slots=slots,
-        checkpoint_seconds=tuning.checkpoint_seconds,
-        cost_model=CostModel.learnt(earlier.timed, n_features, n_fits),
-    )
+
+
+def _cost_model(spec: FleetSpec) -> CostModel:
+    """What a fleet's groups cost without any history."""
+    n_trials = _first_pass_trials(spec) or spec.tuning.expected_trials
+    return CostModel(n_features=len(spec.feature_columns), n_trials=n_trials)
+
+
+def _first_pass_trials(spec: FleetSpec) -> int | None:
+    """Trials per group of the first pass; None where the fleet has no budget of seconds."""
+    if spec.tuning.budget_seconds is None:
+        return None
+    return FIRST_PASS_TRIALS

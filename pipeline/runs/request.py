@@ -22,12 +22,13 @@ class Request:
 
     Args:
         run_id: of the run, unless it resumes another.
-        as_of: what the run pretends; None is the newest row that has a target.
-        limit_groups: only so many finest groups; None is all.
+        as_of: the date that the run pretends it is; None means that of the newest row with a
+            target.
+        limit_groups: number of finest groups to try the fleet on; None means all.
         retrain: which groups are trained again, see `Policy`.
         listed: group ids, for `retrain: listed`.
-        recipes: earlier recipes by group; where there are any, they are refitted and nothing else
-            is trained.
+        recipes: earlier recipes by group; if there are any, they are refitted and nothing else is
+            trained.
     """
 
     run_id: str
@@ -41,7 +42,7 @@ class Request:
     def of_refit(
         cls, run_id: str, challenger: RunManifest, recipes: Mapping[GroupKey, Start]
     ) -> "Request":
-        """For a run that fits earlier recipes on the rows of another run.
+        """The request of a run that fits earlier recipes on the rows of another run.
 
         Args:
             run_id: of the run, unless it resumes another.
@@ -52,7 +53,10 @@ class Request:
 
     @property
     def text(self) -> str:
-        """What must be equal for a run to be resumed, as JSON; the as-of is pinned by itself."""
+        """What must be equal for a run to be resumed, as JSON.
+
+        The as-of is not part of it: the run's digest of its data covers it.
+        """
         parts: dict[str, Any] = {
             "limit_groups": self.limit_groups,
             "listed": sorted(self.listed),

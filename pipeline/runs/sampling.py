@@ -1,11 +1,9 @@
-"""Which coarse groups are too large for one worker, and how thin their sample is."""
-
-import math
+"""Which coarse groups are too large for one worker, and how much they are thinned out."""
 
 import numpy as np
 import numpy.typing as npt
 
-# A finest group keeps at least about so many rows in any sample.
+# The rows that a finest group keeps in any sample, at least and roughly.
 SAMPLED_WHOLE = 1000
 
 
@@ -24,7 +22,9 @@ def sampling_exponents(
         is_coarse: whether a group has finer ones within it; a finest group is never sampled.
         max_rows: what a worker takes.
     """
-    found = np.array(
-        [max(0, math.ceil(math.log2(max(1, rows) / max_rows))) for rows in n_rows], dtype=np.int64
-    )
-    return np.where(is_coarse, found, 0)
+    exponents = np.zeros(len(n_rows), dtype=np.int64)
+    is_too_large = is_coarse & (n_rows > max_rows)
+    while is_too_large.any():
+        exponents[is_too_large] += 1
+        is_too_large = is_coarse & (n_rows > max_rows << exponents)
+    return exponents

@@ -1,4 +1,4 @@
-"""Which groups deserve a longer search after a short one of all, within a budget of seconds."""
+"""Which groups get a longer search after a short one of all groups, within a budget of seconds."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,7 @@ from pipeline.models.meta_model import GroupKey
 from pipeline.models.start import Start
 from pipeline.runs.fingerprints import fingerprint, shared_digest
 from pipeline.runs.history import by_group
-from pipeline.runs.plan import REFITS, CostModel, TrainingPlan
+from pipeline.runs.plan import REFITS, TrainingPlan
 from pipeline.runs.planned_run import FIRST_PASS_TRIALS, PlannedRun
 from pipeline.spec import FleetSpec
 
@@ -25,30 +25,28 @@ def plan_second_pass(
     Args:
         run: as planned.
         spec: the fleet.
-        trained: ledger rows of what has been trained; the caller adds each plan's before asking for
-            the next. What could be tuned further is marked as stopped by the budget.
+        trained: ledger rows of what has been trained; the caller adds those of each plan before
+            asking for the next. Groups that could be tuned further are marked as stopped by the
+            budget.
     """
     budget = spec.tuning.budget_seconds
     if budget is None:
         return
-    longest = min(spec.tuning.max_trials, spec.tuning.patience + 1)
-    longer = (longest + REFITS) / (FIRST_PASS_TRIALS + REFITS)
+    longer = (spec.tuning.expected_trials + REFITS) / (FIRST_PASS_TRIALS + REFITS)
     planned = by_group(run.plan.to_train)
     left = set()
     if spec.tuning.max_trials > FIRST_PASS_TRIALS:
-        left = {key for key, row in trained.items() if row["status"] == "trained"}
-    for key in left:
-        trained[key]["stopped_by"] = "budget"
-    # All seconds count, those of groups trained twice, too.
+        for key, row in trained.items():
+            if row["status"] == "trained":
+                row["stopped_by"] = "budget"
+                left.add(key)
+    # All seconds count, even those of both trainings of a group.
     spent = sum(_seconds(row) for row in trained.values())
     wave_seconds = spec.tuning.checkpoint_seconds * run.plan.slots
-    shared = shared_digest(
-        run.settings.model_spec, run.settings.goal, spec.tuning, run.cutoffs, spec.target.weight
-    )
+    shared = shared_digest(run.settings)
     while left:
-        chosen = _next_groups(
-            {key: trained[key] for key in left}, budget - spent, wave_seconds, longer
-        )
+        candidates = {key: trained[key] for key in left}
+        chosen = _next_groups(candidates, budget - spent, wave_seconds, longer)
         if not chosen:
             return
         left -= set(chosen)
@@ -65,8 +63,8 @@ def plan_second_pass(
                 }
             )
         groups = pd.DataFrame(rows).sort_values("cost_seconds", ascending=False, ignore_index=True)
-        # These seconds are those of the first pass.
-        yield TrainingPlan(groups, run.plan.slots, CostModel(learnt_from=len(planned)))
+        # The seconds are learnt from the first pass.
+        yield TrainingPlan(groups, run.plan.slots, learnt_from=len(planned))
         spent += sum(_seconds(trained[key]) for key in chosen)
 
 
@@ -81,7 +79,7 @@ def _next_groups(
     cost = 0.0
     for key in sorted(left, key=lambda key: (-left[key]["n_tune"] * left[key]["tune_loss"], key)):
         seconds = float(left[key]["seconds"]) * longer
-        # A group that is longer than a wave is one of its own.
+        # A group that takes longer than a wave becomes a wave of its own.
         if cost + seconds <= min(seconds_left, max(wave_seconds, seconds)):
             chosen[key] = seconds
             cost += seconds

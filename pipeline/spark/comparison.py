@@ -50,7 +50,6 @@ from pipeline.spark.training import TrainingContext, train_aside
 from pipeline.spec import MULTICLASS, FleetSpec
 from pipeline.tables import BY_CONSTANT
 from pipeline.training.blend import Constants
-from pipeline.training.objective import learning_goal
 from pipeline.training.splits import REPORT
 from pipeline.training.trainer import TrainingSettings, fit_twin, train_group
 
@@ -278,14 +277,10 @@ def _twin_settings(
     spec: FleetSpec, contest: Comparison, champion: ComparedRun, threads: int
 ) -> TrainingSettings:
     """What the twins of a run share: its own model spec, and the challenger's dates."""
-    model_spec = champion.model_spec
-    return TrainingSettings(
+    return TrainingSettings.of_fleet(
+        spec,
+        champion.model_spec,
         run_id=contest.challenger.fleet_version,
-        model_spec=model_spec,
-        goal=learning_goal(spec, len(model_spec.classes)),
-        target=spec.target.column,
-        weight=spec.target.weight,
-        tuning=spec.tuning,
         cutoffs=contest.run.cutoffs,
         threads=threads,
     )

@@ -118,6 +118,7 @@ def count_groups(
             nullable.append(name)
     private = [name for name in counts.columns if name.startswith("_")]
     return CountedRows(
+        rows=rows,
         cutoffs=cutoffs,
         categories=categories,
         classes=list(classes),

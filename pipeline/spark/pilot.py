@@ -50,11 +50,10 @@ def plan_with_pilot(
         DataError: as `plan_run`.
     """
     history = History.read(tables)
-    rows, counted = count_rows(features, spec, request, history)
+    counted = count_rows(features, spec, request, history)
 
     def lay_out(own: str | None = None) -> PlannedRun:
         return lay_out_run(
-            rows,
             counted,
             spec,
             request,

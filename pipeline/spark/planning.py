@@ -41,9 +41,8 @@ def plan_run(
     Raises:
         DataError: as `count_rows`; or if a listed group does not exist.
     """
-    rows, counted = count_rows(features, spec, request, history)
+    counted = count_rows(features, spec, request, history)
     return lay_out_run(
-        rows,
         counted,
         spec,
         request,
@@ -56,7 +55,7 @@ def plan_run(
 
 def count_rows(
     features: DataFrame, spec: FleetSpec, request: Request, history: History
-) -> tuple[DataFrame, CountedRows]:
+) -> CountedRows:
     """The visible rows, and what the plan needs to know of them, in a few Spark jobs.
 
     Args:
@@ -82,7 +81,7 @@ def count_rows(
         known_categories(spec, history.newest_finished(as_of)),
     )
     classes = count_classes(rows, spec, cutoffs)
-    return rows, count_groups(rows, spec, cutoffs, categories, classes)
+    return count_groups(rows, spec, cutoffs, categories, classes)
 
 
 def _nothing_known(features: DataFrame, as_of: pd.Timestamp) -> DataError:

@@ -162,7 +162,7 @@ class _FleetTraining:
             plan.to_train,
             slots=plan.slots,
             checkpoint_seconds=self.spec.tuning.checkpoint_seconds,
-            has_history=plan.cost_model.learnt_from > 0,
+            has_history=plan.learnt_from > 0,
         )
         trained_rows: TrainedRows = {}
 

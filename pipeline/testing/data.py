@@ -10,7 +10,6 @@ from pipeline.features.encoding import choose_categories
 from pipeline.models.meta_model import group_id, key_text
 from pipeline.models.pack import build_model_spec
 from pipeline.spec import FleetSpec, parse_spec
-from pipeline.training.objective import learning_goal
 from pipeline.training.splits import resolve_cutoffs
 from pipeline.training.trainer import TrainingSettings
 
@@ -63,18 +62,18 @@ SATURDAY = 5
 def small_attributes(**changes: Any) -> dict[str, Any]:
     """The attributes of the small fleet's defs.yaml.
 
-    Mappings are changed field by field, a field changed to None is left out.
+    Mappings are changed field by field; a field changed to None is left out.
     """
     attributes = dict(SMALL_FLEET)
     for name, value in changes.items():
         before = attributes.get(name)
-        changed = (
-            {**before, **value}
-            if isinstance(before, Mapping) and isinstance(value, Mapping)
-            else value
-        )
-        attributes[name] = changed
-    return {name: value for name, value in attributes.items() if value is not None}
+        if value is None:
+            attributes.pop(name, None)
+        elif isinstance(before, Mapping) and isinstance(value, Mapping):
+            attributes[name] = {**before, **value}
+        else:
+            attributes[name] = value
+    return attributes
 
 
 def small_spec(**changes: Any) -> FleetSpec:
@@ -91,22 +90,26 @@ def feature_rows(
 ) -> pd.DataFrame:
     """Rows of the small fleet's feature table: one per city and day, from 1 January 2024.
 
-    Sales follow the price, the promotion and the day of the week, at a level and a sensitivity of
-    each city's own.
+    Sales depend on the price, the promotion and the day of the week; each city has its own level
+    and its own sensitivity to prices.
 
     Args:
         n_days: days per city.
-        seed: of all that is random.
-        cities: cities by region.
-        noise: standard deviation of what no feature tells, sales.
+        seed: of everything that is random.
+        cities: cities by region; by default `CITIES`.
+        noise: standard deviation of the sales that no feature explains.
     """
     rng = np.random.default_rng(seed)
     days = pd.date_range("2024-01-01", periods=n_days, freq="D", unit="us")
     parts = []
-    for region, names in (CITIES if cities is None else cities).items():
+    if cities is None:
+        cities = CITIES
+    for region, names in cities.items():
         for city in names:
-            level, slope = rng.uniform(50, 150), rng.uniform(1, 4)
-            price, promotion = rng.uniform(5, 15, n_days), rng.integers(0, 2, n_days).astype(float)
+            level = rng.uniform(50, 150)
+            slope = rng.uniform(1, 4)
+            price = rng.uniform(5, 15, n_days)
+            promotion = rng.integers(0, 2, n_days).astype(float)
             weekday = days.weekday.to_numpy().astype(float)
             expected = level - slope * price + 8 * promotion + 3 * (weekday >= SATURDAY)
             parts.append(
@@ -132,15 +135,12 @@ def feature_rows(
 
 
 def with_classes(rows: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
-    """Rows with a column `label`: sales relative to the city's mean, in steps of equal size.
+    """Rows with a column `label`: sales relative to the city's mean, cut into quantiles.
 
-    As many steps as there are names.
+    There are as many quantiles as names.
     """
-    steps = pd.qcut(
-        rows["sales"] - rows.groupby(["region", "city"])["sales"].transform("mean"),
-        len(names),
-        labels=False,
-    )
+    mean_sales = rows.groupby(["region", "city"])["sales"].transform("mean")
+    steps = pd.qcut(rows["sales"] - mean_sales, len(names), labels=False)
     return rows.assign(label=np.array(names, dtype=object)[steps.to_numpy()])
 
 
@@ -155,37 +155,23 @@ def group_rows(rows: pd.DataFrame, **keys: str) -> pd.DataFrame:
 def training_settings(
     spec: FleetSpec, rows: pd.DataFrame, *, run_id: str = "run-1", threads: int = 1
 ) -> TrainingSettings:
-    """What a run over these rows would pin: cutoffs and categories."""
+    """The settings of a run over these rows: its cutoffs, categories and classes."""
     newest = pd.Timestamp(rows["time"].max())
-    counts = {
-        name: {
-            str(key_text(value)): int(count) for value, count in rows[name].value_counts().items()
-        }
-        for name in spec.features.categoricals
-    }
-    shares = (
-        {
-            key_text(label): float(share)
-            for label, share in rows[spec.target.column].value_counts(normalize=True).items()
-        }
-        if spec.is_class_task
-        else {}
-    )
-    classes = (
-        list(spec.target.classes or sorted(name for name in shares if name is not None))
-        if spec.is_class_task
-        else []
-    )
-    prior = [shares.get(name, 0.0) for name in classes]
-    return TrainingSettings(
+    counts: dict[str, dict[Any, int]] = {}
+    for name in spec.features.categoricals:
+        counts[name] = rows[name].value_counts().rename(index=key_text).to_dict()
+    classes: list[str] = []
+    prior: list[float] = []
+    if spec.is_class_task:
+        labels = rows[spec.target.column]
+        shares = labels.value_counts(normalize=True).rename(index=key_text)
+        classes = list(spec.target.classes or sorted(shares.index))
+        prior = shares.reindex(classes, fill_value=0.0).tolist()
+    categories = choose_categories(counts, spec.features.max_categories)
+    return TrainingSettings.of_fleet(
+        spec,
+        build_model_spec(spec, categories, classes, prior),
         run_id=run_id,
-        model_spec=build_model_spec(
-            spec, choose_categories(counts, spec.features.max_categories), classes, prior
-        ),
-        goal=learning_goal(spec, len(classes)),
-        target=spec.target.column,
-        weight=spec.target.weight,
-        tuning=spec.tuning,
         cutoffs=resolve_cutoffs(spec.splits, newest, newest),
         threads=threads,
     )

@@ -1,4 +1,4 @@
-"""What a fleet's tables and packs say, less run ids, clocks and durations."""
+"""What a fleet's tables and packs contain, without run ids, clocks and durations."""
 
 import hashlib
 import json
@@ -42,10 +42,13 @@ DECISIONS = (
 
 
 def processor() -> str:
-    """The architecture, and which of the instructions that sums are made of there are."""
+    """The architecture, and those of `INSTRUCTIONS` that the processor has."""
+    words = [platform.machine()]
     cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
-    return " ".join([platform.machine(), *(name for name in INSTRUCTIONS if name in flags)])
+    if cpuinfo.exists():
+        flags = cpuinfo.read_text().split()
+        words += [name for name in INSTRUCTIONS if name in flags]
+    return " ".join(words)
 
 
 def golden_values(tables: Any, namespace: str, run_id: str, model: FleetModel) -> dict[str, Any]:
@@ -60,12 +63,13 @@ def golden_values(tables: Any, namespace: str, run_id: str, model: FleetModel) -
 
     def rows(name: str, key: str, *by: str) -> pd.DataFrame:
         table = tables.read_pandas(tables.location(namespace, name))
-        found: pd.DataFrame = table[table[key] == run_id].sort_values(list(by))
-        return found
+        of_run: pd.DataFrame = table[table[key] == run_id].sort_values(list(by))
+        return of_run
 
     (run,) = rows("runs", "run_id", "run_id").to_dict("records")
     answers = rows("predictions", "fleet_version", "row_key")
-    found = {
+    chains = _by_group(_chains(model), ("weight", "intervals", "booster_id"))
+    values = {
         "run": {
             "data_digest": run["data_digest"],
             "spec_digest": run["spec_digest"],
@@ -73,16 +77,13 @@ def golden_values(tables: Any, namespace: str, run_id: str, model: FleetModel) -
             "model_spec": _digest(run["model_spec"]),
         },
         "groups": _by_group(rows("ledger", "run_id", "grain", "group_id"), LEDGER),
-        "chains": {
-            key: _digest(json.dumps(row))
-            for key, row in _by_group(_chains(model), ("weight", "intervals", "booster_id")).items()
-        },
+        "chains": {group: _digest(json.dumps(row)) for group, row in chains.items()},
         "answers": _records(answers.head(SHOWN_ANSWERS), ANSWERS),
         "all_answers": [len(answers), _digest(json.dumps(_records(answers, ANSWERS)))],
         "decisions": _by_group(rows("decisions", "decision_id", "grain", "group_id"), DECISIONS),
     }
-    # As from a file: lists for tuples, names for numbers.
-    return dict(json.loads(json.dumps(found)))
+    # As if read from a file: lists instead of tuples, texts as keys.
+    return dict(json.loads(json.dumps(values)))
 
 
 def _chains(model: FleetModel) -> pd.DataFrame:
@@ -92,31 +93,24 @@ def _chains(model: FleetModel) -> pd.DataFrame:
 
 
 def _by_group(rows: pd.DataFrame, columns: Sequence[str]) -> dict[str, Any]:
-    return {
-        f"{grain} {group}": row
-        for (grain, group), row in zip(
-            rows[["grain", "group_id"]].to_numpy(), _records(rows, columns), strict=True
-        )
-    }
+    groups = rows["grain"].astype(str) + " " + rows["group_id"]
+    return dict(zip(groups, _records(rows, columns), strict=True))
 
 
 def _records(rows: pd.DataFrame, columns: Sequence[str]) -> list[list[Any]]:
-    return [
-        [_plain(value) for value in row]
-        for row in rows.reindex(columns=list(columns)).itertuples(index=False)
-    ]
+    values = rows.reindex(columns=list(columns)).itertuples(index=False)
+    return [list(map(_plain, row)) for row in values]
 
 
 def _plain(value: Any) -> Any:
+    """A value as JSON has it; what is missing is None."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, list):
         return [_plain(part) for part in value]
-    return (
-        None
-        if value is None or value is pd.NaT or (isinstance(value, float) and math.isnan(value))
-        else value
-    )
+    if value is pd.NaT or (isinstance(value, float) and math.isnan(value)):
+        return None
+    return value
 
 
 def _digest(text: str) -> str:

@@ -16,30 +16,20 @@ BUCKET = "fleets"
 def object_store() -> Iterator[dict[str, str]]:
     """An S3 endpoint with an empty bucket `fleets`, while the block lasts.
 
-    Needs the package moto[server].
-
-    It is a process of its own because the store's client holds on to the interpreter's lock.
+    Needs the package moto[server]. It runs in a process of its own, because the store's client does
+    not release the interpreter's lock.
 
     Yields:
         Options of the store, as deltalake takes them.
 
     Raises:
-        TimeoutError: if it does not answer within half a minute.
+        TimeoutError: if the server does not answer within half a minute.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "moto.server",
-        "-H",
-        "127.0.0.1",
-        "-p",
-        str(port),
-    ]
+    arguments = f"-W ignore -m moto.server -H 127.0.0.1 -p {port}"
+    command = [sys.executable, *arguments.split()]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # noqa: S603 - a command of its own
     try:
         _wait_for(port)

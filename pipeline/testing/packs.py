@@ -1,4 +1,4 @@
-"""A small version that answers, made without a training run, and awkward rows to ask it about."""
+"""A small registered version, made without a training run, and awkward rows to ask it about."""
 
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,9 @@ INPUTS = {
 
 
 def asked_spec() -> FleetSpec:
-    """Stores, numbered, in regions; a log target with an offset.
+    """Numbered stores in regions; a category, a number and an integer as features.
 
-    A category, a number and an integer as features.
+    The target is learnt as a logarithm, with an offset.
     """
     return parse_spec(
         {
@@ -49,24 +49,23 @@ def asked_spec() -> FleetSpec:
 
 
 def asked_pack(folder: Path, fleet_version: str, seed: int = 0) -> Path:
-    """A pack with a model for the pool, each region and each store; another seed answers otherwise.
+    """Write a pack with a model for the pool, each region and each store.
 
     Args:
         folder: empty or absent; named `pack`, if it is to be registered.
         fleet_version: of the pack.
-        seed: of the models.
+        seed: of the models; another seed gives other answers.
     """
-    keys: list[tuple[Any, ...]] = [(), *dict.fromkeys((region,) for region, _ in STORES), *STORES]
-    encoded = [encode_booster(_booster_text(100 * seed + number)) for number in range(len(keys))]
-    ledger = pd.DataFrame(
-        {
-            "grain": [len(key) for key in keys],
-            "group_id": [group_id(key) for key in keys],
-            "booster_id": [booster.booster_id for booster in encoded],
-            "weight": np.linspace(1.0, 0.3, len(keys)),
-            "intervals": '{"0.8": 0.25, "0.95": 0.5}',
-        }
-    )
+    keys: list[tuple[Any, ...]] = [(), ("north",), ("south",), *STORES]
+    weights = np.linspace(1.0, 0.3, len(keys))
+    encoded = []
+    rows = []
+    for number, key in enumerate(keys):
+        booster = encode_booster(_booster_text(100 * seed + number))
+        encoded.append(booster)
+        rows.append((len(key), group_id(key), booster.booster_id, weights[number]))
+    ledger = pd.DataFrame(rows, columns=["grain", "group_id", "booster_id", "weight"])
+    ledger["intervals"] = '{"0.8": 0.25, "0.95": 0.5}'
     generation = Generation(
         build_model_spec(asked_spec(), {"kind": KINDS}),
         fleet_version,
@@ -98,19 +97,18 @@ def _booster_text(seed: int) -> str:
 
 
 def asked_rows(n: int, seed: int = 0, first: int = 0) -> pd.DataFrame:
-    """Rows to ask about: known and unseen stores mixed, nulls everywhere, inexact binary floats.
+    """Rows to ask about: known and unseen stores mixed, nulls in every input, inexact floats.
 
     Returns:
         One row per question: row_id (unique, from `first` on), the columns of `INPUTS`, and a note
         that no model needs.
     """
     rng = np.random.default_rng([seed, first])
-    stores = [*STORES, ("north", 77), ("west", 1), (None, 2), ("south", None)]
-    chosen = [stores[number] for number in rng.integers(0, len(stores), n)]
-    rows = pd.DataFrame(
-        {"row_id": np.arange(first, first + n), "region": [region for region, _ in chosen]}
-    )
-    rows["store"] = pd.array([store for _, store in chosen], dtype="Int64")
+    unseen = [("north", 77), ("west", 1), (None, 2), ("south", None)]
+    stores = pd.DataFrame([*STORES, *unseen], columns=["region", "store"])
+    rows = stores.iloc[rng.integers(0, len(stores), n)].reset_index(drop=True)
+    rows["store"] = rows["store"].astype("Int64")
+    rows.insert(0, "row_id", np.arange(first, first + n))
     rows["price"] = np.where(rng.random(n) < MISSING, np.nan, rng.normal(size=n) / 3)
     rows["size"] = pd.Series(rng.integers(-3, 4, n), dtype="Int64").mask(
         pd.Series(rng.random(n) < MISSING)
@@ -122,7 +120,7 @@ def asked_rows(n: int, seed: int = 0, first: int = 0) -> pd.DataFrame:
 
 
 def register_asked(registry: Any, pack: Path, fleet_version: str, *, champion: bool = True) -> Any:
-    """Register a pack as a fleet's is; the version."""
+    """Register a pack as a fleet's is, by default as the champion; returns the version."""
     interface = ModelInterface(INPUTS, [], answer_columns("regression"), 0.8)
     version = registry.register(
         ASKED, fleet_version, pack=pack, interface=interface, record=RunRecord()

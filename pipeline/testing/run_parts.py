@@ -1,6 +1,7 @@
 """Parts of training runs of the small fleet, made by hand: nothing is counted, trained or read."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -8,6 +9,7 @@ import pyarrow as pa
 
 from pipeline.models.meta_model import GroupKey, group_id
 from pipeline.models.pack import build_model_spec
+from pipeline.runs.fleet_tables import FleetTables
 from pipeline.runs.history import EarlierRuns, History
 from pipeline.runs.manifest import RunManifest
 from pipeline.runs.plan import TrainingPlan
@@ -106,6 +108,7 @@ def count_rows(**changes: Any) -> CountedRows:
         groups.append(_count_group(1, [region], len(cities)))
         groups += [_count_group(2, [region, city], 1) for city in cities]
     fields: dict[str, Any] = {
+        "rows": None,
         "cutoffs": CUTOFFS,
         "categories": CATEGORIES,
         "classes": [],
@@ -123,10 +126,8 @@ def lay_out(
     counted: CountedRows | None = None,
     own: str | None = None,
 ) -> PlannedRun:
-    """A planned run of the small fleet on two slots, without its rows; by default its first."""
-    rows: Any = None
+    """A planned run of the small fleet on two slots, without rows; by default without history."""
     return lay_out_run(
-        rows,
         counted or count_rows(),
         spec or small_spec(),
         request or Request("run-2"),
@@ -144,10 +145,9 @@ def make_planned_run(
     """A planned run whose plan has just these groups.
 
     Args:
-        groups: rows of the plan, each with its grain, group_id and action at least.
+        groups: rows of the plan, each with at least its grain, group_id and action.
         earlier: what earlier runs left.
     """
-    planned = lay_out()
     defaults: dict[str, Any] = {
         "parent_id": None,
         "reason": None,
@@ -160,16 +160,7 @@ def make_planned_run(
         "task": 0,
     }
     plan = TrainingPlan(pd.DataFrame([{**defaults, **group} for group in groups]), slots=2)
-    return PlannedRun(
-        run_id="run-2",
-        rows=planned.rows,
-        cutoffs=planned.cutoffs,
-        plan=plan,
-        settings=planned.settings,
-        constants=planned.constants,
-        request=planned.request,
-        earlier=earlier or EarlierRuns(),
-    )
+    return replace(lay_out(), plan=plan, earlier=earlier or EarlierRuns())
 
 
 def ledger_by_key(rows: Sequence[Mapping[str, Any]]) -> dict[GroupKey, Mapping[str, Any]]:
@@ -184,25 +175,30 @@ def commit_rows(
     namespace: str = "small",
 ) -> None:
     """Append rows to a table of a fleet."""
-    location = tables.location(namespace, contract.name)
-    table = pa.Table.from_pylist([dict(row) for row in rows], schema=contract.schema)
-    file = tables.write_file(table, contract.schema, location)
-    tables.commit(location, [] if file is None else [file], contract.schema, mode="append")
+    fleet = FleetTables(tables, namespace, namespace)
+    files = fleet.write(contract, _table_of(contract, rows))
+    tables.commit(fleet.location(contract), files, contract.schema, mode="append")
+
+
+def _table_of(contract: TableContract, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    return pa.Table.from_pylist(list(map(dict, rows)), schema=contract.schema)
 
 
 def _read_back(contract: TableContract, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Rows with the types, and the nulls, that they have when they are read from a table."""
-    table = pa.Table.from_pylist([dict(row) for row in rows], schema=contract.schema)
-    found: pd.DataFrame = table.to_pandas()
-    return found
+    frame: pd.DataFrame = _table_of(contract, rows).to_pandas()
+    return frame
 
 
 def _count_group(grain: int, keys: Sequence[str], n_cities: int) -> dict[str, Any]:
     """The counts of a group with that many cities."""
+    parent_id = None
+    if keys:
+        parent_id = group_id(list(keys[:-1]))
     return {
         "grain": grain,
         "group_id": group_id(list(keys)),
-        "parent_id": group_id(list(keys[:-1])) if keys else None,
+        "parent_id": parent_id,
         "n_rows": 300 * n_cities,
         "n_target": 300 * n_cities,
         "n_invalid": 0,

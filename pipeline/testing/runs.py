@@ -1,4 +1,4 @@
-"""What training runs of tests and benchmarks have in common."""
+"""Shared parts of the training runs of tests and benchmarks."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def quiet_context(spark: "SparkSession", **changes: Any) -> TrainingContext:
-    """Two slots that report nothing, with changes as in `TrainingContext`."""
+    """A context with two slots that reports nothing, with changes to its fields."""
     return TrainingContext(**{"spark": spark, "report": lambda _: None, "slots": 2, **changes})
 
 
@@ -34,7 +34,7 @@ def train_quietly(
     *,
     features_version: int = 0,
 ) -> "pd.DataFrame":
-    """Train what was planned, as `train_run` does, with a lease that nobody else wants.
+    """Train a planned run with `train_run`, under a lease that nobody else wants.
 
     Returns:
         The run's complete ledger.

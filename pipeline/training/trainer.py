@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,8 @@ from pipeline.models.meta_model import (
     offset_and_scale,
 )
 from pipeline.models.start import CrossSelection, Start, Winner
-from pipeline.spec import COUNTED, TuningSpec
+from pipeline.spec import COUNTED, FleetSpec, TuningSpec
+from pipeline.training.objective import learning_goal
 from pipeline.training.outcome import (
     CONSTANT_TARGET,
     INFINITE_TARGET,
@@ -72,6 +73,28 @@ class TrainingSettings:
     tuning: TuningSpec
     cutoffs: Cutoffs
     threads: int = 1
+
+    @classmethod
+    def of_fleet(
+        cls,
+        spec: FleetSpec,
+        model_spec: ModelSpec,
+        *,
+        run_id: str,
+        cutoffs: Cutoffs,
+        threads: int,
+    ) -> Self:
+        """The settings of a run of a fleet; what is not given follows from its spec."""
+        return cls(
+            run_id=run_id,
+            model_spec=model_spec,
+            goal=learning_goal(spec, len(model_spec.classes)),
+            target=spec.target.column,
+            weight=spec.target.weight,
+            tuning=spec.tuning,
+            cutoffs=cutoffs,
+            threads=threads,
+        )
 
 
 def train_group(

@@ -12,8 +12,8 @@ from pipeline.models.meta_model import CORRECTION, Generation, ModelSpec
 from pipeline.models.pack import PackedRun, build_model_spec, write_pack
 from pipeline.runs.fingerprints import shared_digest
 from pipeline.testing.data import small_spec
-from pipeline.training.objective import learning_goal
 from pipeline.training.splits import Cutoffs
+from pipeline.training.trainer import TrainingSettings
 
 CUTOFFS = Cutoffs(*(pd.Timestamp(day) for day in ("2024-10-26", "2024-07-26", "2024-09-26")))
 CATEGORIES = {"kind": ["große", "petit é", "🦊", '"']}
@@ -58,9 +58,10 @@ PACKED = "1ff7fe06e0be437c6d4213e136c9dd6e31e291f20dfac152ce53e0ca9cd34b89"
 
 
 def digest_of(task: str) -> str:
-    spec, found = FLEETS[task], MODEL_SPECS[task]
     return shared_digest(
-        found, learning_goal(spec, len(found.classes)), spec.tuning, CUTOFFS, spec.target.weight
+        TrainingSettings.of_fleet(
+            FLEETS[task], MODEL_SPECS[task], run_id="run-1", cutoffs=CUTOFFS, threads=1
+        )
     )
 
 
@@ -113,14 +114,3 @@ def test_what_an_earlier_release_did_not_write_is_not_written_again() -> None:
         "constant_without_offset": None,
     }
     assert json.dumps(Generation.from_dict(entry).to_dict()) == json.dumps(entry)
-
-
-def test_a_runs_row_says_what_its_generation_is() -> None:
-    run = {
-        "run_id": "run-1",
-        "model_spec": TEXTS["multiclass"],
-        "constant": float("nan"),
-        "constant_without_offset": None,
-    }
-    assert Generation.of_run(run) == Generation(MODEL_SPECS["multiclass"], "run-1", None, None)
-    assert Generation.of_run(pd.Series({**run, "constant": 1})).constant == 1.0

@@ -5,11 +5,13 @@ import pandas as pd
 import pytest
 
 import pipeline.runs.fingerprints as module
+from pipeline.models.meta_model import ModelSpec
 from pipeline.models.pack import build_model_spec
 from pipeline.runs.fingerprints import fingerprint, shared_digest
+from pipeline.spec import FleetSpec
 from pipeline.testing.data import small_spec
-from pipeline.training.objective import learning_goal
 from pipeline.training.splits import Cutoffs
+from pipeline.training.trainer import TrainingSettings
 
 CUTOFFS = Cutoffs(*(pd.Timestamp(day) for day in ("2024-10-26", "2024-07-26", "2024-09-26")))
 CATEGORIES = {"kind": ["large", "small"]}
@@ -19,12 +21,12 @@ def digest(
     cutoffs: Cutoffs = CUTOFFS, categories: dict[str, list[str]] = CATEGORIES, **changes: Any
 ) -> str:
     spec = small_spec(**changes)
+    return digest_of(spec, build_model_spec(spec, categories), cutoffs)
+
+
+def digest_of(spec: FleetSpec, model_spec: ModelSpec, cutoffs: Cutoffs = CUTOFFS) -> str:
     return shared_digest(
-        build_model_spec(spec, categories),
-        learning_goal(spec, 0),
-        spec.tuning,
-        cutoffs,
-        spec.target.weight,
+        TrainingSettings.of_fleet(spec, model_spec, run_id="run-1", cutoffs=cutoffs, threads=1)
     )
 
 
@@ -87,15 +89,9 @@ def test_columns_that_a_batch_may_lack_and_levels_of_intervals_change_no_booster
     spec = small_spec(scoring={"interval": 0.9, "intervals": [0.5]})
     model_spec = build_model_spec(spec, CATEGORIES, nullable=["price", "kind"])
     assert model_spec.optional == ("price", "kind")
-    assert (
-        shared_digest(model_spec, learning_goal(spec, 0), spec.tuning, CUTOFFS, spec.target.weight)
-        == digest()
-    )
+    assert digest_of(spec, model_spec) == digest()
     old = replace(model_spec, optional=(), interval=None, intervals=())
-    assert (
-        shared_digest(old, learning_goal(spec, 0), spec.tuning, CUTOFFS, spec.target.weight)
-        == digest()
-    )
+    assert digest_of(spec, old) == digest()
 
 
 def test_other_code_and_other_libraries_change_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,6 +59,7 @@ def policy(**changes: Any) -> Policy:
         "listed": (),
         "retune_after": Period.parse("1 month"),
         "as_of": AS_OF,
+        "shared": "shared",
         "fit_rows": 100,
         "tune_rows": 20,
         **changes,
@@ -67,6 +68,7 @@ def policy(**changes: Any) -> Policy:
 
 
 NOTHING = EarlierRuns()
+PRIOR = CostModel(n_features=10, n_trials=7)
 
 
 def plan_of(
@@ -75,19 +77,16 @@ def plan_of(
     *,
     slots: int = 2,
     checkpoint_seconds: float = 60,
-    cost_model: CostModel | None = None,
+    cost_model: CostModel = PRIOR,
     **changes: Any,
 ) -> TrainingPlan:
-    seconds = {"checkpoint_seconds": checkpoint_seconds, "cost_model": cost_model}
     return build_plan(
         counts,
         policy(**changes),
         memory,
-        shared="shared",
-        n_features=10,
-        n_fits=7,
+        cost_model,
         slots=slots,
-        **seconds,
+        checkpoint_seconds=checkpoint_seconds,
     )
 
 
@@ -280,7 +279,8 @@ def test_a_plan_speaks_to_people() -> None:
     assert "1 no_target" in text
     assert "1 too_few_rows" in text
     assert text.endswith("; 1 to 3 s on 2 slots, estimated (no history yet)")
-    learnt = plan_of(counted([(2000, 20, 5)] * 3), cost_model=CostModel(1.0, 1.0, 43)).describe()
+    model = CostModel(10, 7, 1.0, 1.0, 43)
+    learnt = plan_of(counted([(2000, 20, 5)] * 3), cost_model=model).describe()
     assert learnt == (
         "3 groups: 3 to train; 3 tasks in 3 waves on 2 slots, about 382 s, "
         "estimated from 43 earlier groups"
@@ -557,16 +557,18 @@ def test_a_first_pass_tries_no_more_than_it_may() -> None:
 
 # Costs
 
+SLOW = CostModel(10, 7, fit_seconds=1, work_seconds=1)
+
 
 def ledger_of(model: CostModel, n: int, **changes: Any) -> pd.DataFrame:
     rows = [500.0 * (number + 1) for number in range(n)]
-    seconds = [model.predict(n_rows, 10, 9) for n_rows in rows]
+    seconds = [float(model.predict(n_rows, is_refit=False)) for n_rows in rows]
     return pd.DataFrame({"status": "trained", "n_target": rows, "seconds": seconds, **changes})
 
 
 def test_costs_are_learnt_from_what_groups_took() -> None:
-    real = CostModel(fit_seconds=0.4, work_seconds=0.003)
-    found = CostModel.learnt(ledger_of(real, 20), 10, 7)
+    real = CostModel(10, 7, fit_seconds=0.4, work_seconds=0.003)
+    found = PRIOR.learnt(ledger_of(real, 20))
     assert (found.fit_seconds, found.work_seconds, found.learnt_from) == (
         pytest.approx(0.4),
         pytest.approx(0.003),
@@ -575,10 +577,10 @@ def test_costs_are_learnt_from_what_groups_took() -> None:
 
 
 def test_refreshed_groups_are_counted_with_their_few_fits() -> None:
-    real = CostModel(fit_seconds=0.4, work_seconds=0.003)
+    real = CostModel(10, 7, fit_seconds=0.4, work_seconds=0.003)
     ledger = ledger_of(real, 20, status="refreshed")
-    ledger["seconds"] = real.predict(ledger["n_target"], 10, 4)
-    found = CostModel.learnt(pd.concat([ledger, ledger_of(real, 20)]), 10, 7)
+    ledger["seconds"] = real.predict(ledger["n_target"], is_refit=True)
+    found = PRIOR.learnt(pd.concat([ledger, ledger_of(real, 20)]))
     assert (found.fit_seconds, found.work_seconds) == (pytest.approx(0.4), pytest.approx(0.003))
 
 
@@ -593,25 +595,21 @@ def test_refreshed_groups_are_counted_with_their_few_fits() -> None:
     ],
 )
 def test_groups_that_were_not_trained_teach_no_costs(changes: dict[str, Any]) -> None:
-    assert (
-        CostModel.learnt(
-            ledger_of(CostModel(1, 1), 20).assign(**changes).astype({"seconds": float}), 10, 7
-        )
-        == CostModel()
-    )
+    ledger = ledger_of(SLOW, 20).assign(**changes).astype({"seconds": float})
+    assert PRIOR.learnt(ledger) == PRIOR
 
 
 def test_a_handful_of_groups_teach_no_costs() -> None:
-    assert CostModel.learnt(ledger_of(CostModel(1, 1), 7), 10, 7) == CostModel()
-    assert CostModel.learnt(ledger_of(CostModel(1, 1), 8), 10, 7).learnt_from == 8
+    assert PRIOR.learnt(ledger_of(SLOW, 7)) == PRIOR
+    assert PRIOR.learnt(ledger_of(SLOW, 8)).learnt_from == 8
 
 
 def test_learnt_costs_are_never_zero_or_below() -> None:
-    falling = ledger_of(CostModel(), 20).assign(seconds=[20.0 - number for number in range(20)])
-    found = CostModel.learnt(falling, 10, 7)
-    assert found.work_seconds == CostModel().work_seconds / 100
+    falling = ledger_of(PRIOR, 20).assign(seconds=[20.0 - number for number in range(20)])
+    found = PRIOR.learnt(falling)
+    assert found.work_seconds == PRIOR.work_seconds / 100
     assert found.fit_seconds > 0
-    assert found.predict(10**6, 10, 9) > 0
+    assert found.predict(10**6, is_refit=False) > 0
 
 
 def test_a_refit_of_earlier_recipes_trains_nothing_else() -> None:

@@ -357,7 +357,7 @@ def test_seconds_of_the_run_before_foresee_those_of_this_one() -> None:
         [pin(first, finished_at=FINISHED)], {"run-1": ledger_of(first, seconds=2.0)}
     )
     run = lay_out(history=history, request=Request("run-2", retrain="all"))
-    assert run.plan.cost_model.learnt_from == len(many)
+    assert run.plan.learnt_from == len(many)
 
 
 def test_a_group_that_is_gone_is_in_the_plan_and_keeps_its_booster() -> None:

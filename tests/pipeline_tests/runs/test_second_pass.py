@@ -167,9 +167,7 @@ def test_a_longer_search_begins_with_the_parameters_that_were_found() -> None:
     rows = train_first_pass(run)
     [plan] = search_longer(spec, run, rows)
     planned_first = {GroupKey.of(planned): planned for planned in records(run.plan.to_train)}
-    shared = shared_digest(
-        run.settings.model_spec, run.settings.goal, spec.tuning, run.cutoffs, spec.target.weight
-    )
+    shared = shared_digest(run.settings)
     for planned in records(plan.groups):
         key = GroupKey.of(planned)
         start = Start.from_json(planned["started_from"])
@@ -186,6 +184,6 @@ def test_the_seconds_of_a_second_pass_are_known_and_the_longest_group_comes_firs
     rows = train_first_pass(run)
     rows[by_error(spec)[2]]["seconds"] = 3.0
     [plan] = search_longer(spec, run, rows)
-    assert plan.cost_model.learnt_from == N_GROUPS
+    assert plan.learnt_from == N_GROUPS
     assert plan.groups["cost_seconds"].is_monotonic_decreasing
     assert GroupKey.of(records(plan.groups)[0]) == by_error(spec)[2]

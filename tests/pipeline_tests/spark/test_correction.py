@@ -11,13 +11,15 @@ import pytest
 from pyspark.sql import DataFrame, SparkSession
 
 from pipeline.models.meta_model import CORRECTION, INDEPENDENT, FleetModel
-from pipeline.models.pack import Generation, PackedRun, write_pack
+from pipeline.models.pack import PackedRun, write_pack
 from pipeline.runs.history import History
+from pipeline.runs.manifest import RunManifest
 from pipeline.runs.planned_run import PlannedRun
 from pipeline.runs.request import Request
 from pipeline.spark.pilot import choose_own
 from pipeline.spark.planning import plan_run
 from pipeline.spec import FleetSpec
+from pipeline.tables import records
 from pipeline.testing.data import feature_rows, small_spec
 from pipeline.testing.runs import own_tables, quiet_context, train_quietly
 from resources.delta_tables import DeltaTables
@@ -86,8 +88,8 @@ def boosters(tables: DeltaTables, spec: FleetSpec) -> list[dict[str, Any]]:
 def packed(
     folder: Path, tables: DeltaTables, spec: FleetSpec, ledger: pd.DataFrame, **changes: Any
 ) -> FleetModel:
-    run = tables.read_pandas(tables.location(spec.name, "runs")).iloc[0]
-    generation = Generation.of_run(run)
+    first = records(own_tables(tables, spec.name).runs())[0]
+    generation = RunManifest.from_row(first).generation
     generation = replace(generation, model_spec=replace(generation.model_spec, **changes))
     write_pack(folder, [PackedRun(generation, ledger)], lambda _: boosters(tables, spec))
     return FleetModel(folder)

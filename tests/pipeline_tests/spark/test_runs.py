@@ -749,9 +749,7 @@ def test_digests_of_a_run_are_those_of_its_ledger(
 ) -> None:
     fleet, ledger = first
     run = fleet.plan(rows, "run-2")
-    shared = shared_digest(
-        run.settings.model_spec, run.settings.goal, run.settings.tuning, run.cutoffs, None
-    )
+    shared = shared_digest(run.settings)
     hashes = by_group(run.plan.groups, "rows_hash")
     for row in ledger.to_dict("records"):
         assert row["fingerprint"] == fingerprint(

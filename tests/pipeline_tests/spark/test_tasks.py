@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,13 @@ import pytest
 from pyspark.sql import DataFrame, SparkSession
 
 from pipeline.errors import DataError
-from pipeline.models.meta_model import FleetModel, Generation, answer_columns
+from pipeline.models.meta_model import FleetModel, answer_columns
 from pipeline.models.pack import PackedRun, write_pack
 from pipeline.models.promotion import judge_challenger
 from pipeline.reporting.plots import prediction_plot, training_plot
 from pipeline.reporting.summary import fleet_errors, summarise
 from pipeline.runs.history import History
+from pipeline.runs.manifest import RunManifest
 from pipeline.runs.planned_run import PlannedRun
 from pipeline.runs.request import Request
 from pipeline.spark.counting import count_classes
@@ -135,7 +136,7 @@ def trained(
                 name: tables.location(spec.name, name) for name in ("runs", "boosters", "holdout")
             }
             (manifest,) = tables.read_arrow(at["runs"]).to_pylist()
-            generation = replace(Generation.of_run(manifest), fleet_version="run-1")
+            generation = RunManifest.from_row(manifest).generation
             write_pack(
                 folder / f"pack-{task}",
                 [PackedRun(generation, ledger)],
