@@ -16,9 +16,9 @@ from pipeline.spec import BINARY, COUNTED, MAX_CLASSES, MULTICLASS, QUANTILE, Fl
 from pipeline.training.blend import Constants
 from pipeline.training.splits import FIT, REPORT, TUNE, Cutoffs
 
-# Significant digits that a constant keeps: sums over files in another order differ in the last ones.
+# Significant digits that a constant keeps: sums over files in another order differ in later ones.
 DIGITS = 12
-# Which features of a row are null is told by bits of whole numbers, so many each.
+# Features per whole number whose bits say which of them are null.
 MASK_BITS = 48
 _NULLS = "_nulls"
 
@@ -29,8 +29,8 @@ def count_classes(rows: DataFrame, spec: FleetSpec, cutoffs: Cutoffs) -> dict[st
     One Spark job, none for regression.
 
     Raises:
-        DataError: if the spec lists no classes, and the data has more than `MAX_CLASSES`, fewer than
-            two, or for binary not two.
+        DataError: if the spec lists no classes, and the data has more than `MAX_CLASSES`, fewer
+            than two, or for binary not two.
     """
     if not spec.is_class_task:
         return {}
@@ -141,15 +141,15 @@ def _narrow_rows(
     scale = _number_or(spec.target.scale, 1.0)
     weight = _number_or(spec.target.weight, 1.0)
     residual = finite((linked - offset) / sf.when(scale > 0, scale))
-    known = is_learnt_from(spec)
+    is_learnt = is_learnt_from(spec)
     return _with_category_numbers(rows, categories).select(
         grain_column(spec).alias("_level"),
-        sf.when(known, weight).alias("_weight"),
+        sf.when(is_learnt, weight).alias("_weight"),
         split_column(cutoffs).alias("_split"),
-        known.alias("_known"),
-        sf.when(known, linked).alias("_linked"),
-        sf.when(known, residual).alias("_residual"),
-        sf.when(known, _row_hash(spec)).alias("_row_hash"),
+        is_learnt.alias("_is_learnt"),
+        sf.when(is_learnt, linked).alias("_linked"),
+        sf.when(is_learnt, residual).alias("_residual"),
+        sf.when(is_learnt, _row_hash(spec)).alias("_row_hash"),
         group_id_column(spec.finest).alias("_finest"),
         *_null_masks(spec),
     )
@@ -164,14 +164,14 @@ def _number_or(name: str | None, default: float) -> Column:
 
 def _aggregate(narrow: DataFrame, spec: FleetSpec) -> DataFrame:
     """One row per group: counts, the two halves of its hash, its constants, its null features."""
-    known = sf.col("_known")
+    is_learnt = sf.col("_is_learnt")
     usable = sf.col("_residual").isNotNull()
     split = sf.col("_split")
     is_pooled = sf.col("_level.grain") == 0
     is_pooled_fit = (split == FIT) & is_pooled
     # Which finer groups a row is judged in is part of what a coarse group holds out.
     is_finest = sf.col("_level.grain") == len(spec.grains) - 1
-    coarse_hash = sf.when(known, sf.xxhash64("_row_hash", "_finest"))
+    coarse_hash = sf.when(is_learnt, sf.xxhash64("_row_hash", "_finest"))
     hashed = sf.when(is_finest, sf.col("_row_hash")).otherwise(coarse_hash)
 
     def count_where(condition: Column, name: str) -> Column:
@@ -186,8 +186,8 @@ def _aggregate(narrow: DataFrame, spec: FleetSpec) -> DataFrame:
     return narrow.groupBy("_level.grain", "_level.group_id").agg(
         sf.first("_level.parent_id").alias("parent_id"),
         sf.count("*").alias("n_rows"),
-        count_where(known, "n_target"),
-        count_where(known & sf.col("_linked").isNull(), "n_invalid"),
+        count_where(is_learnt, "n_target"),
+        count_where(is_learnt & sf.col("_linked").isNull(), "n_invalid"),
         *of_splits,
         # A sum of 64-bit hashes, whatever the order of the rows, in two halves that cannot
         # overflow.
@@ -302,13 +302,14 @@ def _row_hash(spec: FleetSpec) -> Column:
     # In double precision even where they are features, too. Baselines are not learnt from, and read
     # when the run is judged.
     exact = []
-    for name in dict.fromkeys((spec.target.offset, spec.target.scale, spec.target.weight)):
-        if name is not None:
-            exact.append(number(name, "double"))
+    target = spec.target
+    for column in dict.fromkeys((target.offset, target.scale, target.weight)):
+        if column is not None:
+            exact.append(number(column, "double"))
     # An infinite target counts as such: it is not null.
-    target = sf.col(f"`{spec.target.column}`")
+    actual = sf.col(f"`{target.column}`")
     return sf.xxhash64(
-        sf.lit(len(features)), "row_key", "time", "known_at", target, *features, *exact
+        sf.lit(len(features)), "row_key", "time", "known_at", actual, *features, *exact
     )
 
 

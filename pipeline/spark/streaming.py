@@ -1,12 +1,12 @@
-"""Scoring as rows come, in micro batches that are each committed exactly once.
+"""Scoring rows as they arrive, in micro batches that are each committed exactly once.
 
-From files of a folder, or versions of a Delta table.
+They arrive as files of a folder, or as versions of a Delta table.
 
-Spark writes down which rows a micro batch has before it begins; a batch that was interrupted is
-repeated with the same rows. Its answers are one commit of the target with an application
-transaction, the stream's id and the batch's number, so that a repeated batch that had been
-committed is passed over. The checkpoint folder has Spark's part in `spark/`, and what the stream
-pinned at its first start in `stream.json`.
+Spark records which rows a micro batch has before it begins, and repeats an interrupted batch with
+the same rows. A batch's answers are one commit of the target with an application transaction (the
+stream's id and the batch's number), so that a repeated batch is passed over if it was committed
+before. The checkpoint folder holds Spark's part in `spark/`, and what the stream pinned at its
+first start in `stream.json`.
 """
 
 import json
@@ -31,29 +31,26 @@ from pipeline.crash_points import crash_point
 from pipeline.errors import DataError, SpecError, StoreError
 from pipeline.models.meta_model import FleetModel, InputError
 from pipeline.reading.files import ColumnTypes, root_of, row_file
-from pipeline.reading.formats import FORMATS
+from pipeline.reading.formats import FORMATS, is_glob
 from pipeline.scoring.row_source import SCORED_AT, RowSource, check_columns
 from pipeline.spark.answers import answer_rows
 from pipeline.spark.data_errors import in_error_tree
 from pipeline.spark.delta_stream import DeltaVersions
-from pipeline.spark.files import Batches, escaped, rows_reader, write_files
+from pipeline.spark.files import Batches, escaped, nullable, rows_reader, write_files
 from pipeline.spark.set_aside import FileSetAside, SetAside
 from pipeline.storage import AppTransaction, Tables
 
 POLL_SECONDS = 0.2
 PINNED = "stream.json"
-# Spark forgets, and then leaves out, files that are older than this against the newest: copies keep
-# the age of their originals.
+# Spark leaves out files that are by so much older than the newest; copies keep the age of their
+# originals.
 NEVER_TOO_OLD = "36500d"
 _FILES = "path string, modificationTime timestamp, length long, content binary"
 
 
-# --- what a stream is
-
-
 @dataclass(frozen=True)
 class Stream:
-    """A stream as it was begun; what is pinned does not change when it is started again.
+    """A stream as it was begun; what is pinned stays the same at later starts.
 
     Args:
         folder: the checkpoint.
@@ -77,20 +74,14 @@ class Stream:
 
     @property
     def app(self) -> str:
-        """Id of its application transactions."""
+        """The application id of its commits."""
         return f"many-models-stream-{self.id}"
 
     @property
     def last_batch(self) -> int | None:
         """The newest micro batch that the checkpoint knows to be committed."""
-        return max(
-            (
-                int(path.name)
-                for path in (self.folder / "spark" / "commits").glob("*")
-                if path.name.isdecimal()
-            ),
-            default=None,
-        )
+        names = [path.name for path in (self.folder / "spark" / "commits").glob("*")]
+        return max(map(int, filter(str.isdecimal, names)), default=None)
 
     @property
     def schema(self) -> pa.Schema:
@@ -141,7 +132,7 @@ class Stream:
             fleet=fleet,
             source=source.address,
             kind=source.kind,
-            shape=_nullable(from_arrow_schema(source.schema)),
+            shape=nullable(from_arrow_schema(source.schema)),
             column_types=column_types,
             target=target,
         )
@@ -151,16 +142,13 @@ class Stream:
             "source": stream.source,
             "kind": stream.kind,
             "target": target,
-        }
-        pinned |= {
             "numbers": sorted(column_types.numeric),
             "whole": sorted(column_types.integer_keys),
+            "columns": stream.shape.jsonValue(),
         }
         folder.mkdir(parents=True, exist_ok=True)
         written = folder / f"{PINNED}.{os.getpid()}"
-        written.write_text(
-            json.dumps({**pinned, "columns": stream.shape.jsonValue()}, indent=1), encoding="utf-8"
-        )
+        written.write_text(json.dumps(pinned, indent=1), encoding="utf-8")
         written.replace(folder / PINNED)
         return stream
 
@@ -175,24 +163,25 @@ class Stream:
             "--from": (self.source, source),
             "--to": (self.target, target),
         }
-        other = [
-            f"{name} was {before} and is {now}"
-            for name, (before, now) in pairs.items()
-            if before != now
-        ]
-        if other:
+        changes = []
+        for name, (before, now) in pairs.items():
+            if before != now:
+                changes.append(f"{name} was {before} and is {now}")
+        if changes:
             raise SpecError(
-                f"{self.folder} is the checkpoint of another stream: {'; '.join(other)}; give each "
-                "stream a --checkpoint of its own"
+                f"{self.folder} is the checkpoint of another stream: {'; '.join(changes)}; give "
+                "each stream a --checkpoint of its own"
             )
 
     def check_source(self) -> None:
-        """Refuse to go on where a folder is gone; one without files is only quiet.
+        """Refuse to go on where the folder of the files is gone; it may be empty.
 
         Raises:
             DataError: naming it.
         """
-        folder = root_of(self.source) if set(self.source) & set("*?[") else self.source
+        folder = self.source
+        if is_glob(folder):
+            folder = root_of(folder)
         if self.kind != "delta" and not Path(folder).is_dir():
             raise DataError(
                 f"{self.source} is gone: there is no folder {folder}; put it back, or start "
@@ -200,25 +189,23 @@ class Stream:
             )
 
     def check_target(self, tables: Tables) -> None:
-        """Refuse to go on where answers that the checkpoint knows are gone.
+        """Refuse to go on where the target lacks answers that were committed to it.
 
         Raises:
-            StoreError: if the target is not there any more, or was taken back to an earlier
-                version.
+            StoreError: if the target was removed, or restored to an earlier version.
         """
-        last, seen = self.last_batch, tables.transaction(self.target, self.app)
-        if last is not None and (seen is None or seen < last):
-            there = "no micro batch" if seen is None else f"micro batches up to {seen}"
-            raise StoreError(
-                f"{self.target} has the answers of {there}, the checkpoint {self.folder} says "
-                f"{last}: "
-                "the table was removed or restored; give another --checkpoint to answer all rows "
-                "again"
-            )
-
-
-def _nullable(shape: StructType) -> StructType:
-    return StructType([type(field)(field.name, field.dataType) for field in shape])
+        last = self.last_batch
+        seen = tables.transaction(self.target, self.app)
+        if last is None or (seen is not None and seen >= last):
+            return
+        answered = "no micro batch"
+        if seen is not None:
+            answered = f"micro batches up to {seen}"
+        raise StoreError(
+            f"{self.target} has the answers of {answered}, the checkpoint {self.folder} says "
+            f"{last}: the table was removed or restored; give another --checkpoint to answer all "
+            "rows again"
+        )
 
 
 def stream_rows(
@@ -253,14 +240,15 @@ def stream_rows(
             .options(**settings)
             .load(stream.source)
         )
-    endings = [
-        _either_case(ending)
-        for ending, file_format in FORMATS.items()
-        if file_format.kind == stream.kind
-    ]
-    address = escaped(stream.source) if Path(stream.source).is_dir() else stream.source
-    # Spark keeps book of the files; their rows are read as everywhere here, by name, whatever the
-    # order of columns.
+    endings = []
+    for ending, file_format in FORMATS.items():
+        if file_format.kind == stream.kind:
+            endings.append(_either_case(ending))
+    address = stream.source
+    if Path(address).is_dir():
+        address = escaped(address)
+    # Spark only lists the files. Their rows are read by `rows_reader`, as everywhere: by name,
+    # whatever the order of columns.
     settings = {
         "recursiveFileLookup": "true",
         "maxFileAge": NEVER_TOO_OLD,
@@ -284,7 +272,7 @@ def _read_listed(
     required: Sequence[str],
     set_aside: SetAside | None,
 ) -> DataFrame:
-    """The rows of listed files; one that cannot be read is set aside where that is asked for."""
+    """The rows of listed files; without `set_aside`, one that cannot be read raises."""
     rows = rows_reader(stream.shape, stream.source, options, stream.column_types, required)
     root = root_of(stream.source)
 
@@ -300,10 +288,8 @@ def _read_listed(
 
 
 def _either_case(suffix: str) -> str:
-    """A glob of Hadoop's for a suffix in letters of either case."""
-    return "".join(
-        f"[{letter}{letter.upper()}]" if letter.isalpha() else letter for letter in suffix
-    )
+    """A glob of Hadoop's for a suffix, given in lower case, in letters of either case."""
+    return re.sub("[a-z]", lambda letter: f"[{letter[0]}{letter[0].upper()}]", suffix)
 
 
 def local_path(address: str) -> str:
@@ -311,11 +297,8 @@ def local_path(address: str) -> str:
     return re.sub(r"^file:/*", "/", address)
 
 
-# --- where answers go
-
-
 class Registry(Protocol):
-    """What a stream asks of the model registry."""
+    """What a stream needs of the model registry."""
 
     def get(self, name: str, alias: str) -> Any:
         """The version under an alias."""
@@ -325,7 +308,7 @@ class Registry(Protocol):
 
 
 class Champion:
-    """The version that serves, asked for anew each time, its pack opened when it changes.
+    """The version that serves, looked up at each call; its pack is opened when it changes.
 
     Args:
         registry: that knows it.
@@ -340,7 +323,7 @@ class Champion:
         self._opened: tuple[Any, FleetModel] | None = None
 
     def __call__(self) -> tuple[Any, FleetModel]:
-        """Version and model."""
+        """The version and its model."""
         version = self._registry.get(self._name, "champion")
         if self._opened is None or self._opened[0] != version:
             self._opened = version, self._registry.open_pack(version, self._options)
@@ -350,13 +333,13 @@ class Champion:
 class AnswerSink:
     """Answers each micro batch and commits it once.
 
-    Files set aside are answered when they can be read.
+    Files set aside are answered once they can be read.
 
     Args:
-        stream: that it ends.
+        stream: whose rows it answers.
         tables: that hold the target.
-        champion: the version that answers, and its model.
-        report: takes a line per micro batch.
+        champion: gives the version that answers, and its model.
+        report: called with a line per micro batch.
     """
 
     def __init__(
@@ -380,7 +363,7 @@ class AnswerSink:
             with self._one_at_a_time:
                 self._answer_batch(rows, batch)
         except Exception as error:
-            self.failure = error  # Spark would hand on its text only
+            self.failure = error  # Spark hands on its text only
             raise
 
     def retry(self, spark: SparkSession) -> None:
@@ -412,15 +395,14 @@ class AnswerSink:
         app = f"{stream.app}-{entry.digest}"
         if self._tables.transaction(stream.target, app) is None:
             required = self._champion()[1].required
-            found = Path(entry.path).stat()
+            stat = Path(entry.path).stat()
             rows = rows_reader(stream.shape, stream.source, options, stream.column_types, required)
             try:
                 for _ in rows(row_file(entry.path, root_of(stream.source))):
                     pass
             except (DataError, InputError) as error:
-                self.set_aside.update(
-                    FileSetAside(entry.path, found.st_size, found.st_mtime_ns, str(error))
-                )
+                tried = FileSetAside(entry.path, stat.st_size, stat.st_mtime_ns, str(error))
+                self.set_aside.update(tried)
                 self._report(f"still set aside: {error}")
                 return
             listed = spark.createDataFrame([(entry.path,)], "path string")
@@ -440,7 +422,8 @@ class AnswerSink:
         crash_point("stream_files_written")
         self._tables.commit(stream.target, files, schema, mode="append", app=app)
         crash_point("stream_committed")
-        n_rows, seconds = sum(file.n_rows for file in files), time.monotonic() - started
+        n_rows = sum(file.n_rows for file in files)
+        seconds = time.monotonic() - started
         self._report(
             f"{name}: {n_rows:,} rows in {seconds:.1f} s, answered by version {version.number} "
             f"(run {version.fleet_version})"
@@ -455,25 +438,24 @@ def run_stream(
     every: float | None,
     stopping: threading.Event,
 ) -> None:
-    """Run a stream until all there is has been answered, or until it is told to stop.
+    """Run a stream until all rows have been answered, or until it is to stop.
 
     Args:
         rows: as from `stream_rows`.
         sink: of the same stream.
         folder: its checkpoint.
-        every: seconds between the starts of micro batches; None answers what is there and ends.
-        stopping: set to end it; a micro batch under way is given up, and repeated by the next
-            start.
+        every: seconds between the starts of micro batches; None answers the rows that there are,
+            and ends.
+        stopping: set to end it; a micro batch under way is given up, and the next start repeats
+            it.
 
     Raises:
         FleetError: whatever ended it otherwise.
     """
     writer = rows.writeStream.foreachBatch(sink).option("checkpointLocation", str(folder / "spark"))
-    timing: dict[str, Any] = (
-        {"availableNow": True}
-        if every is None
-        else {"processingTime": f"{round(every * 1000)} milliseconds"}
-    )
+    timing: dict[str, Any] = {"availableNow": True}
+    if every is not None:
+        timing = {"processingTime": f"{round(every * 1000)} milliseconds"}
     try:
         sink.retry(rows.sparkSession)
         tried = time.monotonic()
@@ -492,12 +474,14 @@ def run_stream(
 
 
 def readable_failure(error: StreamingQueryException, cause: Exception | None) -> Exception:
-    """What ended a stream, as it was raised.
+    """The error that ended a stream, as it was raised in the first place.
 
-    In the sink or, as Spark reports it, in a Python process of its own.
+    Args:
+        error: as Spark reports it; it may come from a Python process of Spark's.
+        cause: what the sink raised; None if it did not fail.
     """
     ours = in_error_tree(cause) or in_error_tree(error)
     if ours is not None:
         return ours
-    lines = (line for line in str(cause or error).splitlines() if line.strip())
+    lines = filter(str.strip, str(cause or error).splitlines())
     return StoreError(f"the stream ended: {next(lines, 'no reason was given')}")
