@@ -90,8 +90,8 @@ class PackError(Exception):
 class InputError(ValueError):
     """A batch cannot be answered.
 
-    A column is missing, listed twice or holds what it cannot, or an unknown level is asked for.
-    The message names what is wrong and what is available.
+    A column is missing, listed twice or of the wrong kind, or the version has no intervals of the
+    level that was asked for. The message names what is wrong and what is available.
     """
 
 
@@ -112,12 +112,15 @@ def group_id(values: Sequence[object]) -> str:
     There are no spaces in it, and non-ASCII characters are kept; ``[]`` is the pooled group.
     Equal, to the letter, to what Spark's ``to_json(array(...))`` gives for the same keys.
     """
-    texts = (key_text(value) for value in values)
-    return (
-        "["
-        + ",".join("null" if text is None else f'"{text.translate(_ESCAPES)}"' for text in texts)
-        + "]"
-    )
+    return f"[{','.join(map(_write_key, values))}]"
+
+
+def _write_key(value: object) -> str:
+    """One key value as JSON: a string, or null."""
+    text = key_text(value)
+    if text is None:
+        return "null"
+    return f'"{text.translate(_ESCAPES)}"'
 
 
 def key_text(value: object) -> str | None:
@@ -126,12 +129,12 @@ def key_text(value: object) -> str | None:
     Numbers are written by their value, booleans in lower case; null is None.
     A float or decimal that is a whole number reads as that integer, because pandas and MLflow turn
     nullable integers into floats; a moment at midnight reads as its date, because pandas has no
-    dates. Moments with a zone are told in UTC.
+    dates. Moments with a zone are written in UTC.
     """
     if value is None or value is pd.NaT or value is pd.NA:
         return None
     if isinstance(value, bool | np.bool_):
-        return "true" if value else "false"
+        return str(bool(value)).lower()
     if isinstance(value, float | np.floating):
         return _float_text(float(value))
     if isinstance(value, Decimal):
@@ -144,14 +147,18 @@ def key_text(value: object) -> str | None:
 def _float_text(value: float) -> str | None:
     if np.isnan(value):
         return None
-    return str(int(value)) if value.is_integer() else repr(value)
+    if value.is_integer():
+        return str(int(value))
+    return repr(value)
 
 
 def _decimal_text(value: Decimal) -> str | None:
     if value.is_nan():
         return None
     text = f"{value:f}"
-    return text.rstrip("0").removesuffix(".") if "." in text else text
+    if "." not in text:
+        return text
+    return text.rstrip("0").removesuffix(".")
 
 
 def _moment_text(moment: pd.Timestamp) -> str:
@@ -167,9 +174,9 @@ def group_ids(frame: pd.DataFrame, keys: Sequence[str]) -> npt.NDArray[np.object
     if not keys:
         return np.full(len(frame), group_id(()), dtype=object)
     codes, first = _number_combinations([frame[key] for key in keys])
-    columns = [frame[key].to_numpy() for key in keys]
-    ids = np.array([group_id([column[row] for column in columns]) for row in first], dtype=object)
-    of_rows: npt.NDArray[np.object_] = ids[codes] if len(ids) else np.empty(0, dtype=object)
+    distinct = zip(*(frame[key].to_numpy()[first] for key in keys), strict=True)
+    ids = np.array(list(map(group_id, distinct)), dtype=object)
+    of_rows: npt.NDArray[np.object_] = ids[codes]
     return of_rows
 
 
@@ -196,9 +203,8 @@ def _factorize(values: "pd.Series[Any]") -> tuple[npt.NDArray[np.int64], Any]:
     except TypeError as error:  # not hashable
         value = next(value for value in values if isinstance(value, list | dict | set | np.ndarray))
         raise InputError(
-            f"{values.name}: {_shorten(value)} is not a value of a key or "
-            "category; expected text, a "
-            "number, or null"
+            f"{values.name}: {_shorten(value)} is not a value of a key or category; "
+            "expected text, a number, or null"
         ) from error
     return codes, distinct
 
@@ -239,10 +245,11 @@ class GroupKey(NamedTuple):
             grains: key columns of each grain.
         """
         values = json.loads(self.group_id)
-        above = [
-            GroupKey(grain, group_id(values[: len(grains[grain])])) for grain in range(self.grain)
-        ]
-        return [*above, self]
+        ancestry = []
+        for grain in range(self.grain):
+            n_keys = len(grains[grain])
+            ancestry.append(GroupKey(grain, group_id(values[:n_keys])))
+        return [*ancestry, self]
 
 
 def grain_name(keys: Sequence[str]) -> str:
@@ -346,7 +353,7 @@ class ModelSpec:
     @property
     def text_columns(self) -> frozenset[str]:
         """Keys and categories: what is read as text, whatever its type."""
-        return frozenset(key for keys in self.grains for key in keys).union(self.categories)
+        return frozenset(self.categories).union(*self.grains)
 
     @property
     def categorical_positions(self) -> list[int]:
@@ -355,7 +362,9 @@ class ModelSpec:
 
     def count_levels(self, interval: float | None) -> int:
         """How many levels of intervals there are up to this one; 0 where it is not among them."""
-        return 1 + self.intervals.index(interval) if interval in self.intervals else 0
+        if interval is None or interval not in self.intervals:
+            return 0
+        return 1 + self.intervals.index(interval)
 
     @classmethod
     def from_dict(cls, written: Mapping[str, Any]) -> Self:
@@ -366,7 +375,7 @@ class ModelSpec:
         """
         return cls(
             fleet=written["fleet"],
-            grains=tuple(tuple(keys) for keys in written["grains"]),
+            grains=tuple(map(tuple, written["grains"])),
             features=tuple(written["features"]),
             categories={name: tuple(values) for name, values in written["categories"].items()},
             required=tuple(written["required"]),
@@ -385,7 +394,7 @@ class ModelSpec:
         """What its JSON is made from."""
         written = {
             "fleet": self.fleet,
-            "grains": [list(keys) for keys in self.grains],
+            "grains": list(map(list, self.grains)),
             "features": list(self.features),
             "categories": {name: list(values) for name, values in self.categories.items()},
             "required": list(self.required),
@@ -436,20 +445,23 @@ class Generation:
     @property
     def plain_constant(self) -> float:
         """What answers rows without offset or scale, in link space; NaN where that is unknown."""
-        return np.nan if self.constant_without_offset is None else self.constant_without_offset
+        if self.constant_without_offset is None:
+            return np.nan
+        return self.constant_without_offset
 
     @classmethod
     def from_dict(cls, written: Mapping[str, Any]) -> Self:
         """From its JSON, in which answered_by_constant may be absent."""
+        answered_by_constant: tuple[GroupKey, ...] | None = None
         listed = written.get("answered_by_constant")
+        if listed is not None:
+            answered_by_constant = tuple(GroupKey(grain, group) for grain, group in listed)
         return cls(
             model_spec=ModelSpec.from_dict(written),
             fleet_version=written["fleet_version"],
             constant=written["constant"],
             constant_without_offset=written["constant_without_offset"],
-            answered_by_constant=None
-            if listed is None
-            else tuple(GroupKey(grain, group) for grain, group in listed),
+            answered_by_constant=answered_by_constant,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -461,7 +473,7 @@ class Generation:
             "constant_without_offset": self.constant_without_offset,
         }
         if self.answered_by_constant is not None:
-            written["answered_by_constant"] = [list(key) for key in self.answered_by_constant]
+            written["answered_by_constant"] = list(map(list, self.answered_by_constant))
         return written
 
 
@@ -481,19 +493,19 @@ def design_matrix(frame: pd.DataFrame, model_spec: ModelSpec) -> npt.NDArray[np.
             with np.errstate(over="ignore"):
                 matrix[:, position] = read_numbers(frame[name])
         else:
-            matrix[:, position] = _number_categories(frame[name], categories)
+            matrix[:, position] = number_values(frame[name], categories)
     matrix[~np.isfinite(matrix)] = np.nan
     return matrix
 
 
-def _number_categories(values: pd.Series, categories: Sequence[str]) -> Floats:
-    numbers = {text: float(number) for number, text in enumerate(categories)}
+def number_values(values: "pd.Series[Any]", listed: Sequence[str]) -> Floats:
+    """The place of each category or class in a list of them; NaN for null and unlisted ones."""
+    places = {text: float(place) for place, text in enumerate(listed)}
     codes, distinct = _factorize(values)
-    lookup = np.array(
-        [numbers.get(key_text(value) or "", np.nan) for value in distinct] + [np.nan],
-        dtype=np.float64,
-    )
-    of_rows: Floats = lookup[codes]
+    place_of_code = np.full(len(distinct) + 1, np.nan)  # the last is for null, whose code is -1
+    for code, value in enumerate(distinct):
+        place_of_code[code] = places.get(key_text(value) or "", np.nan)
+    of_rows: Floats = place_of_code[codes]
     return of_rows
 
 
@@ -511,7 +523,7 @@ def read_numbers(column: "pd.Series[Any]") -> Floats:
     values = column.to_numpy(dtype=object)
     numbers: Floats = np.asarray(pd.to_numeric(values, errors="coerce"), dtype=np.float64)
     missing = np.flatnonzero(np.isnan(numbers))
-    strange = missing[~pd.isna(values[missing])] if len(missing) else missing
+    strange = missing[~pd.isna(values[missing])]
     if len(strange):
         first = strange[0]
         value = _shorten(values[first])
@@ -522,7 +534,9 @@ def read_numbers(column: "pd.Series[Any]") -> Floats:
 
 def _shorten(value: object) -> str:
     text = repr(value)
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+    if len(text) <= MAX_SHOWN:
+        return text
+    return f"{text[:MAX_SHOWN]}..."
 
 
 def check_listed_once(
@@ -530,17 +544,19 @@ def check_listed_once(
 ) -> None:
     """Refuse a batch in which a column that is read is listed twice.
 
-    No one can say which of them is meant.
+    It would be anybody's guess which of them is meant.
 
     Raises:
         InputError: naming the columns.
     """
-    counts = Counter(columns)
-    doubled = [name for name, count in counts.items() if count > 1 and name in read]
+    doubled = []
+    for name, count in Counter(columns).items():
+        if count > 1 and name in read:
+            doubled.append(str(name))
     if doubled:
-        names = ", ".join(map(str, doubled))
         raise InputError(
-            f"{where}: columns listed more than once: {names}; rename or remove all but one of each"
+            f"{where}: columns listed more than once: {', '.join(doubled)}; "
+            "rename or remove all but one of each"
         )
 
 
@@ -570,15 +586,17 @@ def offset_and_scale(frame: pd.DataFrame, target: ModelTarget) -> tuple[Floats, 
 
     NaN where a declared one is missing, infinite or (scale) not positive.
     """
-    n_rows = len(frame)
-    offset = _read_numbers_or_nan(frame, target.offset) if target.offset else np.zeros(n_rows)
-    scale = _read_numbers_or_nan(frame, target.scale) if target.scale else np.ones(n_rows)
+    offset = _read_declared(frame, target.offset, without=0.0)
+    scale = _read_declared(frame, target.scale, without=1.0)
     offset = np.where(np.isfinite(offset), offset, np.nan)
     scale = np.where(np.isfinite(scale) & (scale > 0), scale, np.nan)
     return offset, scale
 
 
-def _read_numbers_or_nan(frame: pd.DataFrame, name: str) -> Floats:
+def _read_declared(frame: pd.DataFrame, name: str | None, *, without: float) -> Floats:
+    """A column that a target may declare, or a number for every row where it does not."""
+    if not name:
+        return np.full(len(frame), without)
     if name not in frame.columns:
         return np.full(len(frame), np.nan)
     return read_numbers(frame[name])
@@ -656,8 +674,8 @@ def booster_digest(text: str) -> str:
 
 
 _HEADER = re.compile(r"tree\nversion=v4\n(?:\w+(?:=[^\n]*)?\n)+\n", re.ASCII)
-# Lines of a tree with so many numbers as it has leaves, or inner nodes; those of a tree of one leaf
-# may be empty.
+# Lines of a tree that hold one number per leaf, or per inner node; where a tree is a single leaf,
+# they may be empty.
 _OF_LEAVES = {"leaf_value": np.float64, "leaf_weight": np.float64, "leaf_count": np.int64}
 _OF_NODES = {
     "split_feature": np.int64,
@@ -674,11 +692,13 @@ _LINES = (*list(_OF_NODES)[:6], *_OF_LEAVES, *list(_OF_NODES)[6:])
 _TREE = re.compile(
     r"Tree=(?P<number>\d+)\nnum_leaves=(?P<n_leaves>\d{1,9})\nnum_cat=(?P<n_cat>\d{1,9})\n"
     + "".join(rf"{name}=(?P<{name}>[-+.\deinfa ]*)\n" for name in _LINES)
-    + r"(?:cat_boundaries=(?P<cat_boundaries>[\d ]*)\ncat_threshold=(?P<cat_threshold>[\d ]*)\n)?is_linear=0\nshrinkage=[-+.\de]+\n\n\n",
+    + r"(?:cat_boundaries=(?P<cat_boundaries>[\d ]*)\ncat_threshold=(?P<cat_threshold>[\d ]*)\n)?"
+    + r"is_linear=0\nshrinkage=[-+.\de]+\n\n\n",
     re.ASCII,
 )
 _TAIL = re.compile(
-    r"end of trees\n\nfeature_importances:\n(?:[^\n]+=\d+\n)*\nparameters:\n(?:\[\w+: [^\n]*\]\n)*\nend of parameters\n"
+    r"end of trees\n\nfeature_importances:\n(?:[^\n]+=\d+\n)*"
+    r"\nparameters:\n(?:\[\w+: [^\n]*\]\n)*\nend of parameters\n"
     r"(?:\npandas_categorical:[^\n]*\n)?"
 )
 _MAX_DECISION = 11  # one bit for categories, one for the default side, two for what is missing
@@ -687,21 +707,17 @@ _MAX_DECISION = 11  # one bit for categories, one for the default side, two for 
 def find_structure_fault(text: str) -> str | None:
     """What is wrong with a LightGBM text; None if nothing is.
 
-    A text with such a fault could end the process, hang it, or let it read what is not there.
+    A text with a fault could crash the process, hang it, or make it read beyond its memory.
 
-    Every tree has the size that the header says and as many nodes and leaves as it says, splits by
-    features and categories that there are, and each of its nodes and leaves has exactly one parent,
-    which comes before it.
+    Every tree must have the size that the header gives, and as many nodes and leaves as it claims;
+    it must split by existing features and categories; and each of its nodes and leaves must have
+    exactly one parent, which comes before it.
     """
     try:
         trees, n_features = _parse_trees(text)
         _check_trees(trees, n_features)
-    except (
-        ValueError,
-        OverflowError,
-        KeyError,
-        DeprecationWarning,
-    ) as error:  # the last is how numpy says that a text is not a number
+    # DeprecationWarning is how numpy says that a text is not a number.
+    except (ValueError, OverflowError, KeyError, DeprecationWarning) as error:
         return str(error)
     return None
 
@@ -712,20 +728,20 @@ def _parse_trees(text: str) -> tuple[list[re.Match[str]], int]:
     if header is None:
         raise ValueError("its header is not that of a model of version v4")
     settings = dict(line.partition("=")[::2] for line in header[0].splitlines())
-    n_features, per_iteration = (
-        int(settings["max_feature_idx"]) + 1,
-        int(settings["num_tree_per_iteration"]),
-    )
-    described = [len(settings[name].split(" ")) for name in ("feature_names", "feature_infos")]
-    _check_condition(
-        described == [n_features] * 2, f"its header describes other than {n_features} features"
-    )
-    sizes = [int(size) for size in settings["tree_sizes"].split()]
+    n_features = int(settings["max_feature_idx"]) + 1
+    for name in ("feature_names", "feature_infos"):
+        _check_condition(
+            len(settings[name].split(" ")) == n_features,
+            f"its header describes other than {n_features} features",
+        )
+    sizes = list(map(int, settings["tree_sizes"].split()))
+    per_iteration = int(settings["num_tree_per_iteration"])
     _check_condition(
         per_iteration > 0 and len(sizes) % per_iteration == 0,
         f"{len(sizes)} trees cannot be {per_iteration} per iteration",
     )
-    trees, start = [], header.end()
+    trees = []
+    start = header.end()
     for number, size in enumerate(sizes):
         tree = _TREE.match(text, start)
         if tree is None or tree.end() - start != size or tree["number"] != str(number):
@@ -741,16 +757,15 @@ def _parse_trees(text: str) -> tuple[list[re.Match[str]], int]:
 
 def _check_trees(trees: Sequence[re.Match[str]], n_features: int) -> None:
     """Look at all trees at once: arrays hold the numbers of one tree after those of another."""
-    n_leaves, n_cat = (
-        np.array([int(tree[name]) for tree in trees], dtype=np.int64)
-        for name in ("n_leaves", "n_cat")
-    )
+    n_leaves = np.array([int(tree["n_leaves"]) for tree in trees], dtype=np.int64)
+    n_cat = np.array([int(tree["n_cat"]) for tree in trees], dtype=np.int64)
     _check_condition((n_leaves >= 1).all(), "a tree has no leaf")
     n_nodes = n_leaves - 1
-    stumps = n_leaves == 1
+    is_stump = n_leaves == 1
     for name, kind in _OF_LEAVES.items():
-        empty = stumps & np.array([not tree[name] for tree in trees]) & (name != "leaf_value")
-        _parse_numbers(trees, name, np.where(empty, 0, n_leaves), kind)
+        may_be_empty = is_stump & (name != "leaf_value")
+        is_empty = may_be_empty & np.array([not tree[name] for tree in trees])
+        _parse_numbers(trees, name, np.where(is_empty, 0, n_leaves), kind)
     nodes = {name: _parse_numbers(trees, name, n_nodes, kind) for name, kind in _OF_NODES.items()}
     feature, decision = nodes["split_feature"], nodes["decision_type"]
     is_known = (
@@ -760,10 +775,12 @@ def _check_trees(trees: Sequence[re.Match[str]], n_features: int) -> None:
         is_known.all(), "a node splits by an unknown feature, or has an unknown decision type"
     )
     tree = np.repeat(np.arange(len(trees)), n_nodes)
-    first_node, first_leaf = np.cumsum(n_nodes) - n_nodes, np.cumsum(n_leaves) - n_leaves
+    first_node = np.cumsum(n_nodes) - n_nodes
+    first_leaf = np.cumsum(n_leaves) - n_leaves
     parent = np.tile(np.arange(len(tree)) - first_node[tree], 2)
     child = np.concatenate([nodes["left_child"], nodes["right_child"]])
-    both, is_leaf = np.tile(tree, 2), child < 0
+    both = np.tile(tree, 2)
+    is_leaf = child < 0  # leaves are counted from -1 downwards
     is_child = np.where(
         is_leaf, ~child < n_leaves[both], (child < n_nodes[both]) & (child > parent)
     )
@@ -782,9 +799,9 @@ def _check_categories(
     tree: npt.NDArray[np.int64],
     threshold: Floats,
 ) -> None:
-    """Check that sets of categories follow each other, and that nodes ask for their own.
+    """Check that each set of categories begins where the one before it ends.
 
-    Each set begins where the one before it ends.
+    And that nodes decide by sets of their own tree.
     """
     has = n_cat > 0
     boundaries = _parse_numbers(trees, "cat_boundaries", np.where(has, n_cat + 1, 0))
@@ -809,15 +826,12 @@ def _check_categories(
 def _parse_numbers(
     trees: Sequence[re.Match[str]], name: str, counts: npt.NDArray[np.int64], kind: type = np.int64
 ) -> npt.NDArray[Any]:
-    """A line of every tree as numbers, which must be so many in each."""
+    """The numbers in one line of every tree, of which each must hold a given count."""
     texts = [tree[name] or "" for tree in trees]
-    _check_condition(
-        [len(text.split(" ")) if text else 0 for text in texts] == counts.tolist(),
-        f"{name} of a tree has too few or too many numbers",
-    )
-    numbers: npt.NDArray[Any] = np.fromstring(
-        " ".join(text for text in texts if text), dtype=kind, sep=" "
-    )
+    # One more than the spaces between them; none in an empty line.
+    sizes = [text.count(" ") + bool(text) for text in texts]
+    _check_condition(sizes == counts.tolist(), f"{name} of a tree has too few or too many numbers")
+    numbers: npt.NDArray[Any] = np.fromstring(" ".join(filter(None, texts)), dtype=kind, sep=" ")
     _check_condition(len(numbers) == counts.sum(), f"{name} of a tree is not made of numbers")
     return numbers
 
@@ -833,7 +847,7 @@ def read_index(folder: Path, digest: str | None = None) -> dict[str, Any]:
 
     Args:
         folder: the pack.
-        digest: that it must have, where that is known.
+        digest: the one it must have; None where that is not known.
 
     Raises:
         PackError: if it is missing, damaged, of another format, or another pack's.
@@ -841,29 +855,31 @@ def read_index(folder: Path, digest: str | None = None) -> dict[str, Any]:
     path = folder / "index.json"
     try:
         written = json.loads(path.read_bytes())
-        promised, index = written["sha256"], written["index"]
-        pack_format, computed = index["format"], index_digest(index)
+        promised = written["sha256"]
+        index = written["index"]
+        pack_format = index["format"]
+        computed = index_digest(index)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        fault = (
+        raise PackError(
             f"{path}: not the index of a readable pack ({type(error).__name__}: {error}); {_AGAIN}"
-        )
-        raise PackError(fault) from error
+        ) from error
     _check_pack(
         pack_format == PACK_FORMAT,
         path,
-        (
-            f"format {pack_format!r}, expected {PACK_FORMAT}: of another release of "
-            f"this package; {_AGAIN}"
-        ),
+        f"format {pack_format!r}, expected {PACK_FORMAT}: of another release of this package; "
+        f"{_AGAIN}",
     )
     _check_pack(
         computed == promised,
         path,
         f"damaged: its digest is {computed}, expected {promised}; {_AGAIN}",
     )
-    fleet, version = index.get("fleet"), index.get("fleet_version")
-    other = f"of fleet {fleet!r}, version {version!r}, not the pack that was registered"
-    _check_pack(digest in (None, promised), path, f"{other}; {_AGAIN}")
+    _check_pack(
+        digest in (None, promised),
+        path,
+        f"of fleet {index.get('fleet')!r}, version {index.get('fleet_version')!r}, "
+        f"not the pack that was registered; {_AGAIN}",
+    )
     return dict(index)
 
 
@@ -872,6 +888,12 @@ def index_digest(index: Mapping[str, Any]) -> str:
     return hashlib.sha256(
         json.dumps(index, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
     ).hexdigest()
+
+
+# What every Parquet file ends with: the length of its footer and a magic word; another such word
+# begins it.
+_PARQUET_END = 8
+_MIN_PARQUET_BYTES = 12
 
 
 def read_footer(path: Path) -> dict[str, Any]:
@@ -889,16 +911,16 @@ def read_footer(path: Path) -> dict[str, Any]:
 
 def _read_open_footer(file: pa.NativeFile, name: str) -> dict[str, Any]:
     size = file.size()
-    end = file.read_at(8, size - 8) if size >= 12 else b""  # noqa: PLR2004 - two magic words and a length
+    end = b""
+    if size >= _MIN_PARQUET_BYTES:
+        end = file.read_at(_PARQUET_END, size - _PARQUET_END)
     length = int.from_bytes(end[:4], "little")
     _check_condition(
-        end[4:] == b"PAR1" and 0 < length <= size - 12,
+        end[4:] == b"PAR1" and 0 < length <= size - _MIN_PARQUET_BYTES,
         f"{name}: {size} bytes that do not end as a Parquet file does",
     )
-    return {
-        "n_bytes": size,
-        "footer_sha256": hashlib.sha256(file.read_at(length + 8, size - 8 - length)).hexdigest(),
-    }
+    footer = file.read_at(length + _PARQUET_END, size - _PARQUET_END - length)
+    return {"n_bytes": size, "footer_sha256": hashlib.sha256(footer).hexdigest()}
 
 
 def check_footer(path: Path, expected: Mapping[str, Any]) -> None:
@@ -906,13 +928,14 @@ def check_footer(path: Path, expected: Mapping[str, Any]) -> None:
     _check_same_file(read_footer(path), expected, str(path))
 
 
-def _check_same_file(found: Mapping[str, Any], expected: Mapping[str, Any], name: str) -> None:
-    differs = [
-        f"{what} {found[what]}, expected {expected[what]}"
-        for what in found
-        if found[what] != expected[what]
-    ]
-    _check_pack(not differs, name, f"not the file of this pack ({'; '.join(differs)}); {_AGAIN}")
+def _check_same_file(footer: Mapping[str, Any], expected: Mapping[str, Any], name: str) -> None:
+    differences = []
+    for measure, value in footer.items():
+        if value != expected[measure]:
+            differences.append(f"{measure} {value}, expected {expected[measure]}")
+    _check_pack(
+        not differences, name, f"not the file of this pack ({'; '.join(differences)}); {_AGAIN}"
+    )
 
 
 def _check_pack(holds: object, path: Path | str, fault: str) -> None:
@@ -924,10 +947,7 @@ def _check_pack(holds: object, path: Path | str, fault: str) -> None:
 def open_boosters(
     folder: Path, root: str | None, file: Mapping[str, Any], options: Mapping[str, str]
 ) -> pa.NativeFile:
-    """A file of boosters, open for reading at any place.
-
-    It is one of the pack, or of the store that a shared pack names.
-    """
+    """A file of boosters in a pack, or in the store that a shared pack names, open for reading."""
     if root is None:
         return pa.OSFile(str(folder / file["path"]))
     filesystem, path = filesystem_of(root, options)
@@ -980,8 +1000,9 @@ class Chain:
     sha256: str
 
     def put_half_widths(self, halves: Floats, rows: npt.NDArray[np.int64]) -> None:
-        """Replace the half widths of a group's ancestors by its own in some rows, a column per level."""
-        for level, half in enumerate((self.intervals or ())[: halves.shape[1]]):
+        """Put the group's own half widths, one column per level, over those of its ancestors."""
+        n_levels = halves.shape[1]
+        for level, half in enumerate((self.intervals or ())[:n_levels]):
             if half is not None:
                 halves[rows, level] = half
 
@@ -1010,11 +1031,10 @@ class Contributions:
         self._generation = generation
         self._model_spec = generation.model_spec
         self._n_features = len(self._model_spec.features)
-        # Per row and class: one number per feature, and last what is there without any.
-        self._parts = np.zeros(
-            (len(answer), answer.shape[1] if answer.ndim > 1 else 1, self._n_features + 1)
-        )
-        self._parts[:, :, -1] = answer.reshape(len(answer), -1)
+        by_class = answer.reshape(len(answer), -1)
+        # Per row and class one number per feature; the last is the answer without any feature.
+        self._parts = np.zeros((*by_class.shape, self._n_features + 1))
+        self._parts[:, :, -1] = by_class
         self._parent_parts = self._parts.copy()
         self._start = self._parts.copy()
 
@@ -1059,7 +1079,9 @@ class Contributions:
             return np.asarray(odds / odds.sum(axis=1, keepdims=True))
         if not self._model_spec.is_regression:
             return np.asarray(1.0 / (1.0 + np.exp(-score)))
-        return np.exp(score) if self._model_spec.is_count else score
+        if self._model_spec.is_count:
+            return np.exp(score)
+        return score
 
     def describe_rows(
         self,
@@ -1069,21 +1091,22 @@ class Contributions:
         scale: Floats,
     ) -> list[list[dict[str, Any]]]:
         """The contributions of every row, for people."""
-        model_spec, parts = self._model_spec, self._parts[:, 0, :]
+        model_spec = self._model_spec
+        parts = self._parts[:, 0, :]
         offsets = np.zeros(len(parts))
         if model_spec.is_multiclass:
-            place = {name: number for number, name in enumerate(model_spec.classes)}
-            parts = self._parts[np.arange(len(parts)), [place[name] for name in prediction]]
+            predicted_class = list(map(model_spec.classes.index, prediction))
+            parts = self._parts[np.arange(len(parts)), predicted_class]
         elif model_spec.is_regression:
             parts = np.where(
                 anchored[:, None], np.where(anchored, scale, 0.0)[:, None] * parts, 0.0
             )
             parts[:, -1] = np.where(anchored, parts[:, -1], self._generation.plain_constant)
             offsets = np.where(anchored, offset, 0.0)
-        return [
-            list_contributions(model_spec, row, float(at))
-            for row, at in zip(parts, offsets, strict=True)
-        ]
+        described = []
+        for parts_of_row, offset_of_row in zip(parts, offsets, strict=True):
+            described.append(list_contributions(model_spec, parts_of_row, float(offset_of_row)))
+        return described
 
 
 def list_contributions(model_spec: ModelSpec, parts: Floats, offset: float) -> list[dict[str, Any]]:
@@ -1097,19 +1120,19 @@ def list_contributions(model_spec: ModelSpec, parts: Floats, offset: float) -> l
         offset: of the row, link space.
 
     Returns:
-        One {feature, contribution} each; their sum is the sum of what came in.
+        One {feature, contribution} each; together they add up to the parts and the offset.
     """
     order = np.argsort(-np.abs(parts[:-1]), kind="stable")
-    listed = [
-        {"feature": model_spec.features[place], "contribution": float(parts[place])}
-        for place in order[:TOP_FEATURES]
-    ]
     rest = order[TOP_FEATURES:]
+    named: list[tuple[str, Any]] = [
+        (model_spec.features[place], parts[place]) for place in order[:TOP_FEATURES]
+    ]
     if len(rest):
-        listed.append({"feature": "(other features)", "contribution": float(parts[rest].sum())})
+        named.append(("(other features)", parts[rest].sum()))
     if model_spec.target.offset:
-        listed.append({"feature": "(offset)", "contribution": offset})
-    return [*listed, {"feature": "(base)", "contribution": float(parts[-1])}]
+        named.append(("(offset)", offset))
+    named.append(("(base)", parts[-1]))
+    return [{"feature": name, "contribution": float(part)} for name, part in named]
 
 
 class Blend:
@@ -1167,14 +1190,14 @@ class Blend:
         """
         model_spec = self._generation.model_spec
         weight = chain.weight
+        corrects_parent = model_spec.corrects and grain > 0
         own = booster.predict(matrix, num_threads=1)
         if self.contributions is not None:
             shap = booster.predict(matrix, pred_contrib=True, num_threads=1)
-            self.contributions.add(
-                rows, shap, own, weight, corrects=model_spec.corrects and grain > 0
-            )
+            self.contributions.add(rows, shap, own, weight, corrects=corrects_parent)
+        if corrects_parent:
+            own = own + self._parent_prediction[rows]
         if model_spec.corrects:
-            own = own + self._parent_prediction[rows] if grain else own
             self._parent_prediction[rows] = own
         self.answer[rows] = weight * own + (1.0 - weight) * self.answer[rows]
         if weight != 0.0:
@@ -1208,31 +1231,27 @@ def convert_to_target_units(
 ) -> dict[str, Any]:
     """Blended answers in link space as prediction, lower and upper in target units.
 
-    Half widths are in link space over scale.
-
-    What is too large for a number is NaN.
+    Half widths are in link space over scale. What is too large for a double becomes NaN.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         linked = np.where(anchored, offset + scale * answer, generation.plain_constant)
         width = np.where(anchored, scale * half, np.nan)
         bounds = {"prediction": linked, "lower": linked - width, "upper": linked + width}
     transform = generation.model_spec.target.transform
-    answers = {name: inverse_link(bound, transform) for name, bound in bounds.items()}
-    return {
-        name: np.where(np.isfinite(numbers), numbers, np.nan) for name, numbers in answers.items()
-    }
+    answers = {}
+    for name, bound in bounds.items():
+        numbers = inverse_link(bound, transform)
+        answers[name] = np.where(np.isfinite(numbers), numbers, np.nan)
+    return answers
 
 
 def widen_half_widths(halves: Floats) -> Floats:
-    """Per row its half width at the last of the levels.
+    """Per row its half width at the last of the levels; NaN where it has none there.
 
-    It is at least that at each lower level, which may be of another ancestor.
+    It is never below the half width at a lower level, which may come from another ancestor.
 
     Args:
         halves: one row per row and one column per level, rising; NaN where there is none.
-
-    Returns:
-        NaN where there is none at the last level.
     """
     if not halves.shape[1]:
         return np.full(len(halves), np.nan)
@@ -1241,11 +1260,15 @@ def widen_half_widths(halves: Floats) -> Floats:
 
 def choose_classes(model_spec: ModelSpec, answer: Floats) -> dict[str, Any]:
     """Blended probabilities as prediction and probabilities."""
-    is_multiclass = model_spec.is_multiclass
-    probabilities = answer if is_multiclass else np.column_stack([1.0 - answer, answer])
-    likeliest = np.array(model_spec.classes, dtype=object)[probabilities.argmax(axis=1)]
+    if model_spec.is_multiclass:
+        probabilities = answer
+        classes = np.array(model_spec.classes, dtype=object)
+        prediction: npt.NDArray[Any] = classes[probabilities.argmax(axis=1)]
+    else:
+        probabilities = np.column_stack([1.0 - answer, answer])
+        prediction = answer
     return {
-        "prediction": likeliest if is_multiclass else answer,
+        "prediction": prediction,
         "lower": np.nan,
         "upper": np.nan,
         "probabilities": list(probabilities),
@@ -1257,7 +1280,7 @@ def mark_not_finite(
     answered_by: npt.NDArray[np.object_],
     booster_id: npt.NDArray[np.object_],
 ) -> None:
-    """Say in the rows whose prediction no double holds that nobody answered them.
+    """Mark rows whose prediction does not fit a double as answered by nobody, in place.
 
     Classes always have an answer.
     """
@@ -1269,11 +1292,9 @@ def mark_not_finite(
 
 def answer_columns(task: str) -> dict[str, str]:
     """Columns of an answer and their types: double, string, or array<double>."""
-    columns = {
-        "prediction": "string" if task == MULTICLASS else "double",
-        "lower": "double",
-        "upper": "double",
-    }
+    columns = {"prediction": "double", "lower": "double", "upper": "double"}
+    if task == MULTICLASS:
+        columns["prediction"] = "string"
     if task != REGRESSION:
         columns["probabilities"] = "array<double>"
     return {**columns, "answered_by": "string", "booster_id": "string", "fleet_version": "string"}
@@ -1290,8 +1311,8 @@ class FleetModel:
         folder: the pack.
         cache_bytes: bound of the booster cache.
         digest: of the index, where it is known which pack this must be.
-        options: of the object store that a shared pack is in, as deltalake takes them; what is not
-            there Arrow finds as AWS tools do.
+        options: of the object store that a shared pack is in, as deltalake takes them; Arrow finds
+            the others as AWS tools do.
 
     Raises:
         PackError: if a file of the pack is missing, unreadable, of another format, or not the one
@@ -1309,44 +1330,23 @@ class FleetModel:
         self.folder = Path(folder)
         index = read_index(self.folder, digest)
         try:
-            content = (self.folder / "spec.json").read_bytes()
-            same = hashlib.sha256(content).hexdigest() == index["spec.json"]["sha256"]
-            _check_pack(same, self.folder / "spec.json", f"not the file of this pack; {_AGAIN}")
-            written = json.loads(content)
-            self.generations = [Generation.from_dict(entry) for entry in written["generations"]]
-            # Packs of an earlier release have no such groups.
-            self._answered_by_constant = [
-                frozenset(generation.answered_by_constant or ()) for generation in self.generations
-            ]
-            self._first_keys = [
-                GroupKey(int(grain), str(group))
-                for grain, group in index["chains.parquet"]["first"]
-            ]
-            check_footer(self.folder / "chains.parquet", index["chains.parquet"])
-            self._chains_file = pq.ParquetFile(
-                self.folder / "chains.parquet", page_checksum_verification=True
-            )
-            _check_pack(
-                self._chains_file.schema_arrow.equals(CHAINS),
-                self.folder / "chains.parquet",
-                "not a table of chains",
-            )
-            self.root, self.files = index["boosters"]["root"], index["boosters"]["files"]
+            self._read_specs(index["spec.json"])
+            self._open_chains(index["chains.parquet"])
+            self.root = index["boosters"]["root"]
+            self.files = index["boosters"]["files"]
             if self.root is None:
                 self.check_files()
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
             raise PackError(f"{self.folder}: not a readable pack ({error})") from error
         self.fleet: str = index["fleet"]
         self.fleet_version: str = index["fleet_version"]
-        self.required = list(
-            dict.fromkeys(
-                name for generation in self.generations for name in generation.model_spec.required
-            )
-        )
-        optional = dict.fromkeys(
-            name for generation in self.generations for name in generation.model_spec.optional
-        )
-        self.optional = [name for name in optional if name not in self.required]
+        required: dict[str, None] = {}
+        optional: dict[str, None] = {}
+        for generation in self.generations:
+            required |= dict.fromkeys(generation.model_spec.required)
+            optional |= dict.fromkeys(generation.model_spec.optional)
+        self.required = list(required)
+        self.optional = [name for name in optional if name not in required]
         self._serving: dict[GroupKey, int] = {}
         self._chains: dict[tuple[int, str, int], Chain] = {}
         self._read: set[int] = set()
@@ -1355,6 +1355,28 @@ class FleetModel:
         self._cached_bytes = 0
         self._cache_limit = cache_bytes
         self._lock = threading.RLock()
+
+    def _read_specs(self, entry: Mapping[str, Any]) -> None:
+        """Read what the generations answer by, from the file that an entry of the index names."""
+        path = self.folder / "spec.json"
+        content = path.read_bytes()
+        is_same = hashlib.sha256(content).hexdigest() == entry["sha256"]
+        _check_pack(is_same, path, f"not the file of this pack; {_AGAIN}")
+        written = json.loads(content)
+        self.generations = list(map(Generation.from_dict, written["generations"]))
+        # Packs of an earlier release have no such groups.
+        self._answered_by_constant = [
+            frozenset(generation.answered_by_constant or ()) for generation in self.generations
+        ]
+
+    def _open_chains(self, entry: Mapping[str, Any]) -> None:
+        """Open the file of chains that an entry of the index names."""
+        path = self.folder / "chains.parquet"
+        self._first_keys = [GroupKey(int(grain), str(group)) for grain, group in entry["first"]]
+        check_footer(path, entry)
+        self._chains_file = pq.ParquetFile(path, page_checksum_verification=True)
+        is_table = self._chains_file.schema_arrow.equals(CHAINS)
+        _check_pack(is_table, path, "not a table of chains")
 
     @property
     def model_spec(self) -> ModelSpec:
@@ -1399,8 +1421,8 @@ class FleetModel:
 
         Args:
             frame: one row per question, with the required columns in any order; a batch may mix
-                groups and unseen ones. An optional column that is not there is null in every row.
-            explain: say what made each answer, too; takes several times as long.
+                groups and unseen ones. An optional column that is absent is null in every row.
+            explain: also say what made each answer; takes several times as long.
             interval: share of answers that lower and upper should contain, one of the version's
                 levels; by default the spec's. A row's nearest ancestor that has a half width at
                 that level gives it; it is never below one that the row has at a lower level.
@@ -1408,41 +1430,38 @@ class FleetModel:
         Returns:
             One row per row and in its order: prediction, lower, upper (target units), answered_by
             (grain, or "constant"), booster_id (null for the constant), fleet_version. Where an
-            offset or scale leads to a prediction that no double holds, it is NaN and answered_by
-            "none (not finite)". For binary the prediction is the probability of the last class; for
-            multiclass it is the likeliest class (of equal ones the first). Both have a column more:
-            probabilities, a list in the order of the spec's classes; lower and upper are null. With
-            `explain` a last column, contributions: a list of {feature, contribution}, as from
-            `list_contributions`, whose sum is the prediction in link space; for classes it is the
-            probability of the answer (for binary, of the last class).
+            offset or scale leads to a prediction that does not fit a double, it is NaN and
+            answered_by "none (not finite)". For binary the prediction is the probability of the
+            last class; for multiclass it is the likeliest class (of equal ones the first). Both
+            have one more column: probabilities, a list in the order of the spec's classes; lower
+            and upper are null. With `explain` a last column, contributions: a list of {feature,
+            contribution}, as from `list_contributions`, whose sum is the prediction in link space;
+            for classes it is the probability of the answer (for binary, of the last class).
 
         Raises:
-            InputError: if a required column is missing, a column is listed twice or holds what it
-                cannot, or the version has no intervals of that level.
+            InputError: if a required column is missing, a column is listed twice or of the wrong
+                kind, or the version has no intervals of that level.
             PackError: if a booster that is needed is damaged.
         """
         self._check_columns(frame)
         level = self._choose_level(interval)
         # Grains are the same in all generations.
-        levels = [pd.factorize(group_ids(frame, keys)) for keys in self.model_spec.grains]
-        generation = self._choose_generations(levels, len(frame))
+        groups = [pd.factorize(group_ids(frame, keys)) for keys in self.model_spec.grains]
+        generation = self._choose_generations(groups, len(frame))
         parts = []
-        for number in np.unique(generation):
+        # An empty batch is answered by the first generation: it has the columns of any other.
+        for number in np.unique(generation).tolist() or [0]:
             rows = np.flatnonzero(generation == number)
-            whole = len(rows) == len(frame)
-            part, levels_of_part = (
-                (frame, levels) if whole else (frame.iloc[rows], _select_levels(levels, rows))
-            )
-            parts.append(
-                self._answer(
-                    part, levels_of_part, int(number), rows, explain=explain, interval=level
-                )
-            )
-        if not parts:
-            parts.append(
-                self._answer(frame, levels, 0, np.arange(0), explain=explain, interval=level)
-            )
-        answers = parts[0] if len(parts) == 1 else pd.concat(parts).sort_index()
+            batch, groups_of_batch = frame, groups
+            if len(rows) < len(frame):
+                batch = frame.iloc[rows]
+                groups_of_batch = _select_groups(groups, rows)
+            part = self._answer(batch, groups_of_batch, number, explain=explain, interval=level)
+            part.index = pd.Index(rows)
+            parts.append(part)
+        answers = parts[0]
+        if len(parts) > 1:
+            answers = pd.concat(parts).sort_index()
         answers.index = frame.index
         return answers
 
@@ -1452,23 +1471,22 @@ class FleetModel:
             check_listed_once(list(frame.columns), {*self.required, *self.optional})
         missing = [name for name in self.required if name not in frame.columns]
         if missing:
-            optional = f", and may lack: {', '.join(self.optional)}" if self.optional else ""
+            needs = f"fleet {self.fleet!r} needs: {', '.join(self.required)}"
+            if self.optional:
+                needs += f", and may lack: {', '.join(self.optional)}"
             raise InputError(
                 f"missing columns: {', '.join(missing)}; the batch has: "
-                f"{', '.join(map(str, frame.columns))}; "
-                f"fleet {self.fleet!r} needs: {', '.join(self.required)}{optional}"
+                f"{', '.join(map(str, frame.columns))}; {needs}"
             )
 
     def _choose_level(self, interval: float | None) -> float | None:
-        """The level that is asked for, or else the spec's."""
+        """The level that is asked for; by default the spec's."""
         if interval is None:
             return self.interval
         if interval not in self.intervals:
-            available = (
-                f"has intervals of {', '.join(map(repr, self.intervals))}"
-                if self.intervals
-                else "answers with classes, which have no interval"
-            )
+            available = "answers with classes, which have no interval"
+            if self.intervals:
+                available = f"has intervals of {', '.join(map(repr, self.intervals))}"
             raise InputError(
                 f"interval: {interval!r}; version {self.fleet_version!r} of fleet {self.fleet!r} "
                 f"{available}"
@@ -1476,31 +1494,36 @@ class FleetModel:
         return float(interval)
 
     def _choose_generations(
-        self, levels: Sequence[tuple[Any, Any]], n_rows: int
+        self, groups: Sequence[tuple[Any, Any]], n_rows: int
     ) -> npt.NDArray[np.int64]:
         """Per row the generation that serves its finest known group."""
         generation = np.zeros(n_rows, dtype=np.int64)
         if len(self.generations) == 1:
             return generation
-        for grain, (codes, ids) in enumerate(levels):
-            numbers = [self._find_serving(grain, group) for group in ids]
-            serving = np.array([-1 if number is None else number for number in numbers] or [-1])[
-                codes
-            ]
+        for grain, (codes, ids) in enumerate(groups):
+            of_groups = [self._find_serving(grain, group) for group in ids]
+            serving = np.array(of_groups, dtype=np.int64)[codes]
             generation = np.where(serving >= 0, serving, generation)
         return generation
 
     def _answer(
         self,
         frame: pd.DataFrame,
-        levels: Sequence[tuple[Any, Any]],
+        groups: Sequence[tuple[Any, Any]],
         number: int,
-        rows_of_batch: npt.NDArray[np.int64],
         *,
         explain: bool,
         interval: float | None,
     ) -> pd.DataFrame:
-        """The answers of one generation, indexed by the rows' places in the batch."""
+        """The answers of one generation.
+
+        Args:
+            frame: the rows that it answers.
+            groups: per grain each row's code and, by code, the group ids.
+            number: of the generation.
+            explain: whether to keep what each feature adds.
+            interval: level of lower and upper.
+        """
         generation = self.generations[number]
         model_spec = generation.model_spec
         offset, scale = offset_and_scale(frame, model_spec.target)
@@ -1509,7 +1532,7 @@ class FleetModel:
         blend = Blend(
             generation, len(frame), n_levels=model_spec.count_levels(interval), explain=explain
         )
-        for grain, (codes, ids) in enumerate(levels):
+        for grain, (codes, ids) in enumerate(groups):
             for group, rows_of_group in _split_by_group(codes, ids):
                 chain = self._find_chain(grain, group, number)
                 if chain is None:
@@ -1525,27 +1548,26 @@ class FleetModel:
             generation, blend.answer, anchored, offset, scale, blend.half_widths
         )
         mark_not_finite(values["prediction"], blend.answered_by, blend.booster_id)
-        columns = {
-            **values,
-            "answered_by": blend.answered_by,
-            "booster_id": blend.booster_id,
-            "fleet_version": generation.fleet_version,
-        }
         answers = pd.DataFrame(
-            {name: columns[name] for name in answer_columns(model_spec.task)}, index=rows_of_batch
+            {
+                **values,
+                "answered_by": blend.answered_by,
+                "booster_id": blend.booster_id,
+                "fleet_version": generation.fleet_version,
+            }
         )
         if blend.contributions is not None:
             described = blend.contributions.describe_rows(
                 answers["prediction"], anchored, offset, scale
             )
-            answers["contributions"] = pd.Series(described, index=answers.index, dtype=object)
+            answers["contributions"] = pd.Series(described, dtype=object)
         return answers
 
     def check_files(self) -> None:
-        """Look at every file of boosters: there, of the right size and with the right footer.
+        """Check that every file of boosters exists, with the right size and footer.
 
-        Opening looks only at those in the pack's own folder; those in a store are otherwise opened
-        when a booster in them is needed.
+        Opening a pack checks only the files in its own folder; those in a store are otherwise
+        opened when a booster in them is needed.
 
         Raises:
             PackError: naming the file.
@@ -1562,9 +1584,10 @@ class FleetModel:
                 ) from error
             _check_same_file(footer, file, name)
 
-    def _find_serving(self, grain: int, group: str) -> int | None:
+    def _find_serving(self, grain: int, group: str) -> int:
+        """Number of the generation that serves a group; -1 where none does."""
         self._read_chains_around(grain, group)
-        return self._serving.get(GroupKey(grain, group))
+        return self._serving.get(GroupKey(grain, group), -1)
 
     def _find_chain(self, grain: int, group: str, generation: int) -> Chain | None:
         self._read_chains_around(grain, group)
@@ -1580,34 +1603,29 @@ class FleetModel:
         with self._lock:
             if number in self._read:
                 return
-            where = f"{self.folder}/chains.parquet"
             try:
                 columns = self._chains_file.read_row_group(number).to_pydict()
             except (OSError, IndexError, ValueError, pa.ArrowException) as error:
                 raise PackError(
-                    f"{where}: row group {number} cannot be read ({error}); restore the file or "
-                    "train again"
+                    f"{self.folder}/chains.parquet: row group {number} cannot be read ({error}); "
+                    "restore the file or train again"
                 ) from error
-            for (
-                grain,
-                group,
-                generation,
-                serves,
-                weight,
-                halves,
-                name,
-                file,
-                offset,
-                stored,
-                size,
-                digest,
-            ) in zip(*columns.values(), strict=True):
-                place = (file, offset, stored)
-                self._chains[grain, group, generation] = Chain(
-                    weight, halves, name, place, size, digest
-                )
+            groups = list(map(GroupKey, columns["grain"], columns["group_id"]))
+            chains = map(
+                Chain,
+                columns["weight"],
+                columns["intervals"],
+                columns["booster_id"],
+                zip(columns["file"], columns["offset"], columns["stored_bytes"], strict=True),
+                columns["n_bytes"],
+                columns["sha256"],
+            )
+            for group, generation, serves, chain in zip(
+                groups, columns["generation"], columns["serves"], chains, strict=True
+            ):
+                self._chains[*group, generation] = chain
                 if serves:
-                    self._serving[GroupKey(grain, group)] = generation
+                    self._serving[group] = generation
             self._read.add(number)
 
     def _fetch_booster(self, chain: Chain) -> Any:
@@ -1625,14 +1643,19 @@ class FleetModel:
             return booster
 
     def chain_rows(self) -> pd.DataFrame:
-        """The rows of ``chains.parquet``, less where the boosters are."""
-        names = [
-            name
-            for name in CHAINS.names
-            if name not in ("file", "offset", "stored_bytes", "n_bytes", "sha256")
-        ]
+        """The rows of ``chains.parquet``, without where the boosters are."""
         rows: pd.DataFrame = pq.read_table(
-            self.folder / "chains.parquet", columns=names, page_checksum_verification=True
+            self.folder / "chains.parquet",
+            columns=[
+                "grain",
+                "group_id",
+                "generation",
+                "serves",
+                "weight",
+                "intervals",
+                "booster_id",
+            ],
+            page_checksum_verification=True,
         ).to_pandas()
         return rows
 
@@ -1646,7 +1669,7 @@ class FleetModel:
     def stored_boosters(self, names: Collection[str]) -> Iterator[dict[str, Any]]:
         """Boosters as they are stored, for another pack: rows as `decode_booster` takes them.
 
-        Of those that are not here, none.
+        Names that are not in this pack are passed over.
 
         Raises:
             PackError: if one cannot be read.
@@ -1665,13 +1688,14 @@ class FleetModel:
     def _read_stored(self, chain: Chain) -> dict[str, Any]:
         number, offset, stored = chain.place
         try:
+            file = self.files[number]
             if number not in self._open_files:
                 self._open_files[number] = open_boosters(
-                    self.folder, self.root, self.files[number], self._options
+                    self.folder, self.root, file, self._options
                 )
-            within = stored > 0 and 0 <= offset <= self.files[number]["n_bytes"] - stored
             _check_condition(
-                within, f"{stored} bytes at {offset} are not within {self.files[number]['path']}"
+                stored > 0 and 0 <= offset <= file["n_bytes"] - stored,
+                f"{stored} bytes at {offset} are not within {file['path']}",
             )
             text = self._open_files[number].read_at(stored, offset)
         except (OSError, IndexError, TypeError, ValueError, pa.ArrowException) as error:
@@ -1697,12 +1721,12 @@ def _split_by_group(
         yield group, order[bounds[place] : bounds[place + 1]]
 
 
-def _select_levels(
-    levels: Sequence[tuple[Any, Any]], rows: npt.NDArray[np.int64]
+def _select_groups(
+    groups: Sequence[tuple[Any, Any]], rows: npt.NDArray[np.int64]
 ) -> list[tuple[Any, Any]]:
     """The groups of some rows only."""
     selected = []
-    for codes, ids in levels:
+    for codes, ids in groups:
         codes_of_rows, places = pd.factorize(codes[rows])
         selected.append((codes_of_rows, ids[places]))
     return selected
@@ -1717,9 +1741,10 @@ def replace_nan_by_none(answers: pd.DataFrame) -> pd.DataFrame:
             numbers = column.astype(object)
             numbers[~finite] = None
             answers[name] = numbers
-    for part in (part for parts in answers.get("contributions", ()) for part in parts):
-        if not np.isfinite(part["contribution"]):
-            part["contribution"] = None
+    for contributions in answers.get("contributions", ()):
+        for part in contributions:
+            if not np.isfinite(part["contribution"]):
+                part["contribution"] = None
     return answers
 
 
@@ -1734,7 +1759,7 @@ def _register() -> None:
 
         @property
         def message(self) -> str:
-            """The first that is set: the server would put the whole batch before it."""
+            """The first text that was set: the server would put the whole batch before it."""
             return str(self.__dict__["_message"])
 
         @message.setter
