@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from pipeline.models.meta_model import (
     INDEPENDENT,
     PACK_FORMAT,
     FleetModel,
+    Floats,
     Generation,
     GroupKey,
     ModelSpec,
@@ -46,8 +48,8 @@ class PackedRun:
     Args:
         generation: what it answers by, besides its boosters.
         ledger: rows of the run's ledger: grain, group_id, booster_id, weight, intervals (JSON),
-            answered_by. Where a column `serves` is there and false, the row is there for its finer
-            groups alone.
+            answered_by. A row whose optional column `serves` is false stands only for the finer
+            groups below it.
     """
 
     generation: Generation
@@ -65,18 +67,22 @@ def answers_alike(one: PackedRun, other: PackedRun) -> bool:
         return False
     if one.generation.answered_by_constant != other.generation.answered_by_constant:
         return False
-    constants = [
-        np.array([run.generation.constant, run.generation.constant_without_offset], dtype=float)
-        for run in (one, other)
-    ]
     # Sums over rows in another order differ in their last digits.
-    if not np.allclose(constants[0], constants[1], rtol=1e-9, equal_nan=True):
+    if not np.allclose(_constants_of(one), _constants_of(other), rtol=1e-9, equal_nan=True):
         return False
+    left = one.ledger.sort_values(["grain", "group_id"])
+    right = other.ledger.sort_values(["grain", "group_id"])
     names = ["grain", "group_id", "booster_id", "intervals", "answered_by"]
-    ledgers = [run.ledger.sort_values(["grain", "group_id"]) for run in (one, other)]
-    chains = [records(ledger.reindex(columns=names)) for ledger in ledgers]
-    weights = [ledger["weight"].to_numpy(dtype=float) for ledger in ledgers]
-    return chains[0] == chains[1] and bool(np.allclose(weights[0], weights[1], atol=1e-8))
+    if records(left.reindex(columns=names)) != records(right.reindex(columns=names)):
+        return False
+    left_weights = left["weight"].to_numpy(dtype=float)
+    right_weights = right["weight"].to_numpy(dtype=float)
+    return bool(np.allclose(left_weights, right_weights, atol=1e-8))
+
+
+def _constants_of(run: PackedRun) -> Floats:
+    generation = run.generation
+    return np.array([generation.constant, generation.constant_without_offset], dtype=np.float64)
 
 
 def build_model_spec(
@@ -98,25 +104,30 @@ def build_model_spec(
         nullable: features in which training saw a null: a batch may lack them, unless they are
             keys, offset or scale.
     """
-    target, scoring = spec.target, spec.scoring
-    always = [*spec.finest, *(name for name in (target.offset, target.scale) if name)]
-    optional = [name for name in spec.feature_columns if name in nullable and name not in always]
-    needed = dict.fromkeys([*spec.finest, *spec.feature_columns, *always])
+    target = spec.target
+    always = [*spec.finest, *filter(None, (target.offset, target.scale))]
+    may_lack = set(nullable).difference(always)
+    read = dict.fromkeys([*spec.finest, *spec.feature_columns, *always])
+    interval: float | None = None
+    intervals: tuple[float, ...] = ()
+    if not spec.is_class_task:
+        interval = spec.scoring.interval
+        intervals = tuple(spec.scoring.levels)
     return ModelSpec(
         fleet=spec.name,
-        grains=tuple(tuple(grain) for grain in spec.grains),
+        grains=tuple(map(tuple, spec.grains)),
         features=tuple(spec.feature_columns),
         categories={name: tuple(values) for name, values in categories.items()},
-        required=tuple(name for name in needed if name not in optional),
-        optional=tuple(optional),
+        required=tuple(name for name in read if name not in may_lack),
+        optional=tuple(name for name in spec.feature_columns if name in may_lack),
         task=spec.task,
         own=own,
         is_count=spec.objective in COUNTED,
         classes=tuple(classes),
         prior=tuple(prior),
         target=ModelTarget(target.column, target.transform, target.offset, target.scale),
-        interval=None if spec.is_class_task else scoring.interval,
-        intervals=() if spec.is_class_task else tuple(scoring.levels),
+        interval=interval,
+        intervals=intervals,
     )
 
 
@@ -139,7 +150,7 @@ class PackStore:
 
     def add(self, file: Path) -> dict[str, Any]:
         """Keep a local file under a name made from its content; its entry in an index."""
-        listed = {
+        entry = {
             **read_footer(file),
             "path": f"boosters-{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}.parquet",
         }
@@ -147,11 +158,11 @@ class PackStore:
         # Another file of this name is the same one, whole or half written.
         pf.copy_files(
             str(file),
-            f"{self.path}/{listed['path']}",
+            f"{self.path}/{entry['path']}",
             source_filesystem=pf.LocalFileSystem(),
             destination_filesystem=self.filesystem,
         )
-        return listed
+        return entry
 
 
 def write_pack(
@@ -167,13 +178,12 @@ def write_pack(
     Args:
         folder: empty or absent.
         runs: the version's own training run first.
-        boosters: rows of the booster store for ids; more than asked for do no harm, and are left
-            out.
+        boosters: rows of the booster store by id; rows that were not asked for are ignored.
         store: where a shared pack keeps its boosters; None puts them into the folder.
         before: versions whose boosters need not be stored again, where they are in the same store.
 
     Returns:
-        The digest of its index, by which the version is known.
+        The digest of its index, which identifies the version.
 
     Raises:
         StoreError: if a booster that a ledger names is not among them.
@@ -181,87 +191,101 @@ def write_pack(
     folder.mkdir(parents=True, exist_ok=True)
     chains = _list_chains(runs)
     booster_ids = list(dict.fromkeys(chains["booster_id"].dropna()))
-    files, places = _find_stored(before, store, booster_ids)
+    files: list[dict[str, Any]] = []
+    places: dict[str, dict[str, Any]] = {}
+    root = None
+    if store is not None:
+        root = store.root
+        files, places = _find_stored(before, root, booster_ids)
     new = [name for name in booster_ids if name not in places]
-    rows = _read_boosters(boosters, new)
     if new or store is None:
         path = folder / "boosters.parquet"
-        offsets = write_boosters(path, [rows[name] for name in new])
-        for name in new:
-            row = rows[name]
-            places[name] = {
-                **_place(len(files), *offsets[name]),
-                "n_bytes": row["n_bytes"],
-                "sha256": row["sha256"],
-            }
-        files.append({"path": path.name, **read_footer(path)} if store is None else store.add(path))
-        if store is not None:
+        rows = _read_boosters(boosters, new)
+        offsets = write_boosters(path, rows)
+        for row in rows:
+            name = row["booster_id"]
+            place = (len(files), *offsets[name])
+            places[name] = _describe_place(place, row["n_bytes"], row["sha256"])
+        if store is None:
+            files.append({"path": path.name, **read_footer(path)})
+        else:
+            files.append(store.add(path))
             path.unlink()
-    return _write_tables(
-        folder, runs, chains, places, root=None if store is None else store.root, files=files
-    )
+    return _write_tables(folder, runs, chains, places, root=root, files=files)
 
 
 def _read_boosters(
     boosters: Callable[[Sequence[str]], Iterable[Mapping[str, Any]]], names: Sequence[str]
-) -> dict[str, Mapping[str, Any]]:
-    """The named rows of a booster store, by id; a store is not asked for none.
+) -> list[Mapping[str, Any]]:
+    """The named rows of a booster store, in the order of the names.
+
+    Without names the store is not read.
 
     Raises:
         StoreError: if one is missing.
     """
     if not names:
-        return {}
+        return []
     named = set(names)
-    rows = {row["booster_id"]: row for row in boosters(names) if row["booster_id"] in named}
-    missing = [name for name in names if name not in rows]
+    rows = {}
+    for row in boosters(names):
+        if row["booster_id"] in named:
+            rows[row["booster_id"]] = row
+    missing = named.difference(rows)
     if missing:
         raise StoreError(
             f"booster store lacks {len(missing)} boosters that the ledger names, e.g. "
             f"{min(missing)}; train again"
         )
-    return rows
+    return [rows[name] for name in names]
 
 
-def _place(file: int, offset: int, stored_bytes: int) -> dict[str, Any]:
-    return {"file": file, "offset": offset, "stored_bytes": stored_bytes}
+def _describe_place(place: tuple[int, int, int], n_bytes: int, sha256: str) -> dict[str, Any]:
+    """Where a booster is stored, and what its text is checked by: columns of its chain."""
+    file, offset, stored_bytes = place
+    return {
+        "file": file,
+        "offset": offset,
+        "stored_bytes": stored_bytes,
+        "n_bytes": n_bytes,
+        "sha256": sha256,
+    }
 
 
 def _find_stored(
-    before: Sequence[FleetModel], store: PackStore | None, booster_ids: Sequence[str]
+    before: Sequence[FleetModel], root: str, booster_ids: Sequence[str]
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
-    """Files of the store, and where in them earlier versions have boosters needed again."""
+    """Files of a store, and where in them earlier versions have boosters that are needed again."""
     needed = set(booster_ids)
     numbers: dict[str, int] = {}
     files: list[dict[str, Any]] = []
     places: dict[str, dict[str, Any]] = {}
-    same_store = [model for model in before if store is not None and model.root == store.root]
-    for model, chain in ((one, chain) for one in same_store for chain in one.chains()):
-        name = chain.booster_id
-        if name is None or name not in needed or name in places:
+    for model in before:
+        if model.root != root:
             continue
-        number, offset, stored_bytes = chain.place
-        path = model.files[number]["path"]
-        if path not in numbers:
-            numbers[path] = len(files)
-            files.append(dict(model.files[number]))
-        places[name] = {
-            **_place(numbers[path], offset, stored_bytes),
-            "n_bytes": chain.n_bytes,
-            "sha256": chain.sha256,
-        }
+        for chain in model.chains():
+            name = chain.booster_id
+            if name is None or name not in needed or name in places:
+                continue
+            number, offset, stored_bytes = chain.place
+            path = model.files[number]["path"]
+            if path not in numbers:
+                numbers[path] = len(files)
+                files.append(dict(model.files[number]))
+            place = (numbers[path], offset, stored_bytes)
+            places[name] = _describe_place(place, chain.n_bytes, chain.sha256)
     return files, places
 
 
 def combine_versions(
     serving: Mapping[GroupKey, str], models: Sequence[FleetModel]
 ) -> list[PackedRun]:
-    """What a version consists of in which each group is answered by the run that is named for it.
+    """The runs of a version in which each group is answered by the run that is named for it.
 
     Args:
         serving: fleet version by group.
-        models: packs that together have the chains of these groups, and of their ancestors; of two
-            that have the same the first is taken.
+        models: packs that together have the chains of these groups, and of their ancestors; where
+            several have the same chain, the first one's is taken.
 
     Returns:
         One run per fleet version, in the order in which the packs have them.
@@ -274,37 +298,49 @@ def combine_versions(
     for model in models:
         rows = model.chain_rows()
         for number, generation in enumerate(model.generations):
-            generations.setdefault(generation.fleet_version, generation)
-            tables.setdefault(generation.fleet_version, []).append(
-                rows[rows["generation"] == number]
-            )
+            version = generation.fleet_version
+            generations.setdefault(version, generation)
+            tables.setdefault(version, []).append(rows[rows["generation"] == number])
     groups_of: dict[str, set[GroupKey]] = {}
     for key, version in serving.items():
         groups_of.setdefault(version, set()).add(key)
     runs: list[PackedRun] = []
     for version, generation in generations.items():
-        if version not in groups_of:
-            continue
-        served = groups_of[version]
-        rows = pd.concat(tables[version]).drop_duplicates(["grain", "group_id"])
-        keys = GroupKey.of_rows(rows)
-        if lacking := served - set(keys):
-            first = min(lacking)[1]
-            raise ModelNotFound(
-                f"no pack has the chain that version {version} has for group {first}; "
-                f"{len(lacking)} groups lack theirs"
-            )
-        needed = {
-            above for key in served for above in key.list_ancestry(generation.model_spec.grains)
-        }
-        rows = rows.assign(serves=[key in served for key in keys])
-        rows = rows[[key in needed for key in keys]]
-        runs.append(PackedRun(generation, rows.drop(columns="generation")))
-    if lacking_versions := set(groups_of) - set(generations):
+        if version in groups_of:
+            rows = pd.concat(tables[version]).drop_duplicates(["grain", "group_id"])
+            runs.append(_take_chains(generation, rows, groups_of[version]))
+    missing = set(groups_of).difference(generations)
+    if missing:
         raise ModelNotFound(
-            f"no pack holds version {min(lacking_versions)}; available: {', '.join(generations)}"
+            f"no pack holds version {min(missing)}; available: {', '.join(generations)}"
         )
     return runs
+
+
+def _take_chains(generation: Generation, rows: pd.DataFrame, served: set[GroupKey]) -> PackedRun:
+    """The part of a run that serves some groups: their chains, and those of their ancestors.
+
+    Args:
+        generation: of the run.
+        rows: its chains, one row per group.
+        served: the groups.
+
+    Raises:
+        ModelNotFound: if one of them has no chain.
+    """
+    keys = GroupKey.of_rows(rows)
+    missing = served.difference(keys)
+    if missing:
+        raise ModelNotFound(
+            f"no pack has the chain that version {generation.fleet_version} has for group "
+            f"{min(missing).group_id}; {len(missing)} groups lack theirs"
+        )
+    needed: set[GroupKey] = set()
+    for key in served:
+        needed.update(key.list_ancestry(generation.model_spec.grains))
+    rows = rows.assign(serves=[key in served for key in keys])
+    rows = rows[[key in needed for key in keys]]
+    return PackedRun(generation, rows.drop(columns="generation"))
 
 
 def write_boosters(path: Path, boosters: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, int]]:
@@ -332,12 +368,8 @@ def write_boosters(path: Path, boosters: Sequence[Mapping[str, Any]]) -> dict[st
     ):
         for part in _split_row_groups(boosters):
             start = sink.tell()
-            writer.write_table(
-                pa.Table.from_pylist(
-                    [{name: row[name] for name in _BOOSTERS.names} for row in part],
-                    schema=_BOOSTERS,
-                )
-            )
+            # Only the columns of the schema are taken.
+            writer.write_table(pa.Table.from_pylist(part, schema=_BOOSTERS))
             sink.flush()
             with path.open("rb") as written:
                 written.seek(start)
@@ -358,7 +390,8 @@ def _split_row_groups(boosters: Iterable[Mapping[str, Any]]) -> Iterator[list[Ma
         n_bytes += len(row["text"])
         if n_bytes >= ROW_GROUP_BYTES:
             yield part
-            part, n_bytes = [], 0
+            part = []
+            n_bytes = 0
     if part:
         yield part
 
@@ -367,13 +400,17 @@ def _list_chains(runs: Sequence[PackedRun]) -> pd.DataFrame:
     """One row per generation and group, sorted as in the pack, without where the boosters are."""
     parts = []
     for number, run in enumerate(runs):
-        rows = run.ledger[["grain", "group_id", "booster_id", "weight"]].assign(generation=number)
-        halves = [
-            _read_half_widths(written, run.generation.model_spec.intervals)
-            for written in run.ledger["intervals"]
-        ]
-        rows = rows.assign(serves=run.ledger.get("serves", True), weight=rows["weight"].fillna(0.0))
-        parts.append(rows.assign(intervals=pd.Series(halves, index=rows.index, dtype=object)))
+        ledger = run.ledger
+        levels = run.generation.model_spec.intervals
+        halves = [_read_half_widths(written, levels) for written in ledger["intervals"]]
+        parts.append(
+            ledger[["grain", "group_id", "booster_id"]].assign(
+                weight=ledger["weight"].fillna(0.0),
+                generation=number,
+                serves=ledger.get("serves", True),
+                intervals=pd.Series(halves, index=ledger.index, dtype=object),
+            )
+        )
     return pd.concat(parts).sort_values(["grain", "group_id", "generation"], ignore_index=True)
 
 
@@ -383,11 +420,17 @@ def _read_half_widths(written: object, levels: Sequence[float]) -> list[float | 
     None for a group that has none of its own.
     """
     if isinstance(written, list | np.ndarray):  # from a pack's chain
-        return [None if half is None or np.isnan(half) else float(half) for half in written]
+        return list(map(_number_or_none, written))
     if not isinstance(written, str):
         return None
-    found = {float(level): half for level, half in json.loads(written).items()}
-    return [found.get(level) for level in levels]
+    half_widths = {float(level): half for level, half in json.loads(written).items()}
+    return list(map(half_widths.get, levels))
+
+
+def _number_or_none(value: float | None) -> float | None:
+    if value is None or np.isnan(value):
+        return None
+    return float(value)
 
 
 def _write_tables(
@@ -397,22 +440,11 @@ def _write_tables(
     places: Mapping[str, Mapping[str, Any]],
     *,
     root: str | None,
-    files: Sequence[Mapping[str, Any]],
+    files: Sequence[dict[str, Any]],
 ) -> str:
     """Write chains, spec and index; the index's digest."""
-    rows = [{**row, **places.get(row["booster_id"], {})} for row in records(chains)]
-    table = pa.Table.from_pylist(
-        [{field.name: row.get(field.name) for field in CHAINS} for row in rows], schema=CHAINS
-    )
-    keys = [GroupKey.of(row) for row in rows]
-    bounds = _find_row_groups(keys)
-    with pq.ParquetWriter(
-        folder / "chains.parquet", CHAINS, compression="zstd", write_page_checksum=True
-    ) as writer:
-        for start, end in bounds:
-            writer.write_table(table.slice(start, end - start), row_group_size=max(1, end - start))
+    first_keys = _write_chains(folder / "chains.parquet", chains, places)
     own = runs[0].generation
-    first_keys = [list(keys[start]) for start, _ in bounds]
     spec = json.dumps(
         {"generations": [_describe_generation(run).to_dict() for run in runs]},
         ensure_ascii=False,
@@ -423,14 +455,14 @@ def _write_tables(
         "format": PACK_FORMAT,
         "fleet": own.model_spec.fleet,
         "fleet_version": own.fleet_version,
-        "n_chains": len(rows),
+        "n_chains": len(chains),
         "n_boosters": len(places),
         "spec.json": {"n_bytes": len(spec), "sha256": hashlib.sha256(spec).hexdigest()},
         "chains.parquet": {
             **read_footer(folder / "chains.parquet"),
-            "first": first_keys,
+            "first": list(map(list, first_keys)),
         },
-        "boosters": {"root": root, "files": [dict(file) for file in files]},
+        "boosters": {"root": root, "files": list(files)},
     }
     digest = index_digest(index)
     (folder / "index.json").write_text(
@@ -439,10 +471,27 @@ def _write_tables(
     return digest
 
 
+def _write_chains(
+    path: Path, chains: pd.DataFrame, places: Mapping[str, Mapping[str, Any]]
+) -> list[GroupKey]:
+    """Write the chains, each with the place of its booster; the first group of each row group."""
+    rows = records(chains)
+    for row in rows:
+        row.update(places.get(row["booster_id"], {}))
+    table = pa.Table.from_pylist(rows, schema=CHAINS)
+    keys = GroupKey.of_rows(chains)
+    first_keys = []
+    with pq.ParquetWriter(path, CHAINS, compression="zstd", write_page_checksum=True) as writer:
+        for start, end in _find_row_groups(keys):
+            writer.write_table(table.slice(start, end - start), row_group_size=end - start)
+            first_keys.append(keys[start])
+    return first_keys
+
+
 def _describe_generation(run: PackedRun) -> Generation:
     """A run's entry in spec.json.
 
-    One that comes from a pack says already which groups the constant answers.
+    A run that comes from a pack already says which groups the constant answers.
     """
     if "answered_by" not in run.ledger:
         return run.generation
@@ -452,9 +501,9 @@ def _describe_generation(run: PackedRun) -> Generation:
 
 def _find_row_groups(keys: Sequence[GroupKey]) -> list[tuple[int, int]]:
     """Where row groups start and end: about as many rows in each, all rows of a group in one."""
-    starts = [0, *range(CHAINS_PER_ROW_GROUP, len(keys), CHAINS_PER_ROW_GROUP)] if keys else []
+    starts = list(range(0, len(keys), CHAINS_PER_ROW_GROUP))
     for number in range(1, len(starts)):
         while starts[number] < len(keys) and keys[starts[number]] == keys[starts[number] - 1]:
             starts[number] += 1
-    ends = [*starts[1:], len(keys)]
-    return [(start, end) for start, end in zip(starts, ends, strict=True) if end > start]
+    bounds = pairwise([*starts, len(keys)])
+    return [(start, end) for start, end in bounds if end > start]
