@@ -1,4 +1,4 @@
-"""What each feature does in one group's model, as LightGBM itself tells it."""
+"""What each feature does in one group's model, as LightGBM itself reports it."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import pandas as pd
 
 from pipeline.models.meta_model import Floats, ModelSpec, design_matrix
 
-# Rows per group that SHAP values are computed for; they take longer than predictions by far.
+# Rows per group that SHAP values are computed for; they take far longer than predictions.
 SAMPLED_ROWS = 200
 
 
@@ -26,19 +26,19 @@ def group_importance(booster: Any, rows: pd.DataFrame, model_spec: ModelSpec) ->
         them.
     """
     gain: Floats = np.asarray(booster.feature_importance("gain"), dtype=np.float64)
-    total = gain.sum()
+    gain_share: Floats = np.full(len(gain), np.nan)
+    if gain.sum() > 0:
+        gain_share = gain / gain.sum()
+    rank = pd.Series(gain).rank(method="first", ascending=False).where(gain > 0)
     return pd.DataFrame(
         {
             "feature": list(model_spec.features),
             "gain": gain,
-            "gain_share": gain / total if total > 0 else np.nan,
+            "gain_share": gain_share,
             "n_splits": np.asarray(booster.feature_importance("split"), dtype=np.int64),
             "shap": mean_shap(booster, rows, model_spec),
             "n_rows": len(rows),
-            "rank": pd.Series(gain)
-            .rank(method="first", ascending=False)
-            .where(gain > 0)
-            .astype("Int32"),
+            "rank": rank.astype("Int32"),
         }
     )
 

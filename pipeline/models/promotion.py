@@ -8,7 +8,7 @@ features and form, with those of the ancestors that have a say in its answers.
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,13 +21,13 @@ from pipeline.tables import BY_CONSTANT, BY_PARENT, records
 
 Floats = npt.NDArray[np.float64]
 
-# One-sided: a group without a real change is moved, or held back, by chance as often as that.
+# One-sided: how often a group without a real change is moved, or held back, by chance.
 LEVEL = 0.025
 # A group with fewer report rows, or with rows in fewer stretches of time, follows its parent.
 MIN_ROWS, MIN_BLOCKS = 30, 8
 # The chance that any group of a sound fleet is left to its parent or its constant.
 FLEET_LEVEL = 0.05
-# A smaller share of a loss than that is rounding.
+# A smaller share of a loss than this is rounding.
 DISCERNIBLE = 1e-9
 MAX_FAILED = 0.1
 
@@ -52,6 +52,8 @@ ROLLED_BACK, OVERRIDE, GATES, UNKNOWN = "rolled_back", "override", "gates", "unk
 REFITTED = "earlier_recipe_refitted"
 # What nobody can override.
 CAN_OPEN, CAN_ANSWER = "the version can be opened", "every group has an answer chain"
+# The loss that a gate expects beside that of a rival, or of the champion.
+_NO_MORE_LOSS = "not significantly more"
 
 
 @dataclass(frozen=True)
@@ -99,9 +101,9 @@ class ComparedRun:
         return cls(generation, {GroupKey.of(row): row for row in records(ledger)})
 
     def recipe(self, key: GroupKey) -> str | None:
-        """What the group's own model is made by.
+        """What the group's own model is made by; None where it has none.
 
-        None where it has none. Rounds and categories come of the rows, not of the recipe.
+        Rounds and categories are not part of it: they follow from the rows.
         """
         row = self.groups.get(key)
         if row is None or row["booster_id"] is None:
@@ -115,46 +117,45 @@ class ComparedRun:
             model_spec.target.to_dict(),
         ]
         if model_spec.corrects:
-            parts += [
-                self.recipe(above) for above in key.list_ancestry(self.model_spec.grains)[:-1]
-            ]
+            ancestors = key.list_ancestry(model_spec.grains)[:-1]
+            parts.extend(map(self.recipe, ancestors))
         return json.dumps(parts, sort_keys=True)
 
     def chain(self, key: GroupKey) -> list[tuple[GroupKey, float]]:
         """The models in a group's answers, coarsest first, with their blend weights."""
-        found: list[tuple[GroupKey, float]] = []
+        corrects = self.model_spec.corrects
+        models: list[tuple[GroupKey, float]] = []
         for above in key.list_ancestry(self.model_spec.grains):
             row = self.groups.get(above)
-            if row is not None and row.get("answered_by") == BY_CONSTANT:
-                found = []
-            if (
-                row is None
-                or row["booster_id"] is None
-                or (not row["weight"] and not self.model_spec.corrects)
-            ):
+            if row is None:
+                continue
+            if row.get("answered_by") == BY_CONSTANT:
+                models = []
+            if row["booster_id"] is None:
                 continue
             weight = float(row["weight"] or 0.0)
-            found = (
-                [(above, weight)]
-                if weight == 1.0 and not self.model_spec.corrects
-                else [*found, (above, weight)]
-            )
-        return found
+            if corrects:
+                models.append((above, weight))
+            elif weight == 1.0:
+                models = [(above, weight)]  # what is above has no say
+            elif weight:
+                models.append((above, weight))
+        return models
 
 
 def is_comparable(champion: ModelSpec, challenger: ModelSpec) -> bool:
     """Whether two model specs pose the same question, so that the recipes of both can be compared."""
-    questions = [
-        (
-            model_spec.grains,
-            model_spec.task,
-            model_spec.classes,
-            model_spec.target,
-            bool(model_spec.is_count),
-        )
-        for model_spec in (champion, challenger)
-    ]
-    return questions[0] == questions[1]
+    return _question_of(champion) == _question_of(challenger)
+
+
+def _question_of(model_spec: ModelSpec) -> tuple[Any, ...]:
+    return (
+        model_spec.grains,
+        model_spec.task,
+        model_spec.classes,
+        model_spec.target,
+        bool(model_spec.is_count),
+    )
 
 
 def kind_of_change(key: GroupKey, champion: ComparedRun | None, challenger: ComparedRun) -> str:
@@ -171,20 +172,25 @@ def kind_of_change(key: GroupKey, champion: ComparedRun | None, challenger: Comp
         return UNCHANGED
     if not champion.groups or not is_comparable(champion.model_spec, challenger.model_spec):
         return NOT_COMPARABLE
-    before, after = champion.chain(key), challenger.chain(key)
-    if [above for above, _ in before] != [above for above, _ in after]:
+    return _compare_chains(key, champion, challenger)
+
+
+def _compare_chains(key: GroupKey, champion: ComparedRun, challenger: ComparedRun) -> str:
+    """Whether the models in a group's answers are the same, or made by the same recipes."""
+    before = dict(champion.chain(key))
+    after = dict(challenger.chain(key))
+    if list(before) != list(after):
         return NEW_RECIPE
     same_boosters = all(
         champion.groups[above]["booster_id"] == challenger.groups[above]["booster_id"]
-        for above, _ in before
+        for above in before
     )
     if same_boosters and before == after:
         return UNCHANGED
-    return (
-        REFRESH
-        if all(champion.recipe(above) == challenger.recipe(above) for above, _ in before)
-        else NEW_RECIPE
-    )
+    same_recipes = all(champion.recipe(above) == challenger.recipe(above) for above in before)
+    if same_recipes:
+        return REFRESH
+    return NEW_RECIPE
 
 
 def decide(
@@ -202,43 +208,41 @@ def decide(
             (its standard error), null where nothing was compared; optionally answered_by (`parent`
             or `constant` where that answers the group in the challenger, as its own answer is
             worse).
-        rolled_back: groups that were taken back from this very challenger.
+        rolled_back: groups that were rolled back from this challenger.
 
     Returns:
         The rows, coarse groups first, with promoted, reason and p_value (of the one-sided test;
         null where none was made).
 
-    Source: ratio estimator over clusters, Cochran (1977), section 6.4, with Student's t for so many
-    stretches less one.
+    Source: ratio estimator over clusters, Cochran (1977), section 6.4, with Student's t of one
+    degree of freedom less than there are stretches.
     """
     ordered = groups.sort_values(["grain", "group_id"], ignore_index=True)
-    n_rows, n_blocks, gain, error = (
-        ordered[name].to_numpy(dtype=float) for name in ("n_rows", "n_blocks", "gain", "gain_error")
-    )
-    p_better = chance_of(gain, error, n_blocks)
+    n_rows = _floats(ordered, "n_rows")
+    n_blocks = _floats(ordered, "n_blocks")
+    p_better = chance_of(_floats(ordered, "gain"), _floats(ordered, "gain_error"), n_blocks)
     enough = (n_rows >= MIN_ROWS) & (n_blocks >= MIN_BLOCKS) & np.isfinite(p_better)
-    verdicts: dict[GroupKey, tuple[bool, str]] = {}
-    p_values: list[float | None] = []
+    verdicts: dict[GroupKey, _Verdict] = {}
     keys = GroupKey.of_rows(ordered)
     for key, parent, kind, is_judged, better in zip(
         keys, ordered["parent_id"], ordered["kind"], enough, p_better, strict=True
     ):
-        p_value: float | None = None
         if key in rolled_back and kind != NEW_GROUP:
-            # What nothing answers cannot stay with anything.
-            verdict = False, ROLLED_BACK
+            # A new group cannot go back: nothing answered it before.
+            verdict = _Verdict(ROLLED_BACK, promoted=False)
         elif kind in (UNCHANGED, NEW_GROUP, NOT_COMPARABLE):
-            verdict = True, kind
+            verdict = _Verdict(kind, promoted=True)
         elif not is_judged and key.grain == 0:
-            verdict = True, UNMEASURED
+            verdict = _Verdict(UNMEASURED, promoted=True)
         elif not is_judged:
-            verdict = verdicts[GroupKey(key.grain - 1, parent)][0], FOLLOWS
+            follows = verdicts[GroupKey(key.grain - 1, parent)]
+            verdict = _Verdict(FOLLOWS, promoted=follows.promoted)
         else:
-            verdict, p_value = _tested_verdict(kind, better)
+            verdict = _judge_recipe(kind, better)
         verdicts[key] = verdict
-        p_values.append(p_value)
-    promoted = [goes for goes, _ in verdicts.values()]
-    reasons = [reason for _, reason in verdicts.values()]
+    promoted = [verdict.promoted for verdict in verdicts.values()]
+    reasons = [verdict.reason for verdict in verdicts.values()]
+    p_values = [verdict.p_value for verdict in verdicts.values()]
     if "answered_by" in ordered:
         for place, answered_by in enumerate(ordered["answered_by"]):
             if promoted[place] and isinstance(answered_by, str):
@@ -248,8 +252,20 @@ def decide(
     )
 
 
-def _tested_verdict(kind: str, p_better: float) -> tuple[tuple[bool, str], float]:
-    """Whether a compared group is promoted, why, and the p-value of the test that says so.
+def _floats(rows: pd.DataFrame, name: str) -> Floats:
+    return rows[name].to_numpy(dtype=np.float64)
+
+
+class _Verdict(NamedTuple):
+    """Whether a group is promoted, why, and the p-value of the test that says so, if any."""
+
+    reason: str
+    promoted: bool
+    p_value: float | None = None
+
+
+def _judge_recipe(kind: str, p_better: float) -> _Verdict:
+    """The verdict on a group that was compared.
 
     Args:
         kind: what it is in the challenger.
@@ -257,12 +273,16 @@ def _tested_verdict(kind: str, p_better: float) -> tuple[tuple[bool, str], float
     """
     if kind == REFRESH:
         p_worse = 1.0 - p_better
-        return ((False, WORSE) if p_worse < LEVEL else (True, NOT_WORSE)), p_worse
-    return ((True, BETTER) if p_better < LEVEL else (False, NOT_BETTER)), p_better
+        if p_worse < LEVEL:
+            return _Verdict(WORSE, promoted=False, p_value=p_worse)
+        return _Verdict(NOT_WORSE, promoted=True, p_value=p_worse)
+    if p_better < LEVEL:
+        return _Verdict(BETTER, promoted=True, p_value=p_better)
+    return _Verdict(NOT_BETTER, promoted=False, p_value=p_better)
 
 
 def chance_of(gain: Floats, error: Floats, n_blocks: Floats) -> Floats:
-    """Chance of a gain at least so large where there is none.
+    """Chance of a gain at least this large if there is none.
 
     1/2 where both always err alike, NaN where nothing was compared.
     """
@@ -298,10 +318,7 @@ class Judgement:
     def serving(self) -> dict[GroupKey, str]:
         """The fleet version that answers each group from now on."""
         rows = self.decisions
-        return {
-            key: str(version)
-            for key, version in zip(GroupKey.of_rows(rows), rows["to_version"], strict=True)
-        }
+        return dict(zip(GroupKey.of_rows(rows), map(str, rows["to_version"]), strict=True))
 
     @property
     def changes_answers(self) -> bool:
@@ -339,50 +356,71 @@ def earlier_recipes(
 ) -> list[EarlierRecipes]:
     """The recipes that stay, one set per fleet version that has some.
 
-    Fitted on newer rows, they answer better than their old models.
-
-    A set is left out where the challenger's columns, or a ledger of an earlier release, do not
-    allow to fit it.
+    Fitted on newer rows, they answer better than their old models. A set is left out where it
+    cannot be fitted: with the challenger's columns, or from a ledger of an earlier release.
 
     Args:
         decisions: as from `decide`, with from_version.
         champions: the runs that answer now, by fleet version.
         challenger: the run that is judged.
     """
+    recipes = []
+    for version, groups in sorted(_staying_groups(decisions).items()):
+        earlier = champions[version]
+        if _can_be_fitted(earlier.model_spec, challenger.model_spec):
+            starts = _list_refits(earlier, groups)
+            if starts is not None:
+                recipes.append(EarlierRecipes(version, frozenset(groups), starts))
+    return recipes
+
+
+def _staying_groups(decisions: pd.DataFrame) -> dict[str, set[GroupKey]]:
+    """By fleet version the groups that keep its recipes.
+
+    The challenger's new recipe is not better for them, or they follow a parent of which that holds.
+    """
     staying: dict[str, set[GroupKey]] = {}
     not_better: set[GroupKey] = set()
     for row in records(decisions.sort_values("grain")):
-        key = GroupKey.of(row)
-        follows = row["reason"] == FOLLOWS and GroupKey.parent_of(row) in not_better
-        if (
-            row["promoted"]
-            or row["kind"] != NEW_RECIPE
-            or not (row["reason"] == NOT_BETTER or follows)
-        ):
+        if row["promoted"] or row["kind"] != NEW_RECIPE:
             continue
-        not_better.add(key)
-        staying.setdefault(str(row["from_version"]), set()).add(key)
-    found = []
-    for version, groups in sorted(staying.items()):
-        side = champions[version]
-        starts = {
-            above: _refit_of(side, above)
-            for key in groups
-            for above in key.list_ancestry(side.model_spec.grains)
-        }
-        can_be_fitted = all(
-            getattr(side.model_spec, name) == getattr(challenger.model_spec, name)
-            for name in ("features", "own", "target")
-        )
-        if can_be_fitted and all(start is not None for start in starts.values()):
-            refits = {key: start for key, start in starts.items() if start is not None}
-            found.append(EarlierRecipes(version, frozenset(groups), refits))
-    return found
+        follows = row["reason"] == FOLLOWS and GroupKey.parent_of(row) in not_better
+        if row["reason"] == NOT_BETTER or follows:
+            key = GroupKey.of(row)
+            not_better.add(key)
+            staying.setdefault(str(row["from_version"]), set()).add(key)
+    return staying
 
 
-def _refit_of(side: ComparedRun, key: GroupKey) -> Start | None:
+def _can_be_fitted(earlier: ModelSpec, challenger: ModelSpec) -> bool:
+    """Whether the recipes of one model spec can be fitted on the rows of another."""
+    return (
+        earlier.features == challenger.features
+        and earlier.own == challenger.own
+        and earlier.target == challenger.target
+    )
+
+
+def _list_refits(
+    earlier: ComparedRun, groups: Collection[GroupKey]
+) -> dict[GroupKey, Start] | None:
+    """How the recipes of some groups, and of those above them, are fitted again.
+
+    None where the ledger does not say enough about one of them.
+    """
+    starts: dict[GroupKey, Start] = {}
+    for key in groups:
+        for above in key.list_ancestry(earlier.model_spec.grains):
+            start = _refit_of(earlier, above)
+            if start is None:
+                return None
+            starts[above] = start
+    return starts
+
+
+def _refit_of(earlier: ComparedRun, key: GroupKey) -> Start | None:
     """How the recipe of a group is fitted again; None where its ledger row does not say enough."""
-    row = side.groups.get(key)
+    row = earlier.groups.get(key)
     if row is None or row["booster_id"] is None:
         return Start(judge=True)
     if row["cross_selection"] is None:
@@ -398,10 +436,12 @@ def with_refits(judgement: Judgement, refits: Mapping[str, Collection[GroupKey]]
         judgement: before.
         refits: groups by the fleet version that answers them from now on.
     """
-    by_group = {key: version for version, groups in refits.items() for key in groups}
+    version_of: dict[GroupKey, str] = {}
+    for version, groups in refits.items():
+        version_of.update(dict.fromkeys(groups, version))
     rows = judgement.decisions
-    answers = [by_group.get(key) for key in GroupKey.of_rows(rows)]
-    refitted = pd.Series(answers, index=rows.index, dtype=object)
+    versions = list(map(version_of.get, GroupKey.of_rows(rows)))
+    refitted = pd.Series(versions, index=rows.index, dtype=object)
     is_refitted = refitted.notna()
     changed = rows.assign(
         reason=rows["reason"].mask(is_refitted, REFITTED),
@@ -426,18 +466,15 @@ def override_decisions(
     if decision == "judge":
         return judgement
     rows = judgement.decisions
-    chosen = (
-        rows["group_id"].isin(list(listed))
-        if listed
-        else pd.Series([True] * len(rows), index=rows.index)
-    )
+    all_rows = pd.Series(data=True, index=rows.index)
+    chosen = all_rows
+    if listed:
+        chosen = rows["group_id"].isin(list(listed))
     if decision == "promote":
-        promoted, touched = (
-            chosen | rows["from_version"].isna(),
-            pd.Series([True] * len(rows), index=rows.index),
-        )
+        touched = all_rows
+        promoted = chosen | rows["from_version"].isna()
     else:
-        # A group that nothing answers yet cannot stay with anything.
+        # A group that nothing answers yet has nothing to stay with.
         touched = chosen & rows["from_version"].notna()
         promoted = rows["promoted"] & ~touched
     changed = rows.assign(
@@ -467,11 +504,18 @@ def stays(serving: Mapping[GroupKey, str]) -> pd.DataFrame:
         serving: fleet version by group, as the champion answers now; where it is empty, the pooled
             group stands for all.
     """
-    answering: Mapping[GroupKey, str | None] = serving or {GroupKey(0, "[]"): None}
-    rows = [(*key, version, version) for key, version in sorted(answering.items())]
-    return pd.DataFrame(rows, columns=["grain", "group_id", "from_version", "to_version"]).assign(
-        reason=GATES
-    )
+    keys = sorted(serving) or [GroupKey(0, "[]")]
+    return _list_moves(keys, serving, serving).assign(reason=GATES)
+
+
+def _list_moves(
+    keys: Sequence[GroupKey], before: Mapping[GroupKey, str], after: Mapping[GroupKey, str]
+) -> pd.DataFrame:
+    """One row per group: grain, group_id, from_version and to_version."""
+    rows = pd.DataFrame(keys, columns=["grain", "group_id"])
+    rows["from_version"] = [before.get(key) for key in keys]
+    rows["to_version"] = [after.get(key) for key in keys]
+    return rows
 
 
 def groups_rolled_back(decisions: pd.DataFrame, challenger: str) -> frozenset[GroupKey]:
@@ -504,56 +548,47 @@ def rolled_back(
     Raises:
         DataError: if a listed group is not in the version to roll back to.
     """
-    wanted = [key for key in {**target, **current} if not listed or key[1] in set(listed)]
-    lacking = sorted(
-        {group for group in listed if not any(key[1] == group and key in target for key in wanted)}
-    )
-    if lacking:
+    missing = set(listed).difference(group for _, group in target)
+    if missing:
         raise DataError(
-            f"the version to roll back to has no group {lacking[0]!r}; roll back the whole fleet, "
-            "or to a version that has it (rollback_to)"
+            f"the version to roll back to has no group {min(missing)!r}; roll back the whole "
+            "fleet, or to a version that has it (rollback_to)"
         )
-    rows = [(*key, current.get(key), target.get(key)) for key in sorted(wanted)]
-    return pd.DataFrame(rows, columns=["grain", "group_id", "from_version", "to_version"]).assign(
-        reason=OVERRIDE
-    )
+    keys = sorted({**target, **current})
+    if listed:
+        chosen = set(listed)
+        keys = [key for key in keys if key[1] in chosen]
+    return _list_moves(keys, current, target).assign(reason=OVERRIDE)
 
 
 def losing_groups(measured: pd.DataFrame) -> dict[GroupKey, str]:
-    """Groups whose answers are significantly worse than their parent's or the constant's.
-
-    And which of the two answers them better.
+    """Which rival answers the groups whose own answers are significantly worse.
 
     Args:
         measured: one row per group, as from `losses.compare_answers`, with the rivals parent and
             constant.
 
     Returns:
-        `parent` or `constant` by group. The chance that a fleet in which no group is worse has any
-        is `FLEET_LEVEL`.
+        `parent` or `constant` by group, the better of the two. In a fleet in which no group is
+        worse, the chance that any group is listed is `FLEET_LEVEL`.
     """
     enough = (measured["n_rows"] >= MIN_ROWS) & (measured["n_blocks"] >= MIN_BLOCKS)
     tested = measured[enough]
     level = FLEET_LEVEL / max(1, 2 * len(tested))
-    is_worse = {rival: _is_worse(tested, rival, level) for rival in (BY_PARENT, BY_CONSTANT)}
-    losers = tested[is_worse[BY_PARENT] | is_worse[BY_CONSTANT]]
-    found: dict[GroupKey, str] = {}
-    for row in records(losers):
-        by_constant = row["loss_constant"] < row["loss_parent"]
-        found[GroupKey.of(row)] = BY_CONSTANT if by_constant else BY_PARENT
-    return found
+    is_worse = _is_worse(tested, BY_PARENT, level) | _is_worse(tested, BY_CONSTANT, level)
+    losers = tested[is_worse]
+    rivals = np.where(losers["loss_constant"] < losers["loss_parent"], BY_CONSTANT, BY_PARENT)
+    return dict(zip(GroupKey.of_rows(losers), rivals.tolist(), strict=True))
 
 
 def _is_worse(measured: pd.DataFrame, rival: str, level: float) -> "pd.Series[bool]":
     """Per row whether our loss is significantly above a rival's, and by more than rounding."""
-    gain, error, n_blocks = (
-        measured[f"{name}_{rival}"].to_numpy(dtype=float)
-        for name in ("gain", "gain_error", "n_blocks")
-    )
-    is_discernible = -gain > DISCERNIBLE * measured["loss"].to_numpy(dtype=float)
-    return pd.Series(
-        is_discernible & (1.0 - chance_of(gain, error, n_blocks) < level), index=measured.index
-    )
+    gain = _floats(measured, f"gain_{rival}")
+    error = _floats(measured, f"gain_error_{rival}")
+    n_blocks = _floats(measured, f"n_blocks_{rival}")
+    is_discernible = -gain > DISCERNIBLE * _floats(measured, "loss")
+    p_worse = 1.0 - chance_of(gain, error, n_blocks)
+    return pd.Series(is_discernible & (p_worse < level), index=measured.index)
 
 
 def judge_challenger(ledger: pd.DataFrame, groups_in_pack: Sequence[GroupKey]) -> list[Gate]:
@@ -566,17 +601,16 @@ def judge_challenger(ledger: pd.DataFrame, groups_in_pack: Sequence[GroupKey]) -
     Raises:
         StoreError: if the ledger has no such run.
     """
-    chains = set(groups_in_pack)
-    lacking = [key for key in GroupKey.of_rows(ledger) if key not in chains]
     if ledger[ledger["grain"] == 0].empty:
         raise StoreError(
             "the ledger does not know the challenger's run: registry and data root do not belong "
             "together; materialise models again"
         )
+    without_chain = set(GroupKey.of_rows(ledger)).difference(groups_in_pack)
     n_failed = int((ledger["status"] == "failed").sum())
     n_models = int(ledger["booster_id"].notna().sum())
     return [
-        Gate(CAN_ANSWER, not lacking, f"{len(lacking)} of {len(ledger)} lack one", "0"),
+        Gate(CAN_ANSWER, not without_chain, f"{len(without_chain)} of {len(ledger)} lack one", "0"),
         Gate("some group has a model", n_models > 0, f"{n_models}", "at least 1"),
         Gate(
             "few groups failed",
@@ -599,24 +633,26 @@ def judge_rivals(fleet: pd.DataFrame, titles: Mapping[str, str]) -> list[Gate]:
     """
     gates = []
     for rival, title in titles.items():
-        found, is_worse = "too few report rows to compare", False
-        row = fleet.iloc[0] if len(fleet) else {f"n_rows_{rival}": 0, f"n_blocks_{rival}": 0}
-        if row[f"n_rows_{rival}"] >= MIN_ROWS and row[f"n_blocks_{rival}"] >= MIN_BLOCKS:
-            theirs = row[f"loss_{rival}"]
-            found = (
-                f"loss {theirs - row[f'gain_{rival}']:.6g}, {title} {theirs:.6g} on "
-                f"{row[f'n_rows_{rival}']:,.0f} rows"
-            )
-            is_worse = bool(_is_worse(fleet, rival, LEVEL / len(titles)).iloc[0])
-        gates.append(
-            Gate(
-                f"the fleet is not worse than {title}",
-                not is_worse,
-                found,
-                "not significantly more",
-            )
-        )
+        gates.append(_judge_rival(fleet, rival, title, level=LEVEL / len(titles)))
     return gates
+
+
+def _judge_rival(fleet: pd.DataFrame, rival: str, title: str, *, level: float) -> Gate:
+    name = f"the fleet is not worse than {title}"
+    if fleet.empty or not _has_enough_rows(fleet.iloc[0], rival):
+        finding = "too few report rows to compare"
+        return Gate(name, passed=True, found=finding, expected=_NO_MORE_LOSS)
+    row = fleet.iloc[0]
+    theirs = row[f"loss_{rival}"]
+    ours = theirs - row[f"gain_{rival}"]
+    finding = f"loss {ours:.6g}, {title} {theirs:.6g} on {row[f'n_rows_{rival}']:,.0f} rows"
+    is_worse = bool(_is_worse(fleet, rival, level).iloc[0])
+    return Gate(name, not is_worse, finding, _NO_MORE_LOSS)
+
+
+def _has_enough_rows(row: "pd.Series[Any]", rival: str) -> bool:
+    """Whether a rival answers enough rows, in enough stretches of time, to be compared with."""
+    return bool(row[f"n_rows_{rival}"] >= MIN_ROWS and row[f"n_blocks_{rival}"] >= MIN_BLOCKS)
 
 
 def judge_answers(decided: pd.DataFrame) -> Gate:
@@ -634,14 +670,10 @@ def judge_answers(decided: pd.DataFrame) -> Gate:
     total, error = gains.sum(), np.sqrt((gains**2).sum())
     is_worse = bool(len(gains) >= MIN_BLOCKS and total < 0 and _normal_below(total / error) < LEVEL)
     whole = finest["loss_sum_champion"].sum()
-    share = (
-        f"{-total / whole:+.3%} loss over {len(gains)} groups"
-        if whole > 0
-        else "nothing to compare"
-    )
-    return Gate(
-        "the fleet is not worse than the champion", not is_worse, share, "not significantly more"
-    )
+    finding = "nothing to compare"
+    if whole > 0:
+        finding = f"{-total / whole:+.3%} loss over {len(gains)} groups"
+    return Gate("the fleet is not worse than the champion", not is_worse, finding, _NO_MORE_LOSS)
 
 
 def _normal_below(z: float) -> float:
@@ -655,16 +687,17 @@ def may_serve(gates: Sequence[Gate], *, is_first: bool, decision: str) -> bool:
 
     Where nothing serves yet, the challenger does, whatever its gates say: its answers are better
     than none. A person may promote what the gates would not. Only a version that cannot answer
-    serves in no case.
+    never serves.
 
     Args:
-        gates: all that it was asked.
+        gates: its gates.
         is_first: whether nothing serves yet.
         decision: what the launch asks for.
     """
-    can_answer = all(gate.passed for gate in gates if gate.name == CAN_ANSWER)
-    passed = all(gate.passed for gate in gates)
-    return can_answer and (passed or is_first or decision == "promote")
+    failed = {gate.name for gate in gates if not gate.passed}
+    if CAN_ANSWER in failed:
+        return False
+    return not failed or is_first or decision == "promote"
 
 
 def answers_differ(decisions: pd.DataFrame) -> "pd.Series[bool]":
@@ -673,7 +706,7 @@ def answers_differ(decisions: pd.DataFrame) -> "pd.Series[bool]":
 
 
 def number_before(moves: pd.DataFrame, number: str) -> str | None:
-    """The registered version that served before another; None where no decision tells.
+    """The registered version that served before another; None where no decision says.
 
     Args:
         moves: one row per launch that decided, oldest first: champion_before and champion_after.
@@ -681,22 +714,22 @@ def number_before(moves: pd.DataFrame, number: str) -> str | None:
     """
     earlier = moves[moves["champion_after"] == number]
     earlier = earlier[earlier["champion_before"].notna() & (earlier["champion_before"] != number)]
-    return None if earlier.empty else str(earlier["champion_before"].iloc[-1])
+    if earlier.empty:
+        return None
+    return str(earlier["champion_before"].iloc[-1])
 
 
 def found_elsewhere(before: Mapping[GroupKey, str], after: Mapping[GroupKey, str]) -> pd.DataFrame:
     """Decisions that record an alias found where no recorded launch moved it.
 
     Args:
-        before: fleet version by group, as the last recorded decision left them; empty where nobody
-            can tell.
+        before: fleet version by group, as the last recorded decision left them; empty where that is
+            unknown.
         after: the same of the version that was found to serve.
     """
     # The move itself is recorded even where a version cannot be opened.
     keys = sorted({**before, **after}) or [GroupKey(0, "[]")]
-    rows = pd.DataFrame(keys, columns=["grain", "group_id"])
-    rows["from_version"] = [before.get(key) for key in keys]
-    rows["to_version"] = [after.get(key) for key in keys]
+    rows = _list_moves(keys, before, after)
     return rows.assign(
         moved=answers_differ(rows),
         reason=UNKNOWN,

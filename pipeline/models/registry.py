@@ -1,4 +1,4 @@
-"""What the library asks of a model registry; the adapter and the double have it."""
+"""What the library needs from a model registry; the adapter and the test double provide it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,14 +12,14 @@ from pipeline.models.meta_model import FleetModel
 
 @dataclass(frozen=True)
 class ModelInterface:
-    """What a registered model is asked with, and answers with.
+    """What a registered model takes and returns.
 
     Args:
         inputs: type (double or string) of each column that the model reads.
         optional: those of them that a batch may lack.
         outputs: type of each column of its answers (double, string or array<double>), as from
             `meta_model.answer_columns`.
-        interval: level of its intervals where none is asked for; None for a model without.
+        interval: level of its intervals where none is asked for; None for a model without any.
     """
 
     inputs: Mapping[str, str]

@@ -18,6 +18,13 @@ class Winner:
     parameters: Mapping[str, Any]
     n_rounds: int
 
+    @classmethod
+    def from_dict(cls, written: Mapping[str, Any] | None) -> "Winner | None":
+        """From its JSON in a cross-selection; None where that half had no rows."""
+        if written is None:
+            return None
+        return cls(**written)
+
 
 @dataclass(frozen=True)
 class CrossSelection:
@@ -54,11 +61,11 @@ class CrossSelection:
     def from_json(cls, text: str) -> "CrossSelection":
         """The inverse of `to_json`."""
         parts = json.loads(text)
-        winners = {
-            half: None if parts[half] is None else Winner(**parts[half])
-            for half in ("earlier", "later")
-        }
-        return cls(parts["middle"], **winners)
+        return cls(
+            parts["middle"],
+            earlier=Winner.from_dict(parts["earlier"]),
+            later=Winner.from_dict(parts["later"]),
+        )
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ class Start:
         cross: of the study that chose them, for a refit's predictions of tune rows.
         max_trials: trials at most, where that is fewer than the fleet's budget per group allows
             (first pass of `budget_seconds`).
-        judge: whether the group is only to tell which rows are judged, and is not trained.
+        judge: whether the group is not trained, and only says which rows are judged.
     """
 
     trials: tuple[Mapping[str, Any], ...] = ()
@@ -104,12 +111,14 @@ class Start:
     def from_json(cls, text: str) -> "Start":
         """The inverse of `to_json`."""
         parts = json.loads(text)
-        cross = parts.get("cross")
+        cross = None
+        if parts.get("cross") is not None:
+            cross = CrossSelection.from_json(parts["cross"])
         return cls(
             trials=tuple(parts.get("trials", ())),
             refit=parts.get("refit"),
             n_rounds=parts.get("n_rounds", 0),
             max_trials=parts.get("max_trials"),
             judge=parts.get("judge", False),
-            cross=None if cross is None else CrossSelection.from_json(cross),
+            cross=cross,
         )
