@@ -118,7 +118,9 @@ class GroupSkill:
 
     def left_to(self, answered_by: str) -> "GroupSkill":
         """The skill of a group that its parent, or the constant, answers."""
-        error = self.report_constant if answered_by == BY_CONSTANT else self.report_parent
+        error = self.report_parent
+        if answered_by == BY_CONSTANT:
+            error = self.report_constant
         return replace(self, weight=0.0, report_blend=error, answered_by=answered_by)
 
 
@@ -160,7 +162,7 @@ def learn_blend(
         trained = np.array([name in has_model[grain] for name in names], dtype=bool)
         parent = answer
         evidence = _evidence(moments, codes, len(names), target - parent, own - parent)
-        weights = choose_weights(evidence, trained, pooling, prior=1.0 if grain == 0 else 0.0)
+        weights = choose_weights(evidence, trained, pooling, prior=float(grain == 0))
         answer = parent + weights[codes][:, None] * (own - parent)
         tune = _Sums(moments, codes, len(names), moments.split == TUNE)
         report = _Sums(moments, codes, len(names), moments.split == REPORT)
@@ -176,9 +178,10 @@ def learn_blend(
         )
         # A group without a model has no errors of its own.
         errors[~trained, 0] = errors[~trained, 2] = np.nan
-        for name, weight, row in zip(names, weights, errors, strict=True):
-            known = [None if np.isnan(error) else float(error) for error in row]
-            skills[GroupKey(grain, str(name))] = GroupSkill(float(weight), *known)
+        measured = errors.astype(object)
+        measured[np.isnan(errors)] = None
+        for name, weight, errors_of_group in zip(names, weights, measured, strict=True):
+            skills[GroupKey(grain, str(name))] = GroupSkill(float(weight), *errors_of_group)
     return skills
 
 
@@ -266,13 +269,13 @@ def choose_weights(
     """Per group of one grain the weight of its own model.
 
     A group's least-squares weight is sum(d e) / sum(d d). The groups are then a random-effects
-    meta-analysis: each weight is shrunk towards their mean, the more so the less it is certain and
+    meta-analysis: each weight is shrunk towards their mean, the more so the less certain it is and
     the less the groups differ. Rows of one time err together, so certainty is judged from halves of
-    the tune split, not from rows alone: a group's weight is as uncertain as it changes from one
-    half to the other, and groups differ only as far as their differences persist from one half to
-    the other. Last, all weights take the way from the prior only so far as is not clearly worse
-    than the best (two standard errors over blocks of time): the next period is never quite like the
-    last.
+    the tune split, not from rows alone: the more a group's weight changes from one half to the
+    other, the less certain it is, and groups differ only as far as their differences persist from
+    one half to the other. Last, all weights move away from the prior only as little as is not
+    clearly worse than the best (two standard errors over blocks of time): the next period is never
+    quite like the last.
 
     Args:
         evidence: of the tune rows.
@@ -358,5 +361,7 @@ def _from_halves(gain: Floats, spread: Floats, common: float) -> tuple[float, fl
     early, late = gain[:, both] / spread[:, both]
     harmonic = 1 / (1 / spread[:, both]).sum(axis=0)
     noise = float(np.average((early - late) ** 2 * harmonic))
+    if both.sum() == 1:
+        return noise, 0.0
     between = float(np.average((early - common) * (late - common), weights=harmonic))
-    return noise, max(0.0, between) if both.sum() > 1 else 0.0
+    return noise, max(0.0, between)

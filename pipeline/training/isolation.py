@@ -11,6 +11,7 @@ import signal
 import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 from pipeline.training.outcome import NATIVE_CRASH, TIMEOUT, Outcome
 
@@ -48,25 +49,25 @@ class GroupProcess:
                 pipe.send_bytes(message)
                 if not pipe.poll(self._limit_seconds):
                     self.close()
-                    error = {
-                        "error_class": "TimeoutError",
-                        "error_message": (
-                            f"not finished after {self._limit_seconds:g} s "
-                            "(tuning.kill_after_seconds)"
-                        ),
-                    }
-                    return Outcome("failed", TIMEOUT, {**error, "seconds": self._limit_seconds})
+                    return self._hung()
                 return pipe.recv_bytes()
             except (EOFError, OSError):
                 ending = self.close()
-        return Outcome(
-            "crashed",
-            NATIVE_CRASH,
-            {
-                "error_class": ending,
-                "error_message": f"the process that trained it died {ATTEMPTS} times ({ending})",
-            },
-        )
+        error = {
+            "error_class": ending,
+            "error_message": f"the process that trained it died {ATTEMPTS} times ({ending})",
+        }
+        return Outcome("crashed", NATIVE_CRASH, error)
+
+    def _hung(self) -> Outcome:
+        """The outcome of a group that took too long."""
+        seconds = self._limit_seconds
+        error = {
+            "error_class": "TimeoutError",
+            "error_message": f"not finished after {seconds:g} s (tuning.kill_after_seconds)",
+            "seconds": seconds,
+        }
+        return Outcome("failed", TIMEOUT, error)
 
     def close(self) -> str:
         """End the child; how it ended."""
@@ -78,11 +79,9 @@ class GroupProcess:
         os.close(lifeline)
         os.kill(pid, signal.SIGKILL)  # still there, if only as a zombie: nobody else waits for it
         _, status = os.waitpid(pid, 0)
-        return (
-            signal.Signals(os.WTERMSIG(status)).name
-            if os.WIFSIGNALED(status)
-            else f"exit status {os.WEXITSTATUS(status)}"
-        )
+        if os.WIFSIGNALED(status):
+            return signal.Signals(os.WTERMSIG(status)).name
+        return f"exit status {os.WEXITSTATUS(status)}"
 
     def _fork(self) -> tuple[int, Connection, int]:
         ours, theirs = mp.Pipe()
@@ -119,9 +118,9 @@ def _limit_memory(memory_bytes: int) -> None:
     import resource
 
     try:
-        with open("/proc/self/statm") as file:  # noqa: PTH123 - Linux; elsewhere there is no such limit
-            taken = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
+        n_pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
+    except OSError:  # only Linux has this file, and this limit
         return
+    taken = n_pages * os.sysconf("SC_PAGE_SIZE")
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (taken + memory_bytes, hard))

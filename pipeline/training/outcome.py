@@ -35,7 +35,7 @@ class Outcome:
         ledger: further columns of the group's ledger row (see `tables.LEDGER`); what was not
             measured is absent.
         booster: the served booster; None unless trained.
-        holdout: rows of `tables.HOLDOUT` less run, grain and group; None where there are none.
+        holdout: rows of `tables.HOLDOUT` without run, grain and group; None where there are none.
     """
 
     status: Status

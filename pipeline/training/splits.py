@@ -37,10 +37,8 @@ class Cutoffs:
         A row whose outcome became known only after its own part was closed is a ``gap`` row: no
         split learns from it, but the served booster, fitted on all rows, does.
         """
-        tune_start, report_start = (
-            self.tune_start.to_datetime64(),
-            self.report_start.to_datetime64(),
-        )
+        tune_start = self.tune_start.to_datetime64()
+        report_start = self.report_start.to_datetime64()
         split = np.full(len(time), GAP, dtype=object)
         split[(time < tune_start) & (known_at < tune_start)] = FIT
         split[(time >= tune_start) & (time < report_start) & (known_at < report_start)] = TUNE

@@ -2,10 +2,10 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +17,8 @@ from pipeline.models.meta_model import (
     ModelSpec,
     design_matrix,
     group_ids,
-    key_text,
     link,
+    number_values,
     offset_and_scale,
 )
 from pipeline.models.start import CrossSelection, Start, Winner
@@ -76,15 +76,9 @@ class TrainingSettings:
 
     @classmethod
     def of_fleet(
-        cls,
-        spec: FleetSpec,
-        model_spec: ModelSpec,
-        *,
-        run_id: str,
-        cutoffs: Cutoffs,
-        threads: int,
-    ) -> Self:
-        """The settings of a run of a fleet; what is not given follows from its spec."""
+        cls, spec: FleetSpec, model_spec: ModelSpec, *, run_id: str, cutoffs: Cutoffs, threads: int
+    ) -> "TrainingSettings":
+        """What the groups of a fleet share in a run with that model spec."""
         return cls(
             run_id=run_id,
             model_spec=model_spec,
@@ -104,9 +98,9 @@ def train_group(
 
     Args:
         frame: the group's visible rows: time, known_at (UTC), row_key, keys, features, target; in
-            any order. A column `_rate`, where there is one, is the share of rows like this one that
-            were sampled; a column `_base` what the parent's model predicts, link space less offset
-            over scale, which the group's trees then correct.
+            any order. An optional column `_rate` is the share of rows like this one that were
+            sampled; an optional column `_base` is what the parent's model predicts, in link space
+            less offset over scale, which the group's trees then correct.
         grain: index of the group's grain; 0 is the pooled model.
         settings: the run's.
         start: what is known from earlier runs.
@@ -118,15 +112,22 @@ def train_group(
     """
     started = time.perf_counter()
     group = _GroupRows.prepare(frame, grain, settings)
-    reason = NOT_POOLED if start.judge else group.reason_not_to_train()
-    if reason is not None:
-        holdout = group.holdout(group.no_predictions()) if grain == POOLED else None
-        counts = {**group.counts, "seconds": time.perf_counter() - started}
-        return Outcome("inherited", reason, counts, None, holdout)
     predictions = group.no_predictions()
+    reason: str | None = NOT_POOLED
+    if not start.judge:
+        reason = group.reason_not_to_train()
+    if reason is not None:
+        judged = None
+        if grain == POOLED:
+            judged = group.holdout(predictions)
+        counts = {**group.counts, "seconds": time.perf_counter() - started}
+        return Outcome("inherited", reason, counts, None, judged)
+    status: Status
     if start.refit is None:
+        status = "trained"
         recipe = _tune(group, start, predictions)
     else:
+        status = "refreshed"
         recipe = _take_over(group, start, predictions)
     group.predict_unseen(recipe, predictions)
     served = group.fit(group.is_usable, recipe.parameters, recipe.n_rounds)
@@ -137,12 +138,11 @@ def train_group(
         "booster_id": booster.booster_id,
         "n_rounds": recipe.n_rounds,
         "parameters": json.dumps(recipe.parameters, sort_keys=True),
-        "cross_selection": None if recipe.cross is None else recipe.cross.to_json(),
+        "cross_selection": recipe.cross_selection,
         "lightgbm_seconds": group.learner.clock.seconds,
     }
     holdout = group.holdout(predictions, every_split=group.is_corrected)
     ledger["seconds"] = time.perf_counter() - started
-    status: Status = "trained" if start.refit is None else "refreshed"
     return Outcome(status, None, ledger, booster, holdout)
 
 
@@ -161,6 +161,13 @@ class _Recipe:
     n_rounds: int
     cross: CrossSelection | None
     ledger: Mapping[str, Any]
+
+    @property
+    def cross_selection(self) -> str | None:
+        """As the ledger has it."""
+        if self.cross is None:
+            return None
+        return self.cross.to_json()
 
 
 @dataclass(frozen=True)
@@ -216,7 +223,7 @@ class _GroupRows:
 
     @property
     def is_corrected(self) -> bool:
-        """Whether finer groups correct this one's predictions, and so need one for every row."""
+        """Whether finer groups correct this one's predictions, and need one for every row."""
         return self.is_coarse and self.settings.model_spec.corrects
 
     @cached_property
@@ -237,18 +244,23 @@ class _GroupRows:
 
     def no_predictions(self) -> Floats:
         """NaN for each row; for multiclass for each row and class."""
+        shape = [len(self.rows)]
         n_classes = self.settings.goal.get("num_class")
-        shape = (len(self.rows), n_classes) if n_classes else len(self.rows)
+        if n_classes:
+            shape.append(n_classes)
         return np.full(shape, np.nan)
 
     def predict_unseen(self, recipe: _Recipe, predictions: Floats) -> None:
         """Predict report rows by a model of fit and tune rows; in place.
 
         Finer groups that correct this one's predictions need one for every row, made without that
-        row: then fit rows are predicted fold by fold, too, and what the parent predicts is added.
+        row: then fit rows are also predicted, fold by fold, and what the parent predicts is added.
         """
+        later = [REPORT]
+        if self.is_corrected:
+            later.append(GAP)
+        is_later = self.usable_in(*later)
         is_learnt = self.usable_in(FIT, TUNE)
-        is_later = self.usable_in(REPORT, GAP) if self.is_corrected else self.usable_in(REPORT)
         if is_later.any():
             booster = self.fit(is_learnt, recipe.parameters, recipe.n_rounds)
             predictions[is_later] = self.predict(booster, is_later)
@@ -269,18 +281,22 @@ class _GroupRows:
     def reason_not_to_train(self) -> str | None:
         """Why LightGBM must not see this group; None where it may.
 
-        It trains on such targets silently, and then predicts nonsense. A coarse group is not lost
-        to one bad group inside it: there, invalid rows are left out and counted.
+        It would train on such targets silently, and then predict nonsense. A coarse group is not
+        lost to one bad group inside it: there, invalid rows are left out and counted.
         """
-        rows, counts, tuning = self.rows, self.counts, self.settings.tuning
-        if not len(rows):
+        counts, tuning = self.counts, self.settings.tuning
+        if self.rows.empty:
             return NO_TARGET
-        if not self.is_coarse and counts["n_invalid"] > MAX_INVALID * len(rows):
-            return UNKNOWN_CLASS if self.settings.model_spec.classes else INFINITE_TARGET
+        if not self.is_coarse and counts["n_invalid"] > MAX_INVALID * len(self.rows):
+            if self.settings.model_spec.classes:
+                return UNKNOWN_CLASS
+            return INFINITE_TARGET
         if counts["n_fit"] < tuning.fit_rows or counts["n_tune"] < tuning.tune_rows:
             return TOO_FEW_ROWS
-        fit_target = rows.loc[self.usable_in(FIT), "_target"]
-        return CONSTANT_TARGET if fit_target.min() == fit_target.max() else None
+        fit_target = self.rows.loc[self.usable_in(FIT), "_target"]
+        if fit_target.min() == fit_target.max():
+            return CONSTANT_TARGET
+        return None
 
     def holdout(self, predictions: Floats, *, every_split: bool = False) -> pd.DataFrame:
         """The judged rows, as `_holdout` gives them."""
@@ -375,19 +391,14 @@ def _prepare(frame: pd.DataFrame, settings: TrainingSettings) -> pd.DataFrame:
     of the fleet's classes; usable if it also has an offset and a scale. Rows with a null target, or
     without a positive weight, are dropped.
     """
-    classes, labels = settings.model_spec.classes, frame[settings.target]
-    has_target = labels if classes else pd.to_numeric(labels, errors="coerce")
-    known = has_target.notna().to_numpy()
+    target = frame[settings.target]
+    if not settings.model_spec.classes:
+        target = pd.to_numeric(target, errors="coerce")
+    is_kept = target.notna().to_numpy()
     if settings.weight is not None:
-        known &= _row_weights(frame, settings.weight) > 0
-    rows = frame[known].sort_values(["time", "row_key"], ignore_index=True)
-    if classes:
-        values = linked = _class_numbers(rows[settings.target], classes)
-    else:
-        values = pd.to_numeric(rows[settings.target]).to_numpy(dtype=np.float64)
-        linked = link(values, settings.model_spec.target.transform)
-    if settings.goal["objective"] in COUNTED:
-        linked = np.where(values < 0, np.nan, linked)
+        is_kept &= _row_weights(frame, settings.weight) > 0
+    rows = frame[is_kept].sort_values(["time", "row_key"], ignore_index=True)
+    values, linked = _read_target(rows, settings)
     offset, scale = offset_and_scale(rows, settings.model_spec.target)
     with np.errstate(invalid="ignore"):
         residual = (linked - offset) / scale
@@ -404,14 +415,17 @@ def _prepare(frame: pd.DataFrame, settings: TrainingSettings) -> pd.DataFrame:
     )
 
 
-def _class_numbers(labels: pd.Series, classes: Sequence[str]) -> Floats:
-    """Each label's place among the classes; NaN for a label that is not among them."""
-    codes, distinct = pd.factorize(labels)
-    places = {name: float(number) for number, name in enumerate(classes)}
-    numbers: Floats = np.array(
-        [places.get(key_text(label) or "", np.nan) for label in distinct], dtype=np.float64
-    )[codes]
-    return numbers
+def _read_target(rows: pd.DataFrame, settings: TrainingSettings) -> tuple[Floats, Floats]:
+    """The target of every row: in its own units (for a class its number), and in link space."""
+    model_spec = settings.model_spec
+    if model_spec.classes:
+        values = number_values(rows[settings.target], model_spec.classes)
+        return values, values
+    values = pd.to_numeric(rows[settings.target]).to_numpy(dtype=np.float64)
+    linked = link(values, model_spec.target.transform)
+    if settings.goal["objective"] in COUNTED:
+        linked = np.where(values < 0, np.nan, linked)
+    return values, linked
 
 
 def _weights(rows: pd.DataFrame, settings: TrainingSettings) -> Floats | None:
@@ -419,18 +433,22 @@ def _weights(rows: pd.DataFrame, settings: TrainingSettings) -> Floats | None:
 
     None where all count alike.
     """
-    rate = rows[RATE].to_numpy(dtype=np.float64) if RATE in rows else None
-    if settings.weight is None:
-        return None if rate is None else 1.0 / rate
-    weights = _row_weights(rows, settings.weight)
-    return weights if rate is None else weights / rate
+    weights = None
+    if settings.weight is not None:
+        weights = _row_weights(rows, settings.weight)
+    if RATE not in rows:
+        return weights
+    rate: Floats = rows[RATE].to_numpy(dtype=np.float64)
+    if weights is None:
+        return 1.0 / rate
+    return weights / rate
 
 
 def _row_weights(rows: pd.DataFrame, name: str) -> Floats:
     """The column of row weights; what is not a finite number above 0 is 0."""
-    weights = pd.to_numeric(rows[name], errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
-    found: Floats = np.where(np.isfinite(weights) & (weights > 0), weights, 0.0)
-    return found
+    numbers = pd.to_numeric(rows[name], errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+    weights: Floats = np.where(np.isfinite(numbers) & (numbers > 0), numbers, 0.0)
+    return weights
 
 
 def _holdout(
@@ -444,35 +462,37 @@ def _holdout(
 
     For multiclass one per class.
     """
-    judged = rows["_valid"].to_numpy() & (every_split | ~rows["split"].isin([FIT, GAP]).to_numpy())
-    kept, predicted = rows[judged], predictions[judged]
+    is_judged = rows["_valid"].to_numpy()
+    if not every_split:
+        is_judged = is_judged & ~rows["split"].isin([FIT, GAP]).to_numpy()
+    judged, predicted = rows[is_judged], predictions[is_judged]
     ids = np.empty((0, 1), dtype=object)
-    if len(kept):
-        ids = np.stack([group_ids(kept, keys) for keys in settings.model_spec.grains], axis=1)
-    weight = _weights(kept, settings)
-    found = pd.DataFrame(
+    if len(judged):
+        ids = np.stack([group_ids(judged, keys) for keys in settings.model_spec.grains], axis=1)
+    weight = _weights(judged, settings)
+    if weight is None:
+        weight = np.ones(len(judged))
+    actual = judged["_actual"].to_numpy()
+    holdout = pd.DataFrame(
         {
-            "row_key": kept["row_key"].to_numpy(),
+            "row_key": judged["row_key"].to_numpy(),
             "class_name": None,
-            "time": kept["time"].to_numpy(),
-            "split": kept["split"].to_numpy(),
-            "actual": kept["_actual"].to_numpy(),
-            "offset": kept["_offset"].to_numpy(),
-            "scale": kept["_scale"].to_numpy(),
-            "weight": np.ones(len(kept)) if weight is None else weight,
+            "time": judged["time"].to_numpy(),
+            "split": judged["split"].to_numpy(),
+            "actual": actual,
+            "offset": judged["_offset"].to_numpy(),
+            "scale": judged["_scale"].to_numpy(),
+            "weight": weight,
             "prediction": predicted if predicted.ndim == 1 else np.nan,
             "group_ids": list(ids),
         }
     )
     if not settings.model_spec.is_multiclass:
-        return found
-    codes = kept["_actual"].to_numpy()
-    of_classes = [
-        found.assign(
-            class_name=name,
-            actual=np.where(codes == number, 1.0, 0.0),
-            prediction=predicted[:, number],
+        return holdout
+    by_class = []
+    for number, name in enumerate(settings.model_spec.classes):
+        is_class = np.where(actual == number, 1.0, 0.0)
+        by_class.append(
+            holdout.assign(class_name=name, actual=is_class, prediction=predicted[:, number])
         )
-        for number, name in enumerate(settings.model_spec.classes)
-    ]
-    return pd.concat(of_classes, ignore_index=True)
+    return pd.concat(by_class, ignore_index=True)

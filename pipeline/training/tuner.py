@@ -57,11 +57,10 @@ class TrainingSet:
 
     def rows(self, chosen: npt.NDArray[Any]) -> "TrainingSet":
         """The chosen rows (a mask or positions)."""
-        return TrainingSet(
-            self.matrix[chosen],
-            self.target[chosen],
-            None if self.weight is None else self.weight[chosen],
-        )
+        weight = None
+        if self.weight is not None:
+            weight = self.weight[chosen]
+        return TrainingSet(self.matrix[chosen], self.target[chosen], weight)
 
     def dataset(
         self, categoricals: list[int], *, reference: lgb.Dataset | None = None
@@ -83,7 +82,9 @@ class TrainingSet:
     @property
     def total_weight(self) -> float:
         """Sum of the row weights."""
-        return float(len(self) if self.weight is None else self.weight.sum())
+        if self.weight is None:
+            return float(len(self))
+        return float(self.weight.sum())
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Learner:
     clock: Clock = field(default_factory=Clock)
 
     def fit(self, rows: TrainingSet, parameters: Parameters, n_rounds: int) -> lgb.Booster:
-        """Fit once, with known parameters and rounds."""
+        """Fit once, with given parameters and rounds."""
         with self.clock:
             return lgb.train(
                 {**self.fixed_parameters, **parameters},
@@ -119,8 +120,8 @@ class Learner:
     ) -> Floats:
         """What a booster, or its first rounds, gives for rows; for multiclass one per class."""
         with self.clock:
-            found = booster.predict(matrix, num_iteration=n_rounds, num_threads=self.threads)
-        return np.asarray(found)
+            answers = booster.predict(matrix, num_iteration=n_rounds, num_threads=self.threads)
+        return np.asarray(answers)
 
     @property
     def fixed_parameters(self) -> Parameters:
@@ -140,7 +141,7 @@ class TuningResult:
             round) that did best on the other block of tune rows.
         earlier: the (trial, round) that did best on the first block; None where it has no rows.
         later: the same of the second block.
-        n_trials: trials begun; n_pruned of them were given up early.
+        n_trials: trials that ended, those given up early among them.
         n_pruned: trials given up early.
         stopped_by: max_trials, patience or timeout.
     """
@@ -174,7 +175,8 @@ class _Boosting:
         loss = sum(share * value for share, value in zip(self.shares, blocks, strict=True))
         self.losses.append(blocks)
         if loss < self.best_loss:
-            self.best_loss, self.best_round = loss, env.iteration
+            self.best_loss = loss
+            self.best_round = env.iteration
         if env.iteration % REPORT_EVERY == REPORT_EVERY - 1:
             self.trial.report(self.best_loss, env.iteration)
             if self.trial.should_prune():
@@ -185,6 +187,15 @@ class _Boosting:
             raise lgb.callback.EarlyStopException(env.iteration, [("tune", "loss", loss, False)])
 
 
+@dataclass(eq=False)
+class _Block:
+    """One of the two blocks of cross-selection, and the (trial, round) that does best on it."""
+
+    rows: npt.NDArray[np.bool_]
+    best_loss: float = np.inf
+    winner: Winner | None = None
+
+
 class Study:
     """One group's search: the data set is built once, trials share it.
 
@@ -193,7 +204,7 @@ class Study:
         tune: rows that stop boosting and choose.
         blocks: which tune rows belong to the first of the two blocks of cross-selection.
         learner: runs LightGBM.
-        start: parameters to try first, and a smaller budget, maybe.
+        start: parameters to try first, and perhaps a smaller budget.
     """
 
     def __init__(
@@ -204,7 +215,7 @@ class Study:
         learner: Learner,
         start: Start,
     ) -> None:
-        tuning, goal = learner.tuning, learner.goal
+        tuning = learner.tuning
         self._space = search_space(len(fit), tuning)
         self._firsts = [*start.trials, default_parameters(len(fit))]
         self._learner = learner
@@ -212,23 +223,25 @@ class Study:
         self._max_trials = min(tuning.max_trials, start.max_trials or tuning.max_trials)
         self._fixed = learner.fixed_parameters
         self._tune = tune
-        self._is_block = [bool(block.any()) for block in (blocks, ~blocks)]
-        self._blocks = [block for block in (blocks, ~blocks) if block.any()]
-        parts = [tune.rows(block) for block in self._blocks]
+        self._earlier = _Block(blocks)
+        self._later = _Block(~blocks)
+        self._blocks = [block for block in (self._earlier, self._later) if block.rows.any()]
+        parts = [tune.rows(block.rows) for block in self._blocks]
         with learner.clock:
             self._fit_set = fit.dataset(learner.categoricals)
             self._tune_sets = [
                 part.dataset(learner.categoricals, reference=self._fit_set) for part in parts
             ]
         weights = [part.total_weight for part in parts]
-        self._shares = [weight / max(sum(weights), 1e-300) for weight in weights]
+        total_weight = max(sum(weights), 1e-300)
+        self._shares = [weight / total_weight for weight in weights]
         self._best: tuple[Parameters, int, float] | None = None
         self._best_misses: Floats | None = None
         self._since_best = 0
-        self._block_best = [np.inf for _ in self._blocks]
-        self._block_winners: list[Winner | None] = [None for _ in self._blocks]
-        n_classes = [goal["num_class"]] if "num_class" in goal else []
-        self._cross = np.zeros((len(tune), *n_classes))
+        shape = [len(tune)]
+        if "num_class" in learner.goal:
+            shape.append(learner.goal["num_class"])
+        self._cross = np.zeros(shape)
         self._stopped_by = "max_trials"
         self._deadline = time.monotonic() + (tuning.timeout_seconds or np.inf)
 
@@ -251,19 +264,18 @@ class Study:
         if self._best is None:
             raise RuntimeError(f"none of {len(study.trials)} trials finished")
         parameters, n_rounds, loss = self._best
-        ended = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
-        pruned = sum(trial.state == optuna.trial.TrialState.PRUNED for trial in ended)
-        winners = iter(self._block_winners)
-        earlier, later = (next(winners) if is_there else None for is_there in self._is_block)
+        state = optuna.trial.TrialState
+        pruned = study.get_trials(deepcopy=False, states=[state.PRUNED])
+        ended = study.get_trials(deepcopy=False, states=[state.COMPLETE, state.PRUNED, state.FAIL])
         return TuningResult(
             parameters=parameters,
             n_rounds=n_rounds,
             tune_loss=loss,
             cross_predictions=self._cross,
-            earlier=earlier,
-            later=later,
+            earlier=self._earlier.winner,
+            later=self._later.winner,
             n_trials=len(ended),
-            n_pruned=pruned,
+            n_pruned=len(pruned),
             stopped_by=self._stopped_by,
         )
 
@@ -304,12 +316,13 @@ class Study:
 
     def _cross_select(self, booster: lgb.Booster, parameters: Parameters, losses: Floats) -> None:
         """Predict each block of tune rows by the (trial, round) best on the other block."""
-        for number in range(len(self._blocks)):
+        for number, block in enumerate(self._blocks):
             best_round = int(losses[:, number].argmin())
-            if losses[best_round, number] < self._block_best[number]:
-                self._block_best[number] = float(losses[best_round, number])
-                self._block_winners[number] = Winner(parameters, best_round + 1)
-                others = self._blocks[number - 1]  # with one block, itself
+            best_loss = float(losses[best_round, number])
+            if best_loss < block.best_loss:
+                block.best_loss = best_loss
+                block.winner = Winner(parameters, best_round + 1)
+                others = self._blocks[number - 1].rows  # with one block, itself
                 matrix = self._tune.matrix[others]
                 self._cross[others] = self._learner.predict(booster, matrix, best_round + 1)
 
@@ -325,7 +338,7 @@ class Study:
 def is_beyond_noise(gains: Floats, weight: Floats | None) -> bool:
     """Whether a gain, given per tune row, is larger than its own standard error.
 
-    One row tells nothing.
+    One row alone never shows a gain.
     """
     if weight is None:
         shares = np.full(len(gains), 1 / len(gains))

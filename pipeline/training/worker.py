@@ -4,7 +4,7 @@ import json
 import pickle
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pandas as pd
@@ -80,14 +80,13 @@ class TaskWorker:
         Returns:
             One row of OUTCOME_SCHEMA; the ledger part as JSON, the holdout part as an Arrow stream.
         """
-        grain, group = _key_of(rows)
+        key = _key_of(rows)
         task = int(rows["task"].iloc[0])
         # As they lie in memory: nothing is converted once more on the way to the child.
         answer = self._process.run(pickle.dumps(rows, protocol=pickle.HIGHEST_PROTOCOL))
         if isinstance(answer, Outcome):
-            if grain == POOLED:
-                answer = replace(answer, holdout=_judged_anyway(rows, self._settings))
-            answer = stream_of(_outcome_table(answer, grain, group))
+            holdout = _judge_without_model(rows, key.grain, self._settings)
+            answer = stream_of(_outcome_table(replace(answer, holdout=holdout), key))
         outcome = pa.ipc.open_stream(answer).read_all()
         ledger = {"task": task, **json.loads(outcome["ledger"][0].as_py())}
         return outcome.set_column(2, "ledger", pa.array([json.dumps(ledger)]))
@@ -98,16 +97,15 @@ class TaskWorker:
 
     def _answer(self, message: bytes) -> bytes:
         frame: pd.DataFrame = pickle.loads(message)  # noqa: S301 - from our own parent
-        grain, group = _key_of(frame)
-        start = Start.from_json(self._starts.get(GroupKey(grain, group), "{}"))
-        outcome = train_one(frame, grain, self._settings, start, self._train)
-        return stream_of(_outcome_table(outcome, grain, group))
+        key = _key_of(frame)
+        start = Start.from_json(self._starts.get(key, "{}"))
+        outcome = train_one(frame, key.grain, self._settings, start, self._train)
+        return stream_of(_outcome_table(outcome, key))
 
 
 def not_started(rows: pd.DataFrame) -> pa.Table:
     """One row of OUTCOME_SCHEMA for a group that is left to a later wave."""
-    grain, group = _key_of(rows)
-    row = {"grain": grain, "group_id": group, "ledger": json.dumps({"status": NOT_STARTED})}
+    row = {**_key_of(rows)._asdict(), "ledger": json.dumps({"status": NOT_STARTED})}
     return pa.Table.from_pylist([row], schema=OUTCOME_SCHEMA)
 
 
@@ -128,20 +126,16 @@ def train_one(
     except Exception as error:  # noqa: BLE001 - whatever a group does to us is that group's ledger row
         origin = traceback.extract_tb(error.__traceback__)[-1]
         message = f"{_text_of(error)} ({origin.name}, line {origin.lineno})"[:_MESSAGE_LENGTH]
-        holdout = _judged_anyway(frame, settings) if grain == POOLED else None
-        return Outcome(
-            "failed",
-            ERROR,
-            {"error_class": type(error).__name__, "error_message": message},
-            None,
-            holdout,
-        )
+        ledger = {"error_class": type(error).__name__, "error_message": message}
+        holdout = _judge_without_model(frame, grain, settings)
+        return Outcome("failed", ERROR, ledger, None, holdout)
 
 
 def named_columns(model_spec: ModelSpec) -> frozenset[str]:
     """Columns whose values are names to the model: keys, categories and classes."""
-    labels = {model_spec.target.column} if model_spec.classes else set()
-    return model_spec.text_columns | labels
+    if not model_spec.classes:
+        return model_spec.text_columns
+    return model_spec.text_columns | {model_spec.target.column}
 
 
 def rows_in_pandas(table: pa.Table, model_spec: ModelSpec) -> pd.DataFrame:
@@ -163,20 +157,16 @@ def rows_in_pandas(table: pa.Table, model_spec: ModelSpec) -> pd.DataFrame:
     return frame
 
 
-def _outcome_table(outcome: Outcome, grain: int, group: str) -> pa.Table:
-    booster = outcome.booster
+def _outcome_table(outcome: Outcome, key: GroupKey) -> pa.Table:
+    """The outcome as one row of OUTCOME_SCHEMA; without a booster its columns are null."""
+    ledger = {"status": outcome.status, "reason": outcome.reason, **outcome.ledger}
     row = {
-        "grain": grain,
-        "group_id": group,
-        "ledger": json.dumps(
-            {"status": outcome.status, "reason": outcome.reason, **outcome.ledger}
-        ),
-        "booster_id": booster.booster_id if booster else None,
-        "sha256": booster.sha256 if booster else None,
-        "n_bytes": booster.n_bytes if booster else None,
-        "text": booster.text if booster else None,
-        "holdout": _holdout_stream(outcome.holdout, grain, group),
+        **key._asdict(),
+        "ledger": json.dumps(ledger),
+        "holdout": _holdout_stream(outcome.holdout, key),
     }
+    if outcome.booster is not None:
+        row.update(asdict(outcome.booster))
     return pa.Table.from_pylist([row], schema=OUTCOME_SCHEMA)
 
 
@@ -187,21 +177,23 @@ def _text_of(error: Exception) -> str:
         return "its message cannot be printed"
 
 
-def _judged_anyway(frame: pd.DataFrame, settings: TrainingSettings) -> pd.DataFrame | None:
+def _judge_without_model(
+    frame: pd.DataFrame, grain: int, settings: TrainingSettings
+) -> pd.DataFrame | None:
+    """Holdout rows of a pooled group that was not trained; None for any other group."""
+    if grain != POOLED:
+        return None
     try:
         return judged_without_model(frame, settings)
     except Exception:  # noqa: BLE001 - the first error is the one to report
         return None
 
 
-def _holdout_stream(holdout: pd.DataFrame | None, grain: int, group: str) -> bytes | None:
-    if holdout is None or not len(holdout):
+def _holdout_stream(holdout: pd.DataFrame | None, key: GroupKey) -> bytes | None:
+    if holdout is None or holdout.empty:
         return None
-    return stream_of(
-        pa.Table.from_pandas(
-            holdout.assign(grain=grain, group_id=group), schema=_HOLDOUT, preserve_index=False
-        )
-    )
+    rows = holdout.assign(grain=key.grain, group_id=key.group_id)
+    return stream_of(pa.Table.from_pandas(rows, schema=_HOLDOUT, preserve_index=False))
 
 
 def stream_of(table: pa.Table) -> bytes:
