@@ -32,9 +32,10 @@ def _call_with_unit(name: str) -> Any:
     """A function of a unit, an amount and a time, where the unit is a word and not a column."""
 
     def build(args: list[Any]) -> exp.Anonymous:
-        first = args[0] if args else None
-        if len(args) == 3 and isinstance(first, exp.Column) and first.name.upper() in _UNITS:  # noqa: PLR2004
-            args = [exp.var(first.name), *args[1:]]
+        if len(args) == 3:  # noqa: PLR2004 - as the docstring says
+            unit, amount, time = args
+            if isinstance(unit, exp.Column) and unit.name.upper() in _UNITS:
+                args = [exp.var(unit.name), amount, time]
         return exp.Anonymous(this=name, expressions=args)
 
     return build
@@ -42,7 +43,9 @@ def _call_with_unit(name: str) -> Any:
 
 def _trim(generator: Any, node: exp.Trim) -> str:
     what = " ".join(filter(None, [node.args.get("position"), generator.sql(node, "expression")]))
-    return f"TRIM({f'{what} FROM ' if what else ''}{generator.sql(node, 'this')})"
+    if what:
+        what += " FROM "
+    return f"TRIM({what}{generator.sql(node, 'this')})"
 
 
 class PlainSpark(Spark):
@@ -92,10 +95,11 @@ class PlainSpark(Spark):
         def lateral_sql(self, expression: exp.Lateral) -> str:
             """A LATERAL VIEW, its alias quoted where it was quoted."""
             alias = expression.args["alias"]
-            outer = " OUTER" if expression.args.get("outer") else ""
-            table = self.sql(alias, "this")
+            text = " LATERAL VIEW"
+            if expression.args.get("outer"):
+                text += " OUTER"
+            text += f" {self.sql(expression, 'this')} {self.sql(alias, 'this')}"
             columns = self.expressions(alias, key="columns", flat=True)
-            return (
-                f" LATERAL VIEW{outer} {self.sql(expression, 'this')} "
-                f"{table}{f' AS {columns}' if columns else ''}"
-            )
+            if columns:
+                text += f" AS {columns}"
+            return text

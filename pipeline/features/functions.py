@@ -15,40 +15,49 @@ def words(text: str) -> frozenset[str]:
 
 
 _NUMBERS = """
-    abs acos acosh asin asinh atan atan2 atanh bin bit_count bit_get bround cbrt ceil ceiling conv cos cosh cot csc degrees div
-    e exp expm1 factorial floor getbit greatest hypot isnan least ln log log10 log1p log2 mod nanvl negative pi pmod positive pow
-    power radians rint round sec shiftleft shiftright shiftrightunsigned sign signum sin sinh sqrt tan tanh try_add try_divide
+    abs acos acosh asin asinh atan atan2 atanh bin bit_count bit_get bround cbrt ceil ceiling conv
+    cos cosh cot csc degrees div e exp expm1 factorial floor getbit greatest hypot isnan least ln
+    log log10 log1p log2 mod nanvl negative pi pmod positive pow power radians rint round sec
+    shiftleft shiftright shiftrightunsigned sign signum sin sinh sqrt tan tanh try_add try_divide
     try_mod try_multiply try_subtract width_bucket
 """
 _CONDITIONS_AND_TYPES = """
-    between bigint binary boolean case cast coalesce date decimal double equal_null float if ifnull int isnotnull isnull nullif nullifzero
-    nvl nvl2 smallint string timestamp tinyint try_cast try_to_binary try_to_number to_binary to_number typeof when zeroifnull
+    between bigint binary boolean case cast coalesce date decimal double equal_null float if ifnull
+    int isnotnull isnull nullif nullifzero nvl nvl2 smallint string timestamp tinyint try_cast
+    try_to_binary try_to_number to_binary to_number typeof when zeroifnull
 """
 _TEXT = """
-    ascii base64 bit_length btrim char char_length character_length chr collate concat concat_ws contains crc32 decode elt encode
-    endswith find_in_set format_number format_string hash hex ilike initcap instr is_valid_utf8 jaro_winkler_similarity lcase left
-    len length levenshtein like locate lower lpad ltrim luhn_check make_valid_utf8 mask md5 octet_length overlay parse_url position
-    printf quote regexp regexp_count regexp_extract regexp_extract_all regexp_instr regexp_like regexp_replace regexp_substr repeat
-    replace reverse right rlike rpad rtrim sha sha1 sha2 soundex space split split_part startswith str_to_map substr substring
-    substring_index to_char to_varchar translate trim try_parse_url try_url_decode ucase unbase64 unhex upper url_decode url_encode
-    xxhash64
+    ascii base64 bit_length btrim char char_length character_length chr collate concat concat_ws
+    contains crc32 decode elt encode endswith find_in_set format_number format_string hash hex ilike
+    initcap instr is_valid_utf8 jaro_winkler_similarity lcase left len length levenshtein like
+    locate lower lpad ltrim luhn_check make_valid_utf8 mask md5 octet_length overlay parse_url
+    position printf quote regexp regexp_count regexp_extract regexp_extract_all regexp_instr
+    regexp_like regexp_replace regexp_substr repeat replace reverse right rlike rpad rtrim sha sha1
+    sha2 soundex space split split_part startswith str_to_map substr substring substring_index
+    to_char to_varchar translate trim try_parse_url try_url_decode ucase unbase64 unhex upper
+    url_decode url_encode xxhash64
 """
 _TIMES = """
-    add_months convert_timezone date_add date_diff date_format date_from_unix_date date_part date_sub date_trunc dateadd datediff
-    datepart day dayname dayofmonth dayofweek dayofyear extract from_unixtime from_utc_timestamp hour last_day make_date
-    make_dt_interval make_interval make_time make_timestamp make_timestamp_ltz make_timestamp_ntz make_ym_interval minute month
-    monthname months_between next_day quarter second session_window timestamp_micros timestamp_millis timestamp_seconds
-    timestampadd timestampdiff to_date to_time to_timestamp to_timestamp_ltz to_timestamp_ntz to_unix_timestamp to_utc_timestamp
-    trunc try_make_interval try_make_timestamp try_make_timestamp_ltz try_make_timestamp_ntz try_to_date try_to_time
-    try_to_timestamp unix_date unix_micros unix_millis unix_seconds unix_timestamp weekday weekofyear window window_time year
+    add_months convert_timezone date_add date_diff date_format date_from_unix_date date_part
+    date_sub date_trunc dateadd datediff datepart day dayname dayofmonth dayofweek dayofyear extract
+    from_unixtime from_utc_timestamp hour last_day make_date make_dt_interval make_interval
+    make_time make_timestamp make_timestamp_ltz make_timestamp_ntz make_ym_interval minute month
+    monthname months_between next_day quarter second session_window timestamp_micros
+    timestamp_millis timestamp_seconds timestampadd timestampdiff to_date to_time to_timestamp
+    to_timestamp_ltz to_timestamp_ntz to_unix_timestamp to_utc_timestamp trunc try_make_interval
+    try_make_timestamp try_make_timestamp_ltz try_make_timestamp_ntz try_to_date try_to_time
+    try_to_timestamp unix_date unix_micros unix_millis unix_seconds unix_timestamp weekday
+    weekofyear window window_time year
 """
 _NESTED = """
-    aggregate array array_append array_compact array_contains array_distinct array_except array_insert array_intersect array_join
-    array_max array_min array_position array_prepend array_remove array_repeat array_size array_sort array_union arrays_overlap
-    arrays_zip cardinality element_at exists filter flatten forall from_csv from_json get get_json_object json_array_length
-    json_object_keys map map_concat map_contains_key map_entries map_filter map_from_arrays map_from_entries map_keys map_values
-    map_zip_with named_struct reduce sequence size slice sort_array struct to_csv to_json transform transform_keys
-    transform_values try_element_at zip_with
+    aggregate array array_append array_compact array_contains array_distinct array_except
+    array_insert array_intersect array_join array_max array_min array_position array_prepend
+    array_remove array_repeat array_size array_sort array_union arrays_overlap arrays_zip
+    cardinality element_at exists filter flatten forall from_csv from_json get get_json_object
+    json_array_length json_object_keys map map_concat map_contains_key map_entries map_filter
+    map_from_arrays map_from_entries map_keys map_values map_zip_with named_struct reduce sequence
+    size slice sort_array struct to_csv to_json transform transform_keys transform_values
+    try_element_at zip_with
 """
 # Functions of one row.
 SCALARS = words(f"{_NUMBERS} {_CONDITIONS_AND_TYPES} {_TEXT} {_TIMES} {_NESTED}")

@@ -33,7 +33,7 @@ def future_times(
     passed = np.zeros(len(start), dtype=np.int64)
     if period.is_calendar:
         newest_unit = period.unit_numbers(np.array([newest.to_datetime64()]))
-        # An entity that ended long ago is asked for the same periods as all others.
+        # An entity that ended long ago gets the same periods as all others.
         passed = (newest_unit - period.unit_numbers(start)) // period.count
     else:
         start = np.full(len(start), newest.to_datetime64())
@@ -41,9 +41,9 @@ def future_times(
     times = []
     moments = period.moved(start, passed, last_days)
     while (moments <= end).any():
-        asked = np.flatnonzero((moments > newest) & (moments <= end))
-        entities.append(asked)
-        times.append(moments[asked])
+        due = np.flatnonzero((moments > newest) & (moments <= end))
+        entities.append(due)
+        times.append(moments[due])
         passed = passed + 1
         moments = period.moved(start, passed, last_days)
     return np.concatenate([np.arange(0), *entities]), np.concatenate([start[:0], *times])

@@ -38,22 +38,29 @@ def plan_passes(spec: FleetSpec) -> list[HistoryPass]:
     A feature over ``[carrier, dest]`` can be computed where rows share ``[dest]``; everything could
     be computed where all rows are together, but in one worker, so only features over ``[]`` are.
     """
-    wanted: dict[tuple[str, ...], tuple[list[LagSpec], list[RollingSpec]]] = {}
+    lags: dict[tuple[str, ...], list[LagSpec]] = {}
     for lag in spec.all_lags:
-        wanted.setdefault(tuple(spec.entity), ([], []))[0].append(lag)
+        lags.setdefault(tuple(spec.entity), []).append(lag)
+    windows: dict[tuple[str, ...], list[RollingSpec]] = {}
     for window in spec.features.rolling:
-        wanted.setdefault(tuple(spec.finest if window.over is None else window.over), ([], []))[
-            1
-        ].append(window)
-    passes: dict[tuple[str, ...], tuple[list[LagSpec], list[RollingSpec]]] = {}
-    for keys in sorted(wanted, key=len):
+        windows.setdefault(_keys_of(window, spec), []).append(window)
+    passes: dict[tuple[str, ...], HistoryPass] = {}
+    for keys in sorted({**lags, **windows}, key=len):
         host = next((other for other in passes if other and set(other) <= set(keys)), keys)
-        lags, windows = passes.setdefault(host, ([], []))
-        lags.extend(wanted[keys][0])
-        windows.extend(wanted[keys][1])
-    return [
-        HistoryPass(keys, tuple(lags), tuple(windows)) for keys, (lags, windows) in passes.items()
-    ]
+        before = passes.get(host, HistoryPass(host, (), ()))
+        passes[host] = HistoryPass(
+            host,
+            (*before.lags, *lags.get(keys, ())),
+            (*before.windows, *windows.get(keys, ())),
+        )
+    return list(passes.values())
+
+
+def _keys_of(window: RollingSpec, spec: FleetSpec) -> tuple[str, ...]:
+    """The key columns whose rows a window summarises."""
+    if window.over is None:
+        return tuple(spec.finest)
+    return tuple(window.over)
 
 
 def add_history(table: pa.Table, spec: FleetSpec, features: HistoryPass) -> pa.Table:
@@ -61,7 +68,7 @@ def add_history(table: pa.Table, spec: FleetSpec, features: HistoryPass) -> pa.T
 
     Args:
         table: one row per entity and time, with `time`, `known_at`, the columns the features
-            summarise, and `ON_LAST_DAYS` where there is one; all rows that share the pass's keys.
+            summarise, and optionally `ON_LAST_DAYS`; all rows that share the pass's keys.
         spec: the fleet.
         features: what to compute.
 
@@ -80,15 +87,15 @@ def add_history(table: pa.Table, spec: FleetSpec, features: HistoryPass) -> pa.T
         values = values_of(table, lag.column)
         for periods in lag.periods:
             step = spec.step.times(periods)
-            found = _row_at(codes, time, known_at, end, step.before(time, last_days))
+            rows = _row_at(codes, time, known_at, end, step.before(time, last_days))
             if step.is_calendar:
-                found = np.where(
-                    found >= 0, found, _last_row_of_unit(codes, time, known_at, end, step)
+                rows = np.where(
+                    rows >= 0, rows, _last_row_of_unit(codes, time, known_at, end, step)
                 )
-            column = np.where(found >= 0, values[found], np.nan)
+            column = np.where(rows >= 0, values[rows], np.nan)
             table = table.append_column(lag.name(periods), _nullable(column))
     for window in features.windows:
-        codes = codes_of(table, tuple(spec.finest if window.over is None else window.over))
+        codes = codes_of(table, _keys_of(window, spec))
         values = values_of(table, window.column)
         start = spec.in_zone(window.window).before(
             deadline, last_days & on_last_day(_wall_clock(deadline, spec))
@@ -100,7 +107,9 @@ def add_history(table: pa.Table, spec: FleetSpec, features: HistoryPass) -> pa.T
 
 
 def _wall_clock(times: Times, spec: FleetSpec) -> Times:
-    return times if spec.timezone is None else to_wall_clock(times, spec.timezone)
+    if spec.timezone is None:
+        return times
+    return to_wall_clock(times, spec.timezone)
 
 
 def times_of(column: pa.ChunkedArray | pa.Array) -> Times:
@@ -129,9 +138,9 @@ def codes_of(table: pa.Table, keys: tuple[str, ...]) -> npt.NDArray[np.int64]:
         if isinstance(dictionary, pa.ChunkedArray):
             dictionary = dictionary.combine_chunks()
         size = len(dictionary.dictionary) + 1
-        codes = pd.factorize(codes * size + dictionary.indices.to_numpy(zero_copy_only=False))[
-            0
-        ].astype(np.int64)
+        values = dictionary.indices.to_numpy(zero_copy_only=False)
+        combined, _ = pd.factorize(codes * size + values)
+        codes = combined.astype(np.int64)
     return codes
 
 
@@ -147,16 +156,16 @@ def flags_of(table: pa.Table | pa.RecordBatch) -> Flags:
 
 
 def _row_at(
-    codes: npt.NDArray[np.int64], time: Times, known_at: Times, deadline: Times, wanted: Times
+    codes: npt.NDArray[np.int64], time: Times, known_at: Times, deadline: Times, moment: Times
 ) -> Indices:
-    """Per row the row of the same code at the wanted time, if known by its deadline; else -1."""
+    """Per row the row of the same code at a given moment, if known by its deadline; else -1."""
     order = np.lexsort((time, codes))
     starts, ends = bounds_of(codes[order], codes)
-    position = search_slices(time[order], starts, ends, wanted, side="left")
+    position = search_slices(time[order], starts, ends, moment, side="left")
     inside = position < ends
-    found = order[np.where(inside, position, 0)]
-    usable = inside & (time[found] == wanted) & (known_at[found] <= deadline)
-    return np.where(usable, found, -1)
+    rows = order[np.where(inside, position, 0)]
+    usable = inside & (time[rows] == moment) & (known_at[rows] <= deadline)
+    return np.where(usable, rows, -1)
 
 
 def _last_row_of_unit(
@@ -167,16 +176,16 @@ def _last_row_of_unit(
     The unit is a month, quarter or year, and a row counts if it was known by the deadline.
 
     So a month's end finds the end of the month before, whichever day that is. Rows that were not
-    known by then count for nothing: whether they are there must not show.
+    known by then make no difference, present or not.
     """
     order = np.lexsort((time, codes))
     sorted_time = time[order]
     starts, ends = bounds_of(codes[order], codes)
     units = step.unit_numbers(time)
-    wanted = units - step.count
-    low = search_slices(units[order], starts, ends, wanted, side="left")
-    high = search_slices(units[order], starts, ends, wanted, side="right")
-    # What lies after the deadline became known after it, too.
+    unit_before = units - step.count
+    low = search_slices(units[order], starts, ends, unit_before, side="left")
+    high = search_slices(units[order], starts, ends, unit_before, side="right")
+    # What lies after the deadline also became known after it.
     high = np.minimum(high, search_slices(sorted_time, starts, ends, deadline, side="right"))
     place = high - 1
     late = np.flatnonzero(place >= low)
@@ -198,28 +207,28 @@ def _windowed(
     """Per row, statistics of the values with its code that became known in (start, deadline]."""
     observed = np.flatnonzero(~np.isnan(values) & ~np.isnat(known_at))
     order = observed[np.lexsort((values[observed], known_at[observed], codes[observed]))]
-    sorted_codes, sorted_known, sorted_values = codes[order], known_at[order], values[order]
-    first, last = bounds_of(sorted_codes, codes)
+    sorted_known = known_at[order]
+    sorted_values = values[order]
+    first, last = bounds_of(codes[order], codes)
     low = search_slices(sorted_known, first, last, start, side="right")
     high = search_slices(sorted_known, first, last, deadline, side="right")
-    return [
-        _statistic(statistic, sorted_values, low, np.maximum(low, high)) for statistic in statistics
-    ]
+    high = np.maximum(low, high)
+    return [_statistic(statistic, sorted_values, low, high) for statistic in statistics]
 
 
 def bounds_of(
     sorted_codes: npt.NDArray[np.int64], codes: npt.NDArray[np.int64]
 ) -> tuple[Indices, Indices]:
     """Per code the slice of equal ones among the sorted: its start, and its end, excluded."""
-    return np.searchsorted(sorted_codes, codes, side="left"), np.searchsorted(
-        sorted_codes, codes, side="right"
-    )
+    first = np.searchsorted(sorted_codes, codes, side="left")
+    last = np.searchsorted(sorted_codes, codes, side="right")
+    return first, last
 
 
 def search_slices(
-    ordered: npt.NDArray[Any], first: Indices, last: Indices, wanted: npt.NDArray[Any], *, side: str
+    ordered: npt.NDArray[Any], first: Indices, last: Indices, values: npt.NDArray[Any], *, side: str
 ) -> Indices:
-    """A binary search per row, each within its own slice of `ordered`."""
+    """Per row where its value belongs in its own slice of `ordered`, by binary search."""
     low, high = first.copy(), last.copy()
     while True:
         open_ = low < high
@@ -227,7 +236,10 @@ def search_slices(
             return low
         middle = (low + high) // 2
         probe = ordered[np.where(open_, middle, 0)]
-        goes_right = (probe < wanted) if side == "left" else (probe <= wanted)
+        if side == "left":
+            goes_right = probe < values
+        else:
+            goes_right = probe <= values
         low = np.where(open_ & goes_right, middle + 1, low)
         high = np.where(open_ & ~goes_right, middle, high)
 
@@ -238,11 +250,7 @@ def _statistic(statistic: Statistic, values: Floats, low: Indices, high: Indices
     if statistic == "count":
         return count
     if statistic == "last":
-        return (
-            np.where(some, values[np.where(some, high - 1, 0)], np.nan)
-            if len(values)
-            else np.full(len(low), np.nan)
-        )
+        return _last(values, low, high)
     if statistic in ("min", "max"):
         return _extreme(np.minimum if statistic == "min" else np.maximum, values, low, high)
     mean, squares = _moments_of(values, low, high)
@@ -280,6 +288,14 @@ def _moments_of(values: Floats, low: Indices, high: Indices) -> tuple[Floats, Fl
             level_mean = level_mean[:-block] + step / 2
             block *= 2
     return mean, squares
+
+
+def _last(values: Floats, low: Indices, high: Indices) -> Floats:
+    """The last value of each slice; NaN where it is empty."""
+    answer = np.full(len(low), np.nan)
+    rows = np.flatnonzero(high > low)
+    answer[rows] = values[high[rows] - 1]
+    return answer
 
 
 def _extreme(better: np.ufunc, values: Floats, low: Indices, high: Indices) -> Floats:

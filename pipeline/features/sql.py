@@ -35,110 +35,118 @@ MAX_SUGGESTIONS = 5
 # a grammar of their own.
 _SYNTAX: frozenset[type[Any]] = frozenset(
     (
-        *(
-            exp.Select,
-            exp.From,
-            exp.Where,
-            exp.Group,
-            exp.Having,
-            exp.Qualify,
-            exp.Order,
-            exp.Ordered,
-            exp.Limit,
-            exp.Offset,
-        ),
-        *(
-            exp.With,
-            exp.CTE,
-            exp.Subquery,
-            exp.Union,
-            exp.Except,
-            exp.Intersect,
-            exp.Values,
-            exp.Table,
-            exp.TableAlias,
-            exp.Join,
-        ),
-        *(
-            exp.Lateral,
-            exp.Pivot,
-            exp.PivotAlias,
-            exp.Rollup,
-            exp.Cube,
-            exp.GroupingSets,
-            exp.Distinct,
-            exp.Exists,
-        ),
-        *(
-            exp.Alias,
-            exp.Aliases,
-            exp.Column,
-            exp.Identifier,
-            exp.Star,
-            exp.Dot,
-            exp.Bracket,
-            exp.Paren,
-            exp.Tuple,
-            exp.Lambda,
-        ),
-        *(
-            exp.Literal,
-            exp.RawString,
-            exp.Boolean,
-            exp.Null,
-            exp.Concat,
-            exp.Interval,
-            exp.IntervalSpan,
-            exp.Var,
-        ),
-        *(
-            exp.And,
-            exp.Or,
-            exp.Not,
-            exp.Is,
-            exp.In,
-            exp.Between,
-            exp.Like,
-            exp.ILike,
-            exp.RegexpLike,
-            exp.Escape,
-            exp.Any,
-            exp.All,
-        ),
-        *(
-            exp.EQ,
-            exp.NEQ,
-            exp.GT,
-            exp.GTE,
-            exp.LT,
-            exp.LTE,
-            exp.NullSafeEQ,
-            exp.NullSafeNEQ,
-            exp.Collate,
-        ),
-        *(
-            exp.Add,
-            exp.Sub,
-            exp.Mul,
-            exp.Div,
-            exp.IntDiv,
-            exp.Mod,
-            exp.Neg,
-            exp.DPipe,
-            exp.BitwiseAnd,
-            exp.BitwiseOr,
-        ),
-        *(exp.BitwiseXor, exp.BitwiseNot, exp.BitwiseLeftShift, exp.BitwiseRightShift),
-        *(exp.Case, exp.If, exp.Cast, exp.TryCast, exp.DataType, exp.DataTypeParam, exp.ColumnDef),
-        *(exp.Anonymous, exp.Array, exp.Transform, exp.Extract, exp.Trim, exp.Overlay),
-        *(
-            exp.Window,
-            exp.WindowSpec,
-            exp.Filter,
-            exp.WithinGroup,
-            exp.IgnoreNulls,
-            exp.RespectNulls,
-        ),
+        # clauses of a SELECT
+        exp.Select,
+        exp.From,
+        exp.Where,
+        exp.Group,
+        exp.Having,
+        exp.Qualify,
+        exp.Order,
+        exp.Ordered,
+        exp.Limit,
+        exp.Offset,
+        # statements and what they read
+        exp.With,
+        exp.CTE,
+        exp.Subquery,
+        exp.Union,
+        exp.Except,
+        exp.Intersect,
+        exp.Values,
+        exp.Table,
+        exp.TableAlias,
+        exp.Join,
+        # lateral views, pivots, grouping sets
+        exp.Lateral,
+        exp.Pivot,
+        exp.PivotAlias,
+        exp.Rollup,
+        exp.Cube,
+        exp.GroupingSets,
+        exp.Distinct,
+        exp.Exists,
+        # names and what stands around them
+        exp.Alias,
+        exp.Aliases,
+        exp.Column,
+        exp.Identifier,
+        exp.Star,
+        exp.Dot,
+        exp.Bracket,
+        exp.Paren,
+        exp.Tuple,
+        exp.Lambda,
+        # literals
+        exp.Literal,
+        exp.RawString,
+        exp.Boolean,
+        exp.Null,
+        exp.Concat,
+        exp.Interval,
+        exp.IntervalSpan,
+        exp.Var,
+        # predicates
+        exp.And,
+        exp.Or,
+        exp.Not,
+        exp.Is,
+        exp.In,
+        exp.Between,
+        exp.Like,
+        exp.ILike,
+        exp.RegexpLike,
+        exp.Escape,
+        exp.Any,
+        exp.All,
+        # comparisons
+        exp.EQ,
+        exp.NEQ,
+        exp.GT,
+        exp.GTE,
+        exp.LT,
+        exp.LTE,
+        exp.NullSafeEQ,
+        exp.NullSafeNEQ,
+        exp.Collate,
+        # arithmetic and concatenation
+        exp.Add,
+        exp.Sub,
+        exp.Mul,
+        exp.Div,
+        exp.IntDiv,
+        exp.Mod,
+        exp.Neg,
+        exp.DPipe,
+        # bits
+        exp.BitwiseAnd,
+        exp.BitwiseOr,
+        exp.BitwiseXor,
+        exp.BitwiseNot,
+        exp.BitwiseLeftShift,
+        exp.BitwiseRightShift,
+        # conditions and types
+        exp.Case,
+        exp.If,
+        exp.Cast,
+        exp.TryCast,
+        exp.DataType,
+        exp.DataTypeParam,
+        exp.ColumnDef,
+        # calls with a grammar of their own
+        exp.Anonymous,
+        exp.Array,
+        exp.Transform,
+        exp.Extract,
+        exp.Trim,
+        exp.Overlay,
+        # windows
+        exp.Window,
+        exp.WindowSpec,
+        exp.Filter,
+        exp.WithinGroup,
+        exp.IgnoreNulls,
+        exp.RespectNulls,
     )
 )
 # Names under which Spark knows the calls that have a grammar of their own.
@@ -174,13 +182,14 @@ class Contents:
 
 def contents_of(tree: exp.Expr) -> Contents:
     """What a checked tree reads and calls."""
-    # Spark reads GROUP BY ALL as a column of that name.
-    groups_by_all = any(group.args.get("all") for group in tree.find_all(exp.Group))
-    names = frozenset(identifier.name.lower() for identifier in tree.find_all(exp.Identifier))
+    columns = {identifier.name.lower() for identifier in tree.find_all(exp.Identifier)}
+    for group in tree.find_all(exp.Group):
+        if group.args.get("all"):
+            columns.add("all")  # Spark reads GROUP BY ALL as a column of that name
     return Contents(
         relations=frozenset(table.name.lower() for table in tree.find_all(exp.Table)),
-        functions=frozenset(name for _, name in _calls(tree)),
-        columns=names | {"all"} if groups_by_all else names,
+        functions=_called_names(tree),
+        columns=frozenset(columns),
     )
 
 
@@ -218,13 +227,11 @@ def parse_select(
 
 def _parse_query(text: str, file: str) -> exp.Query:
     try:
-        statements = [
-            statement
-            for statement in sqlglot.parse(text, dialect=PlainSpark)
-            if statement is not None
-        ]
+        parsed = sqlglot.parse(text, dialect=PlainSpark)
     except (SqlglotError, RecursionError) as error:
         raise SpecError(f"{file} is not SQL that Spark understands: {_explained(error)}") from error
+    # Nothing before a semicolon is parsed as None.
+    statements = [statement for statement in parsed if statement is not None]
     if len(statements) != 1 or not isinstance(statements[0], exp.Query):
         kinds = ", ".join(type(statement).__name__.upper() for statement in statements) or "nothing"
         raise SpecError(f"{file} holds {kinds}; expected exactly one SELECT")
@@ -232,27 +239,27 @@ def _parse_query(text: str, file: str) -> exp.Query:
 
 
 def _explained(error: Exception) -> str:
-    """What a parser found, and where.
+    """What a parser complains about, and where.
 
     Without the terminal codes that it underlines the place with.
     """
     if not isinstance(error, ParseError) or not error.errors:
         return str(error)
-    found = error.errors[0]
-    around = " ".join(f"{found['start_context']}{found['highlight']}{found['end_context']}".split())
+    fault = error.errors[0]
+    around = " ".join(f"{fault['start_context']}{fault['highlight']}{fault['end_context']}".split())
     return (
-        f"{found['description']} at line {found['line']}, column {found['col']}, "
-        f"at {found['highlight']!r} in: {around}"
+        f"{fault['description']} at line {fault['line']}, column {fault['col']}, "
+        f"at {fault['highlight']!r} in: {around}"
     )
 
 
 def _check_query(
     query: exp.Query, sources: Sequence[str], file: str, functions: Sequence[str]
 ) -> None:
-    declared = {name.lower() for name in sources}
+    declared = set(map(str.lower, sources))
     for table in query.find_all(exp.Table):
         is_name = isinstance(table.this, exp.Identifier) and not table.db
-        if not is_name or table.name.lower() not in declared | set(_visible_ctes(table)):
+        if not is_name or table.name.lower() not in declared.union(_visible_ctes(table)):
             raise SpecError(
                 f"{file} reads {table.sql('spark')!r}; allowed are the declared sources: "
                 f"{', '.join(sources)}"
@@ -338,7 +345,7 @@ def _parse_expression(text: str, where: str, functions: Sequence[str]) -> exp.Ex
         raise SpecError(
             f"{where}: {text!r} is not a single row-wise expression; leave out the name it is given"
         )
-    called = {name for _, name in _calls(expression)}
+    called = _called_names(expression)
     if parsed.find(exp.Window) or called & (AGGREGATES | UNORDERED_AGGREGATES | WINDOWS | ORDERED):
         raise SpecError(
             f"{where}: {text!r} looks at other rows; declare a lag or a rolling window instead, "
@@ -364,6 +371,10 @@ def _calls(tree: exp.Expr) -> Iterator[tuple[exp.Expr, str]]:
             yield node, _CALLS[type(node)]
 
 
+def _called_names(tree: exp.Expr) -> frozenset[str]:
+    return frozenset(name for _, name in _calls(tree))
+
+
 def _check_functions(tree: exp.Expr, where: str, allowed: frozenset[str]) -> None:
     for node in tree.walk():
         if isinstance(node, exp.Func) and type(node) not in _SYNTAX:
@@ -371,8 +382,10 @@ def _check_functions(tree: exp.Expr, where: str, allowed: frozenset[str]) -> Non
     for call, name in _calls(tree):
         refuse_harmful(name, where)
         if name not in allowed:
+            hint = ""
             near = difflib.get_close_matches(name, sorted(allowed), n=MAX_SUGGESTIONS)
-            hint = f"close to it: {', '.join(near)}. " if near else ""
+            if near:
+                hint = f"close to it: {', '.join(near)}. "
             raise SpecError(
                 f"{where} calls {name!r}, which is not one of the {len(allowed)} allowed "
                 f"functions; {hint}"
@@ -414,18 +427,8 @@ def _check_syntax(tree: exp.Expr, where: str) -> None:
             )
         if isinstance(node, exp.With) and node.recursive:
             raise SpecError(f"{where} is recursive; WITH RECURSIVE is not allowed")
-        if isinstance(node, exp.Column) and not node.table and node.name.lower() in BARE:
-            raise SpecError(
-                f"{where} names {node.name!r}, which Spark may take for a function; write it with "
-                f"its table, e.g. t.{node.name}"
-            )
-        if isinstance(node, exp.Column) and "_metadata" in {
-            part.name.lower() for part in node.parts
-        }:
-            raise SpecError(
-                f"{where} names _metadata, under which Spark knows a row's file; use columns of "
-                "the sources"
-            )
+        if isinstance(node, exp.Column):
+            _check_column(node, where)
         if (
             isinstance(node, exp.Cast)
             and node.this.is_string
@@ -442,6 +445,19 @@ def _check_syntax(tree: exp.Expr, where: str) -> None:
             )
 
 
+def _check_column(column: exp.Column, where: str) -> None:
+    if not column.table and column.name.lower() in BARE:
+        raise SpecError(
+            f"{where} names {column.name!r}, which Spark may take for a function; write it with "
+            f"its table, e.g. t.{column.name}"
+        )
+    if any(part.name.lower() == "_metadata" for part in column.parts):
+        raise SpecError(
+            f"{where} names _metadata, under which Spark knows a row's file; use columns of "
+            "the sources"
+        )
+
+
 def parse_derived(spec: FleetSpec) -> dict[str, exp.Expr]:
     """The derived columns by name, each reading only what is known when the prediction is made.
 
@@ -450,33 +466,33 @@ def parse_derived(spec: FleetSpec) -> dict[str, exp.Expr]:
     """
     # The target and what the SQL gives beside it are known only when the row comes true: derived
     # columns may not see them.
-    visible = [
+    features = {
         *spec.features.columns,
         *spec.key_columns,
         *spec.history_columns,
         *spec.features.calendar,
         *spec.features.categoricals,
-    ]
-    known = {name.lower() for name in visible if name != spec.target.column}
-    hidden = {name.lower() for name in (*spec.sql_columns, "time", "known_at")} - known
+    }
+    readable = set(map(str.lower, features - {spec.target.column}))
+    hidden = set(map(str.lower, (*spec.sql_columns, "time", "known_at"))) - readable
     derived = {}
     for name, text in spec.features.derived.items():
         where = f"features.derived.{name}"
         derived[name] = check_expression(text, where=where, functions=spec.sql.functions)
         for column in derived[name].find_all(exp.Column):
-            if column.name.lower() not in known:
+            if column.name.lower() not in readable:
                 raise SpecError(
                     f"{where}: {column.name!r} is not a feature known when the prediction is made; "
-                    f"known: {', '.join(sorted(known))}"
+                    f"known: {', '.join(sorted(readable))}"
                 )
-        # A lambda's variable, too: a parser may take it for the column of that name.
+        # Variables of lambdas as well: a parser may take one for the column of that name.
         for identifier in derived[name].find_all(exp.Identifier):
             if identifier.name.lower() in hidden:
                 raise SpecError(
                     f"{where}: {identifier.name!r} is the name of a column that is not known when "
                     "the prediction is made; choose another"
                 )
-        known.add(name.lower())
+        readable.add(name.lower())
     return derived
 
 
@@ -489,11 +505,11 @@ def check_features(
         spec: the fleet.
         text: content of the SQL file.
         file: its name, for messages.
-        schemas: column types by source where they are known; with them, columns that no source has
-            are found too.
+        schemas: column types by source, where they are known; they reveal columns that no source
+            has.
 
     Raises:
-        SpecError: naming the file, the column, and the columns there are.
+        SpecError: naming the file, the column, and the available columns.
     """
     query = parse_select(
         text, [source.name for source in spec.sources], file=file, functions=spec.sql.functions
@@ -517,11 +533,9 @@ def _output_columns(
     None where they depend on a source's columns, not known yet.
     """
     if schemas is None:
-        return (
-            None
-            if query.is_star or any(select.is_star for select in query.selects)
-            else {name.lower() for name in query.named_selects}
-        )
+        if query.is_star or any(select.is_star for select in query.selects):
+            return None
+        return set(map(str.lower, query.named_selects))
     try:
         qualified: Any = qualify(
             query.copy(),
@@ -529,6 +543,6 @@ def _output_columns(
             dialect=PlainSpark,
         )
     except OptimizeError as error:
-        there = "; ".join(f"{name} has {', '.join(columns)}" for name, columns in schemas.items())
-        raise SpecError(f"{file}: {error} What the sources give: {there}") from error
-    return {name.lower() for name in qualified.named_selects}
+        given = "; ".join(f"{name} has {', '.join(columns)}" for name, columns in schemas.items())
+        raise SpecError(f"{file}: {error} What the sources give: {given}") from error
+    return set(map(str.lower, qualified.named_selects))

@@ -40,7 +40,7 @@ class Suspicions:
         missed_lags: per lag, how many of its nulls lie beside a value.
         like_the_target: per column of `features.columns`, how closely it follows the target of its
             own row.
-        other_midnights: `time`, and the hours of UTC at which its days seem to begin.
+        other_midnights: for `time`, the hours of UTC at which its days seem to begin.
     """
 
     missed_lags: dict[str, str]
@@ -59,9 +59,9 @@ def columns_looked_at(spec: FleetSpec) -> list[str]:
 def find_suspicions(table: pa.Table, spec: FleetSpec) -> Suspicions:
     """Look for what mistakes in features.sql and defs.yaml leave behind.
 
-    A lag misses a row where it is null although the entity has a value in the wanted month, quarter
-    or year, or less than one fixed period from the wanted moment: that value was known too late, or
-    the series keeps other hours.
+    A lag misses a row where it is null although the entity has a value in the month, quarter or
+    year that it looks at, or less than one fixed period from the moment that it looks at: that
+    value was known too late, or the series keeps other hours.
 
     A column looks like the target where it equals it in nearly all rows in which the target is not
     what it was in the entity's row before; or where its changes from row to row are correlated with
@@ -96,10 +96,9 @@ def find_suspicions(table: pa.Table, spec: FleetSpec) -> Suspicions:
 def _other_midnights(time: Times, spec: FleetSpec) -> dict[str, str]:
     """Series whose rows all lie at one hour of UTC that is not midnight, or at two adjacent ones.
 
-    Only series of days and longer.
-
-    These are midnights of another time zone, the two hours its winter and summer; counted in UTC,
-    days are cut in the wrong place and lags miss their rows after each change of the clocks.
+    Only series of days and longer are looked at. Such hours are the midnights of another time zone,
+    two of them its winter and summer; counted in UTC, days are cut in the wrong place, and lags
+    miss their rows after each change of the clocks.
     """
     if spec.timezone is not None or spec.period is None or spec.step.unit in ("minute", "hour"):
         return {}
@@ -108,11 +107,10 @@ def _other_midnights(time: Times, spec: FleetSpec) -> dict[str, str]:
         (seen - seen.astype("datetime64[D]")).astype("timedelta64[s]").astype(np.int64)
     )
     one_hour, one_day = SECONDS["hour"], SECONDS["day"]
+    # The hours of winter and summer; the later may come first, beyond midnight.
+    shifts = (one_hour, one_day - one_hour)
     is_one = len(since_midnight) == 1 and since_midnight[0] != 0
-    is_pair = len(since_midnight) == 2 and int(np.diff(since_midnight)[0]) in (  # noqa: PLR2004
-        one_hour,
-        one_day - one_hour,
-    )
+    is_pair = len(since_midnight) == 2 and int(np.ptp(since_midnight)) in shifts  # noqa: PLR2004
     if not (is_one or is_pair):
         return {}
     hours = " or ".join(
@@ -122,11 +120,9 @@ def _other_midnights(time: Times, spec: FleetSpec) -> dict[str, str]:
 
 
 def _quantities(spec: FleetSpec) -> list[str]:
-    return [
-        name
-        for name in spec.features.columns
-        if name not in {*spec.features.categoricals, *spec.key_columns}
-    ]
+    """The columns of `features.columns` that hold numbers."""
+    texts = {*spec.features.categoricals, *spec.key_columns}
+    return [name for name in spec.features.columns if name not in texts]
 
 
 def _target(table: pa.Table, spec: FleetSpec) -> Floats:
@@ -138,16 +134,16 @@ def _target(table: pa.Table, spec: FleetSpec) -> Floats:
     if (numbers.isna() & classes.notna()).any():
         codes, _ = pd.factorize(classes, sort=True)
         numbers = pd.Series(codes).where(codes >= 0)
-    found: Floats = numbers.to_numpy(np.float64)
-    return found
+    target: Floats = numbers.to_numpy(np.float64)
+    return target
 
 
 def _has_value_near(
     codes: Codes, time: Times, values: Floats, period: Period, periods: int
 ) -> Flags:
-    """Whether the entity has a value near the wanted moment.
+    """Whether the entity has a value near the moment that a lag looks at.
 
-    In the calendar unit so many periods before, or less than a fixed period away from it.
+    That is in the calendar unit that many periods before, or less than a fixed period away.
     """
     if period.is_calendar:
         clock = period.unit_numbers(time)
@@ -168,9 +164,9 @@ def _has_value_near(
 
 
 def _likeness(codes: Codes, values: Floats, target: Floats) -> str | None:
-    """What makes a column look like the target, both in the order of entities and times.
+    """What makes a column look like the target; None if nothing does.
 
-    None if nothing does.
+    Both are in the order of entities and times.
     """
     is_next = codes[1:] == codes[:-1]
     target_change = np.where(is_next, np.diff(target), np.nan)
