@@ -177,9 +177,8 @@ class RollingSpec(Part):
     over: Sequence[Identifier] | None = Field(
         default=None,
         description="Columns whose value the summarised rows share, e.g. `[dest]`; `[]` is all "
-        "rows; by default the finest grain. "
-        "Makes `arr_delay_mean_6_hours`, or `arr_delay_mean_6_hours_by_dest` (`_by_all` for []) "
-        "where `over` is given.",
+        "rows; by default the finest grain. Makes `arr_delay_mean_6_hours`, or "
+        "`arr_delay_mean_6_hours_by_dest` (`_by_all` for []) where `over` is given.",
     )
 
     @property
@@ -210,10 +209,9 @@ class FeaturesSpec(Part):
     )
     lags: Sequence[LagSpec] = Field(
         default=(),
-        description="Values whole periods ago. Months, quarters and years match whatever the day: "
-        "28 February finds 31 January. "
-        "Of several rows in that month the one on the very day counts, or else the last one known "
-        "by then.",
+        description="Values from whole periods ago. Months, quarters and years match regardless "
+        "of the day: 28 February finds 31 January. Of several rows in that month, the one on the "
+        "same day counts, or else the last one known by then.",
     )
     rolling: Sequence[RollingSpec] = Field(
         default=(), description="Statistics of trailing windows, as of what was known."
@@ -228,8 +226,8 @@ class FeaturesSpec(Part):
     )
     categoricals: Sequence[Identifier] = Field(
         default=(),
-        description="Keys or columns that are categories, not quantities, e.g. `[carrier]`; unseen "
-        "values count as missing.",
+        description="Keys or columns that are categories, not quantities, e.g. `[carrier]`; "
+        "unseen values count as missing.",
     )
     monotone: Mapping[Identifier, Literal[-1, 0, 1]] = Field(
         default_factory=dict,
@@ -244,8 +242,8 @@ class FeaturesSpec(Part):
     )
     exclude: Sequence[Identifier] = Field(
         default=(),
-        description="Lags, windows or derived columns that only help to compute others and are not "
-        "shown to the models.",
+        description="Lags, windows or derived columns that only serve to compute others; models "
+        "do not see them.",
     )
 
 
@@ -255,11 +253,9 @@ class SqlSpec(Part):
     functions: Sequence[Identifier] = Field(
         default=(),
         description="Functions that features.sql and derived columns may call besides the allowed "
-        "ones, e.g. "
-        "`[collect_set]`. Add only functions that compute from their arguments alone; those known "
-        "to run code, to "
-        "read files, settings or the session, or to give another answer each time are always "
-        "refused.",
+        "ones, e.g. `[collect_set]`. Add only functions that compute from their arguments alone; "
+        "those known to run code, to read files, settings or the session, or to return something "
+        "else each time are always refused.",
     )
 
 
@@ -273,16 +269,15 @@ class TargetSpec(Part):
     classes: Sequence[str] | None = Field(
         default=None,
         description="Classes as text, e.g. `[no, yes]`; the last of two is the positive one. By "
-        "default those of the fit rows, sorted. "
-        "A row of another class counts as invalid.",
+        "default those of the fit rows, sorted. A row of another class counts as invalid.",
     )
     transform: Literal["none", "log", "log1p"] = Field(
         default="none", description="Link: the models learn transform(target)."
     )
     offset: Identifier | None = Field(
         default=None,
-        description="Feature column subtracted from the transformed target before learning, in the "
-        "link's units, so that groups are comparable.",
+        description="Feature column subtracted from the transformed target before learning, in "
+        "the link's units, so that groups are comparable.",
     )
     scale: Identifier | None = Field(
         default=None,
@@ -290,8 +285,8 @@ class TargetSpec(Part):
     )
     weight: Identifier | None = Field(
         default=None,
-        description="Column of row weights; null or negative weights count as 0, and such rows for "
-        "nothing.",
+        description="Column of row weights; a null or negative weight counts as 0, and rows of "
+        "weight 0 are ignored.",
     )
 
 
@@ -439,24 +434,23 @@ class TuningSpec(Part):
     objective: Objective | None = Field(
         default=None,
         description="LightGBM's regression objective, in link space; by default l2. poisson and "
-        "tweedie have a logarithm of their own, "
-        "need targets of 0 or more, and answer the mean. Classes have the objective of their task.",
+        "tweedie have a logarithm of their own, need targets of 0 or more, and answer the mean. "
+        "Classes have the objective of their task.",
     )
     alpha: float | None = Field(
         default=None,
         gt=0,
-        description="quantile: which one, by default 0.5; huber: the error, link space, from which "
-        "it counts as it is and not squared, "
-        "by default 0.9.",
+        description="quantile: which quantile, by default 0.5; huber: the error, in link space, "
+        "from which it counts linearly instead of squared, by default 0.9.",
     )
     variance_power: float | None = Field(
         default=None,
         gt=1,
         lt=2,
-        description="tweedie: the variance is the mean to this power, e.g. and by default `1.5`.",
+        description="tweedie: the variance is the mean to this power; by default `1.5`.",
     )
     max_trials: int = Field(
-        default=12, ge=1, description="Trials per group at most; 1 takes the defaults."
+        default=12, ge=1, description="Most trials per group; 1 uses the default parameters."
     )
     patience: int = Field(
         default=6,
@@ -472,8 +466,8 @@ class TuningSpec(Part):
         default=None,
         gt=0,
         description="Seconds of training (all slots together) for the whole fleet: first every "
-        "group gets a model on few trials, then what is left "
-        "goes to the groups with the largest rows x error; makes results depend on the machine.",
+        "group gets a model on few trials, then what is left goes to the groups with the largest "
+        "rows x error; makes results depend on the machine.",
     )
     checkpoint_seconds: float = Field(
         default=60,
@@ -484,24 +478,25 @@ class TuningSpec(Part):
     kill_after_seconds: float = Field(
         default=3600,
         gt=0,
-        description="A group that takes longer than this hangs: it is ended, and `failed`.",
+        description="A group that takes longer than this is considered hung: it is stopped and "
+        "marked `failed`.",
     )
     retune_after: PeriodText = Field(
         default="1 month",
-        description="A changed group tuned less long ago is refitted with its last parameters, "
-        "without trials; `0 days`: never.",
+        description="A changed group that was tuned more recently than this is refitted with its "
+        "last parameters, without trials; `0 days` tunes every changed group.",
     )
     search: Annotated[Mapping[str, SearchRange], AfterValidator(_checked_search)] = Field(
         default_factory=dict,
-        description="Search space where it differs from the default for the group's rows: a number "
-        "fixes a parameter, `{low: 0.01, high: 0.3, log: true}` searches it.",
+        description="Search space where it differs from the default for the group's rows: a "
+        "number fixes a parameter, `{low: 0.01, high: 0.3, log: true}` searches it.",
     )
-    max_rounds: int = Field(default=1000, ge=1, description="Boosting rounds at most.")
+    max_rounds: int = Field(default=1000, ge=1, description="Most boosting rounds per model.")
     max_rows: int = Field(
         default=2_000_000,
         ge=1000,
-        description="A coarse group with more rows learns from a sample of about so many; small "
-        "finest groups stay whole.",
+        description="A coarse group with more rows learns from a sample of about this many; small "
+        "finest groups are kept whole.",
     )
     fit_rows: int = Field(
         default=100,
@@ -530,7 +525,7 @@ class ScoringSpec(Part):
         "the data with a time after the as-of.",
     )
     interval: Level = Field(
-        default=0.8, description="Share of answers that lower and upper should contain."
+        default=0.8, description="Share of answers that should lie between lower and upper."
     )
     intervals: Sequence[Level] = Field(
         default=(0.8, 0.95),
@@ -549,8 +544,8 @@ class AutomationSpec(Part):
 
     score: str | None = Field(
         default=None,
-        description="When to read the sources and answer rows by the champion that serves, as a "
-        "cron text, e.g. `0 6 * * *` for 6:00 each day.",
+        description="When to read the sources and answer rows with the champion, as a cron text, "
+        "e.g. `0 6 * * *` for 6:00 each day.",
     )
     retrain: str | None = Field(
         default=None,
@@ -564,15 +559,14 @@ class AutomationSpec(Part):
     )
     on_new_files: bool = Field(
         default=False,
-        description="Whether new or changed files of a source are looked for, read, and followed "
-        "by features and predictions.",
+        description="Whether to watch the sources for new or changed files, read them, and update "
+        "features and predictions.",
     )
     resume: bool = Field(
         default=True,
-        description="Whether a run that was launched so and whose process is gone is launched once "
-        "more, which resumes its training. "
-        "One that failed by itself is not: a mistake in the fleet's description, bad data or a "
-        "failed check would fail again.",
+        description="Whether a run that was launched this way is launched once more if its "
+        "process dies, which resumes its training. A run that failed by itself is not: a mistake "
+        "in the fleet's description, bad data or a failed check would fail again.",
     )
 
 
@@ -616,24 +610,23 @@ class FleetSpec(Part):
     timezone: Zone | None = Field(
         default=None,
         description="Time zone whose days count, e.g. `Europe/Berlin`; by default UTC's. Lags, "
-        "windows, the horizon, future rows and "
-        "splits of days and longer, and calendar parts follow its clocks. Dates, and times without "
-        "a zone (TIMESTAMP_NTZ), are its local "
-        "times; times in tables stay UTC.",
+        "windows, the horizon, future rows and splits of days and longer, and calendar parts "
+        "follow its clocks. Dates, and times without a zone (TIMESTAMP_NTZ), are its local times; "
+        "times in tables stay UTC.",
     )
     target: TargetSpec = Field(description="What is predicted.")
     task: Task = Field(
         default="regression",
-        description="Kind of prediction problem: `regression` (a number), `binary` or `multiclass` "
-        "(a class's probability).",
+        description="Kind of prediction problem: `regression` (a number), `binary` or "
+        "`multiclass` (a class's probability).",
     )
     splits: SplitsSpec = Field(description="What is kept from fitting.")
     tuning: TuningSpec = Field(default_factory=TuningSpec, description="Budget per group.")
     pack: Literal["self-contained", "shared"] = Field(
         default="self-contained",
         description="Where a registered version's boosters are: in the version itself, or "
-        "`shared`: in files beside the fleet's tables, to which "
-        "each version adds its new ones; for fleets of a gigabyte and more.",
+        "`shared`: in files beside the fleet's tables, to which each version adds its new ones; "
+        "for fleets of a gigabyte and more.",
     )
     pooling: Literal["blend", "select", "none"] = Field(
         default="blend",
@@ -643,16 +636,14 @@ class FleetSpec(Part):
     own: Literal["independent", "correction", "auto"] = Field(
         default="independent",
         description="`independent`: a group's trees learn the target; `correction`: they learn "
-        "what the parent's model leaves "
-        "(on predictions it made without those rows); `auto`: a correction where that is clearly "
-        "better on the tune rows of some groups.",
+        "what the parent's model leaves unexplained (on predictions it made without those rows); "
+        "`auto`: a correction where that is clearly better on the tune rows of some groups.",
     )
     baselines: Mapping[str, Identifier] = Field(
         default_factory=dict,
         description="Columns to beat, by name, e.g. `{last value: median_lag_1}`: in the target's "
-        "units; for binary the probability of the "
-        "positive class; for multiclass a class. A series with a period has `seasonal naive`, the "
-        "target one season ago, by itself.",
+        "units; for binary the probability of the positive class; for multiclass a class. A "
+        "series with a period also gets `seasonal naive`, the target one season ago.",
     )
     scoring: ScoringSpec = Field(default_factory=ScoringSpec, description="What is answered.")
     automation: AutomationSpec = Field(
@@ -661,7 +652,7 @@ class FleetSpec(Part):
     as_of: MomentText | None = Field(
         default=None,
         description="Date or time the fleet pretends it is, unless a launch says otherwise; by "
-        "default the newest known row.",
+        "default that of the newest known row.",
     )
 
     @property

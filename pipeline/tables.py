@@ -130,8 +130,7 @@ RUNS = TableContract(
             "model_spec",
             pa.string(),
             "JSON: features, required and optional columns, categories, grains, target, task, "
-            "classes, prior and levels of intervals, as a pack's "
-            "spec.json has them",
+            "classes, prior and levels of intervals, as a pack's spec.json has them",
         ),
         Column("versions", pa.string(), "JSON: Python and library versions"),
         Column(
@@ -190,9 +189,8 @@ LEDGER = TableContract(
             "reason",
             pa.string(),
             "why it has no model: too_few_rows, no_target (or no weight), constant_target, "
-            "infinite_target, unknown_class, "
-            "pooling_none, error, timeout, "
-            "native_crash; or why it kept an old one: not_listed, vanished",
+            "infinite_target, unknown_class, pooling_none, error, timeout, native_crash; or why "
+            "it kept an old one: not_listed, vanished",
         ),
         Column(
             "error_class",
@@ -223,9 +221,9 @@ LEDGER = TableContract(
         Column(
             "cross_selection",
             pa.string(),
-            "JSON: parameters and rounds that did best on the earlier and on the later half of the "
-            "tune rows, and the time that cuts them; "
-            "a refit predicts the tune rows of one half with the winner of the other",
+            "JSON: parameters and rounds that did best on the earlier and on the later half of "
+            "the tune rows, and the time that cuts them; a refit predicts the tune rows of one "
+            "half with the winner of the other",
             is_late=True,
         ),
         Column("stopped_by", pa.string(), "what stopped the study: max_trials, patience, timeout"),
@@ -291,15 +289,14 @@ LEDGER = TableContract(
             "baselines",
             pa.string(),
             "JSON: per baseline its rows (n), rmse and mape (for classes log_loss and accuracy), "
-            "and the fleet's own on the same rows; "
-            "each row alike",
+            "and the fleet's own on the same rows; each row alike",
         ),
         Column(
             "metrics",
             pa.string(),
             "JSON: errors on report rows of fleet, pooled, constant and each baseline, target "
-            "units: rmse, mae, mape (percent), pinball (quantile), "
-            "deviance (poisson, tweedie); for classes log_loss, brier, accuracy; each row alike",
+            "units: rmse, mae, mape (percent), pinball (quantile), deviance (poisson, tweedie); "
+            "for classes log_loss, brier, accuracy; each row alike",
         ),
         Column(
             "intervals",
@@ -321,7 +318,7 @@ LEDGER = TableContract(
             "seconds inside train_group; null for a group that was not trained in this run",
         ),
         Column("lightgbm_seconds", pa.float64(), "of those inside LightGBM"),
-        Column("planned_seconds", pa.float64(), "seconds that the plan foresaw"),
+        Column("planned_seconds", pa.float64(), "seconds that the plan predicted"),
         Column("task", pa.int32(), "Spark task of the plan; -1 where none"),
     ),
 )
@@ -416,8 +413,8 @@ IMPORTANCE = TableContract(
             "shap",
             pa.float64(),
             "mean absolute SHAP value over n_rows rows, raw score: link space, less offset, over "
-            "scale; counts: logarithm; binary: log odds; "
-            "multiclass: mean over the classes' scores, too. Null without rows",
+            "scale; counts: logarithm; binary: log odds; multiclass: mean over the classes' "
+            "scores, too. Null without rows",
         ),
         Column(
             "n_rows",
@@ -439,7 +436,7 @@ PREDICTIONS = TableContract(
     row="one answered row",
     key=("as_of", "row_key"),
     columns=(
-        Column("as_of", pa.string(), "what the scoring run pretended, ISO 8601"),
+        Column("as_of", pa.string(), "as-of of the scoring run, ISO 8601"),
         Column("row_key", pa.string(), "the row that was answered"),
         Column("time", TIMESTAMP, "the row's time"),
         Column(
@@ -455,7 +452,7 @@ PREDICTIONS = TableContract(
             pa.list_(pa.float64()),
             "only for classes: each class's probability, in the order of the model's classes",
         ),
-        Column("answered_by", pa.string(), "finest grain whose own model had a say, or constant"),
+        Column("answered_by", pa.string(), "finest grain whose own model contributed, or constant"),
         Column("booster_id", pa.string(), "that grain's booster; null for the constant"),
         Column("fleet_version", pa.string(), "training run of the version that answered"),
         Column("scored_at", TIMESTAMP, "when"),
@@ -479,7 +476,7 @@ DECISIONS = TableContract(
             "what was asked for: judge, promote, keep, rollback; unknown: the alias was moved by "
             "hand, or by a launch that was killed",
         ),
-        Column("why", pa.string(), "what the launch says of it; null for nothing"),
+        Column("why", pa.string(), "the reason that the launch gave; null for none"),
         Column(
             "champion_before", pa.string(), "registered version that served before; null for none"
         ),
@@ -512,13 +509,12 @@ DECISIONS = TableContract(
         Column(
             "reason",
             pa.string(),
-            "not_worse, worse, better, not_better (by the paired test), follows_parent (few report "
-            "rows), unmeasured, unchanged, new_group, "
-            "not_comparable, rolled_back (from this challenger, earlier), override, gates, "
-            "unknown; earlier_recipe_refitted (the new recipe is not "
-            "better; to_version is the run that fitted the old one on the newer rows); "
-            "answered_by_parent, answered_by_constant (promoted, and its own answer is worse than "
-            "that)",
+            "not_worse, worse, better, not_better (by the paired test), follows_parent (few "
+            "report rows), unmeasured, unchanged, new_group, not_comparable, rolled_back (from "
+            "this challenger, earlier), override, gates, unknown; earlier_recipe_refitted (the "
+            "new recipe is not better; to_version is the run that fitted the old one on the newer "
+            "rows); answered_by_parent, answered_by_constant (promoted, and its own answer is "
+            "worse than that)",
         ),
         Column("n_rows", pa.int64(), "report rows compared; null where nothing was"),
         Column("n_blocks", pa.int64(), "stretches of the report split that they lie in"),
@@ -584,8 +580,9 @@ def in_format(rows: pd.DataFrame, contract: TableContract, location: str) -> pd.
     required = sorted(column.name for column in missing if not column.is_late)
     if required:
         raise StoreError(
-            f"{location} was written by an earlier version: it has no column {', '.join(required)}, "
-            f"expected format {contract.format} of the table {contract.name!r}; "
+            f"{location} was written by an earlier version: it has no column "
+            f"{', '.join(required)}, expected format {contract.format} of the table "
+            f"{contract.name!r}; "
             "move it away (every group is then trained again), or use a new data root"
         )
     return rows.assign(**{column.name: None for column in missing})

@@ -44,9 +44,8 @@ class LaunchSettings(dg.ConfigurableResource):
     as_of: str | None = Field(
         default=None,
         description="Date or time that the run pretends it is, e.g. 2013-12-24; by default the "
-        "fleet's, else the newest row with a target. "
-        "Earlier than that of the version that serves makes the launch a backtest, which keeps its "
-        "tables and model apart.",
+        "fleet's, else the newest row with a target. Earlier than that of the version that serves "
+        "makes the launch a backtest, which keeps its tables and model apart.",
     )
     limit_groups: int | None = Field(
         default=None,
@@ -57,10 +56,9 @@ class LaunchSettings(dg.ConfigurableResource):
     retrain: Literal["changed", "stale", "listed", "all"] = Field(
         default="changed",
         description="`changed`: groups whose rows or settings changed; `stale`: also those tuned "
-        "longer ago than tuning.retune_after; "
-        "`listed`: those in `groups`, all others keep their models; `all`: every group, and "
-        "sources and features that did not change "
-        "are read and built again, too.",
+        "longer ago than tuning.retune_after; `listed`: those in `groups`, all others keep their "
+        "models; `all`: every group, and sources and features that did not change are read and "
+        "built again, too.",
     )
     groups: list[str] = Field(
         default_factory=list,
@@ -72,14 +70,13 @@ class LaunchSettings(dg.ConfigurableResource):
     decision: Literal["judge", "promote", "keep", "rollback"] = Field(
         default="judge",
         description="What `champion` does. `judge`: the challenger is promoted group by group, as "
-        "the paired tests say. `promote`, `keep`: "
-        "overrides them for `decision_groups`, or for all. `rollback`: what served before serves "
-        "again, for `decision_groups` or for all. "
+        "the paired tests say. `promote`, `keep`: overrides them for `decision_groups`, or for "
+        "all. `rollback`: what served before serves again, for `decision_groups` or for all. "
         "Nothing is trained.",
     )
     decision_groups: list[str] = Field(
         default_factory=list,
-        description='Group ids that `decision` is about, e.g. `["EWR","IAH"]`; empty: all.',
+        description='Group ids that `decision` applies to, e.g. `["EWR","IAH"]`; empty: all.',
     )
     rollback_to: str | None = Field(
         default=None,

@@ -333,9 +333,9 @@ def _held(namespace: str, holder: LeaseRow) -> str:
         process = "this very process"
     return (
         f"fleet {namespace!r} is being trained by run {holder.run_id} ({process}) since "
-        f"{_text(holder.taken_at)}; "
-        f"its lease expires at {_text(holder.expires_at)} unless renewed: wait for that run or "
-        f"terminate it; the lease becomes free at most {expiry:g} s after its process dies"
+        f"{_text(holder.taken_at)}; its lease expires at {_text(holder.expires_at)} unless "
+        f"renewed: wait for that run or terminate it; the lease becomes free at most {expiry:g} s "
+        "after its process dies"
     )
 
 
@@ -449,8 +449,8 @@ class LeaseTable:
         except (DeltaError, OSError, ValueError, pa.ArrowException) as error:
             raise _Unreachable(
                 f"the lease at {self.location} cannot be read: {error}; check that the store can "
-                "be reached; "
-                "if the table is damaged and nobody trains the fleet, remove that folder"
+                "be reached; if the table is damaged and nobody trains the fleet, remove that "
+                "folder"
             ) from error
 
 

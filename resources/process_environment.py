@@ -1,4 +1,4 @@
-"""Settings that child processes (the JVM, Spark's Python workers) only take from the environment."""
+"""Settings that child processes (JVM, Python workers) can only take from the environment."""
 
 import os
 

@@ -169,8 +169,8 @@ def _check_data_root(folder: str) -> None:
     if misread:
         raise SpecError(
             f"{DATA}: the data root {folder!r} has {misread[0]!r} in its path, which SQLite or "
-            "Delta addresses cannot hold; "
-            "nothing was written: choose a folder without ?, backslashes and escapes such as %20"
+            "Delta addresses cannot hold; nothing was written: choose a folder without ?, "
+            "backslashes and escapes such as %20"
         )
 
 

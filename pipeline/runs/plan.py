@@ -30,8 +30,8 @@ TASK_SECONDS = 3.0
 # The last task of a slot is cut into parts: as one, it would leave the other slots idle where the
 # predicted seconds were wrong.
 LAST_SHARES, MIN_TASKS_BEFORE_LAST = [0.5, 0.25, 0.25], 3
-# Fits of a tuned group besides its trials: on fit and tune rows, and on all rows. A refitted group is
-# also fitted on the fit rows, once for each half of the tune rows.
+# Fits of a tuned group besides its trials: on fit and tune rows, and on all rows. A refitted group
+# is also fitted on the fit rows, once for each half of the tune rows.
 REFITS, _REFRESH_FITS = 2, 4
 # The fewest groups that a cost model is learnt from.
 _LEARNT_FROM = 8
@@ -470,8 +470,8 @@ def _start(group: Mapping[Any, Any], earlier: EarlierRuns, policy: Policy, *, ju
         return Start(judge=True)
     own = _row_with_booster(earlier, GroupKey.of(group))
     parent = _row_with_booster(earlier, GroupKey.parent_of(group))
-    # Without the winners of both halves, as in a ledger of an earlier release, a refit would predict
-    # tune rows with parameters that those rows have chosen.
+    # Without the winners of both halves, as in a ledger of an earlier release, a refit would
+    # predict tune rows with parameters that those rows have chosen.
     if (
         own is not None
         and earlier.same_spec
@@ -580,21 +580,21 @@ def longest_first(groups: pd.DataFrame) -> pd.DataFrame:
     return groups.sort_values(by, ascending=[False, True, True], ignore_index=True)
 
 
-def refuse_unknown(listed: Collection[str], known: Sequence[str]) -> None:
+def refuse_unknown(listed: Collection[str], group_ids: Sequence[str]) -> None:
     """Check the group ids that a launch names.
 
     Args:
         listed: by the launch.
-        known: of the fleet.
+        group_ids: all of the fleet.
 
     Raises:
         DataError: naming the first that is unknown, and similar ones.
     """
-    unknown = sorted(set(listed) - set(known))
+    unknown = sorted(set(listed) - set(group_ids))
     if not unknown:
         return
-    hint = f"there are {len(known):,}, e.g. {known[-1]}."
-    near = difflib.get_close_matches(unknown[0], known, n=3)
+    hint = f"there are {len(group_ids):,}, e.g. {group_ids[-1]}."
+    near = difflib.get_close_matches(unknown[0], group_ids, n=3)
     if near:
         hint = f"did you mean {' or '.join(near)}?"
     raise DataError(

@@ -13,21 +13,22 @@ import pandas as pd
 from pipeline.models.meta_model import GroupKey
 from pipeline.runs.plan import DOUBT, WAVE_SHARE, longest_first, pack_tasks
 
-# Waves that may be trained and not committed; a killed run loses those.
+# Waves that may be under way, not committed yet; a killed run loses them.
 WAVES_AT_ONCE = 2
-# Shares of `checkpoint_seconds`. After this one a wave starts no group.
+# Share of `checkpoint_seconds` after which a wave starts no further group.
 START_SHARE = 0.6
-# A longer group is a wave of its own: it is committed the moment it ends, and nothing waits for it.
+# A group that takes longer than this share is a wave of its own: it is committed the moment it
+# ends, and nothing waits for it.
 ALONE_SHARE = 0.4
-# Groups of a first wave that tells the pace: across all sizes, at least so many, so many per slot.
+# Groups of the first wave that finds the pace, across all sizes: at least, and per slot.
 PROBE_GROUPS = 8
 PROBE_GROUPS_PER_SLOT = 4
 # Groups that must have ended before the two numbers of a pace are learnt apart, and before any
 # estimate is shown.
 LEARNT_FROM = 8
 SHOWN_FROM = 4
-# The slots were idle for a while before the first tasks ended; a pace slower than this is not
-# believed.
+# The slots are taken to be busy for at least this share of the time: a lower share only says that
+# they were idle before the first tasks ended.
 LEAST_BUSY = 0.25
 # Below this, seconds are mostly noise.
 LEAST_SECONDS = 0.01
@@ -35,12 +36,12 @@ LEAST_SECONDS = 0.01
 
 @dataclass(frozen=True)
 class Pace:
-    """Real seconds of a group from the planned ones: some per group, and some per planned second.
+    """Real seconds of a group, from the planned ones: some per group, some per planned second.
 
     Args:
         factor: real seconds per planned second.
         per_group: real seconds that each group takes besides.
-        learnt_from: groups of this run that it was learnt from; 0 believes the plan.
+        learnt_from: groups of this run that it was learnt from; 0 trusts the plan.
     """
 
     factor: float = 1.0
@@ -53,7 +54,7 @@ class Pace:
 
     @classmethod
     def learnt(cls, planned: Sequence[float], real: Sequence[float]) -> "Pace":
-        """Learn from groups that ended; the plan's own seconds where there are none.
+        """Learn from groups that ended; without any, the plan's own seconds are trusted.
 
         Least squares of relative errors, so that small groups count as much as large ones, then
         scaled so that both sums are equal. Neither number is negative.
@@ -81,9 +82,9 @@ class Pace:
 class Schedule:
     """The groups of a plan, handed out wave by wave, longest first.
 
-    A wave is laid out only when it is about to start, with the newest pace. Until there is one, a
-    first wave of groups across all sizes finds it. Whatever the pace: a wave starts no group later
-    than `start_seconds` after its first one, and what it did not start comes back.
+    A wave is laid out only when it is about to start, with the newest pace; while there is none, a
+    first wave of groups across all sizes finds it. Whatever the pace, a wave starts no group later
+    than `start_seconds` after its first one; groups that it did not start come back.
 
     Args:
         groups: what is trained, longest first: grain, group_id, cost_seconds and whatever else a
@@ -116,7 +117,7 @@ class Schedule:
 
     @property
     def start_seconds(self) -> float:
-        """So long after its first group a wave may start another."""
+        """Seconds after the start of its first group in which a wave may start another."""
         return START_SHARE * self._checkpoint_seconds
 
     @property
@@ -135,7 +136,7 @@ class Schedule:
         None while enough is under way, or nothing is left.
         """
         if self._halves and len(self._shared) < WAVES_AT_ONCE:
-            return self._started(self._halves.pop(0), self._shared)
+            return self._start(self._halves.pop(0), self._shared)
         if self._left.empty:
             return None
         expected = self.pace.expected(self._left["cost_seconds"].to_numpy(dtype=float))
@@ -144,16 +145,16 @@ class Schedule:
         # One more than there are slots waits for the first that is free.
         places = self._slots + 1 if self.is_known else 1
         if long and len(self._alone) < places:
-            return self._taken(np.array([0]), expected, self._alone)
+            return self._take(np.array([0]), expected, self._alone)
         if len(self._shared) >= WAVES_AT_ONCE or (long and self.is_known):
             return None
         is_doubtful = expected.sum() * doubt > WAVE_SHARE * self._checkpoint_seconds * self._slots
         if self._must_probe and not self.is_known and is_doubtful:
             self._must_probe = False
-            wanted = max(PROBE_GROUPS, PROBE_GROUPS_PER_SLOT * self._slots)
-            places_across = np.linspace(0, len(expected) - 1, min(wanted, len(expected)))
-            return self._taken(np.unique(places_across.round().astype(int)), expected, self._shared)
-        return self._taken(np.arange(self._n_for_a_wave(expected)), expected, self._shared)
+            n_probed = max(PROBE_GROUPS, PROBE_GROUPS_PER_SLOT * self._slots)
+            places_across = np.linspace(0, len(expected) - 1, min(n_probed, len(expected)))
+            return self._take(np.unique(places_across.round().astype(int)), expected, self._shared)
+        return self._take(np.arange(self._n_for_a_wave(expected)), expected, self._shared)
 
     def ended(
         self,
@@ -161,14 +162,14 @@ class Schedule:
         outcomes: Iterable[Mapping[str, Any]],
         not_started: Iterable[GroupKey] = (),
     ) -> None:
-        """A wave is committed: learn from it, and take back what it did not start.
+        """Learn from a wave that is committed, and take back the groups that it did not start.
 
         Args:
             groups: as `next_wave` gave them.
             outcomes: grain, group_id, status and seconds of those that ended.
             not_started: the others.
         """
-        self._freed(groups)
+        self._release(groups)
         costs = dict(zip(GroupKey.of_rows(groups), groups["cost_seconds"], strict=True))
         for outcome in outcomes:
             seconds = outcome.get("seconds")
@@ -182,32 +183,32 @@ class Schedule:
             self._left = longest_first(pd.concat([self._left, again]))
 
     def halve(self, groups: pd.DataFrame) -> None:
-        """A wave died: its halves are the next two, down to the group that kills it."""
-        self._freed(groups)
+        """Train a wave that died again, in halves, down to the group that kills it."""
+        self._release(groups)
         # Longest first: every other group to each half.
         self._halves += [groups.iloc[start::2].reset_index(drop=True) for start in (0, 1)]
 
     def _n_for_a_wave(self, expected: "np.ndarray[Any, Any]") -> int:
-        """So many of the longest groups fill the slots that no long group holds."""
+        """How many of the longest groups fill the slots that no long group holds."""
         free = max(1, self._slots - len(self._alone))
         load = WAVE_SHARE * self._checkpoint_seconds * free
         if expected.sum() <= START_SHARE / WAVE_SHARE * load:
             return len(expected)
         return int(np.searchsorted(np.cumsum(expected), load)) + 1
 
-    def _taken(
+    def _take(
         self, places: "np.ndarray[Any, Any]", expected: "np.ndarray[Any, Any]", kind: set[GroupKey]
     ) -> pd.DataFrame:
         chosen = self._left.iloc[places].reset_index(drop=True)
         self._left = self._left.drop(index=self._left.index[places]).reset_index(drop=True)
         tasks = pack_tasks(expected[places].tolist(), slots=self._slots)
-        return self._started(chosen.assign(task=tasks), kind)
+        return self._start(chosen.assign(task=tasks), kind)
 
-    def _started(self, groups: pd.DataFrame, kind: set[GroupKey]) -> pd.DataFrame:
+    def _start(self, groups: pd.DataFrame, kind: set[GroupKey]) -> pd.DataFrame:
         kind.add(GroupKey.of_rows(groups)[0])
         return groups.assign(task=pd.factorize(groups["task"], sort=True)[0])
 
-    def _freed(self, groups: pd.DataFrame) -> None:
+    def _release(self, groups: pd.DataFrame) -> None:
         first = GroupKey.of_rows(groups)[0]
         self._alone.discard(first)
         self._shared.discard(first)
@@ -224,7 +225,7 @@ def seconds_left(
 ) -> float | None:
     """Wall seconds until the groups are trained, from the throughput so far.
 
-    None before there is evidence.
+    None while too few groups have ended.
 
     Args:
         pace: learnt in this run.

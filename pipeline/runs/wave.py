@@ -21,7 +21,8 @@ class Wave:
     Args:
         name: unique for ever; the partition of its boosters and holdout rows.
         groups: rows of the plan.
-        start_seconds: so long after its first group it may start another; by default it starts all.
+        start_seconds: seconds after its first group in which it may start another; by default it
+            starts all.
     """
 
     name: str
@@ -31,13 +32,13 @@ class Wave:
 
 @dataclass(frozen=True)
 class TrainedFiles:
-    """What one wave left behind, not yet committed.
+    """What one wave trained, not yet committed.
 
     Args:
         outcomes: one dict per group: ledger columns.
         boosters: files of the booster store.
         holdout: files of the holdout table.
-        not_started: groups for which the wave's time was over.
+        not_started: groups that the wave had no time left for.
     """
 
     outcomes: list[dict[str, Any]]
@@ -57,7 +58,9 @@ def train_overlapping(
     train: Callable[[Wave], TrainedFiles | None],
     cancel: Callable[[], None],
 ) -> Generator[tuple[Wave, TrainedFiles], None, None]:
-    """Each wave with what it left, as they end; the next one starts while one drains.
+    """Train wave by wave; gives each wave with its files as it ends.
+
+    The next wave starts while the last groups of one are still training.
 
     Spark hands free slots to the oldest job. A further wave is laid out only when the caller
     has committed one and asks for the next: laid out earlier, it would know less of the pace, and

@@ -117,29 +117,29 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def differences(found: Any, expected: Any, *, exact: bool, place: str = "") -> Iterator[str]:
+def differences(values: Any, expected: Any, *, exact: bool, place: str = "") -> Iterator[str]:
     """Where two sets of golden values differ, for people.
 
     Args:
-        found: as they are.
+        values: as they are.
         expected: as they should be.
         exact: whether numbers must be equal to the last bit; else digests of numbers are not
             compared.
         place: where in the values this is.
     """
-    if isinstance(expected, Mapping) and isinstance(found, Mapping):
-        for name in sorted({*expected, *found}):
-            if name not in expected or name not in found:
-                yield f"{place}/{name}: {'new' if name in found else 'gone'}"
+    if isinstance(expected, Mapping) and isinstance(values, Mapping):
+        for name in sorted({*expected, *values}):
+            if name not in expected or name not in values:
+                yield f"{place}/{name}: {'new' if name in values else 'gone'}"
             elif exact or name not in ("chains", "all_answers"):
                 yield from differences(
-                    found[name], expected[name], exact=exact, place=f"{place}/{name}"
+                    values[name], expected[name], exact=exact, place=f"{place}/{name}"
                 )
-    elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
-        for number, (one, other) in enumerate(zip(found, expected, strict=True)):
+    elif isinstance(expected, list) and isinstance(values, list) and len(expected) == len(values):
+        for number, (one, other) in enumerate(zip(values, expected, strict=True)):
             yield from differences(one, other, exact=exact, place=f"{place}[{number}]")
-    elif isinstance(expected, float) and isinstance(found, float) and not exact:
-        if abs(found - expected) > TOLERANCE * max(abs(found), abs(expected)):
-            yield f"{place}: {found!r}, expected {expected!r}"
-    elif found != expected:
-        yield f"{place}: {found!r}, expected {expected!r}"
+    elif isinstance(expected, float) and isinstance(values, float) and not exact:
+        if abs(values - expected) > TOLERANCE * max(abs(values), abs(expected)):
+            yield f"{place}: {values!r}, expected {expected!r}"
+    elif values != expected:
+        yield f"{place}: {values!r}, expected {expected!r}"
