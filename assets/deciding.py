@@ -11,6 +11,7 @@ import dagster as dg
 import pandas as pd
 
 from assets.combined_version import register_combined
+from assets.meta_model import pack_run
 from assets.progress import no_progress, progress_lines
 from assets.refits import refit
 from pipeline.crash_points import crash_point
@@ -278,16 +279,21 @@ class Deciding:
                     f"is not better in {len(recipes.groups):,} groups"
                 )
                 try:
-                    model = refit(
+                    run, ledger = refit(
+                        self.spark.training_context(progress_lines(self.log)),
                         self.tables,
-                        self.registry,
-                        self.spark,
                         self.spec,
                         comparison.run,
                         recipes,
                         run_id=f"{self.launch_id}-{number}",
-                        report=progress_lines(self.log),
-                        folder=Path(folder) / str(number),
+                    )
+                    model = pack_run(
+                        Path(folder) / str(number),
+                        self.tables,
+                        self.registry,
+                        self.spec,
+                        run,
+                        ledger,
                     )
                 except StoreError as error:
                     # For example, another training of the fleet runs: the next launch decides the

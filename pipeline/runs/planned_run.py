@@ -135,7 +135,6 @@ def lay_out_run(
     history: History,
     *,
     slots: int,
-    threads: int,
     own: str | None = None,
 ) -> PlannedRun:
     """Find what earlier runs left, and lay out the work.
@@ -146,7 +145,6 @@ def lay_out_run(
         request: what the launch asks for.
         history: earlier runs.
         slots: tasks that run at once.
-        threads: LightGBM's threads per task.
         own: `independent` or `correction`, where the spec leaves it open; by default that of the
             run before.
 
@@ -157,7 +155,7 @@ def lay_out_run(
     before = history.newest_finished(counted.cutoffs.as_of)
     open_runs = history.unfinished(before)
     chosen = _chosen_own(spec, before, open_runs, own)
-    settings = _settings(counted, spec, request.run_id, chosen or INDEPENDENT, threads)
+    settings = _settings(counted, spec, request.run_id, chosen or INDEPENDENT)
     shared = shared_digest(settings)
     data_digest = _data_digest(counted, shared)
     previous_run_id = None
@@ -215,9 +213,7 @@ def _chosen_own(
     return chosen
 
 
-def _settings(
-    counted: CountedRows, spec: FleetSpec, run_id: str, own: str, threads: int
-) -> TrainingSettings:
+def _settings(counted: CountedRows, spec: FleetSpec, run_id: str, own: str) -> TrainingSettings:
     model_spec = build_model_spec(
         spec,
         counted.categories,
@@ -226,9 +222,7 @@ def _settings(
         own,
         counted.nullable,
     )
-    return TrainingSettings.of_fleet(
-        spec, model_spec, run_id=run_id, cutoffs=counted.cutoffs, threads=threads
-    )
+    return TrainingSettings.of_fleet(spec, model_spec, run_id=run_id, cutoffs=counted.cutoffs)
 
 
 def _data_digest(counted: CountedRows, shared: str) -> str:

@@ -260,7 +260,7 @@ class _TwinFitting:
         if context.train is train_group:
             context = replace(context, train=fit_twin)
         spec = twin_spec(self.spec, champion.model_spec)
-        settings = _twin_settings(spec, self.contest, champion, context.threads)
+        settings = _twin_settings(spec, self.contest, champion)
         groups = _planned(spec, self.contest.challenger, champion, sorted(keys))
         return train_aside(context, self.tables, self.rows, spec, groups, settings, bases)
 
@@ -273,16 +273,13 @@ def _instead(
     return held_out.join(replaced, ["grain", "group_id"], "left_anti").unionByName(twins)
 
 
-def _twin_settings(
-    spec: FleetSpec, contest: Comparison, champion: ComparedRun, threads: int
-) -> TrainingSettings:
+def _twin_settings(spec: FleetSpec, contest: Comparison, champion: ComparedRun) -> TrainingSettings:
     """What the twins of a run share: its own model spec, and the challenger's dates."""
     return TrainingSettings.of_fleet(
         spec,
         champion.model_spec,
         run_id=contest.challenger.fleet_version,
         cutoffs=contest.run.cutoffs,
-        threads=threads,
     )
 
 

@@ -59,7 +59,6 @@ def plan_with_pilot(
             request,
             history,
             slots=context.slots,
-            threads=context.threads,
             own=own,
         )
 

@@ -48,7 +48,6 @@ def plan_run(
         request,
         history,
         slots=context.slots,
-        threads=context.threads,
         own=own,
     )
 

@@ -4,7 +4,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +196,7 @@ def train_wave(
     # All that `train_one` names travels to the tasks: no more than it needs.
     train = context.train
     memory_bytes = context.memory_bytes
+    settings = replace(settings, threads=context.threads)
     keys = GroupKey.of_rows(wave.groups)
     starts = dict(zip(keys, wave.groups["started_from"], strict=True))
     costs = dict(zip(keys, wave.groups["cost_seconds"].astype(float), strict=True))

@@ -1,6 +1,7 @@
 """A small fleet and its feature rows, from a seed: daily sales of shops in cities in regions."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -168,10 +169,10 @@ def training_settings(
         classes = list(spec.target.classes or sorted(shares.index))
         prior = shares.reindex(classes, fill_value=0.0).tolist()
     categories = choose_categories(counts, spec.features.max_categories)
-    return TrainingSettings.of_fleet(
+    settings = TrainingSettings.of_fleet(
         spec,
         build_model_spec(spec, categories, classes, prior),
         run_id=run_id,
         cutoffs=resolve_cutoffs(spec.splits, newest, newest),
-        threads=threads,
     )
+    return replace(settings, threads=threads)

@@ -133,7 +133,6 @@ def lay_out(
         request or Request("run-2"),
         history or make_history(),
         slots=2,
-        threads=1,
         own=own,
     )
 

@@ -62,7 +62,7 @@ class TrainingSettings:
         weight: name of the weight column, or None.
         tuning: budget per group.
         cutoffs: the run's dates.
-        threads: LightGBM's threads, the same number as `spark.task.cpus`.
+        threads: LightGBM's threads, the same number as `spark.task.cpus`; whoever trains sets it.
     """
 
     run_id: str
@@ -76,7 +76,7 @@ class TrainingSettings:
 
     @classmethod
     def of_fleet(
-        cls, spec: FleetSpec, model_spec: ModelSpec, *, run_id: str, cutoffs: Cutoffs, threads: int
+        cls, spec: FleetSpec, model_spec: ModelSpec, *, run_id: str, cutoffs: Cutoffs
     ) -> "TrainingSettings":
         """What the groups of a fleet share in a run with that model spec."""
         return cls(
@@ -87,7 +87,6 @@ class TrainingSettings:
             weight=spec.target.weight,
             tuning=spec.tuning,
             cutoffs=cutoffs,
-            threads=threads,
         )
 
 

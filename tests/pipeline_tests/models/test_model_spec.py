@@ -59,9 +59,7 @@ PACKED = "1ff7fe06e0be437c6d4213e136c9dd6e31e291f20dfac152ce53e0ca9cd34b89"
 
 def digest_of(task: str) -> str:
     return shared_digest(
-        TrainingSettings.of_fleet(
-            FLEETS[task], MODEL_SPECS[task], run_id="run-1", cutoffs=CUTOFFS, threads=1
-        )
+        TrainingSettings.of_fleet(FLEETS[task], MODEL_SPECS[task], run_id="run-1", cutoffs=CUTOFFS)
     )
 
 

@@ -26,7 +26,7 @@ def digest(
 
 def digest_of(spec: FleetSpec, model_spec: ModelSpec, cutoffs: Cutoffs = CUTOFFS) -> str:
     return shared_digest(
-        TrainingSettings.of_fleet(spec, model_spec, run_id="run-1", cutoffs=cutoffs, threads=1)
+        TrainingSettings.of_fleet(spec, model_spec, run_id="run-1", cutoffs=cutoffs)
     )
 
 

@@ -81,7 +81,7 @@ def test_a_first_run_trains_every_group_and_pins_where_it_begins() -> None:
         False,
     )
     assert set(by_group_id(run, "action").values()) == {"train"}
-    assert (run.settings.run_id, run.settings.threads, run.plan.slots) == ("run-1", 1, 2)
+    assert (run.settings.run_id, run.plan.slots) == ("run-1", 2)
     assert run.settings.model_spec.categories == {"kind": ("large", "small")}
     assert (run.cutoffs, run.constants) == (CUTOFFS, Constants(97.5, 97.5))
 
