@@ -131,7 +131,8 @@ def key_text(value: object) -> str | None:
     nullable integers into floats; a moment at midnight reads as its date, because pandas has no
     dates. Moments with a zone are written in UTC.
     """
-    if value is None or value is pd.NaT or value is pd.NA:
+    is_missing_moment = isinstance(value, np.datetime64) and np.isnat(value)
+    if is_missing_moment or value is None or value is pd.NaT or value is pd.NA:
         return None
     if isinstance(value, bool | np.bool_):
         return str(bool(value)).lower()
@@ -757,6 +758,7 @@ def _parse_trees(text: str) -> tuple[list[re.Match[str]], int]:
 
 def _check_trees(trees: Sequence[re.Match[str]], n_features: int) -> None:
     """Look at all trees at once: arrays hold the numbers of one tree after those of another."""
+    _check_condition(trees, "it has no tree")
     n_leaves = np.array([int(tree["n_leaves"]) for tree in trees], dtype=np.int64)
     n_cat = np.array([int(tree["n_cat"]) for tree in trees], dtype=np.int64)
     _check_condition((n_leaves >= 1).all(), "a tree has no leaf")
@@ -1031,7 +1033,9 @@ class Contributions:
         self._generation = generation
         self._model_spec = generation.model_spec
         self._n_features = len(self._model_spec.features)
-        by_class = answer.reshape(len(answer), -1)
+        by_class = answer
+        if answer.ndim == 1:
+            by_class = answer[:, np.newaxis]
         # Per row and class one number per feature; the last is the answer without any feature.
         self._parts = np.zeros((*by_class.shape, self._n_features + 1))
         self._parts[:, :, -1] = by_class

@@ -141,6 +141,7 @@ def test_the_pooled_group_has_the_empty_array() -> None:
         (np.nan, None),
         (pd.NA, None),
         (pd.NaT, None),
+        (np.datetime64("NaT"), None),
         (7, "7"),
         (7.0, "7"),
         (np.float64(-3), "-3"),
@@ -602,6 +603,14 @@ def test_a_fleet_without_any_model_answers_with_its_constant(tmp_path: Path) -> 
     assert found[["lower", "upper"]].isna().all(axis=None)
 
 
+def test_no_rows_are_explained_as_no_rows(tmp_path: Path) -> None:
+    found = FleetModel(make_pack(tmp_path / "pack")).predict(
+        batch(("north", "oslo")).iloc[:0], explain=True
+    )
+    assert len(found) == 0
+    assert "contributions" in found
+
+
 @pytest.mark.parametrize(("transform", "level"), [("none", 1.79e308), ("log", 800.0)])
 def test_an_answer_that_no_double_holds_is_missing_and_says_so(
     tmp_path: Path, transform: str, level: float
@@ -979,6 +988,12 @@ def test_what_lightgbm_writes_has_a_sound_structure(model_text: str) -> None:
         num_boost_round=1,
     )
     assert find_structure_fault(constant.model_to_string()) is None
+
+
+def test_a_model_without_trees_is_refused(model_text: str) -> None:
+    header, rest = model_text.split("Tree=0\n", 1)
+    text = re.sub(r"tree_sizes=.*", "tree_sizes=", header) + rest[rest.index("end of trees") :]
+    assert find_structure_fault(text) is not None
 
 
 def first_number(text: str, name: str, value: object) -> str:
