@@ -18,6 +18,8 @@ from pipeline.training.splits import FIT, REPORT, TUNE, Cutoffs
 
 # Significant digits that a constant keeps: sums over files in another order differ in later ones.
 DIGITS = 12
+# Rows that the quantile of a weighted target is read from.
+MAX_QUANTILE_ROWS = 100_000
 # Features per whole number whose bits say which of them are null.
 MASK_BITS = 48
 _NULLS = "_nulls"
@@ -116,6 +118,10 @@ def count_groups(
         mask, bit = divmod(place, MASK_BITS)
         if int(pooled[f"{_NULLS}{mask}"]) >> bit & 1:
             nullable.append(name)
+    constants = _constants(pooled, spec, classes)
+    quantile = _learnt_quantile(spec)
+    if quantile is not None and spec.target.weight:
+        constants = _weighted_quantiles(narrow, quantile)
     private = [name for name in counts.columns if name.startswith("_")]
     return CountedRows(
         rows=rows,
@@ -123,7 +129,7 @@ def count_groups(
         categories=categories,
         classes=list(classes),
         counts=counts.drop(columns=private),
-        constants=_constants(pooled, spec, classes),
+        constants=constants,
         nullable=tuple(nullable),
     )
 
@@ -183,6 +189,8 @@ def _aggregate(narrow: DataFrame, spec: FleetSpec) -> DataFrame:
         if name.startswith(_NULLS):
             of_pooled = sf.when(is_pooled & usable, sf.col(name)).otherwise(sf.lit(0).cast("long"))
             masks.append(sf.bit_or(of_pooled).alias(name))
+    # Not null: beside a null pandas would round the other groups' sums.
+    no_row = sf.lit(0).cast("long")
     return narrow.groupBy("_level.grain", "_level.group_id").agg(
         sf.first("_level.parent_id").alias("parent_id"),
         sf.count("*").alias("n_rows"),
@@ -191,37 +199,54 @@ def _aggregate(narrow: DataFrame, spec: FleetSpec) -> DataFrame:
         *of_splits,
         # A sum of 64-bit hashes, whatever the order of the rows, in two halves that cannot
         # overflow.
-        sf.sum(hashed.bitwiseAND(0xFFFFFFFF)).alias("_low"),
-        sf.sum(sf.shiftrightunsigned(hashed, 32)).alias("_high"),
+        sf.coalesce(sf.sum(hashed.bitwiseAND(0xFFFFFFFF)), no_row).alias("_low"),
+        sf.coalesce(sf.sum(sf.shiftrightunsigned(hashed, 32)), no_row).alias("_high"),
         _constant_of(sf.when(is_pooled_fit, sf.col("_residual")), spec).alias("_constant"),
         _constant_of(sf.when(is_pooled_fit, sf.col("_linked")), spec).alias("_plain_constant"),
         *masks,
     )
 
 
+def _learnt_quantile(spec: FleetSpec) -> float | None:
+    """The quantile that minimises the fleet's loss; None where the mean does (or nearly)."""
+    return {QUANTILE: spec.alpha, "l1": 0.5}.get(spec.objective)
+
+
 def _constant_of(values: Column, spec: FleetSpec) -> Column:
     """The best answer without any model: the weighted mean, or the quantile that is learnt."""
-    if spec.objective == QUANTILE:
-        return sf.percentile_approx(values, spec.alpha or 0.5, 10_000)
+    quantile = _learnt_quantile(spec)
+    if quantile is not None:
+        return sf.percentile_approx(values, quantile, 10_000)
     if not spec.target.weight:
         return sf.avg(values)
     weights = sf.sum(sf.when(values.isNotNull(), sf.col("_weight")))
     return sf.sum(sf.col("_weight") * values) / weights
 
 
+def _weighted_quantiles(narrow: DataFrame, quantile: float) -> Constants:
+    """The quantile of weighted fit rows, of at most `MAX_QUANTILE_ROWS`; one Spark job.
+
+    Which rows these are follows from their hashes, so it is the same in every run.
+    """
+    is_pooled_fit = (sf.col("_split") == FIT) & (sf.col("_level.grain") == 0)
+    rows = narrow.where(is_pooled_fit & sf.col("_is_learnt"))
+    columns = ["_residual", "_linked", "_weight"]
+    some = rows.orderBy("_row_hash").limit(MAX_QUANTILE_ROWS).select(*columns).toPandas()
+
+    def read_quantile(name: str) -> float:
+        used = some[some[name].notna()].sort_values(name)
+        reached = used["_weight"].cumsum() >= quantile * used["_weight"].sum()
+        return _rounded(used.loc[reached, name].min())
+
+    return Constants(read_quantile("_residual"), read_quantile("_linked"))
+
+
 def _hash_texts(counts: pd.DataFrame) -> list[str]:
     """Each group's hash as text: its rows, and both halves of the sum."""
     texts = []
     for n, low, high in zip(counts["n_target"], counts["_low"], counts["_high"], strict=True):
-        texts.append(f"{n}-{_whole(low):x}-{_whole(high):x}")
+        texts.append(f"{n}-{int(low):x}-{int(high):x}")
     return texts
-
-
-def _whole(total: Any) -> int:
-    """A sum as a whole number; 0 for a group without rows to add up."""
-    if pd.isna(total):
-        return 0
-    return int(total)
 
 
 def _constants(pooled: "pd.Series[Any]", spec: FleetSpec, classes: Mapping[str, int]) -> Constants:
