@@ -363,8 +363,9 @@ HOLDOUT = TableContract(
         Column(
             "split",
             pa.string(),
-            "tune (cross-selected prediction), report (fitted on fit + tune rows); with own: "
-            "correction also fit and gap (out of fold)",
+            "tune (cross-selected prediction), report (fitted on fit + tune rows), earlier (before "
+            "the tune split, fitted on what lies before); with own: correction also fit and gap "
+            "(out of fold)",
         ),
         Column(
             "actual",

@@ -152,7 +152,7 @@ def _measure_losses(
     """Losses per group and of the whole fleet, as from `compare_runs`, once twins are fitted."""
     run = contest.run
     has_model = groups_with_model(contest.challenger.groups.values(), len(spec.grains))
-    judged = judged_rows(held_out, spec, run.cutoffs, run.constants, has_model)
+    judged = judged_rows(held_out, spec, run.cutoffs, has_model)
     judged = judged.where((sf.col("split") == REPORT) & sf.col("residual").isNotNull())
     rows = limited_rows(visible_rows(features, run.cutoffs.as_of), spec, run.limit_groups)
     fitting = _TwinFitting(context, tables, spec, contest, rows, held_out)

@@ -29,9 +29,9 @@ from pipeline.spark.measures import (
     row_means,
     row_measures,
 )
-from pipeline.spec import CONTENDERS, MULTICLASS, QUANTILE, FleetSpec
-from pipeline.training.blend import N_BLOCKS, Constants, GroupSkill, Moments
-from pipeline.training.splits import REPORT, TUNE, Cutoffs
+from pipeline.spec import CONTENDERS, MULTICLASS, FleetSpec
+from pipeline.training.blend import Constants, GroupSkill, Moments
+from pipeline.training.splits import EARLIER, REPORT, TUNE, Cutoffs
 
 # An interval from n rows contains up to 1 / (n + 1) more answers than it should: from here on about
 # 3 in 100 at most.
@@ -48,7 +48,6 @@ def judged_rows(
     holdout: DataFrame,
     spec: FleetSpec,
     cutoffs: Cutoffs,
-    constants: Constants,
     has_model: Sequence[Collection[str]] = (),
 ) -> DataFrame:
     """One row per held-out row (for multiclass per row and class), with each grain's prediction.
@@ -57,35 +56,43 @@ def judged_rows(
         holdout: as in `tables.HOLDOUT`, of one run.
         spec: the fleet.
         cutoffs: the run's dates.
-        constants: what answers without a model.
         has_model: per grain the groups that have a model. A row that lacks the prediction of one of
             them is left out: it is not in a coarse group's sample, or only an earlier run had it.
 
     Returns:
-        Beside the columns of the holdout: p0, p1, ... (the grains' predictions), residual (the
-        target as models see it), block (stretch of the tune split), blend_weight (the row's weight
-        where the blend is learnt).
+        Beside the columns of the holdout: p0, p1, ... (the grains' predictions), has_model0, ...
+        (whether the row's group has a model), residual (the target as models see it), stretch (of
+        time: 0 and 1 are the halves of the tune split, 2, 3, ... lie before it; null for report
+        rows). Rows before the tune split are there wherever some model has predicted them.
     """
-    tune_start = moment_column(cutoffs.tune_start)
-    report_start = moment_column(cutoffs.report_start)
-    now = sf.when(sf.col("time") >= report_start, REPORT).when(sf.col("time") >= tune_start, TUNE)
+    stretch = _stretch(cutoffs)
+    now = sf.when(sf.col("time") >= moment_column(cutoffs.report_start), REPORT)
+    now = now.when(sf.col("time") >= moment_column(cutoffs.tune_start), TUNE)
+    now = now.when(stretch.isNotNull(), EARLIER)
     # Out-of-fold predictions of fit rows are for children to correct. A group that kept an older
     # model was held out at older dates: what chose its parameters then may not report on it now.
-    is_honest = sf.col("split").isin(TUNE, REPORT) & ~((sf.col("split") == TUNE) & (now == REPORT))
+    is_honest = sf.col("split").isin(EARLIER, TUNE, REPORT)
+    is_honest &= (sf.col("split") == REPORT) | (now == EARLIER) | (now == sf.col("split"))
     # An earlier release held out rows of weight 0, too.
     counts = now.isNotNull() & (sf.col("weight") > 0)
     held_out = holdout.where(is_honest & counts).withColumn("split", now)
     judged = _side_by_side(held_out, len(spec.grains))
     linked = link_column(sf.col("actual"), spec.target.transform)
     residual = finite((linked - sf.col("offset")) / sf.col("scale"))
-    start = tune_start.cast("double")
-    end = report_start.cast("double")
-    block = sf.floor((sf.col("time").cast("double") - start) / (end - start) * N_BLOCKS).cast("int")
-    block = sf.when(sf.col("split") == TUNE, block).otherwise(0)
-    judged = judged.withColumn("residual", residual).withColumn("block", block)
+    judged = judged.withColumn("residual", residual).withColumn("stretch", stretch)
     for grain, groups in enumerate(has_model):
         judged = _without_unanswered(judged, grain, groups)
-    return judged.withColumn("blend_weight", _blend_weight(spec, constants))
+    return judged
+
+
+def _stretch(cutoffs: Cutoffs) -> Column:
+    """The stretch of time that a row lies in, as `judged_rows` numbers them."""
+    time = sf.col("time")
+    starts = [cutoffs.tune_middle, cutoffs.tune_start, *cutoffs.earlier_starts]
+    stretch = sf.when(time >= moment_column(cutoffs.report_start), None)
+    for number, start in zip((1, 0, *range(2, len(starts))), starts, strict=True):
+        stretch = stretch.when(time >= moment_column(start), number)
+    return stretch.cast("int")
 
 
 def _side_by_side(held_out: DataFrame, n_grains: int) -> DataFrame:
@@ -100,7 +107,7 @@ def _side_by_side(held_out: DataFrame, n_grains: int) -> DataFrame:
 
 
 def _without_unanswered(judged: DataFrame, grain: int, groups: Collection[str]) -> DataFrame:
-    """The rows without those of a group with a model that the model has not predicted."""
+    """The rows without tune and report rows that their group's model has not predicted."""
     named = judged.sparkSession.createDataFrame(
         [(group,) for group in sorted(groups)], f"_m{grain} string"
     )
@@ -109,22 +116,11 @@ def _without_unanswered(judged: DataFrame, grain: int, groups: Collection[str]) 
         sf.col(f"_m{grain}").isNull()
         | sf.col(f"p{grain}").isNotNull()
         | sf.col("residual").isNull()
+        | (sf.col("split") == EARLIER)
     )
-    return judged.join(sf.broadcast(named), is_own, "left").where(is_answered).drop(f"_m{grain}")
-
-
-def _blend_weight(spec: FleetSpec, constants: Constants) -> Column:
-    """The row's weight where the blend is learnt.
-
-    For quantiles, squared errors of tune rows weigh alpha above the pooled answer and 1 - alpha
-    below it. These are the errors of asymmetric least squares: they are smallest near the quantile,
-    as plain ones are near the mean. Source: Newey and Powell (1987).
-    """
-    if spec.objective != QUANTILE:
-        return sf.col("weight")
-    is_above = sf.col("residual") > sf.coalesce(sf.col("p0"), sf.lit(constants.with_offset))
-    side = sf.when(is_above, spec.alpha).otherwise(1 - (spec.alpha or 0.5))
-    return sf.when(sf.col("split") == TUNE, sf.col("weight") * side).otherwise(sf.col("weight"))
+    joined = judged.join(sf.broadcast(named), is_own, "left").where(is_answered)
+    has_model = sf.col(f"_m{grain}").isNotNull()
+    return joined.withColumn(f"has_model{grain}", has_model).drop(f"_m{grain}")
 
 
 def sum_moments(
@@ -144,25 +140,23 @@ def sum_moments(
     pairs = list(combinations_with_replacement(range(len(vector)), 2))
     products = []
     for i, j in pairs:
-        product = sf.col("blend_weight") * vector[i] * vector[j]
+        product = sf.col("weight") * vector[i] * vector[j]
         products.append(sf.sum(product).alias(f"s{i}_{j}"))
     sums = (
-        judged.where(sf.col("residual").isNotNull())
-        .groupBy("split", "block", "group_ids")
-        .agg(sf.count("*").alias("n_rows"), *products)
+        judged.where(sf.col("residual").isNotNull() & sf.col("split").isin(TUNE, REPORT))
+        .groupBy("split", "group_ids")
+        .agg(*products)
         .toPandas()
     )
     # A fixed order, so that sums over groups are the same to the last bit from run to run.
     sums["group_ids"] = sums["group_ids"].map(tuple)
-    sums = sums.sort_values(["split", "block", "group_ids"], ignore_index=True)
+    sums = sums.sort_values(["split", "group_ids"], ignore_index=True)
     matrices = np.zeros((len(sums), len(vector), len(vector)))
     for i, j in pairs:
         matrices[:, i, j] = matrices[:, j, i] = sums[f"s{i}_{j}"]
     return Moments(
         split=sums["split"].to_numpy(dtype=object),
-        block=sums["block"].to_numpy(dtype=np.int64),
         groups=np.array(sums["group_ids"].tolist(), dtype=object).reshape(len(sums), n_grains),
-        n_rows=sums["n_rows"].to_numpy(dtype=np.float64),
         products=matrices,
     )
 

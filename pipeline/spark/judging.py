@@ -14,9 +14,10 @@ from pipeline.runs.planned_run import PlannedRun
 from pipeline.spark.blending import constant_column
 from pipeline.spark.evaluation import judged_rows, measure_groups, sum_moments
 from pipeline.spark.losses import answer_losers_otherwise
+from pipeline.spark.weights import learn_weights
 from pipeline.spec import FleetSpec
 from pipeline.tables import HOLDOUT
-from pipeline.training.blend import GroupSkill, learn_blend
+from pipeline.training.blend import GroupSkill, describe_groups
 
 # The most groups of held-out rows without a ledger row that a run's row names.
 MAX_UNKNOWN_GROUPS = 20
@@ -47,7 +48,7 @@ def judge_run(
     measures = pd.DataFrame(columns=["grain", "group_id"])
     held_out = held_out_rows(spark, tables, rows)
     if held_out is not None:
-        judged = judged_rows(held_out, spec, run.cutoffs, run.constants, has_model).persist()
+        judged = judged_rows(held_out, spec, run.cutoffs, has_model).persist()
         try:
             skills, measures = _judge(judged, run, spec, has_model)
         finally:
@@ -67,8 +68,9 @@ def _judge(
     """Weights of the groups, and their errors on report rows."""
     classes = run.settings.model_spec.classes
     moments = sum_moments(judged, len(spec.grains), run.constants, classes)
-    skills = learn_blend(moments, has_model, run.constants[0], spec.pooling)
     constant = constant_column(run.constants, classes)
+    weights = learn_weights(judged, spec, has_model, constant)
+    skills = describe_groups(moments, weights, run.constants.with_offset)
     skills = answer_losers_otherwise(
         judged, spec, skills, has_model, constant, run.cutoffs.report_start
     )

@@ -1,14 +1,17 @@
-"""Partial pooling: how much each group's own model counts against its parent's answer.
+"""Partial pooling: how much each grain's own models count against their parents' answers.
 
-A group's answer is ``w * own + (1 - w) * parent's answer`` in link space, down to a constant.
-Everything needed to choose the weights, and to judge any blend of them by squared error, is in sums
-of products of the row's target and predictions. Spark adds them up once per finest group; what
-follows costs the driver a few numbers per group, whatever the number of rows.
+A group's answer is ``w * own + (1 - w) * parent's answer`` in link space, down to a constant. All
+groups of a grain that have a model share one weight. It is chosen in the fleet's own loss, on
+held-out rows of several stretches of time: weights of single groups do not last from one stretch to
+the next (see decision 0029).
+
+Everything needed comes as sums that Spark adds up: to choose a weight, a few numbers per grain; to
+state each group's errors, a few numbers per group.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,15 +23,12 @@ from pipeline.training.splits import REPORT, TUNE
 
 Floats = npt.NDArray[np.float64]
 
-# Stretches of time that the tune split is cut into, to see how steady the gain of a weight is.
-# Even, for the halves.
-N_BLOCKS = 8
-# Own and parent's predictions that differ by less than this share of the squared error are the
-# same: the rest is rounding.
+# The weights that are tried. Losses have no common form, so their minimum is looked up.
+WEIGHTS = tuple(tenths / 10 for tenths in range(11))
+# How far below the best gain a weight nearer to the prior may stay, in standard errors.
+STANDARD_ERRORS = 1.0
+# Gains that differ by less than this share of the loss are equal: the rest is rounding.
 DISCERNIBLE = 1e-12
-# How far below the best gain a more cautious weight may stay, in standard errors of the difference.
-STANDARD_ERRORS = 2.0
-DECIMALS = 9
 
 
 class Constants(NamedTuple):
@@ -54,25 +54,19 @@ class Moments:
 
     Args:
         split: `tune` or `report`, one per entry.
-        block: stretch of the tune split that the entry's rows lie in, 0 to N_BLOCKS - 1; 0 for
-            report.
         groups: the entry's group id in each grain, shape (entries, grains).
-        n_rows: rows of each entry.
         products: weighted sums of v v', shape (entries, 2 + grains, 2 + grains); a missing
             prediction counts as 0.
     """
 
     split: npt.NDArray[np.object_]
-    block: npt.NDArray[np.int64]
     groups: npt.NDArray[np.object_]
-    n_rows: Floats
     products: Floats
 
     @classmethod
     def of_rows(
         cls,
         split: Sequence[str],
-        block: npt.NDArray[np.int64],
         groups: npt.NDArray[np.object_],
         target: Floats,
         predictions: Floats,
@@ -81,7 +75,7 @@ class Moments:
         """One entry per row; for small data and tests."""
         vector = np.column_stack([np.ones(len(target)), target, np.nan_to_num(predictions)])
         products = weight[:, None, None] * vector[:, :, None] * vector[:, None, :]
-        return cls(np.asarray(split, dtype=object), block, groups, np.ones(len(target)), products)
+        return cls(np.asarray(split, dtype=object), groups, products)
 
 
 @dataclass(frozen=True)
@@ -124,28 +118,106 @@ class GroupSkill:
         return replace(self, weight=0.0, report_blend=error, answered_by=answered_by)
 
 
-def learn_blend(
-    moments: Moments,
-    has_model: Sequence[set[str]],
-    constant: float,
-    pooling: Literal["blend", "select", "none"],
-) -> dict[GroupKey, GroupSkill]:
-    """Choose the weight of every group that has judged rows.
+@dataclass(frozen=True)
+class Gains:
+    """What the weights of one grain's own models gain on held-out rows, in the fleet's own loss.
 
-    Least squares on cross-selected tune predictions, grain by grain from coarse to fine. A group's
-    weight is shrunk towards its grain's weight over all groups, the more so the fewer its rows and
-    the more alike the groups are; a grain's weight is shrunk towards the parents' answers (the
-    pooled model's towards itself), the more so the less certain it is.
+    A weight's gain is the sum, over rows, of the loss at the prior weight less the loss at that
+    weight.
 
     Args:
-        moments: tune and report rows.
-        has_model: per grain the groups that were trained.
-        constant: the fleet's constant, last ancestor of all, in link space less the offset.
-        pooling: `blend`; `select`: weight 1 where the own model beats the parent's answer on tune
-            rows, else 0; `none`: 1.
+        loss: sum of the losses at the prior weight.
+        by_stretch: gain of each of `WEIGHTS` in each stretch of time, shape (stretches, weights).
+        products: in each stretch, for each pair of weights, the sum over groups of the products of
+            their gains there, shape (stretches, weights, weights).
+    """
+
+    loss: float
+    by_stretch: Floats
+    products: Floats
+
+    @classmethod
+    def of_rows(
+        cls, losses: Floats, groups: npt.NDArray[Any], stretches: npt.NDArray[Any], prior: float
+    ) -> "Gains":
+        """Added up from rows; for small data and tests.
+
+        Args:
+            losses: of each row at each of `WEIGHTS`, shape (rows, weights).
+            groups: of each row.
+            stretches: of each row.
+            prior: one of `WEIGHTS`.
+        """
+        at_prior = losses[:, [WEIGHTS.index(prior)]]
+        gains = at_prior - losses
+        by_stretch = []
+        products = []
+        for stretch in np.unique(stretches):
+            is_within = stretches == stretch
+            of_groups = pd.DataFrame(gains[is_within]).groupby(groups[is_within]).sum().to_numpy()
+            by_stretch.append(of_groups.sum(axis=0))
+            products.append(of_groups.T @ of_groups)
+        n_weights = len(WEIGHTS)
+        return cls(
+            float(at_prior.sum()),
+            np.array(by_stretch).reshape(-1, n_weights),
+            np.array(products).reshape(-1, n_weights, n_weights),
+        )
+
+
+def choose_weight(gains: Gains, prior: float) -> float:
+    """The weight of one grain's own models: the nearest to the prior that is not clearly worse.
+
+    That is the weight nearest to the prior whose gain over all stretches is at most one standard
+    error below the best gain. Rows of one group and stretch err together, so they count as one
+    observation. The weight counts only if such weights, each chosen in all stretches but one, gain
+    in the one left out, on the whole; else the prior stays.
+
+    Args:
+        gains: on held-out rows.
+        prior: the weight without evidence: 1 for the pooled model, whose parent is a constant, else
+            0.
 
     Returns:
-        Skill by group.
+        One of `WEIGHTS`.
+
+    Source: the one standard error rule, Breiman, Friedman, Olshen and Stone, Classification and
+    Regression Trees (1984), section 3.4.3.
+    """
+    # From the prior on, so that of equal gains the first is the nearest.
+    places = sorted(range(len(WEIGHTS)), key=lambda place: abs(WEIGHTS[place] - prior))
+    n_stretches = len(gains.by_stretch)
+    held_out_gain = 0.0
+    for left_out in range(n_stretches):
+        others = np.arange(n_stretches) != left_out
+        if n_stretches == 1:
+            others[:] = True
+        place = _choose_place(gains, others, places)
+        held_out_gain += float(gains.by_stretch[left_out, place])
+    if held_out_gain <= DISCERNIBLE * gains.loss:
+        return prior
+    return WEIGHTS[_choose_place(gains, np.full(n_stretches, fill_value=True), places)]
+
+
+def _choose_place(gains: Gains, stretches: npt.NDArray[np.bool_], places: Sequence[int]) -> int:
+    """The first of the places whose gain in some stretches is within the error of the best."""
+    total = gains.by_stretch[stretches].sum(axis=0)
+    products = gains.products[stretches].sum(axis=0)
+    best = places[int(np.argmax(total[places]))]
+    squares = products[best, best] - 2 * products[best] + np.diag(products)
+    errors = STANDARD_ERRORS * np.sqrt(np.maximum(squares, 0.0)) + DISCERNIBLE * gains.loss
+    return next(place for place in places if total[best] - total[place] <= errors[place])
+
+
+def describe_groups(
+    moments: Moments, weights: Sequence[Mapping[str, float]], constant: float
+) -> dict[GroupKey, GroupSkill]:
+    """The weight and the errors of every group that has judged rows.
+
+    Args:
+        moments: of tune and report rows.
+        weights: per grain the weight of each group that has a model.
+        constant: the fleet's constant, last ancestor of all, in link space less the offset.
     """
     n_entries, n_grains = moments.groups.shape
     # The answer so far, as a linear combination of v, per entry.
@@ -159,11 +231,11 @@ def learn_blend(
         own = np.zeros_like(answer)
         own[:, 2 + grain] = 1.0
         codes, names = pd.factorize(moments.groups[:, grain])
-        trained = np.array([name in has_model[grain] for name in names], dtype=bool)
+        own_weights = pd.Index(names).map(weights[grain]).to_numpy(dtype=float, na_value=np.nan)
+        has_model = ~np.isnan(own_weights)
+        own_weights = np.where(has_model, own_weights, 0.0)
         parent = answer
-        evidence = _evidence(moments, codes, len(names), target - parent, own - parent)
-        weights = choose_weights(evidence, trained, pooling, prior=float(grain == 0))
-        answer = parent + weights[codes][:, None] * (own - parent)
+        answer = parent + own_weights[codes][:, None] * (own - parent)
         tune = _Sums(moments, codes, len(names), moments.split == TUNE)
         report = _Sums(moments, codes, len(names), moments.split == REPORT)
         errors = np.column_stack(
@@ -177,37 +249,12 @@ def learn_blend(
             ]
         )
         # A group without a model has no errors of its own.
-        errors[~trained, 0] = errors[~trained, 2] = np.nan
+        errors[~has_model, 0] = errors[~has_model, 2] = np.nan
         measured = errors.astype(object)
         measured[np.isnan(errors)] = None
-        for name, weight, errors_of_group in zip(names, weights, measured, strict=True):
+        for name, weight, errors_of_group in zip(names, own_weights, measured, strict=True):
             skills[GroupKey(grain, str(name))] = GroupSkill(float(weight), *errors_of_group)
     return skills
-
-
-def _evidence(
-    moments: Moments, codes: npt.NDArray[np.intp], n_groups: int, miss: Floats, step: Floats
-) -> "Evidence":
-    """What tune rows say of one grain's groups.
-
-    Args:
-        moments: tune and report rows.
-        codes: the group of each entry.
-        n_groups: of the grain.
-        miss: the target less the parent's answer, as combinations of v per entry.
-        step: the own prediction less it, likewise.
-    """
-    is_tune = moments.split == TUNE
-    blocks = []
-    for block in range(N_BLOCKS):
-        blocks.append(_Sums(moments, codes, n_groups, is_tune & (moments.block == block)))
-    whole = _Sums(moments, codes, n_groups, is_tune)
-    return Evidence(
-        gain=np.stack([block.of(miss, step) for block in blocks]),
-        spread=np.stack([block.of(step, step) for block in blocks]),
-        miss=whole.of(miss, miss),
-        n_rows=whole.n_rows,
-    )
 
 
 class _Sums:
@@ -221,147 +268,15 @@ class _Sums:
         chosen: npt.NDArray[np.bool_],
     ) -> None:
         self._chosen = chosen
-        self._products = moments.products[self._chosen]
-        self._codes = codes[self._chosen]
+        self._products = moments.products[chosen]
+        self._codes = codes[chosen]
         self._n_groups = n_groups
-        self.n_rows: Floats = np.bincount(
-            self._codes, moments.n_rows[self._chosen], n_groups
-        ).astype(np.float64)
         self._weight = np.bincount(self._codes, self._products[:, 0, 0], n_groups)
-
-    def of(self, left: Floats, right: Floats) -> Floats:
-        """Per group the weighted sum over rows of (left . v)(right . v)."""
-        forms = np.einsum("ei,eij,ej->e", left[self._chosen], self._products, right[self._chosen])
-        sums: Floats = np.bincount(self._codes, forms, self._n_groups).astype(np.float64)
-        return sums
 
     def rmse(self, error: Floats) -> Floats:
         """Per group the root mean squared error; NaN where there is no row."""
+        error = error[self._chosen]
+        squares = np.einsum("ei,eij,ej->e", error, self._products, error)
+        sums = np.bincount(self._codes, squares, self._n_groups)
         with np.errstate(invalid="ignore", divide="ignore"):
-            return np.sqrt(np.maximum(self.of(error, error), 0.0) / self._weight)
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What tune rows say for and against the own models of one grain's groups.
-
-    With e the target less the parent's answer and d the own prediction less it:
-
-    Args:
-        gain: sum(d e) per block of the tune split and group, shape (N_BLOCKS, groups).
-        spread: sum(d d), same shape.
-        miss: sum(e e) per group.
-        n_rows: tune rows per group.
-    """
-
-    gain: Floats
-    spread: Floats
-    miss: Floats
-    n_rows: Floats
-
-
-def choose_weights(
-    evidence: Evidence,
-    trained: npt.NDArray[np.bool_],
-    pooling: Literal["blend", "select", "none"],
-    prior: float,
-) -> Floats:
-    """Per group of one grain the weight of its own model.
-
-    A group's least-squares weight is sum(d e) / sum(d d). The groups are then a random-effects
-    meta-analysis: each weight is shrunk towards their mean, the more so the less certain it is and
-    the less the groups differ. Rows of one time err together, so certainty is judged from halves of
-    the tune split, not from rows alone: the more a group's weight changes from one half to the
-    other, the less certain it is, and groups differ only as far as their differences persist from
-    one half to the other. Last, all weights move away from the prior only as little as is not
-    clearly worse than the best (two standard errors over blocks of time): the next period is never
-    quite like the last.
-
-    Args:
-        evidence: of the tune rows.
-        trained: whether the group has a model.
-        pooling: as in `learn_blend`.
-        prior: the weight without evidence: 1 for the pooled model, whose parent is a constant, else
-            0.
-
-    Source: random-effects meta-analysis, DerSimonian and Laird (1986), with moments taken across
-    halves; the one standard error rule, Breiman, Friedman, Olshen and Stone (1984), here with
-    paired differences and two of them; the standard error of a ratio, Cochran (1977), section 6.4.
-    """
-    if pooling == "none":
-        return np.where(trained, 1.0, 0.0)
-    gain, spread = evidence.gain.sum(axis=0), evidence.spread.sum(axis=0)
-    if pooling == "select":
-        # The own model's squared error is lower exactly where 2 sum(d e) > sum(d d).
-        return np.where(trained & (2 * gain > spread), 1.0, 0.0)
-    used = trained & (spread > DISCERNIBLE * evidence.miss)
-    weights = np.zeros(len(gain))
-    if not used.any():
-        weights[trained] = prior
-        return weights
-    weights[used], mean = _shrunken_weights(evidence, used)
-    # A model without a tune row that tells it from its parent is trusted like its fleet.
-    weights[trained & ~used] = mean
-    share = _steady_share(evidence, weights - prior, prior)
-    weights[trained] = prior + share * (weights[trained] - prior)
-    # Sums over files in another order differ in their last digits; weights do not.
-    rounded: Floats = np.round(np.clip(weights, 0.0, 1.0), DECIMALS).astype(np.float64)
-    return rounded
-
-
-def _shrunken_weights(evidence: Evidence, used: npt.NDArray[np.bool_]) -> tuple[Floats, float]:
-    """Weights of the used groups, shrunk towards their mean, and that mean."""
-    gain, spread = evidence.gain.sum(axis=0)[used], evidence.spread.sum(axis=0)[used]
-    miss, n_rows = evidence.miss[used], evidence.n_rows[used].sum()
-    common = gain.sum() / spread.sum()
-    row_noise = (miss - 2 * common * gain + common**2 * spread).sum() / n_rows
-    gain_of_halves = _halves(evidence.gain[:, used])
-    half_noise, between = _from_halves(gain_of_halves, _halves(evidence.spread[:, used]), common)
-    # Never quite 0, so that a perfect fit on a row or two is a number, too.
-    least_noise = DISCERNIBLE * miss.sum() / n_rows + 1e-200
-    variance = max(row_noise, half_noise, least_noise) / spread
-    certainty = 1 / (variance + between)
-    own = gain / spread
-    mean = float((certainty * own).sum() / certainty.sum())
-    return (own * between + mean * variance) / (between + variance), mean
-
-
-def _steady_share(evidence: Evidence, step: Floats, prior: float) -> float:
-    """How much of a step from the prior weight to take: as little as is not clearly worse.
-
-    The share c of the step gains 2 c A - c^2 S in squared error, with A and S summed over blocks of
-    time; c* = A / S is best. A share that is u smaller loses 2 u (A_b - c* S_b) + u^2 S_b in block
-    b. To first order that loss, summed, stays within its own standard error times `STANDARD_ERRORS`
-    up to u = 2 STANDARD_ERRORS se(c*), where se(c*) is the ratio estimator's. So evidence that all
-    blocks agree on is followed, however large the gain differs between them, and a lucky block is
-    not.
-    """
-    gain = (step * (evidence.gain - prior * evidence.spread)).sum(axis=1)
-    spread = (step**2 * evidence.spread).sum(axis=1)
-    if spread.sum() <= 0:
-        return 0.0
-    best, n_blocks = gain.sum() / spread.sum(), len(gain)
-    error = np.sqrt(n_blocks / (n_blocks - 1) * ((gain - best * spread) ** 2).sum()) / spread.sum()
-    return float(np.clip(best - 2 * STANDARD_ERRORS * error, 0.0, 1.0))
-
-
-def _halves(blocks: Floats) -> Floats:
-    """Sums over the earlier and the later half of the blocks."""
-    return np.stack([half.sum(axis=0) for half in np.split(blocks, 2)])
-
-
-def _from_halves(gain: Floats, spread: Floats, common: float) -> tuple[float, float]:
-    """Noise per unit of spread, and variance between groups.
-
-    From how weights change between the halves of the tune split.
-    """
-    both = (spread > 0).all(axis=0)
-    if not both.any():
-        return 0.0, 0.0
-    early, late = gain[:, both] / spread[:, both]
-    harmonic = 1 / (1 / spread[:, both]).sum(axis=0)
-    noise = float(np.average((early - late) ** 2 * harmonic))
-    if both.sum() == 1:
-        return noise, 0.0
-    between = float(np.average((early - common) * (late - common), weights=harmonic))
-    return noise, max(0.0, between)
+            return np.sqrt(np.maximum(sums, 0.0) / self._weight)

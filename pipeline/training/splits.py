@@ -10,6 +10,10 @@ from pipeline.periods import Period, Times
 from pipeline.spec import SplitsSpec
 
 FIT, TUNE, REPORT, GAP = "fit", "tune", "report", "gap"
+# Fit rows that are held out once more, so that weights are chosen on more than the tune split.
+EARLIER = "earlier"
+# Stretches of such rows before the tune split, each as long as it.
+N_EARLIER = 2
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,12 @@ class Cutoffs:
     def tune_middle(self) -> pd.Timestamp:
         """Cuts the tune rows into the two blocks of cross-selection."""
         return self.tune_start + (self.report_start - self.tune_start) / 2
+
+    @property
+    def earlier_starts(self) -> list[pd.Timestamp]:
+        """Where the stretches before the tune split begin, the newest first."""
+        length = self.report_start - self.tune_start
+        return [self.tune_start - number * length for number in range(1, N_EARLIER + 1)]
 
     def assign(self, time: Times, known_at: Times) -> npt.NDArray[np.object_]:
         """The split of each visible row.

@@ -34,7 +34,7 @@ from pipeline.training.outcome import (
     Outcome,
     Status,
 )
-from pipeline.training.splits import FIT, GAP, REPORT, TUNE, Cutoffs
+from pipeline.training.splits import EARLIER, FIT, GAP, REPORT, TUNE, Cutoffs
 from pipeline.training.tuner import Learner, Study, TrainingSet
 
 POOLED = 0
@@ -43,6 +43,8 @@ RATE = "_rate"
 BASE = "_base"
 # Parts of the fit rows, by time, that are predicted by models which were not fitted on them.
 FOLDS = 5
+# Of the fit rows, what must lie before a stretch that is held out once more.
+MIN_SHARE_BEFORE = 2 / 3
 # A finest group with a larger share of invalid rows is not trained.
 MAX_INVALID = 0.01
 
@@ -129,6 +131,7 @@ def train_group(
         status = "refreshed"
         recipe = _take_over(group, start, predictions)
     group.predict_unseen(recipe, predictions)
+    is_earlier = group.predict_earlier(recipe, predictions)
     served = group.fit(group.is_usable, recipe.parameters, recipe.n_rounds)
     booster = encode_booster(served.model_to_string())
     ledger = {
@@ -140,7 +143,7 @@ def train_group(
         "cross_selection": recipe.cross_selection,
         "lightgbm_seconds": group.learner.clock.seconds,
     }
-    holdout = group.holdout(predictions, every_split=group.is_corrected)
+    holdout = group.holdout(predictions, is_earlier, every_split=group.is_corrected)
     ledger["seconds"] = time.perf_counter() - started
     return Outcome(status, None, ledger, booster, holdout)
 
@@ -268,6 +271,36 @@ class _GroupRows:
         if BASE in self.rows:
             predictions += self.rows[BASE].to_numpy(dtype=np.float64)
 
+    def predict_earlier(self, recipe: _Recipe, predictions: Floats) -> Mask:
+        """Predict the stretches before the tune split by models of what lies before each; in place.
+
+        A stretch with fewer rows before it than training takes, or than `MIN_SHARE_BEFORE` of the
+        fit rows, is passed over: a model of much less says nothing of the one that will serve.
+        Where models correct a parent, fit rows have out-of-fold predictions already, and none is
+        passed to the blend.
+
+        Returns:
+            The rows that are predicted.
+        """
+        is_earlier = np.zeros(len(self.rows), dtype=bool)
+        if self.settings.model_spec.corrects:
+            return is_earlier
+        is_fit = self.usable_in(FIT)
+        n_needed = max(self.settings.tuning.fit_rows, MIN_SHARE_BEFORE * is_fit.sum())
+        time = self.rows["time"].to_numpy()
+        known_at = self.rows["known_at"].to_numpy()
+        end = self.settings.cutoffs.tune_start
+        for start in self.settings.cutoffs.earlier_starts:
+            begin = start.to_datetime64()
+            is_before = is_fit & (time < begin) & (known_at < begin)
+            is_within = is_fit & (time >= begin) & (time < end.to_datetime64())
+            end = start
+            if is_before.sum() >= n_needed and is_within.any():
+                booster = self.fit(is_before, recipe.parameters, recipe.n_rounds)
+                predictions[is_within] = self.predict(booster, is_within)
+                is_earlier |= is_within
+        return is_earlier
+
     def _predict_folds(self, recipe: _Recipe, predictions: Floats) -> None:
         is_fit = self.usable_in(FIT)
         for fold in np.array_split(np.flatnonzero(is_fit), FOLDS):
@@ -297,9 +330,20 @@ class _GroupRows:
             return CONSTANT_TARGET
         return None
 
-    def holdout(self, predictions: Floats, *, every_split: bool = False) -> pd.DataFrame:
-        """The judged rows, as `_holdout` gives them."""
-        return _holdout(self.rows, predictions, self.settings, every_split=every_split)
+    def holdout(
+        self, predictions: Floats, is_earlier: Mask | None = None, *, every_split: bool = False
+    ) -> pd.DataFrame:
+        """The judged rows, as `_holdout` gives them.
+
+        Args:
+            predictions: of all rows.
+            is_earlier: fit rows that are held out, too.
+            every_split: whether all rows are.
+        """
+        rows = self.rows
+        if is_earlier is not None:
+            rows = rows.assign(split=np.where(is_earlier, EARLIER, rows["split"]))
+        return _holdout(rows, predictions, self.settings, every_split=every_split)
 
 
 def _tune(group: _GroupRows, start: Start, predictions: Floats) -> _Recipe:

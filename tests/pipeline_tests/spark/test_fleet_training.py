@@ -31,11 +31,12 @@ from pipeline.spark.training import TrainingContext, placed_rows, train_wave
 from pipeline.spark.training_run import train_run
 from pipeline.spec import FleetSpec, parse_spec
 from pipeline.tables import BOOSTERS, HOLDOUT, LEDGER, RUNS
+from pipeline.testing.blending import learn_weights_in_pandas
 from pipeline.testing.doubles import FailingTrainer, FreeLease
 from pipeline.testing.runs import own_tables, quiet_context, train_quietly
-from pipeline.training.blend import N_BLOCKS, Moments, learn_blend
+from pipeline.training.blend import Moments, describe_groups
 from pipeline.training.outcome import Outcome
-from pipeline.training.splits import REPORT, TUNE
+from pipeline.training.splits import EARLIER, REPORT, TUNE
 from pipeline.training.trainer import train_group
 from resources.delta_tables import DeltaTables
 
@@ -395,10 +396,11 @@ def judged_in_pandas(holdout: pd.DataFrame, spec: FleetSpec, run: PlannedRun) ->
     ]
     wide["residual"] = residual.where(np.isfinite(residual))
     length = run.cutoffs.report_start - run.cutoffs.tune_start
-    since = wide["time"].dt.tz_localize(None) - run.cutoffs.tune_start
-    wide["block"] = np.where(wide["split"] == TUNE, np.floor(since / length * N_BLOCKS), 0).astype(
-        int
-    )
+    since = (wide["time"].dt.tz_localize(None) - run.cutoffs.tune_start) / length
+    halves = np.floor(since * 2)
+    before = 1 + np.ceil(-since)
+    wide["stretch"] = np.where(since >= 0, halves, before)
+    wide.loc[wide["split"] == REPORT, "stretch"] = np.nan
     return wide
 
 
@@ -412,14 +414,13 @@ def test_rows_are_judged_side_by_side(
 ) -> None:
     holdout = finished.tables.read_spark(spark, finished.tables.location("nasty", "holdout"))
     found = (
-        judged_rows(holdout, spec, run.cutoffs, run.constants)
-        .toPandas()
-        .sort_values("row_key", ignore_index=True)
+        judged_rows(holdout, spec, run.cutoffs).toPandas().sort_values("row_key", ignore_index=True)
     )
     assert list(found["row_key"]) == list(judged["row_key"])
     assert list(found["split"]) == list(judged["split"])
-    assert list(found["block"]) == list(judged["block"])
-    assert set(found.loc[found["split"] == TUNE, "block"]) == set(range(N_BLOCKS))
+    np.testing.assert_array_equal(found["stretch"].to_numpy(float), judged["stretch"])
+    stretches = found.groupby("split")["stretch"].unique().map(set)
+    assert (stretches[TUNE], stretches[EARLIER]) == ({0, 1}, {2, 3})
     for name in ["p0", "p1", "p2", "actual", "weight"]:
         np.testing.assert_array_equal(found[name].to_numpy(float), judged[name].to_numpy(float))
     np.testing.assert_allclose(
@@ -432,15 +433,17 @@ def test_weights_are_those_learnt_from_the_rows_themselves(
 ) -> None:
     ledger = finished.ledger
     rows = judged[judged["residual"].notna()]
-    own = rows[["p0", "p1", "p2"]].to_numpy(float)
-    ids = np.array([list(found) for found in rows["group_ids"]], dtype=object)
-    weight, residual = rows["weight"].to_numpy(), rows["residual"].to_numpy()
-    moments = Moments.of_rows(
-        rows["split"].tolist(), rows["block"].to_numpy(), ids, residual, own, weight
-    )
     trained = ledger[ledger["status"] == "trained"]
     has_model = [set(trained.loc[trained["grain"] == grain, "group_id"]) for grain in range(3)]
-    skills = learn_blend(moments, has_model, run.constants[0], spec.pooling)
+    constant = np.full(len(rows), run.constants.with_offset)
+    weights_of_grains = learn_weights_in_pandas(rows, spec, has_model, constant)
+    rows = rows[rows["split"] != EARLIER]
+    own = rows[["p0", "p1", "p2"]].to_numpy(float)
+    ids = np.array([list(found) for found in rows["group_ids"]], dtype=object)
+    moments = Moments.of_rows(
+        rows["split"].tolist(), ids, rows["residual"].to_numpy(), own, rows["weight"].to_numpy()
+    )
+    skills = describe_groups(moments, weights_of_grains, run.constants.with_offset)
     weights = []
     for row in ledger.to_dict("records"):
         skill = skills.get((row["grain"], row["group_id"]))
@@ -462,7 +465,7 @@ def test_weights_are_those_learnt_from_the_rows_themselves(
             assert (expected is None and pd.isna(row[name])) or row[name] == pytest.approx(
                 expected, rel=1e-9
             )
-    assert len(set(weights)) > 2
+    assert len(weights) > 2
 
 
 def test_errors_are_those_of_the_answers(

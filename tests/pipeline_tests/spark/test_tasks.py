@@ -27,11 +27,12 @@ from pipeline.spark.evaluation import judged_rows
 from pipeline.spark.planning import plan_run
 from pipeline.spark.scoring import count_answers, rows_to_score, score_rows
 from pipeline.spec import FleetSpec
+from pipeline.testing.blending import learn_weights_in_pandas
 from pipeline.testing.data import feature_rows, small_spec, with_classes
 from pipeline.testing.doubles import MemoryTables
 from pipeline.testing.runs import own_tables, quiet_context, train_quietly
-from pipeline.training.blend import Moments, learn_blend
-from pipeline.training.splits import REPORT, TUNE
+from pipeline.training.blend import Moments, describe_groups
+from pipeline.training.splits import EARLIER, REPORT
 from resources.delta_tables import DeltaTables
 
 pytestmark = pytest.mark.spark
@@ -350,35 +351,34 @@ def test_weights_are_those_learnt_from_the_rows_themselves(
     trained: Callable[[str], Trained], task: str
 ) -> None:
     found = trained(task)
-    rows = judged_rows(
-        found.held_out, found.spec, found.run.cutoffs, found.run.constants
-    ).toPandas()
+    rows = judged_rows(found.held_out, found.spec, found.run.cutoffs).toPandas()
     classes, constants = found.run.settings.model_spec.classes, found.run.constants
     prior = (
         rows["class_name"].map(dict(zip(classes, constants.prior, strict=True))).to_numpy(float)
         if constants.prior
         else np.zeros(len(rows))
     )
-    own = rows[["p0", "p1", "p2"]].to_numpy(float) - prior[:, None]
-    ids = np.array([list(of) for of in rows["group_ids"]], dtype=object)
-    weight = rows["weight"].to_numpy(float)
-    if task == "quantile":
-        above = rows["actual"] > rows["p0"].fillna(constants.with_offset)
-        weight = np.where(rows["split"] == TUNE, np.where(above, 0.9, 0.1), 1.0)
-    moments = Moments.of_rows(
-        rows["split"].tolist(),
-        rows["block"].to_numpy(),
-        ids,
-        rows["residual"].to_numpy(float) - prior,
-        own,
-        weight,
-    )
     ledger = found.ledger
     has_model = [
         set(ledger.loc[(ledger["grain"] == grain) & (ledger["status"] == "trained"), "group_id"])
         for grain in range(3)
     ]
-    skills = learn_blend(moments, has_model, constants.with_offset, found.spec.pooling)
+    constant = prior
+    if not constants.prior:
+        constant = np.full(len(rows), constants.with_offset)
+    weights = learn_weights_in_pandas(rows, found.spec, has_model, constant)
+    is_judged = rows["split"] != EARLIER
+    rows, prior = rows[is_judged], prior[is_judged]
+    own = rows[["p0", "p1", "p2"]].to_numpy(float) - prior[:, None]
+    ids = np.array([list(of) for of in rows["group_ids"]], dtype=object)
+    moments = Moments.of_rows(
+        rows["split"].tolist(),
+        ids,
+        rows["residual"].to_numpy(float) - prior,
+        own,
+        rows["weight"].to_numpy(float),
+    )
+    skills = describe_groups(moments, weights, constants.with_offset)
     for row in ledger[ledger["status"] == "trained"].to_dict("records"):
         skill = skills[row["grain"], row["group_id"]]
         assert row["weight"] == pytest.approx(skill.weight, abs=1e-9)

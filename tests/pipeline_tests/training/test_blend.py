@@ -1,4 +1,4 @@
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -6,18 +6,156 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.training.blend import (
-    N_BLOCKS,
-    Evidence,
+    WEIGHTS,
+    Gains,
     GroupSkill,
     Moments,
-    choose_weights,
-    learn_blend,
+    choose_weight,
+    describe_groups,
 )
 from pipeline.training.splits import REPORT, TUNE
 
-Pooling = Literal["blend", "select", "none"]
 CONSTANT = 2.0
 GRAINS = 3
+N_STRETCHES = 4
+
+
+def gains_of(
+    target: Any, own: Any, parent: Any, groups: Any, stretches: Any, prior: float = 0.0
+) -> Gains:
+    """What the weights gain in squared error."""
+    losses = [(target - weight * own - (1 - weight) * parent) ** 2 for weight in WEIGHTS]
+    return Gains.of_rows(np.stack(losses, axis=1), groups, stretches, prior)
+
+
+class Series:
+    """Rows of a grain: its own and the parent's predictions of a target of unit variance."""
+
+    def __init__(self, n: int = 2000, n_groups: int = 20, seed: int = 0) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.groups = self.rng.integers(0, n_groups, n)
+        self.stretches = np.arange(n) * N_STRETCHES // n
+        self.target = self.rng.normal(size=n)
+        self.parent = self.target + self.rng.normal(size=n)
+        self.own = self.target + self.rng.normal(size=n)
+
+    def weight(self, prior: float = 0.0) -> float:
+        rows = (self.target, self.own, self.parent, self.groups, self.stretches)
+        return choose_weight(gains_of(*rows, prior=prior), prior)
+
+    def noise(self, scale: float) -> Any:
+        return scale * self.rng.normal(size=len(self.target))
+
+
+def test_a_better_own_model_answers_alone() -> None:
+    rows = Series()
+    rows.own = rows.target + rows.noise(0.1)
+    assert rows.weight() == 1.0
+
+
+def test_a_useless_own_model_has_no_say() -> None:
+    rows = Series()
+    rows.own = rows.noise(1.0)
+    rows.parent = rows.target + rows.noise(0.3)
+    assert rows.weight() == 0.0
+
+
+def test_equally_good_models_share() -> None:
+    assert 0.3 <= Series().weight() <= 0.5
+
+
+def test_noise_alone_moves_few_weights_from_their_prior() -> None:
+    weights = []
+    for seed in range(40):
+        rows = Series(400, 10, seed)
+        rows.parent = np.zeros(400)
+        rows.own = rows.noise(0.3)
+        weights.append(rows.weight())
+    assert np.mean(weights) < 0.02
+
+
+def test_a_model_that_gains_in_one_stretch_only_has_no_say() -> None:
+    rows = Series()
+    is_lucky = rows.stretches == 0
+    rows.own = np.where(is_lucky, rows.target, rows.target + 5.0)
+    assert rows.weight() == 0.0
+
+
+def test_a_weight_that_is_ruinous_in_one_stretch_does_not_hide_a_smaller_one_that_gains() -> None:
+    """An overconfident model: alone it is best in most stretches, and ruinous in one."""
+    rows = Series()
+    losses = [(rows.target - w * rows.own - (1 - w) * rows.parent) ** 2 for w in WEIGHTS]
+    of_weights = np.stack(losses, axis=1)
+    of_weights[:, -1] = of_weights[:, -2] - 0.01
+    of_weights[rows.stretches == 0, -1] += 10.0
+    gains = Gains.of_rows(of_weights, rows.groups, rows.stretches, 0.0)
+    assert 0.0 < choose_weight(gains, 0.0) < 1.0
+
+
+def test_a_gain_in_a_single_stretch_counts_where_there_is_no_other() -> None:
+    rows = Series()
+    rows.own = rows.target
+    rows.stretches[:] = 0
+    assert rows.weight() == 1.0
+
+
+def test_what_one_group_gains_is_one_observation() -> None:
+    rows = Series(2000, 20)
+    # Half of the groups gain what the others lose in part: by rows the sum is sure.
+    is_better = rows.groups % 2 == 0
+    miss = rows.target - rows.parent
+    rows.own = rows.parent + np.where(is_better, miss, -0.5 * miss)
+    together = rows.weight()
+    rows.groups = np.arange(2000)
+    assert together < rows.weight()
+
+
+def test_a_pooled_model_without_evidence_against_it_answers_alone() -> None:
+    n_weights = len(WEIGHTS)
+    nothing = Gains(0.0, np.zeros((0, n_weights)), np.zeros((0, n_weights, n_weights)))
+    assert (choose_weight(nothing, 1.0), choose_weight(nothing, 0.0)) == (1.0, 0.0)
+
+
+def test_a_pooled_model_that_is_worse_than_the_constant_loses_its_weight() -> None:
+    rows = Series()
+    rows.parent = np.zeros(2000)
+    rows.own = rows.noise(3.0)
+    assert rows.weight(prior=1.0) <= 0.1
+
+
+def test_models_that_agree_stay_with_the_prior() -> None:
+    rows = Series()
+    rows.own = rows.parent * (1 + 1e-15)
+    assert (rows.weight(0.0), rows.weight(1.0)) == (0.0, 1.0)
+
+
+def test_the_loss_decides_and_not_its_square() -> None:
+    """The median of a skewed target is far from its mean; absolute errors prefer it."""
+    rng = np.random.default_rng(0)
+    target = np.exp(2 * rng.normal(size=4000))
+    median, mean = np.ones(4000), np.full(4000, target.mean())
+    stretches, groups = np.arange(4000) % N_STRETCHES, rng.integers(0, 50, 4000)
+    losses = [np.abs(target - weight * median - (1 - weight) * mean) for weight in WEIGHTS]
+    absolute = Gains.of_rows(np.stack(losses, axis=1), groups, stretches, 0.0)
+    assert choose_weight(absolute, 0.0) >= 0.9
+    assert choose_weight(gains_of(target, median, mean, groups, stretches), 0.0) == 0.0
+
+
+@given(seed=st.integers(0, 10_000), prior=st.sampled_from([0.0, 1.0]))
+@settings(max_examples=100, deadline=None)
+def test_weights_do_not_depend_on_the_order_of_rows_or_the_unit_of_the_target(
+    seed: int, prior: float
+) -> None:
+    rows = Series(200, 5, seed)
+    weight = rows.weight(prior)
+    assert weight in WEIGHTS
+    order = rows.rng.permutation(200)
+    for name in ("groups", "stretches", "target", "parent", "own"):
+        setattr(rows, name, getattr(rows, name)[order])
+    assert rows.weight(prior) == weight
+    for name in ("target", "parent", "own"):
+        setattr(rows, name, getattr(rows, name) * 1024.0)
+    assert rows.weight(prior) == weight
 
 
 class Rows:
@@ -30,50 +168,35 @@ class Rows:
             [np.full(n, "[]"), [f'["{c % 2}"]' for c in city], [f'["{c % 2}","{c}"]' for c in city]]
         ).astype(object)
         self.split = np.where(np.arange(n) % 5 < 4, TUNE, REPORT).astype(object)
-        self.block = np.where(self.split == TUNE, np.arange(n) * N_BLOCKS // n, 0)
         self.target = self.rng.normal(size=n)
         self.predictions = np.column_stack(
             [self.target + scale * self.rng.normal(size=n) for scale in (0.5, 0.5, 0.5)]
         )
         self.weight = np.ones(n)
-        self.has_model: list[set[str]] = [set(self.groups[:, grain]) for grain in range(GRAINS)]
+        self.weights: list[dict[str, float]] = []
+        for grain in range(GRAINS):
+            names = sorted(set(self.groups[:, grain]))
+            self.weights.append({name: 0.1 * (1 + place) for place, name in enumerate(names)})
 
     def moments(self) -> Moments:
-        return Moments.of_rows(
-            self.split, self.block, self.groups, self.target, self.predictions, self.weight
-        )
+        return Moments.of_rows(self.split, self.groups, self.target, self.predictions, self.weight)
 
-    def learn(self, pooling: Pooling = "blend") -> dict[tuple[int, str], GroupSkill]:
-        return learn_blend(self.moments(), self.has_model, CONSTANT, pooling)
-
-    def weights(self, grain: int, pooling: Pooling = "blend") -> dict[str, float]:
-        return {
-            group: skill.weight
-            for (level, group), skill in self.learn(pooling).items()
-            if level == grain
-        }
-
-    @property
-    def noise(self) -> Any:
-        return self.rng.normal(size=len(self.target))
+    def describe(self) -> dict[Any, GroupSkill]:
+        return dict(describe_groups(self.moments(), self.weights, CONSTANT))
 
 
-def oracle(
-    rows: Rows, skills: dict[tuple[int, str], GroupSkill]
-) -> dict[tuple[int, str], tuple[float | None, ...]]:
+def oracle(rows: Rows) -> dict[tuple[int, str], tuple[float | None, ...]]:
     """The recursion, row by row."""
     errors: dict[tuple[int, str, str, str], list[float]] = {}
     for row in range(len(rows.target)):
         answer = CONSTANT
         for grain in range(GRAINS):
             group, own, parent = rows.groups[row, grain], rows.predictions[row, grain], answer
-            trained = group in rows.has_model[grain]
-            if trained:
-                answer = (
-                    skills[grain, group].weight * own + (1 - skills[grain, group].weight) * parent
-                )
+            weight = rows.weights[grain].get(group)
+            if weight is not None:
+                answer = weight * own + (1 - weight) * parent
             said = {
-                "own": own if trained else None,
+                "own": None if weight is None else own,
                 "parent": parent,
                 "blend": answer,
                 "constant": CONSTANT,
@@ -87,7 +210,7 @@ def oracle(
     def rmse(*key: Any) -> float | None:
         return float(np.sqrt(np.mean(errors[key]))) if key in errors else None
 
-    wanted = [
+    entries = [
         (TUNE, "own"),
         (TUNE, "parent"),
         (REPORT, "own"),
@@ -95,28 +218,33 @@ def oracle(
         (REPORT, "blend"),
         (REPORT, "constant"),
     ]
-    return {key: tuple(rmse(*key, *entry) for entry in wanted) for key in skills}
+    groups = {(grain, group) for grain, group, _, _ in errors}
+    return {key: tuple(rmse(*key, *entry) for entry in entries) for key in groups}
 
 
-@pytest.mark.parametrize("pooling", ["blend", "select", "none"])
-def test_errors_are_those_of_answering_row_by_row(pooling: Pooling) -> None:
+def errors_of(skill: GroupSkill) -> tuple[float | None, ...]:
+    return (
+        skill.tune_own,
+        skill.tune_parent,
+        skill.report_own,
+        skill.report_parent,
+        skill.report_blend,
+        skill.report_constant,
+    )
+
+
+def test_errors_are_those_of_answering_row_by_row() -> None:
     rows = Rows(600, n_groups=5)
     rows.predictions[:, 1] += 0.3
-    rows.has_model[2] -= {'["0","2"]'}
+    del rows.weights[2]['["0","2"]']
     rows.predictions[rows.groups[:, 2] == '["0","2"]', 2] = np.nan
     rows.split[rows.groups[:, 2] == '["1","3"]'] = TUNE
-    skills = rows.learn(pooling)
-    for key, expected in oracle(rows, skills).items():
-        skill = skills[key]
-        found = (
-            skill.tune_own,
-            skill.tune_parent,
-            skill.report_own,
-            skill.report_parent,
-            skill.report_blend,
-            skill.report_constant,
-        )
-        assert found == pytest.approx(expected), key
+    skills = rows.describe()
+    expected = oracle(rows)
+    assert set(skills) == set(expected)
+    for key, errors in expected.items():
+        assert errors_of(skills[key]) == pytest.approx(errors), key
+        assert skills[key].weight == rows.weights[key[0]].get(key[1], 0.0)
     assert skills[2, '["1","3"]'].report_blend is None
     assert skills[2, '["0","2"]'].tune_own is None
 
@@ -124,226 +252,28 @@ def test_errors_are_those_of_answering_row_by_row(pooling: Pooling) -> None:
 def test_sums_per_group_say_the_same_as_rows() -> None:
     rows = Rows(300)
     moments = rows.moments()
-    keys = [
-        tuple(key)
-        for key in np.column_stack([moments.split, moments.block.astype(str), moments.groups])
-    ]
+    keys = [tuple(key) for key in np.column_stack([moments.split, moments.groups])]
     first = sorted({key: number for number, key in reversed(list(enumerate(keys)))}.values())
     added = [np.flatnonzero([key == keys[number] for key in keys]) for number in first]
     summed = Moments(
         moments.split[first],
-        moments.block[first],
         moments.groups[first],
-        np.array([float(len(rows_)) for rows_ in added]),
         np.stack([moments.products[rows_].sum(axis=0) for rows_ in added]),
     )
-    found, expected = learn_blend(summed, rows.has_model, CONSTANT, "blend"), rows.learn()
-    assert {key: skill.weight for key, skill in found.items()} == pytest.approx(
-        {key: skill.weight for key, skill in expected.items()}
-    )
+    of_sums = describe_groups(summed, rows.weights, CONSTANT)
+    of_rows = rows.describe()
+    assert set(of_sums) == set(of_rows)
+    for key, skill in of_rows.items():
+        assert errors_of(of_sums[key]) == pytest.approx(errors_of(skill))
 
 
-def test_a_better_own_model_answers_alone() -> None:
-    rows = Rows(4000)
-    rows.predictions[:, 2] = rows.target + 0.01 * rows.noise
-    assert min(rows.weights(2).values()) > 0.8
+def test_rows_of_no_weight_say_nothing() -> None:
+    rows = Rows(400)
+    rows.weight[::2] = 0.0
+    skills = rows.describe()
+    rows.target[::2] += 100.0
+    assert rows.describe() == skills
 
 
-def test_a_useless_own_model_has_no_say() -> None:
-    rows = Rows(4000)
-    rows.predictions[:, :2] = (rows.target + 0.1 * rows.noise)[:, None]
-    rows.predictions[:, 2] = 5 * rows.noise
-    assert max(rows.weights(2).values()) < 0.02
-
-
-def test_equally_good_models_share() -> None:
-    rows = Rows(8000)
-    rows.predictions[:, 1] = rows.predictions[:, 0]
-    assert all(0.3 < weight < 0.6 for weight in rows.weights(2).values())
-
-
-def test_noise_alone_moves_no_weight_from_its_prior() -> None:
-    """Own models that differ from their parents by noise without meaning: few fleets of forty find anything in it."""
-    moved = []
-    for seed in range(40):
-        rows = Rows(400, seed=seed)
-        rows.predictions[:] = 0.0
-        rows.predictions[:, 2] = 0.3 * rows.noise
-        rows.target = rows.noise
-        moved.append(max(rows.weights(2).values()))
-    assert np.mean(np.array(moved) == 0) > 0.7
-    assert np.mean(moved) < 0.1
-
-
-def test_a_pooled_model_without_evidence_against_it_answers_alone() -> None:
-    rows = Rows(40)
-    rows.predictions[:, 0] = CONSTANT
-    assert rows.weights(0) == {"[]": 1.0}
-
-
-def test_a_pooled_model_that_is_worse_than_the_constant_loses_its_weight() -> None:
-    rows = Rows(4000)
-    rows.target = CONSTANT + 0.1 * rows.noise
-    rows.predictions[:, 0] = 10 * rows.noise
-    assert rows.weights(0)["[]"] < 0.25
-
-
-def test_groups_that_differ_are_weighed_each_for_itself() -> None:
-    rows = Rows(8000)
-    good = rows.groups[:, 2] == '["0","0"]'
-    rows.predictions[:, :2] = (rows.target + 0.5 * rows.noise)[:, None]
-    rows.predictions[:, 2] = rows.target + np.where(good, 0.05, 5.0) * rows.noise
-    weights = rows.weights(2)
-    assert weights.pop('["0","0"]') > 0.7
-    assert max(weights.values()) < 0.2
-
-
-def test_a_group_of_few_rows_is_weighed_like_its_fleet() -> None:
-    rows = Rows(8000)
-    rows.predictions[:, 2] = rows.target + 0.1 * rows.noise
-    few = np.flatnonzero(rows.groups[:, 2] == '["0","0"]')
-    rows.split[few[4:]], rows.block[few[4:]] = REPORT, 0
-    rows.split[few[:4]], rows.block[few[:4]] = TUNE, [0, 1, 4, 5]
-    # On its few rows the own model happens to lie a little on the wrong side of its parent.
-    rows.predictions[few, 0] = rows.predictions[few, 1] = rows.target[few] + 0.5
-    rows.predictions[few, 2] = rows.target[few] + 0.51
-    weights = rows.weights(2)
-    assert weights['["0","0"]'] > 0.9 * np.mean(list(weights.values()))
-
-
-@pytest.mark.parametrize("pooling", ["blend", "select", "none"])
-def test_a_group_without_a_model_has_no_weight(pooling: Pooling) -> None:
-    rows = Rows(600)
-    rows.has_model[2] = {'["0","0"]'}
-    rows.predictions[rows.groups[:, 2] != '["0","0"]', 2] = np.nan
-    weights = rows.weights(2, pooling)
-    assert [weight for group, weight in weights.items() if group != '["0","0"]'] == [0.0] * 3
-
-
-def test_groups_without_a_model_change_no_other_weight() -> None:
-    rows = Rows(2000)
-    kept = rows.groups[:, 2] == '["0","0"]'
-    rows.has_model[2] = {'["0","0"]'}
-    rows.predictions[~kept, 2] = np.nan
-    before = rows.weights(2)
-    rows.predictions[~kept, 2] = 1e6
-    assert rows.weights(2) == before
-
-
-def test_select_takes_the_one_that_is_better_on_tune_rows() -> None:
-    rows = Rows(3000)
-    good = rows.groups[:, 2] == '["0","0"]'
-    rows.predictions[:, 2] = rows.target + np.where(good, 0.1, 2.0) * rows.noise
-    weights = rows.weights(2, "select")
-    assert weights.pop('["0","0"]') == 1.0
-    assert set(weights.values()) == {0.0}
-    for (grain, group), skill in rows.learn("select").items():
-        assert skill.tune_own is not None
-        assert skill.tune_parent is not None
-        assert skill.weight == float(skill.tune_own < skill.tune_parent), (grain, group)
-
-
-def test_none_takes_the_own_model_wherever_there_is_one() -> None:
-    rows = Rows(300)
-    rows.predictions[:, 2] = 100.0
-    assert set(rows.weights(2, "none").values()) == {1.0}
-
-
-def test_report_rows_choose_no_weight() -> None:
-    rows = Rows(600)
-    before = {key: skill.weight for key, skill in rows.learn().items()}
-    report = rows.split == REPORT
-    rows.predictions[report] = 50.0
-    assert {key: skill.weight for key, skill in rows.learn().items()} == before
-
-
-def test_rows_of_no_weight_choose_nothing() -> None:
-    rows = Rows(600)
-    rows.weight = np.where(np.arange(600) % 3 == 0, 0.0, 1.0)
-    before = rows.learn()
-    rows.predictions[rows.weight == 0] = 1e3
-    after = rows.learn()
-    assert {key: skill.weight for key, skill in after.items()} == pytest.approx(
-        {key: skill.weight for key, skill in before.items()}
-    )
-    assert after[0, "[]"].report_blend == pytest.approx(before[0, "[]"].report_blend)
-
-
-def test_a_group_without_tune_rows_is_weighed_like_its_fleet() -> None:
-    rows = Rows(4000)
-    rows.predictions[:, 2] = rows.target + 0.01 * rows.noise
-    rows.split[rows.groups[:, 2] == '["1","3"]'] = REPORT
-    rows.block[rows.split == REPORT] = 0
-    skills = rows.learn()
-    assert skills[2, '["1","3"]'].weight > 0.75
-    assert skills[2, '["1","3"]'].tune_own is None
-
-
-def test_the_order_of_the_rows_does_not_matter() -> None:
-    rows, shuffled = Rows(500), Rows(500)
-    order = np.random.default_rng(5).permutation(500)
-    for name in ("split", "block", "groups", "target", "predictions", "weight"):
-        setattr(shuffled, name, getattr(rows, name)[order])
-    one, other = (
-        {key: skill.weight for key, skill in found.learn().items()} for found in (rows, shuffled)
-    )
-    assert one == pytest.approx(other)
-
-
-def test_without_any_row_there_is_nothing_to_weigh() -> None:
-    rows = Rows(0)
-    assert rows.learn() == {}
-
-
-def test_a_fleet_without_tune_rows_trusts_the_pooled_model() -> None:
-    rows = Rows(50)
-    rows.split[:], rows.block[:] = REPORT, 0
-    assert rows.weights(0) == {"[]": 1.0}
-    assert set(rows.weights(1).values()) == set(rows.weights(2).values()) == {0.0}
-
-
-@settings(max_examples=200)
-@given(
-    st.integers(0, 10**9),
-    st.integers(1, 5),
-    st.sampled_from(["blend", "select", "none"]),
-    st.sampled_from([0.0, 1.0]),
-)
-def test_weights_lie_between_nothing_and_everything(
-    seed: int, n_groups: int, pooling: Pooling, prior: float
-) -> None:
-    rng = np.random.default_rng(seed)
-    # One row per block and group: differences and errors of any size, often none at all.
-    differs, errs = (
-        10 ** rng.uniform(-8, 8, (N_BLOCKS, n_groups))
-        * rng.choice([-1, 0, 1], (N_BLOCKS, n_groups))
-        for _ in range(2)
-    )
-    errs = np.where(rng.random(n_groups) < 0.2, differs, errs)
-    evidence = Evidence(
-        differs * errs, differs**2, (errs**2).sum(axis=0), np.full(n_groups, float(N_BLOCKS))
-    )
-    trained = rng.random(n_groups) < 0.7
-    weights = choose_weights(evidence, trained, pooling, prior)
-    assert np.isfinite(weights).all()
-    assert ((weights >= 0) & (weights <= 1)).all()
-    assert (weights[~trained] == 0).all()
-
-
-@settings(max_examples=25)
-@given(
-    st.integers(0, 10**6),
-    st.integers(1, 120),
-    st.integers(1, 6),
-    st.sampled_from(["blend", "select", "none"]),
-)
-def test_every_judged_group_has_a_weight_whatever_the_rows(
-    seed: int, n_rows: int, n_groups: int, pooling: Pooling
-) -> None:
-    rows = Rows(n_rows, n_groups=n_groups, seed=seed)
-    rows.predictions *= rows.rng.choice([0.0, 1.0, 1e6], size=rows.predictions.shape)
-    skills = rows.learn(pooling)
-    assert set(skills) == {
-        (grain, group) for grain in range(GRAINS) for group in rows.groups[:, grain]
-    }
-    assert all(0 <= skill.weight <= 1 for skill in skills.values())
+def test_without_any_row_there_is_nothing_to_say() -> None:
+    assert Rows(0).describe() == {}

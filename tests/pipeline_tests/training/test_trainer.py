@@ -18,7 +18,7 @@ from pipeline.testing.data import (
     with_classes,
 )
 from pipeline.training.outcome import Outcome
-from pipeline.training.splits import FIT, GAP, REPORT, TUNE
+from pipeline.training.splits import EARLIER, FIT, GAP, REPORT, TUNE
 from pipeline.training.trainer import RATE, TrainingSettings, judged_without_model, train_group
 from pipeline.training.tuner import Learner, TrainingSet
 
@@ -288,6 +288,42 @@ def test_tune_predictions_know_no_report_row_and_report_predictions_know_tune_ro
     assert after.loc[report, "prediction"].mean() > before.loc[report, "prediction"].mean() + 2
 
 
+def test_rows_before_the_tune_split_are_predicted_from_what_lies_before_them(
+    oslo: pd.DataFrame, rows: pd.DataFrame
+) -> None:
+    settings = settings_with(rows, splits={"report": "1 month", "tune": "1 month"})
+    trained = train_group(oslo, FINEST, settings)
+    judged = holdout_of(trained).set_index("row_key")
+    end = settings.cutoffs.tune_start
+    for start in settings.cutoffs.earlier_starts:
+        stretch = oslo[(oslo["time"] >= start) & (oslo["time"] < end)]
+        expected = refitted(oslo, settings, oslo["time"] < start, trained).predict(
+            design_matrix(stretch, settings.model_spec)
+        )
+        assert np.array_equal(judged.loc[stretch["row_key"], "prediction"], expected)
+        assert set(judged.loc[stretch["row_key"], "split"]) == {EARLIER}
+        end = start
+
+
+@pytest.mark.parametrize(("fit_rows", "n_stretches"), [(50, 1), (180, 0)])
+def test_a_stretch_with_too_few_rows_before_it_is_not_held_out(
+    oslo: pd.DataFrame, rows: pd.DataFrame, fit_rows: int, n_stretches: int
+) -> None:
+    """There are 213 fit rows, 152 of them before the newer stretch and 91 before the older one."""
+    settings = settings_with(rows, tuning={"fit_rows": fit_rows})
+    outcome = train_group(oslo, FINEST, settings)
+    assert outcome.ledger["n_fit"] == 213
+    judged = holdout_of(outcome)
+    earlier = judged.loc[judged["split"] == EARLIER, "time"]
+    newer, older = settings.cutoffs.earlier_starts
+    assert [(oslo["time"] < start).sum() for start in (newer, older)] == [152, 91]
+    if n_stretches:
+        last = settings.cutoffs.tune_start - pd.Timedelta("1D")
+        assert (earlier.min(), earlier.max()) == (newer, last)
+    else:
+        assert earlier.empty
+
+
 def refitted(
     frame: pd.DataFrame, settings: TrainingSettings, chosen: "pd.Series[bool]", outcome: Outcome
 ) -> lgb.Booster:
@@ -329,10 +365,10 @@ def test_a_group_without_report_rows_is_trained(
 ) -> None:
     outcome = train_group(oslo[split_of(oslo, fleet_settings) != REPORT], FINEST, fleet_settings)
     assert (outcome.status, outcome.ledger["n_report"]) == ("trained", 0)
-    assert set(holdout_of(outcome)["split"]) == {TUNE}
+    assert set(holdout_of(outcome)["split"]) == {EARLIER, TUNE}
 
 
-def test_every_group_is_fitted_three_times_and_no_more(
+def test_every_group_is_fitted_four_times_and_no_more(
     monkeypatch: pytest.MonkeyPatch, oslo: pd.DataFrame, rows: pd.DataFrame
 ) -> None:
     trains: list[int] = []
@@ -341,7 +377,8 @@ def test_every_group_is_fitted_three_times_and_no_more(
         lgb, "train", lambda *args, **kwargs: trains.append(1) or train(*args, **kwargs)
     )
     train_group(oslo, FINEST, settings_with(rows, tuning={"max_trials": 1}))
-    assert len(trains) == 3  # the trial, the one that is reported, the one that is served
+    # The trial, the one that is reported, the one before the tune split, the one that is served.
+    assert len(trains) == 4
 
 
 # Holdout rows
@@ -352,8 +389,13 @@ def test_holdout_rows_are_every_judged_row_with_its_groups(
 ) -> None:
     outcome = train_group(rows, 0, fleet_settings)
     judged = holdout_of(outcome).set_index("row_key")
-    expected = rows[split_of(rows, fleet_settings).isin([TUNE, REPORT])].set_index("row_key")
+    first = fleet_settings.cutoffs.earlier_starts[0]
+    expected = rows[rows["time"] >= first].set_index("row_key")
     assert judged.index.is_unique
+    is_fit = (split_of(rows, fleet_settings) == FIT).set_axis(rows["row_key"])
+    assert set(judged.index[judged["split"] == EARLIER]) == set(
+        expected.index[is_fit[expected.index]]
+    )
     assert set(judged.index) == set(expected.index)
     expected = expected.loc[judged.index]
     assert judged["actual"].tolist() == expected["sales"].tolist()
@@ -495,7 +537,7 @@ def test_the_library_trains_with_the_rounds_that_the_study_found(
     fit = Learner.fit
     monkeypatch.setattr(Learner, "fit", lambda *args: rounds.append(args[3]) or fit(*args))
     outcome = train_group(oslo, FINEST, fleet_settings)
-    assert rounds == [outcome.ledger["n_rounds"]] * 2
+    assert rounds == [outcome.ledger["n_rounds"]] * 3
 
 
 # What earlier runs left
