@@ -7,6 +7,7 @@ import argparse
 import difflib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from benchmarks.figures import FIGURES, Figure
 from benchmarks.runs import NotMeasured, Runs, describe_machine
@@ -36,7 +37,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="NAME",
         help="a figure, or all; figures that need the same run share it",
     )
-    names = parser.parse_args(arguments).names
+    parser.add_argument(
+        "--panels",
+        type=Path,
+        metavar="FOLDER",
+        help="further panels for blend-safety and blend-truth, as Parquet files",
+    )
+    parsed = parser.parse_args(arguments)
+    names = parsed.names
     for name in names:
         if name not in FIGURES and name != ALL:
             near = difflib.get_close_matches(name, [*FIGURES, ALL])
@@ -48,7 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(_listed(figure) for figure in FIGURES.values()))
         return 0
     return _measure(
-        list(FIGURES.values()) if ALL in names else [FIGURES[name] for name in dict.fromkeys(names)]
+        list(FIGURES.values())
+        if ALL in names
+        else [FIGURES[name] for name in dict.fromkeys(names)],
+        parsed.panels,
     )
 
 
@@ -61,10 +72,10 @@ def _listed(figure: Figure) -> str:
     return f"{figure.name}  (about {figure.minutes:g} min)\n    {figure.what}\n    {targets}"
 
 
-def _measure(figures: Sequence[Figure]) -> int:
+def _measure(figures: Sequence[Figure], panels: Path | None) -> int:
     print(describe_machine())
     lines, failures, held = [], [], True
-    with Runs() as runs:
+    with Runs(panels) as runs:
         for figure in figures:
             print(f"{figure.name}: {figure.what}", flush=True)
             try:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from benchmarks.automation import automation_figures
+from benchmarks.blending import blend_safety, blend_truth
 from benchmarks.cluster import cluster_identical
 from benchmarks.compose import compose
 from benchmarks.first_run import first_run_answers
@@ -501,6 +502,27 @@ FIGURES = {
                 Value("stored-per-group", "bytes"),
             ),
             pack_bytes,
+        ),
+        Figure(
+            "blend-safety",
+            "19 generated fleets and real panels: what is served over its pooled model alone, and "
+            "over models per group alone, own loss on later rows",
+            6,
+            (
+                Value("worst", "ratio", "<=", 1.01),
+                Value("mean.public", "ratio", "<=", 0.99),
+                Value("mean.generated", "ratio"),
+                Value("mean.panels", "ratio"),
+                Value("own", "ratio", "<=", 1.01),
+            ),
+            blend_safety,
+        ),
+        Figure(
+            "blend-truth",
+            "19 generated fleets: what is served over the best weight per grain in hindsight, worst",
+            6,
+            (Value("", "ratio", "<=", 1.03),),
+            blend_truth,
         ),
         Figure(
             "second-run-noise",

@@ -54,9 +54,13 @@ class Runs:
     """The runs of one invocation.
 
     Figures that need the same run share it. A context, whose end removes all data.
+
+    Args:
+        panels: folder of further panels to blend; None for none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, panels: Path | None = None) -> None:
+        self.panels = panels
         self._temporary = tempfile.TemporaryDirectory(
             prefix="many-models-bench-", ignore_cleanup_errors=True
         )
