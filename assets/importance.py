@@ -10,6 +10,7 @@ from pipeline.models.importance import SAMPLED_ROWS
 from pipeline.models.meta_model import CORRECTION
 from pipeline.reporting.plots import importance_plot
 from pipeline.reporting.summary import markdown_table, top_features
+from pipeline.runs.ledger import models_that_answer
 from pipeline.runs.manifest import RunManifest
 from pipeline.spark.importance import ImportanceResult, write_importance
 from pipeline.spec import FleetSpec
@@ -22,7 +23,9 @@ from resources.spark_session import SparkSessionResource
 SHOWN_GROUPS = 20
 
 
-CHECKS = {"every_model_has_importance": "Every group with a booster has a row per feature."}
+CHECKS = {
+    "every_model_has_importance": "Every group whose own model answers has a row per feature."
+}
 # What the report reads of the table.
 COLUMNS = ["grain", "group_id", "feature", "gain_share", "rank"]
 
@@ -36,8 +39,8 @@ def importance_asset(spec: FleetSpec) -> dg.AssetsDefinition:
             "importance",
             description=(
                 f"Gain, splits and mean absolute SHAP value (over at most {SAMPLED_ROWS} of its "
-                "newest rows) of every feature in every group's own model. "
-                "A group whose model is that of the run before keeps the rows it had."
+                "newest rows) of every feature in every group's own model that "
+                "counts in an answer. A group whose model is that of the run before keeps the rows it had."
             ),
             kinds={"spark", "lightgbm", "deltalake"},
             deps=["models"],
@@ -56,8 +59,8 @@ def importance_asset(spec: FleetSpec) -> dg.AssetsDefinition:
             location, run = own.location(IMPORTANCE), own.newest_run()
             ledger = own.ledger(run.run_id)
             features = own.features(spark.session, run.features_version)
-            n_models = int(ledger["booster_id"].notna().sum())
-            context.log.info(f"looking at what features do in {n_models:,} models")
+            answering = models_that_answer(ledger, run.model_spec)
+            context.log.info(f"looking at what features do in {len(answering):,} models")
             result = write_importance(spark.session, own, features, spec, run, ledger)
             written = tables.read_arrow(location, where={"run_id": run.run_id}, columns=COLUMNS)
             rows = written.to_pandas(strings_to_categorical=True)
@@ -69,7 +72,7 @@ def importance_asset(spec: FleetSpec) -> dg.AssetsDefinition:
                 "dagster/row_count": len(rows),
                 **_metadata(result, run, top, spec),
             },
-            check_results=[_every_model_has_importance(ledger, rows, result)],
+            check_results=[_every_model_has_importance(answering, rows, result)],
         )
 
     return importance
@@ -110,9 +113,9 @@ def _explained(own: str, spec: FleetSpec) -> str:
 
 
 def _every_model_has_importance(
-    ledger: pd.DataFrame, rows: pd.DataFrame, result: ImportanceResult
+    answering: pd.DataFrame, rows: pd.DataFrame, result: ImportanceResult
 ) -> dg.AssetCheckResult:
-    wanted = set(ledger.loc[ledger["booster_id"].notna(), "group_id"])
+    wanted = set(answering["group_id"])
     absent = sorted(wanted - set(rows["group_id"]))
     shown = [
         {

@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline.models.meta_model import GroupKey, grain_name
+from pipeline.models.meta_model import GroupKey, ModelSpec, grain_name
 from pipeline.runs.history import LedgerRow, by_group
 from pipeline.runs.plan import INHERIT, KEEP, REFRESH, REUSE, TRAIN
 from pipeline.runs.planned_run import PlannedRun
@@ -166,6 +166,17 @@ def complete_ledger(
         complete.append(full)
     ledger = pd.DataFrame(complete).reindex(columns=LEDGER.schema.names)
     return ledger.sort_values(["grain", "group_id"], ignore_index=True)
+
+
+def models_that_answer(ledger: pd.DataFrame, model_spec: ModelSpec) -> pd.DataFrame:
+    """The ledger's rows of groups whose own model counts in some answer.
+
+    A model of weight 0 does not, unless finer models correct its predictions.
+    """
+    is_used = ledger["booster_id"].notna()
+    if not model_spec.corrects:
+        is_used &= ledger["weight"] > 0
+    return ledger[is_used]
 
 
 def groups_with_model(rows: Iterable[LedgerRow], n_grains: int) -> list[set[str]]:

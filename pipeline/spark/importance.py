@@ -14,6 +14,7 @@ from pyspark.sql.pandas.types import from_arrow_schema
 from pipeline.models.importance import SAMPLED_ROWS, group_importance
 from pipeline.models.meta_model import ModelSpec, grain_name, load_booster
 from pipeline.runs.fleet_tables import FleetTables
+from pipeline.runs.ledger import models_that_answer
 from pipeline.runs.manifest import RunManifest
 from pipeline.spark.execution import keep_imports, without_adaptive_execution
 from pipeline.spark.files import FileWriter, file_json, file_of_json
@@ -34,7 +35,7 @@ class ImportanceResult:
     """Counts of a run's boosters, and what failed.
 
     Args:
-        n_boosters: groups that have one.
+        n_boosters: groups that have one that answers.
         n_copied: of those, groups whose rows were copied from the run before, as their booster is
             the same.
         failed: why a group has no rows, by its id.
@@ -53,7 +54,7 @@ def write_importance(
     run: RunManifest,
     ledger: pd.DataFrame,
 ) -> ImportanceResult:
-    """Explain every booster of a finished run, and commit `tables.IMPORTANCE` for it.
+    """Explain the boosters of a finished run that answer, and commit `tables.IMPORTANCE` for it.
 
     What the table had for the run is replaced. A group whose booster is that of the run before gets
     that run's rows. A group that cannot be explained gets none, and does not keep the others from
@@ -68,7 +69,7 @@ def write_importance(
         ledger: the run's rows.
     """
     store, location = tables.tables, tables.location(IMPORTANCE)
-    boosters = ledger[ledger["booster_id"].notna()][[*GROUP, "wave", "booster_id"]]
+    boosters = models_that_answer(ledger, run.model_spec)[[*GROUP, "wave", "booster_id"]]
     before, explained = _explained_before(tables, location, run)
     # A group's id tells its grain, too.
     is_explained = pd.MultiIndex.from_frame(boosters[["group_id", "booster_id"]]).isin(explained)

@@ -51,7 +51,7 @@ def in_spark(spark: SparkSession, rows: pd.DataFrame) -> DataFrame:
 def trained(
     spark: SparkSession, tables: DeltaTables, features: DataFrame, spec: FleetSpec, run_id: str
 ) -> tuple[RunManifest, pd.DataFrame]:
-    """A finished run: its manifest and its ledger."""
+    """A finished run: its manifest and its ledger, in which every model answers."""
     run = plan_run(
         quiet_context(spark),
         features,
@@ -60,7 +60,19 @@ def trained(
         History.read(own_tables(tables, spec.name)),
     )
     ledger = train_quietly(spark, own_tables(tables, spec.name), run, spec)
-    return manifest(tables, spec, run_id), ledger
+    return manifest(tables, spec, run_id), ledger.assign(weight=0.5)
+
+
+def test_a_model_that_does_not_answer_is_not_looked_at(
+    spark: SparkSession, tmp_path: Path, features: DataFrame, spec: FleetSpec
+) -> None:
+    tables = DeltaTables(root=str(tmp_path))
+    run, ledger = trained(spark, tables, features, spec, "first")
+    ledger.loc[ledger["group_id"] != OSLO, "weight"] = 0.0
+    own = own_tables(tables, spec.name)
+    result = write_importance(spark, own, features, spec, run, ledger)
+    assert result == ImportanceResult(1, 0, {})
+    assert set(importance(tables, spec, "first").index.get_level_values(0)) == {OSLO}
 
 
 def manifest(tables: DeltaTables, spec: FleetSpec, run_id: str) -> RunManifest:
