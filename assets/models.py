@@ -14,6 +14,7 @@ from pipeline.crash_points import crash_point
 from pipeline.models.meta_model import PackError, decode_booster
 from pipeline.reporting.plots import plan_plot, training_plot
 from pipeline.reporting.summary import (
+    describe_outcomes,
     fleet_errors,
     markdown_table,
     slowest_groups,
@@ -76,7 +77,7 @@ def models_asset(spec: FleetSpec) -> dg.AssetsDefinition:
                 return
             with hold_lease(tables, scope.namespace, request.run_id) as lease:
                 trained = _train(context.log, spec, scope.tables, spark, request, lease)
-        context.log.info(_count_statuses(trained.ledger))
+        context.log.info(describe_outcomes(trained.ledger, spec.tuning.max_rounds))
         yield dg.MaterializeResult(metadata=_metadata(trained, spec, scope.tables))
 
     return models
@@ -259,15 +260,6 @@ def _largest_groups(run: PlannedRun) -> str:
     ]
     shown = run.plan.groups.head(10)[columns]
     return str(shown.fillna("").to_string(index=False, float_format=lambda value: f"{value:.1f}"))
-
-
-def _count_statuses(ledger: pd.DataFrame) -> str:
-    """What became of the groups, in a line."""
-    counted = ledger["status"].value_counts()
-    return (
-        f"{len(ledger):,} groups: "
-        f"{', '.join(f'{count:,} {status}' for status, count in counted.items())}"
-    )
 
 
 def _every_group_has_an_outcome(n_groups: int, ledger: pd.DataFrame) -> dg.AssetCheckResult:

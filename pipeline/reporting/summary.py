@@ -272,6 +272,25 @@ def worthwhile_groups(ledger: pd.DataFrame, n: int = WORST) -> pd.DataFrame:
     return worthwhile
 
 
+def describe_outcomes(ledger: pd.DataFrame, max_rounds: int) -> str:
+    """What became of the groups, in a line; and how many models had to stop growing.
+
+    Args:
+        ledger: of a run.
+        max_rounds: the fleet's `tuning.max_rounds`.
+    """
+    counts = ledger["status"].value_counts()
+    statuses = ", ".join(f"{count:,} {status}" for status, count in counts.items())
+    text = f"{len(ledger):,} groups: {statuses}"
+    n_stopped = int((ledger["n_rounds"] >= max_rounds).sum())
+    if n_stopped:
+        text += (
+            f"; {n_stopped:,} models reached tuning.max_rounds ({max_rounds:,}), and might be "
+            "better with more"
+        )
+    return text
+
+
 def slowest_groups(ledger: pd.DataFrame, n: int = WORST) -> pd.DataFrame:
     """Groups that took longest to train."""
     trained = ledger[ledger["seconds"].notna()].sort_values(

@@ -9,6 +9,7 @@ from pipeline.reporting.plots import importance_plot
 from pipeline.reporting.summary import (
     ClassError,
     Error,
+    describe_outcomes,
     fleet_errors,
     markdown_table,
     slowest_groups,
@@ -300,3 +301,11 @@ def test_without_any_model_there_are_no_top_features_and_an_empty_plot(spec: Fle
     assert top.empty
     assert markdown_table(top).startswith("| feature | mean_share_percent |")
     assert importance_plot(top, spec).startswith(b"\x89PNG")
+
+
+def test_models_that_reached_the_limit_of_rounds_are_counted() -> None:
+    assert describe_outcomes(ledger(), 51) == "5 groups: 3 trained, 1 failed, 1 inherited"
+    assert describe_outcomes(ledger(), 40) == (
+        "5 groups: 3 trained, 1 failed, 1 inherited; 2 models reached tuning.max_rounds (40), and "
+        "might be better with more"
+    )
