@@ -6,7 +6,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 
-FLEET ?= housing
+FLEET ?= stores
 PORT ?= 3000
 PYTHON ?=
 MANY_MODELS_DATA ?= .data
@@ -54,10 +54,10 @@ help: ## List the commands
 setup: $(VENV)/ready ## Install everything, pinned, into .venv; does nothing when that is done (PYTHON=: which Python)
 	@$(if $(filter setup,$(MAKECMDGOALS)),echo "Ready. Next: make run or make ui",:)
 
-run: setup dagster-home ## Build a fleet, raw tables to predictions: FLEET=housing AS_OF= LIMIT_GROUPS= RETRAIN= GROUPS= DRY_RUN=
+run: setup dagster-home ## Build a fleet, raw tables to predictions: FLEET=stores AS_OF= LIMIT_GROUPS= RETRAIN= GROUPS= DRY_RUN=
 	@$(IN_VENV) many-models run "$$FLEET"
 
-show: known-fleet setup ## Print one group's history: FLEET=housing GROUP='"Austin"' (its keys; none is the pooled group)
+show: known-fleet setup ## Print one group's history: FLEET=stores GROUP=262 (its keys; none is the pooled group)
 	@$(BIN)/many-models show "$$FLEET" $(GROUP)
 
 ui: setup dagster-home ## Open the Dagster interface: PORT=3000
@@ -99,7 +99,7 @@ known-fleet:
 	  *) if [ -f "pipeline/defs/$$FLEET/defs.yaml" ]; then exit 0; fi ;; \
 	esac; \
 	echo "There is no fleet '$$FLEET': pipeline/defs/$$FLEET/defs.yaml does not exist." >&2; \
-	echo "Fleets that exist: $$(ls pipeline/defs/*/defs.yaml | cut -d / -f 3 | paste -s -d ' ' -). For example: make run FLEET=housing" >&2; \
+	echo "Fleets that exist: $$(ls pipeline/defs/*/defs.yaml | cut -d / -f 3 | paste -s -d ' ' -). For example: make run FLEET=stores" >&2; \
 	exit 2
 
 # The same rule as in resources/profiles.py, before Dagster writes its databases beside such a folder.

@@ -376,16 +376,16 @@ def draw_blend() -> Figure:
             '["EWR"]',
             "from Newark",
             "15.0",
-            "0.24 \u00d7 15.0 + 0.76 \u00d7 10.0\n= 3.6 + 7.6",
-            "11.2",
+            "0.40 \u00d7 15.0 + 0.60 \u00d7 10.0\n= 6.0 + 6.0",
+            "12.0",
         ),
         (
             6,
             '["EWR","MSN"]',
             "Newark to Madison",
-            "21.2",
-            "0.18 \u00d7 21.2 + 0.82 \u00d7 11.2\n= 3.8 + 9.2",
-            "13.0",
+            "21.0",
+            "0.20 \u00d7 21.0 + 0.80 \u00d7 12.0\n= 4.2 + 9.6",
+            "13.8",
         ),
     )
     headings = ((12, "group"), (34, "its own model"), (59, "weights"), (85, "its answer"))
@@ -430,8 +430,8 @@ def draw_weight() -> Figure:
         draw_text(axes, x, 9, note, align=align, color=MUTED, size=SMALL)
     groups = (
         (0.0, '["LGA","EYW"]: 0.00', "10 rows, too few for a model", 38.5, 35.5, 2, "left"),
-        (0.18, '["EWR","MSN"]: 0.18', "337 rows", 31.5, 28.5, 22.2, "left"),
-        (0.25, '["JFK","LAX"]: 0.25', "10,918 rows", 24.5, 26.5, 30.5, "left"),
+        (0.2, '["EWR","MSN"]: 0.20', "337 rows; all routes share it", 31.5, 28.5, 24, "left"),
+        (0.4, '["EWR"]: 0.40', "114,739 rows; all airports share it", 24.5, 21.5, 41, "left"),
         (1.0, "[]: 1.00", "all 320,458 rows", 24.5, 21.5, 98, "right"),
     )
     for weight, group, rows, y, top, x, align in groups:

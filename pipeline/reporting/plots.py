@@ -109,7 +109,7 @@ def _draw_error_by_rows(axes: "mpl.axes.Axes", ledger: pd.DataFrame) -> None:
         c=weights,
         cmap="viridis",
         vmin=0,
-        vmax=max(0.01, weights.max(initial=0)),
+        vmax=1,
         s=18,
     )
     if len(finest):

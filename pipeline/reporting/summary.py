@@ -285,8 +285,7 @@ def describe_outcomes(ledger: pd.DataFrame, max_rounds: int) -> str:
     n_stopped = int((ledger["n_rounds"] >= max_rounds).sum())
     if n_stopped:
         text += (
-            f"; {n_stopped:,} models reached tuning.max_rounds ({max_rounds:,}), and might be "
-            "better with more"
+            f"; at tuning.max_rounds ({max_rounds:,}), and perhaps better with more: {n_stopped:,}"
         )
     return text
 

@@ -306,6 +306,6 @@ def test_without_any_model_there_are_no_top_features_and_an_empty_plot(spec: Fle
 def test_models_that_reached_the_limit_of_rounds_are_counted() -> None:
     assert describe_outcomes(ledger(), 51) == "5 groups: 3 trained, 1 failed, 1 inherited"
     assert describe_outcomes(ledger(), 40) == (
-        "5 groups: 3 trained, 1 failed, 1 inherited; 2 models reached tuning.max_rounds (40), and "
-        "might be better with more"
+        "5 groups: 3 trained, 1 failed, 1 inherited; "
+        "at tuning.max_rounds (40), and perhaps better with more: 2"
     )
