@@ -297,7 +297,8 @@ class SplitsSpec(Part):
         description="Newest part, touched once, to report: e.g. `12 months`."
     )
     tune: LengthText = Field(
-        description="The part before it, which stops boosting and chooses parameters and weights."
+        description="The part before it, which stops boosting and chooses parameters; weights are "
+        "chosen on it and on two stretches before it."
     )
 
 

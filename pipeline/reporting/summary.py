@@ -285,7 +285,7 @@ def describe_outcomes(ledger: pd.DataFrame, max_rounds: int) -> str:
     n_stopped = int((ledger["n_rounds"] >= max_rounds).sum())
     if n_stopped:
         text += (
-            f"; at tuning.max_rounds ({max_rounds:,}), and perhaps better with more: {n_stopped:,}"
+            f"; {n_stopped:,} reached tuning.max_rounds ({max_rounds:,}) and might gain from more"
         )
     return text
 

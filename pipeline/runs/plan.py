@@ -30,9 +30,10 @@ TASK_SECONDS = 3.0
 # The last task of a slot is cut into parts: as one, it would leave the other slots idle where the
 # predicted seconds were wrong.
 LAST_SHARES, MIN_TASKS_BEFORE_LAST = [0.5, 0.25, 0.25], 3
-# Fits of a tuned group besides its trials: on fit and tune rows, and on all rows. A refitted group
-# is also fitted on the fit rows, once for each half of the tune rows.
-REFITS, _REFRESH_FITS = 2, 4
+# Fits of a tuned group besides its trials: before each of two earlier stretches, on fit and tune
+# rows, and on all rows. A refitted group is also fitted on the fit rows, once for each half of the
+# tune rows.
+REFITS, _REFRESH_FITS = 4, 6
 # The fewest groups that a cost model is learnt from.
 _LEARNT_FROM = 8
 # Without any history, real seconds were up to this many times the planned ones (five real fleets).

@@ -29,6 +29,7 @@ from pipeline.models.start import Start
 from pipeline.runs.fleet_tables import FleetTables
 from pipeline.runs.ledger import groups_with_model
 from pipeline.runs.manifest import RunManifest
+from pipeline.runs.plan import REFITS
 from pipeline.runs.sampling import sampling_exponents
 from pipeline.spark.blending import (
     constant_column,
@@ -333,7 +334,7 @@ def _refit(row: Mapping[str, Any]) -> str:
 
 def _fit_seconds(row: Mapping[str, Any]) -> float:
     """About how long one fit takes."""
-    n_fits = float(row["n_trials"] or 0.0) + 2
+    n_fits = float(row["n_trials"] or 0.0) + REFITS
     return float(row["seconds"] or 0.0) / n_fits or FIT_SECONDS
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as sf
 
+from pipeline.spark.keys import finite
 from pipeline.spark.losses import in_target_units, row_loss
 from pipeline.spec import FleetSpec
 from pipeline.training.blend import WEIGHTS, Gains, choose_weight
@@ -44,12 +45,22 @@ def learn_weights(
             better = _better_than_parent(rows, spec, grain, own, answer)
             weights.append({group: float(group in better) for group in groups})
             evidence, weight = _with_weights(evidence, grain, better)
+            blended = weight * own + (1 - weight) * answer
+            answer = sf.when(own.isNull(), answer).otherwise(blended)
         else:
             common = choose_weight(sum_gains(rows, spec, grain, answer, prior), prior)
             weights.append(dict.fromkeys(groups, common))
-            weight = sf.lit(common)
-        answer = sf.when(own.isNull(), answer).otherwise(weight * own + (1 - weight) * answer)
+            answer = _blend(common, own, answer)
     return weights
+
+
+def _blend(weight: float, own: Column, parent: Column) -> Column:
+    """A grain's answer, no longer an expression than it must be; the parent's without an own."""
+    if weight == 0.0:
+        return parent
+    if weight == 1.0:
+        return sf.coalesce(own, parent)
+    return sf.when(own.isNull(), parent).otherwise(weight * own + (1 - weight) * parent)
 
 
 def sum_gains(rows: DataFrame, spec: FleetSpec, grain: int, parent: Column, prior: float) -> Gains:
@@ -67,13 +78,15 @@ def sum_gains(rows: DataFrame, spec: FleetSpec, grain: int, parent: Column, prio
     gains = []
     for place, weight in enumerate(WEIGHTS):
         gain = sf.col("weight") * (at_prior - _loss_at(weight, spec, own, parent))
-        gains.append(sf.sum(gain).alias(f"g{place}"))
+        # A loss that no double holds decides nothing.
+        gains.append(sf.coalesce(sf.sum(finite(gain)), sf.lit(0.0)).alias(f"g{place}"))
     # Rows of one group and stretch err together: their gains are one observation.
-    at_start = sf.sum(sf.col("weight") * at_prior).alias("loss")
+    of_prior = sf.sum(finite(sf.col("weight") * at_prior))
+    at_start = sf.coalesce(of_prior, sf.lit(0.0)).alias("loss")
     group = sf.col("group_ids")[grain].alias("group")
     of_groups = rows.groupBy("stretch", group).agg(at_start, *gains)
     pairs = list(combinations_with_replacement(range(len(WEIGHTS)), 2))
-    sums = [sf.sum("loss").alias("loss")]
+    sums = [sf.sum("loss").alias("loss"), sf.count("*").alias("n_groups")]
     sums += [sf.sum(f"g{place}").alias(f"g{place}") for place in range(len(WEIGHTS))]
     sums += [sf.sum(sf.col(f"g{i}") * sf.col(f"g{j}")).alias(f"g{i}_{j}") for i, j in pairs]
     by_stretch = of_groups.groupBy("stretch").agg(*sums).toPandas().sort_values("stretch")
@@ -82,11 +95,12 @@ def sum_gains(rows: DataFrame, spec: FleetSpec, grain: int, parent: Column, prio
         products[:, i, j] = products[:, j, i] = by_stretch[f"g{i}_{j}"]
     names = [f"g{place}" for place in range(len(WEIGHTS))]
     loss = float(by_stretch["loss"].sum())
-    return Gains(loss, by_stretch[names].to_numpy(dtype=float), products)
+    n_groups = by_stretch["n_groups"].to_numpy(dtype=np.int64)
+    return Gains(loss, by_stretch[names].to_numpy(dtype=float), products, n_groups)
 
 
 def _is_evidence(grain: int) -> Column:
-    """Whether a row says something of a grain's models, beside the answers of coarser ones.
+    """Whether a row lets a grain's models be compared with the answers of the coarser ones.
 
     In stretches before the tune split some groups have too few rows to be predicted.
     """
@@ -111,7 +125,9 @@ def _better_than_parent(
 ) -> set[str]:
     """The groups whose own model has less loss than their parent's answer."""
     gain = sf.col("weight") * (_loss_at(0.0, spec, own, parent) - _loss_at(1.0, spec, own, parent))
-    gains = rows.groupBy(sf.col("group_ids")[grain].alias("group")).agg(sf.sum(gain).alias("gain"))
+    gains = rows.groupBy(sf.col("group_ids")[grain].alias("group")).agg(
+        sf.sum(finite(gain)).alias("gain")
+    )
     return {row["group"] for row in gains.where("gain > 0").select("group").collect()}
 
 

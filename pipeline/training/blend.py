@@ -130,11 +130,13 @@ class Gains:
         by_stretch: gain of each of `WEIGHTS` in each stretch of time, shape (stretches, weights).
         products: in each stretch, for each pair of weights, the sum over groups of the products of
             their gains there, shape (stretches, weights, weights).
+        n_groups: groups with rows in each stretch.
     """
 
     loss: float
     by_stretch: Floats
     products: Floats
+    n_groups: npt.NDArray[np.int64]
 
     @classmethod
     def of_rows(
@@ -149,19 +151,25 @@ class Gains:
             prior: one of `WEIGHTS`.
         """
         at_prior = losses[:, [WEIGHTS.index(prior)]]
-        gains = at_prior - losses
+        with np.errstate(invalid="ignore"):
+            gains = at_prior - losses
+        # A loss that no double holds decides nothing.
+        gains[~np.isfinite(gains)] = 0.0
         by_stretch = []
         products = []
+        n_groups = []
         for stretch in np.unique(stretches):
             is_within = stretches == stretch
             of_groups = pd.DataFrame(gains[is_within]).groupby(groups[is_within]).sum().to_numpy()
             by_stretch.append(of_groups.sum(axis=0))
             products.append(of_groups.T @ of_groups)
+            n_groups.append(len(of_groups))
         n_weights = len(WEIGHTS)
         return cls(
-            float(at_prior.sum()),
+            float(at_prior[np.isfinite(at_prior)].sum()),
             np.array(by_stretch).reshape(-1, n_weights),
             np.array(products).reshape(-1, n_weights, n_weights),
+            np.array(n_groups, dtype=np.int64),
         )
 
 
@@ -170,7 +178,8 @@ def choose_weight(gains: Gains, prior: float) -> float:
 
     That is the weight nearest to the prior whose gain over all stretches is at most one standard
     error below the best gain. Rows of one group and stretch err together, so they count as one
-    observation. The weight counts only if such weights, each chosen in all stretches but one, gain
+    observation; of a single one no error is known, and the best weight is taken. The weight counts
+    only if such weights, each chosen in all stretches but one, gain
     in the one left out, on the whole; else the prior stays.
 
     Args:
@@ -205,14 +214,16 @@ def _choose_place(gains: Gains, stretches: npt.NDArray[np.bool_], places: Sequen
     products = gains.products[stretches].sum(axis=0)
     best = places[int(np.argmax(total[places]))]
     squares = products[best, best] - 2 * products[best] + np.diag(products)
-    errors = STANDARD_ERRORS * np.sqrt(np.maximum(squares, 0.0)) + DISCERNIBLE * gains.loss
+    errors = np.full(len(WEIGHTS), DISCERNIBLE * gains.loss)
+    if gains.n_groups[stretches].sum() > 1:
+        errors += STANDARD_ERRORS * np.sqrt(np.maximum(squares, 0.0))
     return next(place for place in places if total[best] - total[place] <= errors[place])
 
 
 def describe_groups(
     moments: Moments, weights: Sequence[Mapping[str, float]], constant: float
 ) -> dict[GroupKey, GroupSkill]:
-    """The weight and the errors of every group that has judged rows.
+    """The weight and the errors of every group that has judged rows or a model.
 
     Args:
         moments: of tune and report rows.
@@ -227,6 +238,9 @@ def describe_groups(
     target = np.zeros_like(answer)
     target[:, 1] = 1.0
     skills: dict[GroupKey, GroupSkill] = {}
+    for grain, of_grain in enumerate(weights):
+        for name, weight in of_grain.items():
+            skills[GroupKey(grain, name)] = GroupSkill(weight, *[None] * 6)
     for grain in range(n_grains):
         own = np.zeros_like(answer)
         own[:, 2 + grain] = 1.0

@@ -131,7 +131,7 @@ def train_group(
         status = "refreshed"
         recipe = _take_over(group, start, predictions)
     group.predict_unseen(recipe, predictions)
-    is_earlier = group.predict_earlier(recipe, predictions)
+    is_earlier = group.predict_earlier(recipe, start, predictions)
     served = group.fit(group.is_usable, recipe.parameters, recipe.n_rounds)
     booster = encode_booster(served.model_to_string())
     ledger = {
@@ -271,13 +271,19 @@ class _GroupRows:
         if BASE in self.rows:
             predictions += self.rows[BASE].to_numpy(dtype=np.float64)
 
-    def predict_earlier(self, recipe: _Recipe, predictions: Floats) -> Mask:
+    def predict_earlier(self, recipe: _Recipe, start: Start, predictions: Floats) -> Mask:
         """Predict the stretches before the tune split by models of what lies before each; in place.
 
         A stretch with fewer rows before it than training takes, or than `MIN_SHARE_BEFORE` of the
         fit rows, is passed over: a model of much less says nothing of the one that will serve.
-        Where models correct a parent, fit rows have out-of-fold predictions already, and none is
-        passed to the blend.
+        So is one with no two targets before it, or without one of the classes. Where models
+        correct a parent, fit rows have out-of-fold predictions already, and none is passed to the
+        blend.
+
+        Args:
+            recipe: how the group's models are fitted.
+            start: of a refit, who was chosen without which tune rows: these may be fit rows by now.
+            predictions: of all rows.
 
         Returns:
             The rows that are predicted.
@@ -290,16 +296,30 @@ class _GroupRows:
         time = self.rows["time"].to_numpy()
         known_at = self.rows["known_at"].to_numpy()
         end = self.settings.cutoffs.tune_start
-        for start in self.settings.cutoffs.earlier_starts:
-            begin = start.to_datetime64()
-            is_before = is_fit & (time < begin) & (known_at < begin)
-            is_within = is_fit & (time >= begin) & (time < end.to_datetime64())
-            end = start
-            if is_before.sum() >= n_needed and is_within.any():
-                booster = self.fit(is_before, recipe.parameters, recipe.n_rounds)
-                predictions[is_within] = self.predict(booster, is_within)
-                is_earlier |= is_within
+        for begin in self.settings.cutoffs.earlier_starts:
+            moment = begin.to_datetime64()
+            is_before = is_fit & (time < moment) & (known_at < moment)
+            is_within = is_fit & (time >= moment) & (time < end.to_datetime64())
+            end = begin
+            if is_before.sum() < n_needed or not self._can_learn(is_before, is_fit):
+                continue
+            predictors = [(Winner(recipe.parameters, recipe.n_rounds), is_within)]
+            if start.refit is not None:
+                predictors = _tune_predictors(start, self.rows["time"], is_within)
+            for winner, rows in predictors:
+                if rows.any():
+                    booster = self.fit(is_before, winner.parameters, winner.n_rounds)
+                    predictions[rows] = self.predict(booster, rows)
+            is_earlier |= is_within
         return is_earlier
+
+    def _can_learn(self, chosen: Mask, is_fit: Mask) -> bool:
+        """Whether the chosen rows have more than one target, and all classes of the fit rows."""
+        targets = self.rows["_target"].to_numpy()
+        distinct = np.unique(targets[chosen])
+        if self.settings.model_spec.classes:
+            return len(distinct) == len(np.unique(targets[is_fit]))
+        return len(distinct) > 1
 
     def _predict_folds(self, recipe: _Recipe, predictions: Floats) -> None:
         is_fit = self.usable_in(FIT)

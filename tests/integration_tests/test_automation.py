@@ -36,4 +36,4 @@ def test_a_daemon_launches_what_is_due_and_what_died(
 
 def test_the_examples_show_theirs() -> None:
     # Of each: when to score, when to train again, new files, and what follows them.
-    assert listed_automation() == 2 * 4
+    assert listed_automation() == 3 * 4

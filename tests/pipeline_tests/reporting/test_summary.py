@@ -307,5 +307,5 @@ def test_models_that_reached_the_limit_of_rounds_are_counted() -> None:
     assert describe_outcomes(ledger(), 51) == "5 groups: 3 trained, 1 failed, 1 inherited"
     assert describe_outcomes(ledger(), 40) == (
         "5 groups: 3 trained, 1 failed, 1 inherited; "
-        "at tuning.max_rounds (40), and perhaps better with more: 2"
+        "2 reached tuning.max_rounds (40) and might gain from more"
     )

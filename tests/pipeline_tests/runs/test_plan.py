@@ -282,7 +282,7 @@ def test_a_plan_speaks_to_people() -> None:
     model = CostModel(10, 7, 1.0, 1.0, 43)
     learnt = plan_of(counted([(2000, 20, 5)] * 3), cost_model=model).describe()
     assert learnt == (
-        "3 groups: 3 to train; 3 tasks in 3 waves on 2 slots, about 382 s, "
+        "3 groups: 3 to train; 3 tasks in 3 waves on 2 slots, about 468 s, "
         "estimated from 43 earlier groups"
     )
     assert (

@@ -18,10 +18,10 @@ from pipeline.testing.data import small_spec
 from pipeline.testing.run_parts import lay_out
 
 TrainedRows = dict[GroupKey, dict[str, Any]]
-# Seven groups take a second each in the first pass: of four trials at most, and two fits besides,
-# one trial and two fits. A longer search takes six fits instead of three.
+# Seven groups take a second each in the first pass: of four trials at most, and four fits besides,
+# one trial and four fits. A longer search takes eight fits instead of five.
 N_GROUPS = 7
-SECONDS, LONGER_SECONDS = 1.0, 2.0
+SECONDS, LONGER_SECONDS = 1.0, 1.6
 
 
 def spec_of(**tuning: Any) -> FleetSpec:
@@ -144,7 +144,7 @@ def test_a_large_budget_reaches_every_group_once() -> None:
 
 
 def test_a_plan_is_about_a_wave() -> None:
-    # Two slots of two seconds, and a group takes two.
+    # Two slots of two seconds, and a group takes 1.6.
     spec = spec_of(budget_seconds=1e6, checkpoint_seconds=2.0)
     assert [len(groups) for groups in passes_of(spec)] == [2, 2, 2, 1]
     # A group that is longer than a wave is one of its own.
@@ -155,9 +155,9 @@ def test_a_plan_is_about_a_wave() -> None:
 
 
 def test_seconds_that_were_really_taken_are_spent() -> None:
-    # Seven seconds are left for groups that take two each, as foreseen; they take six.
+    # Seven seconds are left for groups that take 1.6 each, as foreseen; they take six.
     spec = spec_of(budget_seconds=14.0, checkpoint_seconds=0.5)
-    assert len(passes_of(spec)) == 3
+    assert len(passes_of(spec)) == 4
     assert len(passes_of(spec, seconds=6.0)) == 1
 
 

@@ -112,7 +112,9 @@ def test_what_one_group_gains_is_one_observation() -> None:
 
 def test_a_pooled_model_without_evidence_against_it_answers_alone() -> None:
     n_weights = len(WEIGHTS)
-    nothing = Gains(0.0, np.zeros((0, n_weights)), np.zeros((0, n_weights, n_weights)))
+    nothing = Gains(
+        0.0, np.zeros((0, n_weights)), np.zeros((0, n_weights, n_weights)), np.zeros(0, int)
+    )
     assert (choose_weight(nothing, 1.0), choose_weight(nothing, 0.0)) == (1.0, 0.0)
 
 
@@ -121,6 +123,23 @@ def test_a_pooled_model_that_is_worse_than_the_constant_loses_its_weight() -> No
     rows.parent = np.zeros(2000)
     rows.own = rows.noise(3.0)
     assert rows.weight(prior=1.0) <= 0.1
+
+
+def test_a_single_group_with_two_stretches_is_heard() -> None:
+    rows = Series(n_groups=1)
+    rows.stretches = np.arange(2000) // 1000
+    rows.own = rows.target + rows.noise(0.1)
+    assert rows.weight() == 1.0
+
+
+def test_losses_that_are_infinite_decide_nothing() -> None:
+    rows = Series()
+    rows.own = rows.target + rows.noise(0.1)
+    with_infinite = [(rows.target - w * rows.own - (1 - w) * rows.parent) ** 2 for w in WEIGHTS]
+    losses = np.stack(with_infinite, axis=1)
+    losses[5] = np.inf
+    losses[6, :3] = np.inf
+    assert choose_weight(Gains.of_rows(losses, rows.groups, rows.stretches, 0.0), 0.0) == 1.0
 
 
 def test_models_that_agree_stay_with_the_prior() -> None:
@@ -276,4 +295,11 @@ def test_rows_of_no_weight_say_nothing() -> None:
 
 
 def test_without_any_row_there_is_nothing_to_say() -> None:
-    assert Rows(0).describe() == {}
+    rows = Rows(0)
+    assert rows.describe() == {}
+
+
+def test_a_group_without_judged_rows_has_the_weight_of_its_grain() -> None:
+    rows = Rows(100)
+    rows.weights[2]['["9","9"]'] = 0.7
+    assert rows.describe()[2, '["9","9"]'] == GroupSkill(0.7, *[None] * 6)

@@ -324,6 +324,18 @@ def test_a_stretch_with_too_few_rows_before_it_is_not_held_out(
         assert earlier.empty
 
 
+def test_a_stretch_that_nothing_can_be_learnt_for_is_not_held_out(
+    oslo: pd.DataFrame, rows: pd.DataFrame
+) -> None:
+    """Nothing was sold before it: some objectives refuse such targets."""
+    settings = settings_with(rows, tuning={"objective": "poisson"})
+    start = settings.cutoffs.earlier_starts[0]
+    new = oslo.assign(sales=oslo["sales"].where(oslo["time"] >= start, 0.0))
+    outcome = train_group(new, FINEST, settings)
+    assert (outcome.status, outcome.reason) == ("trained", None)
+    assert EARLIER not in set(holdout_of(outcome)["split"])
+
+
 def refitted(
     frame: pd.DataFrame, settings: TrainingSettings, chosen: "pd.Series[bool]", outcome: Outcome
 ) -> lgb.Booster:
