@@ -19,11 +19,12 @@ from pipeline.spark.keys import link_column
 from pipeline.spark.planning import count_rows
 from pipeline.spark.training import TrainingContext, train_aside
 from pipeline.spec import FleetSpec
-from pipeline.training.blend import STANDARD_ERRORS
 from pipeline.training.splits import TUNE
 
 # Groups that `own: auto` tries both forms on.
 PILOT_GROUPS = 30
+# By how many of its standard errors a correction must gain.
+STANDARD_ERRORS = 2.0
 
 
 def plan_with_pilot(
