@@ -450,7 +450,7 @@ def test_weights_are_those_learnt_from_the_rows_themselves(
             assert row["weight"] == 0.0
             continue
         if row["status"] == "trained":
-            weights.append(row["weight"])
+            weights.append((row["grain"], row["weight"]))
             assert row["weight"] == pytest.approx(skill.weight, abs=1e-9)
         for name in [
             "tune_own",
@@ -464,7 +464,9 @@ def test_weights_are_those_learnt_from_the_rows_themselves(
             assert (expected is None and pd.isna(row[name])) or row[name] == pytest.approx(
                 expected, rel=1e-9
             )
-    assert len(weights) > 2
+    # One weight per grain, and not the same in all of them.
+    assert len(set(weights)) == len({grain for grain, _ in weights}) == len(spec.grains)
+    assert len({weight for _, weight in weights}) > 1
 
 
 def test_errors_are_those_of_the_answers(

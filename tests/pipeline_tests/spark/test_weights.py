@@ -97,6 +97,7 @@ def test_gains_are_sums_of_the_fleets_own_loss(spark: SparkSession, name: str) -
     stretches = rows["stretch"].to_numpy()
     expected = Gains.of_rows(np.stack(losses, axis=1), groups, stretches, 0.0)
     assert found.loss == pytest.approx(expected.loss)
+    np.testing.assert_array_equal(found.n_groups, expected.n_groups)
     np.testing.assert_allclose(found.by_stretch, expected.by_stretch, rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(found.products, expected.products, rtol=1e-9, atol=1e-9)
 
@@ -123,3 +124,17 @@ def test_without_evidence_only_the_pooled_model_counts(spark: SparkSession) -> N
     rows = rows[rows["split"] == REPORT]
     pooled, cities = learn_weights(in_spark(spark, rows), spec, HAS_MODEL, sf.lit(CONSTANT))
     assert (set(pooled.values()), set(cities.values())) == ({1.0}, {0.0})
+
+
+@pytest.mark.parametrize("pooling", ["blend", "select"])
+def test_answers_that_no_double_holds_decide_nothing(spark: SparkSession, pooling: str) -> None:
+    spec, rows = spec_of("log target", pooling=pooling), judged_rows("log target")
+    is_lost = rows.index[rows["split"] == TUNE][:5]
+    rows.loc[is_lost, "p1"] = 1e4
+    with np.errstate(over="ignore"):
+        constant = np.full(len(rows), CONSTANT)
+        expected = learn_weights_in_pandas(rows, spec, HAS_MODEL, constant)
+    found = learn_weights(in_spark(spark, rows), spec, HAS_MODEL, sf.lit(CONSTANT))
+    assert found == expected
+    without = rows.drop(index=is_lost)
+    assert learn_weights(in_spark(spark, without), spec, HAS_MODEL, sf.lit(CONSTANT)) == found

@@ -302,4 +302,4 @@ def test_without_any_row_there_is_nothing_to_say() -> None:
 def test_a_group_without_judged_rows_has_the_weight_of_its_grain() -> None:
     rows = Rows(100)
     rows.weights[2]['["9","9"]'] = 0.7
-    assert rows.describe()[2, '["9","9"]'] == GroupSkill(0.7, *[None] * 6)
+    assert rows.describe()[2, '["9","9"]'] == GroupSkill(0.7)

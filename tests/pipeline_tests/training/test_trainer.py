@@ -599,9 +599,12 @@ def test_a_refit_predicts_each_tune_row_with_what_was_chosen_without_it(
         Winner({**(refit.refit or {}), "num_leaves": 5}, 19),
     )
 
-    def tune_rows(cross: CrossSelection) -> pd.DataFrame:
+    def rows_of(split: str, cross: CrossSelection | None) -> pd.DataFrame:
         judged = holdout_of(train_group(oslo, FINEST, fleet_settings, replace(refit, cross=cross)))
-        return judged[judged["split"] == TUNE]
+        return judged[judged["split"] == split]
+
+    def tune_rows(cross: CrossSelection) -> pd.DataFrame:
+        return rows_of(TUNE, cross)
 
     both = tune_rows(CrossSelection(middle.isoformat(), earlier, later))
     # Where one half had no rows, the other half's winner predicts all.
@@ -616,6 +619,17 @@ def test_a_refit_predicts_each_tune_row_with_what_was_chosen_without_it(
         both["prediction"] == only_later["prediction"].where(is_before, only_earlier["prediction"])
     ).all()
     assert (only_earlier["prediction"] != only_later["prediction"]).any()
+    # Rows before the tune split may be tune rows of the run that chose the parameters.
+    by_winners, by_one, by_recipe = (
+        rows_of(EARLIER, cross)["prediction"].to_numpy()
+        for cross in (
+            CrossSelection(middle.isoformat(), earlier, later),
+            CrossSelection(middle.isoformat(), None, later),
+            None,
+        )
+    )
+    assert np.array_equal(by_winners, by_one)
+    assert not np.array_equal(by_winners, by_recipe)
 
 
 def test_a_refit_is_deterministic_and_searches_nothing(
