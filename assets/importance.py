@@ -40,7 +40,8 @@ def importance_asset(spec: FleetSpec) -> dg.AssetsDefinition:
             description=(
                 f"Gain, splits and mean absolute SHAP value (over at most {SAMPLED_ROWS} of its "
                 "newest rows) of every feature in every group's own model that "
-                "counts in an answer. A group whose model is that of the run before keeps the rows it had."
+                "counts in an answer. A group whose model is that of the run before keeps the "
+                "rows it had."
             ),
             kinds={"spark", "lightgbm", "deltalake"},
             deps=["models"],

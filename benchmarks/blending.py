@@ -27,6 +27,8 @@ Floats = npt.NDArray[np.float64]
 Weights = Sequence[Mapping[str, float]]
 Rule = Callable[[HeldOut], Weights]
 
+# A rule is safe that does no worse than this much of the pooled model's error.
+SAFE = 1.01
 POOLED, OWN, SERVED, HINDSIGHT = "pooled", "own", "served", "hindsight"
 
 
@@ -73,8 +75,9 @@ def best_in_hindsight(held_out: HeldOut) -> Weights:
     weights: list[Mapping[str, float]] = []
     for grain, groups in enumerate(held_out.has_model):
         of_weights = []
+        own = later[f"p{grain}"].to_numpy(dtype=float)
         for weight in WEIGHTS:
-            answers = _answers_of_grain(later, grain, answer, dict.fromkeys(groups, weight))
+            answers = np.where(np.isnan(own), answer, weight * own + (1 - weight) * answer)
             of_weights.append(own_losses(held_out.spec, later, answers).sum())
         best = dict.fromkeys(groups, WEIGHTS[int(np.argmin(of_weights))])
         weights.append(best)
@@ -148,7 +151,10 @@ def replay(fleets: Sequence[HeldOut], rules: Mapping[str, Rule] = RULES) -> Repl
 
 
 def choose_leaving_out(replayed: Replayed) -> "pd.Series[str]":
-    """For each fleet the rule that does best on all others: never worse by a hundredth, then by mean."""
+    """For each fleet the rule that does best on all others.
+
+    That is the one of the lowest mean among those that are never worse by more than a hundredth.
+    """
     ratios = replayed.relative_to(POOLED)[CANDIDATES]
     chosen = {}
     for fleet in ratios.index:
@@ -159,12 +165,13 @@ def choose_leaving_out(replayed: Replayed) -> "pd.Series[str]":
     return pd.Series(chosen)
 
 
-SAFE = 1.01
+def _replayed(runs: Runs) -> Replayed:
+    return runs.once("blending", lambda: _measure(runs.panels))
 
 
 def blend_safety(runs: Runs) -> Mapping[str, float]:
     """What is served beside its own parts, on later rows of every fleet of the suite."""
-    replayed = runs.once("blending", lambda: _measure(runs.panels))
+    replayed = _replayed(runs)
     served = replayed.relative_to(POOLED)[SERVED]
     of_own = replayed.relative_to(OWN)[SERVED]
     return {
@@ -179,7 +186,7 @@ def blend_safety(runs: Runs) -> Mapping[str, float]:
 
 def blend_truth(runs: Runs) -> Mapping[str, float]:
     """What is served beside the best fixed weight per grain in hindsight, on generated fleets."""
-    replayed = runs.once("blending", lambda: _measure(runs.panels))
+    replayed = _replayed(runs)
     served = replayed.relative_to(HINDSIGHT)[SERVED]
     return {"": float(served[replayed.kinds == "generated"].max())}
 

@@ -519,7 +519,8 @@ FIGURES = {
         ),
         Figure(
             "blend-truth",
-            "19 generated fleets: what is served over the best weight per grain in hindsight, worst",
+            "19 generated fleets: what is served over the best weight per grain in hindsight, "
+            "worst",
             6,
             (Value("", "ratio", "<=", 1.03),),
             blend_truth,

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from benchmarks.panels import Panel
+from pipeline.models.boosters import EncodedBooster
 from pipeline.models.meta_model import (
     design_matrix,
     group_ids,
@@ -24,7 +25,7 @@ from pipeline.models.meta_model import (
 from pipeline.spec import FleetSpec
 from pipeline.testing.data import training_settings
 from pipeline.training.splits import EARLIER, FIT, TUNE, Cutoffs
-from pipeline.training.trainer import TrainingSettings, train_group
+from pipeline.training.trainer import TrainingSettings, judged_without_model, train_group
 
 Floats = npt.NDArray[np.float64]
 # Rows that nothing was trained or chosen on.
@@ -98,9 +99,7 @@ def collect(panel: Panel) -> HeldOut:
     rows = _side_by_side(trained, len(spec.grains)).merge(
         _ids_of_rows(frame, spec), on="row_key", validate="many_to_one"
     )
-    linked = rows["actual"].to_numpy(dtype=float)
-    if not spec.is_class_task:
-        linked = link(linked, spec.target.transform)
+    linked = link(rows["actual"].to_numpy(dtype=float), spec.target.transform)
     rows["residual"] = (linked - rows["offset"]) / rows["scale"]
     rows["stretch"] = _stretches(rows, settings.cutoffs)
     usable = rows[np.isfinite(rows["residual"])].reset_index(drop=True)
@@ -124,12 +123,7 @@ def _train(group: _Group) -> _Trained:
     if outcome.holdout is not None:
         parts.append(outcome.holdout[[*FACTS, "prediction"]])
     if outcome.booster is not None or group.grain == 0:
-        later = _later_rows(group)
-        if outcome.booster is not None and len(later):
-            booster = load_booster(vars(outcome.booster), group.group_id)
-            matrix = design_matrix(group.later, group.settings.model_spec)
-            later["prediction"] = booster.predict(matrix, num_threads=1)
-        parts.append(later)
+        parts.append(_later_rows(group, outcome.booster))
     rows = pd.DataFrame(columns=[*FACTS, "prediction"])
     if parts:
         rows = pd.concat([part for part in parts if len(part)])
@@ -137,15 +131,15 @@ def _train(group: _Group) -> _Trained:
     return _Trained(group.grain, group.group_id, rows, has_model, outcome.ledger["seconds"])
 
 
-def _later_rows(group: _Group) -> pd.DataFrame:
-    rows, settings = group.later, group.settings
-    actual = rows[settings.target]
-    classes = settings.model_spec.classes
-    if classes:
-        actual = (actual == classes[-1]).astype(float)
-    offset, scale = offset_and_scale(rows, settings.model_spec.target)
-    facts = [rows["row_key"], LATER, rows["time"], actual.astype(float), offset, scale, 1.0]
-    return pd.DataFrame(dict(zip(FACTS, facts, strict=True))).assign(prediction=np.nan)
+def _later_rows(group: _Group, booster: EncodedBooster | None) -> pd.DataFrame:
+    """Later rows as they are judged, with the served booster's predictions."""
+    rows = judged_without_model(group.later, group.settings).assign(split=LATER)
+    if booster is not None and len(rows):
+        served = load_booster(vars(booster), group.group_id)
+        matrix = design_matrix(group.later, group.settings.model_spec)
+        answers = pd.Series(served.predict(matrix, num_threads=1), index=group.later["row_key"])
+        rows["prediction"] = rows["row_key"].map(answers)
+    return rows[[*FACTS, "prediction"]]
 
 
 def _side_by_side(trained: Sequence[_Trained], n_grains: int) -> pd.DataFrame:
@@ -170,12 +164,10 @@ def _ids_of_rows(frame: pd.DataFrame, spec: FleetSpec) -> pd.DataFrame:
 
 def _stretches(rows: pd.DataFrame, cutoffs: Cutoffs) -> npt.NDArray[np.float64]:
     """As `spark.evaluation.judged_rows` numbers them."""
-    time = rows["time"]
-    starts = [*reversed(cutoffs.earlier_starts), cutoffs.tune_start, cutoffs.tune_middle]
-    numbers = [*range(len(starts) - 1, 1, -1), 0, 1]
     stretch = np.full(len(rows), np.nan)
-    for start, number in zip(starts, numbers, strict=True):
-        stretch[(time >= start) & rows["split"].isin([EARLIER, TUNE])] = number
+    # From the oldest on, so that the newest start that a row has reached counts.
+    for number, start in reversed(cutoffs.stretch_starts):
+        stretch[(rows["time"] >= start) & rows["split"].isin([EARLIER, TUNE])] = number
     return stretch
 
 
@@ -189,7 +181,6 @@ def _constant(seen: pd.DataFrame, spec: FleetSpec, settings: TrainingSettings) -
     offset, scale = offset_and_scale(rows, settings.model_spec.target)
     residual = (link(labels.to_numpy(dtype=float), spec.target.transform) - offset) / scale
     residual = residual[np.isfinite(residual)]
-    quantiles = {"quantile": spec.alpha, "l1": 0.5}
-    if spec.objective in quantiles:
-        return float(np.quantile(residual, quantiles[spec.objective] or 0.5))
+    if spec.learnt_quantile is not None:
+        return float(np.quantile(residual, spec.learnt_quantile))
     return float(residual.mean())

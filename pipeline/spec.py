@@ -727,6 +727,11 @@ class FleetSpec(Part):
         return self.tuning.alpha or DEFAULT_ALPHA[self.objective]
 
     @property
+    def learnt_quantile(self) -> float | None:
+        """The quantile of the target that has the least loss; None where the mean has, or nearly."""
+        return {QUANTILE: self.alpha, "l1": 0.5}.get(self.objective)
+
+    @property
     def variance_power(self) -> float | None:
         """Power of tweedie's variance, 1 for poisson; None where the objective has none."""
         powers = {TWEEDIE: self.tuning.variance_power or 1.5, POISSON: 1.0}

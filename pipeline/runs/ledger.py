@@ -161,7 +161,7 @@ def complete_ledger(
         elif key not in skills and spec.pooling == "none":
             full["weight"] = 1.0
         elif key not in skills:
-            # No row judges it: a group that is no longer in the data keeps its weight.
+            # Nothing of the run is held out.
             full["weight"] = float(row["weight"] or 0.0)
         complete.append(full)
     ledger = pd.DataFrame(complete).reindex(columns=LEDGER.schema.names)

@@ -41,6 +41,28 @@ def constant_column(constants: Constants, classes: Sequence[str]) -> Column:
     return sf.element_at(sf.create_map(*shares), sf.col("class_name"))
 
 
+def mark_groups(rows: DataFrame, grain: int, groups: Collection[str], name: str) -> DataFrame:
+    """The rows with a boolean column of that name: whether their group of a grain is listed.
+
+    Args:
+        rows: with the ids of their groups in group_ids.
+        grain: index of the grain.
+        groups: ids that are listed.
+        name: of the column.
+    """
+    ids = [(group,) for group in sorted(groups)]
+    listed = sf.broadcast(rows.sparkSession.createDataFrame(ids, f"_listed{grain} string"))
+    id_of_listed = sf.col(f"_listed{grain}")
+    joined = rows.join(listed, sf.col("group_ids")[grain] == id_of_listed, "left")
+    return joined.withColumn(name, id_of_listed.isNotNull()).drop(f"_listed{grain}")
+
+
+def blend(weight: Column, own: Column, parent: Column) -> Column:
+    """A group's answer; its parent's where the weight or the own prediction is null."""
+    is_parents = own.isNull() | weight.isNull()
+    return sf.when(is_parents, parent).otherwise(weight * own + (1 - weight) * parent)
+
+
 def with_weights(
     rows: DataFrame, skills: Mapping[GroupKey, GroupSkill], has_model: Sequence[Collection[str]]
 ) -> DataFrame:
@@ -80,9 +102,7 @@ def level_answers(
     answers = []
     answer = constant
     for prediction, weight, cut in zip(own, weights, is_cut, strict=True):
-        blended = sf.when(prediction.isNull() | weight.isNull(), answer)
-        blended = blended.otherwise(weight * prediction + (1 - weight) * answer)
-        answer = sf.when(cut, constant).otherwise(blended)
+        answer = sf.when(cut, constant).otherwise(blend(weight, prediction, answer))
         answers.append(answer)
     return answers
 

@@ -45,7 +45,7 @@ from pipeline.spark.evaluation import (
     nearest_predictions,
 )
 from pipeline.spark.judging import held_out_rows
-from pipeline.spark.losses import Paired, compare_answers, in_target_units, row_loss
+from pipeline.spark.losses import Paired, answer_loss, compare_answers, row_loss
 from pipeline.spark.rows import limited_rows, visible_rows
 from pipeline.spark.training import TrainingContext, train_aside
 from pipeline.spec import MULTICLASS, FleetSpec
@@ -401,18 +401,16 @@ def _contests(
         theirs: what answers there now.
         constant: the challenger's constant.
     """
-
-    def loss(answer: Column) -> Column:
-        return row_loss(spec, in_target_units(spec, answer))
-
     contests = []
     for grain, (our, their) in enumerate(zip(ours, theirs, strict=True)):
         group = sf.col("group_ids")[grain]
-        contests.append(Paired(grain, group, loss(our), {CHAMPION: loss(their)}))
-    rivals = {POOLED: loss(sf.coalesce(sf.col("p0"), constant)), CONSTANT: loss(constant)}
+        rival = {CHAMPION: answer_loss(spec, their)}
+        contests.append(Paired(grain, group, answer_loss(spec, our), rival))
+    pooled = sf.coalesce(sf.col("p0"), constant)
+    rivals = {POOLED: answer_loss(spec, pooled), CONSTANT: answer_loss(spec, constant)}
     for number, name in enumerate(baseline_names(spec).values()):
         rivals[name] = row_loss(spec, baseline_answer(spec, number))
-    contests.append(Paired(WHOLE_FLEET, sf.lit("[]"), loss(ours[-1]), rivals))
+    contests.append(Paired(WHOLE_FLEET, sf.lit("[]"), answer_loss(spec, ours[-1]), rivals))
     return contests
 
 

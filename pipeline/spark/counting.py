@@ -10,9 +10,9 @@ from pyspark.sql import functions as sf
 
 from pipeline.errors import DataError
 from pipeline.runs.planned_run import CountedRows
-from pipeline.spark.keys import finite, group_id_column, link_column
+from pipeline.spark.keys import finite, group_id_column, link_column, number_or
 from pipeline.spark.rows import grain_column, is_learnt_from, split_column
-from pipeline.spec import BINARY, COUNTED, MAX_CLASSES, MULTICLASS, QUANTILE, FleetSpec
+from pipeline.spec import BINARY, COUNTED, MAX_CLASSES, MULTICLASS, FleetSpec
 from pipeline.training.blend import Constants
 from pipeline.training.splits import FIT, REPORT, TUNE, Cutoffs
 
@@ -101,6 +101,8 @@ def count_groups(
 ) -> CountedRows:
     """Count every group's rows by split, and hash them; one Spark job.
 
+    A second one reads the weighted rows of a fleet that learns a quantile.
+
     Args:
         rows: the visible rows.
         spec: the fleet.
@@ -118,10 +120,10 @@ def count_groups(
         mask, bit = divmod(place, MASK_BITS)
         if int(pooled[f"{_NULLS}{mask}"]) >> bit & 1:
             nullable.append(name)
-    constants = _constants(pooled, spec, classes)
-    quantile = _learnt_quantile(spec)
-    if quantile is not None and spec.target.weight:
-        constants = _weighted_quantiles(narrow, quantile)
+    if _has_weighted_quantile(spec):
+        constants = _weighted_quantiles(narrow, spec.learnt_quantile or 0.5)
+    else:
+        constants = _constants(pooled, spec, classes)
     private = [name for name in counts.columns if name.startswith("_")]
     return CountedRows(
         rows=rows,
@@ -143,9 +145,9 @@ def _narrow_rows(
 ) -> DataFrame:
     """Every row once per grain, with no more than what is counted."""
     linked = _linked_target(spec, classes)
-    offset = _number_or(spec.target.offset, 0.0)
-    scale = _number_or(spec.target.scale, 1.0)
-    weight = _number_or(spec.target.weight, 1.0)
+    offset = number_or(spec.target.offset, 0.0)
+    scale = number_or(spec.target.scale, 1.0)
+    weight = number_or(spec.target.weight, 1.0)
     residual = finite((linked - offset) / sf.when(scale > 0, scale))
     is_learnt = is_learnt_from(spec)
     return _with_category_numbers(rows, categories).select(
@@ -159,13 +161,6 @@ def _narrow_rows(
         group_id_column(spec.finest).alias("_finest"),
         *_null_masks(spec),
     )
-
-
-def _number_or(name: str | None, default: float) -> Column:
-    """A column, null where it is not finite; the default in every row where none is named."""
-    if not name:
-        return sf.lit(default)
-    return finite(sf.col(f"`{name}`"))
 
 
 def _aggregate(narrow: DataFrame, spec: FleetSpec) -> DataFrame:
@@ -189,6 +184,11 @@ def _aggregate(narrow: DataFrame, spec: FleetSpec) -> DataFrame:
         if name.startswith(_NULLS):
             of_pooled = sf.when(is_pooled & usable, sf.col(name)).otherwise(sf.lit(0).cast("long"))
             masks.append(sf.bit_or(of_pooled).alias(name))
+    constants = []
+    if not _has_weighted_quantile(spec):
+        for name, values in (("_constant", "_residual"), ("_plain_constant", "_linked")):
+            of_fit = sf.when(is_pooled_fit, sf.col(values))
+            constants.append(_constant_of(of_fit, spec).alias(name))
     # Not null: beside a null pandas would round the other groups' sums.
     no_row = sf.lit(0).cast("long")
     return narrow.groupBy("_level.grain", "_level.group_id").agg(
@@ -201,22 +201,20 @@ def _aggregate(narrow: DataFrame, spec: FleetSpec) -> DataFrame:
         # overflow.
         sf.coalesce(sf.sum(hashed.bitwiseAND(0xFFFFFFFF)), no_row).alias("_low"),
         sf.coalesce(sf.sum(sf.shiftrightunsigned(hashed, 32)), no_row).alias("_high"),
-        _constant_of(sf.when(is_pooled_fit, sf.col("_residual")), spec).alias("_constant"),
-        _constant_of(sf.when(is_pooled_fit, sf.col("_linked")), spec).alias("_plain_constant"),
+        *constants,
         *masks,
     )
 
 
-def _learnt_quantile(spec: FleetSpec) -> float | None:
-    """The quantile that minimises the fleet's loss; None where the mean does (or nearly)."""
-    return {QUANTILE: spec.alpha, "l1": 0.5}.get(spec.objective)
+def _has_weighted_quantile(spec: FleetSpec) -> bool:
+    """Whether a quantile answers best without any model, of rows that count differently."""
+    return spec.learnt_quantile is not None and spec.target.weight is not None
 
 
 def _constant_of(values: Column, spec: FleetSpec) -> Column:
     """The best answer without any model: the weighted mean, or the quantile that is learnt."""
-    quantile = _learnt_quantile(spec)
-    if quantile is not None:
-        return sf.percentile_approx(values, quantile, 10_000)
+    if spec.learnt_quantile is not None:
+        return sf.percentile_approx(values, spec.learnt_quantile, 10_000)
     if not spec.target.weight:
         return sf.avg(values)
     weights = sf.sum(sf.when(values.isNotNull(), sf.col("_weight")))

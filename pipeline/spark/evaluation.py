@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from decimal import Decimal
-from itertools import combinations_with_replacement
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from pipeline.spark.blending import (
     constant_column,
     grain_columns,
     grain_predictions,
+    mark_groups,
     with_weights,
 )
 from pipeline.spark.keys import finite, inverse_link_column, link_column, moment_column
@@ -29,6 +29,7 @@ from pipeline.spark.measures import (
     row_means,
     row_measures,
 )
+from pipeline.spark.products import sums_of_products, symmetric_matrices
 from pipeline.spec import CONTENDERS, MULTICLASS, FleetSpec
 from pipeline.training.blend import Constants, GroupSkill, Moments
 from pipeline.training.splits import EARLIER, REPORT, TUNE, Cutoffs
@@ -86,11 +87,10 @@ def judged_rows(
 
 
 def _stretch(cutoffs: Cutoffs) -> Column:
-    """The stretch of time that a row lies in, as `judged_rows` numbers them."""
+    """The stretch of time that a row lies in, as `Cutoffs.stretch_starts` numbers them."""
     time = sf.col("time")
-    starts = [cutoffs.tune_middle, cutoffs.tune_start, *cutoffs.earlier_starts]
     stretch = sf.when(time >= moment_column(cutoffs.report_start), None)
-    for number, start in zip((1, 0, *range(2, len(starts))), starts, strict=True):
+    for number, start in cutoffs.stretch_starts:
         stretch = stretch.when(time >= moment_column(start), number)
     return stretch.cast("int")
 
@@ -107,20 +107,15 @@ def _side_by_side(held_out: DataFrame, n_grains: int) -> DataFrame:
 
 
 def _without_unanswered(judged: DataFrame, grain: int, groups: Collection[str]) -> DataFrame:
-    """The rows without tune and report rows that their group's model has not predicted."""
-    named = judged.sparkSession.createDataFrame(
-        [(group,) for group in sorted(groups)], f"_m{grain} string"
-    )
-    is_own = sf.col("group_ids")[grain] == sf.col(f"_m{grain}")
+    """The rows with has_model<grain>, less tune and report rows that a model has not predicted."""
+    has_model = f"has_model{grain}"
     is_answered = (
-        sf.col(f"_m{grain}").isNull()
+        ~sf.col(has_model)
         | sf.col(f"p{grain}").isNotNull()
         | sf.col("residual").isNull()
         | (sf.col("split") == EARLIER)
     )
-    joined = judged.join(sf.broadcast(named), is_own, "left").where(is_answered)
-    has_model = sf.col(f"_m{grain}").isNotNull()
-    return joined.withColumn(f"has_model{grain}", has_model).drop(f"_m{grain}")
+    return mark_groups(judged, grain, groups, has_model).where(is_answered)
 
 
 def sum_moments(
@@ -137,27 +132,19 @@ def sum_moments(
     vector = [sf.lit(1.0), sf.col("residual") - prior]
     for prediction in grain_columns("p", n_grains):
         vector.append(sf.coalesce(prediction - prior, sf.lit(0.0)))
-    pairs = list(combinations_with_replacement(range(len(vector)), 2))
-    products = []
-    for i, j in pairs:
-        product = sf.col("weight") * vector[i] * vector[j]
-        products.append(sf.sum(product).alias(f"s{i}_{j}"))
     sums = (
         judged.where(sf.col("residual").isNotNull() & sf.col("split").isin(TUNE, REPORT))
         .groupBy("split", "group_ids")
-        .agg(*products)
+        .agg(*sums_of_products(vector, sf.col("weight")))
         .toPandas()
     )
     # A fixed order, so that sums over groups are the same to the last bit from run to run.
     sums["group_ids"] = sums["group_ids"].map(tuple)
     sums = sums.sort_values(["split", "group_ids"], ignore_index=True)
-    matrices = np.zeros((len(sums), len(vector), len(vector)))
-    for i, j in pairs:
-        matrices[:, i, j] = matrices[:, j, i] = sums[f"s{i}_{j}"]
     return Moments(
         split=sums["split"].to_numpy(dtype=object),
         groups=np.array(sums["group_ids"].tolist(), dtype=object).reshape(len(sums), n_grains),
-        products=matrices,
+        products=symmetric_matrices(sums, len(vector)),
     )
 
 

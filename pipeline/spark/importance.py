@@ -18,7 +18,7 @@ from pipeline.runs.ledger import models_that_answer
 from pipeline.runs.manifest import RunManifest
 from pipeline.spark.execution import keep_imports, without_adaptive_execution
 from pipeline.spark.files import FileWriter, file_json, file_of_json
-from pipeline.spark.keys import finite, quoted
+from pipeline.spark.keys import number_or, quoted
 from pipeline.spark.rows import grain_column, has_weight, limited_rows, visible_rows
 from pipeline.spec import FleetSpec
 from pipeline.storage import WrittenFile
@@ -258,13 +258,8 @@ def newest_rows(
 
 def _is_anchored(spec: FleetSpec) -> Column:
     """Whether a row has the offset and the scale without which no model answers it."""
-    target = spec.target
-    is_anchored = sf.lit(True)
-    if target.offset:
-        is_anchored = finite(sf.col(f"`{target.offset}`")).isNotNull()
-    if target.scale:
-        is_anchored = is_anchored & (finite(sf.col(f"`{target.scale}`")) > 0)
-    return is_anchored
+    offset, scale = number_or(spec.target.offset, 0.0), number_or(spec.target.scale, 1.0)
+    return offset.isNotNull() & (scale > 0)
 
 
 def _writer(root: str, options: Mapping[str, str]) -> Any:

@@ -81,3 +81,10 @@ def finite(value: Column) -> Column:
     """The value, or null where it is NaN or infinite."""
     number = value.cast("double")
     return sf.when(~sf.isnan(number) & (sf.abs(number) < float("inf")), number)
+
+
+def number_or(name: str | None, default: float) -> Column:
+    """A column, null where it is not finite; the default in every row where none is named."""
+    if not name:
+        return sf.lit(default)
+    return finite(sf.col(f"`{name}`"))

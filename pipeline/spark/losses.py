@@ -79,6 +79,11 @@ def _loss_of_error(spec: FleetSpec, error: Column) -> Column:
     return error * error
 
 
+def answer_loss(spec: FleetSpec, answer: Column) -> Column:
+    """The own loss of a row at an answer in link space less the offset, over the scale."""
+    return row_loss(spec, in_target_units(spec, answer))
+
+
 def compare_answers(
     rows: DataFrame, spec: FleetSpec, contests: Sequence[Paired], report_start: pd.Timestamp
 ) -> pd.DataFrame:
@@ -248,14 +253,10 @@ def answer_losers_otherwise(
     """
     rows = judged.where("split = 'report' AND residual IS NOT NULL")
     rows = with_weights(rows, skills, has_model)
-
-    def loss(answer: Column) -> Column:
-        return row_loss(spec, in_target_units(spec, answer))
-
     finest = len(spec.grains) - 1
     *_, parent, own = [constant, *blended_answers(len(spec.grains), constant)]
-    rivals = {BY_PARENT: loss(parent), BY_CONSTANT: loss(constant)}
-    paired = Paired(finest, sf.col("group_ids")[finest], loss(own), rivals)
+    rivals = {BY_PARENT: answer_loss(spec, parent), BY_CONSTANT: answer_loss(spec, constant)}
+    paired = Paired(finest, sf.col("group_ids")[finest], answer_loss(spec, own), rivals)
     answered = dict(skills)
     for key, rival in losing_groups(compare_answers(rows, spec, [paired], report_start)).items():
         if key in skills:

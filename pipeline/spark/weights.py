@@ -1,20 +1,17 @@
 """Choosing the blend's weights on Spark: what each weight gains, in the fleet's own loss."""
 
 from collections.abc import Collection, Sequence
-from itertools import combinations_with_replacement
 
 import numpy as np
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as sf
 
+from pipeline.spark.blending import blend, mark_groups
 from pipeline.spark.keys import finite
-from pipeline.spark.losses import in_target_units, row_loss
+from pipeline.spark.losses import answer_loss
+from pipeline.spark.products import sums_of_products, symmetric_matrices
 from pipeline.spec import FleetSpec
 from pipeline.training.blend import WEIGHTS, Gains, choose_weight
-from pipeline.training.splits import EARLIER
-
-# The pooled model is trusted without evidence: its parent is a constant.
-PRIORS = (1.0, 0.0)
 
 
 def learn_weights(
@@ -31,36 +28,27 @@ def learn_weights(
         has_model: those groups, per grain.
         constant: what answers without any model, as from `blending.constant_column`.
     """
+    if spec.pooling == "none":
+        return [dict.fromkeys(groups, 1.0) for groups in has_model]
     evidence = judged.where("stretch IS NOT NULL AND residual IS NOT NULL")
     answer = constant
     weights: list[dict[str, float]] = []
     for grain, groups in enumerate(has_model):
-        prior = PRIORS[min(grain, 1)]
-        own = sf.col(f"p{grain}")
-        if spec.pooling == "none":
-            weights.append(dict.fromkeys(groups, 1.0))
-            continue
         rows = evidence.where(_is_evidence(grain))
         if spec.pooling == "select":
-            better = _better_than_parent(rows, spec, grain, own, answer)
+            better = _better_than_parent(rows, spec, grain, answer)
             weights.append({group: float(group in better) for group in groups})
-            evidence, weight = _with_weights(evidence, grain, better)
-            blended = weight * own + (1 - weight) * answer
-            answer = sf.when(own.isNull(), answer).otherwise(blended)
+            is_better = f"_is_better{grain}"
+            evidence = mark_groups(evidence, grain, better, is_better)
+            own = sf.when(sf.col(is_better), sf.col(f"p{grain}"))
+            answer = sf.coalesce(own, answer)
         else:
+            # Without evidence the pooled model is trusted: its parent is a constant.
+            prior = float(grain == 0)
             common = choose_weight(sum_gains(rows, spec, grain, answer, prior), prior)
             weights.append(dict.fromkeys(groups, common))
-            answer = _blend(common, own, answer)
+            answer = _answer_at(common, grain, answer)
     return weights
-
-
-def _blend(weight: float, own: Column, parent: Column) -> Column:
-    """A grain's answer, no longer an expression than it must be; the parent's without an own."""
-    if weight == 0.0:
-        return parent
-    if weight == 1.0:
-        return sf.coalesce(own, parent)
-    return sf.when(own.isNull(), parent).otherwise(weight * own + (1 - weight) * parent)
 
 
 def sum_gains(rows: DataFrame, spec: FleetSpec, grain: int, parent: Column, prior: float) -> Gains:
@@ -73,30 +61,31 @@ def sum_gains(rows: DataFrame, spec: FleetSpec, grain: int, parent: Column, prio
         parent: the answer of the grain above.
         prior: the weight that gains are measured from.
     """
-    own = sf.col(f"p{grain}")
-    at_prior = _loss_at(prior, spec, own, parent)
+    at_prior = _loss_at(prior, spec, grain, parent)
     gains = []
     for place, weight in enumerate(WEIGHTS):
-        gain = sf.col("weight") * (at_prior - _loss_at(weight, spec, own, parent))
-        # A loss that no double holds decides nothing.
-        gains.append(sf.coalesce(sf.sum(finite(gain)), sf.lit(0.0)).alias(f"g{place}"))
-    # Rows of one group and stretch err together: their gains are one observation.
-    of_prior = sf.sum(finite(sf.col("weight") * at_prior))
-    at_start = sf.coalesce(of_prior, sf.lit(0.0)).alias("loss")
-    group = sf.col("group_ids")[grain].alias("group")
-    of_groups = rows.groupBy("stretch", group).agg(at_start, *gains)
-    pairs = list(combinations_with_replacement(range(len(WEIGHTS)), 2))
-    sums = [sf.sum("loss").alias("loss"), sf.count("*").alias("n_groups")]
-    sums += [sf.sum(f"g{place}").alias(f"g{place}") for place in range(len(WEIGHTS))]
-    sums += [sf.sum(sf.col(f"g{i}") * sf.col(f"g{j}")).alias(f"g{i}_{j}") for i, j in pairs]
-    by_stretch = of_groups.groupBy("stretch").agg(*sums).toPandas().sort_values("stretch")
-    products = np.zeros((len(by_stretch), len(WEIGHTS), len(WEIGHTS)))
-    for i, j in pairs:
-        products[:, i, j] = products[:, j, i] = by_stretch[f"g{i}_{j}"]
+        gain = at_prior - _loss_at(weight, spec, grain, parent)
+        gains.append(_sum_finite(sf.col("weight") * gain).alias(f"g{place}"))
     names = [f"g{place}" for place in range(len(WEIGHTS))]
-    loss = float(by_stretch["loss"].sum())
-    n_groups = by_stretch["n_groups"].to_numpy(dtype=np.int64)
-    return Gains(loss, by_stretch[names].to_numpy(dtype=float), products, n_groups)
+    loss = _sum_finite(sf.col("weight") * at_prior).alias("loss")
+    # Rows of one group and stretch err together: their gains are one observation.
+    group = sf.col("group_ids")[grain].alias("group")
+    of_groups = rows.groupBy("stretch", group).agg(loss, *gains)
+    sums = [sf.sum(name).alias(name) for name in ("loss", *names)]
+    products = sums_of_products([sf.col(name) for name in names])
+    grouped = of_groups.groupBy("stretch").agg(sf.count("*").alias("n_groups"), *sums, *products)
+    by_stretch = grouped.toPandas().sort_values("stretch")
+    return Gains(
+        loss=float(by_stretch["loss"].sum()),
+        by_stretch=by_stretch[names].to_numpy(dtype=float),
+        products=symmetric_matrices(by_stretch, len(WEIGHTS)),
+        n_groups=by_stretch["n_groups"].to_numpy(dtype=np.int64),
+    )
+
+
+def _sum_finite(values: Column) -> Column:
+    """The sum of those that a double holds: what it does not hold decides nothing."""
+    return sf.coalesce(sf.sum(finite(values)), sf.lit(0.0))
 
 
 def _is_evidence(grain: int) -> Column:
@@ -106,37 +95,28 @@ def _is_evidence(grain: int) -> Column:
     """
     is_evidence = sf.col(f"p{grain}").isNotNull()
     for coarser in range(grain):
-        is_missing = sf.col(f"has_model{coarser}") & sf.col(f"p{coarser}").isNull()
-        is_evidence &= (sf.col("split") != EARLIER) | ~is_missing
+        is_evidence &= ~sf.col(f"has_model{coarser}") | sf.col(f"p{coarser}").isNotNull()
     return is_evidence
 
 
-def _loss_at(weight: float, spec: FleetSpec, own: Column, parent: Column) -> Column:
+def _loss_at(weight: float, spec: FleetSpec, grain: int, parent: Column) -> Column:
     """The own loss of a row at a weight of the own prediction."""
+    return answer_loss(spec, _answer_at(weight, grain, parent))
+
+
+def _answer_at(weight: float, grain: int, parent: Column) -> Column:
+    """A grain's answer, as an expression no longer than it must be: finer grains repeat it."""
+    own = sf.col(f"p{grain}")
     if weight == 0.0:
-        return row_loss(spec, in_target_units(spec, parent))
+        return parent
     if weight == 1.0:
-        return row_loss(spec, in_target_units(spec, own))
-    return row_loss(spec, in_target_units(spec, weight * own + (1 - weight) * parent))
+        return sf.coalesce(own, parent)
+    return blend(sf.lit(weight), own, parent)
 
 
-def _better_than_parent(
-    rows: DataFrame, spec: FleetSpec, grain: int, own: Column, parent: Column
-) -> set[str]:
+def _better_than_parent(rows: DataFrame, spec: FleetSpec, grain: int, parent: Column) -> set[str]:
     """The groups whose own model has less loss than their parent's answer."""
-    gain = sf.col("weight") * (_loss_at(0.0, spec, own, parent) - _loss_at(1.0, spec, own, parent))
-    gains = rows.groupBy(sf.col("group_ids")[grain].alias("group")).agg(
-        sf.sum(finite(gain)).alias("gain")
-    )
+    gain = _loss_at(0.0, spec, grain, parent) - _loss_at(1.0, spec, grain, parent)
+    group = sf.col("group_ids")[grain].alias("group")
+    gains = rows.groupBy(group).agg(_sum_finite(sf.col("weight") * gain).alias("gain"))
     return {row["group"] for row in gains.where("gain > 0").select("group").collect()}
-
-
-def _with_weights(rows: DataFrame, grain: int, groups: Collection[str]) -> tuple[DataFrame, Column]:
-    """The rows with their group's weight beside them: 1 for the named groups, else 0."""
-    name = f"_better{grain}"
-    named = rows.sparkSession.createDataFrame(
-        [(group,) for group in sorted(groups)], f"{name} string"
-    )
-    is_own = sf.col("group_ids")[grain] == sf.col(name)
-    joined = rows.join(sf.broadcast(named), is_own, "left")
-    return joined, sf.col(name).isNotNull().cast("double")

@@ -9,10 +9,9 @@ import pandas as pd
 from pipeline.models.meta_model import inverse_link
 from pipeline.spec import HUBER, MULTICLASS, QUANTILE, FleetSpec
 from pipeline.training.blend import WEIGHTS, Gains, choose_weight
-from pipeline.training.splits import EARLIER
+from pipeline.training.objective import SMALLEST
 
 Floats = npt.NDArray[np.float64]
-SMALLEST = 1e-15
 
 
 def own_losses(spec: FleetSpec, rows: pd.DataFrame, answers: Floats) -> Floats:
@@ -78,7 +77,7 @@ def learn_weights_in_pandas(
         is_evidence = ~np.isnan(own) & rows["stretch"].notna().to_numpy()
         for coarser in range(grain):
             is_missing = rows[f"p{coarser}"].isna() & _have_model(rows, coarser, has_model)
-            is_evidence &= ~((rows["split"] == EARLIER) & is_missing).to_numpy()
+            is_evidence &= ~is_missing.to_numpy()
         used = rows[is_evidence]
         losses = []
         for weight in WEIGHTS:

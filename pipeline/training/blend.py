@@ -97,12 +97,12 @@ class GroupSkill:
     """
 
     weight: float
-    tune_own: float | None
-    tune_parent: float | None
-    report_own: float | None
-    report_parent: float | None
-    report_blend: float | None
-    report_constant: float | None
+    tune_own: float | None = None
+    tune_parent: float | None = None
+    report_own: float | None = None
+    report_parent: float | None = None
+    report_blend: float | None = None
+    report_constant: float | None = None
     answered_by: str | None = field(default=None, kw_only=True)
 
     @property
@@ -179,8 +179,8 @@ def choose_weight(gains: Gains, prior: float) -> float:
     That is the weight nearest to the prior whose gain over all stretches is at most one standard
     error below the best gain. Rows of one group and stretch err together, so they count as one
     observation; of a single one no error is known, and the best weight is taken. The weight counts
-    only if such weights, each chosen in all stretches but one, gain
-    in the one left out, on the whole; else the prior stays.
+    only if such weights, each chosen in all stretches but one, gain in the one left out, on the
+    whole; else the prior stays. A single stretch is its own.
 
     Args:
         gains: on held-out rows.
@@ -196,16 +196,17 @@ def choose_weight(gains: Gains, prior: float) -> float:
     # From the prior on, so that of equal gains the first is the nearest.
     places = sorted(range(len(WEIGHTS)), key=lambda place: abs(WEIGHTS[place] - prior))
     n_stretches = len(gains.by_stretch)
+    everything = np.full(n_stretches, fill_value=True)
     held_out_gain = 0.0
     for left_out in range(n_stretches):
-        others = np.arange(n_stretches) != left_out
-        if n_stretches == 1:
-            others[:] = True
+        others = everything
+        if n_stretches > 1:
+            others = np.arange(n_stretches) != left_out
         place = _choose_place(gains, others, places)
         held_out_gain += float(gains.by_stretch[left_out, place])
     if held_out_gain <= DISCERNIBLE * gains.loss:
         return prior
-    return WEIGHTS[_choose_place(gains, np.full(n_stretches, fill_value=True), places)]
+    return WEIGHTS[_choose_place(gains, everything, places)]
 
 
 def _choose_place(gains: Gains, stretches: npt.NDArray[np.bool_], places: Sequence[int]) -> int:
@@ -240,7 +241,7 @@ def describe_groups(
     skills: dict[GroupKey, GroupSkill] = {}
     for grain, of_grain in enumerate(weights):
         for name, weight in of_grain.items():
-            skills[GroupKey(grain, name)] = GroupSkill(weight, *[None] * 6)
+            skills[GroupKey(grain, name)] = GroupSkill(weight)
     for grain in range(n_grains):
         own = np.zeros_like(answer)
         own[:, 2 + grain] = 1.0

@@ -36,6 +36,15 @@ class Cutoffs:
         return self.tune_start + (self.report_start - self.tune_start) / 2
 
     @property
+    def stretch_starts(self) -> list[tuple[int, pd.Timestamp]]:
+        """Number and start of the stretches on which weights are chosen, the newest first.
+
+        0 and 1 are the halves of the tune split, 2, 3, ... lie before it.
+        """
+        halves = [(1, self.tune_middle), (0, self.tune_start)]
+        return halves + list(enumerate(self.earlier_starts, start=2))
+
+    @property
     def earlier_starts(self) -> list[pd.Timestamp]:
         """Where the stretches before the tune split begin, the newest first."""
         length = self.report_start - self.tune_start

@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,7 @@ class TrainingSettings:
         tuning: budget per group.
         cutoffs: the run's dates.
         threads: LightGBM's threads, the same number as `spark.task.cpus`; whoever trains sets it.
+        is_weighed: whether weights are chosen: not without pooling.
     """
 
     run_id: str
@@ -75,6 +77,7 @@ class TrainingSettings:
     tuning: TuningSpec
     cutoffs: Cutoffs
     threads: int = 1
+    is_weighed: bool = True
 
     @classmethod
     def of_fleet(
@@ -89,6 +92,7 @@ class TrainingSettings:
             weight=spec.target.weight,
             tuning=spec.tuning,
             cutoffs=cutoffs,
+            is_weighed=spec.pooling != "none",
         )
 
 
@@ -163,6 +167,11 @@ class _Recipe:
     n_rounds: int
     cross: CrossSelection | None
     ledger: Mapping[str, Any]
+
+    @property
+    def winner(self) -> Winner:
+        """Its parameters and rounds."""
+        return Winner(self.parameters, self.n_rounds)
 
     @property
     def cross_selection(self) -> str | None:
@@ -244,6 +253,14 @@ class _GroupRows:
         """What a booster predicts of the chosen rows."""
         return self.learner.predict(booster, self.training_set.matrix[chosen])
 
+    def predict_by(
+        self, winner: Winner, is_learnt: Mask, chosen: Mask, predictions: Floats
+    ) -> None:
+        """Predict the chosen rows by a booster fitted on those that are learnt from; in place."""
+        if chosen.any():
+            booster = self.fit(is_learnt, winner.parameters, winner.n_rounds)
+            predictions[chosen] = self.predict(booster, chosen)
+
     def no_predictions(self) -> Floats:
         """NaN for each row; for multiclass for each row and class."""
         shape = [len(self.rows)]
@@ -263,9 +280,7 @@ class _GroupRows:
             later.append(GAP)
         is_later = self.usable_in(*later)
         is_learnt = self.usable_in(FIT, TUNE)
-        if is_later.any():
-            booster = self.fit(is_learnt, recipe.parameters, recipe.n_rounds)
-            predictions[is_later] = self.predict(booster, is_later)
+        self.predict_by(recipe.winner, is_learnt, is_later, predictions)
         if self.is_corrected:
             self._predict_folds(recipe, predictions)
         if BASE in self.rows:
@@ -278,7 +293,7 @@ class _GroupRows:
         fit rows, is passed over: a model of much less says nothing of the one that will serve.
         So is one with no two targets before it, or without one of the classes. Where models
         correct a parent, fit rows have out-of-fold predictions already, and none is passed to the
-        blend.
+        blend; without pooling there is no weight to choose.
 
         Args:
             recipe: how the group's models are fitted.
@@ -289,27 +304,23 @@ class _GroupRows:
             The rows that are predicted.
         """
         is_earlier = np.zeros(len(self.rows), dtype=bool)
-        if self.settings.model_spec.corrects:
+        if self.settings.model_spec.corrects or not self.settings.is_weighed:
             return is_earlier
         is_fit = self.usable_in(FIT)
         n_needed = max(self.settings.tuning.fit_rows, MIN_SHARE_BEFORE * is_fit.sum())
         time = self.rows["time"].to_numpy()
         known_at = self.rows["known_at"].to_numpy()
-        end = self.settings.cutoffs.tune_start
-        for begin in self.settings.cutoffs.earlier_starts:
-            moment = begin.to_datetime64()
-            is_before = is_fit & (time < moment) & (known_at < moment)
-            is_within = is_fit & (time >= moment) & (time < end.to_datetime64())
-            end = begin
+        cutoffs = self.settings.cutoffs
+        starts = [
+            moment.to_datetime64() for moment in (cutoffs.tune_start, *cutoffs.earlier_starts)
+        ]
+        for end, begin in pairwise(starts):
+            is_before = is_fit & (time < begin) & (known_at < begin)
+            is_within = is_fit & (time >= begin) & (time < end)
             if is_before.sum() < n_needed or not self._can_learn(is_before, is_fit):
                 continue
-            predictors = [(Winner(recipe.parameters, recipe.n_rounds), is_within)]
-            if start.refit is not None:
-                predictors = _tune_predictors(start, self.rows["time"], is_within)
-            for winner, rows in predictors:
-                if rows.any():
-                    booster = self.fit(is_before, winner.parameters, winner.n_rounds)
-                    predictions[rows] = self.predict(booster, rows)
+            for winner, rows in _predictors(recipe.winner, start.cross, self.rows, is_within):
+                self.predict_by(winner, is_before, rows, predictions)
             is_earlier |= is_within
         return is_earlier
 
@@ -327,8 +338,7 @@ class _GroupRows:
             if not len(fold):
                 continue
             left_out = np.isin(np.arange(len(self.rows)), fold)
-            booster = self.fit(is_fit & ~left_out, recipe.parameters, recipe.n_rounds)
-            predictions[left_out] = self.predict(booster, left_out)
+            self.predict_by(recipe.winner, is_fit & ~left_out, left_out, predictions)
 
     def reason_not_to_train(self) -> str | None:
         """Why LightGBM must not see this group; None where it may.
@@ -389,30 +399,35 @@ def _tune(group: _GroupRows, start: Start, predictions: Floats) -> _Recipe:
 
 def _take_over(group: _GroupRows, start: Start, predictions: Floats) -> _Recipe:
     """Take the parameters of an earlier run, and predict the tune rows in place."""
-    for winner, chosen in _tune_predictors(start, group.rows["time"], group.usable_in(TUNE)):
-        booster = group.fit(group.usable_in(FIT), winner.parameters, winner.n_rounds)
-        predictions[chosen] = group.predict(booster, chosen)
+    chosen, is_fit = Winner(start.refit or {}, start.n_rounds), group.usable_in(FIT)
+    for winner, rows in _predictors(chosen, start.cross, group.rows, group.usable_in(TUNE)):
+        group.predict_by(winner, is_fit, rows, predictions)
     nothing_tried = {"n_trials": 0, "n_pruned": 0}
     return _Recipe(dict(start.refit or {}), start.n_rounds, start.cross, nothing_tried)
 
 
-def _tune_predictors(
-    start: Start, time: "pd.Series[Any]", is_tune: npt.NDArray[np.bool_]
-) -> list[tuple[Winner, npt.NDArray[np.bool_]]]:
-    """Who predicts which tune rows of a refit: never a winner that the row itself helped to choose.
+def _predictors(
+    chosen: Winner, cross: CrossSelection | None, rows: pd.DataFrame, is_held_out: Mask
+) -> list[tuple[Winner, Mask]]:
+    """Who predicts which held-out rows: never a winner that the row itself helped to choose.
 
-    Tune rows may have moved on since the parameters were chosen, so the halves are cut where they
-    were cut then.
+    Rows have moved on since a refit's parameters were chosen, so the halves are cut where they were
+    cut then.
+
+    Args:
+        chosen: on all tune rows of that time.
+        cross: who was chosen on each half of them; None where that is not known, or where the rows
+            chose nothing.
+        rows: of the group.
+        is_held_out: of them.
     """
-    chosen = Winner(start.refit or {}, start.n_rounds)
-    if start.cross is None:
-        return [(chosen, is_tune)]
-    is_before = (time < pd.Timestamp(start.cross.middle)).to_numpy()
-    parts = [
-        (start.cross.predicts_before or chosen, is_tune & is_before),
-        (start.cross.predicts_after or chosen, is_tune & ~is_before),
+    if cross is None:
+        return [(chosen, is_held_out)]
+    is_before = (rows["time"] < pd.Timestamp(cross.middle)).to_numpy()
+    return [
+        (cross.predicts_before or chosen, is_held_out & is_before),
+        (cross.predicts_after or chosen, is_held_out & ~is_before),
     ]
-    return [(winner, rows) for winner, rows in parts if rows.any()]
 
 
 def fit_twin(
@@ -434,9 +449,9 @@ def fit_twin(
     group = _GroupRows.prepare(frame, grain, settings)
     is_learnt, is_report = group.usable_in(FIT, TUNE), group.usable_in(REPORT)
     predictions = group.no_predictions()
-    if is_learnt.any() and is_report.any():
-        booster = group.fit(is_learnt, start.refit or {}, start.n_rounds)
-        predictions[is_report] = group.predict(booster, is_report)
+    if is_learnt.any():
+        recipe = Winner(start.refit or {}, start.n_rounds)
+        group.predict_by(recipe, is_learnt, is_report, predictions)
     holdout = group.holdout(predictions)
     return Outcome("refreshed", None, {}, None, holdout[holdout["split"] == REPORT])
 
@@ -521,7 +536,7 @@ def _holdout(
     *,
     every_split: bool = False,
 ) -> pd.DataFrame:
-    """The judged rows: those of the tune and report splits (or of all) whose target is valid.
+    """The judged rows, whose target is valid: all but those of the splits fit and gap, or all.
 
     For multiclass one per class.
     """
