@@ -376,7 +376,7 @@ def _unknown_fleet(tables: DeltaTables, namespace: str) -> str:
     ]
     return (
         f"no group of a fleet {namespace!r} was trained below {tables.root}; "
-        f"{close_matches(namespace, {name: name for name in trained})}"
+        f"{close_matches(namespace, trained)}"
         f"available: {', '.join(trained) or 'nothing'}; materialise "
         f"{namespace.removesuffix('-trial')}/models to train it"
     )

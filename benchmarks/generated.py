@@ -14,6 +14,7 @@ from deltalake import write_deltalake
 from benchmarks.rivals import Problem, plain_default, tuned_per_group
 from pipeline.spec import FleetSpec, parse_spec
 from pipeline.tables import TIMESTAMP
+from pipeline.testing.data import with_changes
 from pipeline.training.splits import resolve_cutoffs
 
 Floats = npt.NDArray[np.float64]
@@ -174,14 +175,7 @@ class GeneratedFleet:
             "splits": dict(SPLITS),
             "tuning": dict(TUNINGS[self.signal]),
         }
-        for name, value in changes.items():
-            before = attributes.get(name)
-            attributes[name] = (
-                {**before, **value}
-                if isinstance(before, Mapping) and isinstance(value, Mapping)
-                else value
-            )
-        return {name: value for name, value in attributes.items() if value is not None}
+        return with_changes(attributes, changes)
 
     def spec(self, **changes: Any) -> FleetSpec:
         """The fleet's spec, with changes as in `attributes`."""

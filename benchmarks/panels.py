@@ -4,7 +4,6 @@ A panel's rows are those of a feature table. The rows of its last stretch are *l
 is trained or chosen on them.
 """
 
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from benchmarks.runs import NotMeasured
+from benchmarks.runs import NotMeasured, package_file
 from pipeline.spec import FleetSpec, parse_spec
+from pipeline.testing.data import with_changes
 
 Floats = npt.NDArray[np.float64]
 Kind = Literal["generated", "public", "folder"]
@@ -143,9 +143,10 @@ GENERATED: Mapping[str, tuple[Truth, Mapping[str, Any]]] = {
 def generated_panels(names: Sequence[str] = tuple(GENERATED), seed: int = 0) -> list[Panel]:
     """The generated fleets of these names."""
     panels = []
-    for number, name in enumerate(names):
+    for name in names:
         truth, changes = GENERATED[name]
-        panels.append(_generated(name, truth, changes, [seed, number]))
+        # By its place in the suite, so that a fleet has the same rows alone and among others.
+        panels.append(_generated(name, truth, changes, [seed, list(GENERATED).index(name)]))
     return panels
 
 
@@ -245,50 +246,54 @@ class Series:
     season: int
 
 
-def with_past(rows: pd.DataFrame, series: Series, *, logs: bool = True) -> pd.DataFrame:
-    """Rows with the logarithms of their past, relative to a level that all series share.
+def with_past(rows: pd.DataFrame, series: Series) -> pd.DataFrame:
+    """Rows with the logarithms of their past, relative to a level of their own.
 
     Adds time, known_at, row_key, is_future, `level` (log of the mean of the first window),
-    `lag_<n>` and `mean_<n>` (log less the level), `season` (place within it). Rows without a level
-    are dropped.
+    `lag_<n>` and `mean_<n>` (log less the level). Rows without a level are dropped.
     """
     rows = rows.sort_values([*series.keys, series.time], ignore_index=True)
     past = rows.groupby(list(series.keys), sort=False)[series.value]
-    to_link: Callable[[Any], Any] = np.log1p if logs else (lambda values: values)
     shifted = past.shift(series.horizon)
     of_entity = [rows[key] for key in series.keys]
 
     def mean(length: int) -> "pd.Series[Any]":
         rolled = shifted.groupby(of_entity, sort=False).rolling(length, min_periods=1).mean()
-        return to_link(rolled.reset_index(drop=True).set_axis(shifted.index))
+        return np.log1p(rolled.reset_index(drop=True).set_axis(shifted.index))
 
     level = mean(series.windows[0])
     columns: dict[str, Any] = {"level": level}
     for lag in series.lags:
-        columns[f"lag_{lag}"] = to_link(past.shift(lag)) - level
+        columns[f"lag_{lag}"] = np.log1p(past.shift(lag)) - level
     for length in series.windows[1:]:
         columns[f"mean_{length}"] = mean(length) - level
-    number = past.cumcount()
-    time = rows[series.time].astype("datetime64[us]")
-    keys = rows[list(series.keys)].astype(str).agg(",".join, axis=1) + "," + time.astype(str)
-    found = rows.assign(
-        **columns,
-        number=number.astype(float),
-        time=time,
-        known_at=time,
-        row_key=keys,
-        is_future=False,
-    )
+    found = _at_times(rows.assign(**columns), series, rows[series.time])
     return found[np.isfinite(level)].reset_index(drop=True)
 
 
+def _at_times(rows: pd.DataFrame, series: Series, times: Any) -> pd.DataFrame:
+    """The rows with their times, at which they are known, and keys."""
+    time = pd.Series(times, index=rows.index).astype("datetime64[us]")
+    keys = rows[list(series.keys)].astype(str).agg(",".join, axis=1) + "," + time.astype(str)
+    return rows.assign(time=time, known_at=time, row_key=keys, is_future=False)
+
+
 def _series_attributes(
-    name: str, series: Series, rows_needed: int, **changes: Any
+    name: str, series: Series, further: Sequence[str], **changes: Any
 ) -> dict[str, Any]:
+    """The attributes of a fleet of series.
+
+    Args:
+        name: of the fleet.
+        series: its rows.
+        further: feature columns besides the past.
+        changes: as in `with_changes`.
+    """
     columns = [
         "level",
         *(f"lag_{lag}" for lag in series.lags),
         *(f"mean_{length}" for length in series.windows[1:]),
+        *further,
     ]
     attributes: dict[str, Any] = {
         "name": name,
@@ -297,12 +302,8 @@ def _series_attributes(
         "entity": list(series.keys),
         "time": "time",
         "target": {"column": series.value, "transform": "log1p", "offset": "level"},
-        "tuning": {"fit_rows": rows_needed, "tune_rows": 4},
     }
-    for field, value in changes.items():
-        before = attributes.get(field)
-        attributes[field] = {**before, **value} if isinstance(before, dict) else value
-    return attributes
+    return with_changes(attributes, changes)
 
 
 STORES = Series(["Store"], "Date", "Sales", 42, [42, 49, 56, 63, 84], [28, 7, 14, 56, 112], 7)
@@ -319,27 +320,21 @@ def stores_panel() -> Panel:
     known = ["Promo", "SchoolHoliday", "day_of_week", "month", "day"]
 
     def read() -> pd.DataFrame:
-        rows = pd.read_csv(file, parse_dates=["Date"])
-        found = with_past(rows, STORES)
-        for name in ("Promo", "SchoolHoliday"):
-            found[name] = found[name].astype(float)
+        found = with_past(pd.read_csv(file, parse_dates=["Date"]), STORES)
         date = found["time"].dt
         found = found.assign(day_of_week=date.dayofweek, month=date.month, day=date.day)
-        found[["day_of_week", "month", "day"]] = found[["day_of_week", "month", "day"]].astype(
-            float
-        )
-        return found[found["Sales"] > 0].astype({"Store": str}).reset_index(drop=True)
+        found = found.astype({**dict.fromkeys(known, float), "Store": str})
+        return found[found["Sales"] > 0].reset_index(drop=True)
 
     attributes = _series_attributes(
         "stores",
         STORES,
-        100,
+        known,
         features={"categoricals": ["Store", "StoreType", "Assortment", "State"]},
         grains=[[], ["Store"]],
         splits={"report": "42 days", "tune": "84 days"},
-        tuning={"tune_rows": 20},
+        tuning={"fit_rows": 100, "tune_rows": 20},
     )
-    attributes["features"]["columns"] += known
     return Panel("stores", "public", attributes, read, pd.Timestamp("2015-05-09"))
 
 
@@ -359,13 +354,12 @@ def housing_panel() -> Panel:
     attributes = _series_attributes(
         "housing_panel",
         HOUSING,
-        100,
+        ["month"],
         features={"categoricals": ["city"]},
         grains=[[], ["city"]],
         splits={"report": "12 months", "tune": "12 months"},
-        tuning={"objective": "l1", "tune_rows": 6},
+        tuning={"objective": "l1", "fit_rows": 100, "tune_rows": 6},
     )
-    attributes["features"]["columns"] += ["month"]
     return Panel("housing", "public", attributes, read, pd.Timestamp("2014-08-01"))
 
 
@@ -403,7 +397,8 @@ FOLDER: Mapping[str, tuple[Series, Mapping[str, Any]]] = {
         },
     ),
 }
-ROWS_NEEDED = 20
+# Such series are short.
+FEW_ROWS = {"fit_rows": 20, "tune_rows": 4}
 
 
 def folder_panels(folder: Path) -> list[Panel]:
@@ -427,8 +422,7 @@ def folder_panels(folder: Path) -> list[Panel]:
 
 
 def _folder_panel(name: str, file: Path, series: Series, changes: Mapping[str, Any]) -> Panel:
-    attributes = _series_attributes(name, series, ROWS_NEEDED, **changes)
-    attributes["features"]["columns"] += ["season"]
+    attributes = _series_attributes(name, series, ["season"], tuning=FEW_ROWS, **changes)
     later_from = START + pd.DateOffset(years=30)
 
     def read() -> pd.DataFrame:
@@ -437,24 +431,9 @@ def _folder_panel(name: str, file: Path, series: Series, changes: Mapping[str, A
         number = rows.groupby(list(series.keys))["later"].transform(lambda later: (~later).sum())
         first = rows.groupby(list(series.keys)).cumcount()
         step = (first - number) * months
-        calendar = rows["time"].dt.month.astype(float)
+        season = rows["time"].dt.month.astype(float)
         anchor = later_from.to_numpy().astype("datetime64[M]")
-        time = (anchor + step.to_numpy().astype("timedelta64[M]")).astype("datetime64[us]")
-        keys = rows[list(series.keys)].astype(str).agg(",".join, axis=1) + "," + time.astype(str)
-        return rows.assign(season=calendar, time=time, known_at=time, row_key=keys)
+        times = anchor + step.to_numpy().astype("timedelta64[M]")
+        return _at_times(rows.assign(season=season), series, times)
 
     return Panel(name, "folder", attributes, read, later_from)
-
-
-def package_file(package: str, name: str) -> Path:
-    """A file of an installed package, which is not imported.
-
-    Raises:
-        NotMeasured: if it is not installed.
-    """
-    spec = importlib.util.find_spec(package)
-    places = [] if spec is None else list(spec.submodule_search_locations or [])
-    for place in places:
-        if (Path(place) / name).exists():
-            return Path(place) / name
-    raise NotMeasured(f"{package} is not installed, which carries {name}; run make setup")

@@ -1,5 +1,6 @@
 """What a user would do, done from the outside and timed: set-up from nothing, and fleets in fresh data roots."""
 
+import importlib.util
 import os
 import platform
 import shutil
@@ -194,3 +195,17 @@ def describe_machine() -> str:
         f"{system}; Python {platform.python_version()} at {sys.executable}; "
         f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
     )
+
+
+def package_file(package: str, name: str) -> Path:
+    """A file of an installed package, which is not imported.
+
+    Raises:
+        NotMeasured: if it is not installed.
+    """
+    spec = importlib.util.find_spec(package)
+    places = [] if spec is None else list(spec.submodule_search_locations or [])
+    for place in places:
+        if (Path(place) / name).exists():
+            return Path(place) / name
+    raise NotMeasured(f"{package} is not installed, which carries {name}; run make setup")

@@ -1,7 +1,7 @@
 """Delta tables below one root: written by Spark or the driver, one commit per write."""
 
 import datetime as dt
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -88,26 +88,6 @@ class DeltaTables(dg.ConfigurableResource):
         return self.commit(
             location, files, schema, mode=mode, partition=partition, metadata=metadata
         )
-
-    def write_arrow(
-        self,
-        tables: Iterable[pa.Table],
-        schema: pa.Schema,
-        location: str,
-        *,
-        mode: Mode,
-        metadata: Mapping[str, str] | None = None,
-    ) -> int:
-        """Write rows from the driver, each table as one file, then make one commit.
-
-        Returns the version.
-        """
-        files = []
-        for table in tables:
-            file = self.write_file(table, schema, location)
-            if file is not None:
-                files.append(file)
-        return self.commit(location, files, schema, mode=mode, metadata=metadata)
 
     def write_file(self, table: pa.Table, schema: pa.Schema, location: str) -> WrittenFile | None:
         """Write one file below a table's root without committing it; None for no rows."""

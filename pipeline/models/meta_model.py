@@ -346,6 +346,13 @@ class ModelSpec:
         """Whether a group's trees add to its parent's prediction."""
         return self.own == CORRECTION
 
+    def needs(self, weight: float) -> bool:
+        """Whether a model of that weight counts in some answer.
+
+        Where models correct their parents' predictions, each is part of those of its children.
+        """
+        return weight != 0.0 or self.corrects
+
     @property
     def finest(self) -> tuple[str, ...]:
         """Key columns of the finest grain."""
@@ -1171,9 +1178,7 @@ class Blend:
 
     def needs_booster(self, chain: Chain) -> bool:
         """Whether the group's own model changes its answers, or those of groups that correct it."""
-        return chain.booster_id is not None and (
-            chain.weight != 0.0 or self._generation.model_spec.corrects
-        )
+        return chain.booster_id is not None and self._generation.model_spec.needs(chain.weight)
 
     def add_booster(
         self,

@@ -134,11 +134,9 @@ class ComparedRun:
             if row["booster_id"] is None:
                 continue
             weight = float(row["weight"] or 0.0)
-            if corrects:
-                models.append((above, weight))
-            elif weight == 1.0:
-                models = [(above, weight)]  # what is above has no say
-            elif weight:
+            if weight == 1.0 and not corrects:
+                models = []  # what is above has no say
+            if self.model_spec.needs(weight):
                 models.append((above, weight))
         return models
 

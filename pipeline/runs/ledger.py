@@ -169,14 +169,9 @@ def complete_ledger(
 
 
 def models_that_answer(ledger: pd.DataFrame, model_spec: ModelSpec) -> pd.DataFrame:
-    """The ledger's rows of groups whose own model counts in some answer.
-
-    A model of weight 0 does not, unless finer models correct its predictions.
-    """
-    is_used = ledger["booster_id"].notna()
-    if not model_spec.corrects:
-        is_used &= ledger["weight"] > 0
-    return ledger[is_used]
+    """The ledger's rows of groups whose own model counts in some answer."""
+    is_needed = ledger["weight"].map(model_spec.needs).astype(bool)
+    return ledger[ledger["booster_id"].notna() & is_needed]
 
 
 def groups_with_model(rows: Iterable[LedgerRow], n_grains: int) -> list[set[str]]:

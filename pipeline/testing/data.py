@@ -65,7 +65,15 @@ def small_attributes(**changes: Any) -> dict[str, Any]:
 
     Mappings are changed field by field; a field changed to None is left out.
     """
-    attributes = dict(SMALL_FLEET)
+    return with_changes(SMALL_FLEET, changes)
+
+
+def with_changes(attributes: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes of a defs.yaml, of which some are changed.
+
+    Mappings are changed field by field, a field changed to None is left out.
+    """
+    attributes = dict(attributes)
     for name, value in changes.items():
         before = attributes.get(name)
         if value is None:

@@ -58,23 +58,6 @@ class MemoryTables:
         self._written[f"{location}/{file.path}"] = kept
         return file
 
-    def write_arrow(
-        self,
-        tables: Iterable[pa.Table],
-        schema: pa.Schema,
-        location: str,
-        *,
-        mode: str,
-        metadata: Mapping[str, str] | None = None,
-    ) -> int:
-        """Write rows and make one commit; returns the version."""
-        files = []
-        for table in tables:
-            file = self.write_file(table, schema, location)
-            if file is not None:
-                files.append(file)
-        return self.commit(location, files, schema, mode=mode, metadata=metadata)
-
     def write_spark(
         self,
         frame: Any,

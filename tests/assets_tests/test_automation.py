@@ -14,6 +14,7 @@ from assets.fleet import DescribedFleet
 from assets.settings import FleetFiles
 from pipeline.spec import FleetSpec, parse_spec
 from pipeline.tables import LEDGER, RUNS
+from pipeline.testing.tables import write_arrow
 from resources.delta_tables import DeltaTables
 from resources.launch_settings import LaunchSettings
 from resources.mlflow_registry import MlflowRegistry
@@ -242,7 +243,8 @@ def test_what_a_dead_run_kept_is_told(tmp_path: Path) -> None:
         (RUNS, runs),
         (LEDGER, [{"run_id": "dead", "group_id": name} for name in "abc"]),
     ):
-        tables.write_arrow(
+        write_arrow(
+            tables,
             [pa.Table.from_pylist(rows, schema=contract.schema)],
             contract.schema,
             tables.location("shop", contract.name),

@@ -12,6 +12,7 @@ from assets.command_line import main
 from pipeline.reporting.group_history import describe_history
 from pipeline.tables import IMPORTANCE, LEDGER, RUNS
 from pipeline.testing.runs import own_tables
+from pipeline.testing.tables import write_arrow
 from resources.delta_tables import DeltaTables
 
 FIRST, SECOND = "aaaaaaaa-1111-2222", "bbbbbbbb-1111-2222"
@@ -52,7 +53,8 @@ def append(
     without: tuple[str, ...] = (),
 ) -> None:
     schema = pa.schema([field for field in contract.schema if field.name not in without])
-    tables.write_arrow(
+    write_arrow(
+        tables,
         [pa.Table.from_pylist(rows, schema=schema)],
         schema,
         tables.location(namespace, contract.name),
@@ -329,7 +331,7 @@ def test_columns_that_a_table_lacks_or_has_beyond_ours_do_not_matter(tmp_path: P
         beyond="ours",
     )
     known = pa.Table.from_pylist([row], schema=pa.schema([*LEDGER.schema, ("beyond", pa.string())]))
-    tables.write_arrow([known], known.schema, tables.location("retail", "ledger"), mode="append")
+    write_arrow(tables, [known], known.schema, tables.location("retail", "ledger"), mode="append")
     text = describe_history(own_tables(tables, "retail"), "[]")
     assert "metrics\n  fleet  pinball 1.5, rmse -" in text
     assert "fingerprint   f00" in text

@@ -41,21 +41,27 @@ def test_every_model_that_answers_has_a_row_per_feature(
     assert f"| {len(models)} | {len(models)} |" in first
 
 
-@pytest.mark.parametrize(
-    ("failed", "why"),
-    [({"[]": "PackError: damaged"}, "PackError: damaged"), ({}, "its rows are missing")],
-)
 def test_a_group_without_importance_is_a_warning_that_names_it_and_stops_nothing(
-    failed: Mapping[str, str], why: str, fleet: Any, monkeypatch: pytest.MonkeyPatch, checks: Checks
+    fleet: Any, monkeypatch: pytest.MonkeyPatch, checks: Checks
 ) -> None:
     import assets.importance as module
+    import pipeline.spark.importance as on_spark
+
+    def all_models(ledger: Any, _: Any) -> Any:
+        return ledger[ledger["booster_id"].notna()]
 
     right = module.write_importance
 
     def wrong(spark: Any, tables: Any, features: Any, spec: Any, run: Any, ledger: Any) -> Any:
-        right(spark, tables, features, spec, run, ledger[ledger["group_id"] != "[]"])
-        return module.ImportanceResult(1, 0, failed)
+        absent = ledger["group_id"].isin(['["north"]', '["north","n1"]'])
+        told = right(spark, tables, features, spec, run, ledger[~absent])
+        return module.ImportanceResult(
+            9, 0, {'["north"]': "PackError: damaged"} | dict(told.failed)
+        )
 
+    # As if all nine models of this fleet counted in some answer; most have no weight.
+    monkeypatch.setattr(module, "models_that_answer", all_models)
+    monkeypatch.setattr(on_spark, "models_that_answer", all_models)
     monkeypatch.setattr(module, "write_importance", wrong)
     result = fleet.launch("importance")
     assert result.success
@@ -65,8 +71,10 @@ def test_a_group_without_importance_is_a_warning_that_names_it_and_stops_nothing
         dg.AssetCheckSeverity.WARN,
         False,
     )
-    assert (check.metadata["models"].value, check.metadata["absent"].value) == (1, 1)
-    assert why in check.metadata["examples"].value
+    assert (check.metadata["models"].value, check.metadata["absent"].value) == (9, 2)
+    text = check.metadata["examples"].value
+    assert "PackError: damaged" in text
+    assert "its booster or its rows are missing" in text
     monkeypatch.undo()
     assert checks(fleet.launch("importance"))["every_model_has_importance"].passed
 

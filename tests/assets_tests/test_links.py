@@ -13,6 +13,7 @@ import pytest
 from pipeline.errors import StoreError
 from pipeline.models.meta_model import FleetModel, PackError
 from pipeline.tables import BOOSTERS, LEDGER, RUNS
+from pipeline.testing.tables import write_arrow
 from resources.delta_tables import DeltaTables
 from resources.launch_settings import LaunchSettings
 
@@ -223,7 +224,7 @@ def test_a_feature_without_any_value_is_a_warning_and_no_target_an_end(
         )
         assert "models" not in metadata(result)
     finally:
-        tables.write_arrow([before], before.schema, location, mode="overwrite")
+        write_arrow(tables, [before], before.schema, location, mode="overwrite")
 
 
 def test_a_column_that_is_the_target_is_a_warning_that_names_it(fleet: Any, checks: Checks) -> None:
@@ -247,7 +248,7 @@ def test_a_column_that_is_the_target_is_a_warning_that_names_it(fleet: Any, chec
         )
         assert checks(result)["lags_find_their_rows"].passed
     finally:
-        tables.write_arrow([before], before.schema, location, mode="overwrite")
+        write_arrow(tables, [before], before.schema, location, mode="overwrite")
 
 
 def test_a_challenger_that_fails_a_gate_leaves_the_champion_and_predictions_go_on(
@@ -463,15 +464,16 @@ def broken_namespace(fleet: Any) -> Callable[..., dg.ExecuteInProcessResult]:
             RUNS: pa.Table.from_pandas(runs, schema=RUNS.schema, preserve_index=False),
             BOOSTERS: boosters,
         }.items():
-            tables.write_arrow(
+            write_arrow(
+                tables,
                 [rows],
                 contract.schema,
                 tables.location("shop-trial", contract.name),
                 mode="overwrite",
             )
         rows = pa.Table.from_pandas(ledger, schema=LEDGER.schema, preserve_index=False)
-        tables.write_arrow(
-            [rows], LEDGER.schema, tables.location("shop-trial", "ledger"), mode="overwrite"
+        write_arrow(
+            tables, [rows], LEDGER.schema, tables.location("shop-trial", "ledger"), mode="overwrite"
         )
         checks = fleet.links["models"][1]
         model = dg.AssetSpec(["shop", "models"])

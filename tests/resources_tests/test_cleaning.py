@@ -26,6 +26,7 @@ from pipeline.tables import (
     RUNS,
     TableContract,
 )
+from pipeline.testing.tables import write_arrow
 from resources import cleaning
 from resources.cleaning import Cleaned, clean
 from resources.delta_tables import DeltaTables
@@ -69,7 +70,7 @@ def features(tables: DeltaTables) -> int:
     """One more version of the feature table, which replaces the one before."""
     location = tables.location("shop", FEATURES.name)
     rows = pa.Table.from_pylist([{"row_key": "a"}], schema=FEATURES.schema)
-    return tables.write_arrow([rows], FEATURES.schema, location, mode="overwrite")
+    return write_arrow(tables, [rows], FEATURES.schema, location, mode="overwrite")
 
 
 def trained(
@@ -226,7 +227,8 @@ def test_feature_tables_of_trials_and_backtests_stay(tables: DeltaTables) -> Non
 
 def test_replaced_files_of_every_table_go(four: DeltaTables) -> None:
     for _ in range(2):
-        four.write_arrow(
+        write_arrow(
+            four,
             [pa.table({"x": [1]})],
             RAW_SCHEMA,
             four.location("shop", "raw", "sales"),

@@ -19,6 +19,7 @@ from pipeline.errors import StoreError
 from pipeline.storage import AppTransaction, WrittenFile
 from pipeline.tables import ALL, Column, TableContract, in_format
 from pipeline.testing.doubles import FailingTables, MemoryTables
+from pipeline.testing.tables import write_arrow
 from resources.delta_tables import DeltaTables, contract_metadata
 
 SCHEMA = pa.schema([("x", pa.int64()), ("name", pa.string())])
@@ -77,8 +78,8 @@ def test_what_is_written_is_read(any_tables: Any) -> None:
     assert location == f"{any_tables.root}/shop/raw/sales"
     assert not any_tables.exists(location)
     assert (
-        any_tables.write_arrow(
-            [rows(1, 2), rows(), rows(3, name=None)], SCHEMA, location, mode="overwrite"
+        write_arrow(
+            any_tables, [rows(1, 2), rows(), rows(3, name=None)], SCHEMA, location, mode="overwrite"
         )
         == 0
     )
@@ -99,10 +100,10 @@ def test_what_is_written_is_read(any_tables: Any) -> None:
 
 def test_append_adds_and_overwrite_replaces(any_tables: Any) -> None:
     location = any_tables.location("shop", "t")
-    any_tables.write_arrow([rows(1)], SCHEMA, location, mode="append")
-    assert any_tables.write_arrow([rows(2)], SCHEMA, location, mode="append") == 1
+    write_arrow(any_tables, [rows(1)], SCHEMA, location, mode="append")
+    assert write_arrow(any_tables, [rows(2)], SCHEMA, location, mode="append") == 1
     assert values(any_tables, location) == [1, 2]
-    assert any_tables.write_arrow([rows(3)], SCHEMA, location, mode="overwrite") == 2
+    assert write_arrow(any_tables, [rows(3)], SCHEMA, location, mode="overwrite") == 2
     assert values(any_tables, location) == [3]
 
 
@@ -208,7 +209,7 @@ def test_overwriting_one_partition_leaves_the_others(any_tables: Any) -> None:
 
 def test_a_commit_that_names_a_missing_file_is_refused(any_tables: Any) -> None:
     location = any_tables.location("shop", "t")
-    any_tables.write_arrow([rows(1)], SCHEMA, location, mode="append")
+    write_arrow(any_tables, [rows(1)], SCHEMA, location, mode="append")
     with pytest.raises(StoreError, match=r"gone\.parquet.*nothing was committed"):
         any_tables.commit(location, [WrittenFile("gone.parquet", 10, 1)], SCHEMA, mode="append")
     written = any_tables.write_file(rows(2), SCHEMA, location)
@@ -222,7 +223,7 @@ def test_a_commit_that_names_a_missing_file_is_refused(any_tables: Any) -> None:
 
 def test_a_table_may_be_empty(any_tables: Any) -> None:
     location = any_tables.location("shop", "t")
-    any_tables.write_arrow([rows()], SCHEMA, location, mode="overwrite")
+    write_arrow(any_tables, [rows()], SCHEMA, location, mode="overwrite")
     assert any_tables.exists(location)
     assert any_tables.read_arrow(location).num_rows == 0
     assert any_tables.read_arrow(location).schema.names == ["x", "name"]
@@ -311,7 +312,7 @@ def test_a_partition_column_is_also_in_the_file(spark: SparkSession, local: Delt
 
 def test_a_commit_says_how_many_rows_a_file_has(local: DeltaTables) -> None:
     location = local.location("shop", "t")
-    local.write_arrow([rows(1, 2, 3)], SCHEMA, location, mode="append", metadata={"run": "r1"})
+    write_arrow(local, [rows(1, 2, 3)], SCHEMA, location, mode="append", metadata={"run": "r1"})
     actions = pa.table(DeltaTable(location).get_add_actions(flatten=True)).to_pylist()
     assert [action["num_records"] for action in actions] == [3]
     assert DeltaTable(location).history()[0]["run"] == "r1"
@@ -400,7 +401,7 @@ def test_a_log_that_names_a_file_outside_the_table_is_refused(
     tmp_path: Path, local: DeltaTables, spark: SparkSession
 ) -> None:
     location = local.location("shop", "t")
-    local.write_arrow([rows(1)], SCHEMA, location, mode="append")
+    write_arrow(local, [rows(1)], SCHEMA, location, mode="append")
     log = Path(location) / "_delta_log" / "00000000000000000001.json"
     action = {
         "path": "../../secret.parquet",
@@ -447,10 +448,10 @@ def test_a_column_of_a_later_release_joins_a_table_and_is_null_in_its_older_rows
     any_tables: Any,
 ) -> None:
     location = any_tables.location("fleet", "ledger")
-    any_tables.write_arrow([rows(1)], SCHEMA, location, mode="append")
+    write_arrow(any_tables, [rows(1)], SCHEMA, location, mode="append")
     wider = SCHEMA.append(pa.field("since", pa.string()))
     newer = rows(2).append_column("since", pa.array(["now"]))
-    any_tables.write_arrow([newer], wider, location, mode="append")
+    write_arrow(any_tables, [newer], wider, location, mode="append")
     read = any_tables.read_arrow(location).sort_by("x")
     assert read.column("since").to_pylist() == [None, "now"]
     assert read.column("x").to_pylist() == [1, 2]

@@ -28,6 +28,7 @@ from pipeline.errors import StoreError
 from pipeline.runs.commits import Commits
 from pipeline.testing.run_parts import make_manifest
 from pipeline.testing.runs import own_tables
+from pipeline.testing.tables import write_arrow
 from resources import lease as lease_module
 from resources.delta_tables import DeltaTables
 from resources.lease import LEASES, Lease, LeaseRow, LeaseTable, current_lease, hold_lease
@@ -39,6 +40,7 @@ CHILD = """
 import contextlib, json, sys
 from resources.delta_tables import DeltaTables
 from resources.lease import hold_lease
+from pipeline.testing.tables import write_arrow
 
 print("ready", flush=True)
 held, lease = contextlib.ExitStack(), None
@@ -560,7 +562,7 @@ def test_a_lease_of_an_earlier_release_has_no_fence_and_gains_one(local: DeltaTa
     old = pa.schema([field for field in LEASES.schema if field.name != "fence"])
     row = {name: value for name, value in asdict(row_of(released=True)).items() if name != "fence"}
     location = local.location("shop", LEASES.name)
-    local.write_arrow([pa.Table.from_pylist([row], schema=old)], old, location, mode="overwrite")
+    write_arrow(local, [pa.Table.from_pylist([row], schema=old)], old, location, mode="overwrite")
     there = current_lease(local, "shop")
     assert there is not None
     assert there.fence == 0

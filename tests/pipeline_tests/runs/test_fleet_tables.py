@@ -15,6 +15,7 @@ from pipeline.tables import ALL, FEATURES, LEDGER, RAW, RUNS
 from pipeline.testing.doubles import MemoryTables
 from pipeline.testing.run_parts import CUTOFFS, commit_rows, make_ledger_row, make_manifest
 from pipeline.testing.runs import own_tables
+from pipeline.testing.tables import write_arrow
 from pipeline.training.splits import Cutoffs
 
 TRIAL = "small_trial"
@@ -163,14 +164,16 @@ def test_runs_of_an_earlier_format_are_refused_and_a_late_column_is_null() -> No
     location = tables.location("small", RUNS.name)
     row = make_manifest().to_row()
     late = pa.schema([field for field in RUNS.schema if field.name != "unknown_groups"])
-    tables.write_arrow([pa.Table.from_pylist([row], schema=late)], late, location, mode="overwrite")
+    write_arrow(
+        tables, [pa.Table.from_pylist([row], schema=late)], late, location, mode="overwrite"
+    )
     fleet = own_tables(tables, "small")
     run = fleet.run("run-1")
     assert run is not None
     assert run.unknown_groups == ()
     lacking = pa.schema([field for field in RUNS.schema if field.name != "waves"])
-    tables.write_arrow(
-        [pa.Table.from_pylist([row], schema=lacking)], lacking, location, mode="overwrite"
+    write_arrow(
+        tables, [pa.Table.from_pylist([row], schema=lacking)], lacking, location, mode="overwrite"
     )
     with pytest.raises(StoreError, match="has no column waves"):
         fleet.runs()

@@ -605,10 +605,15 @@ def seen_by_workers(
         return Outcome(
             "inherited",
             "looked",
-            {"rows": sorted(frame["row_key"]), "began": start.to_json(), "process": os.getpid()},
+            {
+                "rows": sorted(frame["row_key"]),
+                "began": start.to_json(),
+                "process": os.getpid(),
+                "threads": settings.threads,
+            },
         )
 
-    context = quiet_context(spark, train=look)
+    context = quiet_context(spark, train=look, threads=3)
     return train_wave(
         context,
         own_tables(tables, "looked"),
@@ -670,6 +675,8 @@ def test_each_group_is_trained_on_its_rows_from_its_start_in_a_process_beside_th
     seen = pd.DataFrame(found)
     assert len(seen) == len(spread)
     assert by_group(seen, "task") == by_group(spread, "task")
+    # Threads are of the place that trains, whatever the run's settings say.
+    assert (run.settings.threads, set(seen["threads"])) == (1, {3})
     assert by_group(seen, "began") == by_group(spread, "started_from")
     for key, rows in by_group(seen, "rows").items():
         assert rows == sorted(groups[key].loc[counts_for_something(groups[key]), "row_key"])

@@ -33,6 +33,7 @@ from pipeline.tables import LEDGER
 from pipeline.testing.data import feature_rows, small_spec
 from pipeline.testing.doubles import FailingTrainer, FreeLease
 from pipeline.testing.runs import own_tables, quiet_context
+from pipeline.testing.tables import write_arrow
 from pipeline.training.outcome import Outcome
 from pipeline.training.trainer import RATE, train_group
 from resources.delta_tables import DeltaTables
@@ -704,7 +705,8 @@ def test_a_ledger_of_an_earlier_format_is_refused_and_nothing_is_added_to_it(
     location = fleet.tables.location("small", "ledger")
     before = fleet.table("ledger").drop(columns="intervals").assign(interval=1.0)
     shutil.rmtree(location)
-    fleet.tables.write_arrow(
+    write_arrow(
+        fleet.tables,
         [pa.Table.from_pandas(before, preserve_index=False)],
         pa.Schema.from_pandas(before),
         location,
