@@ -298,7 +298,7 @@ class SplitsSpec(Part):
     )
     tune: LengthText = Field(
         description="The part before it, which stops boosting and chooses parameters; weights are "
-        "chosen on it and on two stretches before it."
+        "chosen on it and on up to two stretches before it."
     )
 
 

@@ -1,7 +1,7 @@
 # ruff: noqa: INP001
 """Draw the pictures of docs/concepts.md: ``python docs/images/concepts.py``.
 
-The numbers are facts of the two example fleets (their files, ``defs.yaml`` and the README's run),
+The numbers are facts of the example fleets (their files, ``defs.yaml`` and runs of them),
 except where a picture says that a number is made up. The same matplotlib writes the same bytes.
 """
 
